@@ -1,0 +1,47 @@
+"""One picture for each prompt: is everything installed, and what does the model draw?
+
+    python demo_0_test.py test.json [--num_steps 30] [any other field of the file]
+
+Writes 000.png, 001.png, ..., grid.png and run.json to the file's output_dir.
+"""
+
+from pathlib import Path
+
+import fire
+
+from flux.errors import exit_on_input_error
+from flux.settings import TestSettings, read_settings
+
+
+@exit_on_input_error()
+def main(file: str = "test.json", **overrides) -> None:
+    settings = read_settings(TestSettings, file, overrides)
+
+    from flux.images import grid, save_image, write_json
+    from flux.pipeline import Pipeline
+    from flux.record import about, run_record
+    from flux.specs import complete
+
+    settings = complete(settings)
+    pipe = Pipeline.load(settings)
+    folder, pictures = Path(settings.output_dir), []
+    for start in range(0, len(settings.prompts), settings.batch_size):
+        batch = settings.prompts[start : start + settings.batch_size]
+        made = pipe.generate(
+            [entry.prompt for entry in batch], [entry.seed for entry in batch], **settings.sampling()
+        )
+        for entry, picture in zip(batch, made):
+            save_image(
+                picture, folder / f"{len(pictures):03d}.png", about(settings, entry.prompt, entry.seed)
+            )
+            pictures.append(picture)
+
+    rows = [slice(start, start + 6) for start in range(0, len(pictures), 6)]
+    captions = [entry.prompt for entry in settings.prompts]
+    save_image(grid([pictures[row] for row in rows], [captions[row] for row in rows]), folder / "grid.png")
+    write_json(folder / "run.json", run_record(settings, timings=pipe.timings))
+    print(folder / "grid.png")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,47 @@
+"""A reference picture and its edits, which keep what the prompt does not change.
+
+    python demo_4_edit.py edit.json [--seed 7] [--num_steps 30] [any other field of the file]
+
+Writes reference.png, edit_0.png, edit_1.png, ..., comparison.png and run.json to the file's output_dir.
+"""
+
+from pathlib import Path
+
+import fire
+
+from flux.errors import exit_on_input_error
+from flux.settings import EditSettings, read_settings
+
+
+@exit_on_input_error()
+def main(file: str = "edit.json", **overrides) -> None:
+    settings = read_settings(EditSettings, file, overrides)
+
+    from flux.editing import edit, find_vital_layers, psnr
+    from flux.images import grid, read_image, save_image, write_json
+    from flux.pipeline import Pipeline
+    from flux.record import about, run_record
+    from flux.specs import complete, get_spec
+
+    settings = complete(settings)
+    layers = find_vital_layers(settings.vital_layers, get_spec(settings.model))
+    photo = read_image(settings.photo) if settings.photo else None
+    pipe = Pipeline.load(settings)
+    dose = settings.model_dump(include={"seed", "inject_from", "inject_until", "nudging", "batch_size"})
+    made = edit(
+        pipe, settings.prompt, settings.edits, layers=layers, photo=photo, **dose, **settings.sampling()
+    )
+
+    folder = Path(settings.output_dir)
+    prompts, pictures = [settings.prompt, *settings.edits], [made.reference, *made.edits]
+    names = ["reference.png", *(f"edit_{i}.png" for i in range(len(made.edits)))]
+    for name, prompt, picture in zip(names, prompts, pictures):
+        save_image(picture, folder / name, about(settings, prompt, settings.seed, layers=layers))
+    save_image(grid([pictures], [prompts]), folder / "comparison.png")
+    scores = [{"psnr_to_reference": psnr(made.reference, picture)} for picture in made.edits]
+    write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, timings=pipe.timings))
+    print(folder / "comparison.png")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,411 @@
+"""Pictures in and out: reading and writing with metadata, sheets of pictures with captions, the plot of the
+layers' scores.
+
+Outside the nets a picture is a PIL image of mode RGB; inside it is a float tensor `C H W` in -1..1. Every
+file is written whole or not at all: its bytes go to a hidden file beside it, which then takes its name.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INK, QUIET, FRAME, PAPER = "#222222", "#8a8a8a", "#dddddd", "#ffffff"
+KIND_COLOURS = {"double-stream": "#1f6f9f", "single-stream": "#d9772b", "both kinds": "#7a5aa6"}
+MAX_SHEET_PIXELS, MAX_SHEET_SIDE = 32e6, 16000  # more is slow to write, and viewers refuse it
+MAX_LINES = 6  # of a caption; the whole text is in the picture's metadata
+
+
+# Tensors
+
+
+def to_uint8(x: "Tensor") -> np.ndarray:
+    """Tensor `... C H W` in -1..1 -> array `... H W C` of 0..255, rounded to the nearest; values beyond are
+    cut.
+
+    Raises InputError if a value is not a number, the usual outcome of an overflow in float16.
+    """
+    x = x.detach().float()
+    if x.isnan().any():
+        raise InputError("Got pictures full of NaN: the nets overflowed, choose dtype bfloat16 or float32")
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def to_pil(x: "Tensor") -> Image.Image:
+    """Tensor `3 H W` in -1..1 -> RGB picture."""
+    return Image.fromarray(to_uint8(x))
+
+
+def to_tensor(image: Image.Image) -> "Tensor":
+    """Picture -> float32 tensor `3 H W` in -1..1; `to_pil` gives exactly the same picture back."""
+    import torch
+
+    levels = torch.from_numpy(np.array(image.convert("RGB")))
+    return (levels.float() / 127.5 - 1).permute(2, 0, 1)
+
+
+# Reading
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The picture in a file, as RGB and upright (EXIF orientation applied), free of metadata.
+
+    Transparent parts lie on white; 16-bit greys are scaled to 8. Raises InputError, naming the file, if it is
+    missing, not a picture, damaged or cut short, an animation, or of more pixels than pillow deems safe
+    (PIL.Image.MAX_IMAGE_PIXELS).
+    """
+    with _opened(path) as image:
+        # MPO is a JPEG of a camera or phone: what follows its first picture are previews and depth maps of it
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise InputError(
+                f"Got {path}, which holds {image.n_frames} pictures (animation or pages), but expected one: "
+                "save the one you mean as PNG or JPEG"
+            )
+        image.load()
+        with suppress(Exception):  # a picture with garbage for EXIF is still a picture
+            image = ImageOps.exif_transpose(image)
+        image = _as_rgb(image)
+    image.info.clear()
+    return image
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """What `save_image` was given as metadata, or None if the picture has none.
+
+    Raises InputError where there is no picture to be read.
+    """
+    with _opened(path) as image:
+        chunk, comment = image.info.get("flux"), image.info.get("comment")
+    try:
+        data = json.loads(chunk) if chunk else json.loads(comment)["flux"]
+    except (TypeError, ValueError, KeyError):
+        return None  # there is nothing, or it is another program's
+    return data if isinstance(data, dict) else None
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The picture in a file, not yet decoded; whatever turns out to be wrong with it raises InputError."""
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "is not there"
+        raise InputError(f"Got the picture {path}, which {what}: expected a PNG, JPEG or WebP file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            yield image
+    except InputError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        raise InputError(f"Got the picture {path} of more than {limit}: scale it down first") from error
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"Got {path}, not a picture that can be read: expected PNG, JPEG or WebP") from error
+    except Exception as error:  # damage makes pillow raise OSError, SyntaxError, struct.error and more
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"Cannot read the picture {path} ({reason}): expected an undamaged file") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its colours are floating-point numbers of unknown range")
+    if image.mode.startswith("I"):  # pillow's own conversion would make everything above 255 white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture scaled until it covers width x height pixels, and its middle cut out."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+# Writing
+
+
+def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    """Writes a PNG or JPEG (by the name's suffix), making its folder if need be.
+
+    `metadata` (anything that JSON can say) goes in whole, for `read_metadata`: in a PNG as the text chunk
+    "flux", in a JPEG as the comment. As upstream does, EXIF tells that the picture is generated, with the
+    "model" and the "prompt" found in it. Without metadata nothing of the kind is written. Raises InputError
+    for another suffix and where the file cannot be written; the older file of that name then stays.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"Got {path} as the name of a picture: expected it to end in .png, .jpg or .jpeg")
+    options: dict[str, Any] = {} if metadata is None else {"exif": _exif(metadata)}
+    if suffix == ".png":
+        options["format"] = "PNG"
+        if metadata is not None:
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_itxt("flux", json.dumps(metadata, ensure_ascii=False))
+    else:
+        # full colour resolution: upstream's numbers, and the watermark lives in the colour channels
+        options |= {"format": "JPEG", "quality": 95, "subsampling": 0}
+        if metadata is not None:
+            options["comment"] = json.dumps({"flux": metadata}, ensure_ascii=False).encode()
+    buffer = BytesIO()
+    image.save(buffer, **options)
+    write_bytes(path, buffer.getvalue())
+
+
+def _exif(metadata: dict[str, Any]) -> Image.Exif:
+    model = str(metadata.get("model", "flux"))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = "AI generated;txt2img;flux"
+    if "nano" not in model:  # flux-nano is not Black Forest Labs' work
+        exif[ExifTags.Base.Make] = "Black Forest Labs"
+    exif[ExifTags.Base.Model] = model.encode()
+    if metadata.get("prompt"):
+        # as bytes, since pillow would write "?" for every é of a str
+        exif[ExifTags.Base.ImageDescription] = str(metadata["prompt"]).encode()
+    return exif
+
+
+def save_animation(images: Sequence[Image.Image], path: str | Path, seconds_per_frame: float) -> None:
+    """Writes pictures of one size as an endless GIF or WebP (by the name's suffix). Raises InputError as
+    `save_image`."""
+    formats = {".gif": "GIF", ".webp": "WEBP"}
+    suffix = Path(path).suffix.lower()
+    if suffix not in formats:
+        raise InputError(f"Got {path} as the name of an animation: expected it to end in .gif or .webp")
+    buffer = BytesIO()
+    images[0].save(
+        buffer,
+        format=formats[suffix],
+        save_all=True,
+        append_images=images[1:],
+        duration=round(seconds_per_frame * 1000),
+        loop=0,
+        quality=90,
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes `data` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file, making its folder if need be; at every moment the older or the new one is there whole.
+
+    Raises InputError if that fails (full disk, no permission, ...); the older file then stays and no other is
+    left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".flux-{uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise InputError(f"Cannot write {path} ({reason}): make room or name another folder") from error
+
+
+# Sheets and plots
+
+
+def grid(
+    images: Sequence[Sequence[Image.Image | None]],
+    captions: Sequence[Sequence[str]] | None = None,
+    row_titles: Sequence[str] | None = None,
+) -> Image.Image:
+    """A sheet of pictures in rows, each with its caption under it and each row with its title above.
+
+    `images` are rows of any length, None leaves a place empty. Every place has the first picture's size, and
+    pictures of another are scaled to fit in; all are scaled down for a sheet that would pass MAX_SHEET_PIXELS
+    or MAX_SHEET_SIDE. `captions` has the shape of `images`. Texts wrap to the width they have and end in
+    "…" after MAX_LINES lines. Raises ValueError if there is no picture at all.
+    """
+    pictures = [picture for row in images for picture in row if picture is not None]
+    if not pictures:
+        raise ValueError("a grid needs at least one picture")
+    width, height = pictures[0].size
+    columns = max(len(row) for row in images)
+    across, down = columns * width, len(images) * height
+    shrink = min(1, math.sqrt(MAX_SHEET_PIXELS / (across * down)), MAX_SHEET_SIDE / max(across, down))
+    width, height = max(1, round(width * shrink)), max(1, round(height * shrink))
+
+    size = max(12, round(width / 22))
+    gap = size
+    regular, bold = _font("DejaVuSans.ttf", size), _font("DejaVuSans-Bold.ttf", size)
+    line = round(1.35 * size)
+
+    titles = [_wrap(text, bold, columns * (width + gap) - gap) for text in row_titles or [""] * len(images)]
+    texts = [[_wrap(text, regular, width) for text in row] for row in captions or [[]] * len(images)]
+    above = [len(lines) * line + (gap // 2 if lines else 0) for lines in titles]
+    below = [max((len(lines) for lines in row), default=0) * line for row in texts]
+    below = [space + (gap // 2 if space else 0) for space in below]
+
+    sheet_height = gap + sum(a + height + b + gap for a, b in zip(above, below, strict=True))
+    sheet = Image.new("RGB", (gap + columns * (width + gap), sheet_height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, lines: list[str], font: ImageFont.FreeTypeFont) -> None:
+        for number, words in enumerate(lines):
+            draw.text((x, y + number * line), words, font=font, fill=INK, anchor="la")
+
+    top = gap
+    for i, row in enumerate(images):
+        write(gap, top, titles[i], bold)
+        top += above[i]
+        for j, picture in enumerate(row):
+            left = gap + j * (width + gap)
+            if picture is not None:
+                draw.rectangle((left - 1, top - 1, left + width, top + height), outline=FRAME)
+                padded = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, PAPER)
+                sheet.paste(padded, (left, top))
+            if j < len(texts[i]):
+                write(left, top + height + gap // 2, texts[i][j], regular)
+        top += height + below[i] + gap
+    return sheet
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of matplotlib's fonts: pillow's own knows no accents, no Greek and no Cyrillic."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken at spaces where there are any."""
+    lines = []
+    for paragraph in text.splitlines():
+        current = ""
+        for word in paragraph.split():
+            longer = f"{current} {word}" if current else word
+            if font.getlength(longer) <= width:
+                current = longer
+                continue
+            if current:
+                lines.append(current)
+            while font.getlength(word) > width and len(word) > 1:
+                fits = 1
+                while font.getlength(word[: fits + 1]) <= width:
+                    fits += 1
+                lines.append(word[:fits])
+                word = word[fits:]
+            current = word
+        lines.append(current)
+    if len(lines) > MAX_LINES:
+        last = lines[MAX_LINES - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: MAX_LINES - 1], last + "…"]
+    return lines
+
+
+def plot_vitality(
+    scores: dict[int | tuple[int, ...], float],
+    num_double: int,
+    vital: set[int],
+    threshold: float | None,
+    path: str | Path,
+) -> None:
+    """Writes a bar chart of the vitality of each layer, or set of layers bypassed together, as PNG, SVG or
+    PDF by suffix.
+
+    `num_double` tells the double-stream layers (below it) from the single-stream ones; a bar is marked vital
+    if all its layers are in `vital`. `threshold` is drawn as a line. Raises ValueError if there are no
+    scores, InputError as `write_bytes`.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    if not scores:
+        raise ValueError("a plot needs at least one score")
+    bars = sorted((key if isinstance(key, tuple) else (key,), score) for key, score in scores.items())
+    kinds = [_kind(layers, num_double) for layers, _ in bars]
+    marked = [vital.issuperset(layers) for layers, _ in bars]
+    labels = [_ranges(layers) for layers, _ in bars]
+    values = [score for _, score in bars]
+    top, bottom = max(*values, threshold or 0, 0), min(*values, 0)
+    span = (top - bottom) or 1.0
+
+    places = max(len(bars), 8)  # a few bars should not be walls
+    inches = min(40, max(7, 1.2 + 0.24 * places))
+    upright = max(map(len, labels)) * 0.075 > (inches - 1) / places  # the labels would not fit side by side
+
+    figure = Figure(figsize=(inches, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    colours = np.array([to_rgb(KIND_COLOURS[kind]) for kind in kinds])
+    colours = np.where(np.array(marked)[:, None], colours, 0.4 * colours + 0.6)
+    axes.bar(range(len(bars)), values, width=0.76, color=colours, zorder=2)
+    stars = [position for position, mark in enumerate(marked) if mark]
+    axes.plot(stars, [max(values[i], 0) + 0.04 * span for i in stars], "*", color=INK, markersize=7, zorder=3)
+
+    axes.set_xlim((len(bars) - 1 - places) / 2 - 0.2, (len(bars) - 1 + places) / 2 + 0.2)
+    axes.set_ylim(bottom - (0.04 * span if bottom < 0 else 0), top + 0.1 * span)
+    axes.set_xticks(range(len(bars)), labels, fontsize=8, rotation=90 if upright else 0)
+    for tick, mark in zip(axes.get_xticklabels(), marked, strict=True):
+        tick.set(fontweight="bold" if mark else "normal", color=INK if mark else QUIET)
+    single_layers = all(len(layers) == 1 for layers, _ in bars)
+    axes.set_xlabel("bypassed layer" if single_layers else "layers bypassed together")
+    axes.set_ylabel("vitality (1 \N{MINUS SIGN} DINOv2 similarity)")
+    axes.grid(axis="y", color=FRAME, linewidth=0.8, zorder=0)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.axhline(0, color=INK, linewidth=1, zorder=3)
+
+    legend = [Patch(color=colour, label=kind) for kind, colour in KIND_COLOURS.items() if kind in kinds]
+    if stars:
+        legend.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=8, label="vital"))
+    if threshold is not None:
+        name = f"threshold {threshold:g}"
+        legend.append(axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, label=name))
+    figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png")
+    write_bytes(path, buffer.getvalue())
+
+
+def _kind(layers: tuple[int, ...], num_double: int) -> str:
+    sorts = {layer < num_double for layer in layers}
+    if len(sorts) == 2:
+        return "both kinds"
+    return "double-stream" if True in sorts else "single-stream"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5, 7) -> "0–2, 5, 7": three or more consecutive layers as a range."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(
+        f"{run[0]}\N{EN DASH}{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )

@@ -1,0 +1,278 @@
+"""The two kinds of transformer block of FLUX.1 and the parts they are made of.
+
+Shapes: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size, C = H D channels. Attribute
+    names are keys of the published checkpoints and stay as they are.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flux.math import KeysValues, apply_rope, attend, rope, rotate
+
+
+class EmbedND(nn.Module):
+    """Rotary embedding over several axes, each with its own share of a head's channels."""
+
+    def __init__(self, dim: int, theta: int, axes_dim: list[int]):
+        super().__init__()
+        self.dim, self.theta, self.axes_dim = dim, theta, axes_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Positions "B N axes" -> rotations "B 1 N D/2 2 2"."""
+        per_axis = [rope(ids[..., axis], dim, self.theta) for axis, dim in enumerate(self.axes_dim)]
+        return torch.cat(per_axis, dim=-3).unsqueeze(1)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000, time_factor: float = 1000.0) -> Tensor:
+    """Cosines, then sines, of `time_factor * t` at `dim // 2` frequencies from 1 down to 1 / max_period.
+
+    Args:
+        t: noise levels 0..1 or guidance scales, "B".
+
+    Returns:
+        "B dim", in the dtype of `t` if that is a floating one.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32) / half
+    frequency = torch.exp(-math.log(max_period) * exponent).to(t.device)
+    angle = (time_factor * t).float()[:, None] * frequency
+    embedding = F.pad(torch.cat((angle.cos(), angle.sin()), dim=-1), (0, dim % 2))
+    return embedding.to(t.dtype) if t.is_floating_point() else embedding
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers with a SiLU between, from an embedding to the model's width."""
+
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.silu = nn.SiLU()
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(self.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)
+        return (wide * inverse_rms).to(x.dtype) * self.scale
+
+
+class QKNorm(nn.Module):
+    """RMS normalisation of queries and keys, per head."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q).to(v), self.key_norm(k).to(v)
+
+
+def project_rows(linear: nn.Linear, x: Tensor, start: int, stop: int | None = None) -> Tensor:
+    """Only the output channels start..stop of a linear layer, the others not computed."""
+    bias = None if linear.bias is None else linear.bias[start:stop]
+    return F.linear(x, linear.weight[start:stop], bias)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """One projection's heads apart: "B N C" -> "B H N D"."""
+    return rearrange(x, "b n (h d) -> b h n d", h=num_heads)
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream into and out of attention. The attention itself spans both streams (the
+    block's).
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.norm = QKNorm(dim // num_heads)
+
+    def heads(self, x: Tensor, pe: Tensor, given: KeysValues | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
+
+        Where keys and values are given, they stand in for the stream's own, which are then not computed.
+        """
+        if given is not None:
+            q = split_heads(project_rows(self.qkv, x, 0, x.shape[-1]), self.num_heads)
+            return rotate(self.norm.query_norm(q), pe), *given
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return *apply_rope(*self.norm(q, k, v), pe), v
+
+    def forward(self, x: Tensor, pe: Tensor) -> Tensor:
+        """Attention of the stream to itself alone: "B N C" -> "B N C"."""
+        return self.proj(attend(*self.heads(x, pe)))
+
+
+@dataclass
+class ModulationOut:
+    """Shift, scale and gate of one residual branch, "B 1 C" each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def applied_to(self, x: Tensor) -> Tensor:
+        return (1 + self.scale) * x + self.shift
+
+
+class Modulation(nn.Module):
+    """One or two `ModulationOut` from the conditioning vector (adaLN-zero, arXiv 2212.09748, section 3.2)."""
+
+    def __init__(self, dim: int, double: bool):
+        super().__init__()
+        self.num_parts = 6 if double else 3
+        self.lin = nn.Linear(dim, self.num_parts * dim)
+
+    def forward(self, vec: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
+        parts = self.lin(F.silu(vec)).unsqueeze(1).chunk(self.num_parts, dim=-1)
+        return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.num_parts == 6 else None
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text in streams of their own that meet in one attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
+        super().__init__()
+        mlp_hidden_dim = int(hidden_size * mlp_ratio)
+        self.num_heads, self.hidden_size = num_heads, hidden_size
+        for stream in ("img", "txt"):
+            expand, contract = nn.Linear(hidden_size, mlp_hidden_dim), nn.Linear(mlp_hidden_dim, hidden_size)
+            parts = {
+                "mod": Modulation(hidden_size, double=True),
+                "norm1": layer_norm(hidden_size),
+                "attn": SelfAttention(hidden_size, num_heads, qkv_bias),
+                "norm2": layer_norm(hidden_size),
+                "mlp": nn.Sequential(expand, nn.GELU(approximate="tanh"), contract),
+            }
+            for name, part in parts.items():
+                self.add_module(f"{stream}_{name}", part)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        given: KeysValues | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KeysValues]:
+        """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
+
+        Args:
+            given: the image stream attends to these image keys and values instead of its own.
+            keep: return the image keys and values that were used as a third value.
+        """
+        num_txt = txt.shape[1]
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+
+        img_in = img_mod1.applied_to(self.img_norm1(img))
+        txt_in = txt_mod1.applied_to(self.txt_norm1(txt))
+        img_q, img_k, img_v = self.img_attn.heads(img_in, pe[:, :, num_txt:], given)
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_in, pe[:, :, :num_txt])
+
+        mixed = attend(
+            torch.cat((txt_q, img_q), dim=2),
+            torch.cat((txt_k, img_k), dim=2),
+            torch.cat((txt_v, img_v), dim=2),
+        )
+        txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_mixed)
+        img = img + img_mod2.gate * self.img_mlp(img_mod2.applied_to(self.img_norm2(img)))
+
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_mixed)
+        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2.applied_to(self.txt_norm2(txt)))
+        return (img, txt, (img_k, img_v)) if keep else (img, txt)
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP side by side, as in arXiv 2302.05442."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None
+    ):
+        super().__init__()
+        self.hidden_dim = hidden_size
+        self.num_heads = num_heads
+        self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
+        # One projection for queries, keys, values and the MLP's first half, one for both ways back.
+        self.linear1 = nn.Linear(hidden_size, hidden_size * 3 + self.mlp_hidden_dim)
+        self.linear2 = nn.Linear(hidden_size + self.mlp_hidden_dim, hidden_size)
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.pre_norm = layer_norm(hidden_size)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(hidden_size, double=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        given: KeysValues | None = None,
+        keep: bool = False,
+        num_txt: int = 0,
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
+        2 2".
+
+        Args:
+            given: all tokens attend to these image keys and values instead of the sequence's own.
+            keep: return the image keys and values that were used as a second value.
+            num_txt: where the image tokens begin; needed with `given` and `keep` only.
+        """
+        mod, _ = self.modulation(vec)
+        x_in = mod.applied_to(self.pre_norm(x))
+
+        if given is None:
+            qkv, mlp = self.linear1(x_in).split((3 * self.hidden_dim, self.mlp_hidden_dim), dim=-1)
+            q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+            q, k = apply_rope(*self.norm(q, k, v), pe)
+        else:
+            q = split_heads(project_rows(self.linear1, x_in, 0, self.hidden_dim), self.num_heads)
+            q = rotate(self.norm.query_norm(q), pe)
+            mlp = project_rows(self.linear1, x_in, 3 * self.hidden_dim)
+            txt_kv = project_rows(self.linear1, x_in[:, :num_txt], self.hidden_dim, 3 * self.hidden_dim)
+            txt_k, txt_v = (split_heads(part, self.num_heads) for part in txt_kv.chunk(2, dim=-1))
+            txt_k = rotate(self.norm.key_norm(txt_k), pe[:, :, :num_txt])
+            k, v = torch.cat((txt_k, given[0]), dim=2), torch.cat((txt_v, given[1]), dim=2)
+
+        mixed = torch.cat((attend(q, k, v), self.mlp_act(mlp)), dim=2)
+        x = x + mod.gate * self.linear2(mixed)
+        return (x, (k[:, :, num_txt:], v[:, :, num_txt:])) if keep else x
+
+
+class LastLayer(nn.Module):
+    """From the model's width back to packed latent channels."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        """ "B I C" -> "B I channels"."""
+        shift, scale = self.adaLN_modulation(vec).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear((1 + scale) * self.norm_final(x) + shift)

@@ -1,0 +1,245 @@
+"""The path between noise and latent: start noise, packing, schedule, Euler steps down and back up.
+
+A latent is "B 16 h w" with h and w an eighth of the picture's sides; packed, 2x2 places make one token: "B I
+64".
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
+
+import torch
+from einops import rearrange
+from einops import repeat as tile
+from torch import Tensor
+
+from flux.errors import InputError
+from flux.intervention import NOTHING, Intervention
+from flux.math import KeysValues
+from flux.model import Flux
+
+
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """Sides of the latent of a picture of that size in pixels, rounded up to whole tokens."""
+    return 2 * math.ceil(height / 16), 2 * math.ceil(width / 16)
+
+
+def get_noise(
+    num_samples: int, height: int, width: int, device: torch.device | str, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Start noise "num_samples 16 h w" for pictures of that size in pixels. Drawn on the CPU: equal on every
+    device.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(num_samples, 16, *latent_size(height, width), dtype=dtype, generator=generator).to(
+        device
+    )
+
+
+def pack(latent: Tensor) -> Tensor:
+    """ "B c h w" -> tokens of 2x2 places, "B I 4c"."""
+    return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(x: Tensor, height: int, width: int) -> Tensor:
+    """Back from tokens, "B I 4c", to the latent "B c h w" of a picture of that size in pixels."""
+    return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=math.ceil(height / 16), ph=2, pw=2)
+
+
+def image_ids(batch: int, height: int, width: int, device: torch.device | str) -> Tensor:
+    """Positions (0, row, column) of a picture's tokens, "B I 3", float32. The size is the picture's, in
+    pixels.
+    """
+    rows, columns = (side // 2 for side in latent_size(height, width))
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+    return tile(ids, "i axes -> b i axes", b=batch).to(device)
+
+
+def prepare(t5: Callable, clip: Callable, img: Tensor, prompt: str | list[str]) -> dict[str, Tensor]:
+    """Everything `denoise` needs: the packed latent, the texts' features and the positions of both.
+
+    One prompt serves all rows of `img` ("B 16 h w"), one row serves all prompts.
+    """
+    prompts = [prompt] * img.shape[0] if isinstance(prompt, str) else list(prompt)
+    if img.shape[0] == 1:
+        img = img.expand(len(prompts), -1, -1, -1)
+    txt, vec = t5(prompts), clip(prompts)
+    batch, _, height, width = img.shape
+    return {
+        "img": pack(img),
+        "img_ids": image_ids(batch, 8 * height, 8 * width, img.device),
+        "txt": txt.to(img.device),
+        "txt_ids": torch.zeros(batch, txt.shape[1], 3, device=img.device),
+        "vec": vec.to(img.device),
+    }
+
+
+def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
+    """Noise levels moved towards the noisy end by exp(mu) (arXiv 2403.03206, section 5.3.2)."""
+    return math.exp(mu) / (math.exp(mu) + (1 / t - 1) ** sigma)
+
+
+def get_lin_function(
+    x1: float = 256, y1: float = 0.5, x2: float = 4096, y2: float = 1.15
+) -> Callable[[float], float]:
+    """The straight line through (x1, y1) and (x2, y2)."""
+    slope = (y2 - y1) / (x2 - x1)
+    return lambda x: y1 + slope * (x - x1)
+
+
+def get_schedule(
+    num_steps: int, image_seq_len: int, base_shift: float = 0.5, max_shift: float = 1.15, shift: bool = True
+) -> list[float]:
+    """The num_steps + 1 noise levels from 1 to 0; more image tokens stay longer at the noisy end, unless not
+    shifted.
+    """
+    levels = torch.linspace(1, 0, num_steps + 1)
+    if shift:
+        levels = time_shift(get_lin_function(y1=base_shift, y2=max_shift)(image_seq_len), 1.0, levels)
+    return levels.tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What steers the rows of a batch.
+
+    Attributes:
+        txt: T5 features, "B T features"; txt_ids their positions, "B T 3".
+        vec: pooled CLIP features, "B features".
+        guidance: distilled guidance scale of each row, "B"; None for models without.
+        negative: steers the second pass of true classifier-free guidance; None: there is none.
+        true_cfg: scale of that guidance, 1 or more.
+    """
+
+    txt: Tensor
+    txt_ids: Tensor
+    vec: Tensor
+    guidance: Tensor | None = None
+    negative: "Conditioning | None" = None
+    true_cfg: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One Euler step from noise level `t` to `t_next`; latents packed, "B I 64".
+
+    Attributes:
+        noisy: the latent that entered.
+        velocity: the model's answer to it.
+        kept: image keys and values of the layers the intervention kept; kept_negative: those of the negative
+            pass.
+    """
+
+    t: float
+    t_next: float
+    noisy: Tensor
+    velocity: Tensor
+    kept: dict[int, KeysValues]
+    kept_negative: dict[int, KeysValues] | None = None
+
+    @cached_property
+    def latent(self) -> Tensor:
+        """The latent at `t_next`."""
+        return self.noisy + (self.t_next - self.t) * self.velocity
+
+    @property
+    def clean(self) -> Tensor:
+        """The clean latent that this velocity points at."""
+        return self.noisy - self.t * self.velocity
+
+
+def euler_step(
+    model: Flux,
+    img: Tensor,
+    img_ids: Tensor,
+    cond: Conditioning,
+    t: float,
+    t_next: float,
+    intervention: Intervention = NOTHING,
+) -> Step:
+    """One step of Euler's method from the packed latent `img` ("B I 64") at noise level t to t_next."""
+
+    def ask(cond: Conditioning, intervention: Intervention) -> tuple[Tensor, dict[int, KeysValues]]:
+        t_rows = torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
+        return model.observe(
+            img, img_ids, cond.txt, cond.txt_ids, t_rows, cond.vec, cond.guidance, intervention
+        )
+
+    velocity, kept = ask(cond, intervention)
+    if cond.negative is None:
+        return Step(t, t_next, img, velocity, kept)
+    away, kept_negative = ask(cond.negative, intervention.of_negative_pass())
+    return Step(t, t_next, img, away + cond.true_cfg * (velocity - away), kept, kept_negative)
+
+
+def sample(
+    model: Flux,
+    img: Tensor,
+    img_ids: Tensor,
+    cond: Conditioning,
+    timesteps: Sequence[float],
+    interventions: Intervention | Iterable[Intervention] = NOTHING,
+) -> Iterator[Step]:
+    """Euler's method, step by step: yields each of the len(timesteps) - 1 steps as soon as it is taken.
+
+    Args:
+        img: packed latent at noise level timesteps[0], "B I 64".
+        interventions: one for all steps, or one for each; asked for only when its step begins, so that it may
+            come from another sampling that runs beside this one.
+    """
+    if isinstance(interventions, Intervention):
+        interventions = repeat(interventions)
+    for t, t_next, intervention in zip(timesteps, timesteps[1:], interventions):
+        step = euler_step(model, img, img_ids, cond, t, t_next, intervention)
+        img = step.latent
+        yield step
+
+
+def denoise(
+    model: Flux,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    vec: Tensor,
+    timesteps: Sequence[float],
+    guidance: float = 4.0,
+    interventions: Intervention | Iterable[Intervention] = NOTHING,
+) -> Tensor:
+    """The packed latent at the last of `timesteps`, "B I 64": upstream's call, with interventions."""
+    cond = Conditioning(
+        txt, txt_ids, vec, torch.full((img.shape[0],), guidance, device=img.device, dtype=img.dtype)
+    )
+    for step in sample(model, img, img_ids, cond, timesteps, interventions):
+        img = step.latent
+    return img
+
+
+def invert(
+    model: Flux, latent: Tensor, img_ids: Tensor, cond: Conditioning, timesteps: Sequence[float]
+) -> Iterator[Tensor]:
+    """Euler's method backwards (Stable Flow, equation 4): yields the latents at timesteps[-2], ...,
+    timesteps[0].
+
+    The velocity of each step is asked at its noisier end for the latent of its cleaner end.
+    """
+    levels = list(timesteps)[::-1]
+    for t, t_noisier in zip(levels, levels[1:]):
+        latent = latent + (t_noisier - t) * euler_step(model, latent, img_ids, cond, t_noisier, t).velocity
+        yield latent
+
+
+def window(num_steps: int, start: float, stop: float) -> range:
+    """The steps that lie in the fractions start..stop of a schedule, at least one of them.
+
+    Raises:
+        InputError: if no step does.
+    """
+    steps = range(round(start * num_steps), round(stop * num_steps))
+    if not steps:
+        raise InputError(
+            f"Got the window {start}..{stop} of {num_steps} steps, which holds no step: widen it"
+        )
+    return steps

@@ -1,0 +1,473 @@
+"""What each demo's JSON file may say, and how such a file is found, read and checked.
+
+Every wrong entry ends as one line that names the file, the field and what was expected there. None in a field
+means "as the model's spec says" and is filled in later: no model is known here, hence no highest layer.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from flux.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEMOS = ("test", "layer", "skip", "dino", "edit")  # by number: demo_0_test.py to demo_4_edit.py
+MAX_SEED = 2**63 - 1
+
+
+# ---- kinds of values
+
+
+def _expected(what: str) -> PydanticCustomError:
+    """An error that ends as "expected WHAT, got VALUE"."""
+    return PydanticCustomError("expected", "{what}", {"what": what})
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a stray surrogate: "\ud800" in a file, or a command line that is not UTF-8
+        raise _expected("text that UTF-8 can hold") from None
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise _expected("some text")
+    return text
+
+
+def _no_repeats(layers: tuple) -> tuple:
+    distinct = {frozenset(entry) if isinstance(entry, tuple) else entry for entry in layers}
+    if len(distinct) < len(layers):
+        raise _expected("each only once")
+    return layers
+
+
+def _form(layers: Any) -> str | None:
+    """Which form of a layers field is meant, so that only that form's errors are reported."""
+    if isinstance(layers, str):
+        return "word"
+    if isinstance(layers, list | tuple):
+        return "sets" if any(isinstance(entry, list | tuple) for entry in layers) else "numbers"
+    return None
+
+
+def _by_form(expected: str) -> Discriminator:
+    return Discriminator(
+        _form,
+        custom_error_type="expected",
+        custom_error_message="{what}",
+        custom_error_context={"what": expected},
+    )
+
+
+# JSON's lists become tuples, which strictness forbids: hence strict=False, on the tuple, not on its items.
+_LIST = Field(strict=False, min_length=1)
+String = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[String, AfterValidator(_not_blank)]
+Texts = Annotated[tuple[Text, ...], _LIST]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _LIST, AfterValidator(_no_repeats)]
+LayerSets = Annotated[tuple[LayerNumbers, ...], _LIST, AfterValidator(_no_repeats)]
+Sweep = Annotated[
+    Annotated[Literal["all"], Tag("word")]
+    | Annotated[LayerNumbers, Tag("numbers")]
+    | Annotated[LayerSets, Tag("sets")],
+    _by_form('"all", a list of layers, or a list of lists of layers'),
+]
+VitalLayers = Annotated[
+    Annotated[Text, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
+    _by_form('"auto", a list of layers, a vital_layers.json, or the name of a preset'),
+]
+
+
+# ---- the settings of each demo
+
+
+class _Strict(BaseModel):
+    # A demo uses one of these classes: with defer_build the others cost no time.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+    __test__: ClassVar[bool] = False  # else pytest takes TestSettings for a class of tests
+
+
+class Prompt(_Strict):
+    """One image to be made: what it shows, and the seed of its noise."""
+
+    prompt: String = Field(description="what the image shows")
+    seed: Seed = Field(description="seed of the noise")
+
+
+Prompts = Annotated[tuple[Prompt, ...], _LIST]
+
+
+class Settings(_Strict):
+    """What all settings share: the demo they belong to, and fields of which exactly one is to be given."""
+
+    demo: ClassVar[str]
+    either: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Settings":
+        given = [name for name in self.either if getattr(self, name) not in (None, ())]
+        if self.either and len(given) != 1:
+            got = "both" if given else "neither"
+            raise ValueError(f"got {got} of {' and '.join(self.either)}, expected exactly one")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read_settings` reads back to equal settings, in JSON's types."""
+        return self.model_dump(mode="json")
+
+
+class ModelSettings(Settings):
+    """The model, where it runs, and how it samples."""
+
+    model: Text = Field("flux-nano", description="name of the model, one of flux.specs.configs")
+    weights: Text | None = Field(None, description="file of the transformer's weights")
+    ae_weights: Text | None = Field(None, description="file of the autoencoder's weights")
+    text_encoders: Text | None = Field(
+        None, description="folder that holds text_encoder, text_encoder_2, tokenizer and tokenizer_2"
+    )
+    device: Text = Field("auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the nets' numbers")
+    offload: bool = Field(False, description="keep each net in main memory while it is not at work")
+    compile: bool = Field(False, description="compile the transformer's blocks: slower start, faster steps")
+    width: int | None = Field(None, ge=16, description="width of the images in pixels")
+    height: int | None = Field(None, ge=16, description="height of the images in pixels")
+    num_steps: int | None = Field(None, ge=1, description="number of denoising steps")
+    guidance: float | None = Field(None, ge=0, description="distilled guidance, a number fed to the model")
+    true_cfg: float | None = Field(None, ge=1, description="two-pass guidance; 1 means off")
+    negative_prompt: String = Field("", description="what two-pass guidance leads away from")
+    batch_size: int = Field(1, ge=1, description="images sampled at once")
+    watermark: bool | None = Field(None, description="put the invisible watermark into the images")
+    metadata: bool = Field(True, description="write prompt, seed and settings into the image files")
+    output_dir: Text = Field("output", description="folder to write to")
+
+    def sampling(self) -> dict[str, Any]:
+        """What a pipeline wants to know of how to make a picture, by the names of its arguments."""
+        names = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt", "watermark")
+        return {name: getattr(self, name) for name in names}
+
+
+class PromptSettings(ModelSettings):
+    """A model and the prompts to run it on; a prompt without seed gets `seed` plus its place in the list."""
+
+    seed: Seed = Field(0, description="seed of the first prompt; each later one's is one higher")
+    prompts: Prompts = Field(description="list of prompts, each with or without its seed, or a file of them")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _number(cls, prompts: Any, info: ValidationInfo) -> Any:
+        if not isinstance(prompts, list | tuple):
+            return prompts
+        numbered = []
+        # `seed` is not there if it is itself wrong, which is reported anyway.
+        for seed, entry in enumerate(prompts, start=info.data.get("seed", 0)):
+            if isinstance(entry, str):
+                entry = {"prompt": entry}
+            numbered.append({"seed": seed, **entry} if isinstance(entry, dict) else entry)
+        return numbered
+
+
+class TestSettings(PromptSettings):
+    """Demo 0: one image per prompt."""
+
+    demo: ClassVar[str] = "test"
+    output_dir: Text = Field("output/test", description="folder to write to")
+
+
+class LayerSettings(PromptSettings):
+    """Demo 1: a prompt's way from noise to image. Once read, `prompt` is None and stands in `prompts`."""
+
+    demo: ClassVar[str] = "layer"
+    either: ClassVar[tuple[str, ...]] = ("prompt", "prompts")
+    prompt: String | None = Field(None, description="the one prompt to follow")
+    prompts: Prompts = Field((), description="instead of prompt: several, as a list or a file")
+    output_dir: Text = Field("output/layer", description="folder to write to")
+
+    @model_validator(mode="after")
+    def _move_prompt(self) -> "LayerSettings":
+        if self.prompt is not None:
+            self.__dict__.update(prompt=None, prompts=(Prompt(prompt=self.prompt, seed=self.seed),))
+        return self
+
+
+class SkipSettings(PromptSettings):
+    """Demo 2: the same images with layers bypassed, a list one by one, a list of lists in sets."""
+
+    demo: ClassVar[str] = "skip"
+    layers: Sweep = Field("all", description='what to bypass: "all" one by one, a list, or a list of sets')
+    output_dir: Text = Field("output/skip", description="folder to write to, or to go on with")
+
+
+class DinoSettings(Settings):
+    """Demo 3: how much each bypassed layer matters, and which ones are vital."""
+
+    demo: ClassVar[str] = "dino"
+    either: ClassVar[tuple[str, ...]] = ("top", "threshold")
+    input_dir: Text = Field(description="folder that demo 2 wrote")
+    output_dir: Text | None = Field(None, description="folder to write to; None means input_dir")
+    model: Text = Field("flux-nano", description="the DINOv2: that of a model of ours, a hub id or a folder")
+    device: Text = Field("auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
+    top: int | None = Field(None, ge=1, description="vital are this many layers, the most vital ones")
+    threshold: float | None = Field(None, ge=0, le=2, description="vital are layers of this vitality or more")
+
+
+class EditSettings(ModelSettings):
+    """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
+
+    demo: ClassVar[str] = "edit"
+    prompt: String = Field(description="what the reference shows, or what is on the photo")
+    seed: Seed = Field(0, description="seed of the noise that reference and edits share")
+    edits: Texts = Field(description="list of prompts, one for each edited image")
+    vital_layers: VitalLayers = Field("auto", description='"auto", a list, a vital_layers.json or a preset')
+    inject_from: float = Field(0.0, ge=0, le=1, description="fraction of the steps where injection starts")
+    inject_until: float = Field(1.0, ge=0, le=1, description="fraction of the steps where injection ends")
+    photo: Text | None = Field(None, description="image file to edit instead of a generated reference")
+    nudging: float = Field(1.15, gt=0, description="factor on a photo's latent before its inversion")
+    output_dir: Text = Field("output/edit", description="folder to write to")
+
+    @model_validator(mode="after")
+    def _window(self) -> "EditSettings":
+        if self.inject_from >= self.inject_until:
+            got = f"got inject_from {self.inject_from:g} and inject_until {self.inject_until:g}"
+            raise ValueError(f"{got}, expected inject_from to be smaller")
+        return self
+
+
+# ---- reading
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> S:
+    """The settings in a JSON file, with what the command line says put over them.
+
+    `file` is looked for as given, then in configs/. It may be a run.json: then its "settings" are taken.
+    `overrides` maps fields (dashes equal underscores) to values as `fire` parsed them. They win: a seed over
+    those in the list of prompts too, a field over its counterpart too (`top` over `threshold`).
+    Raises InputError, one line, for a file or a value that cannot be used.
+    """
+    path = _find(file)
+    data = _settings_in(cls, path)
+    typed = {}
+    for name, value in (overrides or {}).items():
+        name = name.replace("-", "_")
+        typed[name] = _from_command_line(cls, name, value)
+    if any(typed.get(name) is not None for name in cls.either):
+        data = {name: value for name, value in data.items() if name not in cls.either}
+    data |= typed
+    sources = dict.fromkeys(typed, "command line")  # of the fields that do not come from `path`
+    if "prompts" in cls.model_fields and isinstance(data.get("prompts"), str):
+        named_by = sources.get("prompts", path)
+        data["prompts"], sources["prompts"] = _read_prompts(data["prompts"], path.parent, named_by)
+    if "seed" in typed and isinstance(data.get("prompts"), list):
+        data["prompts"] = [_without_seed(entry) for entry in data["prompts"]]
+    return check_settings(cls, data, path, sources)
+
+
+def check_settings(
+    cls: type[S],
+    data: Mapping[str, Any],
+    source: Path | str | None = None,
+    others: Mapping[str, Path | str] | None = None,
+) -> S:
+    """The settings that these fields make.
+
+    Raises InputError, one line that begins with the `source` of the wrong field, or with its own in `others`.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        field, message = _describe(error, cls, data)
+        place = (others or {}).get(field, source)
+        raise InputError(f"{place}: {message}" if place else message) from None
+
+
+def _settings_in(cls: type[Settings], path: Path) -> dict[str, Any]:
+    """The top-level object of `path`, or the "settings" in it if a demo wrote the file."""
+    data = _load(path)
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected an object {{...}} at the top, got {_show(data)}")
+    if "settings" not in data:
+        return data
+    demo = data.get("demo", cls.demo)
+    if demo != cls.demo:
+        script = f", run demo_{DEMOS.index(demo)}_{demo}.py with it" if demo in DEMOS else ""
+        raise InputError(f'{path}: got a run of demo {_show(demo)}, expected one of "{cls.demo}"{script}')
+    if not isinstance(data["settings"], dict):
+        raise InputError(f"{path}: settings: expected an object {{...}}, got {_show(data['settings'])}")
+    return data["settings"]
+
+
+def _read_prompts(name: str, beside: Path, named_by: Path | str) -> tuple[list, Path]:
+    """The list in the JSON file `name`, and the path of that file."""
+    try:
+        path = _find(name, beside)
+    except InputError as error:
+        hint = 'a prompt itself is written as a list: ["..."]'
+        raise InputError(f"{named_by}: prompts: {error}; {hint}") from None
+    prompts = _load(path)
+    if not isinstance(prompts, list):
+        raise InputError(f"{path}: expected a list of prompts [...], got {_show(prompts)}")
+    return prompts, path
+
+
+def _without_seed(prompt: Any) -> Any:
+    if not isinstance(prompt, dict):
+        return prompt
+    return {key: value for key, value in prompt.items() if key != "seed"}
+
+
+def _find(name: str | os.PathLike, beside: Path | None = None) -> Path:
+    """The file called `name`: as given, else in the folder `beside`, else in configs/."""
+    folders = [Path(), beside, CONFIGS] if beside else [Path(), CONFIGS]
+    candidates = list(dict.fromkeys(folder / str(name) for folder in folders))
+    for path in candidates:
+        # os.path, unlike Path, also says no to what is too long to be a name, such as a prompt.
+        if os.path.exists(path) and not os.path.isdir(path):
+            return path
+    if any(os.path.isdir(path) for path in candidates):
+        raise InputError(f"expected a JSON file, got the folder {_show(str(name))}")
+    looked = ["the current folder" if path.parent == Path() else str(path.parent) for path in candidates]
+    raise InputError(f"no file {_show(str(name))}, looked in {', '.join(looked)}")
+
+
+def _load(path: Path) -> Any:
+    """What the JSON file `path` holds."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (from byte {error.start} on), save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path}: broken JSON at {where}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a field twice, a number too long, lists too deep
+        raise InputError(f"{path}: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} stands twice in one object")
+    return data
+
+
+def _from_command_line(cls: type[Settings], name: str, value: Any) -> Any:
+    """What was meant where `fire` saw a literal: --prompt 7, --prompt "red, blue", --layers 5."""
+    value = _lists(value)
+    if name not in cls.model_fields or value is None:
+        return value
+    kinds = _kinds(cls.model_fields[name].annotation)
+    if kinds <= {str, type(None)}:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if tuple in kinds and not isinstance(value, list):
+        # A text may stand for itself: "all", "auto", or the file of the prompts.
+        return value if isinstance(value, str) and (str in kinds or name == "prompts") else [value]
+    return value
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The outermost types of an annotation: `Annotated[tuple[int, ...], ...] | None` -> {tuple, NoneType}."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {origin or annotation}
+
+
+# ---- one line for the user
+
+# pydantic's name of an error -> what was expected; braces are filled from the error's context
+EXPECTED = {
+    "expected": "{what}",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": 'a string or {{"prompt": "...", "seed": 0}}',
+    "literal_error": "{expected}",
+    "too_short": "at least one entry",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le}",
+}
+
+
+def _describe(error: ValidationError, cls: type[Settings], data: Mapping) -> tuple[str | None, str]:
+    """The field of the first problem, and a line about it that counts the others."""
+    problems = error.errors(include_url=False)
+    # A misspelt field goes first: it explains the missing one.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+    kind, loc, context = problem["type"], problem["loc"], problem.get("ctx", {})
+    if kind in ("extra_forbidden", "missing"):
+        *loc, name = loc
+        fields = (Prompt if loc else cls).model_fields
+        missing = f"missing field {name!r}"
+        message = f"{missing}: {fields[name].description}" if kind == "missing" else _unknown(name, fields)
+    elif kind == "value_error":
+        message = str(context["error"])
+    else:
+        expected = EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
+        message = f"expected {expected}, got {_show(problem['input'])}"
+    path = _path(loc, data)
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return next(iter(problem["loc"]), None), (f"{path}: " if path else "") + message + others
+
+
+def _unknown(name: str, fields: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+    return f"unknown field {name!r}, {hint}"
+
+
+def _path(loc: Iterable[str | int], data: Any) -> str:
+    """`loc` as the user would write it: ("layers", "sets", 1, 0) -> "layers[1][0]"."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int) and isinstance(data, list | tuple):
+            path, data = f"{path}[{part}]", data[part]
+        elif isinstance(part, str) and isinstance(data, Mapping):
+            path, data = f"{path}.{part}" if path else part, data.get(part)
+        # Else the user did not write it: the tag of a union's branch, the "prompt" of a plain text.
+    return path
+
+
+def _show(value: Any) -> str:
+    """`value` as JSON, on one line of at most 80 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 80 else f"{text[:40]} ... {text[-35:]}"

@@ -1,0 +1,183 @@
+"""Every model this package knows: its sizes, where its files come from, and how it is meant to be used."""
+
+import difflib
+from dataclasses import dataclass, replace
+from math import log
+from pathlib import Path
+from typing import TypeVar
+
+from flux.errors import InputError
+from flux.intervention import check_layers
+from flux.model import FluxParams
+from flux.modules.autoencoder import AutoEncoderParams
+from flux.settings import ModelSettings, SkipSettings
+
+NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
+
+VITAL_LAYERS_DEV = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)
+"""Vital layers of FLUX.1-dev (Stable Flow, appendix A.1)."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model.
+
+    Attributes:
+        repo_id: repository on the hub; None: the files are in `folder`, part of this package.
+        repo_flow, repo_ae: file of the transformer and of the autoencoder in that repository or folder.
+        env_flow, env_ae: environment variables that name a local file instead, the first that is set wins.
+        text_length: T5 tokens a prompt is padded or cut to; clip_length the same for CLIP.
+        num_steps, guidance, true_cfg, size: defaults; size is a side in pixels.
+        shifted, base_shift, max_shift: its schedule, as in `flux.sampling.get_schedule`.
+        vital_layers: its known vital layers; None: nobody has published any.
+        dinov2: the encoder that scores its pictures, a hub id or a folder.
+        licence: what a download of it is bound to.
+        watermark: whether its pictures are marked by default.
+    """
+
+    params: FluxParams
+    ae_params: AutoEncoderParams
+    repo_id: str | None
+    repo_flow: str
+    repo_ae: str = "ae.safetensors"
+    folder: Path | None = None
+    env_flow: tuple[str, ...] = ()
+    env_ae: tuple[str, ...] = ("FLUX_AE", "AE")
+    text_length: int = 512
+    clip_length: int = 77
+    num_steps: int = 50
+    guidance: float = 3.5
+    true_cfg: float = 1.0
+    size: int = 1024
+    shifted: bool = True
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    vital_layers: tuple[int, ...] | None = None
+    dinov2: str = "facebook/dinov2-giant"
+    licence: str = "FLUX.1 [dev] non-commercial"
+    watermark: bool = True
+
+    @property
+    def num_layers(self) -> int:
+        return self.params.depth + self.params.depth_single_blocks
+
+
+_DEV = FluxParams(
+    hidden_size=3072, num_heads=24, mlp_ratio=4.0, depth=19, depth_single_blocks=38, qkv_bias=True,
+    guidance_embed=True, in_channels=64, out_channels=64, context_in_dim=4096, vec_in_dim=768, axes_dim=[16,
+    56, 56], theta=10_000,
+)  # fmt: skip
+_AE = AutoEncoderParams(
+    resolution=256, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, in_channels=3, out_ch=3, z_channels=16,
+    scale_factor=0.3611, shift_factor=0.1159,
+)  # fmt: skip
+
+configs: dict[str, ModelSpec] = {
+    "flux-dev": ModelSpec(
+        params=_DEV,
+        ae_params=_AE,
+        repo_id="black-forest-labs/FLUX.1-dev",
+        repo_flow="flux1-dev.safetensors",
+        env_flow=("FLUX_DEV", "FLUX_MODEL"),
+        vital_layers=VITAL_LAYERS_DEV,
+    ),
+    "flux-dev-krea": ModelSpec(
+        params=_DEV,
+        ae_params=_AE,
+        repo_id="black-forest-labs/FLUX.1-Krea-dev",
+        repo_flow="flux1-krea-dev.safetensors",
+        env_flow=("FLUX_DEV_KREA", "FLUX_MODEL"),
+        guidance=4.5,
+    ),
+    "flux-schnell": ModelSpec(
+        params=replace(_DEV, guidance_embed=False),
+        ae_params=_AE,
+        repo_id="black-forest-labs/FLUX.1-schnell",
+        repo_flow="flux1-schnell.safetensors",
+        env_flow=("FLUX_SCHNELL", "FLUX_MODEL"),
+        text_length=256,
+        num_steps=4,
+        shifted=False,
+        licence="Apache-2.0",
+    ),
+    "flux-nano": ModelSpec(
+        params=replace(
+            _DEV,
+            vec_in_dim=128,
+            context_in_dim=256,
+            hidden_size=320,
+            num_heads=5,
+            depth=5,
+            depth_single_blocks=10,
+            axes_dim=[8, 28, 28],
+            guidance_embed=False,
+        ),
+        ae_params=replace(
+            _AE, ch=32, num_res_blocks=1, scale_factor=0.5277, shift_factor=-0.0324, num_groups=16
+        ),
+        repo_id=None,
+        repo_flow="transformer.safetensors",
+        folder=NANO_FOLDER,
+        # The small model is part of the package: variables set for the large ones leave it alone.
+        env_ae=(),
+        text_length=32,
+        clip_length=32,
+        num_steps=20,
+        true_cfg=3.5,
+        size=256,
+        # t' = 1.5 t / (1 + 0.5 t) at every size.
+        base_shift=log(1.5),
+        max_shift=log(1.5),
+        vital_layers=(0, 1, 2, 3, 4),
+        dinov2=str(NANO_FOLDER / "dinov2"),
+        licence="Apache-2.0",
+        # Nobody takes its pictures for photographs, and at this size the mark shows in plain skies.
+        watermark=False,
+    ),
+}
+
+
+def get_spec(name: str) -> ModelSpec:
+    """The model of that name. Raises InputError, naming near ones, if there is none."""
+    if name not in configs:
+        near = difflib.get_close_matches(name, configs, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"Got unknown model {name!r}{hint} Known are {', '.join(configs)}")
+    return configs[name]
+
+
+Settings = TypeVar("Settings", bound=ModelSettings)
+
+
+def complete(settings: Settings) -> Settings:
+    """The settings with every None filled from the model's spec and the size brought to whole tokens.
+
+    Raises:
+        InputError: an unknown model, or layers that it does not have.
+    """
+    spec = get_spec(settings.model)
+    filled = {
+        "width": spec.size,
+        "height": spec.size,
+        "num_steps": spec.num_steps,
+        "guidance": spec.guidance,
+        "true_cfg": spec.true_cfg,
+        "watermark": spec.watermark,
+    }
+    filled.update({name: value for name in filled if (value := getattr(settings, name)) is not None})
+    for side in ("width", "height"):
+        filled[side] = whole_tokens(filled[side], side)
+    settings = settings.model_copy(update=filled)
+    layers = getattr(settings, "layers" if isinstance(settings, SkipSettings) else "vital_layers", ())
+    if not isinstance(layers, str):
+        for layer in layers:
+            check_layers([layer] if isinstance(layer, int) else layer, spec.num_layers)
+    return settings
+
+
+def whole_tokens(side: int, name: str) -> int:
+    """The side in pixels, rounded down to a multiple of 16, with a printed notice if that changes it."""
+    rounded = side // 16 * 16
+    if rounded != side:
+        print(f"{name} {side} is rounded down to {rounded}, a multiple of 16")
+    return rounded
