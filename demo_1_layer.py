@@ -1,9 +1,10 @@
 """A picture's way from noise: what each step holds, and the clean picture that it points at.
 
-    python demo_1_layer.py layer.json [--seed 7] [any other field of the file]
+    python demo_1_layer.py layer.json [--layers "[1,3,6]"] [--words '["dog"]'] [any other field of the file]
 
 Writes step_00_noisy.png, step_00_clean.png, ..., steps.png, steps.gif and run.json to the file's output_dir;
-with several prompts, each into a folder prompt_000, prompt_001, ... of its own.
+with several prompts, each into a folder prompt_000, prompt_001, ... of its own. With layers, also what these
+attend to: layers.png (image tokens to text, layer by step) and words.png (each word and the image, by layer).
 """
 
 from pathlib import Path
@@ -18,35 +19,42 @@ from flux.settings import LayerSettings, read_settings
 def main(file: str = "layer.json", **overrides) -> None:
     settings = read_settings(LayerSettings, file, overrides)
 
+    from flux.attention_maps import check_watch, layers_sheet, prompt_words, watch, words_sheet
     from flux.images import grid, save_animation, save_image, write_json
     from flux.pipeline import Pipeline
     from flux.record import about, run_record
     from flux.specs import complete
 
     settings = complete(settings)
+    check_watch(settings)
     pipe = Pipeline.load(settings)
     out = Path(settings.output_dir)
     for number, entry in enumerate(settings.prompts):
         folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"
-        steps = []
-        [final] = pipe.generate([entry.prompt], [entry.seed], on_step=steps.append, **settings.sampling())
+        record = about(settings, entry.prompt, entry.seed)
+        size = (settings.width, settings.height)
+        steps, seen = watch(pipe, entry.prompt, entry.seed, settings)
+        [final] = pipe.decode(steps[-1].latent, *size, settings.watermark)
         rows = {"noisy": [], "clean": []}
         for index, step in enumerate(steps):
             for kind, latent in (("noisy", step.noisy), ("clean", step.clean)):
-                [picture] = pipe.decode(latent, settings.width, settings.height)
-                save_image(
-                    picture,
-                    folder / f"step_{index:02d}_{kind}.png",
-                    about(settings, entry.prompt, entry.seed),
-                )
+                [picture] = pipe.decode(latent, *size)
+                save_image(picture, folder / f"step_{index:02d}_{kind}.png", record)
                 rows[kind].append(picture)
-        titles = [f"step {index}, t = {step.t:.2f}" for index, step in enumerate(steps)]
-        sheet = grid(
-            [[*row, final] for row in rows.values()], [[*titles, "end"]] * 2, ["noisy", "predicted clean"]
-        )
-        save_image(sheet, folder / "steps.png")
+        titles = [*(f"step {index}, t = {step.t:.2f}" for index, step in enumerate(steps)), "end"]
+        columns = [slice(start, start + 7) for start in range(0, len(titles), 7)]
+        sheet = [[*rows[kind], final][part] for part in columns for kind in rows]
+        captions = [titles[part] for part in columns for _ in rows]
+        save_image(grid(sheet, captions, ["noisy", "predicted clean"] * len(columns)), folder / "steps.png")
         save_animation([*rows["clean"], final], folder / "steps.gif", seconds_per_frame=0.25)
         print(folder / "steps.png")
+        if seen:
+            num_double = pipe.spec.params.depth
+            save_image(layers_sheet(final, seen, num_double), folder / "layers.png", record)
+            print(folder / "layers.png")
+            if prompt_words(entry.prompt):
+                save_image(words_sheet(final, seen, num_double), folder / "words.png", record)
+                print(folder / "words.png")
     write_json(out / "run.json", run_record(settings, timings=pipe.timings))
 
 

@@ -16,13 +16,10 @@ from flux.settings import SkipSettings, read_settings
 def main(file: str = "skip.json", **overrides) -> None:
     settings = read_settings(SkipSettings, file, overrides)
 
-    from flux.pipeline import Pipeline
     from flux.specs import complete
-    from flux.vitality import open_sweep, sweep
+    from flux.vitality import sweep
 
-    settings = complete(settings)
-    open_sweep(settings)
-    print(sweep(Pipeline.load(settings), settings) / "grid.png")
+    print(sweep(complete(settings)) / "grid.png")
 
 
 if __name__ == "__main__":

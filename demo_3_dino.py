@@ -2,8 +2,8 @@
 
     python demo_3_dino.py dino.json [--top 5] [--threshold 0.1] [any other field of the file]
 
-Reads the folder that demo_2_skip.py wrote. Writes similarity.csv, vitality.png and vital_layers.json to the
-file's output_dir; demo_4_edit.py takes the last as "vital_layers".
+Reads the folder that demo_2_skip.py wrote. Writes similarity.csv, vitality.png, heat_map.png, report.html and
+vital_layers.json to the file's output_dir; demo_4_edit.py takes the last as "vital_layers".
 """
 
 from pathlib import Path
@@ -18,23 +18,18 @@ from flux.settings import DinoSettings, read_settings
 def main(file: str = "dino.json", **overrides) -> None:
     settings = read_settings(DinoSettings, file, overrides)
 
-    from flux.perceptual import PerceptualEncoder
-
-    from flux.images import plot_vitality
     from flux.pipeline import pick_device
-    from flux.specs import configs, get_spec
-    from flux.vitality import check_sweep, score, write_scores
+    from flux.scan import encoder_of, publish
+    from flux.scores import Rule, load_metrics, score
+    from flux.vitality import check_sweep
 
     folder = Path(settings.input_dir)
-    record, _ = check_sweep(folder)
-    encoder = configs[settings.model].dinov2 if settings.model in configs else settings.model
-    spec = get_spec(record["settings"]["model"])
-    scores = score(folder, PerceptualEncoder.load(encoder, pick_device(settings.device)))
-
+    check_sweep(folder)
+    sources = {"dino": encoder_of(settings.model)}
+    scores = score(folder, load_metrics(settings.metrics, sources, pick_device(settings.device)))
     out = Path(settings.output_dir or folder)
-    layers = write_scores(out, scores, record, settings)
-    plot_vitality(scores.vitality, spec.params.depth, set(layers), settings.threshold, out / "vitality.png")
-    print(f"vital layers: {layers}\n{out / 'vitality.png'}")
+    vital = publish(folder, out, scores, Rule.of(settings), sources)
+    print(f"vital layers: {vital}\n{out / 'report.html'}")
 
 
 if __name__ == "__main__":

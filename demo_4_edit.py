@@ -19,12 +19,15 @@ def main(file: str = "edit.json", **overrides) -> None:
 
     from flux.editing import edit, find_vital_layers, psnr
     from flux.images import grid, read_image, save_image, write_json
+    from flux.loading import checkpoint_of
     from flux.pipeline import Pipeline
     from flux.record import about, run_record
     from flux.specs import complete, get_spec
 
     settings = complete(settings)
-    layers = find_vital_layers(settings.vital_layers, get_spec(settings.model))
+    layers = find_vital_layers(settings.vital_layers, get_spec(settings.model), checkpoint_of(settings))
+    # So that run.json repeats this run also when other layers are "auto" one day.
+    settings = settings.model_copy(update={"vital_layers": layers})
     photo = read_image(settings.photo) if settings.photo else None
     pipe = Pipeline.load(settings)
     dose = settings.model_dump(include={"seed", "inject_from", "inject_until", "nudging", "batch_size"})

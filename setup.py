@@ -8,7 +8,15 @@ VERSION = (HERE / "flux" / "__init__.py").read_text().split('__version__ = "')[1
 GRADIO = ["gradio>=6.0"]
 # invisible-watermark, which the watermark's tests compare with, is installed beside these without its
 # dependencies: it asks for opencv-python, which needs a screen's libraries.
-TEST = ["pytest>=8.0", "diffusers>=0.36", "accelerate>=1.0", "opencv-python-headless>=4.8", "PyWavelets>=1.4"]
+CLUSTER = ["ray>=2.40"]
+TEST = [
+    "pytest>=8.0",
+    "diffusers>=0.36",
+    "accelerate>=1.0",
+    "opencv-python-headless>=4.8",
+    "PyWavelets>=1.4",
+    *CLUSTER,
+]
 
 setup(
     name="flux-stable-flow",
@@ -25,7 +33,7 @@ setup(
         "einops>=0.8",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "sentencepiece>=0.2",
         "pillow>=11.0",
         "fire>=0.7",
@@ -34,6 +42,6 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
     ],
-    extras_require={"gradio": GRADIO, "test": TEST, "all": [*GRADIO, *TEST]},
+    extras_require={"gradio": GRADIO, "cluster": CLUSTER, "test": TEST, "all": [*GRADIO, *CLUSTER, *TEST]},
     entry_points={"console_scripts": ["flux = flux.cli:app"]},
 )

@@ -101,12 +101,12 @@ def save_sample(
 
 
 def main(
-    name: str = "flux-nano", prompt: str = DEFAULT_PROMPT, seed: int | None = None,
-    width: int | None = None, height: int | None = None, num_steps: int | None = None,
-    guidance: float | None = None, true_cfg: float | None = None, negative_prompt: str = "",
+    name: str = "flux-nano", width: int | None = None, height: int | None = None, seed: int | None = None,
+    prompt: str = DEFAULT_PROMPT, device: str = "auto", num_steps: int | None = None, loop: bool = False,
+    guidance: float | None = None, offload: bool = False, output_dir: str = "output",
+    add_sampling_metadata: bool = True, track_usage: bool = False,
     init_image: str | None = None, strength: float = 0.8,
-    device: str = "auto", offload: bool = False, loop: bool = False,
-    output_dir: str = "output", add_sampling_metadata: bool = True, track_usage: bool = False,
+    true_cfg: float | None = None, negative_prompt: str = "",
 ) -> None:  # fmt: skip
     """Makes pictures and saves them as img_0.jpg, img_1.jpg, ... in a folder.
 
@@ -169,11 +169,13 @@ def _run(
 
     from flux.images import fit, read_image, save_image
     from flux.pipeline import Pipeline
-    from flux.record import run_record
 
     image = read_image(init_image) if init_image else None
+    started = {"init_image": init_image, "strength": strength} if init_image else {}
     pipe = Pipeline.load(settings)
     index = next_index(output_dir)
+    if loop:
+        print(HELP)
     while True:
         for text in prompts:
             seed = options.seed if options.seed is not None else time.time_ns() % 2**32
@@ -181,7 +183,7 @@ def _run(
             start = fit(image, settings.width, settings.height) if image else None
             [picture] = pipe.generate([text], [seed], image=start, strength=strength, **settings.sampling())
             path = output_dir / f"img_{index}.jpg"
-            about = {**run_record(settings), "model": settings.model, "prompt": text, "seed": seed}
+            about = {"model": settings.model, "prompt": text, "seed": seed, **settings.sampling(), **started}
             save_image(picture, path, about if metadata else None)
             if track_usage:
                 track_usage_via_api(settings.model, 1)
@@ -199,7 +201,6 @@ def _run(
 
 def ask(options: SamplingOptions) -> SamplingOptions | None:
     """The options for the next picture, from the terminal; None: the user has had enough."""
-    print(HELP)
     while True:
         try:
             line = input("prompt> ").strip()

@@ -15,6 +15,7 @@ from flux.errors import InputError
 from flux.images import fit
 from flux.intervention import NOTHING, Intervention, check_layers
 from flux.pipeline import Pipeline
+from flux.record import remembered_scan
 from flux.sampling import euler_step, invert, window
 from flux.specs import VITAL_LAYERS_DEV, ModelSpec
 
@@ -25,14 +26,20 @@ PRESETS: dict[str, tuple[int, ...]] = {
 }
 
 
-def find_vital_layers(choice: str | Sequence[int], spec: ModelSpec) -> tuple[int, ...]:
+def find_vital_layers(
+    choice: str | Sequence[int], spec: ModelSpec, checkpoint: str | None = None
+) -> tuple[int, ...]:
     """The layers that an edit injects in: a list of them, "auto" (the model's own), a preset, or a scan's
     JSON file.
 
     Raises:
         InputError: a model whose vital layers nobody knows, an unknown preset, or a file that is no scan's.
     """
-    if choice == "auto":
+    scan = remembered_scan(checkpoint) if checkpoint else None
+    if choice == "auto" and scan and scan.is_file():
+        layers = _read_scan(scan)
+        print(f"vital layers {layers}, from a scan of this checkpoint: {scan}")
+    elif choice == "auto":
         if spec.vital_layers is None:
             raise InputError(
                 "The vital layers of this model are not known: scan it with demo_2_skip.py and demo_3_dino.py "
@@ -144,6 +151,8 @@ def edit(
             for i, rows in enumerate(edited):
                 row_ids = ids.expand(rows.shape[0], -1, -1)
                 edited[i] = euler_step(model, rows, row_ids, conds[i], t, t_next, taking).latent
+            # Before the next step's keys and values are made, else two steps' lie in memory at once.
+            source = taking = None
 
     pictures = [
         picture

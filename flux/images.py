@@ -1,5 +1,4 @@
-"""Pictures in and out: reading and writing with metadata, sheets of pictures with captions, the plot of the
-layers' scores.
+"""Pictures in and out: reading and writing with metadata, sheets of pictures with captions.
 
 Outside the nets a picture is a PIL image of mode RGB; inside it is a float tensor `C H W` in -1..1. Every
 file is written whole or not at all: its bytes go to a hidden file beside it, which then takes its name.
@@ -24,8 +23,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-INK, QUIET, FRAME, PAPER = "#222222", "#8a8a8a", "#dddddd", "#ffffff"
-KIND_COLOURS = {"double-stream": "#1f6f9f", "single-stream": "#d9772b", "both kinds": "#7a5aa6"}
+INK, FRAME, PAPER = "#222222", "#dddddd", "#ffffff"
 MAX_SHEET_PIXELS, MAX_SHEET_SIDE = 32e6, 16000  # more is slow to write, and viewers refuse it
 MAX_LINES = 6  # of a caption; the whole text is in the picture's metadata
 
@@ -230,7 +228,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise InputError(f"Cannot write {path} ({reason}): make room or name another folder") from error
 
 
-# Sheets and plots
+# Sheets
 
 
 def grid(
@@ -322,90 +320,3 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             last = last[:-1]
         lines = [*lines[: MAX_LINES - 1], last + "…"]
     return lines
-
-
-def plot_vitality(
-    scores: dict[int | tuple[int, ...], float],
-    num_double: int,
-    vital: set[int],
-    threshold: float | None,
-    path: str | Path,
-) -> None:
-    """Writes a bar chart of the vitality of each layer, or set of layers bypassed together, as PNG, SVG or
-    PDF by suffix.
-
-    `num_double` tells the double-stream layers (below it) from the single-stream ones; a bar is marked vital
-    if all its layers are in `vital`. `threshold` is drawn as a line. Raises ValueError if there are no
-    scores, InputError as `write_bytes`.
-    """
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    if not scores:
-        raise ValueError("a plot needs at least one score")
-    bars = sorted((key if isinstance(key, tuple) else (key,), score) for key, score in scores.items())
-    kinds = [_kind(layers, num_double) for layers, _ in bars]
-    marked = [vital.issuperset(layers) for layers, _ in bars]
-    labels = [_ranges(layers) for layers, _ in bars]
-    values = [score for _, score in bars]
-    top, bottom = max(*values, threshold or 0, 0), min(*values, 0)
-    span = (top - bottom) or 1.0
-
-    places = max(len(bars), 8)  # a few bars should not be walls
-    inches = min(40, max(7, 1.2 + 0.24 * places))
-    upright = max(map(len, labels)) * 0.075 > (inches - 1) / places  # the labels would not fit side by side
-
-    figure = Figure(figsize=(inches, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    colours = np.array([to_rgb(KIND_COLOURS[kind]) for kind in kinds])
-    colours = np.where(np.array(marked)[:, None], colours, 0.4 * colours + 0.6)
-    axes.bar(range(len(bars)), values, width=0.76, color=colours, zorder=2)
-    stars = [position for position, mark in enumerate(marked) if mark]
-    axes.plot(stars, [max(values[i], 0) + 0.04 * span for i in stars], "*", color=INK, markersize=7, zorder=3)
-
-    axes.set_xlim((len(bars) - 1 - places) / 2 - 0.2, (len(bars) - 1 + places) / 2 + 0.2)
-    axes.set_ylim(bottom - (0.04 * span if bottom < 0 else 0), top + 0.1 * span)
-    axes.set_xticks(range(len(bars)), labels, fontsize=8, rotation=90 if upright else 0)
-    for tick, mark in zip(axes.get_xticklabels(), marked, strict=True):
-        tick.set(fontweight="bold" if mark else "normal", color=INK if mark else QUIET)
-    single_layers = all(len(layers) == 1 for layers, _ in bars)
-    axes.set_xlabel("bypassed layer" if single_layers else "layers bypassed together")
-    axes.set_ylabel("vitality (1 \N{MINUS SIGN} DINOv2 similarity)")
-    axes.grid(axis="y", color=FRAME, linewidth=0.8, zorder=0)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.axhline(0, color=INK, linewidth=1, zorder=3)
-
-    legend = [Patch(color=colour, label=kind) for kind, colour in KIND_COLOURS.items() if kind in kinds]
-    if stars:
-        legend.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=8, label="vital"))
-    if threshold is not None:
-        name = f"threshold {threshold:g}"
-        legend.append(axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, label=name))
-    figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png")
-    write_bytes(path, buffer.getvalue())
-
-
-def _kind(layers: tuple[int, ...], num_double: int) -> str:
-    sorts = {layer < num_double for layer in layers}
-    if len(sorts) == 2:
-        return "both kinds"
-    return "double-stream" if True in sorts else "single-stream"
-
-
-def _ranges(layers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5, 7) -> "0–2, 5, 7": three or more consecutive layers as a range."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(
-        f"{run[0]}\N{EN DASH}{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
-    )

@@ -29,25 +29,30 @@ class Intervention:
             R rows in turn. Text keys and values, and all queries, stay the row's own.
         take_negative: the same for the negative pass of true classifier-free guidance; None: it takes what
             `take` says.
+        watch: layers whose queries and keys of all tokens are handed back.
+        scale: what is left of a skipped layer's output: 0, it is bypassed and, where all rows skip it, not
+            even computed; 1, nothing happens.
     """
 
     skip: frozenset[int] | tuple[frozenset[int], ...] = frozenset()
     keep: frozenset[int] = frozenset()
     take: Mapping[int, KeysValues] = field(default_factory=dict)
     take_negative: Mapping[int, KeysValues] | None = None
+    watch: frozenset[int] = frozenset()
+    scale: float = 0.0
 
-    def check(self, num_layers: int, batch: int) -> None:
-        """Raises InputError for layers the model lacks and for rows that do not fit the batch."""
-        check_layers(frozenset().union(*self.skip_rows(), self.keep, self.take), num_layers)
+    def check(self, num_layers: int, batch: int, num_img: int) -> None:
+        """Raises InputError for layers that the model lacks, and for rows or image tokens that do not fit."""
+        check_layers(frozenset().union(*self.skip_rows(), self.keep, self.take, self.watch), num_layers)
         if isinstance(self.skip, tuple) and len(self.skip) != batch:
             raise InputError(
-                f"Got {len(self.skip)} sets of layers to bypass for {batch} rows: give one set for each row"
+                f"Got {len(self.skip)} sets of layers to bypass for a batch of {batch}: give one for each row"
             )
         for layer, (k, v) in self.take.items():
-            if k.shape != v.shape or batch % k.shape[0]:
+            if k.shape != v.shape or batch % k.shape[0] or k.shape[2] != num_img:
                 raise InputError(
                     f"Got keys {tuple(k.shape)} and values {tuple(v.shape)} for layer {layer}: their shapes must "
-                    f"be equal and their rows must divide the batch of {batch}"
+                    f"be equal, their rows divide the batch of {batch}, their tokens be the image's {num_img}"
                 )
 
     def skip_rows(self) -> tuple[frozenset[int], ...]:
@@ -55,7 +60,17 @@ class Intervention:
         return self.skip if isinstance(self.skip, tuple) else (self.skip,)
 
     def of_negative_pass(self) -> "Intervention":
-        return self if self.take_negative is None else replace(self, take=self.take_negative)
+        """What the negative pass of true guidance does: nothing is watched there."""
+        take = self.take if self.take_negative is None else self.take_negative
+        return replace(self, take=take, watch=frozenset())
+
+    def looks_into(self, layer: int) -> bool:
+        return layer in self.keep or layer in self.watch
+
+    def bypass(self, layer: int, device: torch.device) -> "Bypass":
+        flags = [layer in row for row in self.skip_rows()]
+        alike = all(flags) or not any(flags)
+        return Bypass(flags[0] if alike else torch.tensor(flags, device=device)[:, None, None], self.scale)
 
     def given(self, layer: int, batch: int) -> KeysValues | None:
         """The keys and values that `layer` takes over, brought to the batch's number of rows."""
@@ -79,12 +94,53 @@ def check_layers(layers: Iterable[int], num_layers: int) -> None:
         raise InputError(f"Got layers {wrong}, but this model numbers its layers 0..{num_layers - 1}")
 
 
-def bypassed(rows: tuple[frozenset[int], ...], layer: int, device: torch.device) -> bool | Tensor:
-    """Whether `layer` is bypassed: by all rows, by none, or, where they differ, by which ("B 1 1", bool)."""
-    flags = [layer in row for row in rows]
-    if all(flags) or not any(flags):
-        return flags[0]
-    return torch.tensor(flags, device=device)[:, None, None]
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a forward pass hands back beside its velocity, by layer.
+
+    Attributes:
+        kept: image keys and values ("B H I D" each, after QK-norm and rotary embedding).
+        watched: queries and keys of all tokens, text first ("B H N D" each, likewise).
+    """
+
+    kept: dict[int, KeysValues] = field(default_factory=dict)
+    watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(
+        self, intervention: Intervention, layer: int, num_txt: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Takes what the intervention wants of a layer's queries, keys and values."""
+        if layer in intervention.keep:
+            # Copies: a part of a projection would keep the whole of it in memory.
+            image = (part[:, :, num_txt:].clone(memory_format=torch.contiguous_format) for part in (k, v))
+            self.kept[layer] = tuple(image)
+        if layer in intervention.watch:
+            self.watched[layer] = (q, k)
+
+
+@dataclass(frozen=True, eq=False)
+class Bypass:
+    """What one layer's bypass makes of the streams before and after it.
+
+    Attributes:
+        rows: whether all rows skip the layer, none, or, where they differ, which do ("B 1 1", bool).
+        scale: see `Intervention`.
+    """
+
+    rows: bool | Tensor
+    scale: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer need not be computed at all."""
+        return self.rows is True and self.scale == 0
+
+    def of(self, before: Tensor, after: Tensor) -> Tensor:
+        """The stream that passes on."""
+        if self.rows is False:
+            return after
+        skipped = before if self.scale == 0 else torch.lerp(before, after, self.scale)
+        return skipped if self.rows is True else torch.where(self.rows, skipped, after)
 
 
 NOTHING = Intervention()

@@ -1,8 +1,12 @@
 """From a model's name to its nets: find or download the files, read them strictly, put them on a device."""
 
+import hashlib
+import json
+import operator
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +17,17 @@ from flux.errors import InputError
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
+from flux.settings import ModelSettings
 from flux.specs import ModelSpec, get_spec
 
+MAX_HEADER = 100_000_000  # bytes, the format's own bound
+OTHER_KINDS = {
+    b"version https://git-lfs": "a Git-LFS pointer and not the file itself: run `git lfs pull`",
+    b"GGUF": "a GGUF file: give a .safetensors file",
+    b"PK\x03\x04": "a pickle: give a .safetensors file",
+    b"\x80": "a pickle: give a .safetensors file",
+    b"<": "a web page: the download went wrong, fetch it again",
+}
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
@@ -47,7 +60,7 @@ def find_files(
     flow, ae = flow or _from_env(spec.env_flow), ae or _from_env(spec.env_ae)
     for path in (flow, ae):
         if path:
-            check_safetensors(Path(path))
+            read_header(Path(path))
     if text:
         _check_text_folder(Path(text))
     return ModelFiles(
@@ -66,7 +79,7 @@ def _own_file(spec: ModelSpec, filename: str, download: bool) -> Path:
         return spec.folder / filename
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(spec):
+    with _hub_errors(spec, filename):
         return Path(hf_hub_download(spec.repo_id, filename, local_files_only=not download))
 
 
@@ -76,37 +89,35 @@ def _own_text_folder(spec: ModelSpec, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"{folder}/*" for folder in TEXT_FOLDERS]
-    with _hub_errors(spec):
-        folder = Path(snapshot_download(spec.repo_id, allow_patterns=patterns, local_files_only=not download))
-    _check_text_folder(folder)
-    return folder
+    with _hub_errors(spec, "the text encoders"):
+        return Path(snapshot_download(spec.repo_id, allow_patterns=patterns, local_files_only=not download))
 
 
 def _check_text_folder(folder: Path) -> None:
     missing = [name for name in TEXT_FOLDERS if not (folder / name).is_dir()]
     if missing:
         raise InputError(f"Got {folder} for the text encoders, but it has no folder {' or '.join(missing)}")
+    for encoder in ("text_encoder", "text_encoder_2"):
+        files = list((folder / encoder).glob("*.safetensors"))
+        if not files:
+            raise InputError(f"Got {folder / encoder}, which holds no .safetensors file")
+        for path in files:
+            read_header(path)
 
 
-class _hub_errors:
+@contextmanager
+def _hub_errors(spec: ModelSpec, what: str) -> Iterator[None]:
     """Turns what the hub's client raises into one line that says what to do."""
-
-    def __init__(self, spec: ModelSpec):
-        self.spec = spec
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if not isinstance(error, (OSError, ValueError)) or isinstance(error, InputError):
-            return
+    try:
+        yield
+    except (OSError, ValueError) as error:
         from huggingface_hub import errors
 
-        repo = self.spec.repo_id
+        repo = spec.repo_id
         page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}"
         if isinstance(error, errors.GatedRepoError):
             reason = (
-                f"access to it has to be asked for: accept its licence ({self.spec.licence}) at {page}, "
+                f"access to it has to be asked for: accept its licence ({spec.licence}) at {page}, "
                 "then log in with `hf auth login` or set HF_TOKEN"
             )
         elif isinstance(error, errors.LocalEntryNotFoundError):
@@ -116,12 +127,14 @@ class _hub_errors:
             )
         else:
             reason = str(error).strip().splitlines()[0]
-        raise InputError(f"Could not get {repo} from the hub: {reason}") from error
+        raise InputError(f"Could not get {what} of {repo} from the hub: {reason}") from error
 
 
-def check_safetensors(path: Path) -> None:
-    """Raises InputError, saying what the file is instead, unless `path` is a whole safetensors file. Reads
-    its head only.
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a safetensors file, by name. Reads its head only.
+
+    Raises:
+        InputError: no whole safetensors file; the message says what it is instead.
     """
     if not path.exists():
         raise InputError(f"Got {path}, which does not exist: give the path of a .safetensors file")
@@ -130,114 +143,132 @@ def check_safetensors(path: Path) -> None:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            head = file.read(512)
+            start = file.read(64)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            is_safetensors = start[8:9] == b"{" and 2 <= length <= MAX_HEADER
+            file.seek(8)
+            header = file.read(length) if is_safetensors else b""
     except OSError as error:
         raise InputError(f"Got {path}, which cannot be read: {error.strerror}") from error
-    if head.startswith(b"version https://git-lfs"):
+    if not is_safetensors:
+        kind = next((kind for magic, kind in OTHER_KINDS.items() if start.startswith(magic)), None)
+        if kind is None:
+            kind = f"no safetensors file ({size} bytes): it may be cut short, or of another format"
+        raise InputError(f"Got {path}, which is {kind}")
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        ends = [operator.index(entry["data_offsets"][1]) for entry in entries.values()]
+        shapes = {name: tuple(map(operator.index, entry["shape"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
-            f"Got {path}, which is a Git-LFS pointer and not the file itself: run `git lfs pull`"
-        )
-    for magic, kind in (
-        (b"GGUF", "a GGUF file"),
-        (b"PK\x03\x04", "a pickle"),
-        (b"\x80", "a pickle"),
-        (b"<", "a web page"),
-    ):
-        if head.startswith(magic) and head[8:9] != b"{":
-            raise InputError(f"Got {path}, which is {kind}: give a .safetensors file")
-    length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
-    if head[8:9] != b"{" or not 2 <= length <= 100_000_000:
-        raise InputError(
-            f"Got {path}, which is no safetensors file ({size} bytes): it may be cut short or another format"
-        )
-    expected = 8 + length + _data_bytes(path, length)
+            f"Got {path}, whose header is broken: it may be cut short, fetch it again"
+        ) from error
+    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise InputError(
             f"Got {path} with {size} bytes, expected {expected}: the download did not finish, fetch it again"
         )
+    return shapes
 
 
-def _data_bytes(path: Path, header_bytes: int) -> int:
-    import json
+def _is_weight(name: str) -> bool:
+    """Whether a tensor is a net's: not a marker or a scale of the scaled 8-bit form.
 
+    Scales of activations (scale_input) would serve an 8-bit product only.
+    """
+    return name != "scaled_fp8" and not name.endswith((".scale_weight", ".scale_input"))
+
+
+def fingerprint(path: Path) -> str:
+    """Tells one weights file from another without reading all of it: a hash of its size, its header, and 16
+    samples of 64 KiB spread evenly over it.
+    """
+    size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        file.seek(8)
-        try:
-            header = json.loads(file.read(header_bytes))
-            return max(
-                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
-                default=0,
-            )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"Got {path}, whose header is broken: it may be cut short, fetch it again"
-            ) from error
+        length = struct.unpack("<Q", file.read(8))[0]
+        digest.update(f"{size} {length}".encode() + file.read(length))
+        for i in range(16):
+            file.seek(i * max(0, size - 65536) // 15)
+            digest.update(file.read(65536))
+    return digest.hexdigest()[:32]
+
+
+def checkpoint_of(settings: ModelSettings) -> str | None:
+    """Fingerprint of the transformer that these settings load; None if its file is not on this machine."""
+    try:
+        files = find_files(
+            settings.model, settings.weights, settings.ae_weights, settings.text_encoders, False
+        )
+    except InputError:
+        return None
+    return fingerprint(files.flow)
 
 
 def read_weights(path: Path, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a safetensors file in `dtype`, 8-bit floats with their scales multiplied in."""
-    from safetensors import safe_open
+    """All tensors of a safetensors file in `dtype`, 8-bit floats with their scales multiplied in.
 
-    check_safetensors(path)
-    weights, scales = {}, {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        for name in file.keys():
-            if name.endswith(".scale_weight"):
-                scales[name.removesuffix(".scale_weight") + ".weight"] = file.get_tensor(name)
-        for name in file.keys():
-            # Markers of the scaled 8-bit form, and scales of activations, which only an 8-bit product would
-            # need.
-            if name == "scaled_fp8" or name.endswith((".scale_weight", ".scale_input")):
-                continue
-            tensor = file.get_tensor(name)
-            if name in scales:
-                tensor = tensor.float() * scales[name].float()
-            weights[name] = tensor.to(dtype)
+    Raises:
+        InputError: no whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = read_header(path)
+    weights = {}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in filter(_is_weight, names):
+                tensor = file.get_tensor(name)
+                scale = name.removesuffix(".weight") + ".scale_weight"
+                if name.endswith(".weight") and scale in names:
+                    tensor = tensor.float() * file.get_tensor(scale).float()
+                weights[name] = tensor.to(dtype)
+    except SafetensorError as error:
+        raise InputError(f"Got {path}, which cannot be read as safetensors: {error}") from error
     return weights
 
 
-def load_strictly(net: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Makes `weights` the parameters of `net`, whose own may lie on the meta device.
+def check_fit(net: nn.Module, path: Path) -> None:
+    """Raises InputError unless a file's names and shapes are exactly those of the net, saying what differs.
 
-    Raises:
-        InputError: unless names and shapes are exactly those of the net; the message names what differs.
+    Reads the file's head only; the net may lie on the meta device.
     """
-    own = net.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
+    own = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    found = {name: shape for name, shape in read_header(path).items() if _is_weight(name)}
+    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    reshaped = [
+        f"{name} {found[name]} instead of {own[name]}"
+        for name in sorted(own.keys() & found.keys())
+        if found[name] != own[name]
     ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape:": reshaped}
     problems = [
-        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape:", sorted(shapes)),
-        )
+        f"{kind} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for kind, names in kinds.items()
         if names
     ]
-    if problems:
-        guidance = [name.startswith("guidance_in.") for name in (*missing, *unexpected)]
-        hint = ""
-        if guidance and all(guidance) and not shapes:
-            hint = (
-                "; it is a schnell file (no guidance_in), load it as flux-schnell"
-                if missing
-                else "; it is a dev file (it has guidance_in), load it as flux-dev"
-            )
-        raise InputError(f"{path} is not this model's: {'; '.join(problems)}{hint}")
-    net.load_state_dict(weights, assign=True)
+    if not problems:
+        return
+    hint = ""
+    if not reshaped and all(name.startswith("guidance_in.") for name in (*missing, *unexpected)):
+        hint = "; it is a dev file (it has guidance_in), load it as flux-dev"
+        if missing:
+            hint = "; it is a schnell file (no guidance_in), load it as flux-schnell"
+    raise InputError(f"{path} is not this model's: {'; '.join(problems)}{hint}")
+
+
+def on_meta(net_class: type, params) -> nn.Module:
+    """A net without memory of its own."""
+    with torch.device("meta"):
+        return net_class(params)
 
 
 def load_net(
     net_class: type, params, path: Path, device: torch.device | str, dtype: torch.dtype
 ) -> nn.Module:
     """A net with the weights of a file: built without memory of its own, filled straight onto the device."""
-    with torch.device("meta"):
-        net = net_class(params)
-    load_strictly(net, read_weights(path, device, dtype), path)
+    net = on_meta(net_class, params)
+    check_fit(net, path)
+    net.load_state_dict(read_weights(path, device, dtype), assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -296,5 +327,6 @@ def load_clip(
 def _load_text(
     folder: Path, suffix: str, max_length: int, device: str | torch.device, dtype: torch.dtype
 ) -> HFEmbedder:
+    _check_text_folder(folder)
     encoder, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     return HFEmbedder(str(encoder), max_length, str(tokenizer), dtype=dtype).to(device)

@@ -1,12 +1,12 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from flux.intervention import NOTHING, Intervention, bypassed
-from flux.math import KeysValues
+from flux.intervention import NOTHING, Findings, Intervention
 from flux.modules import layers
 
 
@@ -27,8 +27,22 @@ class FluxParams:
     guidance_embed: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """Both streams between two layers, on their way into `layer`: img "B I C", txt "B T C"."""
+
+    layer: int
+    img: Tensor
+    txt: Tensor
+
+    def expanded(self, batch: int) -> "Streams":
+        """A single row made to serve the whole batch."""
+        return Streams(self.layer, self.img.expand(batch, -1, -1), self.txt.expand(batch, -1, -1))
+
+
 class Flux(nn.Module):
-    """The rectified-flow transformer. Layers are numbered 0.. over both stacks, double-stream blocks first."""
+    """The rectified-flow transformer. Layers are numbered 0.. over both stacks, double-stream blocks first.
+    """
 
     def __init__(self, params: FluxParams):
         super().__init__()
@@ -73,6 +87,9 @@ class Flux(nn.Module):
         """Compiles each block by itself, so that which layers are bypassed or injected never recompiles
         anything.
         """
+        # One graph for each kind of pass (plain, keeping, taking) and each new shape: the default of 8 is
+        # soon used up, and the next would be an error.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(fullgraph=True)
 
@@ -100,8 +117,9 @@ class Flux(nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         intervention: Intervention = NOTHING,
-    ) -> tuple[Tensor, dict[int, KeysValues]]:
-        """The velocity, and the image keys and values of the layers that the intervention keeps.
+        start: Streams | None = None,
+    ) -> tuple[Tensor, Findings]:
+        """The velocity, and what the intervention keeps and watches.
 
         Args:
             img: packed latent, "B I channels".
@@ -110,50 +128,87 @@ class Flux(nn.Module):
             timesteps: noise level 0..1 of each row, "B".
             y: pooled CLIP features, "B features".
             guidance: distilled guidance scale of each row, "B"; needed by models with `guidance_embed`.
+            start: begin with these streams at their layer, the layers before it not computed. Their rows, B
+                or 1, must be what those layers make of the same inputs.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.
             InputError: an intervention that does not fit the model or the batch.
         """
+        streams, vec, pe = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        intervention.check(self.num_layers, *img.shape[:2])
+        if start is not None:
+            streams = start.expanded(img.shape[0])
+        findings = Findings()
+        for streams in self._layers(streams, vec, pe, intervention, findings):
+            pass
+        return self.final_layer(streams.img, vec), findings
+
+    def streams(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> list[Streams]:
+        """Both streams on their way into each layer, as `observe` takes them for a start."""
+        streams, vec, pe = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        return [streams, *self._layers(streams, vec, pe, NOTHING, Findings())][: self.num_layers]
+
+    def _embed(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance,
+    ) -> tuple[Streams, Tensor, Tensor]:
+        """The streams into layer 0, the conditioning vector "B C", and the rotations of all positions."""
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(
                 f"Input img and txt tensors must have 3 dimensions, got {img.ndim} and {txt.ndim}"
             )
-        batch, num_txt = img.shape[0], txt.shape[1]
-        intervention.check(self.num_layers, batch)
-        skip_rows = intervention.skip_rows()
-        kept = {}
-
         vec = self.time_in(layers.timestep_embedding(timesteps, 256)) + self.vector_in(y)
         if self.params.guidance_embed:
             if guidance is None:
                 raise ValueError("This model is guidance-distilled: give a guidance scale for each row")
             vec = vec + self.guidance_in(layers.timestep_embedding(guidance, 256))
-        img, txt = self.img_in(img), self.txt_in(txt)
         pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+        return Streams(0, self.img_in(img), self.txt_in(txt)), vec, pe
 
-        for layer, block in enumerate(self.double_blocks):
-            skip = bypassed(skip_rows, layer, img.device)
-            if skip is True:
-                continue
-            given = intervention.given(layer, batch)
-            if layer in intervention.keep:
-                new_img, new_txt, kept[layer] = block(img, txt, vec, pe, given, keep=True)
-            else:
-                new_img, new_txt = block(img, txt, vec, pe, given)
-            img = new_img if skip is False else torch.where(skip, img, new_img)
-            txt = new_txt if skip is False else torch.where(skip, txt, new_txt)
+    def _layers(
+        self, streams: Streams, vec: Tensor, pe: Tensor, intervention: Intervention, findings: Findings
+    ) -> Iterator[Streams]:
+        """Yields the streams out of each layer, from the one that `streams` enters; fills `findings`."""
+        img, txt = streams.img, streams.txt
+        batch, num_txt, num_double = img.shape[0], txt.shape[1], len(self.double_blocks)
+
+        for layer in range(streams.layer, num_double):
+            bypass = intervention.bypass(layer, img.device)
+            if not bypass.whole:
+                block, given = self.double_blocks[layer], intervention.given(layer, batch)
+                if intervention.looks_into(layer):
+                    new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True)
+                    findings.add(intervention, layer, num_txt, *heads)
+                else:
+                    new_img, new_txt = block(img, txt, vec, pe, given)
+                img, txt = bypass.of(img, new_img), bypass.of(txt, new_txt)
+            yield Streams(layer + 1, img, txt)
 
         x = torch.cat((txt, img), dim=1)
-        for layer, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
-            skip = bypassed(skip_rows, layer, img.device)
-            if skip is True:
-                continue
-            given = intervention.given(layer, batch)
-            if layer in intervention.keep:
-                new_x, kept[layer] = block(x, vec, pe, given, keep=True, num_txt=num_txt)
-            else:
-                new_x = block(x, vec, pe, given, num_txt=num_txt)
-            x = new_x if skip is False else torch.where(skip, x, new_x)
-
-        return self.final_layer(x[:, num_txt:], vec), kept
+        for layer in range(max(streams.layer, num_double), self.num_layers):
+            bypass = intervention.bypass(layer, img.device)
+            if not bypass.whole:
+                block, given = self.single_blocks[layer - num_double], intervention.given(layer, batch)
+                if intervention.looks_into(layer):
+                    new_x, heads = block(x, vec, pe, given, keep=True, num_txt=num_txt)
+                    findings.add(intervention, layer, num_txt, *heads)
+                else:
+                    new_x = block(x, vec, pe, given, num_txt=num_txt)
+                x = bypass.of(x, new_x)
+            yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])

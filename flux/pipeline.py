@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flux import sampling
 from flux.errors import InputError
 from flux.images import to_pil, to_tensor
-from flux.loading import ModelFiles, find_files, load_clip, load_net, load_t5
+from flux.loading import ModelFiles, check_fit, find_files, load_clip, load_net, load_t5, on_meta
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
@@ -75,6 +75,9 @@ class Pipeline:
         files = files or find_files(
             settings.model, settings.weights, settings.ae_weights, settings.text_encoders
         )
+        nets = ((Flux, spec.params, files.flow), (AutoEncoder, spec.ae_params, files.ae))
+        for net_class, params, path in nets:
+            check_fit(on_meta(net_class, params), path)
         home = torch.device("cpu") if settings.offload else device
         # T5 overflows in float16.
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
@@ -82,8 +85,7 @@ class Pipeline:
         begin = time.perf_counter()
         t5 = load_t5(home, spec.text_length, settings.model, files.text, text_dtype)
         clip = load_clip(home, settings.model, files.text, text_dtype)
-        model = load_net(Flux, spec.params, files.flow, home, dtype)
-        ae = load_net(AutoEncoder, spec.ae_params, files.ae, home, dtype)
+        model, ae = (load_net(*net, home, dtype) for net in nets)
         if settings.compile:
             model.compile_blocks()
         timings = {"load": time.perf_counter() - begin}
@@ -96,11 +98,13 @@ class Pipeline:
         if self.offload:
             for net in nets:
                 net.to(self.device)
-        with torch.inference_mode():
-            yield
-        if self.offload:
-            for net in nets:
-                net.to("cpu")
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if self.offload:
+                for net in nets:
+                    net.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - begin

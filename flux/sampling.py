@@ -6,7 +6,7 @@ A latent is "B 16 h w" with h and w an eighth of the picture's sides; packed, 2x
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention
 from flux.math import KeysValues
-from flux.model import Flux
+from flux.model import Flux, Streams
 
 
 def latent_size(height: int, width: int) -> tuple[int, int]:
@@ -62,11 +62,13 @@ def prepare(t5: Callable, clip: Callable, img: Tensor, prompt: str | list[str]) 
 
     One prompt serves all rows of `img` ("B 16 h w"), one row serves all prompts.
     """
-    prompts = [prompt] * img.shape[0] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if img.shape[0] == 1:
         img = img.expand(len(prompts), -1, -1, -1)
-    txt, vec = t5(prompts), clip(prompts)
     batch, _, height, width = img.shape
+    txt, vec = t5(prompts), clip(prompts)
+    if len(prompts) == 1:
+        txt, vec = txt.expand(batch, -1, -1), vec.expand(batch, -1)
     return {
         "img": pack(img),
         "img_ids": image_ids(batch, 8 * height, 8 * width, img.device),
@@ -120,6 +122,13 @@ class Conditioning:
     negative: "Conditioning | None" = None
     true_cfg: float = 1.0
 
+    def expanded(self, batch: int) -> "Conditioning":
+        """One row made to steer the whole batch."""
+        txt, txt_ids = (x.expand(batch, -1, -1) for x in (self.txt, self.txt_ids))
+        guidance = None if self.guidance is None else self.guidance.expand(batch)
+        negative = self.negative and self.negative.expanded(batch)
+        return Conditioning(txt, txt_ids, self.vec.expand(batch, -1), guidance, negative, self.true_cfg)
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -130,6 +139,7 @@ class Step:
         velocity: the model's answer to it.
         kept: image keys and values of the layers the intervention kept; kept_negative: those of the negative
             pass.
+        watched: queries and keys of the layers the intervention watched.
     """
 
     t: float
@@ -138,6 +148,7 @@ class Step:
     velocity: Tensor
     kept: dict[int, KeysValues]
     kept_negative: dict[int, KeysValues] | None = None
+    watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def latent(self) -> Tensor:
@@ -150,6 +161,24 @@ class Step:
         return self.noisy - self.t * self.velocity
 
 
+def noise_levels(t: float, img: Tensor) -> Tensor:
+    """The same noise level for all rows, "B"."""
+    return torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
+
+
+def streams(
+    model: Flux, img: Tensor, img_ids: Tensor, cond: Conditioning, t: float
+) -> list[tuple[Streams, Streams | None]]:
+    """What enters each layer at noise level t, in the pass itself and in the negative one, if any."""
+
+    def of_pass(cond: Conditioning) -> list[Streams]:
+        ids = (img_ids, cond.txt, cond.txt_ids)
+        return model.streams(img, *ids, noise_levels(t, img), cond.vec, cond.guidance)
+
+    own = of_pass(cond)
+    return list(zip(own, of_pass(cond.negative) if cond.negative else [None] * len(own)))
+
+
 def euler_step(
     model: Flux,
     img: Tensor,
@@ -158,20 +187,25 @@ def euler_step(
     t: float,
     t_next: float,
     intervention: Intervention = NOTHING,
+    start: tuple[Streams | None, Streams | None] = (None, None),
 ) -> Step:
-    """One step of Euler's method from the packed latent `img` ("B I 64") at noise level t to t_next."""
+    """One step of Euler's method from the packed latent `img` ("B I 64") at noise level t to t_next.
 
-    def ask(cond: Conditioning, intervention: Intervention) -> tuple[Tensor, dict[int, KeysValues]]:
-        t_rows = torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
-        return model.observe(
-            img, img_ids, cond.txt, cond.txt_ids, t_rows, cond.vec, cond.guidance, intervention
-        )
+    Args:
+        start: streams to begin with instead of at layer 0, in the pass itself and in the negative one; see
+            `streams`.
+    """
 
-    velocity, kept = ask(cond, intervention)
+    def ask(cond: Conditioning, intervention: Intervention, start: Streams | None):
+        ids = (img_ids, cond.txt, cond.txt_ids)
+        return model.observe(img, *ids, noise_levels(t, img), cond.vec, cond.guidance, intervention, start)
+
+    velocity, found = ask(cond, intervention, start[0])
     if cond.negative is None:
-        return Step(t, t_next, img, velocity, kept)
-    away, kept_negative = ask(cond.negative, intervention.of_negative_pass())
-    return Step(t, t_next, img, away + cond.true_cfg * (velocity - away), kept, kept_negative)
+        return Step(t, t_next, img, velocity, found.kept, None, found.watched)
+    away, found_negative = ask(cond.negative, intervention.of_negative_pass(), start[1])
+    guided = away + cond.true_cfg * (velocity - away)
+    return Step(t, t_next, img, guided, found.kept, found_negative.kept, found.watched)
 
 
 def sample(
@@ -188,10 +222,15 @@ def sample(
         img: packed latent at noise level timesteps[0], "B I 64".
         interventions: one for all steps, or one for each; asked for only when its step begins, so that it may
             come from another sampling that runs beside this one.
+
+    Raises:
+        ValueError: fewer interventions than steps.
     """
-    if isinstance(interventions, Intervention):
-        interventions = repeat(interventions)
-    for t, t_next, intervention in zip(timesteps, timesteps[1:], interventions):
+    each = repeat(interventions) if isinstance(interventions, Intervention) else iter(interventions)
+    for t, t_next in zip(timesteps, timesteps[1:]):
+        intervention = next(each, None)
+        if intervention is None:
+            raise ValueError(f"Got too few interventions for {len(timesteps) - 1} steps: give one for each")
         step = euler_step(model, img, img_ids, cond, t, t_next, intervention)
         img = step.latent
         yield step

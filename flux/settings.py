@@ -87,6 +87,10 @@ Text = Annotated[String, AfterValidator(_not_blank)]
 Texts = Annotated[tuple[Text, ...], _LIST]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _LIST, AfterValidator(_no_repeats)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_no_repeats)]
+Words = Annotated[tuple[Text, ...], Field(strict=False)]
+Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
+Metrics = Annotated[tuple[Metric, ...], _LIST, AfterValidator(_no_repeats)]
 LayerSets = Annotated[tuple[LayerNumbers, ...], _LIST, AfterValidator(_no_repeats)]
 Sweep = Annotated[
     Annotated[Literal["all"], Tag("word")]
@@ -129,8 +133,8 @@ class Settings(_Strict):
     def _exactly_one(self) -> "Settings":
         given = [name for name in self.either if getattr(self, name) not in (None, ())]
         if self.either and len(given) != 1:
-            got = "both" if given else "neither"
-            raise ValueError(f"got {got} of {' and '.join(self.either)}, expected exactly one")
+            got = " and ".join(given) or "none of them"
+            raise ValueError(f"expected exactly one of {', '.join(self.either)}, got {got}")
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -202,6 +206,9 @@ class LayerSettings(PromptSettings):
     either: ClassVar[tuple[str, ...]] = ("prompt", "prompts")
     prompt: String | None = Field(None, description="the one prompt to follow")
     prompts: Prompts = Field((), description="instead of prompt: several, as a list or a file")
+    layers: Numbers = Field((), description="layers whose attention is shown")
+    at_steps: Numbers = Field((), description="steps to show it at; none: first, middle and last")
+    words: Words = Field((), description="words of the prompt to show it of; none: all of them")
     output_dir: Text = Field("output/layer", description="folder to write to")
 
     @model_validator(mode="after")
@@ -216,20 +223,48 @@ class SkipSettings(PromptSettings):
 
     demo: ClassVar[str] = "skip"
     layers: Sweep = Field("all", description='what to bypass: "all" one by one, a list, or a list of sets')
+    scale: float = Field(0.0, ge=0, lt=1, description="what is left of a bypassed layer's output")
+    seeds: int = Field(1, ge=1, description="images of each prompt, each with a seed one higher")
+    workers: int = Field(1, ge=1, description="processes that share the work through Ray, one on each GPU")
+    ray_address: Text | None = Field(None, description='a Ray cluster: "auto", or its head\'s address')
     output_dir: Text = Field("output/skip", description="folder to write to, or to go on with")
 
+    @property
+    def entries(self) -> tuple[Prompt, ...]:
+        """The references: each prompt with each of its seeds, in the order of their folders."""
+        extras = range(self.seeds)
+        return tuple(Prompt(prompt=p.prompt, seed=p.seed + extra) for p in self.prompts for extra in extras)
 
-class DinoSettings(Settings):
+
+class SelectionSettings(Settings):
+    """How layers are scored, and which of them count as vital."""
+
+    either: ClassVar[tuple[str, ...]] = ("top", "threshold", "gap")
+    metrics: Metrics = Field(("dino",), description="how images are compared; the first tells what is vital")
+    top: int | None = Field(None, ge=1, description="vital are this many layers, the most vital ones")
+    threshold: float | None = Field(None, ge=0, le=2, description="vital are layers of this vitality or more")
+    gap: Literal[True] | None = Field(None, description="vital are the layers above the largest gap")
+
+
+class DinoSettings(SelectionSettings):
     """Demo 3: how much each bypassed layer matters, and which ones are vital."""
 
     demo: ClassVar[str] = "dino"
-    either: ClassVar[tuple[str, ...]] = ("top", "threshold")
     input_dir: Text = Field(description="folder that demo 2 wrote")
     output_dir: Text | None = Field(None, description="folder to write to; None means input_dir")
     model: Text = Field("flux-nano", description="the DINOv2: that of a model of ours, a hub id or a folder")
     device: Text = Field("auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
-    top: int | None = Field(None, ge=1, description="vital are this many layers, the most vital ones")
-    threshold: float | None = Field(None, ge=0, le=2, description="vital are layers of this vitality or more")
+
+
+class ScanSettings(SkipSettings, SelectionSettings):
+    """Demos 2 and 3 in a row: bypass, score, report."""
+
+    demo: ClassVar[str] = "scan"
+    encoder: Text | None = Field(None, description="the DINOv2: a hub id or a folder; None: the model's own")
+    stop_when: Literal["never", "stable"] = Field(
+        "never", description="stable: once the vital set is settled"
+    )
+    output_dir: Text = Field("output/scan", description="folder to write to, or to go on with")
 
 
 class EditSettings(ModelSettings):

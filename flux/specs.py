@@ -141,7 +141,7 @@ def get_spec(name: str) -> ModelSpec:
     """The model of that name. Raises InputError, naming near ones, if there is none."""
     if name not in configs:
         near = difflib.get_close_matches(name, configs, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = f", did you mean {near[0]!r}?" if near else "."
         raise InputError(f"Got unknown model {name!r}{hint} Known are {', '.join(configs)}")
     return configs[name]
 

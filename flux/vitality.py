@@ -1,50 +1,41 @@
-"""Which layers matter: bypass each during sampling, then score how far the picture moves (Stable Flow,
-section 3.1).
+"""Which layers matter: the sweep that bypasses each during sampling (Stable Flow, section 3.1), and its
+folder.
 
-`sweep` writes a folder of pictures and can be stopped and started again; `score` reads such a folder.
+`sweep` writes a folder of pictures, and may be stopped at any moment and started again. `flux.scores` reads
+them.
 """
 
-import csv
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from flux.errors import InputError
-from flux.images import grid, read_image, save_image, write_json, write_text
+from flux.images import grid, read_image, save_image, write_json
 from flux.intervention import Intervention
-from flux.perceptual import PerceptualEncoder, similarity
+from flux.loading import checkpoint_of
 from flux.pipeline import Pipeline
 from flux.record import about, run_record
-from flux.sampling import sample
-from flux.settings import DinoSettings, SkipSettings
+from flux.sampling import Conditioning, Streams, euler_step, sample, streams
+from flux.settings import Prompt, SkipSettings, check_settings
 from flux.specs import get_spec
 
 LayerSet = tuple[int, ...]
 REFERENCE: LayerSet = ()
 
 # These may change between the starts of one sweep: they do not change its pictures.
-FREE_FIELDS = {
-    "output_dir",
-    "batch_size",
-    "device",
-    "offload",
-    "compile",
-    "weights",
-    "ae_weights",
-    "text_encoders",
-}
+FREE_FIELDS = {"output_dir", "batch_size", "device", "offload", "compile", "workers", "ray_address"}
+OVERVIEW_ROWS, OVERVIEW_SIDE = 8, 256
 
 
 def layer_sets(layers: str | Sequence[int] | Sequence[Sequence[int]], num_layers: int) -> list[LayerSet]:
-    """The sets to bypass: "all" layers one by one, those of a list one by one, or each list of a list as one
-    set.
-    """
+    """The sets to bypass: "all" layers one by one, those of a list one by one, or each list of a list."""
     if layers == "all":
         layers = range(num_layers)
     return [(entry,) if isinstance(entry, int) else tuple(sorted(entry)) for entry in layers]
@@ -55,67 +46,216 @@ def layers_text(layers: LayerSet) -> str:
     return "-".join(f"{layer:02d}" for layer in layers)
 
 
-def picture_path(folder: Path, prompt: int, layers: LayerSet) -> Path:
-    """Where a sweep keeps the picture of its prompt number `prompt` with `layers` bypassed."""
+def picture_path(folder: Path, row: int, layers: LayerSet) -> Path:
+    """Where a sweep keeps the picture of its reference number `row` with `layers` bypassed."""
     name = f"skip_{layers_text(layers)}.png" if layers else "reference.png"
-    return folder / f"prompt_{prompt:03d}" / name
+    return folder / f"prompt_{row:03d}" / name
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pictures that are made as one batch: one prompt and seed, a set of layers bypassed in each row.
+
+    The pictures depend on the task and the settings alone, not on what was made before or by whom: a batch
+    that was only half written is made again as a whole.
+    """
+
+    row: int
+    prompt: str
+    seed: int
+    sets: tuple[LayerSet, ...]
+
+
+def plan(settings: SkipSettings, num_layers: int) -> list[Task]:
+    """All tasks of a sweep, reference by reference."""
+    sets = [REFERENCE, *layer_sets(settings.layers, num_layers)]
+    size = settings.batch_size
+    return [
+        Task(row, entry.prompt, entry.seed, tuple(sets[start : start + size]))
+        for row, entry in enumerate(settings.entries)
+        for start in range(0, len(sets), size)
+    ]
+
+
+class Bypasser:
+    """Makes the pictures of tasks, and remembers for one prompt and seed what its tasks have in common."""
+
+    def __init__(self, pipe: Pipeline, settings: SkipSettings):
+        self.pipe, self.settings = pipe, settings
+        self._key: tuple[str, int] | None = None
+        self._cond: Conditioning | None = None
+        self._streams: list[tuple[Streams, Streams | None]] = []
+
+    def make(self, task: Task) -> list[Image.Image]:
+        """The task's pictures, in the order of its sets."""
+        pipe, settings = self.pipe, self.settings
+        width, height, batch = settings.width, settings.height, len(task.sets)
+        levels = pipe.schedule(settings.num_steps, width, height)
+        noise = pipe.noise([task.seed], width, height)
+        if self._key != (task.prompt, task.seed):
+            self._begin(task, noise, levels[0])
+        cond, latent = self._cond.expanded(batch), noise.expand(batch, -1, -1)
+        ids = pipe.image_ids(batch, width, height)
+        skip = tuple(frozenset(layers) for layers in task.sets)
+        intervention = Intervention(skip=skip, scale=settings.scale)
+        with pipe.denoising() as model:
+            # Below the first bypassed layer, the first step is the reference's own.
+            start = self._streams[min((min(layers) for layers in task.sets if layers), default=0)]
+            latent = euler_step(model, latent, ids, cond, *levels[:2], intervention, start).latent
+            for step in sample(model, latent, ids, cond, levels[1:], intervention):
+                latent = step.latent
+        return pipe.decode(latent, width, height, settings.watermark)
+
+    def _begin(self, task: Task, noise, level: float) -> None:
+        settings = self.settings
+        self._cond = self.pipe.condition(
+            [task.prompt], settings.guidance, settings.true_cfg, settings.negative_prompt
+        )
+        ids = self.pipe.image_ids(1, settings.width, settings.height)
+        with self.pipe.denoising() as model:
+            self._streams = streams(model, noise, ids, self._cond, level)
+        self._key = (task.prompt, task.seed)
 
 
 def open_sweep(settings: SkipSettings) -> Path:
     """The folder of a sweep, its settings left in it as run.json if it is new.
 
     Raises:
-        InputError: the folder holds a sweep made with other settings.
+        InputError: the folder holds a sweep made with other settings or other weights.
     """
-    folder = Path(settings.output_dir)
+    folder, checkpoint = Path(settings.output_dir), checkpoint_of(settings)
     if not (folder / "run.json").exists():
-        write_json(folder / "run.json", run_record(settings))
+        write_json(folder / "run.json", run_record(sweep_part(settings), checkpoint=checkpoint))
         return folder
-    own, there = settings.to_json(), read_sweep(folder)["settings"]
+    record = read_sweep(folder)
+    own, there = sweep_part(settings).to_json(), record["settings"]
     names = (own.keys() | there.keys()) - FREE_FIELDS
-    differ = sorted(name for name in names if own.get(name) != there.get(name))
+    differ = {name for name in names if own.get(name) != there.get(name)}
+    # The same name may stand for another file by now.
+    known = record.get("checkpoint")
+    if checkpoint and known and checkpoint != known:
+        differ.add("weights")
     if differ:
         raise InputError(
-            f"Got {folder}, which holds a sweep made with another {', '.join(differ)}: "
+            f"Got {folder}, which holds a sweep made with another {', '.join(sorted(differ))}: "
             "give another output_dir, or delete it"
         )
     return folder
 
 
-def sweep(pipe: Pipeline, settings: SkipSettings, progress: bool = True) -> Path:
-    """Writes, for each prompt, the reference and a picture for each set of layers bypassed. Returns the
-    folder.
+def sweep_part(settings: SkipSettings) -> SkipSettings:
+    """The settings of demo 2 alone, where more are given."""
+    return SkipSettings(**{name: getattr(settings, name) for name in SkipSettings.model_fields})
 
-    Pictures that are there already are kept, so that a sweep that was stopped goes on where it was. Each row
-    of a batch has its own set bypassed.
+
+def sweep(
+    settings: SkipSettings,
+    pipe: Pipeline | None = None,
+    on_row: Callable[[int], bool] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes each reference and a picture of it for each set of layers bypassed. Returns the folder.
+
+    Pictures that are there already are kept, so that a sweep that was stopped goes on where it was. Pictures
+    are written beside the denoiser, in a thread. With more than one worker or a Ray address, the work is
+    shared through `flux.cluster`.
 
     Args:
         settings: complete ones (`flux.specs.complete`).
+        pipe: the model; None: loaded if there is anything left to do.
+        on_row: told, in order, each reference whose pictures are all there; if it says True, that was the
+            last one.
 
     Raises:
-        InputError: as `open_sweep`.
+        InputError: as `open_sweep`, or a picture cannot be written.
     """
     folder = open_sweep(settings)
-    sets = [REFERENCE, *layer_sets(settings.layers, pipe.spec.num_layers)]
-    numbered = list(enumerate(settings.prompts))
-    missing = [
-        [layers for layers in sets if not picture_path(folder, number, layers).exists()]
-        for number, _ in numbered
-    ]
-    total = len(sets) * len(numbered)
-    with tqdm(
-        total=total, initial=total - sum(map(len, missing)), desc="bypass", unit="image", disable=not progress
-    ) as bar:
-        for (number, entry), todo in zip(numbered, missing):
-            for start in range(0, len(todo), settings.batch_size):
-                batch = todo[start : start + settings.batch_size]
-                for layers, picture in zip(batch, bypass(pipe, entry.prompt, entry.seed, batch, settings)):
-                    more = about(settings, entry.prompt, entry.seed, bypassed=layers)
-                    save_image(picture, picture_path(folder, number, layers), more)
-                    bar.update()
-    save_image(_overview(folder, settings, sets), folder / "grid.png")
-    write_json(folder / "run.json", run_record(settings, timings=pipe.timings))
+    for leftover in folder.rglob(".flux-*.tmp"):  # of a start that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    num_layers = get_spec(settings.model).num_layers
+    tasks = plan(settings, num_layers)
+    todo = [task for task in tasks if _missing(folder, task)]
+    left = [sum(task.row == row for task in todo) for row in range(len(settings.entries))]
+    rows_done = 0
+
+    def rows_told() -> bool:
+        """Tells `on_row` of rows that are complete now; whether it has had enough."""
+        nonlocal rows_done
+        while rows_done < len(left) and left[rows_done] == 0:
+            rows_done += 1
+            if on_row and on_row(rows_done - 1):
+                return True
+        return False
+
+    total = sum(len(task.sets) for task in tasks)
+    begun = total - sum(len(task.sets) for task in todo)
+    with tqdm(total=total, initial=begun, desc="bypass", unit="image", disable=not progress) as bar:
+        enough = rows_told()
+        with closing(_finished(settings, pipe, [] if enough else todo, folder)) as finished:
+            for task in finished:
+                left[task.row] -= 1
+                bar.update(len(task.sets))
+                if rows_told():
+                    break
+    rows = min(rows_done, OVERVIEW_ROWS)
+    save_image(
+        _overview(folder, settings, layer_sets(settings.layers, num_layers), rows), folder / "grid.png"
+    )
+    more = {"rows": rows_done, "checkpoint": checkpoint_of(settings)}
+    write_json(folder / "run.json", run_record(sweep_part(settings), **more))
     return folder
+
+
+def _missing(folder: Path, task: Task) -> list[int]:
+    """Which of the task's pictures are not there yet."""
+    return [i for i, layers in enumerate(task.sets) if not picture_path(folder, task.row, layers).exists()]
+
+
+def _finished(
+    settings: SkipSettings, pipe: Pipeline | None, todo: list[Task], folder: Path
+) -> Iterator[Task]:
+    """Yields each task when its pictures have been written."""
+
+    def write(task: Task, pictures: Sequence[Image.Image]) -> Task:
+        for i in _missing(folder, task):
+            more = about(sweep_part(settings), task.prompt, task.seed, bypassed=task.sets[i])
+            save_image(pictures[i], picture_path(folder, task.row, task.sets[i]), more)
+        return task
+
+    if not todo:
+        return
+    if settings.workers > 1 or settings.ray_address:
+        from flux.cluster import SweepWorker, gpus_per_worker, run_tasks
+
+        shared = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
+        with closing(run_tasks(SweepWorker, (settings,), todo, *shared)) as results:
+            for index, pictures in results:
+                yield write(todo[index], [Image.open(BytesIO(data)).convert("RGB") for data in pictures])
+        return
+    bypasser = Bypasser(pipe or Pipeline.load(settings), settings)
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future | None = None
+        for task in todo:
+            pictures = bypasser.make(task)
+            if writing:
+                yield writing.result()
+            writing = writer.submit(write, task, pictures)
+        yield writing.result()
+
+
+def _overview(folder: Path, settings: SkipSettings, sets: list[LayerSet], rows: int) -> Image.Image:
+    """A row of small pictures for each of the first references."""
+    titles = ["reference", *(f"without {layers_text(layers)}" for layers in sets)]
+    pictures = [
+        [_small(picture_path(folder, row, layers)) for layers in (REFERENCE, *sets)] for row in range(rows)
+    ]
+    return grid(pictures, [titles] * rows, [entry.prompt for entry in settings.entries[:rows]])
+
+
+def _small(path: Path) -> Image.Image:
+    picture = read_image(path)
+    picture.thumbnail((OVERVIEW_SIDE, OVERVIEW_SIDE))
+    return picture
 
 
 def read_sweep(folder: Path) -> dict:
@@ -132,123 +272,31 @@ def read_sweep(folder: Path) -> dict:
                 f"Got {folder}, which demo {record['demo']!r} wrote: give a folder of demo_2_skip.py"
             )
         record["settings"]["prompts"], record["settings"]["layers"]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"Got {path}, which cannot be read as a sweep's: {error}") from error
     return record
 
 
-def bypass(
-    pipe: Pipeline, prompt: str, seed: int, sets: Sequence[LayerSet], settings: SkipSettings
-) -> list[Image.Image]:
-    """The same picture once for each set of layers bypassed at every step, as one batch; the empty set: in
-    full.
-    """
-    width, height = settings.width, settings.height
-    batch = len(sets)
-    cond = pipe.condition([prompt] * batch, settings.guidance, settings.true_cfg, settings.negative_prompt)
-    latent = pipe.noise([seed], width, height).expand(batch, -1, -1)
-    levels = pipe.schedule(settings.num_steps, width, height)
-    intervention = Intervention(skip=tuple(frozenset(layers) for layers in sets))
-    with pipe.denoising() as model:
-        for step in sample(model, latent, pipe.image_ids(batch, width, height), cond, levels, intervention):
-            latent = step.latent
-    return pipe.decode(latent, width, height, settings.watermark)
-
-
-def _overview(folder: Path, settings: SkipSettings, sets: list[LayerSet]) -> Image.Image:
-    """One row of pictures for each prompt."""
-    titles = [f"without {layers_text(layers)}" if layers else "reference" for layers in sets]
-    numbers = range(len(settings.prompts))
-    pictures = [[read_image(picture_path(folder, number, layers)) for layers in sets] for number in numbers]
-    return grid(pictures, [titles] * len(pictures), [entry.prompt for entry in settings.prompts])
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Similarity of each bypassed picture to its reference.
-
-    Attributes:
-        sets: the sets of layers that were bypassed.
-        table: cosine similarity of DINOv2's CLS features, by prompt and set, "prompts sets".
-    """
-
-    sets: list[LayerSet]
-    table: torch.Tensor
-
-    @property
-    def vitality(self) -> dict[LayerSet, float]:
-        """1 minus the mean similarity over the prompts (Stable Flow, equation 1), by set."""
-        return dict(zip(self.sets, (1 - self.table.double().mean(dim=0)).tolist()))
-
-    def vital(self, top: int | None = None, threshold: float | None = None) -> list[int]:
-        """The single layers of highest vitality: the first `top`, or all that reach `threshold` (equation 2);
-        sorted.
-        """
-        ranked = sorted(
-            ((value, layers[0]) for layers, value in self.vitality.items() if len(layers) == 1), reverse=True
-        )
-        chosen = ranked[:top] if threshold is None else [entry for entry in ranked if entry[0] >= threshold]
-        return sorted(layer for _, layer in chosen)
-
-    def csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["prompt", "layers", "similarity"])
-        for number, row in enumerate(self.table.tolist()):
-            writer.writerows(
-                [number, layers_text(layers), f"{value:.6f}"] for layers, value in zip(self.sets, row)
-            )
-        return text.getvalue()
-
-
-def check_sweep(folder: Path) -> tuple[dict, list[LayerSet]]:
-    """A finished sweep's run.json and its sets of layers.
+def check_sweep(folder: Path) -> tuple[dict, list[LayerSet], list[Prompt]]:
+    """A finished sweep's run.json, its sets of layers, and the references it has pictures of.
 
     Raises:
         InputError: no sweep, or one that lacks pictures.
     """
     record = read_sweep(folder)
-    sets = layer_sets(record["settings"]["layers"], get_spec(record["settings"]["model"]).num_layers)
-    numbers = range(len(record["settings"]["prompts"]))
-    paths = [picture_path(folder, number, layers) for number in numbers for layers in (REFERENCE, *sets)]
+    settings = check_settings(SkipSettings, record["settings"], folder / "run.json")
+    sets = layer_sets(settings.layers, get_spec(settings.model).num_layers)
+    # A sweep that was told to stop early is whole with the rows it has.
+    entries = list(settings.entries)[: record.get("rows") or len(settings.entries)]
+    paths = [
+        picture_path(folder, row, layers) for row in range(len(entries)) for layers in (REFERENCE, *sets)
+    ]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
             f"Got {folder}, which lacks {len(missing)} of its {len(paths)} pictures "
             f"(the first: {missing[0].relative_to(folder)}): let demo_2_skip.py finish it"
         )
-    return record, sets
-
-
-def score(folder: Path, encoder: PerceptualEncoder, progress: bool = True) -> Scores:
-    """The similarities of a finished sweep. Raises InputError as `check_sweep`, and for pictures of unequal
-    size.
-    """
-    record, sets = check_sweep(folder)
-    rows = []
-    for number in tqdm(
-        range(len(record["settings"]["prompts"])), desc="score", unit="prompt", disable=not progress
-    ):
-        pictures = [read_image(picture_path(folder, number, layers)) for layers in (REFERENCE, *sets)]
-        if len({picture.size for picture in pictures}) > 1:
-            raise InputError(f"Got pictures of unequal size in {folder / f'prompt_{number:03d}'}")
-        features = encoder.embed(pictures)
-        rows.append(similarity(features[:1].expand_as(features[1:]), features[1:]).cpu())
-    return Scores(sets, torch.stack(rows))
-
-
-def write_scores(folder: Path, scores: Scores, record: dict, settings: DinoSettings) -> list[int]:
-    """Writes similarity.csv and vital_layers.json; returns the vital layers by the settings' rule."""
-    layers = scores.vital(settings.top, settings.threshold)
-    write_text(folder / "similarity.csv", scores.csv())
-    about_scan = {
-        "vital_layers": layers,
-        "rule": {"top": settings.top} if settings.threshold is None else {"threshold": settings.threshold},
-        "vitality": {layers_text(layers): round(value, 6) for layers, value in scores.vitality.items()},
-        "encoder": settings.model,
-        "sweep": record["settings"],
-    }
-    write_json(folder / "vital_layers.json", {"model": record["settings"]["model"], **about_scan})
-    return layers
+    return record, sets, entries

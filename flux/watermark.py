@@ -37,20 +37,20 @@ RGB_TO_U = np.array([-0.14713, -0.28886, 0.43601], dtype=np.float32)
 U_TO_RGB = np.array([0.0, -0.39465, 2.03211], dtype=np.float32)
 
 
-def embed_watermark(x: Tensor) -> Tensor:
+def embed_watermark(image: Tensor) -> Tensor:
     """Pictures `n c h w` (or `c h w`, `b n c h w`) in -1..1, watermarked; same shape, dtype and device.
 
     The result lies on the 256 levels of an 8-bit picture. Pictures of fewer than 256 * 256 pixels, or with a
-    side under 8 pixels, cannot carry the mark and come back as they were. `x` itself is not changed.
+    side under 8 pixels, cannot carry the mark and come back as they were. `image` itself is not changed.
     """
-    height, width = x.shape[-2:]
+    height, width = image.shape[-2:]
     if height * width < MIN_AREA or min(height, width) < 8:
-        return x
-    pictures = to_uint8(x).reshape(-1, height, width, 3)
+        return image
+    pictures = to_uint8(image).reshape(-1, height, width, 3)
     for picture in pictures:
         _embed(picture)
-    levels = torch.from_numpy(pictures).permute(0, 3, 1, 2).reshape(x.shape)
-    return (levels.float() / 127.5 - 1).to(dtype=x.dtype, device=x.device)
+    levels = torch.from_numpy(pictures).permute(0, 3, 1, 2).reshape(image.shape)
+    return (levels.float() / 127.5 - 1).to(dtype=image.dtype, device=image.device)
 
 
 def extract_watermark(x: Tensor) -> list[int]:

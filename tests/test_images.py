@@ -17,7 +17,6 @@ from flux.errors import InputError
 from flux.images import (
     fit,
     grid,
-    plot_vitality,
     read_image,
     read_metadata,
     save_animation,
@@ -27,6 +26,7 @@ from flux.images import (
     write_json,
     write_text,
 )
+from flux.plots import plot_vitality
 
 QUADRANTS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 
@@ -603,95 +603,3 @@ def test_sheets_have_a_limit(monkeypatch):
 def test_grid_without_pictures():
     with pytest.raises(ValueError, match="at least one picture"):
         grid([[None], []])
-
-
-# The plot
-
-
-@pytest.fixture
-def axes(monkeypatch):
-    """Filled with the axes of every figure that is saved."""
-    from matplotlib.figure import Figure
-
-    seen = []
-    original = Figure.savefig
-
-    def savefig(self, *args, **options):
-        seen.extend(self.axes)
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return seen
-
-
-def colour_of(bar) -> str:
-    """Which of the named colours a bar has, and whether it is pale."""
-    from matplotlib.colors import to_rgb
-
-    shown = np.array(bar.get_facecolor()[:3])
-    for kind, colour in images.KIND_COLOURS.items():
-        full = np.array(to_rgb(colour))
-        if np.allclose(shown, full):
-            return kind
-        if np.allclose(shown, 1 - 0.4 * (1 - full)):
-            return f"pale {kind}"
-    raise AssertionError(f"unknown colour {shown}")
-
-
-@pytest.mark.parametrize("num_layers, num_double, vital", [(15, 5, {0, 1, 6}), (57, 19, {0, 1, 2, 18, 53})])
-def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
-    scores = {layer: (layer * 7 % 11) / 11 for layer in reversed(range(num_layers))}
-    plot_vitality(scores, num_double, vital, 0.3, tmp_path / "p.png")
-    (ax,) = axes
-    assert [bar.get_height() for bar in ax.patches] == [scores[layer] for layer in range(num_layers)]
-    for layer, bar in enumerate(ax.patches):
-        kind = "double-stream" if layer < num_double else "single-stream"
-        assert colour_of(bar) == (kind if layer in vital else f"pale {kind}")
-    stars = next(line for line in ax.lines if line.get_marker() == "*")
-    assert stars.get_xdata().tolist() == sorted(vital)
-    assert all(y > scores[layer] for layer, y in zip(sorted(vital), stars.get_ydata(), strict=True))
-    assert max(stars.get_ydata()) < ax.get_ylim()[1]
-    assert any(np.allclose(line.get_ydata(), 0.3) for line in ax.lines)
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == [str(layer) for layer in range(num_layers)]
-    boxes = [tick.get_window_extent() for tick in ax.get_xticklabels()]
-    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "labels overlap"
-    legend = [text.get_text() for text in ax.figure.legends[0].get_texts()]
-    assert legend == ["double-stream", "single-stream", "vital", "threshold 0.3"]
-    with Image.open(tmp_path / "p.png") as image:
-        assert image.width >= 1000
-        frame = ax.figure.legends[0].get_window_extent()
-        assert 0 <= frame.x0 and frame.x1 <= image.width
-
-
-def test_plot_of_layer_sets(axes, tmp_path):
-    scores = {(5, 7): 0.3, (0, 1, 2, 4): 0.6, (3, 6, 5): -0.1, 9: 0.2}
-    plot_vitality(scores, 5, {5, 7, 9}, 0.25, tmp_path / "p.svg")
-    (ax,) = axes
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0–2, 4", "3, 5, 6", "5, 7", "9"]
-    assert [colour_of(bar) for bar in ax.patches] == [
-        "pale double-stream",
-        "pale both kinds",
-        "single-stream",
-        "single-stream",
-    ]
-    assert ax.get_ylim()[0] < -0.1
-    assert "together" in ax.get_xlabel()
-    assert b"<svg" in (tmp_path / "p.svg").read_bytes()
-    frame = ax.figure.legends[0].get_window_extent()
-    assert 0 <= frame.x0 and frame.x1 <= ax.figure.bbox.width
-
-
-def test_plot_of_many_sets_turns_its_labels(axes, tmp_path):
-    scores = {(0, 5, layer): layer / 40 for layer in range(7, 37)}
-    plot_vitality(scores, 19, set(), None, tmp_path / "p.png")
-    boxes = [tick.get_window_extent() for tick in axes[0].get_xticklabels()]
-    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "labels overlap"
-
-
-def test_plot_of_one_score_or_none(axes, tmp_path):
-    plot_vitality({3: 0.0}, 5, set(), None, tmp_path / "p.png")
-    (bar,) = axes[0].patches
-    left, right = axes[0].get_xlim()
-    assert bar.get_width() < (right - left) / 8
-    with pytest.raises(ValueError, match="at least one score"):
-        plot_vitality({}, 5, set(), None, tmp_path / "p.png")

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from flux.errors import InputError
+
 
 class HFEmbedder(nn.Module):
     """A tokenizer and a text encoder of transformers behind one call.
@@ -33,9 +35,16 @@ class HFEmbedder(nn.Module):
         self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or version, subfolder=tokenizer_subfolder)
         encoder = CLIPTextModel if self.is_clip else T5EncoderModel
-        self.hf_module = (
-            encoder.from_pretrained(version, subfolder=subfolder, **hf_kwargs).eval().requires_grad_(False)
+        self.hf_module, found = encoder.from_pretrained(
+            version, subfolder=subfolder, output_loading_info=True, **hf_kwargs
         )
+        # transformers would draw what is missing at random and only warn.
+        wrong = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+        if wrong:
+            raise InputError(
+                f"{version} is no whole {encoder.__name__}: missing or misshapen {', '.join(wrong[:3])}"
+            )
+        self.hf_module.eval().requires_grad_(False)
 
     def forward(self, text: list[str]) -> Tensor:
         """Prompts -> "B T features" (T5, T = max_length) or "B features" (CLIP)."""

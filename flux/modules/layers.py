@@ -59,16 +59,14 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, computed in float32."""
+    """Root-mean-square normalisation over the last axis, computed in float32 whatever the dtype of `x`."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)
-        return (wide * inverse_rms).to(x.dtype) * self.scale
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -176,12 +174,12 @@ class DoubleStreamBlock(nn.Module):
         pe: Tensor,
         given: KeysValues | None = None,
         keep: bool = False,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, KeysValues]:
+    ) -> tuple[Tensor, ...]:
         """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
 
         Args:
             given: the image stream attends to these image keys and values instead of its own.
-            keep: return the image keys and values that were used as a third value.
+            keep: return queries, keys and values of all tokens, as they were used, as a third value.
         """
         num_txt = txt.shape[1]
         img_mod1, img_mod2 = self.img_mod(vec)
@@ -192,11 +190,8 @@ class DoubleStreamBlock(nn.Module):
         img_q, img_k, img_v = self.img_attn.heads(img_in, pe[:, :, num_txt:], given)
         txt_q, txt_k, txt_v = self.txt_attn.heads(txt_in, pe[:, :, :num_txt])
 
-        mixed = attend(
-            torch.cat((txt_q, img_q), dim=2),
-            torch.cat((txt_k, img_k), dim=2),
-            torch.cat((txt_v, img_v), dim=2),
-        )
+        q, k, v = torch.cat((txt_q, img_q), 2), torch.cat((txt_k, img_k), 2), torch.cat((txt_v, img_v), 2)
+        mixed = attend(q, k, v)
         txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
 
         img = img + img_mod1.gate * self.img_attn.proj(img_mixed)
@@ -204,7 +199,7 @@ class DoubleStreamBlock(nn.Module):
 
         txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_mixed)
         txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2.applied_to(self.txt_norm2(txt)))
-        return (img, txt, (img_k, img_v)) if keep else (img, txt)
+        return (img, txt, (q, k, v)) if keep else (img, txt)
 
 
 class SingleStreamBlock(nn.Module):
@@ -233,14 +228,14 @@ class SingleStreamBlock(nn.Module):
         given: KeysValues | None = None,
         keep: bool = False,
         num_txt: int = 0,
-    ) -> Tensor | tuple[Tensor, KeysValues]:
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
         2 2".
 
         Args:
             given: all tokens attend to these image keys and values instead of the sequence's own.
-            keep: return the image keys and values that were used as a second value.
-            num_txt: where the image tokens begin; needed with `given` and `keep` only.
+            keep: return queries, keys and values of all tokens, as they were used, as a second value.
+            num_txt: where the image tokens begin; needed with `given` only.
         """
         mod, _ = self.modulation(vec)
         x_in = mod.applied_to(self.pre_norm(x))
@@ -260,7 +255,7 @@ class SingleStreamBlock(nn.Module):
 
         mixed = torch.cat((attend(q, k, v), self.mlp_act(mlp)), dim=2)
         x = x + mod.gate * self.linear2(mixed)
-        return (x, (k[:, :, num_txt:], v[:, :, num_txt:])) if keep else x
+        return (x, (q, k, v)) if keep else x
 
 
 class LastLayer(nn.Module):

@@ -1,0 +1,78 @@
+"""flux-nano on the CPU: what a newcomer with a laptop waits for.
+
+    python -m benchmarks.nano_cpu [--repeats 3] [--num_steps 20] [--size 256] [--output FILE.json]
+
+Import of flux in a new interpreter, loading, a picture with true CFG, a reference with three edits: medians.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import fire
+
+from flux.errors import exit_on_input_error
+
+IMPORT = "import time; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
+
+
+def import_seconds(module: str) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT.format(module)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def seconds(work: Callable[[], object], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+@exit_on_input_error()
+def main(repeats: int = 3, num_steps: int = 20, size: int = 256, output: str | None = None) -> None:
+    modules = ("flux", "flux.pipeline")
+    times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
+
+    from benchmarks.report import machine, markdown
+    from flux.editing import edit, find_vital_layers
+    from flux.images import write_json
+    from flux.pipeline import Pipeline
+    from flux.settings import EditSettings, read_settings
+    from flux.specs import complete, get_spec
+
+    wanted = {"num_steps": num_steps, "width": size, "height": size, "device": "cpu"}
+    settings = complete(read_settings(EditSettings, "edit.json", wanted))
+    layers = find_vital_layers(settings.vital_layers, get_spec(settings.model))
+    same = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
+    sampling = {**{name: getattr(settings, name) for name in same}, "progress": False}
+    injection = {"layers": layers, "inject_from": settings.inject_from, "inject_until": settings.inject_until}
+
+    # The first also imports transformers, as every run of a demo does.
+    loaded = []
+    times["load"] = seconds(lambda: loaded.append(Pipeline.load(settings)), repeats)
+    pipe = loaded[-1]
+    work = {
+        "a picture": lambda: pipe.generate([settings.prompt], [settings.seed], **sampling),
+        f"a reference and {len(settings.edits)} edits": lambda: edit(
+            pipe, settings.prompt, settings.edits, seed=settings.seed, **injection, **sampling
+        ),
+    }
+    for name, run in work.items():
+        times[name] = seconds(run, repeats)
+
+    about = machine(pipe.device)
+    rows = [[name, f"{statistics.median(each):.2f}", f"{each[0]:.2f}"] for name, each in times.items()]
+    print(f"{about['device']}, {about['threads']} threads, {size}x{size}, {num_steps} steps")
+    print(markdown(["seconds", "median", "first"], rows))
+    if output:
+        write_json(output, {"machine": about, "size": size, "num_steps": num_steps, "seconds": times})
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,113 @@
+"""diffusers' FluxPipeline on the very weights that a `Flux` holds: both fit on one card."""
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from flux.model import Flux, FluxParams
+from flux.modules.autoencoder import AutoEncoderParams
+
+# Ours -> diffusers'; several on the right are the parts of one fused projection, in the order of its rows.
+EMBEDDERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in": "time_text_embed.timestep_embedder",
+    "vector_in": "time_text_embed.text_embedder",
+    "guidance_in": "time_text_embed.guidance_embedder",
+    "in_layer": "linear_1",
+    "out_layer": "linear_2",
+}
+DOUBLE = {
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.norm.query_norm": ["attn.norm_q"],
+    "img_attn.norm.key_norm": ["attn.norm_k"],
+    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
+    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "linear2": ["proj_out"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+}
+
+
+def renamed(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A `Flux`'s state dict under diffusers' names: views of the same memory, but for the last modulation."""
+    result = {}
+    for name, tensor in weights.items():
+        path, kind = name.rsplit(".", 1)
+        stack, *rest = path.split(".", 2)
+        if stack == "final_layer":
+            if path.endswith("linear"):
+                result[f"proj_out.{kind}"] = tensor
+            else:  # shift, scale here; scale, shift there
+                result[f"norm_out.linear.{kind}"] = torch.cat(tensor.chunk(2)[::-1])
+        elif rest and rest[0].isdigit():
+            (index, part), table = rest, DOUBLE if stack == "double_blocks" else SINGLE
+            prefix = "transformer_blocks" if stack == "double_blocks" else "single_transformer_blocks"
+            sizes = [width] * (len(table[part]) - 1)
+            parts = tensor.split([*sizes, tensor.shape[0] - sum(sizes)])
+            for target, rows in zip(table[part], parts, strict=True):
+                result[f"{prefix}.{index}.{target}.{'weight' if kind == 'scale' else kind}"] = rows
+        else:
+            result[".".join(EMBEDDERS[word] for word in path.split(".")) + f".{kind}"] = tensor
+    return result
+
+
+def peer_transformer(model: Flux) -> FluxTransformer2DModel:
+    """diffusers' transformer of the same sizes, which shares the memory of `model`'s weights."""
+    params: FluxParams = model.params
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(
+            in_channels=params.in_channels,
+            num_layers=params.depth,
+            num_single_layers=params.depth_single_blocks,
+            attention_head_dim=params.hidden_size // params.num_heads,
+            num_attention_heads=params.num_heads,
+            joint_attention_dim=params.context_in_dim,
+            pooled_projection_dim=params.vec_in_dim,
+            guidance_embeds=params.guidance_embed,
+            axes_dims_rope=tuple(params.axes_dim),
+        )
+    transformer.load_state_dict(renamed(model.state_dict(), params.hidden_size), assign=True)
+    return transformer.eval().requires_grad_(False)
+
+
+def peer_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:
+    """diffusers' pipeline around `peer_transformer`, with a random autoencoder and no text encoders."""
+    levels = len(ae_params.ch_mult)
+    with torch.device(next(model.parameters()).device):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(ae_params.ch * mult for mult in ae_params.ch_mult),
+            layers_per_block=ae_params.num_res_blocks,
+            latent_channels=ae_params.z_channels,
+            norm_num_groups=ae_params.num_groups,
+            scaling_factor=ae_params.scale_factor,
+            shift_factor=ae_params.shift_factor,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.to(dtype).eval().requires_grad_(False),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=peer_transformer(model),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,70 @@
+"""What all tests share: marks, a clean environment, no network, and the small model loaded once."""
+
+import os
+
+import pytest
+
+# Read when huggingface_hub is imported, so set before anything can import it: no test reaches a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+import toy  # noqa: E402
+
+SKIPPED = {"slow": "--run-slow", "gpu": "--run-gpu"}
+
+
+def pytest_addoption(parser):
+    for mark, option in SKIPPED.items():
+        parser.addoption(option, action="store_true", help=f"run the tests marked {mark} too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --run-slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with --run-gpu")
+    # Nets this small gain little from more threads, and lose a hundredfold where other work has the cores.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark, option in SKIPPED.items():
+            if mark in item.keywords and not config.getoption(option):
+                item.add_marker(pytest.mark.skip(reason=f"runs with {option}"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Scans are remembered apart from those of the person who runs the tests."""
+    from matplotlib import get_cachedir
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Its list of fonts takes long to make, and is the same for everyone.
+        patch.setenv("MPLCONFIGDIR", get_cachedir())
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """No variable of the person who runs the tests names a file of weights."""
+    for name in list(os.environ):
+        if name == "AE" or name.startswith("FLUX_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """flux-nano's pipeline in float32 on the CPU."""
+    return toy.load_nano()
+
+
+@pytest.fixture(scope="session")
+def nano_diffusers():
+    """diffusers' FluxPipeline with flux-nano's weights, tokenizers and schedule."""
+    return toy.load_nano_in_diffusers()

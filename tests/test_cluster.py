@@ -1,0 +1,361 @@
+"""Tasks shared out by Ray over the two hosts of a cluster on this machine, whose processes and hosts die.
+
+This file is imported by the workers too: heavy things are imported where they are used.
+"""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flux import cluster
+from flux.cluster import run_tasks
+from flux.errors import InputError
+
+TESTS = Path(__file__).resolve().parent
+HOST = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Workers find this file, nobody is told of the tests, and no cluster of the person's own is taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, TESTS.parent))))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def hosts(environment):
+    """A cluster of two hosts with one CPU each; the tests' own process joins the first."""
+    from ray.cluster_utils import Cluster
+
+    hosts = Cluster(initialize_head=True, head_node_args=HOST)
+    yield hosts
+    hosts.shutdown()
+
+
+@pytest.fixture
+def two_hosts(hosts):
+    """That cluster, whole again after a test that took a host away."""
+    if not hosts.worker_nodes:
+        hosts.add_node(**HOST)
+    return hosts
+
+
+class Toy:
+    """Squares numbers and says in which process; what else it does is in the task."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        (folder / f"worker_{os.getpid()}").touch() if folder else None
+
+    def run(self, task: dict) -> tuple[int, int]:
+        time.sleep(task.get("seconds", 0.0))
+        if "die_once" in task and not (self.folder / "died").exists():
+            (self.folder / "died").touch()
+            os._exit(1)
+        if "die" in task:
+            os._exit(1)
+        if "wrong" in task:
+            raise task["wrong"]
+        return task["number"] ** 2, os.getpid()
+
+
+def numbers(count: int, **more) -> list[dict]:
+    return [{"number": number, **more} for number in range(count)]
+
+
+def squares(results) -> dict[int, int]:
+    """Number of each task -> its square; no task twice."""
+    results = list(results)
+    found = {number: square for number, (square, _) in results}
+    assert len(found) == len(results)
+    return found
+
+
+def expected(count: int) -> dict[int, int]:
+    return {number: number**2 for number in range(count)}
+
+
+# ---- sharing out
+
+
+def test_all_results_and_each_worker_loads_once(two_hosts, tmp_path):
+    results = list(run_tasks(Toy, (tmp_path,), numbers(12, seconds=0.05), 2, two_hosts.address))
+    assert squares(results) == expected(12)
+    assert {f"worker_{process}" for _, (_, process) in results} == {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_whoever_is_free_gets_the_next_task(two_hosts):
+    """While one worker is busy with a long task, the other does all the rest but the one already given."""
+    tasks = numbers(9, seconds=0.05)
+    tasks[0]["seconds"] = 2.0
+    results = list(run_tasks(Toy, (), tasks, 2, two_hosts.address))
+    assert squares(results) == expected(9)
+    slow = dict(results)[0][1]
+    assert sum(process == slow for _, (_, process) in results) <= 2
+    assert all(process == slow for _, (_, process) in results[-1:])
+
+
+class Packing:
+    """Notes when and where it works, and packs slowly."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+
+    def run(self, task: None) -> tuple[bool, float]:
+        time.sleep(0.1)
+        return threading.get_ident() == self.thread, time.monotonic()
+
+    def pack(self, result: tuple) -> tuple[bool, float, str]:
+        time.sleep(0.4)
+        return *result, "packed"
+
+
+def test_packing_does_not_hold_up_the_next_task(two_hosts):
+    """All work is in the thread that made it, and packing in another."""
+    results = [result for _, result in run_tasks(Packing, (), [None] * 4, 1, two_hosts.address)]
+    assert [(own, packed) for own, _, packed in results] == [(True, "packed")] * 4
+    first, second, third, fourth = sorted(end for _, end, _ in results)
+    assert second - first < 0.3 and fourth - third < 0.3  # one after the other it would be 0.5
+
+
+class Surroundings:
+    def run(self, task: None) -> tuple:
+        return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], time.sleep(0.2)
+
+
+def test_each_worker_has_its_own_gpu_or_none(two_hosts):
+    """As Ray counts them: these hosts only say that they have one each."""
+    for gpus, seen in ((1, "0"), (0, "")):
+        results = run_tasks(Surroundings, (), [None] * 4, 2, two_hosts.address, gpus)
+        assert {result for _, result in results} == {(seen, "1", None)}
+
+
+def test_no_tasks_need_no_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert list(run_tasks(Toy, (), [], 2)) == []
+
+
+# ---- deaths
+
+
+def test_a_task_whose_worker_died_is_done_by_another(two_hosts, tmp_path, capfd):
+    tasks = numbers(10, seconds=0.02)
+    tasks[4]["die_once"] = True
+    assert squares(run_tasks(Toy, (tmp_path,), tasks, 2, two_hosts.address)) == expected(10)
+    assert (tmp_path / "died").exists() and len(list(tmp_path.glob("worker_*"))) >= 2
+    assert "was lost, others go on" in capfd.readouterr().err
+
+
+def test_a_task_that_kills_each_worker_ends_the_run(two_hosts):
+    tasks = numbers(4)
+    tasks[1]["die"] = True
+    with pytest.raises(InputError, match=r"Task \d lost its worker 4 times"):
+        list(run_tasks(Toy, (), tasks, 1, two_hosts.address))
+
+
+def test_a_host_lost_mid_way(two_hosts, capfd):
+    """The other host does what the lost one was to do."""
+    [host] = two_hosts.worker_nodes
+    results = {}
+    for number, (square, process) in run_tasks(Toy, (), numbers(16, seconds=0.1), 2, two_hosts.address):
+        assert number not in results
+        results[number] = (square, process)
+        if len(results) == 4:
+            two_hosts.remove_node(host, allow_graceful=False)
+    assert {number: square for number, (square, _) in results.items()} == expected(16)
+    assert len({process for _, process in list(results.values())[-6:]}) == 1
+    assert "was lost, others go on" in capfd.readouterr().err
+
+
+def test_a_new_host_takes_the_place_of_a_lost_one(two_hosts):
+    [host] = two_hosts.worker_nodes
+    processes = []
+    for _, (_, process) in run_tasks(Toy, (), numbers(40, seconds=0.1), 2, two_hosts.address):
+        processes.append(process)
+        if len(processes) == 3:
+            two_hosts.remove_node(host, allow_graceful=False)
+            two_hosts.add_node(**HOST)
+    assert len(set(processes)) == 3 and len(set(processes[-6:])) == 2
+
+
+class Stillborn:
+    def __init__(self):
+        os._exit(1)
+
+
+def test_workers_that_all_die_at_the_start(two_hosts):
+    """They are not replaced for ever."""
+    with pytest.raises(InputError, match="No worker could start .the last one was lost"):
+        list(run_tasks(Stillborn, (), [1, 2, 3], 2, two_hosts.address))
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("wrong", [InputError("got 3, expected 4"), ZeroDivisionError("by zero")], ids=repr)
+def test_an_error_of_a_task_ends_the_run(two_hosts, wrong, capfd):
+    """As it was raised, for the user one line; Ray's own with the worker's traceback is its cause."""
+    tasks = numbers(6)
+    tasks[2]["wrong"] = wrong
+    with pytest.raises(type(wrong)) as caught:
+        list(run_tasks(Toy, (), tasks, 2, two_hosts.address))
+    assert str(caught.value) == str(wrong) and type(caught.value) is type(wrong)
+    assert "in run" in str(caught.value.__cause__)
+    assert "was lost" not in capfd.readouterr().err
+
+
+class Picky:
+    def __init__(self, weights: str):
+        raise InputError(f"no file {weights}")
+
+
+def test_an_error_of_the_work_at_the_start(two_hosts):
+    with pytest.raises(InputError, match="^no file x.safetensors$"):
+        list(run_tasks(Picky, ("x.safetensors",), [1], 2, two_hosts.address))
+
+
+def test_more_workers_than_there_is_room_for(two_hosts, capfd):
+    """Those for which there is room do it; where there is none for a single one it is said at once."""
+    assert squares(run_tasks(Toy, (), numbers(8), 5, two_hosts.address)) == expected(8)
+    assert "5 workers want 1 CPU each, the cluster has room for " in capfd.readouterr().err
+    with pytest.raises(InputError, match="No host of the cluster has 2 GPU for a worker"):
+        list(run_tasks(Toy, (), numbers(2), 2, two_hosts.address, num_gpus_per_worker=2))
+
+
+def test_a_cluster_that_others_use(two_hosts, monkeypatch):
+    """A run that finds no room for a single worker gives up."""
+    import ray
+
+    monkeypatch.setattr(cluster, "PATIENCE", 1.0)
+    ray.init(address=two_hosts.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        others = [ray.remote(num_cpus=1)(Toy).remote() for _ in range(2)]
+        ray.get([other.run.remote({"number": 1}) for other in others])
+        with pytest.raises(InputError, match="No worker is left.*no room for one .all are in use"):
+            list(run_tasks(Toy, (), numbers(2), 1))
+        assert ray.is_initialized()  # it was connected before, so it stays
+    finally:
+        ray.shutdown()
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"workers 4.*pip install .flux-stable-flow\[cluster\]"):
+        next(run_tasks(Toy, (), numbers(2), 4))
+
+
+def test_addresses_without_a_cluster(monkeypatch):
+    """Found out in seconds, where Ray itself would take minutes and then end the program."""
+    monkeypatch.setattr(cluster, "CONNECT", 1.0)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        for address, told in {
+            f"127.0.0.1:{port}": "nothing answers",
+            f"ray://127.0.0.1:{port}": "nothing answers",
+            "no-such-host.invalid:6379": "nothing answers",
+            "127.0.0.1:99999": "nothing answers",
+            "somewhere": "expected",
+            "http://127.0.0.1:80/x": "expected",
+        }.items():
+            begin = time.monotonic()
+            with pytest.raises(InputError, match=f"Got ray_address {address!r}.*{told}"):
+                next(run_tasks(Toy, (), numbers(2), 2, address))
+            assert time.monotonic() - begin < 10
+
+
+def test_another_version_on_a_host(two_hosts, monkeypatch):
+    monkeypatch.setattr(cluster, "__version__", "0.0.0")
+    with pytest.raises(InputError, match="Got a worker on .* here it is 0.0.0: install the same"):
+        list(run_tasks(Toy, (), numbers(2), 1, two_hosts.address))
+
+
+def test_a_ray_of_its_own_and_ctrl_c(tmp_path):
+    """Without an address Ray runs as long as the tasks; Ctrl-C: one line, status 130, no process stays."""
+    script = tmp_path / "sleepers.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, time
+                from flux.cluster import run_tasks
+        from flux.errors import exit_on_input_error
+
+        class Sleeper:
+            def run(self, task):
+                time.sleep(task)
+                return os.getpid()
+
+        if __name__ == "__main__":
+            with exit_on_input_error(), closing(run_tasks(Sleeper, (), [0, 60, 60], 1)) as results:
+                for _, process in results:
+                    print(process, flush=True)
+        """)
+    )
+    program = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"HOME": str(tmp_path)}, start_new_session=True,
+    )  # fmt: skip
+    processes = [int(program.stdout.readline())]  # the worker, and of which it is a child
+    while processes[-1] != program.pid:
+        status = Path(f"/proc/{processes[-1]}/status").read_text()
+        processes.append(int(status.split("PPid:")[1].split()[0]))
+    os.killpg(program.pid, signal.SIGINT)  # as a terminal does it: to all processes of the program
+    output, errors = program.communicate(timeout=30)
+    assert (program.returncode, output, errors) == (130, "", "\nstopped; what was already written stays\n")
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{process}").exists() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(processes) >= 3 and not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+# ---- the sweep
+
+
+SWEEP = {
+    "prompts": ["a dog on the grass", {"prompt": "a red car on the street", "seed": 9}],
+    "layers": [0, 5, 12],
+    "batch_size": 2,
+    "width": 64,
+    "height": 64,
+    "num_steps": 2,
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
+    """The pictures are those of one process, bit for bit."""
+    import numpy as np
+    from PIL import Image
+
+    from flux.cluster import SweepWorker
+    from flux.settings import SkipSettings
+    from flux.specs import complete
+    from flux.vitality import Bypasser, plan
+
+    settings = complete(SkipSettings(**SWEEP))
+    tasks = plan(settings, nano.spec.num_layers)
+    bypasser = Bypasser(nano, settings)
+    wanted = [bypasser.make(task) for task in tasks]
+    [host] = two_hosts.worker_nodes
+    found = {}
+    for number, files in run_tasks(SweepWorker, (settings,), tasks, 2, two_hosts.address):
+        if not found:
+            two_hosts.remove_node(host, allow_graceful=False)
+        found[number] = [Image.open(io.BytesIO(file)) for file in files]
+    assert len(tasks) == 4 and found.keys() == set(range(4))
+    for number, pictures in enumerate(wanted):
+        assert len(pictures) == len(found[number])
+        assert all(np.array_equal(*pair) for pair in zip(pictures, found[number]))

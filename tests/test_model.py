@@ -1,0 +1,223 @@
+"""The transformer equals diffusers' and the published file's names and shapes; its blocks compile once
+each.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from diffusers.models.embeddings import get_timestep_embedding
+from torch.testing import assert_close
+
+from flux.errors import InputError
+from flux.intervention import Intervention
+from flux.model import Flux, FluxParams
+from flux.modules.layers import EmbedND, RMSNorm, SelfAttention, timestep_embedding
+from flux.specs import configs
+
+MANIFESTS = Path(__file__).parent / "manifests"
+
+
+def ask_diffusers(net, given: dict) -> torch.Tensor:
+    return net(
+        hidden_states=given["img"],
+        encoder_hidden_states=given["txt"],
+        pooled_projections=given["y"],
+        timestep=given["timesteps"],
+        guidance=given["guidance"],
+        img_ids=given["img_ids"][0],
+        txt_ids=given["txt_ids"][0],
+        return_dict=False,
+    )[0]
+
+
+@pytest.mark.parametrize("guidance_embed", [True, False], ids=["dev", "schnell"])
+@pytest.mark.parametrize("num_txt", [1, 5, 12])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (16, 128)], ids=str)
+def test_equals_diffusers(size, num_txt, guidance_embed):
+    """Another order of modulation parts, of q, k, v, of text and image, or of rotary axes would show here."""
+    model = toy.flux(guidance_embed=guidance_embed)
+    given = toy.inputs(2, *size, num_txt=num_txt, params=model.params)
+    error = toy.relative_error(model(**given), ask_diffusers(toy.diffusers_transformer(model), given))
+    assert error < 1e-6, f"relative error {error:.1e}"
+
+
+def test_every_parameter_matters():
+    """The comparison above could miss a part that takes no part: moving any tensor must move the answer."""
+    model, given = toy.flux(), toy.inputs(1)
+    plain = model(**given)
+    for name, parameter in model.named_parameters():
+        own = parameter.data.clone()
+        parameter.data += 0.1 * torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
+        moved = not torch.equal(model(**given), plain)
+        parameter.data = own
+        assert moved, f"{name} does not matter"
+
+
+@pytest.mark.parametrize("guidance_embed", [True, False])
+def test_equals_the_forward_by_hand(guidance_embed):
+    """The hand-written pass is the oracle of the injection's tests; this anchors it."""
+    model = toy.flux(guidance_embed=guidance_embed)
+    given = toy.inputs(2, 48, 80, params=model.params)
+    error = toy.relative_error(toy.hand_forward(model, given), model(**given))
+    assert error < 1e-6, f"relative error {error:.1e}"
+
+
+def test_rows_do_not_see_each_other():
+    model, given = toy.flux(), toy.inputs(3)
+    whole = model(**given)
+    for row in range(3):
+        assert_close(whole[row : row + 1], model(**toy.rows_of(given, [row])), rtol=0, atol=5e-6)
+
+
+def test_text_positions_do_not_matter_but_image_positions_do():
+    model, given = toy.flux(), toy.inputs(1, 48, 80)
+    swapped = {**given, "img_ids": given["img_ids"][..., [0, 2, 1]]}
+    assert not torch.allclose(model(**given), model(**swapped), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_timestep_embedding_equals_diffusers(dtype):
+    t = torch.tensor([0.0, 0.1234, 0.5, 1.0, 3.5]).to(dtype)
+    expected = get_timestep_embedding(1000 * t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert_close(timestep_embedding(t, 256), expected.to(dtype), rtol=0, atol=0)
+
+
+def test_bfloat16_stays_close():
+    """Noise levels and guidance whose thousandfold bfloat16 can hold: then only rounding is left, 2.1 %
+    here.
+    """
+    model, given = toy.flux(), toy.inputs(2)
+    given |= {"timesteps": torch.tensor([0.25, 0.5]), "guidance": torch.tensor([2.0, 4.0])}
+    wide = model(**given)
+    narrow = model.bfloat16()(**{k: x if k.endswith("ids") else x.bfloat16() for k, x in given.items()})
+    assert narrow.dtype == torch.bfloat16
+    error = (narrow - wide).norm() / wide.norm()
+    assert error < 0.04, f"relative L2 {error:.3f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_queries_and_keys_are_computed_wide(dtype):
+    """Squares of a few hundred overflow float16, and bfloat16 cannot add many of them up."""
+    norm = toy.randomized(RMSNorm(128), 0).to(dtype)
+    x = (300 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))).to(dtype)
+    expected = toy.hand_rms(x.double(), norm.scale.double())
+    assert_close(norm(x).double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_parts_of_upstream_that_the_model_does_not_call():
+    """`SelfAttention.forward` alone: the stream attends to itself."""
+    attn = toy.randomized(SelfAttention(32, 2, qkv_bias=True), 0)
+    x = torch.randn(1, 6, 32)
+    pe = EmbedND(16, 10_000, [4, 6, 6])(toy.inputs(1, 32, 48)["img_ids"])
+    assert pe.shape == (1, 1, 6, 8, 2, 2)
+    assert attn(x, pe).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-dev-krea", "flux-schnell"])
+def test_full_size_has_the_names_and_shapes_of_the_published_file(name):
+    manifest = "flux1-schnell.json" if name == "flux-schnell" else "flux1-dev.json"
+    expected = json.loads((MANIFESTS / manifest).read_text())
+    with torch.device("meta"):
+        model = Flux(configs[name].params)
+    assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == expected
+    assert model.num_layers == 57
+
+
+def test_wrong_sizes_are_told():
+    with pytest.raises(ValueError, match="divisible"):
+        toy.flux(num_heads=3)
+    with pytest.raises(ValueError, match="axes"):
+        toy.flux(axes_dim=[4, 4, 4])
+
+
+def test_wrong_inputs_are_told():
+    model, given = toy.flux(), toy.inputs(1)
+    with pytest.raises(ValueError, match="guidance"):
+        model(**{**given, "guidance": None})
+    with pytest.raises(ValueError, match="3 dimensions"):
+        model(**{**given, "img": given["img"][0]})
+
+
+def test_params_can_be_made_by_keyword():
+    """Upstream's thirteen fields, none with a default."""
+    with pytest.raises(TypeError):
+        FluxParams(in_channels=64)
+
+
+# ---- compiled blocks
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compiles with a backend that only counts: a list that gets one entry for each graph."""
+    # Else a failing test prints thousands of lines of its trace.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda net, **kw: compile_module(net, backend=count, **kw)
+    )
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_a_bypass_sweep_compiles_nothing_new(graphs):
+    """One graph for each kind of block, whichever layers are bypassed. Compiling the model would give one per
+    set.
+    """
+    model, eager = toy.flux(), toy.flux()
+    given = toy.inputs(2)
+    model.compile_blocks()
+    assert_close(model(**given), eager(**given), rtol=0, atol=5e-6)
+    assert len(graphs) == 2
+    for layer in range(toy.NUM_LAYERS):
+        model(**given, intervention=Intervention(skip=frozenset({layer})))
+        model(**given, intervention=Intervention(skip=(frozenset({layer}), frozenset())))
+    assert len(graphs) == 2
+
+
+def test_keep_and_take_compile_once_each(graphs):
+    """Plain, keeping and taking blocks of both kinds are six graphs, whichever layers keep and take."""
+    model = toy.flux()
+    given = toy.inputs(2)
+    model.compile_blocks()
+    for vital in ({0, 5}, {1, 2, 3}, {0, 3, 6}, {4}):
+        kept = model.observe(**given, intervention=Intervention(keep=frozenset(vital)))[1].kept
+        model(**given, intervention=Intervention(take=kept))
+    model(**given)
+    assert len(graphs) == 6
+
+
+@pytest.mark.slow
+def test_a_session_of_edits_stays_compiled(graphs):
+    """Another size and another number of edits cost graphs (none are made after the second of each), but
+    never the limit of graphs for one block, beyond which fullgraph raises FailOnRecompileLimitHit.
+    """
+    model, eager = toy.flux(), toy.flux()
+    model.compile_blocks()
+    for size in ((64, 64), (48, 80), (96, 64)):
+        before = len(graphs)
+        keeping = Intervention(keep=frozenset({0, 5}))
+        kept = model.observe(**toy.inputs(1, *size), intervention=keeping)[1].kept
+        for batch in (1, 3, 2):
+            given, taking = toy.inputs(batch, *size), Intervention(take=kept)
+            expected = eager(**given, intervention=taking)
+            assert_close(model(**given, intervention=taking), expected, rtol=0, atol=1e-5)
+    assert len(graphs) == before, "the third size compiled again"
+
+
+def test_interventions_on_a_compiled_model_are_checked(graphs):
+    model = toy.flux()
+    model.compile_blocks()
+    with pytest.raises(InputError, match=r"0\.\.6"):
+        model(**toy.inputs(1), intervention=Intervention(skip=frozenset({7})))

@@ -1,0 +1,262 @@
+"""Prompts in, pictures out: flux-nano end to end against diffusers' pipeline, and what the pipeline adds."""
+
+import numpy as np
+import pytest
+import torch
+import toy
+from PIL import Image
+from safetensors.torch import save_file
+
+from flux import pipeline, sampling
+from flux.errors import InputError
+from flux.pipeline import Pipeline, pick_device, pick_dtype
+from flux.settings import ModelSettings
+from flux.specs import NANO_FOLDER, complete, configs
+
+DOG = "a dog wearing a top hat on the grass"
+CAR = "a red car on the street"
+QUICK = {"width": 128, "height": 96, "num_steps": 3, "guidance": 3.5, "true_cfg": 3.5, "progress": False}
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    """The largest of all pixels and colours, in 255ths."""
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+# ---- against diffusers
+
+
+@pytest.mark.parametrize(
+    "prompts, width, height, num_steps, true_cfg, negative",
+    [
+        ([DOG], 256, 256, 20, 3.5, ""),
+        ([DOG, CAR], 128, 192, 4, 3.5, "a cat"),
+        ([CAR], 192, 96, 4, 1.0, ""),
+    ],
+    ids=["as shipped", "two, upright, with a negative prompt", "wide, one pass"],
+)
+def test_pictures_equal_diffusers(
+    nano, nano_diffusers, prompts, width, height, num_steps, true_cfg, negative
+):
+    """The same files, tokenizers, noise and steps through both: the whole path, within 1/255."""
+    seeds = list(range(7, 7 + len(prompts)))
+    expected = nano_diffusers(
+        prompts,
+        negative_prompt=[negative] * len(prompts),
+        true_cfg_scale=true_cfg,
+        width=width,
+        height=height,
+        num_inference_steps=num_steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        max_sequence_length=32,
+    ).images
+    got = nano.generate(
+        prompts,
+        seeds,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=3.5,
+        true_cfg=true_cfg,
+        negative_prompt=negative,
+        progress=False,
+    )
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.size == theirs.size == (width, height)
+        assert np.asarray(ours).std() > 20, "an empty picture proves nothing"
+        worst = difference(ours, theirs)
+        assert worst <= 1, f"differs by {worst}/255"
+
+
+# ---- generate
+
+
+def test_a_seed_is_a_picture(nano):
+    first, again, other = (nano.generate([DOG], [seed], **QUICK)[0] for seed in (1, 1, 2))
+    assert difference(first, again) == 0
+    assert difference(first, other) > 50
+
+
+def test_a_batch_is_its_rows(nano):
+    """The same pictures one by one, up to rounding."""
+    together = nano.generate([DOG, CAR, DOG], [1, 2, 3], **QUICK)
+    alone = [nano.generate([prompt], [seed], **QUICK)[0] for prompt, seed in ((DOG, 1), (CAR, 2), (DOG, 3))]
+    assert max(map(difference, together, alone)) <= 1
+
+
+def test_each_step_is_reported(nano):
+    """In order, from noise on, and the last one holds the picture."""
+    steps = []
+    [picture] = nano.generate([DOG], [1], **QUICK, on_step=steps.append)
+    levels = nano.schedule(3, 128, 96)
+    assert [(step.t, step.t_next) for step in steps] == list(zip(levels, levels[1:]))
+    assert torch.equal(steps[0].noisy, nano.noise([1], 128, 96))
+    assert difference(nano.decode(steps[-1].latent, 128, 96)[0], picture) == 0
+
+
+def test_timings_are_kept(nano):
+    nano.generate([DOG], [1], **QUICK)
+    assert {"load", "text", "denoise", "decode"} <= nano.timings.keys()
+    assert all(seconds > 0 for seconds in nano.timings.values())
+
+
+def test_a_watermark_is_a_choice(nano):
+    from flux.images import to_tensor
+    from flux.watermark import WATERMARK_BITS, extract_watermark
+
+    settings = {**QUICK, "width": 256, "height": 256, "num_steps": 2}
+    plain, marked = (nano.generate([DOG], [1], **settings, watermark=mark)[0] for mark in (False, True))
+    bits = [
+        np.asarray(extract_watermark(to_tensor(picture)[None])).ravel().tolist()
+        for picture in (plain, marked)
+    ]
+    assert bits[0] != list(WATERMARK_BITS) and bits[1] == list(WATERMARK_BITS)
+
+
+# ---- image-to-image
+
+
+@pytest.fixture(scope="module")
+def photo(nano):
+    return nano.generate([CAR], [5], **{**QUICK, "num_steps": 8})[0]
+
+
+def test_strength_0_is_the_picture_again(nano, photo):
+    """Only the autoencoder is between: a start picture in 0..1 instead of -1..1 would come back washed
+    out.
+    """
+    [same] = nano.generate([DOG], [1], **QUICK, image=photo, strength=0.0)
+    error = np.asarray(same, dtype=float) - np.asarray(photo, dtype=float)
+    assert abs(error.mean()) < 1 and np.sqrt((error**2).mean()) < 10
+
+
+def test_strength_1_keeps_nothing(nano, photo):
+    [with_image], [without] = (nano.generate([DOG], [1], **QUICK, image=image) for image in (photo, None))
+    assert difference(with_image, without) == 0
+
+
+def test_strength_is_the_part_of_the_schedule_that_runs(nano, photo):
+    steps = []
+    nano.generate([DOG], [1], **{**QUICK, "num_steps": 4}, image=photo, strength=0.5, on_step=steps.append)
+    levels = nano.schedule(4, 128, 96)[2:]
+    assert [step.t for step in steps] == levels[:-1]
+    expected = levels[0] * nano.noise([1], 128, 96) + (1 - levels[0]) * nano.encode(photo)
+    assert torch.equal(steps[0].noisy, expected)
+
+
+def test_encode_is_the_latent_that_decode_takes(nano, photo):
+    [again] = nano.decode(nano.encode(photo), *photo.size)
+    error = np.asarray(again, dtype=float) - np.asarray(photo, dtype=float)
+    assert np.sqrt((error**2).mean()) < 10
+
+
+# ---- conditions
+
+
+def test_the_same_text_has_the_same_features(nano):
+    """To the last bit, whatever stands beside it: else rows of one prompt would drift apart."""
+    cond = nano.condition([DOG, CAR, DOG], 3.5, 3.5, DOG)
+    assert torch.equal(cond.txt[0], cond.txt[2]) and torch.equal(cond.vec[0], cond.vec[2])
+    assert torch.equal(cond.negative.txt, cond.txt[:1].expand(3, -1, -1))
+    assert cond.guidance.tolist() == [3.5] * 3 and cond.true_cfg == 3.5
+
+
+def test_no_second_pass_at_guidance_1(nano):
+    assert nano.condition([DOG], 3.5).negative is None
+    assert nano.condition([DOG], 3.5, 1.0, "a cat").negative is None
+
+
+# ---- loading
+
+
+def test_a_published_model_by_its_files(monkeypatch, tmp_path):
+    """Transformer, autoencoder and text encoders by path; distilled guidance and schnell's lack of it both
+    work.
+    """
+    clip_and_t5 = {"vec_in_dim": 128, "context_in_dim": 256}
+    ae = toy.autoencoder()
+    save_file(ae.state_dict(), tmp_path / "ae.safetensors")
+    for name in ("flux-dev", "flux-schnell"):
+        guided = configs[name].params.guidance_embed
+        model = toy.flux(guidance_embed=guided, **clip_and_t5)
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+        spec = toy.replace(configs[name], params=model.params, ae_params=ae.params, clip_length=32)
+        monkeypatch.setitem(configs, name, spec)
+        settings = ModelSettings(
+            model=name,
+            weights=str(tmp_path / f"{name}.safetensors"),
+            ae_weights=str(tmp_path / "ae.safetensors"),
+            text_encoders=str(NANO_FOLDER),
+            device="cpu",
+            dtype="float32",
+            width=64,
+            height=48,
+            num_steps=2,
+        )
+        settings = complete(settings)
+        pipe = Pipeline.load(settings)
+        low, high = (
+            pipe.generate([DOG], [1], width=64, height=48, num_steps=2, guidance=g, progress=False)[0]
+            for g in (1.0, 8.0)
+        )
+        assert (difference(low, high) > 0) == guided
+        cond = pipe.condition([DOG], 1.0)
+        assert cond.txt.shape[1] == spec.text_length
+
+
+@pytest.fixture
+def no_text_encoders(monkeypatch):
+    """Loading one is what must not happen."""
+    for name in ("load_t5", "load_clip"):
+        monkeypatch.setattr(pipeline, name, lambda *_: pytest.fail("a text encoder was loaded"))
+
+
+@pytest.mark.parametrize("field", ["weights", "ae_weights", "text_encoders"])
+def test_wrong_paths_are_told_before_anything_loads(no_text_encoders, field):
+    with pytest.raises(InputError, match="/nowhere"):
+        Pipeline.load(complete(ModelSettings(device="cpu", **{field: "/nowhere"})))
+
+
+@pytest.mark.parametrize("field", ["weights", "ae_weights"])
+def test_weights_of_another_model_are_told_before_anything_loads(no_text_encoders, tmp_path, field):
+    """Names and shapes stand in the file's head: no need to read gigabytes of text encoder first."""
+    save_file({"img_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="is not this model's"):
+        Pipeline.load(complete(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
+
+
+def test_a_device_that_is_not_here():
+    for name in ("cuda:99", "gpu", "mps:7"):
+        with pytest.raises(InputError, match="device"):
+            pick_device(name)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_dtypes():
+    cpu, nano, dev = torch.device("cpu"), configs["flux-nano"], configs["flux-dev"]
+    assert pick_dtype("auto", cpu, nano) == torch.float32
+    assert pick_dtype("auto", cpu, dev) == pick_dtype("auto", torch.device("cuda"), nano) == torch.bfloat16
+    assert pick_dtype("float16", cpu, dev) == torch.float16
+
+
+def test_bfloat16_makes_nearly_the_same_picture(nano):
+    """Same noise and steps in both; drawn in its own dtype, the noise of a seed would differ."""
+    narrow = Pipeline.load(complete(ModelSettings(device="cpu", dtype="bfloat16")))
+    latent = nano.noise([1], 128, 96)
+    pictures = []
+    for pipe in (nano, narrow):
+        cond = pipe.condition([DOG], 3.5, 3.5)
+        with pipe.denoising() as model:
+            *_, last = sampling.sample(
+                model, latent.to(pipe.dtype), pipe.image_ids(1, 128, 96), cond, pipe.schedule(4, 128, 96)
+            )
+        pictures += pipe.decode(last.latent, 128, 96)
+    error = np.asarray(pictures[0], dtype=float) - np.asarray(pictures[1], dtype=float)
+    assert np.sqrt((error**2).mean()) < 8
+
+
+def test_offloading_changes_nothing(nano):
+    """On a CPU it moves nets from there to there; the pictures must not notice."""
+    offloaded = Pipeline.load(complete(ModelSettings(device="cpu", dtype="float32", offload=True)))
+    [a], [b] = (pipe.generate([DOG], [1], **QUICK) for pipe in (nano, offloaded))
+    assert difference(a, b) == 0

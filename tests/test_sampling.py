@@ -1,0 +1,390 @@
+"""Noise, packing, schedule and Euler steps, against diffusers' helpers and against integrals known in closed
+form.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toy
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils.torch_utils import randn_tensor
+from torch.testing import assert_close
+
+from flux import sampling
+from flux.errors import InputError
+from flux.intervention import NOTHING, Findings, Intervention
+from flux.sampling import Conditioning, Step
+from flux.specs import configs
+
+SIZES = [(64, 64), (48, 80), (1024, 1024), (720, 1072)]
+VITAL = frozenset({1, 4})
+
+
+# ---- noise, packing, positions
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+def test_noise_packing_and_positions_equal_diffusers(height, width):
+    """The same seed starts the same picture in both."""
+    noise = sampling.get_noise(2, height, width, "cpu", torch.float32, seed=3)
+    rows, columns = height // 8, width // 8
+    expected = randn_tensor((2, 16, rows, columns), torch.Generator().manual_seed(3), dtype=torch.float32)
+    assert torch.equal(noise, expected)
+
+    packed = sampling.pack(noise)
+    assert torch.equal(packed, FluxPipeline._pack_latents(noise, 2, 16, rows, columns))
+    assert torch.equal(sampling.unpack(packed, height, width), noise)
+    assert torch.equal(
+        sampling.unpack(packed, height, width), FluxPipeline._unpack_latents(packed, height, width, 8)
+    )
+
+    ids = sampling.image_ids(2, height, width, "cpu")
+    expected = FluxPipeline._prepare_latent_image_ids(2, rows // 2, columns // 2, "cpu", torch.float32)
+    assert torch.equal(ids, expected.expand(2, -1, -1))
+
+
+def test_noise_in_bfloat16_is_drawn_in_bfloat16():
+    """As upstream draws it; rounding float32 noise would give other pictures for the same seed."""
+    noise = sampling.get_noise(1, 64, 64, "cpu", torch.bfloat16, seed=3)
+    expected = torch.randn(1, 16, 8, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(noise, expected)
+
+
+def test_noise_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    sampling.get_noise(1, 64, 64, "cpu", torch.float32, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sizes_between_tokens_round_up():
+    """1080 is no multiple of 16; upstream's helpers make 68 rows of tokens of it, and unpack the same."""
+    noise = sampling.get_noise(1, 1080, 16, "cpu", torch.float32, seed=0)
+    assert noise.shape == (1, 16, 136, 2)
+    assert torch.equal(sampling.unpack(sampling.pack(noise), 1080, 16), noise)
+    assert sampling.image_ids(1, 1080, 16, "cpu").shape == (1, 68, 3)
+
+
+def test_prepare():
+    """Upstream's call: the batch comes from the latent, or from the prompts where there are more of them."""
+
+    def t5(prompts):
+        return torch.arange(len(prompts)).float()[:, None, None].expand(-1, 7, 4)
+
+    def clip(prompts):
+        return torch.arange(len(prompts)).float()[:, None].expand(-1, 3)
+
+    noise = sampling.get_noise(1, 48, 80, "cpu", torch.float32, seed=0)
+    one = sampling.prepare(t5, clip, noise, "a dog")
+    shapes = {
+        "img": (1, 15, 64),
+        "img_ids": (1, 15, 3),
+        "txt": (1, 7, 4),
+        "txt_ids": (1, 7, 3),
+        "vec": (1, 3),
+    }
+    assert {name: tuple(x.shape) for name, x in one.items()} == shapes
+    assert torch.equal(one["img"], sampling.pack(noise)) and not one["txt_ids"].any()
+
+    two = sampling.prepare(t5, clip, noise, ["a dog", "a cat"])
+    assert {name: tuple(x.shape) for name, x in two.items()} == {k: (2, *v[1:]) for k, v in shapes.items()}
+    assert torch.equal(two["img"][0], two["img"][1]) and two["vec"][1, 0] == 1
+
+    same = sampling.prepare(t5, clip, noise.expand(3, -1, -1, -1), "a dog")
+    assert {len(x) for x in same.values()} == {3}
+
+
+# ---- schedule
+
+
+@pytest.mark.parametrize("steps", [1, 4, 15, 50])
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("name", list(configs))
+def test_schedule_equals_diffusers(name, height, width, steps):
+    """Dynamic shifting by the number of tokens for dev, none for schnell, flux-nano's constant one."""
+    spec, tokens = configs[name], height * width // 256
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=spec.shifted, shift=1.0)
+    mu = calculate_shift(tokens, base_shift=spec.base_shift, max_shift=spec.max_shift)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
+    levels = sampling.get_schedule(steps, tokens, spec.base_shift, spec.max_shift, spec.shifted)
+    assert_close(torch.tensor(levels), scheduler.sigmas, rtol=0, atol=3e-7)
+    assert levels[0] == 1 and levels[-1] == 0 and all(isinstance(t, float) for t in levels)
+
+
+def test_flux_nano_has_the_schedule_it_was_trained_for():
+    spec = configs["flux-nano"]
+    levels = sampling.get_schedule(20, 256, spec.base_shift, spec.max_shift, spec.shifted)
+    plain = [1 - i / 20 for i in range(21)]
+    assert levels == pytest.approx([1.5 * t / (1 + 0.5 * t) for t in plain], abs=1e-6)
+
+
+def test_schedule_defaults_are_upstreams():
+    assert sampling.get_schedule(4, 256)[2] == pytest.approx(math.exp(0.5) / (math.exp(0.5) + 1), abs=1e-6)
+    assert sampling.get_schedule(4, 4096)[2] == pytest.approx(math.exp(1.15) / (math.exp(1.15) + 1), abs=1e-6)
+    assert sampling.get_schedule(4, 4096, shift=False) == [1, 0.75, 0.5, 0.25, 0]
+    assert sampling.get_lin_function()(2176) == pytest.approx((0.5 + 1.15) / 2)
+
+
+# ---- Euler steps
+
+
+class Field:
+    """Stands for the model: a velocity by formula, and a list of what it was asked."""
+
+    def __init__(self, velocity):
+        self.velocity, self.asked = velocity, []
+
+    def observe(
+        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, intervention=NOTHING, start=None
+    ):
+        self.asked.append(SimpleNamespace(img=img, t=timesteps, txt=txt, intervention=intervention))
+        return self.velocity(img, timesteps[:, None, None], txt), Findings()
+
+
+NO_TEXT = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1, 3), torch.zeros(1, 1))
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def ids():
+    return sampling.image_ids(1, 32, 48, "cpu")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_euler_is_exact_on_a_constant_field(noise, ids, steps):
+    """From noise to noise - velocity over the whole schedule, however it is cut: catches steps of a wrong
+    length or sign, and a first or last step lost.
+    """
+    field = Field(lambda x, t, txt: torch.full_like(x, 0.7))
+    levels = sampling.get_schedule(steps, 1024)
+    taken = list(sampling.sample(field, noise, ids, NO_TEXT, levels))
+    assert len(taken) == len(field.asked) == steps
+    assert_close(taken[-1].latent, noise - 0.7, rtol=0, atol=2e-6)
+    for step in taken:
+        assert_close(step.clean, noise - 0.7, rtol=0, atol=2e-6)
+
+
+def test_the_model_is_asked_at_the_noisier_end_of_each_step(noise, ids):
+    field = Field(lambda x, t, txt: torch.zeros_like(x))
+    levels = sampling.get_schedule(4, 1024)
+    assert list(sampling.sample(field, noise, ids, NO_TEXT, levels))[-1].t_next == 0
+    assert [asked.t.item() for asked in field.asked] == pytest.approx(levels[:-1])
+
+
+def test_euler_converges_to_the_integral(noise, ids):
+    """dx/dt = x ends at x / e; the error halves with twice the steps."""
+    field = Field(lambda x, t, txt: x)
+    errors = []
+    for steps in (100, 200):
+        levels = sampling.get_schedule(steps, 1024, shift=False)
+        end = list(sampling.sample(field, noise, ids, NO_TEXT, levels))[-1].latent
+        errors.append((end - noise / math.e).abs().max())
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+
+
+def test_denoise_is_the_last_latent_of_sample():
+    """Upstream's call, with upstream's names of arguments."""
+    model, given = toy.flux(), toy.inputs(2)
+    arguments = {
+        "img": given["img"],
+        "img_ids": given["img_ids"],
+        "txt": given["txt"],
+        "txt_ids": given["txt_ids"],
+    }
+    levels = sampling.get_schedule(3, 16)
+    got = sampling.denoise(model, **arguments, vec=given["y"], timesteps=levels, guidance=2.5)
+    x = given["img"]
+    for t, t_next in zip(levels, levels[1:]):
+        rows = {"timesteps": torch.full((2,), t), "guidance": torch.full((2,), 2.5)}
+        x = x + (t_next - t) * model(**{**given, "img": x, **rows})
+    assert_close(got, x, rtol=0, atol=1e-6)
+
+
+def test_true_guidance_leads_away_from_the_negative(noise, ids):
+    """velocity = negative + scale * (positive - negative)."""
+    field = Field(lambda x, t, txt: txt.mean() * torch.ones_like(x))
+
+    def cond(value, **more):
+        return Conditioning(torch.full((1, 1, 1), value), NO_TEXT.txt_ids, NO_TEXT.vec, **more)
+
+    steering = cond(2.0, negative=cond(0.5), true_cfg=3.0)
+    step = sampling.euler_step(field, noise, ids, steering, 1.0, 0.5)
+    assert_close(step.velocity, torch.full_like(noise, 0.5 + 3 * 1.5), rtol=0, atol=1e-6)
+    assert step.kept_negative == {}
+    assert sampling.euler_step(field, noise, ids, cond(2.0), 1.0, 0.5).kept_negative is None
+
+
+def test_a_step_knows_its_latents(noise):
+    step = Step(0.8, 0.6, noise, torch.ones_like(noise), {})
+    assert_close(step.latent, noise - 0.2, rtol=0, atol=1e-6)
+    assert_close(step.clean, noise - 0.8, rtol=0, atol=1e-6)
+
+
+# ---- interventions over the steps
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy.flux()
+
+
+@pytest.fixture(scope="module")
+def row():
+    return toy.inputs(1, 32, 48)
+
+
+def steered(row, seed=None, **more) -> Conditioning:
+    txt = row["txt"] if seed is None else toy.inputs(1, 32, 48, seed=seed)["txt"]
+    return Conditioning(txt, row["txt_ids"], row["y"], row["guidance"], **more)
+
+
+LEVELS = sampling.get_schedule(5, 6, shift=False)
+
+
+def test_one_intervention_serves_all_steps(model, row):
+    skip = Intervention(skip=frozenset({2}))
+    ends = [
+        list(sampling.sample(model, row["img"], row["img_ids"], steered(row), LEVELS, given))[-1].latent
+        for given in (skip, [skip] * 5)
+    ]
+    assert torch.equal(*ends)
+
+
+def test_steps_outside_a_window_are_plain(model, row):
+    skip = Intervention(skip=frozenset({2}))
+    inside = sampling.window(5, 0.2, 0.6)
+    assert list(inside) == [1, 2]
+    x = row["img"]
+    given = [skip if index in inside else NOTHING for index in range(5)]
+    steps = sampling.sample(model, x, row["img_ids"], steered(row), LEVELS, given)
+    for index, (step, t, t_next) in enumerate(zip(steps, LEVELS, LEVELS[1:])):
+        own = skip if index in (1, 2) else NOTHING
+        rows = {**row, "img": x, "timesteps": torch.tensor([t])}
+        x = x + (t_next - t) * model(**rows, intervention=own)
+        assert torch.equal(step.latent, x)
+
+
+def test_edits_beside_their_reference(model, row):
+    """The interventions of one sampling come from another that runs beside it, each asked for when its step
+    begins; it equals both in one batch with the reference's keys and values written over by rows.
+    """
+    reference, edit, order = steered(row), steered(row, seed=1), []
+
+    def taking():
+        keep = Intervention(keep=VITAL)
+        for step in sampling.sample(model, row["img"], row["img_ids"], reference, LEVELS, keep):
+            order.append(("reference", step.t))
+            yield Intervention(take=step.kept)
+
+    latents = []
+    for step in sampling.sample(model, row["img"], row["img_ids"], edit, LEVELS, taking()):
+        order.append(("edit", step.t))
+        latents.append(step.latent)
+    assert order == [(who, t) for t in LEVELS[:-1] for who in ("reference", "edit")]
+
+    both = {name: torch.cat((x, x)) for name, x in row.items()} | {
+        "txt": torch.cat((reference.txt, edit.txt))
+    }
+    for latent, t, t_next in zip(latents, LEVELS, LEVELS[1:]):
+        both["timesteps"] = torch.full((2,), t)
+        both["img"] = both["img"] + (t_next - t) * toy.hand_forward(model, both, inject=VITAL)
+        assert_close(latent, both["img"][1:], rtol=0, atol=2e-5)
+
+
+def test_the_negative_pass_takes_from_the_references_negative_pass(model, row):
+    """Each pass of the edit takes from the pass of the reference that had the same role."""
+    nothing = steered(row, seed=2)
+    reference = steered(row, negative=nothing, true_cfg=3.5)
+    edit = steered(row, seed=1, negative=steered(row, seed=3), true_cfg=3.5)
+    at = (row["img"], row["img_ids"])
+    source = sampling.euler_step(model, *at, reference, 0.8, 0.6, Intervention(keep=VITAL))
+    taking = Intervention(take=source.kept, take_negative=source.kept_negative)
+    step = sampling.euler_step(model, *at, edit, 0.8, 0.6, taking)
+
+    def by_rows(cond: Conditioning, of: Conditioning) -> torch.Tensor:
+        both = {name: torch.cat((x, x)) for name, x in row.items()} | {"txt": torch.cat((of.txt, cond.txt))}
+        both["timesteps"] = torch.full((2,), 0.8)
+        return toy.hand_forward(model, both, inject=VITAL)[1:]
+
+    away = by_rows(edit.negative, nothing)
+    expected = away + 3.5 * (by_rows(edit, reference) - away)
+    assert_close(step.velocity, expected, rtol=0, atol=5e-5)
+
+    alike = sampling.euler_step(model, *at, edit, 0.8, 0.6, Intervention(take=source.kept))
+    away = by_rows(edit.negative, reference)
+    assert_close(alike.velocity, away + 3.5 * (by_rows(edit, reference) - away), rtol=0, atol=5e-5)
+
+
+def test_too_few_interventions_are_told(model, row):
+    """Three for five steps: without a word, the picture would stay half denoised."""
+    with pytest.raises(ValueError):
+        list(sampling.sample(model, row["img"], row["img_ids"], steered(row), LEVELS, [NOTHING] * 3))
+
+
+# ---- inversion
+
+
+def test_invert_then_replay_on_a_field_that_knows_no_place(noise, ids):
+    """Where the velocity depends on the noise level alone, Euler's method retraces its own path."""
+    field = Field(lambda x, t, txt: t * torch.ones_like(x))
+    levels = sampling.get_schedule(7, 1024)
+    up = list(sampling.invert(field, noise, ids, NO_TEXT, levels))
+    assert [asked.t.item() for asked in field.asked] == pytest.approx(levels[-2::-1])
+    down = list(sampling.sample(field, up[-1], ids, NO_TEXT, levels))
+    assert len(up) == len(down) == 7
+    assert_close(down[-1].latent, noise, rtol=0, atol=1e-6)
+    for step, latent in zip(down, up[::-1]):
+        assert_close(step.noisy, latent, rtol=0, atol=1e-6)
+
+
+def test_invert_follows_equation_4(model, row):
+    """z at the noisier level = z + (difference of levels) * velocity(z, noisier level)."""
+    levels = sampling.get_schedule(3, 6, shift=False)
+    x = row["img"]
+    latents = list(sampling.invert(model, x, row["img_ids"], steered(row), levels))
+    for got, t, noisier in zip(latents, levels[::-1], levels[-2::-1]):
+        x = x + (noisier - t) * model(**{**row, "img": x, "timesteps": torch.tensor([noisier])})
+        assert_close(got, x, rtol=0, atol=1e-6)
+
+
+def test_invert_and_replay_converge(model, row):
+    """Smaller steps bring the replayed latent nearer to the one that was inverted."""
+    errors = []
+    for steps in (20, 40):
+        levels = sampling.get_schedule(steps, 6, shift=False)
+        start = list(sampling.invert(model, row["img"], row["img_ids"], steered(row), levels))[-1]
+        end = list(sampling.sample(model, start, row["img_ids"], steered(row), levels))[-1].latent
+        errors.append((end - row["img"]).norm() / row["img"].norm())
+    assert errors[1] < 0.7 * errors[0]
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20, 50])
+@pytest.mark.parametrize("cut", [0.2, 0.4, 0.5])
+def test_windows_that_meet_cover_each_step_once(steps, cut):
+    parts = []
+    for start, stop in ((0.0, cut), (cut, 1.0)):
+        try:
+            parts += sampling.window(steps, start, stop)
+        except InputError:
+            assert steps == 1
+    assert parts == list(range(steps))
+
+
+def test_window_of_all_steps_and_of_forty_percent():
+    assert sampling.window(20, 0, 1) == range(20)
+    assert sampling.window(20, 0, 0.4) == range(8)
+    assert sampling.window(15, 0.4, 1) == range(6, 15)
+
+
+def test_a_window_without_steps_is_told():
+    with pytest.raises(InputError, match=r"0\.0\.\.0\.1 of 4 steps"):
+        sampling.window(4, 0.0, 0.1)

@@ -1,0 +1,133 @@
+"""What is known of each model, and settings filled in from it."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from flux.errors import InputError
+from flux.settings import EditSettings, LayerSettings, ModelSettings, SkipSettings, TestSettings
+from flux.specs import complete, configs, get_spec
+
+PROMPTS = {"prompts": ["a dog"]}
+
+
+@pytest.mark.parametrize("name", list(configs))
+def test_sizes_belong_together(name):
+    spec = configs[name]
+    assert sum(spec.params.axes_dim) * spec.params.num_heads == spec.params.hidden_size
+    assert spec.params.in_channels == 4 * spec.ae_params.z_channels
+    assert spec.size % 16 == 0
+    assert all(0 <= layer < spec.num_layers for layer in spec.vital_layers or ())
+
+
+def test_the_numbers_of_the_published_models():
+    dev, schnell, krea = (configs[f"flux-{name}"] for name in ("dev", "schnell", "dev-krea"))
+    assert (dev.text_length, schnell.text_length) == (512, 256)
+    assert (dev.shifted, schnell.shifted) == (True, False)
+    assert (dev.params.guidance_embed, schnell.params.guidance_embed) == (True, False)
+    assert krea.params == dev.params
+    assert dev.num_layers == schnell.num_layers == 57
+    assert dev.vital_layers == (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)
+
+
+def test_flux_nano_is_what_its_files_say():
+    """The files beside it are what tests and newcomers run; a spec that has drifted would be told here
+    first.
+    """
+    spec = configs["flux-nano"]
+    scan = json.loads((spec.folder / "vital_layers.json").read_text())
+    assert tuple(scan["vital_layers"]) == spec.vital_layers
+    clip, t5 = (json.loads((spec.folder / f"text_encoder{n}/config.json").read_text()) for n in ("", "_2"))
+    assert (t5["d_model"], clip["hidden_size"]) == (spec.params.context_in_dim, spec.params.vec_in_dim)
+    assert spec.clip_length <= clip["max_position_embeddings"]
+    with safe_open(spec.folder / spec.repo_flow, "pt") as file:
+        blocks = {name.split(".")[1] for name in file.keys() if name.startswith("double_blocks")}
+    assert len(blocks) == spec.params.depth
+
+
+def test_the_package_stays_small():
+    files = [path for path in configs["flux-nano"].folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 50 * 2**20
+
+
+@pytest.mark.parametrize(
+    "name, near", [("flux-dve", "flux-dev"), ("schnell", "flux-schnell"), ("Flux-Nano", "flux-nano")]
+)
+def test_an_unknown_model_is_told_with_a_near_one(name, near):
+    with pytest.raises(InputError) as error:
+        get_spec(name)
+    assert f"'{name}'" in str(error.value) and f"did you mean '{near}'" in str(error.value)
+
+
+def test_an_unknown_model_with_no_near_one():
+    with pytest.raises(InputError) as error:
+        get_spec("stable-diffusion")
+    assert str(error.value).startswith("Got unknown model 'stable-diffusion'. Known are flux-dev, ")
+
+
+# ---- complete
+
+
+def test_missing_numbers_come_from_the_model():
+    settings = complete(ModelSettings(model="flux-schnell"))
+    assert (settings.width, settings.height, settings.num_steps, settings.true_cfg) == (1024, 1024, 4, 1.0)
+    settings = complete(ModelSettings())
+    assert (settings.model, settings.width, settings.num_steps, settings.true_cfg) == (
+        "flux-nano",
+        256,
+        20,
+        3.5,
+    )
+
+
+def test_given_numbers_stay():
+    """Among them those that are false in Python."""
+    settings = complete(ModelSettings(model="flux-dev", guidance=0.0, num_steps=7, width=512))
+    assert (settings.guidance, settings.num_steps, settings.width, settings.height) == (0.0, 7, 512, 1024)
+
+
+def test_complete_twice_is_complete_once():
+    settings = complete(TestSettings(**PROMPTS, width=1080))
+    assert complete(settings) == settings and isinstance(settings, TestSettings)
+
+
+def test_sizes_are_rounded_down_with_a_notice(capsys):
+    settings = complete(ModelSettings(model="flux-dev", width=1080, height=1024))
+    assert (settings.width, settings.height) == (1072, 1024)
+    assert capsys.readouterr().out == "width 1080 is rounded down to 1072, a multiple of 16\n"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SkipSettings(**PROMPTS, model="flux-dev", layers=[3, 57]),
+        SkipSettings(**PROMPTS, model="flux-dev", layers=[[0, 1], [2, 57]]),
+        EditSettings(prompt="a dog", edits=["a cat"], model="flux-dev", vital_layers=[57]),
+    ],
+    ids=["layers", "sets of layers", "vital layers"],
+)
+def test_layer_57_is_told(settings):
+    with pytest.raises(InputError, match=r"Got layers \[57\], but this model numbers its layers 0\.\.56"):
+        complete(settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SkipSettings(**PROMPTS, layers="all"),
+        SkipSettings(**PROMPTS, layers=[0, 14]),
+        SkipSettings(**PROMPTS, layers=[[0, 14]]),
+        EditSettings(prompt="a dog", edits=["a cat"]),
+        EditSettings(prompt="a dog", edits=["a cat"], vital_layers=[14]),
+        LayerSettings(prompt="a dog"),
+    ],
+    ids=repr,
+)
+def test_right_layers_pass(settings):
+    assert complete(settings).num_steps == 20
+
+
+def test_an_unknown_model_in_settings():
+    with pytest.raises(InputError, match="unknown model"):
+        complete(ModelSettings(model="flux-pro"))

@@ -1,0 +1,165 @@
+"""Every stage at toy size, from tokenizers to files that the package's own code loads, and the evaluation of
+them.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux.loading import read_weights
+from flux.model import Flux
+from flux.modules.conditioner import HFEmbedder
+from training.autoencoder import train_autoencoder
+from training.cluster import Cluster
+from training.evaluate import Nets, edit_batch, evaluate_samples, generate, score_samples, succeeded, table
+from training.export import export
+from training.flow import train_flow, train_guidance
+from training.labels import NUM_OBJECTS, labels_of
+from training.looking import Seen, load_measuring, normalized, train_dinov2, train_measuring
+from training.nets import DINO_SIDE
+from training.plan import TOY_PLAN, Work
+from training.schnell import merged, train_schnell, without_guidance
+from training.tokenizers import CLIP_LENGTH, T5_LENGTH
+from training.trainer import Budget
+
+ROOT = Path(__file__).parents[2]
+MOMENT = {name: replace(stage, seconds=0.01) for name, stage in TOY_PLAN.items()}
+
+
+@pytest.fixture(scope="module")
+def work(tokenizers, tmp_path_factory) -> Work:
+    """All stages done, one or two iterations each."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "tokenizers").symlink_to(tokenizers)
+    work = replace(Work.toy(Cluster.join(), folder, Budget(60, time.time())), plan=MOMENT, side=32)
+    assert train_autoencoder(work)
+    assert train_flow(work, "flow128") and train_flow(work, "flow256")
+    assert train_guidance(work) and train_schnell(work)
+    assert train_dinov2(work) and train_measuring(work)
+    assert export(work)
+    return work
+
+
+def test_exported_files_load_as_the_package_loads_them(work):
+    assets = work.folder / "assets"
+    weights = read_weights(assets / "transformer.safetensors", "cpu", torch.float32)
+    Flux(replace(work.sizes.flux, guidance_embed=True)).load_state_dict(weights)
+    lora = read_weights(assets / "schnell_lora.safetensors", "cpu", torch.float32)
+    Flux(work.sizes.flux).load_state_dict(merged(without_guidance(weights), lora))
+    t5 = HFEmbedder(
+        str(assets / "text_encoder_2"), T5_LENGTH, str(assets / "tokenizer_2"), dtype=torch.float32
+    )
+    clip = HFEmbedder(
+        str(assets / "text_encoder"), CLIP_LENGTH, str(assets / "tokenizer"), dtype=torch.float32
+    )
+    assert t5(["a dog", ""]).shape == (2, T5_LENGTH, work.sizes.flux.context_in_dim)
+    features = clip(["a dog", "a cat"])
+    assert features.shape == (2, work.sizes.flux.vec_in_dim) and not torch.equal(features[0], features[1])
+
+
+def test_the_perceptual_encoder_loads_as_the_package_loads_it(work):
+    """Pictures are prepared as they were in training: squeezed to the encoder's side, whatever their own."""
+    from PIL import Image
+
+    from flux.perceptual import PerceptualEncoder
+
+    encoder = PerceptualEncoder.load(work.folder / "assets" / "dinov2")
+    pictures = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]
+    features = encoder.embed(pictures)
+    assert features.shape == (2, work.sizes.dino_width)
+    pixels = encoder.processor(pictures, return_tensors="pt")["pixel_values"]
+    flat = torch.tensor((1.0, 0.0, 0.0)).view(1, 3, 1, 1).expand(1, 3, DINO_SIDE, DINO_SIDE)
+    torch.testing.assert_close(pixels[:1], normalized(flat))
+
+
+def test_logs_are_written(work):
+    for stage in TOY_PLAN:
+        assert (work.folder / f"{stage}.csv").read_text().startswith("iteration,seconds,samples,loss")
+
+
+def test_a_stage_stops_at_its_budget_and_goes_on(work, tmp_path):
+    """Stopped training resumes with the same iteration count, and finishes; the second part continues the
+    log.
+    """
+    plan = {**MOMENT, "dinov2": replace(TOY_PLAN["dinov2"], seconds=0.6)}
+    early = replace(work, folder=tmp_path, plan=plan, budget=Budget(15.05 / 60, time.time()))
+    (tmp_path / "tokenizers").symlink_to(work.tokenizers)
+    assert not train_dinov2(early)
+    assert not (tmp_path / "assets").exists()
+    saved = torch.load(tmp_path / "dinov2.state.pt", weights_only=True)["progress"]
+    assert train_dinov2(replace(early, budget=Budget(60, time.time())))
+    done = torch.load(tmp_path / "dinov2.state.pt", weights_only=True)["progress"]
+    assert done[0] > saved[0] and done[2] >= 0.6
+
+
+def test_samples_are_scored(work, tmp_path):
+    nets = Nets(work, work.folder / "assets")
+    result = {
+        "samples": evaluate_samples(nets, load_measuring(work), tmp_path, count=8, side=work.side, steps=2)
+    }
+    assert (tmp_path / "samples_nano.png").exists()
+    assert "| background |" in table(result)
+    images = generate(nets, nets.flux("schnell"), "schnell", ["a dog", "a cat"], work.side, 4)
+    assert images.shape == (2, 3, work.side, work.side) and 0 <= images.min() and images.max() <= 1
+
+
+def test_an_edit_that_takes_everything_is_no_edit(work):
+    """The same caption with all keys and values taken gives the reference again."""
+    from training.evaluate import Dose
+
+    nets = Nets(work, work.folder / "assets")
+    flux = nets.flux("nano")
+    torch.nn.init.normal_(flux.final_layer.linear.weight, std=0.2)
+    every = Dose(tuple(range(flux.num_layers)))
+    reference, edited = edit_batch(nets, flux, ["a dog"], ["a dog"], [1], every, work.side, 2)
+    torch.testing.assert_close(reference, edited, atol=1e-4, rtol=1e-4)
+
+
+def perfect(scenes) -> Seen:
+    """What a net that makes no mistakes sees."""
+    labels = labels_of(torch.tensor([scene.row() for scene in scenes]))
+    one_hot = torch.nn.functional.one_hot
+    return Seen(
+        20 * labels.objects - 10, 20 * labels.worn - 10, 20 * labels.colours - 10,
+        one_hot(labels.place, 16).float(), one_hot(labels.time, 3).float(), one_hot(labels.count, 4).float(),
+        labels.x,
+    )  # fmt: skip
+
+
+def test_perfect_sight_scores_one():
+    import random
+
+    from training.scenes import editable, sample
+
+    scenes = [sample(random.Random(seed)) for seed in range(300)]
+    assert set(score_samples(perfect(scenes), scenes).values()) == {1.0}
+    blind = Seen(*(torch.zeros_like(value) for value in vars(perfect(scenes)).values()))
+    assert score_samples(blind, scenes)["objects, recall"] == 0
+    contents = [editable(random.Random(seed), "replace") for seed in range(5)]
+    seen = Seen(*(torch.full_like(value[:5], -1) for value in vars(perfect(scenes)).values()))
+    assert not succeeded(seen, "replace", contents).any()
+    assert seen.objects.shape[1] == NUM_OBJECTS
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    """torchrun with gloo on the CPU: every stage, and one set of files at the end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [*command, "-m", "training", "all", "--toy", "--stretch", "0.5", "--folder", str(tmp_path)],
+        cwd=ROOT, env=environment, check=True, timeout=600,
+    )  # fmt: skip
+    assert (tmp_path / "export.done").exists()
+    subprocess.run(
+        [*command, "-m", "training.evaluate", "edits", "--toy", "--folder", str(tmp_path), "--edits", "1",
+         "--seeds", "1", "--steps", "2", "--vital", "1"],
+        cwd=ROOT, env=environment, check=True, timeout=600,
+    )  # fmt: skip
+    assert (tmp_path / "evaluation" / "table.md").exists()

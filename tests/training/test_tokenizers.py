@@ -1,0 +1,58 @@
+"""Tokenizers: one token for a known word, letters for an unknown one, loaded as the real ones are."""
+
+import random
+
+import pytest
+
+from training.data import CaptionEncoder
+from training.scenes import sample
+from training.tokenizers import CLIP_LENGTH, T5_LENGTH, write_tokenizers
+from training.vocabulary import all_words
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizers):
+    return CaptionEncoder(tokenizers)
+
+
+def test_known_words_are_one_token_each(encoder):
+    words = [word for word in all_words() if word.isalpha()]
+    assert [word for word in words if len(encoder.t5(word).input_ids) != 2] == []
+    assert [word for word in words if len(encoder.clip(word).input_ids) != 3] == []
+
+
+def test_case_does_not_matter(encoder):
+    for tokenizer in (encoder.t5, encoder.clip):
+        assert tokenizer("A Dog ON the Grass").input_ids == tokenizer("a dog on the grass").input_ids
+
+
+def test_unknown_words_are_spelled(encoder):
+    ids = encoder.t5("a zorblax").input_ids
+    assert encoder.t5.unk_token_id not in ids and len(ids) > 5
+    assert encoder.t5.decode(ids, skip_special_tokens=True) == "a zorblax"
+
+
+def test_captions_fit(encoder):
+    longest = max(len(encoder.t5(sample(random.Random(seed)).caption).input_ids) for seed in range(300))
+    assert longest <= T5_LENGTH
+
+
+def test_remembered_words_give_the_same_ids(encoder):
+    """The training data is encoded word by word; what users type is encoded whole."""
+    padded = {"padding": "max_length", "truncation": True}
+    for caption in [
+        "",
+        "a dog, on the grass",
+        "qwertyuiop asdfghjkl " * 9,
+        *(sample(random.Random(n)).caption for n in range(99)),
+    ]:
+        t5, clip = encoder(caption)
+        assert t5 == encoder.t5(caption, max_length=T5_LENGTH, **padded).input_ids
+        assert clip == encoder.clip(caption, max_length=CLIP_LENGTH, **padded).input_ids
+
+
+def test_they_come_out_the_same_again(tokenizers, tmp_path):
+    write_tokenizers(tmp_path)
+    for path in tokenizers.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / path.relative_to(tokenizers)).read_bytes(), path.name

@@ -1,0 +1,93 @@
+"""Train flux-nano: one stage, or all in order, picking up where the last call stopped.
+
+python -m training all --minutes 9
+torchrun --standalone --nproc-per-node 4 -m training all --minutes 9
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from training.plan import STAGES
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "stage", choices=("all", *STAGES), nargs="+", help="what to train; complete stages are skipped"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("output/training"), help="states, results, logs")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="stop and save after so many; call again to go on"
+    )
+    parser.add_argument(
+        "--stretch", type=float, default=1.0, help="multiply the training time of every stage"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write what ten iterations of each stage spend time on"
+    )
+    parser.add_argument("--toy", action="store_true", help="tiny nets, seconds a stage: does everything run?")
+    return parser.parse_args()
+
+
+def main() -> None:
+    begin = time.time()
+    arguments = parse()
+
+    import torch
+
+    from training.autoencoder import train_autoencoder
+    from training.cluster import Cluster
+    from training.export import export
+    from training.flow import train_flow, train_guidance
+    from training.looking import train_dinov2, train_measuring
+    from training.plan import Work
+    from training.schnell import train_schnell
+    from training.tokenizers import write_tokenizers
+    from training.trainer import Budget
+
+    def tokenizers(work: Work) -> bool:
+        if work.cluster.first:
+            write_tokenizers(work.tokenizers)
+        return True
+
+    run = {
+        "tokenizers": tokenizers,
+        "autoencoder": train_autoencoder,
+        "flow128": lambda work: train_flow(work, "flow128"),
+        "flow256": lambda work: train_flow(work, "flow256"),
+        "guidance": train_guidance,
+        "schnell": train_schnell,
+        "dinov2": train_dinov2,
+        "measuring": train_measuring,
+        "export": export,
+    }
+    torch.set_float32_matmul_precision("high")
+    cluster = Cluster.join()
+    budget = Budget(arguments.minutes, begin, arguments.profile)
+    work = (Work.toy if arguments.toy else Work)(cluster, arguments.folder, budget).stretched(
+        arguments.stretch
+    )
+    stages = STAGES if "all" in arguments.stage else [stage for stage in STAGES if stage in arguments.stage]
+    for stage in stages:
+        finished = arguments.folder / f"{stage}.done"
+        cluster.wait()
+        if finished.exists():
+            continue
+        since = time.time()
+        if cluster.agree(budget.left) < 30 or not run[stage](work):
+            if cluster.first:
+                print(
+                    f"{stage}: stopped after {arguments.minutes:g} minutes; call again to go on", flush=True
+                )
+            break
+        if cluster.first:
+            finished.touch()
+            print(f"{stage}: done, {time.time() - since:.0f} s", flush=True)
+        if cluster.device.type == "cuda":
+            torch.cuda.empty_cache()
+    cluster.leave()
+
+
+if __name__ == "__main__":
+    main()

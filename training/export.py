@@ -1,0 +1,71 @@
+"""Stage "export": the trained nets as the files the package ships.
+
+Matrices of the transformer as scaled 8-bit floats, the four-step student as a low-rank difference in the same
+form, the rest in half precision.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from training.autoencoder import load_autoencoder
+from training.flow import load_generator
+from training.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
+from training.plan import Work
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices as float8_e4m3fn with a scale each (`X.scale_weight`, the layout of ComfyUI), vectors as
+    float16.
+    """
+    file = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, value in weights.items():
+        value = value.detach().float().cpu()
+        if value.ndim == 2:
+            scale = value.abs().max().clamp(min=1e-12) / FP8_MAX
+            file[name] = (value / scale).to(torch.float8_e4m3fn)
+            file[name.removesuffix(".weight") + ".scale_weight"] = scale
+        else:
+            file[name] = value.half()
+    return file
+
+
+def export(work: Work) -> bool:
+    """Writes `work.folder`/assets, all but the perceptual encoder. Always complete."""
+    if not work.cluster.first:
+        return True
+    from safetensors.torch import save_file
+
+    folder = work.folder / "assets"
+    shutil.copytree(work.tokenizers, folder, dirs_exist_ok=True)
+    generator = load_generator(work, "guidance", guidance=True).cpu()
+    save_file(scaled_fp8(generator.flux.state_dict()), folder / "transformer.safetensors")
+    lora = torch.load(work.result("schnell"), map_location="cpu")
+    save_file(scaled_fp8(lora), folder / "schnell_lora.safetensors")
+    ae = load_autoencoder(work).cpu()
+    save_file(
+        {name: value.half().contiguous() for name, value in ae.state_dict().items()},
+        folder / "ae.safetensors",
+    )
+    generator.t5.half().save_pretrained(folder / "text_encoder_2")
+    generator.clip.half().save_pretrained(folder / "text_encoder")
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"export: {folder}, {total / 2**20:.1f} MiB")
+    return True
+
+
+def export_dinov2(dinov2: nn.Module, folder: Path) -> None:
+    """The perceptual encoder, with how pictures are prepared for it."""
+    dinov2.half().save_pretrained(folder)
+    side = {"height": DINO_SIDE, "width": DINO_SIDE}
+    config = {
+        "image_processor_type": "BitImageProcessor", "do_resize": True, "size": side, "resample": 3,
+        "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_convert_rgb": True,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,165 @@
+"""Stages "flow128", "flow256", "guidance": the transformer with its text encoders, then it distilled.
+
+Rectified flow (arXiv 2209.03003): noise level t mixes a latent with noise, and the model learns the
+difference of the two. Half-size pictures first, then full size from that state; then a copy with a guidance
+input learns what the model gives with classifier-free guidance, as FLUX.1-dev was made.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux.modules.autoencoder import AutoEncoder
+from flux.sampling import get_lin_function
+from training.autoencoder import load_autoencoder
+from training.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
+from training.nets import Generator, compile_blocks, text_ids
+from training.optimizer import flow_optimizers
+from training.plan import Work
+from training.render import Renderer
+from training.trainer import Schedule, Trainer, save_atomically
+
+GUIDANCE_RANGE = (1.0, 5.0)
+
+
+def noise_levels(count: int, shift: float, device: torch.device) -> Tensor:
+    """Logit-normal noise levels, moved towards the noisy end like the sampler's (arXiv 2403.03206, section
+    3.1).
+    """
+    t = torch.sigmoid(torch.randn(count, device=device))
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_for(side: int) -> float:
+    """The sampler's own shift at the full size, none below it."""
+    tokens = (side // 16) ** 2
+    return math.exp(get_lin_function()(tokens)) if tokens >= 256 else 1.0
+
+
+def noised(latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents at noise levels `t`, and the velocity from them to the noise."""
+    noise = torch.randn_like(latents)
+    t = t[:, None, None]
+    return (1 - t) * latents + t * noise, noise - latents
+
+
+def autocast(device: torch.device):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+class EmptyCaption:
+    """The ids of the empty caption, to take the place of some captions or of all."""
+
+    def __init__(self, encoder: CaptionEncoder, device: torch.device):
+        self.t5, self.clip = encoder.batch([""], device)
+
+    def dropped_into(self, t5: Tensor, clip: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        drop = (torch.rand(len(t5), device=t5.device) < share)[:, None]
+        return torch.where(drop, self.t5, t5), torch.where(drop, self.clip, clip)
+
+
+def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
+    """A trained generator on the work's device, text encoders in evaluation mode."""
+    generator = Generator(work.sizes, work.tokenizers, guidance)
+    generator.load_state_dict(torch.load(work.result(stage), map_location="cpu"))
+    return generator.to(work.cluster.device)
+
+
+def make_latents(work: Work, stage: str, ae: AutoEncoder, side: int) -> Latents:
+    plan = work.of(stage)
+    latents = Latents(work.pool(stage), ae, Renderer(work.cluster.device), side, side, plan.capacity)
+    while latents.filled < plan.first:
+        latents.add(min(CHUNK, plan.first))
+    return latents
+
+
+def train_flow(work: Work, stage: str) -> bool:
+    """Stage "flow128" or "flow256"; False if the call's budget ran out first."""
+    plan, device = work.of(stage), work.cluster.device
+    side = work.side if stage == "flow256" else work.side // 2
+    torch.manual_seed(0)
+    latents = make_latents(work, stage, load_autoencoder(work), side)
+    generator = Generator(work.sizes, work.tokenizers).to(device)
+    optimizers = flow_optimizers(generator.named_parameters(), plan.lr, fused=device.type == "cuda")
+    schedule = Schedule(plan.seconds, plan.decay) if plan.decay else Schedule(plan.seconds, 1e-9)
+    trainer = Trainer(stage, generator, optimizers, schedule, work.cluster, work.folder, work.budget)
+    if stage == "flow256" and trainer.iteration == 0:
+        trainer.continue_from(work.folder / "flow128.state.pt")
+    if device.type == "cuda":
+        compile_blocks(generator.flux)
+        generator.t5.compile()
+        generator.clip.compile()
+    empty = EmptyCaption(CaptionEncoder(work.tokenizers), device)
+    shift = shift_for(side)
+    img_ids, txt_ids = positions(side, side, device, like=(work.side, work.side)), text_ids(device)
+
+    def loss() -> Tensor:
+        latents.refresh(plan.fresh)
+        clean, *tokens = latents.batch(plan.batch)
+        tokens = empty.dropped_into(*tokens, EMPTY)
+        t = noise_levels(plan.batch, shift, device)
+        x, target = noised(clean, t)
+        with autocast(device):
+            txt, vec = generator.text(*tokens)
+            velocity = generator.flux(x, img_ids, txt, txt_ids, t, vec)
+        return F.mse_loss(velocity.float(), target)
+
+    if not trainer.run(loss, plan.batch):
+        return False
+    if work.cluster.first:
+        save_atomically(trainer.averaged(), work.result(stage))
+    return True
+
+
+def train_guidance(work: Work) -> bool:
+    """Stage "guidance": a student with a guidance input learns the guided velocity in one pass."""
+    plan, device = work.of("guidance"), work.cluster.device
+    torch.manual_seed(1)
+    latents = make_latents(work, "guidance", load_autoencoder(work), work.side)
+    teacher = load_generator(work, "flow256").eval().requires_grad_(False)
+    student = Generator(work.sizes, work.tokenizers, guidance=True).to(device)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.flux.guidance_in.out_layer.weight)
+    torch.nn.init.zeros_(student.flux.guidance_in.out_layer.bias)
+    student.t5.requires_grad_(False)
+    student.clip.requires_grad_(False)
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    optimizers = flow_optimizers(trained, plan.lr, fused=device.type == "cuda")
+    schedule = Schedule(plan.seconds, plan.decay)
+    trainer = Trainer(
+        "guidance", student, optimizers, schedule, work.cluster, work.folder, work.budget, average_decay=0.98
+    )
+    if device.type == "cuda":
+        compile_blocks(teacher.flux)
+        compile_blocks(student.flux)
+    shift = shift_for(work.side)
+    img_ids, txt_ids = positions(work.side, work.side, device), text_ids(device)
+    empty = EmptyCaption(CaptionEncoder(work.tokenizers), device)
+    with torch.no_grad():
+        no_txt, no_vec = teacher.text(empty.t5, empty.clip)
+    no_txt = no_txt.expand(plan.batch, -1, -1).contiguous()
+    no_vec = no_vec.expand(plan.batch, -1).contiguous()
+
+    def loss() -> Tensor:
+        latents.refresh(plan.fresh)
+        clean, *tokens = latents.batch(plan.batch)
+        t = noise_levels(plan.batch, shift, device)
+        low, high = GUIDANCE_RANGE
+        scale = low + (high - low) * torch.rand(plan.batch, device=device)
+        with torch.no_grad(), autocast(device):
+            x, _ = noised(clean, t)
+            txt, vec = teacher.text(*tokens)
+            towards = teacher.flux(x, img_ids, txt, txt_ids, t, vec).float()
+            away = teacher.flux(x, img_ids, no_txt, txt_ids, t, no_vec).float()
+            target = away + scale[:, None, None] * (towards - away)
+        with autocast(device):
+            velocity = student.flux(x, img_ids, txt, txt_ids, t, vec, scale)
+        return F.mse_loss(velocity.float(), target)
+
+    if not trainer.run(loss, plan.batch):
+        return False
+    if work.cluster.first:
+        save_atomically(trainer.averaged(), work.result("guidance"))
+    return True

@@ -1,0 +1,59 @@
+"""What a picture shows, as targets for the nets that look at it: read off the renderer's rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.scenes import FIRST_THING, SLOT_WIDTH, THING_SLOTS
+from training.vocabulary import COLOUR_NAMES, OBJECTS, PLACES, TIME_NAMES
+
+NUM_OBJECTS, NUM_COLOURS, NUM_PLACES, NUM_TIMES = (
+    len(OBJECTS),
+    len(COLOUR_NAMES),
+    len(PLACES),
+    len(TIME_NAMES),
+)
+MOST = THING_SLOTS
+
+
+@dataclass
+class Labels:
+    """Targets of a batch.
+
+    Attributes:
+        objects: which objects are there, worn hats too, "B 91" of 0 and 1.
+        worn: which hats are worn, "B 91".
+        colours: which colours the caption gives to objects, "B 11".
+        place, time: "B".
+        count: number of subjects less one, "B".
+        x: where each object stands, "B 91", meaningful where `objects` is 1.
+    """
+
+    objects: Tensor
+    worn: Tensor
+    colours: Tensor
+    place: Tensor
+    time: Tensor
+    count: Tensor
+    x: Tensor
+
+
+def labels_of(rows: Tensor, device: torch.device | str = "cpu") -> Labels:
+    """The labels of renderer rows, "B COLUMNS"."""
+    rows = rows.to(device)
+    batch = torch.arange(len(rows), device=rows.device)
+    objects, worn, x = (torch.zeros(len(rows), NUM_OBJECTS, device=rows.device) for _ in range(3))
+    colours = torch.zeros(len(rows), NUM_COLOURS, device=rows.device)
+    things = rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
+    for slot in range(THING_SLOTS):
+        sprite, colour, hat = (things[:, slot, column].long() for column in (0, 4, 5))
+        there, coloured, hatted = batch[sprite >= 0], batch[colour >= 0], batch[hat >= 0]
+        objects[there, sprite[there]] = 1
+        x[there, sprite[there]] = things[there, slot, 1]
+        colours[coloured, colour[coloured]] = 1
+        objects[hatted, hat[hatted]] = 1
+        worn[hatted, hat[hatted]] = 1
+        x[hatted, hat[hatted]] = things[hatted, slot, 1]
+    count = (things[:, :, 0] >= 0).sum(1) - 1
+    return Labels(objects, worn, colours, rows[:, 0].long(), rows[:, 1].long(), count, x)

@@ -1,0 +1,99 @@
+"""The recipe's numbers: how long each stage trains and on what batches, for four H200 and for a toy run."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from training.cluster import Cluster
+from training.data import Pool, draw_pool
+from training.nets import NANO, TOY, Sizes
+from training.trainer import Budget
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage's numbers, sizes for each process.
+
+    Attributes:
+        seconds: training proper; rendering the first data and compiling come on top.
+        batch, lr: of an iteration.
+        scenes: how many are drawn.
+        capacity, fresh, first: latents the buffer holds, new ones an iteration, and before the first.
+        decay: share of the time over which the learning rate falls to nothing.
+    """
+
+    seconds: float
+    batch: int
+    lr: float
+    scenes: int
+    capacity: int = 0
+    fresh: int = 0
+    first: int = 0
+    decay: float = 0.5
+
+
+PLAN: dict[str, StagePlan] = {
+    "autoencoder": StagePlan(110, 64, 1e-3, 8192, decay=0.6),
+    "flow128": StagePlan(65, 768, 1e-3, 200_000, 61_440, 128, 20_480, decay=0.0),
+    "flow256": StagePlan(480, 256, 1e-3, 300_000, 61_440, 32, 8_192, decay=0.55),
+    "guidance": StagePlan(55, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
+    "schnell": StagePlan(90, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
+    "dinov2": StagePlan(45, 256, 1e-3, 150_000, decay=0.9),
+    "measuring": StagePlan(50, 192, 2e-3, 150_000, decay=0.9),
+}
+TOY_PLAN: dict[str, StagePlan] = {
+    "autoencoder": StagePlan(1.5, 4, 1e-3, 8, decay=0.6),
+    "flow128": StagePlan(1.0, 4, 1e-3, 24, 8, 4, 8, decay=0.0),
+    "flow256": StagePlan(1.0, 4, 1e-3, 24, 8, 4, 8),
+    "guidance": StagePlan(1.0, 4, 3e-4, 24, 8, 4, 8),
+    "schnell": StagePlan(1.0, 4, 1e-3, 24, 8, 0, 8),
+    "dinov2": StagePlan(1.0, 4, 1e-3, 24),
+    "measuring": StagePlan(1.0, 4, 2e-3, 24),
+}
+STAGES = (
+    "tokenizers", "autoencoder", "flow128", "flow256", "guidance", "schnell", "export", "dinov2", "measuring",
+)  # fmt: skip
+SIDE = 256
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every stage is handed: where it runs and keeps its files, how large things are, how long it may
+    take."""
+
+    cluster: Cluster
+    folder: Path
+    budget: Budget
+    sizes: Sizes = NANO
+    plan: dict[str, StagePlan] | None = None
+    side: int = SIDE
+
+    @classmethod
+    def toy(cls, cluster: Cluster, folder: Path, budget: Budget) -> "Work":
+        return cls(cluster, folder, budget, TOY, TOY_PLAN, side=64)
+
+    def of(self, stage: str) -> StagePlan:
+        return (self.plan or PLAN)[stage]
+
+    def stretched(self, factor: float) -> "Work":
+        """The same with every stage's training time multiplied."""
+        plan = {
+            name: replace(stage, seconds=stage.seconds * factor)
+            for name, stage in (self.plan or PLAN).items()
+        }
+        return replace(self, plan=plan)
+
+    @property
+    def tokenizers(self) -> Path:
+        return self.folder / "tokenizers"
+
+    def result(self, stage: str) -> Path:
+        """The averaged weights a complete stage hands on."""
+        return self.folder / f"{stage}.pt"
+
+    def pool(self, stage: str) -> Pool:
+        """The stage's scenes, other ones in every process."""
+        scenes, cores = self.of(stage).scenes, (os.cpu_count() or 1) // self.cluster.world
+        processes = max(1, min(16, cores, scenes // 1000))
+        seed = 100 * list(STAGES).index(stage) + self.cluster.rank
+        return draw_pool(scenes, self.tokenizers, seed, processes=processes)

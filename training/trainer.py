@@ -1,0 +1,244 @@
+"""The loop every stage shares: bounded in time, resumable, logged, averaged."""
+
+import csv
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.cluster import Cluster
+from training.optimizer import Optimizers
+
+WARM_UP = 200  # iterations
+SHARE_EVERY = 500  # iterations; bfloat16 gradients let the processes' weights drift apart by rounding
+
+
+@dataclass
+class Budget:
+    """How long this call may still run. Stages end, or pause and save, when it is used up.
+
+    With `profile`, stages write what a few iterations spend their time on to `<stage>.profile.txt`.
+    """
+
+    minutes: float
+    begin: float
+    profile: bool = False
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.begin + 60 * self.minutes - time.time()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over a stage: a short rise, flat, then linear to nothing over the last `decay` of its
+    time.
+    """
+
+    seconds: float
+    decay: float = 0.5
+    floor: float = 0.01
+
+    def factor(self, iteration: int, spent: float) -> float:
+        rise = min(1.0, (iteration + 1) / WARM_UP)
+        return rise * max(self.floor, min(1.0, (1 - spent / self.seconds) / self.decay))
+
+
+class Trainer:
+    """Trains `net` until its stage's time is spent, or pauses when the call's budget is.
+
+    Attributes:
+        iteration, samples, spent: progress so far, over all calls; `spent` in seconds of training proper.
+        average: the exponential moving average of the weights, by name: what a stage hands on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        net: nn.Module,
+        optimizers: Optimizers,
+        schedule: Schedule,
+        cluster: Cluster,
+        folder: Path,
+        budget: Budget,
+        clip: float = 1.0,
+        average_every: int = 5,
+        average_decay: float = 0.995,
+    ):
+        self.name, self.net, self.optimizers, self.schedule = name, net, optimizers, schedule
+        self.cluster, self.folder, self.budget = cluster, folder, budget
+        self.clip, self.average_every, self.average_decay = clip, average_every, average_decay
+        self.iteration, self.samples, self.spent = 0, 0, 0.0
+        self.parameters = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+        self.average = {n: p.detach().clone() for n, p in self.parameters}
+        self.rows: list[tuple] = []
+        if self.state_file.exists():
+            self._load()
+        cluster.share([p.data for _, p in self.parameters])
+        torch.manual_seed(1000 * (1 + cluster.rank) + self.iteration)
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / f"{self.name}.state.pt"
+
+    @property
+    def done(self) -> bool:
+        return self.spent >= self.schedule.seconds
+
+    def run(self, loss_of: Callable[[], Tensor], batch: int, after: Callable[[], None] | None = None) -> bool:
+        """Trains on `loss_of()`, one call an iteration over `batch` samples. True when the stage is complete.
+
+        `after` runs after every iteration (the autoencoder folds its scale in there). Progress is measured in
+        time; the first iteration, which compiles, costs the budget but not the stage.
+        """
+        parameters = [p for _, p in self.parameters]
+        bar = tqdm(total=round(self.schedule.seconds), initial=round(self.spent), desc=self.name, unit="s",
+                   disable=not self.cluster.first, mininterval=5)  # fmt: skip
+        total, count = torch.zeros((), device=self.cluster.device), 0
+        mark, paused = None, False
+        profiler = self._profiler()
+        while not self.done:
+            loss = loss_of()
+            loss.backward()
+            self.cluster.average_gradients(parameters)
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+            self.optimizers.step(self.schedule.factor(self.iteration, self.spent))
+            for parameter in parameters:
+                parameter.grad = None
+            if self.iteration % self.average_every == 0:
+                self._average()
+            if after:
+                after()
+            if self.iteration % SHARE_EVERY == SHARE_EVERY - 1:
+                self.cluster.share([p.data for p in parameters])
+            self.iteration += 1
+            self.samples += batch * self.cluster.world
+            total += loss.detach()
+            count += 1
+            if profiler:
+                profiler.step()
+            if self.iteration % 10 == 0 or mark is None:
+                if self.cluster.device.type == "cuda":
+                    torch.cuda.synchronize()
+                now = time.time()
+                elapsed = self.cluster.agree(now - mark if mark else 0.0)
+                mark, self.spent = now, self.spent + elapsed
+                if self.iteration % 50 == 0 or self.done:
+                    self._record(self.cluster.mean(total / count), bar)
+                    total.zero_()
+                    count = 0
+                # A quarter of a minute to write the state and to hand over.
+                if self.cluster.agree(self.budget.left) < 15:
+                    paused = not self.done
+                    break
+        bar.close()
+        if profiler:
+            profiler.stop()
+        self._save()
+        return not paused
+
+    def _profiler(self) -> torch.profiler.profile | None:
+        """A running profiler of iterations 40 to 50 of this call, if the budget asks for one."""
+        if not self.budget.profile or not self.cluster.first:
+            return None
+
+        def write(profiler: torch.profiler.profile) -> None:
+            events, kinds = profiler.key_averages(), dict.fromkeys(("cpu", self.cluster.device.type))
+            tables = [events.table(sort_by=f"self_{kind}_time_total", row_limit=40) for kind in kinds]
+            (self.folder / f"{self.name}.profile.txt").write_text("\n".join(tables))
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        timing = torch.profiler.schedule(wait=35, warmup=5, active=10, repeat=1)
+        profiler = torch.profiler.profile(schedule=timing, on_trace_ready=write)
+        profiler.start()
+        return profiler
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # Short at first, so that the average does not drag the random start along.
+        decay = min(self.average_decay, (self.iteration + 1) / (self.iteration + 50))
+        averages = [self.average[name] for name, _ in self.parameters]
+        torch._foreach_lerp_(averages, [p.detach() for _, p in self.parameters], 1 - decay)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The net's state with the averaged weights."""
+        return {name: self.average.get(name, value).detach() for name, value in self.net.state_dict().items()}
+
+    def _record(self, loss: float, bar: tqdm) -> None:
+        if loss != loss:
+            raise FloatingPointError(
+                f"The loss of {self.name} is no longer a number at iteration {self.iteration}"
+            )
+        speed = self.samples / max(self.spent, 1e-6)
+        self.rows.append((self.iteration, round(self.spent, 1), self.samples, round(loss, 5)))
+        bar.set_postfix(it=self.iteration, loss=f"{loss:.4f}", per_s=round(speed), refresh=False)
+        bar.update(max(0, min(round(self.spent), bar.total) - bar.n))
+
+    def _save(self) -> None:
+        if self.cluster.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = {
+                "net": self.net.state_dict(),
+                "average": self.average,
+                "optimizers": self.optimizers.state_dict(),
+                "progress": (self.iteration, self.samples, self.spent),
+                "rows": self.rows,
+            }
+            save_atomically(state, self.state_file)
+            write_log(self.folder / f"{self.name}.csv", self.rows)
+        self.cluster.wait()
+
+    def continue_from(self, state_file: Path) -> None:
+        """Start where another stage of the same net ended: its weights, their average, the optimizers'
+        momenta.
+        """
+        self._restore(torch.load(state_file, map_location=self.cluster.device))
+
+    def _load(self) -> None:
+        state = torch.load(self.state_file, map_location=self.cluster.device)
+        self._restore(state)
+        self.iteration, self.samples, self.spent = state["progress"]
+        self.rows = state["rows"]
+
+    def _restore(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """torch.save that leaves the old file whole until the new one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def write_log(path: Path, rows: Sequence[tuple]) -> None:
+    """The loss curve as CSV and, beside it, as a picture."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("iteration", "seconds", "samples", "loss"))
+        writer.writerows(rows)
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot([row[1] for row in rows], [row[3] for row in rows], linewidth=1.2)
+    axes.set(xlabel="seconds of training", ylabel="loss", title=path.stem)
+    if min(row[3] for row in rows) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    pyplot.close(figure)
