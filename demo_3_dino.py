@@ -18,9 +18,10 @@ from flux.settings import DinoSettings, read_settings
 def main(file: str = "dino.json", **overrides) -> None:
     settings = read_settings(DinoSettings, file, overrides)
 
+    from flux.metrics import load_metrics
     from flux.pipeline import pick_device
     from flux.scan import encoder_of, publish
-    from flux.scores import Rule, load_metrics, score
+    from flux.scores import Rule, score
     from flux.vitality import check_sweep
 
     folder = Path(settings.input_dir)

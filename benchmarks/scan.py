@@ -22,7 +22,7 @@ from flux.images import write_json
 from flux.pipeline import Pipeline, pick_device
 from flux.settings import SkipSettings
 from flux.specs import complete, configs
-from flux.vitality import REFERENCE, Bypasser, Task
+from flux.vitality import REFERENCE, Bypasser, SweepWorker, Task
 
 PROMPT = "a photo of a dog on the grass"
 PROMPTS = 64
@@ -73,7 +73,7 @@ def one_process(settings: SkipSettings) -> dict:
 
 def shared(settings: SkipSettings, workers: int) -> dict:
     """Pictures a second of so many workers, from the moment when each has delivered its first."""
-    from flux.cluster import SweepWorker, gpus_per_worker, run_tasks
+    from flux.cluster import gpus_per_worker, run_tasks
 
     num_layers = configs[settings.model].num_layers
     count = workers * (1 + TASKS_EACH)
@@ -96,7 +96,11 @@ def main(
 ) -> None:
     device = pick_device("auto")
     settings = settings_for(toy, Path(folder), device, compiled)
-    result = {"machine": machine(device), "settings": settings.to_json(), "one_process": one_process(settings)}
+    result = {
+        "machine": machine(device),
+        "settings": settings.to_json(),
+        "one_process": one_process(settings),
+    }
     print(result["one_process"], flush=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,8 @@
 """Tasks shared out over processes, cards and hosts by Ray (the extra "cluster"), which is imported only here.
 
 `run_tasks` is for any work. On several hosts each needs this package in the same version, the same Ray and
-Python, and the weights: under the same path, or from the hub. Results travel through Ray: no folder is shared.
+Python, and the weights: under the same path, or from the hub. Results travel through Ray: no folder is
+    shared.
 """
 
 import os
@@ -14,20 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from flux import __version__
 from flux.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from flux.settings import SkipSettings
-    from flux.vitality import Task
 
 IN_FLIGHT = 2  # tasks given to a worker: the next one waits there while the last one's result travels
 RETRIES = 3  # times that a task is tried again, and workers in a row that may die before they can work
@@ -86,40 +80,6 @@ def gpus_per_worker(device: str) -> float:
     return float(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
 
 
-class SweepWorker:
-    """Work for `run_tasks`: a `flux.vitality.Task` -> its pictures as PNG files, in the order of its sets.
-
-    Raises:
-        InputError: as `Pipeline.load`.
-    """
-
-    def __init__(self, settings: "SkipSettings"):
-        from flux.pipeline import Pipeline
-        from flux.vitality import Bypasser
-
-        if settings.device.startswith("cuda"):
-            # Ray shows a worker nothing but its own card, as the first.
-            settings = settings.model_copy(update={"device": "cuda"})
-        self.bypasser = Bypasser(Pipeline.load(settings), settings)
-
-    def run(self, task: "Task") -> "list[Image]":
-        return self.bypasser.make(task)
-
-    @staticmethod
-    def pack(pictures: "list[Image]") -> list[bytes]:
-        return [_png(picture) for picture in pictures]
-
-
-def _png(picture: "Image") -> bytes:
-    file = BytesIO()
-    # Six times as fast as pillow's default, for files a sixth larger, which only travel.
-    picture.save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-# ---- Ray
-
-
 def _import_ray(workers: int) -> ModuleType:
     try:
         import ray
@@ -171,7 +131,8 @@ def _check_address(address: str) -> None:
     match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d{1,5})", address)
     if not match:
         raise InputError(
-            f'Got ray_address {address!r}, expected "auto", "HOST:PORT" or "ray://HOST:PORT" of a cluster\'s head'
+            f'Got ray_address {address!r}, expected "auto", "HOST:PORT" or "ray://HOST:PORT" of a '
+            "cluster's head"
         )
     try:
         socket.create_connection((match[1], int(match[2])), timeout=CONNECT).close()
@@ -189,8 +150,8 @@ def _line(error: Exception) -> str:
 
 
 class _Process:
-    """What Ray starts: the process of one worker. Empty at first, so that it is known to have found room before
-    a model is loaded, however long that takes.
+    """What Ray starts: the process of one worker. Empty at first, so that it is known to have found room
+    before a model is loaded, however long that takes.
     """
 
     def __init__(self, threads: int, gpus: float):
@@ -307,8 +268,8 @@ class _Crew:
                 yield question, answer
 
     def _hand_out(self, queue: deque[int], tasks: Sequence) -> None:
-        """Gives tasks to those who have least to do. The last tasks are not given ahead: whoever is free first
-        shall have them.
+        """Gives tasks to those who have least to do. The last tasks are not given ahead: whoever is free
+        first shall have them.
         """
         free = [worker for worker in self.workers if worker.loaded]
         while queue and free:

@@ -42,8 +42,8 @@ def find_vital_layers(
     elif choice == "auto":
         if spec.vital_layers is None:
             raise InputError(
-                "The vital layers of this model are not known: scan it with demo_2_skip.py and demo_3_dino.py "
-                'and give the vital_layers.json, or try "stable-flow", the set of flux-dev'
+                "The vital layers of this model are not known: scan it (python -m flux.scan) and give the "
+                'vital_layers.json, or try "stable-flow", the set of flux-dev'
             )
         layers = spec.vital_layers
     elif isinstance(choice, str):
@@ -57,8 +57,8 @@ def find_vital_layers(
 def _read_scan(path: Path) -> list[int]:
     if not path.is_file():
         raise InputError(
-            f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a list "
-            f'of layers, "auto", or one of {", ".join(PRESETS)}'
+            f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
+            f'list of layers, "auto", or one of {", ".join(PRESETS)}'
         )
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["vital_layers"]

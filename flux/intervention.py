@@ -51,8 +51,8 @@ class Intervention:
         for layer, (k, v) in self.take.items():
             if k.shape != v.shape or batch % k.shape[0] or k.shape[2] != num_img:
                 raise InputError(
-                    f"Got keys {tuple(k.shape)} and values {tuple(v.shape)} for layer {layer}: their shapes must "
-                    f"be equal, their rows divide the batch of {batch}, their tokens be the image's {num_img}"
+                    f"Got keys {tuple(k.shape)} and values {tuple(v.shape)} for layer {layer}: their shapes "
+                    f"must be equal, their rows divide the batch of {batch}, their tokens be {num_img}"
                 )
 
     def skip_rows(self) -> tuple[frozenset[int], ...]:

@@ -117,6 +117,31 @@ class Bypasser:
         self._key = (task.prompt, task.seed)
 
 
+class SweepWorker:
+    """A `Bypasser` for `flux.cluster.run_tasks`: its pictures travel as PNG files.
+
+    Raises:
+        InputError: as `Pipeline.load`.
+    """
+
+    def __init__(self, settings: SkipSettings):
+        if settings.device.startswith("cuda"):
+            # Ray shows a worker nothing but its own card, as the first.
+            settings = settings.model_copy(update={"device": "cuda"})
+        self.bypasser = Bypasser(Pipeline.load(settings), settings)
+
+    def run(self, task: Task) -> list[Image.Image]:
+        return self.bypasser.make(task)
+
+    @staticmethod
+    def pack(pictures: list[Image.Image]) -> list[bytes]:
+        files = [BytesIO() for _ in pictures]
+        for picture, file in zip(pictures, files):
+            # Six times as fast as pillow's default, for files a sixth larger, which only travel.
+            picture.save(file, "PNG", compress_level=1)
+        return [file.getvalue() for file in files]
+
+
 def open_sweep(settings: SkipSettings) -> Path:
     """The folder of a sweep, its settings left in it as run.json if it is new.
 
@@ -225,7 +250,7 @@ def _finished(
     if not todo:
         return
     if settings.workers > 1 or settings.ray_address:
-        from flux.cluster import SweepWorker, gpus_per_worker, run_tasks
+        from flux.cluster import gpus_per_worker, run_tasks
 
         shared = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
         with closing(run_tasks(SweepWorker, (settings,), todo, *shared)) as results:

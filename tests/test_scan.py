@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ from flux.editing import find_vital_layers
 from flux.errors import InputError
 from flux.images import read_image
 from flux.loading import checkpoint_of, fingerprint
+from flux.metrics import Metric
 from flux.record import remembered_scan
 from flux.scan import main, scan
-from flux.scores import Metric
 from flux.settings import EditSettings, ScanSettings, SkipSettings
 from flux.specs import complete
 from flux.vitality import Bypasser, check_sweep
@@ -44,7 +43,6 @@ def fields(folder, **changes) -> dict:
 def cache(tmp_path, monkeypatch):
     """Nothing is remembered yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +62,8 @@ def plain_pictures(monkeypatch):
 
 
 class Synthetic(Metric):
-    """Layer for layer a similarity of its own, lower for later ones, give or take what the reference
-    says. More `noise` than the steps between layers leaves their order open.
+    """A similarity for each layer, lower for later ones, give or take what the reference says. More `noise`
+    than the steps between layers leaves their order open.
     """
 
     def __init__(self, noise: float = 0.001):
@@ -82,11 +80,18 @@ def synthetic(monkeypatch):
     """Scores at once; called, it sets their noise."""
 
     def use(noise: float = 0.001):
-        for module in ("scan", "scores"):
+        for module in ("scan", "metrics"):
             monkeypatch.setattr(f"flux.{module}.load_metrics", lambda *_: {"dino": Synthetic(noise)})
 
     use()
     return use
+
+
+@pytest.fixture
+def numbers_only(plain_pictures, synthetic, monkeypatch):
+    """Nothing is painted that the test does not look at."""
+    for name in ("plot_heat_map", "plot_vitality", "write_report"):
+        monkeypatch.setattr(f"flux.scan.{name}", lambda *given: None)
 
 
 def demo_3(monkeypatch, folder, **more) -> None:
@@ -135,8 +140,8 @@ def test_a_scan_writes_everything_and_demo_3_reads_it(tmp_path, monkeypatch, cap
     assert {path.name for path in (tmp_path / "dino").iterdir()} == FILES - {"grid.png"}
     for name in ("similarity.csv", "vital_layers.json"):
         assert (tmp_path / "dino" / name).read_bytes() == first[name]
-    demo_3(monkeypatch, folder, metrics=metrics, top=2)
-    assert written(folder)["vital_layers"] == [0, 5]
+    demo_3(monkeypatch, folder, metrics=metrics, top=3)
+    assert written(folder)["vital_layers"] == [0, 5, 12]
     assert (folder / "similarity.csv").read_bytes() == first["similarity.csv"]
     # A second scan makes no pictures, and says the same as the first.
     monkeypatch.setattr(Bypasser, "make", lambda *_: pytest.fail("made pictures again"))
@@ -146,14 +151,14 @@ def test_a_scan_writes_everything_and_demo_3_reads_it(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("layers", [[[0, 1], [5]], [[0, 1], [5, 6]]], ids=["one alone", "pairs only"])
-@pytest.mark.parametrize("rule", [{"top": 1}, {"top": None, "gap": True}, {"top": None, "threshold": 0.0}])
+@pytest.mark.parametrize("rule", [{"top": 1}, {"top": None, "gap": True}], ids=["top", "gap"])
 def test_sets_of_layers_are_scored_but_never_vital(tmp_path, plain_pictures, synthetic, layers, rule):
     given = settings(tmp_path, layers=layers, prompts=MANY[:8], **rule)
     assert scan(given, progress=False) == [layer for [layer, *more] in layers if not more]
     assert set(written(tmp_path)["vitality"]) == {"-".join(f"{n:02d}" for n in entry) for entry in layers}
 
 
-def test_two_scans_that_differ_only_in_how_they_score_share_a_folder(tmp_path, plain_pictures, synthetic):
+def test_two_scans_that_differ_only_in_how_they_score_share_a_folder(tmp_path, numbers_only):
     assert scan(settings(tmp_path), progress=False) == [5]
     assert scan(settings(tmp_path, top=2, stop_when="stable"), progress=False) == [5, 12]
     with pytest.raises(InputError, match="another num_steps"):
@@ -186,7 +191,7 @@ def test_a_settled_scan_stops(tmp_path, synthetic, monkeypatch, capsys):
         assert (tmp_path / "dino" / name).read_bytes() == first[folder / name]
 
 
-def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, plain_pictures, synthetic, monkeypatch):
+def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, numbers_only, monkeypatch):
     """Wherever it was stopped before."""
     given = {"prompts": MANY, "stop_when": "stable"}
     scan(settings(tmp_path / "whole", **given), progress=False)
@@ -211,12 +216,12 @@ def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, plain_pictures
         {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")}
         for name in ("whole", "again")
     )
-    assert whole == again and len([name for name in whole if name.suffix == ".png"]) == 9 * 4 + 3
+    assert whole == again and len([name for name in whole if name.suffix == ".png"]) == 9 * 4 + 1
     csvs = [(tmp_path / name / "similarity.csv").read_text() for name in ("whole", "again")]
     assert csvs[0] == csvs[1]
 
 
-def test_an_open_scan_makes_all_prompts(tmp_path, plain_pictures, synthetic, capsys):
+def test_an_open_scan_makes_all_prompts(tmp_path, numbers_only, synthetic, capsys):
     synthetic(noise=3)
     scan(settings(tmp_path, prompts=MANY, stop_when="stable"), progress=False)
     found = written(tmp_path)
@@ -224,7 +229,7 @@ def test_an_open_scan_makes_all_prompts(tmp_path, plain_pictures, synthetic, cap
     assert "settled" not in capsys.readouterr().out
 
 
-def test_never_means_never(tmp_path, plain_pictures, synthetic):
+def test_never_means_never(tmp_path, numbers_only):
     scan(settings(tmp_path, prompts=MANY), progress=False)
     found = written(tmp_path)
     assert (found["stable"], found["stable_after"], found["rows"]) == (True, 8, len(MANY))
@@ -253,7 +258,7 @@ def test_pictures_of_unequal_size(tmp_path, plain_pictures, monkeypatch, synthet
         scan(settings(tmp_path / "scan"), progress=False)
     with pytest.raises(SystemExit):
         demo_3(monkeypatch, tmp_path / "scan")
-    assert re.fullmatch(r"error: Got pictures of unequal size: .*\n", capsys.readouterr().err)
+    assert re.search(r"error: Got pictures of unequal size: .*\n", capsys.readouterr().err)
 
 
 def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_pictures, monkeypatch, synthetic, capsys):
@@ -300,7 +305,7 @@ def auto(**changes) -> tuple[int, ...]:
     return find_vital_layers(given.vital_layers, NANO, checkpoint_of(given))
 
 
-def test_a_scan_of_this_checkpoint_goes_before_the_preset(tmp_path, plain_pictures, synthetic, capsys):
+def test_a_scan_of_this_checkpoint_goes_before_the_preset(tmp_path, numbers_only, capsys):
     assert auto() == NANO.vital_layers
     assert scan(settings(tmp_path / "scan", **WHOLE), progress=False) == [13, 14]
     assert remembered_scan(OWN).read_bytes() == (tmp_path / "scan" / "vital_layers.json").read_bytes()
@@ -312,7 +317,7 @@ def test_a_scan_of_this_checkpoint_goes_before_the_preset(tmp_path, plain_pictur
     assert auto(vital_layers=[3]) == (3,)
 
 
-def test_demo_3_is_remembered_as_well(tmp_path, plain_pictures, synthetic, monkeypatch):
+def test_demo_3_is_remembered_as_well(tmp_path, numbers_only, monkeypatch):
     """The last word counts."""
     scan(settings(tmp_path / "scan", **WHOLE), progress=False)
     demo_3(monkeypatch, tmp_path / "scan", top=3, output_dir=str(tmp_path / "dino"))
@@ -331,13 +336,13 @@ def test_demo_3_is_remembered_as_well(tmp_path, plain_pictures, synthetic, monke
     ],
     ids=str,
 )
-def test_what_cannot_stand_for_a_checkpoint_is_not_remembered(tmp_path, plain_pictures, synthetic, changes):
+def test_what_cannot_stand_for_a_checkpoint_is_not_remembered(tmp_path, numbers_only, changes):
     """Too few prompts, not all layers, not bypassed, or nothing vital found."""
     scan(settings(tmp_path / "scan", **{**WHOLE, **changes}), progress=False)
     assert not (tmp_path / "cache").exists() and auto() == NANO.vital_layers
 
 
-def test_other_weights_are_not_served(tmp_path, plain_pictures, synthetic):
+def test_other_weights_are_not_served(tmp_path, numbers_only):
     """Neither the other's scan to this checkpoint nor this one's to the other."""
     other = str(other_weights(tmp_path / "other.safetensors"))
     scan(settings(tmp_path / "other", weights=other, **WHOLE), progress=False)
@@ -350,14 +355,14 @@ def test_other_weights_are_not_served(tmp_path, plain_pictures, synthetic):
     assert auto(weights=str(copy)) == (14,)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, plain_pictures, synthetic, capsys):
+def test_a_cache_that_cannot_be_written(tmp_path, numbers_only, capsys):
     """The scan is there all the same."""
     (tmp_path / "cache").write_text("in the way")
     assert scan(settings(tmp_path / "scan", **WHOLE), progress=False) == [13, 14]
     assert "not remembered" in capsys.readouterr().out and written(tmp_path / "scan")
 
 
-def test_a_sweep_of_demo_2_is_a_scans(tmp_path, plain_pictures, synthetic):
+def test_a_sweep_of_demo_2_is_a_scans(tmp_path, numbers_only):
     """Demo 2 and a scan go on with each other's folder."""
     from flux.vitality import sweep
 
@@ -366,4 +371,3 @@ def test_a_sweep_of_demo_2_is_a_scans(tmp_path, plain_pictures, synthetic):
     sweep(complete(SkipSettings(**given)), progress=False)
     assert scan(settings(tmp_path / "scan"), progress=False) == [5]
     assert [entry.model_dump() for entry in check_sweep(tmp_path / "scan")[2]] == PROMPTS
-    assert Path(tmp_path / "scan" / "report.html").exists()

@@ -21,8 +21,9 @@ from flux.errors import InputError
 from flux.images import read_image, read_metadata
 from flux.intervention import Intervention
 from flux.loading import fingerprint
+from flux.metrics import load_metrics
 from flux.sampling import sample
-from flux.scores import load_metrics, score
+from flux.scores import score
 from flux.settings import SkipSettings
 from flux.specs import complete, configs
 from flux.vitality import Bypasser, Task, check_sweep, layer_sets, open_sweep, picture_path, plan, sweep
