@@ -74,7 +74,7 @@ def run_tasks(
 
 
 def gpus_per_worker(device: str) -> float:
-    """The GPUs that a worker with these settings' device wants: 1 for CUDA, if "auto" finds it here; else 0."""
+    """The GPUs that a worker with these settings' device wants: 1 for CUDA, if "auto" finds it; else 0."""
     import torch
 
     return float(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))

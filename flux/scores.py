@@ -283,8 +283,8 @@ def score(folder: Path, metrics: Mapping[str, Metric], progress: bool = True) ->
         InputError: as `check_sweep`, `score_prompt` and `Scores`.
     """
     _, sets, entries = check_sweep(folder)
-    numbers = tqdm(range(len(entries)), desc="score", unit="prompt", disable=not progress)
-    rows = [score_prompt(folder, number, sets, metrics) for number in numbers]
+    with tqdm(range(len(entries)), desc="score", unit="prompt", disable=not progress) as numbers:
+        rows = [score_prompt(folder, number, sets, metrics) for number in numbers]
     return gather(sets, rows, [entry.prompt for entry in entries])
 
 

@@ -22,6 +22,9 @@ from flux import cluster
 from flux.cluster import run_tasks
 from flux.errors import InputError
 
+# Two hosts' processes on one small machine: minutes when it is busy, and Ray's own time-outs then decide.
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parent
 HOST = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20}
 
