@@ -8,7 +8,7 @@ VERSION = (HERE / "flux" / "__init__.py").read_text().split('__version__ = "')[1
 GRADIO = ["gradio>=6.0"]
 # invisible-watermark, which the watermark's tests compare with, is installed beside these without its
 # dependencies: it asks for opencv-python, which needs a screen's libraries.
-CLUSTER = ["ray>=2.40"]
+CLUSTER = ["ray>=2.49"]
 TEST = [
     "pytest>=8.0",
     "diffusers>=0.36",

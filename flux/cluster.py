@@ -1,8 +1,8 @@
 """Tasks shared out over processes, cards and hosts by Ray (the extra "cluster"), which is imported only here.
 
 `run_tasks` is for any work. On several hosts each needs this package in the same version, the same Ray and
-Python, and the weights: under the same path, or from the hub. Results travel through Ray: no folder is
-    shared.
+Python, and the weights: under the same path, or from the hub. Results travel through Ray, so that no folder
+is shared.
 """
 
 import os

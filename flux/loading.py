@@ -181,9 +181,10 @@ def _is_weight(name: str) -> bool:
 
 def fingerprint(path: Path) -> str:
     """Tells one weights file from another without reading all of it: a hash of its size, its header, and
-    4 KiB from the middle of each tensor.
+    4 KiB from the middle of each tensor and from the end of the file.
     """
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         header = file.read(length)
@@ -193,6 +194,8 @@ def fingerprint(path: Path) -> str:
                 begin, end = entry["data_offsets"]
                 file.seek(8 + length + max(begin, (begin + end) // 2 - 2048))
                 digest.update(file.read(min(4096, end - begin)))
+        file.seek(max(0, size - 4096))
+        digest.update(file.read())
     return digest.hexdigest()[:32]
 
 

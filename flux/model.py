@@ -41,8 +41,7 @@ class Streams:
 
 
 class Flux(nn.Module):
-    """The rectified-flow transformer. Layers are numbered 0.. over both stacks, double-stream blocks first.
-    """
+    """The rectified-flow transformer. Layers are numbered over both stacks, double-stream blocks first."""
 
     def __init__(self, params: FluxParams):
         super().__init__()

@@ -6,6 +6,7 @@ them.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -194,7 +195,7 @@ def sweep(
     Raises:
         InputError: as `open_sweep`, or a picture cannot be written.
     """
-    folder = open_sweep(settings)
+    begin, folder = time.perf_counter(), open_sweep(settings)
     for leftover in folder.rglob(".flux-*.tmp"):  # of a start that was killed while it wrote
         leftover.unlink(missing_ok=True)
     num_layers = get_spec(settings.model).num_layers
@@ -226,7 +227,11 @@ def sweep(
     save_image(
         _overview(folder, settings, layer_sets(settings.layers, num_layers), rows), folder / "grid.png"
     )
-    more = {"rows": rows_done, "checkpoint": checkpoint_of(settings)}
+    # Of the last start that made anything.
+    timings = (
+        {"last_start": time.perf_counter() - begin} if bar.n > begun else read_sweep(folder).get("timings")
+    )
+    more = {"rows": rows_done, "checkpoint": checkpoint_of(settings), "timings": timings}
     write_json(folder / "run.json", run_record(sweep_part(settings), **more))
     return folder
 

@@ -274,7 +274,7 @@ def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_pictures, monkeypatc
         assert re.fullmatch(rf"error: Got .*{told}.*\n", capsys.readouterr().err)
 
 
-def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypatch, capsys):
+def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypatch, capsys, request):
     """A scan that goes on finds many rows to score at once; those that wait are dropped."""
     scored = []
 
@@ -286,6 +286,9 @@ def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypat
             return [0.5] * len(pictures)
 
     monkeypatch.setattr("flux.scan.load_metrics", lambda *_: {"dino": Slow()})
+    # Started in the background, a program ignores Ctrl-C, and so would this test.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     file = tmp_path / "scan.json"
     file.write_text(json.dumps(fields(tmp_path / "scan", prompts=MANY)))
     with pytest.raises(SystemExit) as stopped:

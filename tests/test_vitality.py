@@ -314,6 +314,8 @@ def start(tmp_path):
                 [sys.executable, ROOT / "demo_2_skip.py", tmp_path / "skip.json"],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # Started in the background, these tests ignore Ctrl-C, and so would what they start.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
