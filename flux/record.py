@@ -50,7 +50,7 @@ def remember_scan(path: Path) -> bool:
     """
     scan = json.loads(path.read_text(encoding="utf-8"))
     protocol, known = scan["protocol"], all("low" in layer for layer in scan["vitality"].values())
-    whole = protocol["layers"] == "all" and protocol["scale"] == 0 and known
+    whole = protocol["layers"] == "all" and protocol.get("scale", 0) == 0 and known
     if not (whole and scan["checkpoint"] and scan["vital_layers"]):
         return False
     try:
