@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flux import sampling
 from flux.errors import InputError
 from flux.images import to_pil, to_tensor
-from flux.loading import ModelFiles, check_fit, find_files, load_clip, load_net, load_t5, on_meta
+from flux.loading import check_fit, find_files, load_clip, load_net, load_t5, on_meta
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
@@ -65,16 +65,14 @@ class Pipeline:
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, settings: ModelSettings, files: ModelFiles | None = None) -> "Pipeline":
+    def load(cls, settings: ModelSettings) -> "Pipeline":
         """Finds, downloads and loads what the settings name. Raises InputError before the first net is
         loaded.
         """
         spec = get_spec(settings.model)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
-        files = files or find_files(
-            settings.model, settings.weights, settings.ae_weights, settings.text_encoders
-        )
+        files = find_files(settings.model, settings.weights, settings.ae_weights, settings.text_encoders)
         nets = ((Flux, spec.params, files.flow), (AutoEncoder, spec.ae_params, files.ae))
         for net_class, params, path in nets:
             check_fit(on_meta(net_class, params), path)
