@@ -17,18 +17,23 @@ from flux.settings import TestSettings, read_settings
 def main(file: str = "test.json", **overrides) -> None:
     settings = read_settings(TestSettings, file, overrides)
 
-    from flux.images import grid, save_image, write_json
+    from flux.images import fit, grid, read_image, save_image, write_json
     from flux.pipeline import Pipeline
     from flux.record import about, run_record
     from flux.specs import complete
 
     settings = complete(settings)
+    image = fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
     pipe = Pipeline.load(settings)
     folder, pictures = Path(settings.output_dir), []
     for start in range(0, len(settings.prompts), settings.batch_size):
         batch = settings.prompts[start : start + settings.batch_size]
         made = pipe.generate(
-            [entry.prompt for entry in batch], [entry.seed for entry in batch], **settings.sampling()
+            [entry.prompt for entry in batch],
+            [entry.seed for entry in batch],
+            image=image,
+            strength=settings.strength,
+            **settings.sampling(),
         )
         for entry, picture in zip(batch, made):
             save_image(

@@ -17,26 +17,35 @@ from flux.settings import EditSettings, read_settings
 def main(file: str = "edit.json", **overrides) -> None:
     settings = read_settings(EditSettings, file, overrides)
 
-    from flux.editing import edit, find_vital_layers, psnr
+    from flux.editing import check_edits, edit, find_vital_layers, psnr
     from flux.images import grid, read_image, save_image, write_json
     from flux.loading import checkpoint_of
-    from flux.pipeline import Pipeline
+    from flux.photo import Photograph, describe, natural_size
+    from flux.pipeline import Pipeline, pick_device
     from flux.record import about, run_record
     from flux.specs import complete, get_spec
 
+    spec = get_spec(settings.model)
+    photo = read_image(settings.photo) if settings.photo else None
+    if photo and settings.width is None and settings.height is None:
+        width, height = natural_size(photo, spec.size)
+        settings = settings.model_copy(update={"width": width, "height": height})
     settings = complete(settings)
-    layers = find_vital_layers(settings.vital_layers, get_spec(settings.model), checkpoint_of(settings))
+    layers = find_vital_layers(settings.vital_layers, spec, checkpoint_of(settings))
+    check_edits(settings, layers, photo)
+    if photo:
+        part = Photograph.of(photo, settings.width, settings.height).part
+        if settings.prompt is None:
+            prompt = describe(part, settings.caption_model, str(pick_device(settings.device)))
+            settings = settings.model_copy(update={"prompt": prompt})
     # So that run.json repeats this run also when other layers are "auto" one day.
     settings = settings.model_copy(update={"vital_layers": layers})
-    photo = read_image(settings.photo) if settings.photo else None
     pipe = Pipeline.load(settings)
-    dose = settings.model_dump(include={"seed", "inject_from", "inject_until", "nudging", "batch_size"})
-    made = edit(
-        pipe, settings.prompt, settings.edits, layers=layers, photo=photo, **dose, **settings.sampling()
-    )
+    made = edit(pipe, settings, layers, photo)
 
-    folder = Path(settings.output_dir)
-    prompts, pictures = [settings.prompt, *settings.edits], [made.reference, *made.edits]
+    folder, entries = Path(settings.output_dir), settings.entries
+    prompts = [settings.prompt, *(entry.prompt for entry in entries)]
+    pictures = [made.reference, *made.edits]
     names = ["reference.png", *(f"edit_{i}.png" for i in range(len(made.edits)))]
     for name, prompt, picture in zip(names, prompts, pictures):
         save_image(picture, folder / name, about(settings, prompt, settings.seed, layers=layers))

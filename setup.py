@@ -15,6 +15,10 @@ TEST = [
     "accelerate>=1.0",
     "opencv-python-headless>=4.8",
     "PyWavelets>=1.4",
+    "gguf>=0.17",
+    "peft>=0.18",
+    "playwright>=1.50",
+    *GRADIO,
     *CLUSTER,
 ]
 
@@ -42,6 +46,6 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
     ],
-    extras_require={"gradio": GRADIO, "cluster": CLUSTER, "test": TEST, "all": [*GRADIO, *CLUSTER, *TEST]},
+    extras_require={"gradio": GRADIO, "cluster": CLUSTER, "test": TEST, "all": TEST},
     entry_points={"console_scripts": ["flux = flux.cli:app"]},
 )

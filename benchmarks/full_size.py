@@ -24,7 +24,7 @@ from flux.editing import edit
 from flux.errors import exit_on_input_error
 from flux.images import write_json
 from flux.pipeline import Pipeline, pick_device
-from flux.settings import ModelSettings
+from flux.settings import EditSettings, ModelSettings
 from flux.specs import ModelSpec, configs, whole_tokens
 
 PROMPT = "a photo of a dog on the grass"
@@ -135,7 +135,11 @@ def measure_ours(pipe: Pipeline, work: Work, layers: tuple[int, ...]) -> dict:
         pipe.generate([PROMPT], [0], num_steps=num_steps, **size)
 
     def edits(num_steps: int) -> None:
-        edit(pipe, PROMPT, EDITS, layers=layers, batch_size=work.at_once, num_steps=num_steps, **size)
+        settings = EditSettings(
+            prompt=PROMPT, edits=EDITS, dose="paper", batch_size=work.at_once, num_steps=num_steps,
+            width=work.width, height=work.height, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
+        )  # fmt: skip
+        edit(pipe, settings, layers, progress=False)
 
     run, passes = (edits, 1 + len(EDITS) // work.at_once) if work.at_once else (picture, 1)
     return measure(run, work.steps, passes, pipe.model.final_layer, pipe.device)

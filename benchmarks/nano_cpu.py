@@ -51,7 +51,6 @@ def main(repeats: int = 3, num_steps: int = 20, size: int = 256, output: str | N
     layers = find_vital_layers(settings.vital_layers, get_spec(settings.model))
     same = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
     sampling = {**{name: getattr(settings, name) for name in same}, "progress": False}
-    injection = {"layers": layers, "inject_from": settings.inject_from, "inject_until": settings.inject_until}
 
     # The first also imports transformers, as every run of a demo does.
     loaded = []
@@ -59,9 +58,7 @@ def main(repeats: int = 3, num_steps: int = 20, size: int = 256, output: str | N
     pipe = loaded[-1]
     work = {
         "a picture": lambda: pipe.generate([settings.prompt], [settings.seed], **sampling),
-        f"a reference and {len(settings.edits)} edits": lambda: edit(
-            pipe, settings.prompt, settings.edits, seed=settings.seed, **injection, **sampling
-        ),
+        f"a reference and {len(settings.edits)} edits": lambda: edit(pipe, settings, layers, progress=False),
     }
     for name, run in work.items():
         times[name] = seconds(run, repeats)

@@ -6,7 +6,7 @@ The queries and keys come from a pass that watches the layer (`flux.intervention
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -204,7 +204,12 @@ def check_watch(settings: LayerSettings) -> None:
 
 
 def watch(
-    pipe: Pipeline, prompt: str, seed: int, settings: LayerSettings, progress: bool = True
+    pipe: Pipeline,
+    prompt: str,
+    seed: int,
+    settings: LayerSettings,
+    progress: bool = True,
+    on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[Step], list[StepAttention]]:
     """Samples one picture as `Pipeline.generate` does: its steps, and the attention of `settings.layers` in
     the steps to watch.
@@ -214,6 +219,7 @@ def watch(
 
     Args:
         settings: complete ones (`flux.specs.complete`).
+        on_step: called with each step as soon as it is taken; an exception from it ends the run.
 
     Raises:
         InputError: as `text_tokens` and `steps_to_watch`.
@@ -236,6 +242,8 @@ def watch(
                 found = {layer: look(*step.watched.pop(layer), tokens) for layer in settings.layers}
                 seen.append(StepAttention(len(steps), step.t, found))
             steps.append(step)
+            if on_step:
+                on_step(step)
     return steps, seen
 
 

@@ -103,7 +103,7 @@ def save_sample(
 def main(
     name: str = "flux-nano", width: int | None = None, height: int | None = None, seed: int | None = None,
     prompt: str = DEFAULT_PROMPT, device: str = "auto", num_steps: int | None = None, loop: bool = False,
-    guidance: float | None = None, offload: bool = False, output_dir: str = "output",
+    guidance: float | None = None, offload: bool | str = False, output_dir: str = "output",
     add_sampling_metadata: bool = True, track_usage: bool = False,
     init_image: str | None = None, strength: float = 0.8,
     true_cfg: float | None = None, negative_prompt: str = "",
@@ -111,13 +111,13 @@ def main(
     """Makes pictures and saves them as img_0.jpg, img_1.jpg, ... in a folder.
 
     Args:
-        name: the model, one of `flux.util.configs`.
+        name: the model, one of `flux.util.configs`, or of `flux.pro.HOSTED` (key in BFL_API_KEY).
         width: in pixels, rounded down to a multiple of 16; the model's own by default, like height,
             num_steps, guidance.
         seed: of the first picture, each further one's is one higher; drawn anew if not given.
         prompt: what to show; several, with | between them, make several pictures.
         loop: ask for further prompts on the terminal.
-        offload: keep each net in host memory until its turn comes.
+        offload: keep each net in host memory until its turn comes; or "blocks", "auto", see flux.settings.
         add_sampling_metadata: write prompt and model into the file.
         track_usage: report each picture to BFL (licensed users; key in BFL_API_KEY).
         init_image: start from this picture: image-to-image. It is scaled and cropped to width and height.
@@ -150,12 +150,22 @@ def _run(
     model: dict,
     steering: dict,
 ) -> None:
+    from flux.pro import HOSTED, Hosted, HostedSettings
     from flux.settings import ModelSettings, check_settings
 
-    def checked(options: SamplingOptions) -> ModelSettings:
+    hosted = model["model"] in HOSTED
+    if hosted and (init_image or steering["true_cfg"] or steering["negative_prompt"] or track_usage):
+        raise InputError(
+            f"Got init_image, true_cfg, negative_prompt or track_usage for {model['model']}, which is not "
+            "run here: it takes prompt, seed, width and height, some models num_steps and guidance too"
+        )
+
+    def checked(options: SamplingOptions) -> ModelSettings | HostedSettings:
+        fields = ("width", "height", "num_steps", "guidance")
+        if hosted:
+            return HostedSettings(model["model"], **{field: getattr(options, field) for field in fields})
         from flux.specs import complete
 
-        fields = ("width", "height", "num_steps", "guidance")
         return complete(
             check_settings(ModelSettings, {**model, **steering, **{f: getattr(options, f) for f in fields}})
         )
@@ -168,11 +178,15 @@ def _run(
         raise InputError("Got an empty prompt: say what to show")
 
     from flux.images import fit, read_image, save_image
-    from flux.pipeline import Pipeline
 
     image = read_image(init_image) if init_image else None
     started = {"init_image": init_image, "strength": strength} if init_image else {}
-    pipe = Pipeline.load(settings)
+    if hosted:
+        pipe = Hosted(settings.model)
+    else:
+        from flux.pipeline import Pipeline
+
+        pipe = Pipeline.load(settings)
     index = next_index(output_dir)
     if loop:
         print(HELP)
@@ -217,6 +231,14 @@ def ask(options: SamplingOptions) -> SamplingOptions | None:
         print(answer)
 
 
+def fetch_model(name: str) -> None:
+    """Fetches a model's files ahead of its first use, and says where they lie."""
+    with exit_on_input_error():
+        from flux.hub import download
+
+        download(name)
+
+
 def app() -> None:
     """Entry point of `python -m flux` and of the `flux` command; upstream's sub-command t2i may be named or
     left out.
@@ -226,6 +248,8 @@ def app() -> None:
     import fire
 
     arguments = sys.argv[1:]
+    if arguments[:1] == ["download"]:
+        return fire.Fire(fetch_model, command=arguments[1:], name="python -m flux download")
     if arguments[:1] == ["t2i"]:
         arguments = arguments[1:]
     fire.Fire(main, command=arguments, name="python -m flux")

@@ -3,21 +3,51 @@ Flow, 3.2).
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from flux.automask import changed_tokens, layers_to_watch
+from flux.doses import DOSES, Dose
 from flux.errors import InputError
-from flux.images import fit
+from flux.images import read_image
 from flux.intervention import NOTHING, Intervention, check_layers
+from flux.inversion import flow_edit
+from flux.math import KeysValues
+from flux.model import Flux
+from flux.photo import mask_picture, token_mask
 from flux.pipeline import Pipeline
 from flux.record import remembered_scan
-from flux.sampling import euler_step, invert, window
+from flux.reference import Moment, OnStep, Reference, Source, ahead, find_source, keep_reference, steering
+from flux.sampling import Conditioning, Step, euler_step, window
+from flux.settings import Edit, EditSettings, Turn, check_settings
 from flux.specs import VITAL_LAYERS_DEV, ModelSpec
+
+__all__ = [
+    "Edits",
+    "Reference",
+    "check_edits",
+    "edit",
+    "edit_reference",
+    "find_vital_layers",
+    "keep_reference",
+    "psnr",
+]
+
+AUTO_MASK_AT = 0.4  # of the steps: by then the layout stands, and details are still to come
+# What edits of a kept reference may not change.
+OF_REFERENCE = (
+    "model", "prompt", "seed", "photo", "width", "height", "num_steps", "inversion", "nudging",
+    "correct_drift", "as_published", "true_cfg", "negative_prompt", "cfg_from", "mimic_scale",
+    "mimic_percentile",
+)  # fmt: skip
+
 
 PRESETS: dict[str, tuple[int, ...]] = {
     "stable-flow": VITAL_LAYERS_DEV,
@@ -29,8 +59,8 @@ PRESETS: dict[str, tuple[int, ...]] = {
 def find_vital_layers(
     choice: str | Sequence[int], spec: ModelSpec, checkpoint: str | None = None
 ) -> tuple[int, ...]:
-    """The layers that an edit injects in: a list of them, "auto" (the model's own), a preset, or a scan's
-    JSON file.
+    """The layers that an edit injects in, the most vital first: a list of them, "auto" (the model's own), a
+    preset, or a scan's JSON file.
 
     Raises:
         InputError: a model whose vital layers nobody knows, an unknown preset, or a file that is no scan's.
@@ -61,14 +91,16 @@ def _read_scan(path: Path) -> list[int]:
             f'list of layers, "auto", or one of {", ".join(PRESETS)}'
         )
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["vital_layers"]
+        scan = json.loads(path.read_text(encoding="utf-8"))
+        layers = scan["vital_layers"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f'Got {path}, which has no list "vital_layers": give the file that demo_3_dino.py wrote'
         ) from error
     if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
         raise InputError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
-    return layers
+    known = scan.get("vitality", {})
+    return sorted(layers, key=lambda layer: -known.get(f"{layer:02d}", {}).get("vitality", 0))
 
 
 @dataclass(frozen=True)
@@ -85,92 +117,304 @@ def psnr(a: Image.Image, b: Image.Image) -> float | None:
     return round(float(10 * np.log10(255**2 / error)), 3) if error else None
 
 
+# ---- edits
+
+
+def dose_of(entry: Turn) -> Dose:
+    """The named dose of an edit, with the numbers put over it that the edit gives itself."""
+    given = {each.name: getattr(entry, each.name) for each in fields(Dose)}
+    return replace(DOSES[entry.dose], **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(eq=False)
+class Batch:
+    """Edits of one dose that go through the model together.
+
+    Attributes:
+        places: their places among all edits.
+        shares: what is left of the dose's weight in each step; in those not named nothing is taken.
+        latent: where they are, "B I 64".
+        mask: which tokens may change, "B I 1", bool; None: all. `auto`: it is found on the way.
+    """
+
+    places: list[int]
+    entries: list[Turn]
+    dose: Dose
+    layers: tuple[int, ...]
+    shares: dict[int, float]
+    cond: Conditioning
+    latent: Tensor
+    mask: Tensor | None
+    auto: bool
+
+    def takes(self, index: int) -> frozenset[int]:
+        """The layers in which step `index` takes from the reference."""
+        share = self.shares.get(index, 0.0)
+        return frozenset(layer for layer in self.layers if share * self.dose.of_layer(layer) > 0)
+
+    def taking(self, index: int, moment: Moment) -> Intervention:
+        layers = self.takes(index)
+        if not layers:
+            return NOTHING
+
+        def parts(kept: dict[int, KeysValues]) -> dict[int, KeysValues]:
+            which = self.entries[0].parts
+            return {n: tuple(x if part in which else None for part, x in zip("kv", kept[n])) for n in layers}
+
+        weights = {layer: self.shares[index] * self.dose.of_layer(layer) for layer in layers}
+        if self.mask is not None:
+            # Outside the mask the latent is the reference's, and so are keys and values.
+            may_change = self.mask[:, :, 0].float()
+            weights = {n: 1 - may_change * (1 - w) if w < 1 else w for n, w in weights.items()}
+        negative = moment.kept_negative
+        return Intervention(
+            take=parts(moment.kept),
+            take_negative=None if negative is None else parts(negative),
+            weights={layer: w for layer, w in weights.items() if isinstance(w, Tensor) or w < 1},
+        )
+
+
+Mask = tuple[Image.Image, Tensor]
+"""Where an edit may change its source: as a picture, and as tokens, "1 I 1", bool."""
+
+
+def check_edits(
+    settings: EditSettings,
+    layers: Sequence[int],
+    photo: Image.Image | None = None,
+    mask: Image.Image | None = None,
+) -> list[Mask | None]:
+    """The mask of each edit, from its file, or `mask` where an edit names none; None: all may change, or it
+    is found on the way. The settings are complete ones.
+
+    Raises:
+        InputError: a mask that cannot be read, of another size, or all black; a window without steps; weights
+            for other layers than `layers`.
+    """
+    size, free = (settings.width, settings.height), settings.inversion == "none" and photo is not None
+    sizes = [photo.size, size] if photo else [size]
+    found, read = [], {}
+    for entry in settings.entries:
+        dose = dose_of(entry)
+        window(settings.num_steps, dose.inject_from, dose.inject_until)
+        if isinstance(dose.weight, dict) and (others := sorted(dose.weight.keys() - set(layers))):
+            raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
+        if entry.mask == "auto" and free:
+            raise InputError('Got mask "auto" with inversion "none": FlowEdit has no attention to compare')
+        if entry.mask in (None, "auto"):
+            picture = None if entry.mask else mask
+        else:
+            picture = read.setdefault(entry.mask, None) or read_image(entry.mask)
+            read[entry.mask] = picture
+        found.append(picture and (picture, token_mask(picture, sizes, *size)))
+    return found
+
+
+def _batches(
+    pipe: Pipeline,
+    source: Source,
+    settings: EditSettings,
+    layers: Sequence[int],
+    masks: Sequence[Mask | None],
+) -> list[Batch]:
+    """Edits that share dose and kind of mask, `batch_size` at a time."""
+    groups: list[tuple[tuple, list[int]]] = []
+    entries = settings.entries
+    for place, (entry, mask) in enumerate(zip(entries, masks)):
+        key = (dose_of(entry), entry.parts, mask is None, entry.mask == "auto")
+        members = next((members for other, members in groups if other == key), None)
+        if members is None:
+            groups.append((key, members := []))
+        members.append(place)
+    batches = []
+    for (dose, *_, auto), members in groups:
+        steps = window(source.num_steps, dose.inject_from, dose.inject_until)
+        for start in range(0, len(members), settings.batch_size):
+            places = members[start : start + settings.batch_size]
+            chosen = [entries[place] for place in places]
+            guidance = [settings.guidance if e.guidance is None else e.guidance for e in chosen]
+            cond = pipe.condition([entry.prompt for entry in chosen], guidance, **steering(settings))
+            mask = None
+            if masks[places[0]]:
+                mask = torch.cat([masks[place][1] for place in places]).to(pipe.device)
+            shares, latent = dict(zip(steps, dose.shares(steps))), source.start.expand(len(places), -1, -1)
+            own = tuple(layers[: dose.top])
+            batches.append(Batch(places, chosen, dose, own, shares, cond, latent, mask, auto))
+    return batches
+
+
+def _follow(
+    pipe: Pipeline,
+    model: Flux,
+    source: Source,
+    moments: Iterator[Moment],
+    batches: Sequence[Batch],
+    on_step: Callable[[Step, int], object],
+) -> Tensor:
+    """Takes the batches down beside the reference; returns the reference's last latent."""
+    ids, auto_at = pipe.image_ids(1, *source.size), round(AUTO_MASK_AT * source.num_steps)
+    latent = source.start
+    for index, moment in enumerate(moments):
+        shown = moment.step
+        for batch in batches:
+            taking = batch.taking(index, moment)
+            look = batch.auto and index == auto_at
+            if look:
+                taking = replace(taking, watch=layers_to_watch(model))
+            cond = source.at(batch.cond, index)
+            step = euler_step(model, batch.latent, ids, cond, moment.t, moment.t_next, taking)
+            if look:
+                batch.mask = _auto_mask(pipe, model, source, moment, batch, step, ids)
+            batch.latent = step.latent if moment.drift is None else step.latent + moment.drift
+            if batch.mask is not None:
+                batch.latent = torch.where(batch.mask, batch.latent, moment.next_latent)
+            if batch is batches[0]:
+                shown = step
+        latent = moment.next_latent
+        if shown:
+            on_step(shown, index)
+        # Before the next step's keys and values are made, else two steps' lie in memory at once.
+        moment = taking = step = shown = None
+    return latent
+
+
+def _auto_mask(
+    pipe: Pipeline, model: Flux, source: Source, moment: Moment, batch: Batch, step: Step, ids: Tensor
+) -> Tensor:
+    """Which tokens the edits of a batch may change, "B I 1", bool, from the step that watched them."""
+    watching, cond = Intervention(watch=layers_to_watch(model)), replace(source.cond, negative=None)
+    seen = euler_step(model, moment.latent, ids, cond, moment.t, moment.t_next, watching).watched
+    prompts = [entry.prompt for entry in batch.entries]
+    return changed_tokens(pipe.t5, (source.prompt, seen), prompts, step.watched, *source.size).to(pipe.device)
+
+
+def _flow(
+    pipe: Pipeline,
+    model: Flux,
+    source: Source,
+    batches: Sequence[Batch],
+    on_step: Callable[[Step, int], object],
+) -> None:
+    """FlowEdit of each batch, with noises of its own."""
+    width, height = source.size
+    ids, seed = pipe.image_ids(1, width, height), source.settings.seed
+    for number, batch in enumerate(batches):
+        noises = (pipe.noise([seed + index], width, height) for index in range(source.num_steps))
+        given = (source.start, ids, source.cond, batch.cond, source.levels, noises, batch.mask)
+        for index, latent in enumerate(flow_edit(model, *given)):
+            batch.latent = latent
+            on_step(Step(0.0, 0.0, latent, torch.zeros_like(latent), {}), number * source.num_steps + index)
+
+
+def _pictures(
+    pipe: Pipeline,
+    source: Source,
+    settings: EditSettings,
+    batches: Sequence[Batch],
+    masks: Sequence[Mask | None],
+) -> list[Image.Image]:
+    """The edits decoded, in their order."""
+    found = {}
+    for batch in batches:
+        pictures = pipe.decode(batch.latent / source.scale, *source.size, settings.watermark)
+        for row, (place, picture) in enumerate(zip(batch.places, pictures)):
+            mask = masks[place][0] if masks[place] else None
+            if mask is None and batch.mask is not None:
+                mask = mask_picture(batch.mask[row], *source.size)
+            found[place] = source.placed(picture, mask)
+    return [found[place] for place in range(len(found))]
+
+
+def edit_reference(
+    pipe: Pipeline,
+    reference: Reference,
+    edits: Sequence[str | Edit],
+    settings: EditSettings,
+    *,
+    mask: Image.Image | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Edits of a kept reference, in the order of `settings.entries`; each step costs their images alone.
+
+    Args:
+        settings: complete ones, those of the reference but for what is said of edits. A list of
+            `vital_layers` may name fewer layers than were kept.
+        mask: where edits without one of their own may change the reference, see `flux.photo.token_mask`.
+
+    Raises:
+        InputError: as `check_edits`, layers that were not kept, or settings that ask for another reference.
+    """
+    settings = check_settings(EditSettings, {**settings.model_dump(), "edits": edits})
+    source = reference.source
+    other = [name for name in OF_REFERENCE if getattr(settings, name) != getattr(source.settings, name)]
+    if other:
+        raise InputError(f"Got another {', '.join(other)} than the reference was kept with: keep a new one")
+    layers = reference.layers if isinstance(settings.vital_layers, str) else settings.vital_layers
+    if others := sorted(set(layers) - set(reference.layers)):
+        raise InputError(f"Got vital layers {others}, but the reference was kept with {reference.layers}")
+    masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
+    batches = _batches(pipe, source, settings, layers, masks)
+    total = source.num_steps * (len(batches) if source.inversion_free else 1)
+    with tqdm(total=total, desc="edits", unit="step", disable=not progress) as bar, pipe.denoising() as model:
+
+        def stepped(step: Step, index: int) -> None:
+            bar.update()
+            if on_step:
+                on_step(step, index, total)
+
+        if source.inversion_free:
+            _flow(pipe, model, source, batches, stepped)
+        else:
+            _follow(pipe, model, source, ahead(reference.moments, pipe.device), batches, stepped)
+    return _pictures(pipe, source, settings, batches, masks)
+
+
 def edit(
     pipe: Pipeline,
-    prompt: str,
-    edits: Sequence[str],
-    *,
+    settings: EditSettings,
     layers: Sequence[int],
-    seed: int = 0,
-    width: int,
-    height: int,
-    num_steps: int,
-    guidance: float,
-    true_cfg: float = 1.0,
-    negative_prompt: str = "",
-    inject_from: float = 0.0,
-    inject_until: float = 1.0,
     photo: Image.Image | None = None,
-    nudging: float = 1.15,
-    batch_size: int = 1,
-    watermark: bool = False,
+    mask: Image.Image | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Edits:
-    """The picture of `prompt` and one edit of it for each prompt in `edits`, all from the same noise.
+    """A reference and its edits in one go, nothing kept beyond a step: the pictures of `keep_reference` and
+    `edit_reference`.
 
     Each step has two passes: the reference's, which keeps the image keys and values of `layers`, then the
     edits', which take them. So no edit touches the reference, and `batch_size` of them at a time changes
-    memory only.
+    memory only. The reference of a photograph replays the path of its inversion.
 
     Args:
-        layers: where the edits take over keys and values, see `find_vital_layers`.
-        inject_from, inject_until: for which part of the steps, in fractions of them; 0..1 is the paper's.
-        photo: edit this picture, which `prompt` describes, instead of a generated one. Its latent is inverted
-            (section 3.3) without guidance, and the reference then replays the inversion's own path.
-        nudging: scale of the photograph's latent before the inversion (section 3.3), undone before decoding.
+        settings: complete ones.
+        layers: where the edits take over keys and values, the most vital first, see `find_vital_layers`.
+        photo: edit this picture, which the prompt describes, instead of a generated one.
+        mask: where edits without one of their own may change the reference, see `flux.photo.token_mask`.
+        on_step: called with each step, its number and how many there are; an exception from it ends the run.
+
+    Raises:
+        InputError: as `check_edits`, before any work.
     """
-    injecting = window(num_steps, inject_from, inject_until)
-    levels = pipe.schedule(num_steps, width, height)
-    ids = pipe.image_ids(1, width, height)
-    keeping = Intervention(keep=frozenset(layers))
-    chunks = [edits[i : i + batch_size] for i in range(0, len(edits), batch_size)]
-    conds = [pipe.condition(chunk, guidance, true_cfg, negative_prompt) for chunk in chunks]
+    masks = check_edits(settings, layers, photo, mask)
+    source = find_source(pipe, settings, photo, on_step, progress)
+    batches = _batches(pipe, source, settings, layers, masks)
+    done, steps = source.inverted_steps, source.num_steps
+    total = steps * len(batches) if source.inversion_free else steps
+    with tqdm(total=total, desc="edits", unit="step", disable=not progress) as bar, pipe.denoising() as model:
 
-    if photo is None:
-        cond = pipe.condition([prompt], guidance, true_cfg, negative_prompt)
-        path, latent, nudging = None, pipe.noise([seed], width, height), 1.0
-    else:
-        # At guidance 1 the inversion is faithful; the negative pass is there for the edits to take from.
-        cond = pipe.condition([prompt], 1.0, true_cfg, negative_prompt)
-        path = _inverted(pipe, fit(photo, width, height), prompt, levels, ids, nudging, progress)
-        latent = path[0]
+        def stepped(step: Step, index: int) -> None:
+            bar.update()
+            if on_step:
+                on_step(step, done + index, done + total)
 
-    edited = [latent.expand(len(chunk), -1, -1) for chunk in chunks]
-    with pipe.denoising() as model:
-        pairs = list(zip(levels, levels[1:]))
-        for index, (t, t_next) in enumerate(
-            tqdm(pairs, desc="reference and edits", unit="step", disable=not progress)
-        ):
-            taking = NOTHING
-            if index in injecting or path is None:
-                source = euler_step(
-                    model, latent, ids, cond, t, t_next, keeping if index in injecting else NOTHING
-                )
-                taking = Intervention(take=source.kept, take_negative=source.kept_negative)
-            latent = source.latent if path is None else path[index + 1]
-            for i, rows in enumerate(edited):
-                row_ids = ids.expand(rows.shape[0], -1, -1)
-                edited[i] = euler_step(model, rows, row_ids, conds[i], t, t_next, taking).latent
-            # Before the next step's keys and values are made, else two steps' lie in memory at once.
-            source = taking = None
-
-    pictures = [
-        picture
-        for rows in (latent, *edited)
-        for picture in pipe.decode(rows / nudging, width, height, watermark)
-    ]
-    return Edits(pictures[0], pictures[1:])
-
-
-def _inverted(
-    pipe: Pipeline, photo: Image.Image, prompt: str, levels, ids, nudging: float, progress: bool
-) -> list:
-    """The photograph's latents at each of the noise levels, noise first, each `nudging` times too large."""
-    cond = pipe.condition([prompt], 1.0)
-    latent = nudging * pipe.encode(photo)
-    with pipe.denoising() as model:
-        steps = invert(model, latent, ids, cond, levels)
-        climbed = list(
-            tqdm(steps, total=len(levels) - 1, desc="inversion", unit="step", disable=not progress)
-        )
-    return [*climbed[::-1], latent]
+        if source.inversion_free:
+            _flow(pipe, model, source, batches, stepped)
+            latent = source.start
+        else:
+            keep = [frozenset().union(*(batch.takes(index) for batch in batches)) for index in range(steps)]
+            moments = source.moments(model, pipe.image_ids(1, *source.size), keep)
+            latent = _follow(pipe, model, source, moments, batches, stepped)
+    [picture] = pipe.decode(latent / source.scale, *source.size, settings.watermark)
+    pictures = _pictures(pipe, source, settings, batches, masks)
+    return Edits(source.placed(picture), pictures)

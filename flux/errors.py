@@ -9,6 +9,10 @@ class InputError(ValueError):
     """Wrong input. The message is one line: what we got, what we expected, what to do."""
 
 
+class Stopped(Exception):
+    """Raised from a callback to end a run that its user no longer wants; no fault of anyone."""
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Ends the program with one line instead of a traceback: status 2 for an `InputError`, 130 for Ctrl-C."""

@@ -27,8 +27,12 @@ class Intervention:
         take: layers whose image keys and values are replaced by these ("R H I D" each, after QK-norm and
             rotary embedding; Stable Flow, section 3.2). The R rows must divide the batch; each serves batch /
             R rows in turn. Text keys and values, and all queries, stay the row's own.
+            None in place of keys or of values: the row's own are used.
         take_negative: the same for the negative pass of true classifier-free guidance; None: it takes what
             `take` says.
+        weights: what is taken, of each layer, 0..1: own + weight * (taken - own). A tensor has a weight for
+            each image token, "R I", its rows as in `take`. A layer not named here takes all, and the
+            projections of its own image keys and values are then not computed.
         watch: layers whose queries and keys of all tokens are handed back.
         scale: what is left of a skipped layer's output: 0, it is bypassed and, where all rows skip it, not
             even computed; 1, nothing happens.
@@ -40,6 +44,7 @@ class Intervention:
     take_negative: Mapping[int, KeysValues] | None = None
     watch: frozenset[int] = frozenset()
     scale: float = 0.0
+    weights: Mapping[int, float | Tensor] = field(default_factory=dict)
 
     def check(self, num_layers: int, batch: int, num_img: int) -> None:
         """Raises InputError for layers that the model lacks, and for rows or image tokens that do not fit."""
@@ -48,12 +53,22 @@ class Intervention:
             raise InputError(
                 f"Got {len(self.skip)} sets of layers to bypass for a batch of {batch}: give one for each row"
             )
-        for layer, (k, v) in self.take.items():
-            if k.shape != v.shape or batch % k.shape[0] or k.shape[2] != num_img:
+        for layer, pair in self.take.items():
+            shapes = {tuple(x.shape) for x in pair if x is not None}
+            if len(shapes) != 1 or any(batch % shape[0] or shape[2] != num_img for shape in shapes):
                 raise InputError(
-                    f"Got keys {tuple(k.shape)} and values {tuple(v.shape)} for layer {layer}: their shapes "
-                    f"must be equal, their rows divide the batch of {batch}, their tokens be {num_img}"
+                    f"Got keys and values of shapes {sorted(shapes)} for layer {layer}: their shapes must be "
+                    f"equal, their rows divide the batch of {batch}, their tokens be {num_img}"
                 )
+        for layer, weight in self.weights.items():
+            if isinstance(weight, Tensor):
+                if weight.ndim != 2 or batch % weight.shape[0] or weight.shape[1] != num_img:
+                    raise InputError(
+                        f"Got weights of shape {tuple(weight.shape)} for layer {layer}: their rows must "
+                        f"divide the batch of {batch}, their tokens be {num_img}"
+                    )
+            elif not 0 <= weight <= 1:
+                raise InputError(f"Got the weight {weight} for layer {layer}: expected 0..1")
 
     def skip_rows(self) -> tuple[frozenset[int], ...]:
         """The set of each row, or a single set that stands for all rows."""
@@ -72,12 +87,36 @@ class Intervention:
         alike = all(flags) or not any(flags)
         return Bypass(flags[0] if alike else torch.tensor(flags, device=device)[:, None, None], self.scale)
 
-    def given(self, layer: int, batch: int) -> KeysValues | None:
-        """The keys and values that `layer` takes over, brought to the batch's number of rows."""
+    def given(self, layer: int, batch: int) -> tuple[KeysValues | None, Tensor | None]:
+        """The keys and values that `layer` takes over, brought to the batch's number of rows, and their
+        weight, "B or 1, 1, I or 1, 1"; None: all of them is taken.
+        """
         if layer not in self.take:
-            return None
-        k, v = self.take[layer]
-        return rows_to_batch(k, batch), rows_to_batch(v, batch)
+            return None, None
+        pair = tuple(None if x is None else rows_to_batch(x, batch) for x in self.take[layer])
+        weight, like = self.weights.get(layer, 1.0), next(x for x in pair if x is not None)
+        if isinstance(weight, Tensor):
+            weight = rows_to_batch(weight, batch).to(like)[:, None, :, None]
+        else:
+            # A tensor, for compiled blocks would be compiled anew for each number.
+            weight = None if weight == 1 else like.new_full((1, 1, 1, 1), weight)
+        return pair, weight
+
+    def of_both_passes(self) -> "Intervention":
+        """For a batch with the rows of the pass itself first, then those of the negative pass."""
+        negative = self.take if self.take_negative is None else self.take_negative
+        if negative.keys() != self.take.keys():
+            raise ValueError("Both passes must take in the same layers to be one batch")
+        skip = 2 * self.skip if isinstance(self.skip, tuple) else self.skip
+        take = {
+            layer: tuple(None if x is None else torch.cat((x, y)) for x, y in zip(pair, negative[layer]))
+            for layer, pair in self.take.items()
+        }
+        weights = {
+            layer: weight.repeat(2, 1) if isinstance(weight, Tensor) else weight
+            for layer, weight in self.weights.items()
+        }
+        return replace(self, skip=skip, take=take, take_negative=None, weights=weights)
 
 
 def rows_to_batch(x: Tensor, batch: int) -> Tensor:

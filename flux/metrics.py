@@ -164,8 +164,8 @@ class Ssim(Metric):
 
 
 class Lpips(Metric):
-    """1 minus LPIPS 0.1 (Zhang et al. 2018) on AlexNet, its authors' package's default; a change is thus the
-    LPIPS distance itself.
+    """1 minus LPIPS 0.1 (Zhang et al. 2018) on AlexNet, its authors' package's default, or on the net that
+    `source` names ("squeeze" for SqueezeNet); a change is thus the LPIPS distance itself.
     """
 
     def __init__(self, net: Callable[[Tensor, Tensor], Tensor], device: str | torch.device = "cpu"):
@@ -181,11 +181,12 @@ class Lpips(Metric):
                 "lpips out"
             ) from error
         try:
-            net = lpips.LPIPS(net="alex", verbose=False)
+            net = lpips.LPIPS(net=source or "alex", verbose=False)
         except (OSError, RuntimeError) as error:
+            file = "squeezenet1_1-b8a52dc0.pth" if source == "squeeze" else "alexnet-owt-7be5be79.pth"
             raise InputError(
-                f"Got metric lpips, whose AlexNet torchvision could not download ({error}): put "
-                f"alexnet-owt-7be5be79.pth into {torch.hub.get_dir()}/checkpoints, or leave lpips out"
+                f"Got metric lpips, whose net torchvision could not download ({error}): put "
+                f"{file} into {torch.hub.get_dir()}/checkpoints, or leave lpips out"
             ) from error
         return cls(net.to(device).requires_grad_(False), device)
 

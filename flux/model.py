@@ -39,6 +39,11 @@ class Streams:
         """A single row made to serve the whole batch."""
         return Streams(self.layer, self.img.expand(batch, -1, -1), self.txt.expand(batch, -1, -1))
 
+    def stacked(self, other: "Streams", batch: int) -> "Streams":
+        """These streams and another pass's, each brought to the batch's number of rows, as one batch."""
+        one, two = self.expanded(batch), other.expanded(batch)
+        return Streams(self.layer, torch.cat((one.img, two.img)), torch.cat((one.txt, two.txt)))
+
 
 class Flux(nn.Module):
     """The rectified-flow transformer. Layers are numbered over both stacks, double-stream blocks first."""
@@ -190,12 +195,12 @@ class Flux(nn.Module):
         for layer in range(streams.layer, num_double):
             bypass = intervention.bypass(layer, img.device)
             if not bypass.whole:
-                block, given = self.double_blocks[layer], intervention.given(layer, batch)
+                block, (given, weight) = self.double_blocks[layer], intervention.given(layer, batch)
                 if intervention.looks_into(layer):
-                    new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True)
+                    new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True, weight=weight)
                     findings.add(intervention, layer, num_txt, *heads)
                 else:
-                    new_img, new_txt = block(img, txt, vec, pe, given)
+                    new_img, new_txt = block(img, txt, vec, pe, given, weight=weight)
                 img, txt = bypass.of(img, new_img), bypass.of(txt, new_txt)
             yield Streams(layer + 1, img, txt)
 
@@ -203,11 +208,12 @@ class Flux(nn.Module):
         for layer in range(max(streams.layer, num_double), self.num_layers):
             bypass = intervention.bypass(layer, img.device)
             if not bypass.whole:
-                block, given = self.single_blocks[layer - num_double], intervention.given(layer, batch)
+                block = self.single_blocks[layer - num_double]
+                given, weight = intervention.given(layer, batch)
                 if intervention.looks_into(layer):
-                    new_x, heads = block(x, vec, pe, given, keep=True, num_txt=num_txt)
+                    new_x, heads = block(x, vec, pe, given, keep=True, num_txt=num_txt, weight=weight)
                     findings.add(intervention, layer, num_txt, *heads)
                 else:
-                    new_x = block(x, vec, pe, given, num_txt=num_txt)
+                    new_x = block(x, vec, pe, given, num_txt=num_txt, weight=weight)
                 x = bypass.of(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,13 +13,18 @@ from tqdm import tqdm
 from flux import sampling
 from flux.errors import InputError
 from flux.images import to_pil, to_tensor
-from flux.loading import check_fit, find_files, load_clip, load_net, load_t5, on_meta
+from flux.loading import check_files, files_of, load_flow, load_net, load_text
+from flux.memory import Plan, make_plan
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
+from flux.offload import Offloaded
+from flux.quantize import BITS, quantize_linears
 from flux.sampling import Conditioning, Step
 from flux.settings import ModelSettings
 from flux.specs import ModelSpec, get_spec
+from flux.tiling import in_tiles
+from flux.vocabulary import warn_of_unknown_words
 from flux.watermark import embed_watermark
 
 
@@ -50,7 +55,8 @@ class Pipeline:
 
     Attributes:
         device: where the nets compute.
-        offload: whether each net lies in host memory until its turn comes.
+        tiled: whether pictures are decoded and encoded in tiles.
+        offloaded: the nets that lie in host memory until their turn comes.
         timings: seconds spent so far, by what was done.
     """
 
@@ -61,7 +67,8 @@ class Pipeline:
     clip: HFEmbedder
     device: torch.device
     dtype: torch.dtype
-    offload: bool = False
+    tiled: bool = False
+    offloaded: dict[nn.Module, Offloaded] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -72,45 +79,86 @@ class Pipeline:
         spec = get_spec(settings.model)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
-        files = find_files(settings.model, settings.weights, settings.ae_weights, settings.text_encoders)
-        nets = ((Flux, spec.params, files.flow), (AutoEncoder, spec.ae_params, files.ae))
-        for net_class, params, path in nets:
-            check_fit(on_meta(net_class, params), path)
-        home = torch.device("cpu") if settings.offload else device
+        files = files_of(settings)
+        check_files(spec, files)
         # T5 overflows in float16.
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        plan = make_plan(settings, spec, files, dtype, text_dtype, device)
 
         begin = time.perf_counter()
-        t5 = load_t5(home, spec.text_length, settings.model, files.text, text_dtype)
-        clip = load_clip(home, settings.model, files.text, text_dtype)
-        model, ae = (load_net(*net, home, dtype) for net in nets)
+        cpu = torch.device("cpu")
+        home = device if plan.offload == "none" else cpu
+        # What is yet to be packed comes to the device matrix by matrix.
+        keep_8bit = {"transformer": settings.quantize == "8bit", "t5": settings.t5 == "8bit"}
+        t5_home = home if settings.t5 == "same" else cpu
+        t5 = load_text(files, "text_encoder_2", spec.text_length, t5_home, text_dtype, keep_8bit["t5"])
+        clip = load_text(files, "text_encoder", spec.clip_length, home, text_dtype)
+        flow_home = home if settings.quantize == "none" else cpu
+        model = load_flow(spec, files, flow_home, dtype, keep_8bit["transformer"])
+        ae = load_net(AutoEncoder, spec.ae_params, files.ae, home, dtype)
+        pipe = cls.of(spec, model, ae, t5, clip, settings, plan, device, dtype)
+        pipe.timings["load"] = time.perf_counter() - begin
+        return pipe
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        model: Flux,
+        ae: AutoEncoder,
+        t5: HFEmbedder,
+        clip: HFEmbedder,
+        settings: ModelSettings,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "Pipeline":
+        """Nets that are loaded already, wherever they lie, packed and placed as settings and plan say."""
+        home = device if plan.offload == "none" else torch.device("cpu")
+        stacks, t5_stacks = [model.double_blocks, model.single_blocks], [t5.hf_module.encoder.block]
+        if settings.quantize != "none":
+            quantize_linears(stacks, BITS[settings.quantize], device, home)
+        if settings.t5 == "8bit":
+            quantize_linears(t5_stacks, 8, device, home)
+        for net in (model, ae, clip, *[t5] * (settings.t5 != "cpu")):
+            net.to(home)
         if settings.compile:
             model.compile_blocks()
-        timings = {"load": time.perf_counter() - begin}
-        return cls(spec, model, ae, t5, clip, device, dtype, settings.offload, timings)
+        offloaded = {}
+        if plan.offload != "none":
+            offloaded = {net: Offloaded(net, device) for net in (clip, ae)}
+            offloaded[model] = Offloaded(model, device, stacks, plan.streamed)
+            if settings.t5 != "cpu":
+                offloaded[t5] = Offloaded(t5, device, t5_stacks, plan.streamed_t5)
+        return cls(spec, model, ae, t5, clip, device, dtype, plan.tiled, offloaded)
 
     @contextmanager
     def _at_work(self, what: str, *nets: nn.Module) -> Iterator[None]:
         """These nets are on the device, without gradients; the time it takes is added to `timings`."""
         begin = time.perf_counter()
-        if self.offload:
+        with torch.inference_mode(), ExitStack() as stack:
             for net in nets:
-                net.to(self.device)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            if self.offload:
-                for net in nets:
-                    net.to("cpu")
+                if net in self.offloaded:
+                    stack.enter_context(self.offloaded[net].at_work())
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - begin
 
     def condition(
-        self, prompts: Sequence[str], guidance: float, true_cfg: float = 1.0, negative_prompt: str = ""
+        self,
+        prompts: Sequence[str],
+        guidance: float | Sequence[float],
+        true_cfg: float = 1.0,
+        negative_prompt: str = "",
+        mimic_scale: float | None = None,
+        mimic_percentile: float = 0.995,
     ) -> Conditioning:
-        """What steers a batch of these prompts. A `true_cfg` above 1 adds the pass of the negative prompt."""
+        """What steers a batch of these prompts, with one guidance for all or one for each. A `true_cfg` above
+        1 adds the pass of the negative prompt, and `mimic_scale` what `flux.sampling.guided` makes of it.
+        """
+        if self.spec.vocabulary:
+            warn_of_unknown_words(prompts, self.spec.vocabulary)
         with self._at_work("text", self.t5, self.clip):
             wanted = [*prompts, negative_prompt] if true_cfg > 1 else list(prompts)
             # Each text once, however often it is asked for: same text, same features to the last bit.
@@ -119,12 +167,13 @@ class Pipeline:
             txt, vec = (encoder(unique).to(self.device, self.dtype)[rows] for encoder in (self.t5, self.clip))
         batch = len(prompts)
         txt_ids = torch.zeros(batch, txt.shape[1], 3, device=self.device)
-        scale = torch.full((batch,), guidance, device=self.device, dtype=self.dtype)
+        scale = torch.tensor(guidance, device=self.device, dtype=self.dtype).expand(batch)
         negative = None
         if true_cfg > 1:
             alike = (txt[-1:].expand(batch, -1, -1), txt_ids, vec[-1:].expand(batch, -1))
             negative = Conditioning(*alike, scale)
-        return Conditioning(txt[:batch], txt_ids, vec[:batch], scale, negative, true_cfg)
+        guided = (negative, true_cfg, mimic_scale, mimic_percentile)
+        return Conditioning(txt[:batch], txt_ids, vec[:batch], scale, *guided)
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Tensor:
         """Packed start noise, one row for each seed, "B I 64"."""
@@ -150,15 +199,18 @@ class Pipeline:
         """Packed latents "B I 64" -> pictures, one at a time so that memory stays that of one."""
         with self._at_work("decode", self.ae):
             unpacked = sampling.unpack(latents, height, width).to(self.dtype)
-            pictures = torch.cat(
-                [self.ae.decode(latent).float().clamp(-1, 1) for latent in unpacked.split(1)]
-            )
+            decoded = (self._in_tiles(self.ae.decode, latent, 8) for latent in unpacked.split(1))
+            pictures = torch.cat([picture.float().clamp(-1, 1) for picture in decoded])
         return [to_pil(picture) for picture in (embed_watermark(pictures) if watermark else pictures)]
 
     def encode(self, image: Image.Image) -> Tensor:
         """A picture whose sides are multiples of 16 -> its packed latent, "1 I 64"."""
         with self._at_work("encode", self.ae):
-            return sampling.pack(self.ae.encode(to_tensor(image)[None].to(self.device, self.dtype)))
+            picture = to_tensor(image)[None].to(self.device, self.dtype)
+            return sampling.pack(self._in_tiles(self.ae.encode, picture, 1 / 8))
+
+    def _in_tiles(self, net: Callable[[Tensor], Tensor], x: Tensor, ratio: float) -> Tensor:
+        return in_tiles(net, x, ratio) if self.tiled else net(x)
 
     def generate(
         self,

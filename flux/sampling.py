@@ -6,7 +6,7 @@ A latent is "B 16 h w" with h and w an eighth of the picture's sides; packed, 2x
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
 
@@ -113,6 +113,9 @@ class Conditioning:
         guidance: distilled guidance scale of each row, "B"; None for models without.
         negative: steers the second pass of true classifier-free guidance; None: there is none.
         true_cfg: scale of that guidance, 1 or more.
+        mimic_scale: bring what true guidance gives down to the range that this smaller scale would have, see
+            `guided`; None: as it is.
+        mimic_percentile: the share of values, 0..1, that this range holds at least.
     """
 
     txt: Tensor
@@ -121,13 +124,25 @@ class Conditioning:
     guidance: Tensor | None = None
     negative: "Conditioning | None" = None
     true_cfg: float = 1.0
+    mimic_scale: float | None = None
+    mimic_percentile: float = 0.995
 
     def expanded(self, batch: int) -> "Conditioning":
         """One row made to steer the whole batch."""
         txt, txt_ids = (x.expand(batch, -1, -1) for x in (self.txt, self.txt_ids))
         guidance = None if self.guidance is None else self.guidance.expand(batch)
         negative = self.negative and self.negative.expanded(batch)
-        return Conditioning(txt, txt_ids, self.vec.expand(batch, -1), guidance, negative, self.true_cfg)
+        rows = {"txt": txt, "txt_ids": txt_ids, "vec": self.vec.expand(batch, -1), "guidance": guidance}
+        return replace(self, **rows, negative=negative)
+
+    def with_negative(self) -> "Conditioning":
+        """Both passes as one batch: these rows, then those of the negative pass."""
+
+        def both(name: str) -> Tensor | None:
+            own = getattr(self, name)
+            return None if own is None else torch.cat((own, getattr(self.negative, name)))
+
+        return Conditioning(*map(both, ("txt", "txt_ids", "vec", "guidance")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,20 +207,72 @@ def euler_step(
     """One step of Euler's method from the packed latent `img` ("B I 64") at noise level t to t_next.
 
     Args:
+        img_ids: positions of the image tokens, the same in all rows, "B I 3" or "1 I 3".
         start: streams to begin with instead of at layer 0, in the pass itself and in the negative one; see
             `streams`.
     """
 
-    def ask(cond: Conditioning, intervention: Intervention, start: Streams | None):
-        ids = (img_ids, cond.txt, cond.txt_ids)
+    def ask(img: Tensor, cond: Conditioning, intervention: Intervention, start: Streams | None):
+        ids = (img_ids[:1].expand(img.shape[0], -1, -1), cond.txt, cond.txt_ids)
         return model.observe(img, *ids, noise_levels(t, img), cond.vec, cond.guidance, intervention, start)
 
-    velocity, found = ask(cond, intervention, start[0])
     if cond.negative is None:
+        velocity, found = ask(img, cond, intervention, start[0])
         return Step(t, t_next, img, velocity, found.kept, None, found.watched)
-    away, found_negative = ask(cond.negative, intervention.of_negative_pass(), start[1])
-    guided = away + cond.true_cfg * (velocity - away)
-    return Step(t, t_next, img, guided, found.kept, found_negative.kept, found.watched)
+    batch = img.shape[0]
+    if in_one_batch(img):
+        first = start[0] and start[0].stacked(start[1], batch)
+        both = (cond.with_negative(), intervention.of_both_passes(), first)
+        velocities, found = ask(img.repeat(2, 1, 1), *both)
+        velocity, away = velocities.chunk(2)
+        kept, kept_negative = (
+            {layer: (k[rows], v[rows]) for layer, (k, v) in found.kept.items()}
+            for rows in (slice(batch), slice(batch, None))
+        )
+        watched = {layer: (q[:batch], k[:batch]) for layer, (q, k) in found.watched.items()}
+    else:
+        velocity, found = ask(img, cond, intervention, start[0])
+        away, found_negative = ask(img, cond.negative, intervention.of_negative_pass(), start[1])
+        kept, kept_negative, watched = found.kept, found_negative.kept, found.watched
+    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, kept_negative, watched)
+
+
+ONE_BATCH = 2**14  # image tokens of both passes, those of four pictures of 1024x1024
+
+
+def in_one_batch(img: Tensor) -> bool:
+    """Whether both passes of true guidance go through the model as one batch.
+
+    On a GPU, where two small batches take longer than one, up to `ONE_BATCH` image tokens. That is a fixed
+    number, and not what memory happens to be free, so that a run repeats bit for bit.
+    """
+    return img.device.type != "cpu" and 2 * img.shape[0] * img.shape[1] <= ONE_BATCH
+
+
+def guided(img: Tensor, t: float, velocity: Tensor, away: Tensor, cond: Conditioning) -> Tensor:
+    """The velocity of true guidance at noise level t, "B I 64".
+
+    With a `mimic_scale`, dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3, as ComfyUI's and
+    AUTOMATIC1111's users know it by mcmonkey4eva's "mimic scale"). With x(s) = img - t (away + s (velocity -
+    away)), the clean latent that guidance of scale s points at, and x' its deviation from the mean over its
+    image tokens, each row and channel by itself:
+
+        M = max |x'(mimic_scale)|, P = the percentile of |x'(true_cfg)|, S = max(M, P)
+        x = mean of x(true_cfg) + M / S * clamp(x'(true_cfg), -S, S)
+    """
+
+    def of_scale(scale: float) -> Tensor:
+        return away + scale * (velocity - away)
+
+    if cond.mimic_scale is None:
+        return of_scale(cond.true_cfg)
+    full, mimic = ((img - t * of_scale(scale)).float() for scale in (cond.true_cfg, cond.mimic_scale))
+    mean = full.mean(dim=1, keepdim=True)
+    own_range = (mimic - mimic.mean(dim=1, keepdim=True)).abs().amax(dim=1, keepdim=True)
+    percentile = torch.quantile((full - mean).abs(), cond.mimic_percentile, dim=1, keepdim=True)
+    bound = torch.maximum(own_range, percentile).clamp(min=1e-8)
+    clean = mean + own_range / bound * (full - mean).clamp(-bound, bound)
+    return ((img.float() - clean) / t).to(img)
 
 
 def sample(
@@ -254,20 +321,6 @@ def denoise(
     for step in sample(model, img, img_ids, cond, timesteps, interventions):
         img = step.latent
     return img
-
-
-def invert(
-    model: Flux, latent: Tensor, img_ids: Tensor, cond: Conditioning, timesteps: Sequence[float]
-) -> Iterator[Tensor]:
-    """Euler's method backwards (Stable Flow, equation 4): yields the latents at timesteps[-2], ...,
-    timesteps[0].
-
-    The velocity of each step is asked at its noisier end for the latent of its cleaner end.
-    """
-    levels = list(timesteps)[::-1]
-    for t, t_noisier in zip(levels, levels[1:]):
-        latent = latent + (t_noisier - t) * euler_step(model, latent, img_ids, cond, t_noisier, t).velocity
-        yield latent
 
 
 def window(num_steps: int, start: float, stop: float) -> range:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -26,10 +27,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from flux.doses import DEFAULT_DOSE, DOSES
 from flux.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEMOS = ("test", "layer", "skip", "dino", "edit")  # by number: demo_0_test.py to demo_4_edit.py
+PICTURES = {"image", "photo", "mask"}  # fields that may name a picture beside the JSON file
 MAX_SEED = 2**63 - 1
 
 
@@ -89,6 +92,15 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _LIST, AfterValidator(_no_repeats)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_no_repeats)]
 Words = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+def _offload_name(value: Any) -> Any:
+    """true and false, which the field once was and the command line's --offload still is."""
+    names = {"True": "model", "False": "none"}
+    return names.get(str(value), value) if isinstance(value, bool | str) else value
+
+
+Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
 Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
 Metrics = Annotated[tuple[Metric, ...], _LIST, AfterValidator(_no_repeats)]
 LayerSets = Annotated[tuple[LayerNumbers, ...], _LIST, AfterValidator(_no_repeats)]
@@ -97,6 +109,19 @@ Sweep = Annotated[
     | Annotated[LayerNumbers, Tag("numbers")]
     | Annotated[LayerSets, Tag("sets")],
     _by_form('"all", a list of layers, or a list of lists of layers'),
+]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _weight_form(weight: Any) -> str:
+    return "layers" if isinstance(weight, Mapping) else "number"
+
+
+# JSON's objects have texts for keys.
+_LayerKey = Annotated[int, Field(strict=False, ge=0)]
+Weight = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[dict[_LayerKey, Fraction], Tag("layers")],
+    Discriminator(_weight_form),
 ]
 VitalLayers = Annotated[
     Annotated[Text, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
@@ -142,18 +167,45 @@ class Settings(_Strict):
         return self.model_dump(mode="json")
 
 
+class Lora(_Strict):
+    """A difference to add to the model."""
+
+    file: Text = Field(description="file of the LoRA")
+    weight: float = Field(1.0, description="how much of it is added")
+
+
+def _as_loras(entries: Any) -> Any:
+    """A plain name stands for a file at full weight."""
+    if not isinstance(entries, list | tuple):
+        return entries
+    return [{"file": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+Loras = Annotated[tuple[Lora, ...], Field(strict=False), BeforeValidator(_as_loras)]
+
+
 class ModelSettings(Settings):
     """The model, where it runs, and how it samples."""
 
     model: Text = Field("flux-nano", description="name of the model, one of flux.specs.configs")
-    weights: Text | None = Field(None, description="file of the transformer's weights")
-    ae_weights: Text | None = Field(None, description="file of the autoencoder's weights")
+    weights: Text | None = Field(None, description="file or folder of the transformer, or of the whole model")
+    ae_weights: Text | None = Field(None, description="file or folder of the autoencoder's weights")
+    t5_weights: Text | None = Field(None, description="file or folder of the T5 encoder's weights")
+    clip_weights: Text | None = Field(None, description="file or folder of the CLIP encoder's weights")
     text_encoders: Text | None = Field(
         None, description="folder that holds text_encoder, text_encoder_2, tokenizer and tokenizer_2"
     )
+    lora: Loras = Field((), description='LoRA files to add, each a name or {"file": ..., "weight": 0.8}')
     device: Text = Field("auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the nets' numbers")
-    offload: bool = Field(False, description="keep each net in main memory while it is not at work")
+    offload: Offload = Field(
+        "none",
+        description='what waits in main memory: "none" of the nets, each "model" that is not at work, all '
+        'transformer "blocks" but two, or "auto": what free memory asks for',
+    )
+    quantize: Literal["none", "8bit", "4bit"] = Field("none", description="the transformer in fewer bits")
+    t5: Literal["same", "8bit", "cpu"] = Field("same", description="T5 in fewer bits, or on the CPU")
+    tiled: bool = Field(False, description="decode in tiles: nearly the same pixels in less memory")
     compile: bool = Field(False, description="compile the transformer's blocks: slower start, faster steps")
     width: int | None = Field(None, ge=16, description="width of the images in pixels")
     height: int | None = Field(None, ge=16, description="height of the images in pixels")
@@ -196,6 +248,8 @@ class TestSettings(PromptSettings):
     """Demo 0: one image per prompt."""
 
     demo: ClassVar[str] = "test"
+    image: Text | None = Field(None, description="start from this picture: image-to-image")
+    strength: float = Field(0.8, gt=0, le=1, description="how much of the schedule then runs")
     output_dir: Text = Field("output/test", description="folder to write to")
 
 
@@ -267,26 +321,115 @@ class ScanSettings(SkipSettings, SelectionSettings):
     output_dir: Text = Field("output/scan", description="folder to write to, or to go on with")
 
 
-class EditSettings(ModelSettings):
+class Dosage(_Strict):
+    """How much of the reference an edit takes over. None: as the named dose says."""
+
+    dose: Literal[tuple(DOSES)] | None = Field(
+        None, description="named numbers, used for those of the next five that are not given"
+    )
+    weight: Weight | None = Field(
+        None, description="what the reference counts, 0..1, in all vital layers or in each: {layer: weight}"
+    )
+    inject_from: Fraction | None = Field(None, description="fraction of the steps where injection starts")
+    inject_until: Fraction | None = Field(None, description="fraction of the steps where injection ends")
+    falling: bool | None = Field(None, description="the weight falls to zero over these steps")
+    top: int | None = Field(None, ge=1, description="only so many of the vital layers, the most vital ones")
+    parts: Literal["kv", "k", "v"] | None = Field(None, description="keys, values or both are taken over")
+    mask: Text | None = Field(None, description='picture, white where the edit may change; or "auto"')
+
+    @model_validator(mode="after")
+    def _window(self):
+        start, stop = self.inject_from, self.inject_until
+        if start is not None and stop is not None and start >= stop:
+            got = f"got inject_from {start:g} and inject_until {stop:g}"
+            raise ValueError(f"{got}, expected inject_from to be smaller")
+        return self
+
+
+class Turn(Dosage):
+    """One edit. What is None is as in the turn before it, or as the settings of all edits say."""
+
+    prompt: Text = Field(description="what the edited image shows")
+    guidance: float | None = Field(None, ge=0, description="distilled guidance of this edit")
+
+
+def _either(tag: str, model: type[Turn]) -> Any:
+    """A prompt alone, or one with numbers of its own."""
+    form = Discriminator(lambda entry: tag if isinstance(entry, dict | Turn) else "text")
+    return Annotated[Annotated[Text, Tag("text")] | Annotated[model, Tag(tag)], form]
+
+
+class Edit(Turn):
+    """An edit and its further turns."""
+
+    then: Annotated[tuple[_either("turn", Turn), ...], Field(strict=False)] = Field(
+        (), description="further turns, each from the first source's keys and values as well"
+    )
+
+
+class EditSettings(Dosage, ModelSettings):
     """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
 
     demo: ClassVar[str] = "edit"
-    prompt: String = Field(description="what the reference shows, or what is on the photo")
+    prompt: String | None = Field(None, description="what the reference shows, or what is on the photo")
     seed: Seed = Field(0, description="seed of the noise that reference and edits share")
-    edits: Texts = Field(description="list of prompts, one for each edited image")
+    edits: Annotated[tuple[_either("edit", Edit), ...], _LIST] = Field(
+        description="list of prompts, one for each edited image, or of prompts with numbers of their own"
+    )
     vital_layers: VitalLayers = Field("auto", description='"auto", a list, a vital_layers.json or a preset')
-    inject_from: float = Field(0.0, ge=0, le=1, description="fraction of the steps where injection starts")
-    inject_until: float = Field(1.0, ge=0, le=1, description="fraction of the steps where injection ends")
+    dose: Literal[tuple(DOSES)] = Field(DEFAULT_DOSE, description=Dosage.model_fields["dose"].description)
+    parts: Literal["kv", "k", "v"] = Field("kv", description=Dosage.model_fields["parts"].description)
     photo: Text | None = Field(None, description="image file to edit instead of a generated reference")
-    nudging: float = Field(1.15, gt=0, description="factor on a photo's latent before its inversion")
+    paste_back: bool = Field(False, description="give edits of a photo back in its own full size")
+    caption_model: Text | None = Field(
+        None, description="hub id or folder of a model that writes the prompt for a photo that has none"
+    )
+    inversion: Literal["euler", "midpoint", "fireflow", "fixed-point", "none"] = Field(
+        "midpoint", description="how a photo becomes noise; none: not at all, it is edited by FlowEdit"
+    )
+    nudging: float | None = Field(
+        None, gt=0, description="factor on a photo's latent before inversion; None: 1.15 for euler, else 1"
+    )
+    correct_drift: bool = Field(
+        True, description="add to each step of a photo's edits what the photo's own step misses of its path"
+    )
+    as_published: bool = Field(
+        False, description="photos as by the method's public code, whose reference lags behind"
+    )
+    cfg_from: Fraction = Field(0.0, description="fraction of the steps where two-pass guidance starts")
+    mimic_scale: float | None = Field(
+        None, ge=1, description="bring two-pass guidance down to the range that this scale would have"
+    )
+    mimic_percentile: float = Field(
+        0.995, gt=0, le=1, description="share of values that the mimicked range is to hold"
+    )
     output_dir: Text = Field("output/edit", description="folder to write to")
 
     @model_validator(mode="after")
-    def _window(self) -> "EditSettings":
-        if self.inject_from >= self.inject_until:
-            got = f"got inject_from {self.inject_from:g} and inject_until {self.inject_until:g}"
-            raise ValueError(f"{got}, expected inject_from to be smaller")
+    def _prompt_given(self) -> "EditSettings":
+        if self.prompt is None and not (self.photo and self.caption_model):
+            what = type(self).model_fields["prompt"].description
+            raise ValueError(f"missing field 'prompt': {what}; for a photo, a caption_model can write it")
         return self
+
+    @property
+    def entries(self) -> tuple[Turn, ...]:
+        """All edits and their turns in the order of reading, each with what it inherits filled in."""
+        found, shared = [], {name: getattr(self, name) for name in _INHERITED}
+        for edit in self.edits:
+            edit, inherited = Edit(prompt=edit) if isinstance(edit, str) else edit, shared
+            for turn in (edit, *edit.then):
+                turn = Turn(prompt=turn) if isinstance(turn, str) else turn
+                # A dose of its own stands for all the numbers that were given before it.
+                passed = {n: value for n, value in inherited.items() if not (turn.dose and n in _DOSED)}
+                own = {n: value for n in _INHERITED if (value := getattr(turn, n)) is not None}
+                inherited = {**passed, **own}
+                found.append(Turn(prompt=turn.prompt, **inherited))
+        return tuple(found)
+
+
+_DOSED = ("weight", "inject_from", "inject_until", "falling", "top")
+_INHERITED = (*Dosage.model_fields, "guidance")
 
 
 # ---- reading
@@ -298,6 +441,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     """The settings in a JSON file, with what the command line says put over them.
 
     `file` is looked for as given, then in configs/. It may be a run.json: then its "settings" are taken.
+    Pictures that it names are looked for beside it, then as given.
     `overrides` maps fields (dashes equal underscores) to values as `fire` parsed them. They win: a seed over
     those in the list of prompts too, a field over its counterpart too (`top` over `threshold`).
     Raises InputError, one line, for a file or a value that cannot be used.
@@ -317,6 +461,10 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
         data["prompts"], sources["prompts"] = _read_prompts(data["prompts"], path.parent, named_by)
     if "seed" in typed and isinstance(data.get("prompts"), list):
         data["prompts"] = [_without_seed(entry) for entry in data["prompts"]]
+    for name in PICTURES & data.keys() - typed.keys():
+        # As a studio's run.json names them.
+        if isinstance(data[name], str) and os.path.isfile(path.parent / data[name]):
+            data[name] = str(path.parent / data[name])
     return check_settings(cls, data, path, sources)
 
 
@@ -449,6 +597,7 @@ EXPECTED = {
     "string_type": "a string",
     "int_type": "an integer",
     "int_from_float": "an integer",
+    "int_parsing": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
@@ -470,7 +619,7 @@ def _describe(error: ValidationError, cls: type[Settings], data: Mapping) -> tup
     kind, loc, context = problem["type"], problem["loc"], problem.get("ctx", {})
     if kind in ("extra_forbidden", "missing"):
         *loc, name = loc
-        fields = (Prompt if loc else cls).model_fields
+        fields = ({"edits": Edit, "lora": Lora}.get(loc[0], Prompt) if loc else cls).model_fields
         missing = f"missing field {name!r}"
         message = f"{missing}: {fields[name].description}" if kind == "missing" else _unknown(name, fields)
     elif kind == "value_error":
@@ -495,7 +644,7 @@ def _path(loc: Iterable[str | int], data: Any) -> str:
     for part in loc:
         if isinstance(part, int) and isinstance(data, list | tuple):
             path, data = f"{path}[{part}]", data[part]
-        elif isinstance(part, str) and isinstance(data, Mapping):
+        elif isinstance(part, str) and isinstance(data, Mapping) and part in data:
             path, data = f"{path}.{part}" if path else part, data.get(part)
         # Else the user did not write it: the tag of a union's branch, the "prompt" of a plain text.
     return path

@@ -2,7 +2,6 @@
 
 import difflib
 from dataclasses import dataclass, replace
-from math import log
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,12 +9,17 @@ from flux.errors import InputError
 from flux.intervention import check_layers
 from flux.model import FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
+from flux.pro import HOSTED, refusal
 from flux.settings import ModelSettings, SkipSettings
 
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 
-VITAL_LAYERS_DEV = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)
-"""Vital layers of FLUX.1-dev (Stable Flow, appendix A.1)."""
+VITAL_LAYERS_DEV = (1, 0, 2, 18, 53, 28, 54, 17, 56, 25)
+"""Vital layers of FLUX.1-dev (Stable Flow, appendix A.1), the most vital first (B.2)."""
+
+
+PUBLISHED_GUIDANCE = 3.0
+"""Of the edits of a photograph in Stable Flow's public code."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,16 @@ class ModelSpec:
     Attributes:
         repo_id: repository on the hub; None: the files are in `folder`, part of this package.
         repo_flow, repo_ae: file of the transformer and of the autoencoder in that repository or folder.
+        lora: file of a difference, beside `repo_flow`, that makes this model of the one in that file.
         env_flow, env_ae: environment variables that name a local file instead, the first that is set wins.
         text_length: T5 tokens a prompt is padded or cut to; clip_length the same for CLIP.
         num_steps, guidance, true_cfg, size: defaults; size is a side in pixels.
         shifted, base_shift, max_shift: its schedule, as in `flux.sampling.get_schedule`.
-        vital_layers: its known vital layers; None: nobody has published any.
+        vital_layers: its known vital layers, the most vital first; None: nobody has published any.
         dinov2: the encoder that scores its pictures, a hub id or a folder.
         licence: what a download of it is bound to.
         watermark: whether its pictures are marked by default.
+        vocabulary: file of the words it was trained on, one a line; None: a language's own.
     """
 
     params: FluxParams
@@ -41,6 +47,7 @@ class ModelSpec:
     repo_flow: str
     repo_ae: str = "ae.safetensors"
     folder: Path | None = None
+    lora: str | None = None
     env_flow: tuple[str, ...] = ()
     env_ae: tuple[str, ...] = ("FLUX_AE", "AE")
     text_length: int = 512
@@ -56,6 +63,7 @@ class ModelSpec:
     dinov2: str = "facebook/dinov2-giant"
     licence: str = "FLUX.1 [dev] non-commercial"
     watermark: bool = True
+    vocabulary: Path | None = None
 
     @property
     def num_layers(self) -> int:
@@ -70,6 +78,29 @@ _DEV = FluxParams(
 _AE = AutoEncoderParams(
     resolution=256, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, in_channels=3, out_ch=3, z_channels=16,
     scale_factor=0.3611, shift_factor=0.1159,
+)  # fmt: skip
+
+_NANO = ModelSpec(
+    params=replace(
+        _DEV, vec_in_dim=128, context_in_dim=256, hidden_size=320, num_heads=5, depth=5,
+        depth_single_blocks=10, axes_dim=[8, 28, 28],
+    ),
+    ae_params=replace(_AE, ch=32, num_res_blocks=1, num_groups=16),
+    repo_id=None,
+    repo_flow="transformer.safetensors",
+    folder=NANO_FOLDER,
+    # The small models are part of the package: variables set for the large ones leave them alone.
+    env_ae=(),
+    text_length=40,
+    clip_length=40,
+    num_steps=20,
+    size=256,
+    vital_layers=(0, 1, 2, 3, 4),
+    dinov2=str(NANO_FOLDER / "dinov2"),
+    licence="Apache-2.0",
+    # Nobody takes its pictures for photographs, and at this size the mark shows in plain skies.
+    watermark=False,
+    vocabulary=NANO_FOLDER / "vocabulary.txt",
 )  # fmt: skip
 
 configs: dict[str, ModelSpec] = {
@@ -100,45 +131,21 @@ configs: dict[str, ModelSpec] = {
         shifted=False,
         licence="Apache-2.0",
     ),
-    "flux-nano": ModelSpec(
-        params=replace(
-            _DEV,
-            vec_in_dim=128,
-            context_in_dim=256,
-            hidden_size=320,
-            num_heads=5,
-            depth=5,
-            depth_single_blocks=10,
-            axes_dim=[8, 28, 28],
-            guidance_embed=False,
-        ),
-        ae_params=replace(
-            _AE, ch=32, num_res_blocks=1, scale_factor=0.5277, shift_factor=-0.0324, num_groups=16
-        ),
-        repo_id=None,
-        repo_flow="transformer.safetensors",
-        folder=NANO_FOLDER,
-        # The small model is part of the package: variables set for the large ones leave it alone.
-        env_ae=(),
-        text_length=32,
-        clip_length=32,
-        num_steps=20,
-        true_cfg=3.5,
-        size=256,
-        # t' = 1.5 t / (1 + 0.5 t) at every size.
-        base_shift=log(1.5),
-        max_shift=log(1.5),
-        vital_layers=(0, 1, 2, 3, 4),
-        dinov2=str(NANO_FOLDER / "dinov2"),
-        licence="Apache-2.0",
-        # Nobody takes its pictures for photographs, and at this size the mark shows in plain skies.
-        watermark=False,
+    "flux-nano": _NANO,
+    "flux-nano-schnell": replace(
+        _NANO,
+        params=replace(_NANO.params, guidance_embed=False),
+        lora="schnell_lora.safetensors",
+        num_steps=4,
+        shifted=False,
     ),
 }
 
 
 def get_spec(name: str) -> ModelSpec:
     """The model of that name. Raises InputError, naming near ones, if there is none."""
+    if name in HOSTED:
+        raise InputError(refusal(name))
     if name not in configs:
         near = difflib.get_close_matches(name, configs, n=1)
         hint = f", did you mean {near[0]!r}?" if near else "."
@@ -156,11 +163,12 @@ def complete(settings: Settings) -> Settings:
         InputError: an unknown model, or layers that it does not have.
     """
     spec = get_spec(settings.model)
+    published = getattr(settings, "as_published", False) and settings.photo
     filled = {
         "width": spec.size,
         "height": spec.size,
         "num_steps": spec.num_steps,
-        "guidance": spec.guidance,
+        "guidance": PUBLISHED_GUIDANCE if published else spec.guidance,
         "true_cfg": spec.true_cfg,
         "watermark": spec.watermark,
     }

@@ -179,6 +179,7 @@ def sweep(
     pipe: Pipeline | None = None,
     on_row: Callable[[int], bool] | None = None,
     progress: bool = True,
+    on_task: Callable[[Task], None] | None = None,
 ) -> Path:
     """Writes each reference and a picture of it for each set of layers bypassed. Returns the folder.
 
@@ -191,6 +192,7 @@ def sweep(
         pipe: the model; None: loaded if there is anything left to do.
         on_row: told, in order, each reference whose pictures are all there; if it says True, that was the
             last one.
+        on_task: told each task whose pictures have just been written; an exception from it ends the sweep.
 
     Raises:
         InputError: as `open_sweep`, or a picture cannot be written.
@@ -220,6 +222,8 @@ def sweep(
         with closing(_finished(settings, pipe, [] if enough else todo, folder)) as finished:
             for task in finished:
                 left[task.row] -= 1
+                if on_task:
+                    on_task(task)
                 bar.update(len(task.sets))
                 if rows_told():
                     break

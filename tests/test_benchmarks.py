@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from benchmarks import full_size, nano_cpu  # noqa: E402
+from benchmarks import edit_photo, full_size, memory, nano_cpu  # noqa: E402
 from benchmarks.peer import renamed  # noqa: E402
 from benchmarks.stand_ins import random_transformer  # noqa: E402
 from flux.specs import configs  # noqa: E402
@@ -53,6 +53,15 @@ def test_renaming_shares_memory():
     assert sorted(copies) == ["norm_out.linear.bias", "norm_out.linear.weight"]
 
 
+def test_edit_photo_at_toy_size(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    edit_photo.main(str(tmp_path), str(output), toy=True, device="cpu", num_steps=2, compiled=False)
+    found = json.loads(output.read_text())["eager"]
+    assert len(found) == 9 and all(each["seconds"] > 0 and each["pass_ms"] > 0 for each in found.values())
+    assert found["inversion, kept in main memory"]["kept_gib"] > 0
+    assert all(name in capsys.readouterr().out for name in ("edits of what is kept in device",))
+
+
 def test_nano_cpu(tmp_path, capsys):
     output = tmp_path / "results.json"
     nano_cpu.main(repeats=1, num_steps=2, size=64, output=str(output))
@@ -61,3 +70,15 @@ def test_nano_cpu(tmp_path, capsys):
     assert list(results["seconds"]) == [*imports, "load", "a picture", "a reference and 3 edits"]
     assert all(len(times) == 1 and times[0] > 0 for times in results["seconds"].values())
     assert "median" in capsys.readouterr().out
+
+
+def test_memory_at_toy_size(tmp_path, capsys):
+    """Every way to hold the weights makes a picture and an edit, and each is in the table."""
+    output = tmp_path / "results.json"
+    memory.main(str(output), toy=True, device="cpu", caps=(24,))
+    cases = json.loads(output.read_text())["cases"]
+    assert len(cases) == 1 + len(memory.WAYS) + 1
+    for name, found in cases.items():
+        assert "error" not in found and found["picture_ms"] > 0, (name, found)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cases)

@@ -186,7 +186,7 @@ def test_unknown_models_are_value_errors():
     from flux.util import load_flow_model
 
     with pytest.raises(ValueError, match="unknown model"):
-        load_flow_model("flux-pro", device="cpu")
+        load_flow_model("flux-max", device="cpu")
 
 
 # ---- python -m flux

@@ -353,6 +353,96 @@ def test_skip_keep_and_take_together(model, shared):
     assert_close(both, torch.cat((first, second)), rtol=0, atol=5e-6)
 
 
+# ---- weights
+
+
+def hand_blend(model, given, layer, weight, parts="kv"):
+    """The velocity where one layer's image keys and values are own + weight * (row 0's - own): taken whole,
+    from a blend that is made beforehand.
+    """
+    _, own = kept_by(model, given, rows=(0, 1, 2), layers={layer})
+    blend = []
+    for part, x in zip("kv", own[layer]):
+        share = weight if part in parts else torch.zeros(())
+        blend.append(x + share * (x[:1] - x))
+    return model(**given, intervention=Intervention(take={layer: tuple(blend)}))
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3, 6])
+@pytest.mark.parametrize("parts", ["kv", "k", "v"])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_weights_blend_with_ones_own(model, given, layer, weight, parts):
+    _, kept = kept_by(model, given, layers={layer})
+    pair = tuple(x if part in parts else None for part, x in zip("kv", kept[layer]))
+    got = model(**given, intervention=Intervention(take={layer: pair}, weights={layer: weight}))
+    assert_close(got, hand_blend(model, given, layer, torch.tensor(weight), parts), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("layer", [1, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_of_each_image_token(model, given, layer, rows):
+    """One row of them for all, or one for each."""
+    weight = torch.rand(rows, TOKENS, generator=torch.Generator().manual_seed(1))
+    _, kept = kept_by(model, given, layers={layer})
+    got = model(**given, intervention=Intervention(take=kept, weights={layer: weight}))
+    expected = hand_blend(model, given, layer, weight[:, None, :, None])
+    assert_close(got, expected, rtol=0, atol=5e-6)
+
+
+def test_no_weight_changes_nothing(model, given):
+    _, kept = kept_by(model, given)
+    none = Intervention(take=kept, weights=dict.fromkeys(VITAL, 0.0))
+    assert_close(model(**given, intervention=none), model(**given), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("layer", [1, 5])
+def test_ones_own_are_projected_only_where_something_of_them_is_left(model, given, layer, monkeypatch):
+    """A weight of 1 is the same as none named: bit for bit, and no more work."""
+    whole = Intervention(take=kept_by(model, given, layers={layer})[1])
+    block = [*model.double_blocks, *model.single_blocks][layer]
+    projection = block.img_attn.qkv if layer < toy.NUM_DOUBLE else block.linear1
+    plain = model(**given, intervention=whole)
+    calls = []
+    handle = projection.register_forward_hook(lambda *args: calls.append(args))
+    try:
+        full = dataclasses.replace(whole, weights={layer: 1.0})
+        assert torch.equal(model(**given, intervention=full), plain) and not calls
+        model(**given, intervention=dataclasses.replace(whole, weights={layer: 0.5}))
+        assert len(calls) == 1
+    finally:
+        handle.remove()
+
+
+def test_both_passes_in_one(model, given):
+    """Sets of layers, what is taken, and weights of tokens stand for the first rows, then for the last."""
+    k = torch.zeros(1, 2, TOKENS, 4)
+    weight = torch.rand(1, TOKENS)
+    both = Intervention(
+        (frozenset({1}), frozenset()),
+        frozenset({2}),
+        {0: (k, None)},
+        {0: (k + 1, None)},
+        weights={0: weight, 3: 0.5},
+    ).of_both_passes()
+    assert both.skip == (frozenset({1}), frozenset()) * 2 and both.keep == {2}
+    assert torch.equal(both.take[0][0], torch.cat((k, k + 1))) and both.take[0][1] is None
+    assert torch.equal(both.weights[0], torch.cat((weight, weight))) and both.weights[3] == 0.5
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+def test_weights_that_are_none(model, given, weight):
+    _, kept = kept_by(model, given)
+    with pytest.raises(InputError, match=r"layer 1: expected 0\.\.1"):
+        model(**given, intervention=Intervention(take=kept, weights={1: weight}))
+
+
+@pytest.mark.parametrize("shape", [(2, TOKENS), (1, TOKENS + 1), (TOKENS,)])
+def test_weights_of_other_shapes(model, given, shape):
+    _, kept = kept_by(model, given)
+    with pytest.raises(InputError, match="weights of shape"):
+        model(**given, intervention=Intervention(take=kept, weights={1: torch.zeros(shape)}))
+
+
 # ---- the negative pass
 
 

@@ -2,13 +2,8 @@
 path.
 """
 
-import http.server
 import json
-import os
 import struct
-import subprocess
-import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +13,10 @@ import toy
 from safetensors.torch import save_file
 
 from flux import loading
+from flux.checkpoint import open_checkpoint
 from flux.errors import InputError
 from flux.loading import find_files, load_ae, load_clip, load_flow_model, load_t5, read_weights
 from flux.specs import NANO_FOLDER, configs
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -192,12 +186,11 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b
 CONTENTS = {
     "an LFS pointer": (LFS, "Git-LFS pointer.*git lfs pull"),
     "a web page": (b"<!DOCTYPE html><html>Sign in</html>" * 20, "web page"),
-    "a GGUF file": (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
     "a torch file": (b"PK\x03\x04" + bytes(64), "pickle"),
     "a bare pickle": (b"\x80\x02}q\x00." + bytes(64), "pickle"),
     "an empty file": (b"", "cut short"),
     "a few bytes": (WHOLE[:5], "cut short"),
-    "only zeros": (bytes(1000), "cut short"),
+    "only zeros": (bytes(1000), "full of zeros.*cut short"),
     "cut in the header": (WHOLE[:30], "header.*cut short"),
     "cut in the data": (WHOLE[:-3], f"{len(WHOLE) - 3} bytes, expected {len(WHOLE)}"),
     "bytes too many": (WHOLE + b"x", f"{len(WHOLE) + 1} bytes, expected {len(WHOLE)}"),
@@ -238,9 +231,9 @@ def test_a_header_whose_length_looks_like_another_format(tmp_path, length):
 
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        loading.read_header(tmp_path / "nothing.safetensors")
+        open_checkpoint(tmp_path / "nothing.safetensors")
     with pytest.raises(InputError, match="is a folder"):
-        loading.read_header(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 # ---- where files come from
@@ -248,20 +241,22 @@ def test_paths_that_are_no_files(tmp_path):
 
 def test_each_way_to_name_a_file(small, tmp_path, monkeypatch):
     """An argument wins over the model's own variable, which wins over the one for all models."""
-    paths = {name: tmp_path / f"{name}.safetensors" for name in ("argument", "own", "general")}
-    for path in paths.values():
-        path.write_bytes(WHOLE)
-    ae, text = str(paths["own"]), str(NANO_FOLDER)
-    monkeypatch.setenv("FLUX_MODEL", str(paths["general"]))
-    assert find_files("flux-dev", ae=ae, text=text).flow == paths["general"]
-    monkeypatch.setenv("FLUX_DEV", str(paths["own"]))
-    assert find_files("flux-dev", ae=ae, text=text).flow == paths["own"]
-    assert find_files("flux-schnell", ae=ae, text=text).flow == paths["general"]
-    assert find_files("flux-dev", str(paths["argument"]), ae, text).flow == paths["argument"]
-    monkeypatch.setenv("AE", str(paths["general"]))
-    assert find_files("flux-dev", text=text).ae == paths["general"]
-    monkeypatch.setenv("FLUX_AE", str(paths["own"]))
-    assert find_files("flux-dev", text=text).ae == paths["own"]
+    flows = {name: tmp_path / f"{name}.safetensors" for name in ("argument", "own", "general")}
+    aes = {name: tmp_path / f"{name}_ae.safetensors" for name in flows}
+    for name in flows:
+        save_file({"img_in.weight": torch.zeros(1)}, flows[name])
+        save_file({"decoder.mid.attn_1.q.weight": torch.zeros(1)}, aes[name])
+    ae, text = str(aes["own"]), str(NANO_FOLDER)
+    monkeypatch.setenv("FLUX_MODEL", str(flows["general"]))
+    assert find_files("flux-dev", ae=ae, text=text).flow == flows["general"]
+    monkeypatch.setenv("FLUX_DEV", str(flows["own"]))
+    assert find_files("flux-dev", ae=ae, text=text).flow == flows["own"]
+    assert find_files("flux-schnell", ae=ae, text=text).flow == flows["general"]
+    assert find_files("flux-dev", str(flows["argument"]), ae, text).flow == flows["argument"]
+    monkeypatch.setenv("AE", str(aes["general"]))
+    assert find_files("flux-dev", text=text).ae == aes["general"]
+    monkeypatch.setenv("FLUX_AE", str(aes["own"]))
+    assert find_files("flux-dev", text=text).ae == aes["own"]
     assert find_files("flux-dev", text=text).text == NANO_FOLDER
 
 
@@ -274,8 +269,8 @@ def test_flux_nano_ignores_the_variables(monkeypatch, variable):
 
 @pytest.mark.parametrize("variable", ["FLUX_DEV", "FLUX_MODEL", "AE", "FLUX_AE"])
 def test_a_wrong_path_is_told_before_anything_is_downloaded(monkeypatch, variable):
-    monkeypatch.setattr(loading, "_own_file", lambda *_: pytest.fail("went to the hub"))
-    monkeypatch.setattr(loading, "_own_text_folder", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr(loading, "own_file", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr(loading, "own_text_folder", lambda *_: pytest.fail("went to the hub"))
     monkeypatch.setenv(variable, "/nowhere.safetensors")
     with pytest.raises(InputError, match="/nowhere.safetensors, which does not exist"):
         find_files("flux-dev")
@@ -336,155 +331,66 @@ def test_a_text_encoder_that_lacks_a_tensor(text_folder):
         load_texts(text_folder)
 
 
-# ---- the hub
+# ---- file systems that refuse to map
 
 
-COMMIT = "0" * 40
-FILES = {"flux1-dev.safetensors": WHOLE, "ae.safetensors": WHOLE} | {
-    f"{folder}/config.json": b"{}" for folder in loading.TEXT_FOLDERS
-}
-REFUSALS = {
-    "black-forest-labs/FLUX.1-Krea-dev": (403, "GatedRepo"),
-    "black-forest-labs/FLUX.1-schnell": (401, "GatedRepo"),
-}
+def test_nothing_is_mapped(small, tmp_path, monkeypatch, dev):
+    """On network and FUSE file systems mapping fails with OSError 19; plain reads do not."""
+    import mmap
+
+    import safetensors
+
+    def refuse(*_, **__):
+        raise OSError(19, "No such device")
+
+    save_file(dev, tmp_path / "m.safetensors")
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    monkeypatch.setenv("FLUX_MODEL", str(tmp_path / "m.safetensors"))
+    load_flow_model("flux-dev", "cpu", verbose=False)
+    load_ae("flux-nano", "cpu")
+    load_t5("cpu", folder=NANO_FOLDER)
+    load_clip("cpu", folder=NANO_FOLDER)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the hub that a download needs: one open repository, two gated ones."""
+def test_host_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, dev):
+    """Whatever is read is handed on before the next one is."""
+    import weakref
 
-    asked: list[str] = []
+    from flux.checkpoint import Stored
+    from flux.loading import ModelFiles, load_flow
 
-    def do_GET(self, body=True):
-        Hub.asked.append(self.path)
-        path = self.path.split("?")[0].removeprefix("/api/models/").strip("/")
-        owner, name, *rest = path.split("/")
-        repo, rest = f"{owner}/{name}", "/".join(rest)
-        if repo in REFUSALS:
-            status, code = REFUSALS[repo]
-            self.answer(
-                status, b"{}", {"X-Error-Code": code, "X-Error-Message": "Access is restricted."}, body
-            )
-        elif rest.startswith("revision/"):
-            siblings = [{"rfilename": file} for file in FILES]
-            self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), {}, body)
-        elif rest.startswith("tree/"):
-            files = [
-                {"type": "file", "path": f, "size": len(x), "oid": f"{i:040x}"}
-                for i, (f, x) in enumerate(FILES.items())
-            ]
-            self.answer(200, json.dumps(files).encode(), {}, body)
-        elif (file := rest.partition("/")[2].partition("/")[2]) in FILES:
-            tag = f"{list(FILES).index(file):040x}"
-            self.answer(200, FILES[file], {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}, body)
-        else:
-            self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body)
+    path = tmp_path / "m.safetensors"
+    save_file(dev, path)
+    read, alive, most = Stored.read, set(), 0
 
-    def do_HEAD(self):
-        self.do_GET(body=False)
+    def watched(self, device="cpu"):
+        nonlocal most
+        raw = read(self, device)
+        alive.add(id(raw))
+        weakref.finalize(raw, alive.discard, id(raw))
+        most = max(most, len(alive))
+        return raw
 
-    def answer(self, status, content, headers, body):
-        self.send_response(status)
-        for key, value in {
-            "Content-Length": str(len(content)),
-            "Content-Type": "application/json",
-            **headers,
-        }.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
+    monkeypatch.setattr(Stored, "read", watched)
+    spec = replace(configs["flux-dev"], params=toy.PARAMS)
+    load_flow(spec, ModelFiles(path, path, path), "cpu", torch.bfloat16)
+    assert most <= 2
 
 
-@pytest.fixture(scope="module")
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+@pytest.mark.parametrize("what", ["no permission", "cut while it is read"])
+def test_files_that_cannot_be_read(tmp_path, monkeypatch, what):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(WHOLE)
+    checkpoint = open_checkpoint(path)
+    if what == "no permission":
 
+        def refuse(*_, **__):
+            raise OSError(13, "Permission denied")
 
-SCRIPT = """
-import json, sys
-from dataclasses import replace
-from flux.errors import InputError
-from flux.loading import find_files
-from flux.specs import configs
-
-configs["absent"] = replace(configs["flux-dev"], repo_flow="nothing.safetensors")
-answers = {}
-for name in sys.argv[1:]:
-    try:
-        files = find_files(name)
-        answers[name] = [str(files.flow), str(files.ae), str(files.text)]
-    except InputError as error:
-        answers[name] = str(error)
-print(json.dumps(answers))
-"""
-
-
-def find_in_new_process(home: Path, *names: str, **variables: str) -> dict:
-    """What `find_files` answers for each model where the hub's client has yet to be imported."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "FLUX_", "HUGGING"))
-    }
-    own = {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    command = [sys.executable, "-c", SCRIPT, *names]
-    done = subprocess.run(
-        command, env={**kept, **own, **variables}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def downloaded(hub, tmp_path_factory):
-    """A home with one model in it, and what was answered for it and for three that cannot be had."""
-    home = tmp_path_factory.mktemp("home")
-    return home, find_in_new_process(
-        home, "flux-dev", "flux-dev-krea", "flux-schnell", "absent", HF_ENDPOINT=hub
-    )
-
-
-def test_files_are_fetched_into_the_hubs_cache(downloaded):
-    home, answers = downloaded
-    flow, ae, text = map(Path, answers["flux-dev"])
-    assert flow.read_bytes() == ae.read_bytes() == WHOLE
-    assert flow.is_relative_to(home / "hub") and text == flow.parent
-    assert all((text / folder / "config.json").is_file() for folder in loading.TEXT_FOLDERS)
-
-
-def test_a_gated_repository(downloaded, hub):
-    """Where to ask, and how to log in. The hub says 401 without a token and 403 with one that lacks
-    access.
-    """
-    _, answers = downloaded
-    krea, schnell = answers["flux-dev-krea"], answers["flux-schnell"]
-    assert (
-        f"accept its licence (FLUX.1 [dev] non-commercial) at {hub}/black-forest-labs/FLUX.1-Krea-dev" in krea
-    )
-    assert f"accept its licence (Apache-2.0) at {hub}/black-forest-labs/FLUX.1-schnell" in schnell
-    assert all("hf auth login" in message and "\n" not in message for message in (krea, schnell))
-
-
-def test_a_file_that_the_repository_lacks(downloaded):
-    message = downloaded[1]["absent"]
-    assert isinstance(message, str) and "nothing.safetensors" in message and "\n" not in message
-
-
-def test_offline_what_is_there_is_used_and_nothing_is_asked(downloaded, hub):
-    home, online = downloaded
-    Hub.asked.clear()
-    answers = find_in_new_process(home, "flux-dev", "flux-schnell", HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
-    assert Hub.asked == []
-    assert answers["flux-dev"] == online["flux-dev"]
-    assert "not on this machine" in answers["flux-schnell"] and "HF_HUB_OFFLINE" in answers["flux-schnell"]
-
-
-@pytest.mark.slow
-def test_a_hub_that_does_not_answer(tmp_path):
-    """Slow since the hub's client tries five times, waiting longer each time."""
-    [message] = find_in_new_process(tmp_path, "flux-dev", HF_ENDPOINT="http://127.0.0.1:9").values()
-    assert "cannot be reached" in message
+        monkeypatch.setattr(Path, "open", refuse)
+    else:
+        path.write_bytes(WHOLE[:-8])
+    with pytest.raises(InputError, match="Permission denied|ends too early"):
+        checkpoint.weights["a"].read()

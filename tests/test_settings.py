@@ -67,7 +67,7 @@ def test_demo_3_reads_what_demo_2_writes():
         assert read_settings(DinoSettings, f"{folder}dino.json").input_dir == skip.output_dir
 
 
-@pytest.mark.parametrize(("file", "count"), [("prompts.json", 64), ("prompts_nano.json", 32)])
+@pytest.mark.parametrize(("file", "count"), [("prompts.json", 64), ("prompts_nano.json", 64)])
 def test_shipped_prompts_are_distinct(file, count):
     prompts = read_settings(TestSettings, "test.json", {"prompts": file}).prompts
     assert len({each.prompt for each in prompts}) == len({each.seed for each in prompts}) == count
@@ -150,6 +150,10 @@ def test_vital_layers(read, layers):
         (SkipSettings, {"prompts": ["a"], "layers": [[0, 1], [2]]}),
         (DinoSettings, DINO | {"threshold": 0.1}),
         (EditSettings, EDIT | {"vital_layers": [1, 2], "photo": "cat.png", "inject_until": 0.4}),
+        (
+            EditSettings,
+            EDIT | {"weight": {"1": 0.5}, "edits": ["a", {"prompt": "b", "dose": "add", "then": ["c"]}]},
+        ),
     ],
 )
 def test_run_json_gives_the_same_settings(read, cls, data):
@@ -234,7 +238,7 @@ WRONG = [
     (EditSettings, EDIT | {"edits": []}, "edits: expected at least one entry, got []"),
     (EditSettings, EDIT | {"edits": "a cat"}, 'edits: expected a list, got "a cat"'),
     (EditSettings, {"prompt": "a dog"}, "missing field 'edits': list of prompts, one for each edited image"),
-    (EditSettings, EDIT | {"prompt": None}, "prompt: expected a string, got null"),
+    (EditSettings, EDIT | {"prompt": None}, "missing field 'prompt': what the reference shows"),
     (EditSettings, EDIT | {"editz": []}, "unknown field 'editz', did you mean 'edits'?"),
     (EditSettings, {"prompt": "a", "edit": []}, "unknown field 'edit', did you mean 'edits'? (and 1 more)"),
     (EditSettings, EDIT | {"two\nlines": 1}, "unknown field 'two\\nlines', known are model, "),
@@ -252,7 +256,7 @@ WRONG = [
     (EditSettings, EDIT | {"guidance": 10**400}, "guidance: expected a number, got 1000"),
     (EditSettings, EDIT | {"true_cfg": 0.5}, "true_cfg: expected at least 1, got 0.5"),
     (EditSettings, EDIT | {"nudging": 0}, "nudging: expected more than 0, got 0"),
-    (EditSettings, EDIT | {"offload": 1}, "offload: expected true or false, got 1"),
+    (EditSettings, EDIT | {"offload": 1}, "offload: expected 'none', 'model', 'blocks' or 'auto', got 1"),
     (
         EditSettings,
         EDIT | {"dtype": "fp8"},
@@ -270,6 +274,22 @@ WRONG = [
         EDIT | {"inject_from": 0.5, "inject_until": 0.5},
         "file.json: got inject_from 0.5 and inject_un",
     ),
+    (EditSettings, EDIT | {"weight": 1.5}, "weight: expected at most 1.0, got 1.5"),
+    (EditSettings, EDIT | {"weight": {"3": -1}}, "weight.3: expected at least 0, got -1"),
+    (EditSettings, EDIT | {"weight": {"x": 1}}, 'weight.x: expected an integer, got "x"'),
+    (EditSettings, EDIT | {"dose": "strong"}, "dose: expected 'balanced', "),
+    (
+        EditSettings,
+        EDIT | {"edits": [{"weight": 1}]},
+        "edits[0]: missing field 'prompt': what the edited image",
+    ),
+    (
+        EditSettings,
+        EDIT | {"edits": [{"prompt": "a", "then": [{"prompt": "b", "top": 0}]}]},
+        "edits[0].then[0].top: expected at least 1, got 0",
+    ),
+    (EditSettings, EDIT | {"edits": [{"prompt": "a", "wieght": 1}]}, "edits[0]: unknown field 'wieght', did"),
+    (EditSettings, {"edits": ["a"], "photo": "a.png"}, "a caption_model can write it"),
     (EditSettings, EDIT | {"inject_until": 1.5}, "inject_until: expected at most 1.0, got 1.5"),
     (EditSettings, EDIT | {"inject_from": -0.1}, "inject_from: expected at least 0, got -0.1"),
     (EditSettings, EDIT | {"vital_layers": []}, "vital_layers: expected at least one entry, got []"),
@@ -407,3 +427,15 @@ def test_wrong_prompts_file(read, tmp_path):
     assert message_of(read, TestSettings, data).startswith(
         "list.json: expected a list of prompts [...], got {"
     )
+
+
+@pytest.mark.parametrize(
+    "given, read_as",
+    [(True, "model"), (False, "none"), ("auto", "auto"), ("blocks", "blocks"), ("True", "model")],
+)
+def test_offload_was_once_true_or_false(tmp_path, given, read_as):
+    """In older run.json files it still is, and on the command line, where --offload alone means True."""
+    (tmp_path / "run.json").write_text(json.dumps({"demo": "edit", "settings": EDIT | {"offload": given}}))
+    settings = read_settings(EditSettings, tmp_path / "run.json")
+    assert settings.offload == read_as and settings.to_json()["offload"] == read_as
+    assert read_settings(EditSettings, tmp_path / "run.json", {"offload": True}).offload == "model"

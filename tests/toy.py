@@ -305,30 +305,31 @@ def diffusers_autoencoder(ae: AutoEncoder):
 # ---- flux-nano
 
 
-def load_nano():
+def load_nano(name: str = "flux-nano"):
     from flux.pipeline import Pipeline
     from flux.settings import ModelSettings
     from flux.specs import complete
 
-    return Pipeline.load(complete(ModelSettings(model="flux-nano", device="cpu", dtype="float32")))
+    return Pipeline.load(complete(ModelSettings(model=name, device="cpu", dtype="float32")))
 
 
-def load_nano_in_diffusers():
-    """FluxPipeline of the files themselves: only the transformer's 8-bit weights pass through the package's
-    reader.
-    """
+def load_nano_in_diffusers(name: str = "flux-nano"):
+    """FluxPipeline of the files themselves; only the four-step model, a difference, is merged by the package."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    spec = configs["flux-nano"]
+    spec = configs[name]
     folder = spec.folder
     model, ae = Flux(spec.params), AutoEncoder(spec.ae_params)
-    model.load_state_dict(unscaled(load_file(folder / spec.repo_flow)))
+    if spec.lora:
+        model = load_nano(name).model
+    else:
+        model.load_state_dict(unscaled(load_file(folder / spec.repo_flow)))
     ae.load_state_dict({name: x.float() for name, x in load_file(folder / spec.repo_ae).items()})
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=spec.base_shift, max_shift=spec.max_shift
+            use_dynamic_shifting=spec.shifted, base_shift=spec.base_shift, max_shift=spec.max_shift
         ),
         vae=diffusers_autoencoder(ae),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),

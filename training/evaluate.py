@@ -374,27 +374,25 @@ def evaluate_speed() -> dict[str, float]:
     """Seconds on this machine's CPU of what the card promises, through the package as a user runs it."""
     from flux.editing import edit, find_vital_layers
     from flux.pipeline import Pipeline
-    from flux.settings import TestSettings
+    from flux.settings import EditSettings
     from flux.specs import complete, configs
 
     seconds = {}
+    prompt, edits = "a dog on the grass", ["a cat on the grass"] * 3
     for name in [name for name in ("flux-nano", "flux-nano-schnell") if name in configs]:
-        settings = complete(TestSettings(prompts=["a dog on the grass"], model=name, device="cpu"))
+        settings = complete(EditSettings(prompt=prompt, edits=edits, model=name, device="cpu", batch_size=3))
         begin = time.perf_counter()
         pipe = Pipeline.load(settings)
         seconds[f"{name}: load"] = time.perf_counter() - begin
-        common = {
-            "width": settings.width, "height": settings.height, "num_steps": settings.num_steps,
-            "guidance": settings.guidance, "true_cfg": settings.true_cfg, "progress": False,
-            "layers": find_vital_layers("auto", pipe.spec),
-        }  # fmt: skip
-        for label, edits in (
-            ("warm-up", []),
-            ("image", []),
-            ("reference and 3 edits", ["a cat on the grass"] * 3),
-        ):
+        layers, sampling = find_vital_layers("auto", pipe.spec), settings.sampling()
+        work = {
+            "warm-up": lambda: pipe.generate([prompt], [0], progress=False, **sampling),
+            "image": lambda: pipe.generate([prompt], [0], progress=False, **sampling),
+            "reference and 3 edits": lambda: edit(pipe, settings, layers, progress=False),
+        }
+        for label, run in work.items():
             begin = time.perf_counter()
-            edit(pipe, "a dog on the grass", edits, batch_size=3, **common)
+            run()
             seconds[f"{name}: {label}"] = time.perf_counter() - begin
     return {name: round(value, 2) for name, value in seconds.items() if "warm-up" not in name}
 

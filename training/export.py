@@ -15,6 +15,7 @@ from training.autoencoder import load_autoencoder
 from training.flow import load_generator
 from training.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
 from training.plan import Work
+from training.vocabulary import all_words
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -43,6 +44,7 @@ def export(work: Work) -> bool:
 
     folder = work.folder / "assets"
     shutil.copytree(work.tokenizers, folder, dirs_exist_ok=True)
+    (folder / "vocabulary.txt").write_text("\n".join(all_words()) + "\n")
     generator = load_generator(work, "guidance", guidance=True).cpu()
     save_file(scaled_fp8(generator.flux.state_dict()), folder / "transformer.safetensors")
     lora = torch.load(work.result("schnell"), map_location="cpu")
@@ -64,8 +66,9 @@ def export_dinov2(dinov2: nn.Module, folder: Path) -> None:
     dinov2.half().save_pretrained(folder)
     side = {"height": DINO_SIDE, "width": DINO_SIDE}
     config = {
-        "image_processor_type": "BitImageProcessor", "do_resize": True, "size": side, "resample": 3,
-        "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_processor_type": "BitImageProcessor", "do_resize": True, "resample": 3,
+        "size": {"shortest_edge": DINO_SIDE}, "do_center_crop": True, "crop_size": side,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_convert_rgb": True,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -37,7 +37,7 @@ NANO = Sizes(
         resolution=256, in_channels=3, ch=32, out_ch=3, ch_mult=[1, 2, 4, 4], num_res_blocks=1, z_channels=16,
         scale_factor=0.3611, shift_factor=0.1159, num_groups=16,
     ),
-    t5_layers=3, t5_hidden=512, clip_layers=2, dino_width=128, dino_layers=8, lora_rank=24,
+    t5_layers=3, t5_hidden=512, clip_layers=2, dino_width=128, dino_layers=8, lora_rank=16,
     measuring_width=48,
 )  # fmt: skip
 TOY = Sizes(

@@ -1,4 +1,4 @@
-"""The recipe's numbers: how long each stage trains and on what batches, for four H200 and for a toy run."""
+"""The recipe's numbers: how long each stage trains and on what batches, for two H200 and for a toy run."""
 
 import os
 from dataclasses import dataclass, replace
@@ -33,13 +33,13 @@ class StagePlan:
 
 
 PLAN: dict[str, StagePlan] = {
-    "autoencoder": StagePlan(110, 64, 1e-3, 8192, decay=0.6),
-    "flow128": StagePlan(65, 768, 1e-3, 200_000, 61_440, 128, 20_480, decay=0.0),
-    "flow256": StagePlan(480, 256, 1e-3, 300_000, 61_440, 32, 8_192, decay=0.55),
+    "autoencoder": StagePlan(126, 64, 1e-3, 8192, decay=0.6),
+    "flow128": StagePlan(55, 768, 1e-3, 200_000, 61_440, 128, 20_480, decay=0.0),
+    "flow256": StagePlan(450, 256, 1e-3, 300_000, 61_440, 32, 8_192, decay=0.55),
     "guidance": StagePlan(55, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
-    "schnell": StagePlan(90, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
-    "dinov2": StagePlan(45, 256, 1e-3, 150_000, decay=0.9),
-    "measuring": StagePlan(50, 192, 2e-3, 150_000, decay=0.9),
+    "schnell": StagePlan(108, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
+    "dinov2": StagePlan(52, 256, 1e-3, 150_000, decay=0.9),
+    "measuring": StagePlan(80, 192, 2e-3, 150_000, decay=0.9),
 }
 TOY_PLAN: dict[str, StagePlan] = {
     "autoencoder": StagePlan(1.5, 4, 1e-3, 8, decay=0.6),

@@ -43,8 +43,10 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[-2]
         normed = self.norm(x)
+        # Contiguous: only then do CUDA's kernels do without a matrix of all places by all places.
         q, k, v = (
-            rearrange(project(normed), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v)
+            rearrange(project(normed), "b c h w -> b 1 (h w) c").contiguous()
+            for project in (self.q, self.k, self.v)
         )
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=height)
         return x + self.proj_out(mixed)

@@ -46,6 +46,20 @@ class HFEmbedder(nn.Module):
             )
         self.hf_module.eval().requires_grad_(False)
 
+    @classmethod
+    def around(cls, encoder: nn.Module, max_length: int, tokenizer: str) -> "HFEmbedder":
+        """An encoder that is loaded already, and the tokenizer of that folder."""
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        embedder = cls.__new__(cls)
+        nn.Module.__init__(embedder)
+        embedder.is_clip = isinstance(encoder, CLIPTextModel)
+        embedder.max_length = max_length
+        embedder.output_key = "pooler_output" if embedder.is_clip else "last_hidden_state"
+        embedder.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        embedder.hf_module = encoder
+        return embedder
+
     def forward(self, text: list[str]) -> Tensor:
         """Prompts -> "B T features" (T5, T = max_length) or "B features" (CLIP)."""
         tokens = self.tokenizer(

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux.math import KeysValues, apply_rope, attend, rope, rotate
+from flux.modules.linear import project_rows
 
 
 class EmbedND(nn.Module):
@@ -80,15 +81,21 @@ class QKNorm(nn.Module):
         return self.query_norm(q).to(v), self.key_norm(k).to(v)
 
 
-def project_rows(linear: nn.Linear, x: Tensor, start: int, stop: int | None = None) -> Tensor:
-    """Only the output channels start..stop of a linear layer, the others not computed."""
-    bias = None if linear.bias is None else linear.bias[start:stop]
-    return F.linear(x, linear.weight[start:stop], bias)
-
-
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """One projection's heads apart: "B N C" -> "B H N D"."""
     return rearrange(x, "b n (h d) -> b h n d", h=num_heads)
+
+
+def replaces(given: KeysValues | None, weight: Tensor | None) -> bool:
+    """Whether the given keys and values leave nothing of one's own."""
+    return given is not None and weight is None and all(part is not None for part in given)
+
+
+def blend(own: Tensor, given: Tensor | None, weight: Tensor | None) -> Tensor:
+    """One's own keys or values, "B H I D", moved towards the given ones by a weight that fits that shape."""
+    if given is None:
+        return own
+    return given if weight is None else torch.lerp(own, given, weight)
 
 
 class SelfAttention(nn.Module):
@@ -102,16 +109,22 @@ class SelfAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
         self.norm = QKNorm(dim // num_heads)
 
-    def heads(self, x: Tensor, pe: Tensor, given: KeysValues | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, x: Tensor, pe: Tensor, given: KeysValues | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
 
-        Where keys and values are given, they stand in for the stream's own, which are then not computed.
+        Where keys and values are given whole, they stand in for the stream's own, which are then not
+        computed.
         """
-        if given is not None:
+        if replaces(given, weight):
             q = split_heads(project_rows(self.qkv, x, 0, x.shape[-1]), self.num_heads)
             return rotate(self.norm.query_norm(q), pe), *given
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return *apply_rope(*self.norm(q, k, v), pe), v
+        q, k = apply_rope(*self.norm(q, k, v), pe)
+        if given is not None:
+            k, v = blend(k, given[0], weight), blend(v, given[1], weight)
+        return q, k, v
 
     def forward(self, x: Tensor, pe: Tensor) -> Tensor:
         """Attention of the stream to itself alone: "B N C" -> "B N C"."""
@@ -174,12 +187,14 @@ class DoubleStreamBlock(nn.Module):
         pe: Tensor,
         given: KeysValues | None = None,
         keep: bool = False,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
 
         Args:
             given: the image stream attends to these image keys and values instead of its own.
             keep: return queries, keys and values of all tokens, as they were used, as a third value.
+            weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
         """
         num_txt = txt.shape[1]
         img_mod1, img_mod2 = self.img_mod(vec)
@@ -187,7 +202,7 @@ class DoubleStreamBlock(nn.Module):
 
         img_in = img_mod1.applied_to(self.img_norm1(img))
         txt_in = txt_mod1.applied_to(self.txt_norm1(txt))
-        img_q, img_k, img_v = self.img_attn.heads(img_in, pe[:, :, num_txt:], given)
+        img_q, img_k, img_v = self.img_attn.heads(img_in, pe[:, :, num_txt:], given, weight)
         txt_q, txt_k, txt_v = self.txt_attn.heads(txt_in, pe[:, :, :num_txt])
 
         q, k, v = torch.cat((txt_q, img_q), 2), torch.cat((txt_k, img_k), 2), torch.cat((txt_v, img_v), 2)
@@ -228,6 +243,7 @@ class SingleStreamBlock(nn.Module):
         given: KeysValues | None = None,
         keep: bool = False,
         num_txt: int = 0,
+        weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
         2 2".
@@ -236,14 +252,18 @@ class SingleStreamBlock(nn.Module):
             given: all tokens attend to these image keys and values instead of the sequence's own.
             keep: return queries, keys and values of all tokens, as they were used, as a second value.
             num_txt: where the image tokens begin; needed with `given` only.
+            weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
         """
         mod, _ = self.modulation(vec)
         x_in = mod.applied_to(self.pre_norm(x))
 
-        if given is None:
+        if not replaces(given, weight):
             qkv, mlp = self.linear1(x_in).split((3 * self.hidden_dim, self.mlp_hidden_dim), dim=-1)
             q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
             q, k = apply_rope(*self.norm(q, k, v), pe)
+            if given is not None:
+                mixed = (blend(x[:, :, num_txt:], part, weight) for x, part in zip((k, v), given))
+                k, v = (torch.cat((x[:, :, :num_txt], part), dim=2) for x, part in zip((k, v), mixed))
         else:
             q = split_heads(project_rows(self.linear1, x_in, 0, self.hidden_dim), self.num_heads)
             q = rotate(self.norm.query_norm(q), pe)

@@ -1,0 +1,127 @@
+"""A photograph to three edits at full size, with random weights: time and memory, its keys and values kept on
+the device and in main memory, and what one more edit of a kept reference costs.
+
+    python -m benchmarks.edit_photo --folder /tmp/random-flux [--output benchmarks/results/CARD-edit.json]
+
+Uses, or writes once, the 24 GB that `benchmarks.full_size` works with. `--toy` runs the same on a tiny model,
+on any machine; `--compiled=False` leaves out what takes minutes to compile.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import fire
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, full_plan, known, toy_plan
+from benchmarks.report import GIB, PassClock, machine, markdown
+from benchmarks.stand_ins import write_stand_ins
+from flux.editing import edit, edit_reference, keep_reference
+from flux.errors import exit_on_input_error
+from flux.images import write_json
+from flux.pipeline import Pipeline, pick_device
+from flux.settings import EditSettings, ModelSettings
+
+METHODS = ("euler", "midpoint", "fireflow")
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Something of another size and shape than the edits."""
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((3 * width // 2, height), Image.Resampling.BICUBIC)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> tuple[object, dict]:
+    """What it gives; its seconds, and on a GPU its peak memory."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    result = run()
+    if on_gpu:
+        torch.cuda.synchronize()
+    found = {"seconds": time.perf_counter() - begin}
+    return result, found | ({"peak_gib": torch.cuda.max_memory_allocated() / GIB} if on_gpu else {})
+
+
+def measure(pipe: Pipeline, settings: EditSettings, layers: tuple[int, ...], photo: Image.Image) -> dict:
+    """Seconds and memory of each piece of work, by its name."""
+    quiet, found = {"progress": False}, {}
+
+    def note(name: str, run: Callable[[], object]) -> object:
+        with PassClock(pipe.model.final_layer, pipe.device) as clock:
+            result, found[name] = timed(run, pipe.device)
+        found[name]["pass_ms"] = clock.step_ms(1)["median"]
+        return result
+
+    at_once = settings.model_copy(update={"batch_size": len(EDITS)})
+    for method in METHODS:
+        inverted = at_once.model_copy(update={"inversion": method})
+        note(
+            f"{method}, inversion and 3 edits, nothing kept",
+            lambda: edit(pipe, inverted, layers, photo, **quiet),
+        )
+    for place, fits in (("device", True), ("main memory", False)):
+        with patch("flux.reference._fits", return_value=fits or pipe.device.type != "cuda"):
+            name = f"inversion, kept in {place}"
+            kept = note(name, lambda: keep_reference(pipe, settings, layers, photo, **quiet))
+        found[name]["kept_gib"] = sum(moment.bytes() for moment in kept.moments) / GIB
+        for number in (1, 3):
+            edits = EDITS[:number]
+            note(
+                f"{number} edits of what is kept in {place}",
+                lambda: edit_reference(pipe, kept, edits, at_once, **quiet),
+            )
+        kept = None
+    return found
+
+
+@exit_on_input_error()
+def main(
+    folder: str,
+    output: str | None = None,
+    toy: bool = False,
+    device: str = "auto",
+    num_steps: int = 12,
+    compiled: bool = True,
+) -> None:
+    plan, where = toy_plan() if toy else full_plan(), pick_device(device)
+    words = {word for prompt in (PROMPT, *EDITS) for word in prompt.split()}
+    files = write_stand_ins(Path(folder) / plan.model, plan.spec, words, where)
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+    paths = {"weights": str(files.flow), "ae_weights": str(files.ae), "text_encoders": str(files.text)}
+    with known(plan):
+        pipe = Pipeline.load(ModelSettings(model=plan.model, device=str(where), dtype=plan.dtype, **paths))
+    size = plan.work[0]
+    settings = EditSettings(
+        prompt=PROMPT, edits=EDITS, dose="paper", photo="photo", width=size.width, height=size.height,
+        num_steps=num_steps, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
+    )  # fmt: skip
+    photo = photograph(size.width, size.height)
+    results = {"machine": machine(where), "model": plan.model, "num_steps": num_steps}
+    for mode in ("eager", "compiled") if compiled else ("eager",):
+        if mode == "compiled":
+            pipe.model.compile_blocks()
+        # Warm-up, and compilation of each kind of pass.
+        measure(pipe, settings.model_copy(update={"num_steps": 2}), plan.layers, photo)
+        results[mode] = measure(pipe, settings, plan.layers, photo)
+        columns = ("seconds", "pass_ms", "peak_gib", "kept_gib")
+        rows = [
+            [name, *(f"{found[key]:.1f}" if key in found else "-" for key in columns)]
+            for name, found in results[mode].items()
+        ]
+        print(f"\n{mode}, {size.width}x{size.height}, {num_steps} steps")
+        print(markdown(["work", "s", "ms a pass", "GiB at the peak", "GiB kept"], rows), flush=True)
+        if output:
+            write_json(output, results)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

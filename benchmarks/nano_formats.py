@@ -1,0 +1,145 @@
+"""flux-nano in 8-bit floats and in each kind of GGUF: how close pictures and edits stay to its own.
+
+    python -m benchmarks.nano_formats [--size 256] [--num_steps 20] [--device auto] [--folder FOLDER]
+                                      [--output benchmarks/results/nano_formats.json]
+
+Writes the files (into FOLDER, else a folder that is removed again), loads each as a user would, and runs the
+edits of configs/edit.json. Beside the JSON it writes the table as Markdown. Needs the `gguf` package.
+"""
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import fire
+
+from flux.errors import exit_on_input_error
+
+# What quantisers take instead where rows are no multiple of 256.
+INSTEAD = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+def write_gguf(weights: dict, path: Path, kind: str) -> float:
+    """Matrices of the blocks in that kind, the rest in float32. Returns the share of them that is of it."""
+    import gguf
+
+    from benchmarks.k_quants import KINDS, quantize
+
+    writer, of_kind, packed = gguf.GGUFWriter(path, "flux"), 0, 0
+    for name, x in weights.items():
+        data, own = x.numpy(), "F32"
+        if x.ndim == 2 and "blocks." in name:
+            own = kind if kind not in KINDS or x.shape[1] % 256 == 0 else INSTEAD[kind]
+            of_kind, packed = of_kind + x.numel() * (own == kind), packed + x.numel()
+        quantization = gguf.GGMLQuantizationType[own]
+        data = quantize(data, own) if own in KINDS else gguf.quantize(data, quantization)
+        writer.add_tensor(name, data, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return of_kind / packed
+
+
+def write_fp8(weights: dict, path: Path, kind: str) -> float:
+    """Every tensor cast as it is, or matrices with a scale each."""
+    import torch
+    from safetensors.torch import save_file
+
+    if kind == "fp8 scaled":
+        file = {}
+        for name, x in weights.items():
+            file[name] = x.half()
+            if x.ndim == 2:
+                scale = x.abs().max() / 448
+                file[name] = (x / scale).to(torch.float8_e4m3fn)
+                file[name.removesuffix(".weight") + ".scale_weight"] = scale
+    else:
+        dtype = torch.float8_e4m3fn if kind == "fp8 e4m3" else torch.float8_e5m2
+        file = {name: x.to(dtype) for name, x in weights.items()}
+    save_file(file, path)
+    return 1.0
+
+
+@exit_on_input_error()
+def main(
+    size: int = 256,
+    num_steps: int = 20,
+    device: str = "auto",
+    folder: str | None = None,
+    output: str = "benchmarks/results/nano_formats.json",
+) -> None:
+    import torch
+
+    from benchmarks.report import machine, markdown
+    from flux.editing import edit, find_vital_layers, psnr
+    from flux.gguf import SIZES
+    from flux.images import write_json, write_text
+    from flux.loading import ModelFiles, load_flow, read_weights
+    from flux.pipeline import Pipeline
+    from flux.settings import EditSettings, read_settings
+    from flux.specs import complete, get_spec
+
+    wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
+    settings = complete(read_settings(EditSettings, "edit.json", wanted))
+    spec = get_spec(settings.model)
+    layers = find_vital_layers(settings.vital_layers, spec)
+    pipe = Pipeline.load(settings)
+    weights = read_weights(spec.folder / spec.repo_flow, "cpu", torch.float32)
+
+    def run(model) -> tuple[list, float]:
+        begin = time.perf_counter()
+        made = edit(replace(pipe, model=model), settings, layers, progress=False)
+        return [made.reference, *made.edits], time.perf_counter() - begin
+
+    own, own_seconds = run(pipe.model)
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(folder or temporary)
+        home.mkdir(parents=True, exist_ok=True)
+        for kind in ("fp8 scaled", "fp8 e4m3", "fp8 e5m2", *sorted(SIZES, key=lambda kind: -bits(kind))):
+            path = home / f"flux-nano-{kind.replace(' ', '-')}"
+            share = (write_fp8 if "fp8" in kind else write_gguf)(weights, path, kind)
+            files = ModelFiles(path, path, path)
+            pictures, seconds = run(load_flow(spec, files, pipe.device, torch.float32, keep_8bit=True))
+            reference, *edits = (psnr(*pair) for pair in zip(own, pictures))
+            found = {"kind": kind, "bytes": path.stat().st_size, "share": share, "reference_psnr": reference}
+            results.append({**found, "edits_psnr": edits, "seconds": seconds})
+            print(found, edits, flush=True)
+            if not folder:
+                path.unlink()
+
+    rows = [
+        [
+            result["kind"],
+            f"{result['bytes'] / 2**20:.1f}",
+            f"{100 * result['share']:.0f} %",
+            decibel([result["reference_psnr"]]),
+            decibel(result["edits_psnr"]),
+            f"{result['seconds'] / own_seconds:.2f}",
+        ]
+        for result in results
+    ]
+    table = markdown(["form", "MiB", "matrices of it", "reference dB", "edits dB", "time"], rows)
+    print(table)
+    about = {"machine": machine(pipe.device), "size": size, "num_steps": num_steps, "seconds": own_seconds}
+    write_json(output, {**about, "results": results})
+    write_text(Path(output).with_suffix(".md"), table + "\n")
+
+
+def bits(kind: str) -> float:
+    from flux.gguf import SIZES
+
+    numbers, size = SIZES[kind]
+    return 8 * size / numbers
+
+
+def decibel(values: list[float | None]) -> str:
+    """The mean; equal pictures have none."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.1f}" if known else "equal"
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,9 @@
+"""The studio on a Space: FLUX.1 [schnell], with upstream's content filter."""
+
+import os
+
+from flux.settings import ModelSettings
+from flux.studio.app import open_studio, serve
+
+studio = open_studio(ModelSettings(model=os.environ.get("STUDIO_MODEL", "flux-schnell"), offload=False))
+serve(studio, host="0.0.0.0", port=7860, auth=os.environ.get("STUDIO_AUTH"))

@@ -1,0 +1,28 @@
+"""The studio from another program: a picture, an edit of the same scene, and a scan of three layers.
+
+python demo_gr.py --port 7860 &
+python docs/studio_client.py [http://127.0.0.1:7860] [--num_steps 20]
+"""
+
+import fire
+from gradio_client import Client
+
+
+def main(url: str = "http://127.0.0.1:7860", num_steps: int = 20, size: int = 256) -> None:
+    studio = Client(url, verbose=False)
+    how = {"num_steps": num_steps, "width": size, "height": size}
+
+    pictures, run = studio.predict("a dog on the grass", seed=7, **how, api_name="/generate")
+    print("picture:", pictures[0], "\nrun.json:", run)
+
+    pictures, _ = studio.predict(
+        "a dog on the grass", ["a cat on the grass"], seed=7, **how, api_name="/edit"
+    )
+    print("reference and edit:", *pictures)
+
+    found, plot = studio.predict(["a dog on the grass"], layers=[0, 3, 9], **how, api_name="/scan")
+    print("vital layers:", found["vital_layers"], "\nvitality:", plot)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,41 @@
+"""How much of the reference an edit takes over: which of the vital layers, how strongly, in which steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A named choice of numbers, all of which the settings can say on their own too.
+
+    Attributes:
+        weight: what the taken keys and values count beside the edit's own, 0..1; of each layer, if a mapping.
+        inject_from, inject_until: for which part of the steps, in fractions of them.
+        falling: the weight falls in a straight line from the first step of that part to zero after its last.
+        top: of how many vital layers, the most vital ones; None: all.
+    """
+
+    weight: float | Mapping[int, float] = 1.0
+    inject_from: float = 0.0
+    inject_until: float = 1.0
+    falling: bool = False
+    top: int | None = None
+
+    def of_layer(self, layer: int) -> float:
+        """The weight of a layer where nothing has fallen yet; one that a mapping does not name has 1."""
+        return self.weight.get(layer, 1.0) if isinstance(self.weight, Mapping) else self.weight
+
+    def shares(self, steps: range) -> list[float]:
+        """What is left of the weight in each step of the window."""
+        return [1 - place / len(steps) if self.falling else 1.0 for place in range(len(steps))]
+
+
+# The only place with these numbers: to tune them, change them here.
+DOSES: dict[str, Dose] = {
+    "balanced": Dose(inject_until=0.5, falling=True),
+    "replace": Dose(inject_until=0.4),
+    "add": Dose(inject_until=0.3, falling=True),
+    "scene": Dose(weight=0.6, inject_until=0.6, falling=True),
+    "paper": Dose(),
+}
+DEFAULT_DOSE = "balanced"

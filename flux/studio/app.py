@@ -1,0 +1,129 @@
+"""The studio as a whole: the model loaded, the page built and served."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux.errors import InputError
+from flux.settings import ModelSettings, check_settings
+from flux.specs import ModelSpec, complete, get_spec
+from flux.studio.content_filter import DEFAULT, ContentFilter
+from flux.studio.engine import Engine
+from flux.studio.limits import Limits
+from flux.studio.visits import Visits
+from flux.usage import track_usage_via_api
+
+
+@dataclass(frozen=True, eq=False)
+class Studio:
+    """What all tabs of the page share.
+
+    Attributes:
+        defaults: complete settings of the model that is loaded.
+        folder: everything that is written or served lies in it.
+        track_usage: report each picture to Black Forest Labs, as some licences ask for.
+    """
+
+    engine: Engine
+    limits: Limits
+    visits: Visits
+    folder: Path
+    track_usage: bool = False
+
+    @property
+    def defaults(self) -> ModelSettings:
+        return self.engine.settings
+
+    @property
+    def spec(self) -> ModelSpec:
+        return get_spec(self.defaults.model)
+
+    def checked(self, cls: type, fields: dict[str, Any]) -> Any:
+        """Complete settings of that kind: the studio's model and the given fields, within the limits.
+
+        Raises InputError where they cannot be used.
+        """
+        defaults = self.defaults.model_dump(exclude={"output_dir"})
+        given = {name: value for name, value in fields.items() if value is not None}
+        settings = complete(check_settings(cls, {**defaults, **given}))
+        self.limits.check_size(settings)
+        return settings
+
+    def count(self, pictures: int) -> None:
+        """Reports that many new pictures, if they are to be reported."""
+        if self.track_usage and pictures:
+            track_usage_via_api(self.defaults.model, pictures)
+
+
+def open_studio(
+    settings: ModelSettings,
+    folder: str | Path = "output/studio",
+    content_filter: str = "auto",
+    track_usage: bool = False,
+) -> Studio:
+    """Loads the model and the content filter.
+
+    Args:
+        content_filter: "auto" (upstream's classifier for FLUX.1 models, none for flux-nano), "off", or an
+            image classifier by hub name or folder.
+
+    Raises:
+        InputError: as `Pipeline.load` and `ContentFilter.load`.
+    """
+    from flux.pipeline import Pipeline, pick_device
+
+    settings = complete(settings)
+    spec = get_spec(settings.model)
+    if content_filter == "auto":
+        # The small model has seen no people.
+        content_filter = "off" if spec.folder else DEFAULT
+    device = pick_device(settings.device)
+    unsafe = None if content_filter == "off" else ContentFilter.load(content_filter, device)
+    folder = Path(folder).resolve()
+    engine = Engine(settings, Pipeline.load(settings), unsafe)
+    return Studio(engine, Limits.of(spec), Visits(folder / "visits"), folder, track_usage)
+
+
+def serve(
+    studio: Studio,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    auth: str | None = None,
+    **more: Any,
+) -> Any:
+    """Builds the page and serves it until Ctrl-C; further arguments are those of gradio's `launch`.
+
+    Args:
+        auth: "user:password", asked for before anything is shown.
+
+    Raises:
+        InputError: `auth` without a colon, or a port that is taken.
+    """
+    if auth is not None and not all(auth.partition(":")):
+        raise InputError('Got auth without a colon or with an empty side: expected "user:password"')
+    # Read when components are made: uploads and copies of what is shown lie here, and are served from here.
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "served")
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(studio.folder / "served" / "examples")
+
+    from flux.studio.page import LOOKS, build
+
+    page = build(studio)
+    # Without api_open, a request to the bare routes would pass by the queue.
+    page.queue(max_size=studio.limits.waiting, api_open=False, default_concurrency_limit=8)
+    try:
+        return page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=tuple(auth.split(":", 1)) if auth else None,
+            allowed_paths=[str(studio.visits.folder), str(studio.folder / "scans")],
+            max_file_size=studio.limits.upload_bytes,
+            footer_links=["api"],
+            run_history=False,
+            enable_monitoring=False,
+            **{**LOOKS(), **more},
+        )
+    except OSError as error:
+        raise InputError(f"Cannot serve at {host or '127.0.0.1'}:{port or '7860 and up'}: {error}") from error

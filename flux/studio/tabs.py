@@ -1,0 +1,101 @@
+"""What the page's tabs have in common: a run from click to end, and the sliders of every model."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from random import randrange
+from typing import Any
+
+import gradio as gr
+
+from flux.studio.app import Studio
+from flux.studio.engine import Report
+from flux.studio.limits import readable
+from flux.studio.widgets import duration, news
+
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# For what may fail: gradio shows errors only of what was queued.
+AT_ONCE = {**QUIET, "concurrency_limit": None}
+
+
+def connect(
+    studio: Studio,
+    triggers: Iterable[Callable],
+    inputs: list[Any],
+    check: Callable[..., Any],
+    work: Callable[..., Iterator[tuple[Report | None, dict]]],
+    outputs: list[Any],
+    line: gr.HTML,
+    go: Iterable[gr.Button],
+    stop: gr.Button,
+    seed: tuple[gr.Checkbox, gr.Number] | None = None,
+) -> None:
+    """Lets `triggers` begin a run, and the button `stop` end it.
+
+    Args:
+        check: called at once with the values of `inputs`; raises InputError if they cannot be used.
+        work: called with the visit and the values when the model is free; yields reports, each with what is
+            to be shown by component, and None for the report at its end.
+        line: where reports are shown.
+        seed: whether a new seed is wanted, and where it goes.
+    """
+    buttons = [*go, stop]
+
+    def switched(running: bool) -> list[dict]:
+        return [*(gr.update(interactive=not running) for _ in go), gr.update(interactive=running)]
+
+    def begin(request: gr.Request, *values):
+        with readable():
+            check(*values)
+        studio.visits.of(request.session_hash).stop.clear()
+        return [news(Report("waiting for the model")), *switched(True)]
+
+    def run(request: gr.Request, *values):
+        with readable():
+            begun, visit = time.perf_counter(), studio.visits.of(request.session_hash)
+            for report, shown in work(visit, *values):
+                yield {line: news(report), **shown} if report else shown
+            took = duration(time.perf_counter() - begun)
+            yield {line: news(None, f"Stopped after {took}." if visit.stop.is_set() else f"Done in {took}.")}
+
+    def end(text: str):
+        # An error leaves the line as it was; the toast says what happened.
+        return [news(None, "Ready.") if "busy" in (text or "") else gr.skip(), *switched(False)]
+
+    if seed:
+        asked = gr.on(list(triggers), new_seed, [*seed], seed[1], queue=False, **QUIET)
+        asked = asked.then(begin, inputs, [line, *buttons], **AT_ONCE)
+    else:
+        asked = gr.on(list(triggers), begin, inputs, [line, *buttons], **AT_ONCE)
+    ran = asked.success(run, inputs, [line, *outputs], concurrency_id="model", concurrency_limit=1, **QUIET)
+    ran.then(end, line, [line, *buttons], queue=False, **QUIET)
+
+    def halt(request: gr.Request):
+        studio.visits.of(request.session_hash).stop.set()
+        return gr.update(interactive=False)
+
+    stop.click(halt, None, stop, queue=False, **QUIET)
+
+
+def new_seed(fresh: bool, seed: float | None) -> float | None:
+    """Another seed, if a fresh one is wanted."""
+    return randrange(2**32) if fresh else seed
+
+
+def size_slider(studio: Studio, label: str, value: int) -> gr.Slider:
+    return gr.Slider(64, studio.limits.side, value, step=16, label=label)
+
+
+def guidance_slider(studio: Studio) -> gr.Slider:
+    """Hidden where the model knows no such number."""
+    return gr.Slider(
+        0, 10, studio.defaults.guidance, step=0.1, label="Guidance", visible=studio.spec.params.guidance_embed
+    )
+
+
+def whole(fields: dict[str, Any]) -> dict[str, Any]:
+    """Counts as integers: browsers send 20.0, and sliders 1 for 1.0."""
+    counts = ("width", "height", "num_steps", "seed", "top")
+    return {
+        name: int(value) if name in counts and isinstance(value, float) and value.is_integer() else value
+        for name, value in fields.items()
+    }

@@ -1,0 +1,152 @@
+"""PIE-Bench's layout: masks by hand, what is read of an entry, and how wrong ones are told."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux.errors import InputError
+from flux.images import save_image
+from flux.pie_bench import (
+    decode_mask,
+    encode_mask,
+    fingerprint,
+    of_kinds,
+    read_benchmark,
+    spread,
+    write_benchmark,
+)
+
+
+def entry(number: int = 0, **more) -> dict:
+    """As PIE-Bench has them."""
+    return {
+        "image_path": f"0_random_140/{number}.jpg",
+        "original_prompt": "a [round] cake on a table",
+        "editing_prompt": "a [square] cake with [orange frosting] on a table",
+        "editing_instruction": "Change the cake's shape",
+        "editing_type_id": "6",
+        "blended_word": "cake cake",
+        "mask": [0, 4],
+        **more,
+    }
+
+
+def write(folder, *entries, size=(64, 48)):
+    for each in entries:
+        save_image(Image.new("RGB", size, "red"), folder / "annotation_images" / each["image_path"])
+    write_benchmark(folder, ((f"{number:012d}", each) for number, each in enumerate(entries)))
+    return folder
+
+
+def test_a_mask_by_hand():
+    """Start and length in turn, over rows; a run goes on in the next row; the frame is always set."""
+    mask = decode_mask([8, 2, 16, 3, 33, 100], width=7, height=6)
+    assert mask.astype(int).tolist() == [
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0, 0, 1],
+        [1, 0, 1, 1, 1, 0, 1],
+        [1, 0, 0, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_a_mask_as_the_benchmarks_own_size():
+    """One pixel at row 3, column 5 of 512 x 512."""
+    mask = decode_mask([3 * 512 + 5, 1], 512, 512)
+    assert mask.shape == (512, 512)
+    assert np.argwhere(mask[1:-1, 1:-1]).tolist() == [[2, 4]]
+    assert mask.sum() == 4 * 511 + 1
+
+
+def test_encoding_is_the_way_back():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        mask = random.random((7, 9)) < 0.5
+        mask[[0, -1]] = mask[:, [0, -1]] = True
+        assert (decode_mask(encode_mask(mask), 9, 7) == mask).all()
+    assert encode_mask(np.zeros((3, 3), dtype=bool)) == []
+    assert encode_mask(np.ones((3, 3), dtype=bool)) == [0, 9]
+
+
+def test_what_is_read_of_an_entry(tmp_path):
+    [item] = read_benchmark(write(tmp_path, entry()))
+    assert (item.key, item.kind, item.seed) == ("000000000000", "colour", 0)
+    assert item.source == "a round cake on a table"
+    assert item.target == "a square cake with orange frosting on a table"
+    assert item.path.read_bytes()
+    assert item.truth is None and item.asked is None
+
+
+def test_photo_and_mask_are_cut_and_scaled_alike(tmp_path):
+    """A picture whose left half is blue, and may change, keeps both together at another shape."""
+    picture = Image.new("RGB", (96, 64), "red")
+    picture.paste("blue", (0, 0, 48, 64))
+    mask = np.zeros((64, 96), dtype=bool)
+    mask[:, :48] = True
+    write(tmp_path, entry(image_path="one.png", mask=encode_mask(mask)))
+    save_image(picture, tmp_path / "annotation_images" / "one.png")
+    [item] = read_benchmark(tmp_path)
+    photo, cut = item.photo(32, 32), item.mask(32, 32)
+    assert photo.size == cut.size == (32, 32)
+    blue = np.asarray(photo)[..., 2] > 128
+    # But for the frame, and for where colours mix.
+    inner = np.s_[2:-2, 2:-2]
+    assert (np.asarray(cut) == blue)[inner].all()
+
+
+def test_spread_takes_each_kind_evenly(tmp_path):
+    kinds = ["1"] * 8 + ["2"] * 4
+    items = read_benchmark(write(tmp_path, *(entry(n, editing_type_id=kind) for n, kind in enumerate(kinds))))
+    chosen = spread(items, 6)
+    assert [item.kind for item in chosen] == ["replace"] * 4 + ["add"] * 2
+    assert {item.key for item in spread(items, 3)} < {item.key for item in chosen}
+    assert spread(items, 100) == spread(items, None) == items
+
+
+def test_kinds_are_chosen_by_name(tmp_path):
+    items = read_benchmark(write(tmp_path, entry(0), entry(1, editing_type_id="9")))
+    assert of_kinds(items, ["style"]) == items[1:]
+    assert of_kinds(items, []) == items
+    with pytest.raises(InputError, match="kinds colours, but the benchmark has colour, style"):
+        of_kinds(items, ["colours", "style"])
+
+
+def test_another_file_is_another_benchmark(tmp_path):
+    first = fingerprint(write(tmp_path, entry()))
+    assert first != fingerprint(write(tmp_path, entry(seed=1)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mask": [1, 2, 3]}, "no list of starts and lengths"),
+        ({"mask": [0, -1]}, "no list of starts and lengths"),
+        ({"mask": None}, "no list of starts and lengths"),
+        ({"editing_prompt": None}, "has no text 'editing_prompt'"),
+        ({"target_image_path": "lost.png"}, "lost.png is not there"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, change, message):
+    write(tmp_path, entry())
+    write_benchmark(tmp_path, [("one", entry()), ("two", entry() | change)])
+    with pytest.raises(InputError, match=f"Got the edit 'two' of .*{message}"):
+        read_benchmark(tmp_path)
+
+
+def test_a_number_that_leads_elsewhere(tmp_path):
+    write(tmp_path, entry())
+    write_benchmark(tmp_path, [("../../one", entry())])
+    with pytest.raises(InputError, match="made of letters"):
+        read_benchmark(tmp_path)
+
+
+def test_no_benchmark(tmp_path):
+    with pytest.raises(InputError, match="holds no mapping_file.json.*training.benchmark"):
+        read_benchmark(tmp_path)
+    for text in ("[]", "{}", "no", json.dumps({"one": 1})):
+        (tmp_path / "mapping_file.json").write_text(text)
+        with pytest.raises(InputError):
+            read_benchmark(tmp_path)

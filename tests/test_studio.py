@@ -1,0 +1,398 @@
+"""The studio without its page: limits, uploads, the engine, the filter, what is saved, scans."""
+
+import json
+import re
+import runpy
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux.errors import InputError
+from flux.images import read_image, save_image
+from flux.sampling import Step
+from flux.settings import EditSettings, ModelSettings, TestSettings, check_settings, read_settings
+from flux.specs import complete, configs
+from flux.studio.app import Studio, open_studio, serve
+from flux.studio.content_filter import ContentFilter
+from flux.studio.engine import Engine
+from flux.studio.limits import Limits
+from flux.studio.visits import Visits, read_back
+
+gradio = pytest.importorskip("gradio")
+
+from flux.studio.edit import edit_settings_of, edits_of, known_layers, run_edit, text_of  # noqa: E402
+from flux.studio.generate import run_generate, settings_of  # noqa: E402
+from flux.studio.look import run_scan, scan_settings_of  # noqa: E402
+from flux.studio.widgets import layers_on, news, painted, strip_value  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"width": 64, "height": 64, "num_steps": 2}
+
+
+@pytest.fixture
+def studio(nano, tmp_path) -> Studio:
+    settings = complete(ModelSettings(device="cpu", dtype="float32", **SMALL))
+    engine = Engine(settings, nano)
+    return Studio(engine, Limits.of(configs["flux-nano"]), Visits(tmp_path / "visits"), tmp_path)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    ramp = np.linspace(0, 255, 96 * 80 * 3).reshape(96, 80, 3)
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+def finish(work):
+    """The run at the end of its reports."""
+    return [run for _, run in work][-1]
+
+
+# What may be asked for
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"width": 4096, "height": 4096}, "4096x4096"),
+        ({"width": 512, "height": 512}, "area"),
+        ({"num_steps": 10**6}, "steps"),
+        ({"count": 50}, "50 pictures"),
+        ({"prompt": "a" * 10**5}, "100000 letters"),
+        ({"num_steps": 2.5}, "integer"),
+        ({"seed": -1}, "seed"),
+        ({"width": float("nan")}, "width"),
+    ],
+)
+def test_too_much_is_refused(studio, form, said):
+    with pytest.raises(InputError, match=said):
+        settings_of(studio, {"prompt": "a dog", **form})
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"edits": "\n \n"}, "no edit"),
+        ({"edits": "a\n" * 7}, "7 edits"),
+        ({"layers": {"on": []}}, "no layer"),
+        ({"layers": "<script>"}, "no layer"),
+        ({"inject_from": 0.8, "inject_until": 0.2}, "inject_from"),
+        ({"dose": "huge"}, "dose"),
+    ],
+)
+def test_edits_that_cannot_be(studio, form, said):
+    with pytest.raises(InputError, match=said):
+        edit_settings_of(studio, {"prompt": "a dog", "edits": "a cat", "layers": {"on": [1]}, **form})
+
+
+def test_layers_from_a_browser_are_checked():
+    assert layers_on({"on": [3, 1, 99, -1, "2", True, 1]}, 15) == (1, 3)
+    assert strip_value(15, 5, (2, 1), {1: 0.5})["vitality"] == {"1": 0.5}
+
+
+def test_edits_as_lines_and_back():
+    text = "a cat\n> a white cat\n> a white cat at night\na fox"
+    edits = edits_of(text)
+    assert edits[1] == "a fox" and edits[0]["then"][1] == "a white cat at night"
+    settings = EditSettings(prompt="a dog", edits=edits)
+    assert [entry.prompt for entry in settings.entries] == [line.lstrip("> ") for line in text.splitlines()]
+    assert text_of(settings.edits) == text
+
+
+# Uploads
+
+
+def test_uploads_are_bare_pixels(studio, tmp_path, photo):
+    exif = Image.Exif()
+    exif[274], exif[270] = 6, "where I live"  # turned by a quarter, and a secret
+    photo.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    picture = studio.limits.read_upload(tmp_path / "photo.jpg", tmp_path)
+    assert picture.size == photo.size[::-1] and not picture.info
+    kept = studio.visits.of("a").take(picture)
+    assert b"where I live" not in kept.read_bytes() and kept.suffix == ".png"
+
+
+def test_uploads_that_are_refused(studio, tmp_path, photo):
+    inside = tmp_path / "uploads"
+    inside.mkdir()
+    save_image(photo, tmp_path / "secret.png")
+    (inside / "no.png").write_text("<svg/>")
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    for path in (tmp_path / "secret.png", inside / "../secret.png", inside / "link.png", "/etc/passwd"):
+        with pytest.raises(InputError, match="not uploaded"):
+            studio.limits.read_upload(path, inside)
+    with pytest.raises(InputError, match="Got no.png") as caught:
+        studio.limits.read_upload(inside / "no.png", inside)
+    assert str(tmp_path) not in str(caught.value)
+    save_image(photo, inside / "big.png")
+    for limits, said in (
+        (Limits(64, 64, upload_bytes=10), "MB"),
+        (Limits(64, 64, upload_pixels=10), "pixels"),
+    ):
+        with pytest.raises(InputError, match=said):
+            limits.read_upload(inside / "big.png", inside)
+
+
+def test_what_is_painted():
+    layer = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert painted(None) is painted({"layers": [layer]}) is None
+    layer.putpixel((1, 2), (255, 255, 255, 200))
+    mask = painted({"background": None, "layers": [layer]})
+    assert mask.getpixel((1, 2)) == 255 and mask.getextrema() == (0, 255)
+
+
+# The engine
+
+
+def steps_of(count: int, delay: float = 0.0):
+    def work(tell):
+        tell.begin("counting", count)
+        for _ in range(count):
+            time.sleep(delay)
+            tell.advance()
+        return "end"
+
+    return work
+
+
+def run(engine, work, stop=None):
+    """Its reports and its result."""
+    reports, generator = [], engine.run(work, stop or threading.Event())
+    try:
+        while True:
+            reports.append(next(generator))
+    except StopIteration as end:
+        return reports, end.value
+
+
+def test_reports_and_time_left(studio):
+    reports, result = run(studio.engine, steps_of(4, 0.05))
+    assert result == "end" and reports[-1].done >= 3 and reports[-1].total == 4
+    halfway = next(report for report in reports if report.done == 2)
+    assert 0.05 < halfway.left < 1
+    assert "2 of 4" in news(halfway) and "width:50.0%" in news(halfway)
+
+
+def test_stop_and_errors(studio):
+    stop = threading.Event()
+    generator = studio.engine.run(steps_of(1000, 0.02), stop)
+    next(generator)
+    stop.set()
+    assert len(list(generator)) < 5
+    with pytest.raises(ZeroDivisionError):
+        run(studio.engine, lambda tell: 1 / 0)
+    assert run(studio.engine, steps_of(1))[1] == "end"  # and it goes on working
+
+
+def test_a_visitor_who_leaves_stops_the_work(studio):
+    generator = studio.engine.run(steps_of(1000, 0.02), threading.Event())
+    next(generator)
+    begin = time.perf_counter()
+    generator.close()
+    assert time.perf_counter() - begin < 5
+    assert not studio.engine._lock.locked()
+
+
+def test_one_at_a_time(studio):
+    running, most = 0, 0
+
+    def work(tell):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+
+    threads = [threading.Thread(target=lambda: run(studio.engine, work)) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert most == 1
+
+
+def test_previews_are_small(studio):
+    latent = torch.randn(1, (512 // 16) * (256 // 16), 64)
+    preview = studio.engine.preview(Step(1.0, 0.9, latent, torch.zeros_like(latent), {}), 512, 256)
+    assert preview.size == (256, 128)
+
+
+# The content filter
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A tiny vision transformer that says one thing of every picture."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    def make(labels=("normal", "nsfw"), says=1):
+        config = ViTConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            image_size=32,
+            patch_size=16,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+        net = ViTForImageClassification(config)
+        net.classifier.bias.data = 20.0 * torch.nn.functional.one_hot(torch.tensor(says), len(labels))
+        net.save_pretrained(tmp_path / "classifier")
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "classifier")
+        return str(tmp_path / "classifier")
+
+    return make
+
+
+def test_content_filter(studio, classifier, photo):
+    assert not ContentFilter.load(classifier(says=0))(photo)
+    studio.engine.unsafe = ContentFilter.load(classifier(says=1))
+    visit, settings = studio.visits.of("a"), settings_of(studio, {"prompt": "a dog"})
+    previews = []
+    with pytest.raises(InputError, match="content filter"):
+        for report, _ in run_generate(studio, visit, settings):
+            previews.append(report.preview)
+    assert not any(previews) and not visit.pictures()
+
+
+def test_content_filters_that_are_none(classifier, tmp_path):
+    with pytest.raises(InputError, match="nsfw"):
+        ContentFilter.load(classifier(labels=("cat", "dog")))
+    with pytest.raises(InputError, match="content_filter"):
+        ContentFilter.load(str(tmp_path / "nothing"))
+
+
+def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ContentFilter, "load", lambda name, device: asked.append(name))
+    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda settings: None)
+    for model, choice in (
+        ("flux-nano", "auto"),
+        ("flux-schnell", "auto"),
+        ("flux-schnell", "off"),
+        ("flux-nano", "x"),
+    ):
+        open_studio(ModelSettings(model=model, device="cpu"), tmp_path, choice)
+    assert asked == ["Falconsai/nsfw_image_detection", "x"]
+
+
+def test_auth_is_two_words(studio):
+    with pytest.raises(InputError, match="user:password"):
+        serve(studio, auth="secret")
+
+
+# What is saved, and that the demos take it
+
+
+def demo(name: str, record: Path, out: Path) -> Path:
+    main = runpy.run_path(str(ROOT / f"{name}.py"))["main"]
+    main(str(record), output_dir=str(out))
+    return out
+
+
+def assert_same(a: Path, b: Path) -> None:
+    assert np.array_equal(np.asarray(read_image(a)), np.asarray(read_image(b)))
+
+
+def test_demo_0_repeats_a_run(studio, tmp_path, photo):
+    settings = settings_of(
+        studio, {"prompt": "a dog", "seed": 3, "count": 2, "image": photo, "strength": 0.5}
+    )
+    made = finish(run_generate(studio, studio.visits.of("a"), settings, photo))
+    out = demo("demo_0_test", made.record, tmp_path / "again")
+    for name in ("000", "001"):
+        assert_same(made.pictures[name], out / f"{name}.png")
+    settings, about = read_back(made.pictures["001"])
+    assert (about["prompt"], about["seed"]) == ("a dog", 4) and settings.strength == 0.5
+
+
+def test_demo_4_repeats_an_edit_of_a_photograph(studio, tmp_path, photo):
+    form = {"prompt": "a dog", "edits": "a cat\n> a white cat", "layers": {"on": [0, 3]}, "photo": photo}
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 64, 32))
+    settings = edit_settings_of(studio, form)
+    made = finish(run_edit(studio, studio.visits.of("a"), settings, photo, mask))
+    assert list(made.pictures) == ["reference", "edit_0", "edit_1"]
+    out = demo("demo_4_edit", made.record, tmp_path / "again")
+    for name, path in made.pictures.items():
+        assert_same(path, out / f"{name}.png")
+    # The ZIP is taken home, and runs there.
+    with zipfile.ZipFile(studio.visits.of("a").zip()) as archive:
+        archive.extractall(tmp_path / "home")
+    settings = read_settings(EditSettings, tmp_path / "home" / "000_edit" / "run.json")
+    assert Path(settings.photo).parent == tmp_path / "home" / "000_edit" == Path(settings.mask).parent
+
+
+def test_a_kept_reference_is_used_again(studio):
+    form = {"prompt": "a dog", "edits": "a cat", "layers": {"on": [0, 1, 3]}}
+    visit = studio.visits.of("a")
+    first = finish(run_edit(studio, visit, edit_settings_of(studio, form)))
+    kept = studio.engine.kept[1]
+    fewer = finish(run_edit(studio, visit, edit_settings_of(studio, {**form, "layers": {"on": [1]}})))
+    assert studio.engine.kept[1] is kept
+    assert_same(first.pictures["reference"], fewer.pictures["reference"])
+    assert first.pictures["edit_0"].read_bytes() != fewer.pictures["edit_0"].read_bytes()
+    finish(run_edit(studio, visit, edit_settings_of(studio, {**form, "seed": 9})))
+    assert studio.engine.kept[1] is not kept
+
+
+def test_pictures_of_others_are_refused(tmp_path, photo):
+    photo.save(tmp_path / "other.png")
+    (tmp_path / "other.json").write_text('{"demo": "scan", "settings": {}}')
+    (tmp_path / "broken.json").write_text("{")
+    for name in ("other.png", "other.json", "broken.json"):
+        with pytest.raises(InputError, match=name):
+            read_back(tmp_path / name)
+
+
+def test_visits_are_apart_and_bounded(tmp_path):
+    visits = Visits(tmp_path)
+    first = visits.of("first")
+    assert visits.of("first") is first and visits.of("second").folder != first.folder
+    for number in range(300):
+        visits.of(str(number))
+    assert visits.of("first") is not first
+    with pytest.raises(InputError, match="nothing to save"):
+        first.zip()
+
+
+# Scans
+
+
+def test_a_scan_goes_on_where_it_was_stopped(studio):
+    form = {"prompts": "a dog\nan owl", "layers": {"on": [0, 4, 9]}, "top": 1}
+    settings, visit = scan_settings_of(studio, form), studio.visits.of("a")
+    for report in run_scan(studio, visit, settings):
+        if report.done == 2:
+            visit.stop.set()
+    folder = Path(settings.output_dir)
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("skip_*.png")}
+    assert 1 <= len(made) < 6 and not (folder / "vital_layers.json").exists()
+    visit.stop.clear()
+    named = [report.made[0] for report in run_scan(studio, visit, settings) if report.made]
+    assert named[-1] == "found" and "vitality" in named
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    assert len(json.loads((folder / "vital_layers.json").read_text())["vital_layers"]) == 1
+    assert (folder / "report.html").is_file()
+
+
+def test_layers_that_are_on_at_first(studio):
+    assert known_layers(studio)[0] == configs["flux-nano"].vital_layers
+
+
+def test_the_space_installs_what_the_package_needs():
+    needed = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1]
+    listed = (ROOT / "docs" / "space" / "requirements.txt").read_text().split()
+    assert set(re.findall(r'"(.*?)"', needed)) <= set(listed) and any(line.startswith("gradio") for line in listed)
+
+
+def test_settings_of_a_picture_beside_the_file(tmp_path, photo):
+    save_image(photo, tmp_path / "start.png")
+    data = {"demo": "test", "settings": {"prompts": ["a dog"], "image": "start.png"}}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    assert read_settings(TestSettings, tmp_path / "run.json").image == str(tmp_path / "start.png")
+    assert check_settings(TestSettings, data["settings"]).image == "start.png"

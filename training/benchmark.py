@@ -1,0 +1,87 @@
+"""A benchmark of edits for flux-nano: held-out scenes, rendered before and after, in PIE-Bench's layout.
+
+    python -m training.benchmark --folder output/benchmark --count 240
+
+`flux.pie_bench` says what the folder holds and `python -m flux.evaluate` runs on it. The first edits of a
+larger count are those of a smaller one. Training draws its scenes from other seeds.
+"""
+
+import argparse
+import random
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from flux.images import save_image, to_pil
+from flux.pie_bench import KINDS, PICTURES, encode_mask, write_benchmark
+from training.judge import asked
+from training.render import Renderer
+from training.scenes import Pair, sample_pair
+
+# In turn: the benchmark's kinds, and the edits that make them.
+EDITS = {
+    "replace": ("replace",),
+    "add": ("add",),
+    "remove": ("remove",),
+    "background": ("background",),
+    "time": ("time",),
+    "attribute": ("hat", "recolour"),
+}
+
+
+def draw(number: int) -> tuple[str, Pair]:
+    """Kind and scenes of the benchmark's edit of that number."""
+    turn, place = divmod(number, len(EDITS))
+    kind, edits = list(EDITS.items())[place]
+    # Training and its evaluation seed with numbers, so never with this.
+    return kind, sample_pair(random.Random(f"benchmark {number}"), edits[turn % len(edits)])
+
+
+def marked(prompt: str, other: str) -> str:
+    """`prompt` with the words that `other` has not in brackets, as PIE-Bench writes it."""
+    words = prompt.split()
+    parts = []
+    for tag, begin, end, _, _ in SequenceMatcher(None, words, other.split(), False).get_opcodes():
+        text = " ".join(words[begin:end])
+        if text:
+            parts.append(text if tag == "equal" else f"[{text}]")
+    return " ".join(parts)
+
+
+def write(folder: Path, count: int, side: int = 256) -> None:
+    """Renders `count` edits of `side` x `side` pixels into the folder."""
+    renderer, entries = Renderer(), []
+    for number in range(count):
+        kind, pair = draw(number)
+        before, after, mask = renderer.pairs([pair], side, side, seed=number)
+        names = [f"{kind}/{number:04d}{part}.png" for part in ("", "_target")]
+        for name, picture in zip(names, (before, after)):
+            save_image(to_pil(2 * picture[0] - 1), folder / PICTURES / name)
+        source, target = pair.before.caption, pair.after.caption
+        entry = {
+            "image_path": names[0],
+            "target_image_path": names[1],
+            "original_prompt": marked(source, target),
+            "editing_prompt": marked(target, source),
+            "editing_instruction": "",
+            "editing_type_id": next((key for key, name in KINDS.items() if name == kind), "0"),
+            "blended_word": "",
+            "mask": encode_mask(mask[0, 0].numpy()),
+            "kind": kind,
+            "seed": number,
+            "asked": asked(pair.edit, pair.before.content, pair.after.content),
+        }
+        entries.append((f"{number:012d}", entry))
+    write_benchmark(folder, entries)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("output/benchmark"))
+    parser.add_argument("--count", type=int, default=240)
+    arguments = parser.parse_args()
+    write(arguments.folder, arguments.count)
+    print(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
