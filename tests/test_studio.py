@@ -387,7 +387,9 @@ def test_layers_that_are_on_at_first(studio):
 def test_the_space_installs_what_the_package_needs():
     needed = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1]
     listed = (ROOT / "docs" / "space" / "requirements.txt").read_text().split()
-    assert set(re.findall(r'"(.*?)"', needed)) <= set(listed) and any(line.startswith("gradio") for line in listed)
+    assert set(re.findall(r'"(.*?)"', needed)) <= set(listed) and any(
+        line.startswith("gradio") for line in listed
+    )
 
 
 def test_settings_of_a_picture_beside_the_file(tmp_path, photo):
