@@ -12,7 +12,8 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.settings import LayerSettings, read_settings
+from flux.reading import read_settings
+from flux.settings import LayerSettings
 
 
 @exit_on_input_error()

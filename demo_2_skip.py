@@ -9,7 +9,8 @@ Stopped and started again, it goes on where it was. demo_3_dino.py reads the fol
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.settings import SkipSettings, read_settings
+from flux.reading import read_settings
+from flux.settings import SkipSettings
 
 
 @exit_on_input_error()

@@ -11,7 +11,8 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.settings import DinoSettings, read_settings
+from flux.reading import read_settings
+from flux.settings import DinoSettings
 
 
 @exit_on_input_error()

@@ -10,7 +10,8 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.settings import EditSettings, read_settings
+from flux.reading import read_settings
+from flux.settings import EditSettings
 
 
 @exit_on_input_error()

@@ -10,7 +10,8 @@ to output_dir, a folder for each visit. `flux.studio` says how programs use it o
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.settings import ModelSettings, check_settings
+from flux.reading import check_settings
+from flux.settings import ModelSettings
 
 
 @exit_on_input_error()

@@ -43,7 +43,8 @@ def main(repeats: int = 3, num_steps: int = 20, size: int = 256, output: str | N
     from flux.editing import edit, find_vital_layers
     from flux.images import write_json
     from flux.pipeline import Pipeline
-    from flux.settings import EditSettings, read_settings
+    from flux.reading import read_settings
+    from flux.settings import EditSettings
     from flux.specs import complete, get_spec
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": "cpu"}

@@ -78,7 +78,8 @@ def main(
     from flux.images import write_json, write_text
     from flux.loading import ModelFiles, load_flow, read_weights
     from flux.pipeline import Pipeline
-    from flux.settings import EditSettings, read_settings
+    from flux.reading import read_settings
+    from flux.settings import EditSettings
     from flux.specs import complete, get_spec
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}

@@ -151,7 +151,8 @@ def _run(
     steering: dict,
 ) -> None:
     from flux.pro import HOSTED, Hosted, HostedSettings
-    from flux.settings import ModelSettings, check_settings
+    from flux.reading import check_settings
+    from flux.settings import ModelSettings
 
     hosted = model["model"] in HOSTED
     if hosted and (init_image or steering["true_cfg"] or steering["negative_prompt"] or track_usage):

@@ -23,10 +23,11 @@ from flux.math import KeysValues
 from flux.model import Flux
 from flux.photo import mask_picture, token_mask
 from flux.pipeline import Pipeline
+from flux.reading import check_settings
 from flux.record import remembered_scan
 from flux.reference import Moment, OnStep, Reference, Source, ahead, find_source, keep_reference, steering
 from flux.sampling import Conditioning, Step, euler_step, window
-from flux.settings import Edit, EditSettings, Turn, check_settings
+from flux.settings import Edit, EditSettings, Turn
 from flux.specs import VITAL_LAYERS_DEV, ModelSpec
 
 __all__ = [

@@ -8,7 +8,7 @@ where it was if it is started again. Methods that the file gains are added to wh
 
 from flux.errors import exit_on_input_error
 from flux.evaluation_settings import EvaluateSettings
-from flux.settings import read_settings
+from flux.reading import read_settings
 
 
 @exit_on_input_error()

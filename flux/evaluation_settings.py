@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux.errors import InputError
-from flux.settings import EditSettings, ModelSettings, Seed, Text, Words, check_settings
+from flux.reading import check_settings
+from flux.settings import EditSettings, ModelSettings, Seed, Text, Words
 
 # Of a method: what the benchmark says, what all methods share, and what an evaluation has no use for.
 SHARED = (

@@ -13,10 +13,11 @@ from flux.errors import exit_on_input_error
 from flux.metrics import METRICS, load_metrics
 from flux.pipeline import pick_device
 from flux.plots import plot_heat_map, plot_vitality
+from flux.reading import read_settings
 from flux.record import remember_scan
 from flux.report import write_report
 from flux.scores import Rule, Scores, gather, score_prompt, stable, write_scores
-from flux.settings import ScanSettings, read_settings
+from flux.settings import ScanSettings
 from flux.specs import configs, get_spec
 from flux.vitality import check_sweep, layer_sets, open_sweep, picture_path, sweep
 

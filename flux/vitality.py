@@ -22,9 +22,10 @@ from flux.images import grid, read_image, save_image, write_json
 from flux.intervention import Intervention
 from flux.loading import checkpoint_of
 from flux.pipeline import Pipeline
+from flux.reading import check_settings
 from flux.record import about, run_record
 from flux.sampling import Conditioning, Streams, euler_step, sample, streams
-from flux.settings import Prompt, SkipSettings, check_settings
+from flux.settings import Prompt, SkipSettings
 from flux.specs import get_spec
 
 LayerSet = tuple[int, ...]

@@ -216,7 +216,7 @@ def test_unknown_words_name_those_there_are():
 
 
 def test_tokens_of_the_small_model(nano):
-    """A known word is a token, a comma too, an unknown word is spelled; then the end, and padding up to 40."""
+    """A known word or a comma is a token, another word is spelled; then the end, and padding up to 40."""
     tokens = text_tokens(nano.t5, "A dog, a zyzzyva and a dog", ["a", "DOG", "zyzzyva"])
     assert tokens.padding.tolist() == [False] * 15 + [True] * 25
     assert {word: found.nonzero().flatten().tolist() for word, found in tokens.words.items()} == {

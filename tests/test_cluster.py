@@ -320,7 +320,8 @@ def test_a_ray_of_its_own_and_ctrl_c(tmp_path):
     program = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"HOME": str(tmp_path)}, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored, started in the background
+        # Else ignored, where the tests were started in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     processes = [int(program.stdout.readline())]  # the worker, and of which it is a child
     while processes[-1] != program.pid:

@@ -23,7 +23,8 @@ from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
 from flux.inversion import INVERSIONS
 from flux.photo import Photograph
-from flux.settings import EditSettings, check_settings
+from flux.reading import check_settings
+from flux.settings import EditSettings
 from flux.specs import VITAL_LAYERS_DEV, complete, configs
 
 DOG = "a dog on the grass"

@@ -18,7 +18,7 @@ from flux.evaluation_settings import EvaluateSettings, methods_of
 from flux.images import read_image, read_metadata, save_image
 from flux.methods import Made, Maker
 from flux.pie_bench import Item, encode_mask, read_benchmark, write_benchmark
-from flux.settings import check_settings, read_settings
+from flux.reading import check_settings, read_settings
 from flux.specs import complete, configs
 from flux.standings import by_kind, means
 

@@ -15,7 +15,8 @@ from flux.loading import ModelFiles, checkpoint_of, load_text
 from flux.lora import read_lora
 from flux.modules.layers import timestep_embedding
 from flux.modules.linear import LowRankLinear
-from flux.settings import ModelSettings, check_settings
+from flux.reading import check_settings
+from flux.settings import ModelSettings
 from flux.specs import NANO_FOLDER, configs
 
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.7

@@ -6,19 +6,10 @@ import sys
 
 import pytest
 
-from flux import settings as module
+from flux import reading as module
 from flux.errors import InputError
-from flux.settings import (
-    CONFIGS,
-    DinoSettings,
-    EditSettings,
-    LayerSettings,
-    Prompt,
-    SkipSettings,
-    TestSettings,
-    check_settings,
-    read_settings,
-)
+from flux.reading import CONFIGS, check_settings, read_settings
+from flux.settings import DinoSettings, EditSettings, LayerSettings, Prompt, SkipSettings, TestSettings
 
 CLASSES = {cls.demo: cls for cls in (TestSettings, LayerSettings, SkipSettings, DinoSettings, EditSettings)}
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}

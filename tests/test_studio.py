@@ -15,8 +15,9 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images import read_image, save_image
+from flux.reading import check_settings, read_settings
 from flux.sampling import Step
-from flux.settings import EditSettings, ModelSettings, TestSettings, check_settings, read_settings
+from flux.settings import EditSettings, ModelSettings, TestSettings
 from flux.specs import complete, configs
 from flux.studio.app import Studio, open_studio, serve
 from flux.studio.content_filter import ContentFilter

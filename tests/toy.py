@@ -314,7 +314,7 @@ def load_nano(name: str = "flux-nano"):
 
 
 def load_nano_in_diffusers(name: str = "flux-nano"):
-    """FluxPipeline of the files themselves; only the four-step model, a difference, is merged by the package."""
+    """FluxPipeline of the files themselves; only the four-step model, a difference, is merged by us."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel

@@ -27,8 +27,8 @@ text, model, size = sys.argv[1:]
 written = io.BytesIO()
 sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(open(text).read().splitlines()), model_writer=written, model_type="unigram",
-    vocab_size=int(size), hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf", character_coverage=1.0,
-    pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+    vocab_size=int(size), hard_vocab_limit=False, normalization_rule_name="nmt_nfkc_cf",
+    character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
 open(model, "wb").write(written.getvalue())
 pieces = sentencepiece.SentencePieceProcessor(model_file=model)
 print(json.dumps([(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]))
@@ -50,7 +50,7 @@ def _write_t5(folder: Path, captions: list[str], words: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     corpus, model = folder / "corpus.txt", folder / "spiece.model"
     corpus.write_text("\n".join(captions + words * 400 + letters) + "\n")
-    # In a process of its own: beside other native libraries that are loaded here, the trainer can wait forever.
+    # In a process of its own: beside other native libraries, the trainer can wait forever.
     found = subprocess.run(
         [sys.executable, "-c", _TRAIN_PIECES, str(corpus), str(model), str(T5_PIECES)],
         capture_output=True, text=True, check=True, timeout=300,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flux.errors import InputError
-from flux.settings import ModelSettings, check_settings
+from flux.reading import check_settings
+from flux.settings import ModelSettings
 from flux.specs import ModelSpec, complete, get_spec
 from flux.studio.content_filter import DEFAULT, ContentFilter
 from flux.studio.engine import Engine

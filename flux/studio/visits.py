@@ -13,8 +13,9 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images import read_metadata, save_image, write_json
+from flux.reading import check_settings
 from flux.record import about, run_record
-from flux.settings import EditSettings, LayerSettings, Settings, TestSettings, check_settings
+from flux.settings import EditSettings, LayerSettings, Settings, TestSettings
 
 KINDS: dict[str, type[Settings]] = {cls.demo: cls for cls in (TestSettings, LayerSettings, EditSettings)}
 REMEMBERED = 200  # visits; the folders of older ones stay
