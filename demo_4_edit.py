@@ -18,13 +18,14 @@ from flux.settings import EditSettings
 def main(file: str = "edit.json", **overrides) -> None:
     settings = read_settings(EditSettings, file, overrides)
 
-    from flux.editing import check_edits, edit, find_vital_layers, psnr
+    from flux.editing import check_edits, edit, psnr
     from flux.images import grid, read_image, save_image, write_json
     from flux.loading import checkpoint_of
     from flux.photo import Photograph, describe, natural_size
     from flux.pipeline import Pipeline, pick_device
     from flux.record import about, run_record
     from flux.specs import complete, get_spec
+    from flux.vital_layers import find_vital_layers
 
     spec = get_spec(settings.model)
     photo = read_image(settings.photo) if settings.photo else None

@@ -40,12 +40,13 @@ def main(repeats: int = 3, num_steps: int = 20, size: int = 256, output: str | N
     times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
 
     from benchmarks.report import machine, markdown
-    from flux.editing import edit, find_vital_layers
+    from flux.editing import edit
     from flux.images import write_json
     from flux.pipeline import Pipeline
     from flux.reading import read_settings
     from flux.settings import EditSettings
     from flux.specs import complete, get_spec
+    from flux.vital_layers import find_vital_layers
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": "cpu"}
     settings = complete(read_settings(EditSettings, "edit.json", wanted))

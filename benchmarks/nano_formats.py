@@ -73,7 +73,7 @@ def main(
     import torch
 
     from benchmarks.report import machine, markdown
-    from flux.editing import edit, find_vital_layers, psnr
+    from flux.editing import edit, psnr
     from flux.gguf import SIZES
     from flux.images import write_json, write_text
     from flux.loading import ModelFiles, load_flow, read_weights
@@ -81,6 +81,7 @@ def main(
     from flux.reading import read_settings
     from flux.settings import EditSettings
     from flux.specs import complete, get_spec
+    from flux.vital_layers import find_vital_layers
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
     settings = complete(read_settings(EditSettings, "edit.json", wanted))

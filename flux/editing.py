@@ -2,10 +2,8 @@
 Flow, 3.2).
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,18 +15,16 @@ from flux.automask import changed_tokens, layers_to_watch
 from flux.doses import DOSES, Dose
 from flux.errors import InputError
 from flux.images import read_image
-from flux.intervention import NOTHING, Intervention, check_layers
+from flux.intervention import NOTHING, Intervention
 from flux.inversion import flow_edit
 from flux.math import KeysValues
 from flux.model import Flux
 from flux.photo import mask_picture, token_mask
 from flux.pipeline import Pipeline
 from flux.reading import check_settings
-from flux.record import remembered_scan
 from flux.reference import Moment, OnStep, Reference, Source, ahead, find_source, keep_reference, steering
 from flux.sampling import Conditioning, Step, euler_step, window
 from flux.settings import Edit, EditSettings, Turn
-from flux.specs import VITAL_LAYERS_DEV, ModelSpec
 
 __all__ = [
     "Edits",
@@ -36,7 +32,6 @@ __all__ = [
     "check_edits",
     "edit",
     "edit_reference",
-    "find_vital_layers",
     "keep_reference",
     "psnr",
 ]
@@ -48,60 +43,6 @@ OF_REFERENCE = (
     "correct_drift", "as_published", "true_cfg", "negative_prompt", "cfg_from", "mimic_scale",
     "mimic_percentile",
 )  # fmt: skip
-
-
-PRESETS: dict[str, tuple[int, ...]] = {
-    "stable-flow": VITAL_LAYERS_DEV,
-    # The set in the method's public code, which lets layer 2 go for looser edits.
-    "stable-flow-code": tuple(layer for layer in VITAL_LAYERS_DEV if layer != 2),
-}
-
-
-def find_vital_layers(
-    choice: str | Sequence[int], spec: ModelSpec, checkpoint: str | None = None
-) -> tuple[int, ...]:
-    """The layers that an edit injects in, the most vital first: a list of them, "auto" (the model's own), a
-    preset, or a scan's JSON file.
-
-    Raises:
-        InputError: a model whose vital layers nobody knows, an unknown preset, or a file that is no scan's.
-    """
-    scan = remembered_scan(checkpoint) if checkpoint else None
-    if choice == "auto" and scan and scan.is_file():
-        layers = _read_scan(scan)
-        print(f"vital layers {layers}, from a scan of this checkpoint: {scan}")
-    elif choice == "auto":
-        if spec.vital_layers is None:
-            raise InputError(
-                "The vital layers of this model are not known: scan it (python -m flux.scan) and give the "
-                'vital_layers.json, or try "stable-flow", the set of flux-dev'
-            )
-        layers = spec.vital_layers
-    elif isinstance(choice, str):
-        layers = PRESETS[choice] if choice in PRESETS else _read_scan(Path(choice))
-    else:
-        layers = choice
-    check_layers(layers, spec.num_layers)
-    return tuple(layers)
-
-
-def _read_scan(path: Path) -> list[int]:
-    if not path.is_file():
-        raise InputError(
-            f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
-            f'list of layers, "auto", or one of {", ".join(PRESETS)}'
-        )
-    try:
-        scan = json.loads(path.read_text(encoding="utf-8"))
-        layers = scan["vital_layers"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f'Got {path}, which has no list "vital_layers": give the file that demo_3_dino.py wrote'
-        ) from error
-    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
-        raise InputError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
-    known = scan.get("vitality", {})
-    return sorted(layers, key=lambda layer: -known.get(f"{layer:02d}", {}).get("vitality", 0))
 
 
 @dataclass(frozen=True)
@@ -211,7 +152,7 @@ def check_edits(
     return found
 
 
-def _batches(
+def batches_of(
     pipe: Pipeline,
     source: Source,
     settings: EditSettings,
@@ -244,7 +185,7 @@ def _batches(
     return batches
 
 
-def _follow(
+def follow(
     pipe: Pipeline,
     model: Flux,
     source: Source,
@@ -289,7 +230,7 @@ def _auto_mask(
     return changed_tokens(pipe.t5, (source.prompt, seen), prompts, step.watched, *source.size).to(pipe.device)
 
 
-def _flow(
+def flow(
     pipe: Pipeline,
     model: Flux,
     source: Source,
@@ -355,7 +296,7 @@ def edit_reference(
     if others := sorted(set(layers) - set(reference.layers)):
         raise InputError(f"Got vital layers {others}, but the reference was kept with {reference.layers}")
     masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
-    batches = _batches(pipe, source, settings, layers, masks)
+    batches = batches_of(pipe, source, settings, layers, masks)
     total = source.num_steps * (len(batches) if source.inversion_free else 1)
     with tqdm(total=total, desc="edits", unit="step", disable=not progress) as bar, pipe.denoising() as model:
 
@@ -365,9 +306,9 @@ def edit_reference(
                 on_step(step, index, total)
 
         if source.inversion_free:
-            _flow(pipe, model, source, batches, stepped)
+            flow(pipe, model, source, batches, stepped)
         else:
-            _follow(pipe, model, source, ahead(reference.moments, pipe.device), batches, stepped)
+            follow(pipe, model, source, ahead(reference.moments, pipe.device), batches, stepped)
     return _pictures(pipe, source, settings, batches, masks)
 
 
@@ -399,7 +340,7 @@ def edit(
     """
     masks = check_edits(settings, layers, photo, mask)
     source = find_source(pipe, settings, photo, on_step, progress)
-    batches = _batches(pipe, source, settings, layers, masks)
+    batches = batches_of(pipe, source, settings, layers, masks)
     done, steps = source.inverted_steps, source.num_steps
     total = steps * len(batches) if source.inversion_free else steps
     with tqdm(total=total, desc="edits", unit="step", disable=not progress) as bar, pipe.denoising() as model:
@@ -410,12 +351,12 @@ def edit(
                 on_step(step, done + index, done + total)
 
         if source.inversion_free:
-            _flow(pipe, model, source, batches, stepped)
+            flow(pipe, model, source, batches, stepped)
             latent = source.start
         else:
             keep = [frozenset().union(*(batch.takes(index) for batch in batches)) for index in range(steps)]
             moments = source.moments(model, pipe.image_ids(1, *source.size), keep)
-            latent = _follow(pipe, model, source, moments, batches, stepped)
+            latent = follow(pipe, model, source, moments, batches, stepped)
     [picture] = pipe.decode(latent / source.scale, *source.size, settings.watermark)
     pictures = _pictures(pipe, source, settings, batches, masks)
     return Edits(source.placed(picture), pictures)

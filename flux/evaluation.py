@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux.edit_metrics import NETS, OUTSIDE, Edit, EditMetrics
-from flux.editing import check_edits, find_vital_layers
+from flux.editing import check_edits
 from flux.errors import InputError
 from flux.evaluation_settings import BASELINES, EvaluateSettings, Method, methods_of
 from flux.images import grid, read_image, save_image, write_json, write_text
@@ -36,6 +36,7 @@ from flux.record import about, run_record
 from flux.scan import encoder_of
 from flux.specs import complete, get_spec
 from flux.standings import write_standings
+from flux.vital_layers import find_vital_layers
 
 Row = dict[str, str | float | None]
 

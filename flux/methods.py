@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.editing import _batches, _flow, _follow
+from flux.editing import batches_of, flow, follow
 from flux.evaluation_settings import Method
 from flux.inversion import FLOW_EDIT_GUIDANCE
 from flux.photo import token_mask
@@ -120,14 +120,14 @@ class Maker:
             }
         )
         source = self._source(settings, items)
-        [batch] = _batches(pipe, source, settings, settings.vital_layers, masks)
+        [batch] = batches_of(pipe, source, settings, settings.vital_layers, masks)
         with pipe.denoising() as model:
             if source.path is None and self.photos:
-                _flow(pipe, model, source, [batch], _unseen)
+                flow(pipe, model, source, [batch], _unseen)
             else:
                 keep = [batch.takes(index) for index in range(source.num_steps)]
                 moments = source.moments(model, pipe.image_ids(1, *self.size), keep)
-                latent = _follow(pipe, model, source, moments, [batch], _unseen)
+                latent = follow(pipe, model, source, moments, [batch], _unseen)
         edits = self._decoded(batch.latent / source.scale)
         return edits, None if self.photos else self._decoded(latent)
 

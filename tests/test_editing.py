@@ -11,14 +11,7 @@ from PIL import Image
 
 from flux import automask, editing, reference, sampling
 from flux.doses import DEFAULT_DOSE, DOSES
-from flux.editing import (
-    PRESETS,
-    check_edits,
-    edit,
-    edit_reference,
-    find_vital_layers,
-    keep_reference,
-)
+from flux.editing import check_edits, edit, edit_reference, keep_reference
 from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
 from flux.inversion import INVERSIONS
@@ -26,6 +19,7 @@ from flux.photo import Photograph
 from flux.reading import check_settings
 from flux.settings import EditSettings
 from flux.specs import VITAL_LAYERS_DEV, complete, configs
+from flux.vital_layers import PRESETS, find_vital_layers
 
 DOG = "a dog on the grass"
 EDITS = ["a cat on the grass", "a dog wearing a top hat on the grass", "a dog in the snow"]
@@ -552,7 +546,13 @@ def test_vital_layers_by_name():
     assert find_vital_layers("auto", nano) == (0, 1, 2, 3, 4)
     assert set(VITAL_LAYERS_DEV) - set(find_vital_layers("stable-flow-code", dev)) == {2}
     assert find_vital_layers([3, 1], nano) == (3, 1)
-    assert set(PRESETS) == {"stable-flow", "stable-flow-code"}
+    assert find_vital_layers("all", nano) == tuple(range(15))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sets_of_layers_of_dev(name):
+    layers = find_vital_layers(name, configs["flux-dev"])
+    assert layers == PRESETS[name] and len(set(layers)) == len(layers)
 
 
 def test_vital_layers_from_a_scan(tmp_path):

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from test_vitality import NANO, PROMPTS, ROOT, SETTINGS, other_weights
 
-from flux.editing import find_vital_layers
 from flux.errors import InputError
 from flux.images import read_image
 from flux.loading import checkpoint_of, fingerprint
@@ -24,6 +23,7 @@ from flux.record import remembered_scan
 from flux.scan import main, scan
 from flux.settings import EditSettings, ScanSettings, SkipSettings
 from flux.specs import complete
+from flux.vital_layers import find_vital_layers
 from flux.vitality import Bypasser, check_sweep
 
 OWN = fingerprint(NANO.folder / NANO.repo_flow)

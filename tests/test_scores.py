@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flux.editing import find_vital_layers
 from flux.errors import InputError
 from flux.metrics import MAX_PSNR, METRICS, Clip, Dino, Lpips, Psnr, Ssim, load_metrics
 from flux.record import run_record
 from flux.scores import Rule, Scores, score, spearman, stable, stable_after, write_scores
 from flux.settings import DinoSettings, SkipSettings
 from flux.specs import complete, configs
+from flux.vital_layers import find_vital_layers
 from flux.vitality import picture_path
 
 RANDOM = np.random.default_rng(0)

@@ -372,10 +372,11 @@ def _evaluate_dose(
 
 def evaluate_speed() -> dict[str, float]:
     """Seconds on this machine's CPU of what the card promises, through the package as a user runs it."""
-    from flux.editing import edit, find_vital_layers
+    from flux.editing import edit
     from flux.pipeline import Pipeline
     from flux.settings import EditSettings
     from flux.specs import complete, configs
+    from flux.vital_layers import find_vital_layers
 
     seconds = {}
     prompt, edits = "a dog on the grass", ["a cat on the grass"] * 3

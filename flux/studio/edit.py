@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from flux.editing import OF_REFERENCE, PRESETS, edit_reference, find_vital_layers, keep_reference
+from flux.editing import OF_REFERENCE, edit_reference, keep_reference
 from flux.errors import InputError
 from flux.settings import Edit, EditSettings
 from flux.studio.app import Studio
@@ -14,6 +14,7 @@ from flux.studio.generate import SAMPLING
 from flux.studio.tabs import whole
 from flux.studio.visits import Run, Visit
 from flux.studio.widgets import layers_on
+from flux.vital_layers import PRESETS, find_vital_layers
 
 # ---- settings and work
 

@@ -8,7 +8,6 @@ import gradio as gr
 from PIL import Image
 
 from flux.doses import DEFAULT_DOSE, DOSES
-from flux.editing import PRESETS
 from flux.errors import InputError
 from flux.images import read_image
 from flux.photo import natural_size
@@ -20,6 +19,7 @@ from flux.studio.generate import SAMPLING
 from flux.studio.tabs import QUIET, connect, guidance_slider, size_slider
 from flux.studio.visits import Run, Visit
 from flux.studio.widgets import layer_strip, mask_editor, news, painted, picture_input, strip_value
+from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
 
