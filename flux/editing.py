@@ -196,6 +196,8 @@ def follow(
     """Takes the batches down beside the reference; returns the reference's last latent."""
     ids, auto_at = pipe.image_ids(1, *source.size), round(AUTO_MASK_AT * source.num_steps)
     latent = source.start
+    for batch in batches:
+        batch.cond = batch.cond.scheduled(model, source.levels[:-1])
     for index, moment in enumerate(moments):
         shown = moment.step
         for batch in batches:

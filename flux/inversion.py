@@ -127,6 +127,7 @@ def flow_edit(
     """
     batch, steps = target.txt.shape[0], list(pairwise(timesteps))
     edited, ids = latent.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)
+    source, target = (cond.scheduled(model, timesteps[:-1]) for cond in (source, target))
     skipped = round(FLOW_EDIT_SKIPS * len(steps))
     for index, ((t, t_next), noise) in enumerate(zip(steps, noises)):
         if index >= skipped:

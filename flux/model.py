@@ -1,6 +1,6 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +122,7 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         intervention: Intervention = NOTHING,
         start: Streams | None = None,
+        mods: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Findings]:
         """The velocity, and what the intervention keeps and watches.
 
@@ -134,6 +135,8 @@ class Flux(nn.Module):
             guidance: distilled guidance scale of each row, "B"; needed by models with `guidance_embed`.
             start: begin with these streams at their layer, the layers before it not computed. Their rows, B
                 or 1, must be what those layers make of the same inputs.
+            mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
+                layer by layer.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.
@@ -144,9 +147,25 @@ class Flux(nn.Module):
         if start is not None:
             streams = start.expanded(img.shape[0])
         findings = Findings()
-        for streams in self._layers(streams, vec, pe, intervention, findings):
+        mods = mods or [None] * (self.num_layers + 1)
+        for streams in self._layers(streams, vec, pe, intervention, findings, mods):
             pass
-        return self.final_layer(streams.img, vec), findings
+        return self.final_layer(streams.img, vec, mods[-1]), findings
+
+    def modulations(
+        self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None
+    ) -> list[Tensor] | None:
+        """The modulation of each layer and of the last one, "B 12C", "B 3C" or "B 2C", for any rows, those
+        of a whole schedule for instance: a quarter of all weights is then read once and not at every step.
+
+        At full size a row has 2.1 MB in bfloat16. None where blocks are streamed: they would have to come
+        once more for it, and their modulation with them in any case.
+        """
+        parts = (*self.double_blocks, *self.single_blocks, self.final_layer)
+        if not all(hasattr(part, "modulate") for part in parts):
+            return None
+        vec = self._conditioning(timesteps, y, guidance)
+        return [part.modulate(vec) for part in parts]
 
     def streams(
         self,
@@ -157,10 +176,12 @@ class Flux(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        mods: Sequence[Tensor] | None = None,
     ) -> list[Streams]:
         """Both streams on their way into each layer, as `observe` takes them for a start."""
         streams, vec, pe = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance)
-        return [streams, *self._layers(streams, vec, pe, NOTHING, Findings())][: self.num_layers]
+        mods = mods or [None] * (self.num_layers + 1)
+        return [streams, *self._layers(streams, vec, pe, NOTHING, Findings(), mods)][: self.num_layers]
 
     def _embed(
         self,
@@ -177,16 +198,27 @@ class Flux(nn.Module):
             raise ValueError(
                 f"Input img and txt tensors must have 3 dimensions, got {img.ndim} and {txt.ndim}"
             )
-        vec = self.time_in(layers.timestep_embedding(timesteps, 256)) + self.vector_in(y)
-        if self.params.guidance_embed:
-            if guidance is None:
-                raise ValueError("This model is guidance-distilled: give a guidance scale for each row")
-            vec = vec + self.guidance_in(layers.timestep_embedding(guidance, 256))
+        vec = self._conditioning(timesteps, y, guidance)
         pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
         return Streams(0, self.img_in(img), self.txt_in(txt)), vec, pe
 
+    def _conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """The vector that all modulations are made of, "B C"."""
+        vec = self.time_in(layers.timestep_embedding(timesteps, 256)) + self.vector_in(y)
+        if not self.params.guidance_embed:
+            return vec
+        if guidance is None:
+            raise ValueError("This model is guidance-distilled: give a guidance scale for each row")
+        return vec + self.guidance_in(layers.timestep_embedding(guidance, 256))
+
     def _layers(
-        self, streams: Streams, vec: Tensor, pe: Tensor, intervention: Intervention, findings: Findings
+        self,
+        streams: Streams,
+        vec: Tensor,
+        pe: Tensor,
+        intervention: Intervention,
+        findings: Findings,
+        mods: Sequence[Tensor | None],
     ) -> Iterator[Streams]:
         """Yields the streams out of each layer, from the one that `streams` enters; fills `findings`."""
         img, txt = streams.img, streams.txt
@@ -196,11 +228,12 @@ class Flux(nn.Module):
             bypass = intervention.bypass(layer, img.device)
             if not bypass.whole:
                 block, (given, weight) = self.double_blocks[layer], intervention.given(layer, batch)
+                more = {"weight": weight, "mod": mods[layer]}
                 if intervention.looks_into(layer):
-                    new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True, weight=weight)
+                    new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True, **more)
                     findings.add(intervention, layer, num_txt, *heads)
                 else:
-                    new_img, new_txt = block(img, txt, vec, pe, given, weight=weight)
+                    new_img, new_txt = block(img, txt, vec, pe, given, **more)
                 img, txt = bypass.of(img, new_img), bypass.of(txt, new_txt)
             yield Streams(layer + 1, img, txt)
 
@@ -210,10 +243,11 @@ class Flux(nn.Module):
             if not bypass.whole:
                 block = self.single_blocks[layer - num_double]
                 given, weight = intervention.given(layer, batch)
+                more = {"num_txt": num_txt, "weight": weight, "mod": mods[layer]}
                 if intervention.looks_into(layer):
-                    new_x, heads = block(x, vec, pe, given, keep=True, num_txt=num_txt, weight=weight)
+                    new_x, heads = block(x, vec, pe, given, keep=True, **more)
                     findings.add(intervention, layer, num_txt, *heads)
                 else:
-                    new_x = block(x, vec, pe, given, num_txt=num_txt, weight=weight)
+                    new_x = block(x, vec, pe, given, **more)
                 x = bypass.of(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])

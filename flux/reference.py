@@ -117,6 +117,7 @@ class Source:
         if self.path is not None:
             # Inversions go unguided; the negative pass is there for the edits to take from.
             steering = replace(steering, true_cfg=1.0, mimic_scale=None)
+        steering = steering.scheduled(model, self.levels[:-1])
         for index, (t, t_next) in enumerate(pairwise(self.levels)):
             if self.path is not None:
                 latent = self.path[index]
@@ -257,6 +258,7 @@ def replayed(
     ids, plain = pipe.image_ids(1, settings.width, settings.height), replace(cond, negative=None)
     path = [nudging * clean]
     with pipe.denoising() as model:
+        plain = plain.scheduled(model, levels[:-1])
         climb = INVERSIONS[method](model, path[0], ids, plain, levels)
         for index, latent in enumerate(_bar(climb, "inversion", len(levels) - 1, progress)):
             if on_step:

@@ -5,7 +5,7 @@ A latent is "B 16 h w" with h and w an eighth of the picture's sides; packed, 2x
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
@@ -116,6 +116,8 @@ class Conditioning:
         mimic_scale: bring what true guidance gives down to the range that this smaller scale would have, see
             `guided`; None: as it is.
         mimic_percentile: the share of values, 0..1, that this range holds at least.
+        mods: by noise level, what `flux.model.Flux.modulations` makes of it and these rows, or of one of them
+            that stands for all; see `scheduled`.
     """
 
     txt: Tensor
@@ -126,6 +128,28 @@ class Conditioning:
     true_cfg: float = 1.0
     mimic_scale: float | None = None
     mimic_percentile: float = 0.995
+    mods: Mapping[float, list[Tensor]] = field(default_factory=dict)
+
+    def scheduled(self, model: Flux, timesteps: Iterable[float]) -> "Conditioning":
+        """With the modulations of all these noise levels worked out at once, so that no step does it.
+
+        Rows of the same prompt and guidance share them. With a negative pass, whose rows come and go with the
+        steps, nothing is worked out. For this model only: leave the result where the model is at work.
+        """
+        levels = [t for t in dict.fromkeys(timesteps) if t not in self.mods]
+        if self.negative is not None or not levels:
+            return self
+        rows = [self.vec] if self.guidance is None else [self.vec, self.guidance]
+        if all(bool((x == x[:1]).all()) for x in rows):
+            rows = [x[:1] for x in rows]
+        t = torch.tensor(levels, dtype=self.vec.dtype, device=self.vec.device)
+        made = model.modulations(
+            t.repeat_interleave(len(rows[0])), *(x.repeat(len(levels), *[1] * (x.ndim - 1)) for x in rows)
+        )
+        if made is None:
+            return self
+        by_level = zip(*(x.split(len(rows[0])) for x in made))
+        return replace(self, mods={**self.mods, **dict(zip(levels, map(list, by_level)))})
 
     def expanded(self, batch: int) -> "Conditioning":
         """One row made to steer the whole batch."""
@@ -188,7 +212,8 @@ def streams(
 
     def of_pass(cond: Conditioning) -> list[Streams]:
         ids = (img_ids, cond.txt, cond.txt_ids)
-        return model.streams(img, *ids, noise_levels(t, img), cond.vec, cond.guidance)
+        given = (noise_levels(t, img), cond.vec, cond.guidance)
+        return model.streams(img, *ids, *given, mods=cond.mods.get(t))
 
     own = of_pass(cond)
     return list(zip(own, of_pass(cond.negative) if cond.negative else [None] * len(own)))
@@ -214,7 +239,8 @@ def euler_step(
 
     def ask(img: Tensor, cond: Conditioning, intervention: Intervention, start: Streams | None):
         ids = (img_ids[:1].expand(img.shape[0], -1, -1), cond.txt, cond.txt_ids)
-        return model.observe(img, *ids, noise_levels(t, img), cond.vec, cond.guidance, intervention, start)
+        given = (noise_levels(t, img), cond.vec, cond.guidance)
+        return model.observe(img, *ids, *given, intervention, start, cond.mods.get(t))
 
     if cond.negative is None:
         velocity, found = ask(img, cond, intervention, start[0])
@@ -294,6 +320,7 @@ def sample(
         ValueError: fewer interventions than steps.
     """
     each = repeat(interventions) if isinstance(interventions, Intervention) else iter(interventions)
+    cond = cond.scheduled(model, timesteps[:-1])
     for t, t_next in zip(timesteps, timesteps[1:]):
         intervention = next(each, None)
         if intervention is None:

@@ -95,7 +95,7 @@ class Bypasser:
         levels = pipe.schedule(settings.num_steps, width, height)
         noise = pipe.noise([task.seed], width, height)
         if self._key != (task.prompt, task.seed):
-            self._begin(task, noise, levels[0])
+            self._begin(task, noise, levels)
         cond, latent = self._cond.expanded(batch), noise.expand(batch, -1, -1)
         ids = pipe.image_ids(batch, width, height)
         skip = tuple(frozenset(layers) for layers in task.sets)
@@ -108,14 +108,15 @@ class Bypasser:
                 latent = step.latent
         return pipe.decode(latent, width, height, settings.watermark)
 
-    def _begin(self, task: Task, noise, level: float) -> None:
+    def _begin(self, task: Task, noise, levels: list[float]) -> None:
         settings = self.settings
-        self._cond = self.pipe.condition(
+        cond = self.pipe.condition(
             [task.prompt], settings.guidance, settings.true_cfg, settings.negative_prompt
         )
         ids = self.pipe.image_ids(1, settings.width, settings.height)
         with self.pipe.denoising() as model:
-            self._streams = streams(model, noise, ids, self._cond, level)
+            self._cond = cond.scheduled(model, levels[:-1])
+            self._streams = streams(model, noise, ids, self._cond, levels[0])
         self._key = (task.prompt, task.seed)
 
 

@@ -151,9 +151,16 @@ class Modulation(nn.Module):
         self.num_parts = 6 if double else 3
         self.lin = nn.Linear(dim, self.num_parts * dim)
 
+    def project(self, vec: Tensor) -> Tensor:
+        """All parts behind one another, "B parts*C"."""
+        return self.lin(F.silu(vec))
+
+    def split(self, parts: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
+        each = parts.unsqueeze(1).chunk(self.num_parts, dim=-1)
+        return ModulationOut(*each[:3]), ModulationOut(*each[3:]) if self.num_parts == 6 else None
+
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
-        parts = self.lin(F.silu(vec)).unsqueeze(1).chunk(self.num_parts, dim=-1)
-        return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.num_parts == 6 else None
+        return self.split(self.project(vec))
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -179,6 +186,10 @@ class DoubleStreamBlock(nn.Module):
             for name, part in parts.items():
                 self.add_module(f"{stream}_{name}", part)
 
+    def modulate(self, vec: Tensor) -> Tensor:
+        """What `forward` takes for `mod`: the image's modulation, then the text's, "B 12C"."""
+        return torch.cat((self.img_mod.project(vec), self.txt_mod.project(vec)), dim=-1)
+
     def forward(
         self,
         img: Tensor,
@@ -188,6 +199,7 @@ class DoubleStreamBlock(nn.Module):
         given: KeysValues | None = None,
         keep: bool = False,
         weight: Tensor | None = None,
+        mod: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
 
@@ -195,10 +207,12 @@ class DoubleStreamBlock(nn.Module):
             given: the image stream attends to these image keys and values instead of its own.
             keep: return queries, keys and values of all tokens, as they were used, as a third value.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
+            mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
         """
         num_txt = txt.shape[1]
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
+        img_mod, txt_mod = (self.modulate(vec) if mod is None else mod).chunk(2, dim=-1)
+        img_mod1, img_mod2 = self.img_mod.split(img_mod)
+        txt_mod1, txt_mod2 = self.txt_mod.split(txt_mod)
 
         img_in = img_mod1.applied_to(self.img_norm1(img))
         txt_in = txt_mod1.applied_to(self.txt_norm1(txt))
@@ -235,6 +249,10 @@ class SingleStreamBlock(nn.Module):
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(hidden_size, double=False)
 
+    def modulate(self, vec: Tensor) -> Tensor:
+        """What `forward` takes for `mod`, "B 3C"."""
+        return self.modulation.project(vec)
+
     def forward(
         self,
         x: Tensor,
@@ -244,6 +262,7 @@ class SingleStreamBlock(nn.Module):
         keep: bool = False,
         num_txt: int = 0,
         weight: Tensor | None = None,
+        mod: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
         2 2".
@@ -253,9 +272,10 @@ class SingleStreamBlock(nn.Module):
             keep: return queries, keys and values of all tokens, as they were used, as a second value.
             num_txt: where the image tokens begin; needed with `given` only.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
+            mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
         """
-        mod, _ = self.modulation(vec)
-        x_in = mod.applied_to(self.pre_norm(x))
+        own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
+        x_in = own.applied_to(self.pre_norm(x))
 
         if not replaces(given, weight):
             qkv, mlp = self.linear1(x_in).split((3 * self.hidden_dim, self.mlp_hidden_dim), dim=-1)
@@ -274,7 +294,7 @@ class SingleStreamBlock(nn.Module):
             k, v = torch.cat((txt_k, given[0]), dim=2), torch.cat((txt_v, given[1]), dim=2)
 
         mixed = torch.cat((attend(q, k, v), self.mlp_act(mlp)), dim=2)
-        x = x + mod.gate * self.linear2(mixed)
+        x = x + own.gate * self.linear2(mixed)
         return (x, (q, k, v)) if keep else x
 
 
@@ -287,7 +307,11 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+    def modulate(self, vec: Tensor) -> Tensor:
+        """What `forward` takes for `mod`, "B 2C"."""
+        return self.adaLN_modulation(vec)
+
+    def forward(self, x: Tensor, vec: Tensor, mod: Tensor | None = None) -> Tensor:
         """ "B I C" -> "B I channels"."""
-        shift, scale = self.adaLN_modulation(vec).unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = (self.modulate(vec) if mod is None else mod).unsqueeze(1).chunk(2, dim=-1)
         return self.linear((1 + scale) * self.norm_final(x) + shift)
