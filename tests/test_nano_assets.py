@@ -11,6 +11,7 @@ from flux.loading import read_weights
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.specs import configs
+from flux.vital_layers import find_vital_layers
 
 SPEC = configs["flux-nano"]
 FOLDER = SPEC.folder
@@ -111,11 +112,15 @@ def test_schnell_is_a_difference_of_the_same_layers():
     assert sum(tensor.nbytes for tensor in tensors.values()) < 2.5 * MIB
 
 
-def test_vital_layers_are_layers():
-    preset = json.loads((FOLDER / "vital_layers.json").read_text())
-    num_layers = SPEC.params.depth + SPEC.params.depth_single_blocks
-    assert preset["model"] == "flux-nano" and preset["source"]
-    assert preset["vital_layers"] == sorted(set(preset["vital_layers"]) & set(range(num_layers)))
+@pytest.mark.parametrize(
+    ("name", "file"), [("flux-nano", "vital_layers.json"), ("flux-nano-schnell", "vital_layers_schnell.json")]
+)
+def test_vital_layers_are_those_of_the_scan(name, file):
+    """Settled, over as many prompts as the paper's; the spec has them in the order of their vitality."""
+    scan = json.loads((FOLDER / file).read_text())
+    assert scan["model"] == name and scan["stable"] and scan["rows"] == 64
+    assert len(scan["vitality"]) == SPEC.num_layers
+    assert find_vital_layers(str(FOLDER / file), configs[name]) == configs[name].vital_layers
 
 
 def test_licence_of_the_pictures_is_there():
