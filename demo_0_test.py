@@ -34,6 +34,7 @@ def main(file: str = "test.json", **overrides) -> None:
             [entry.seed for entry in batch],
             image=image,
             strength=settings.strength,
+            cache=settings.cache,
             **settings.sampling(),
         )
         for entry, picture in zip(batch, made):

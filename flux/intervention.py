@@ -79,6 +79,11 @@ class Intervention:
         take = self.take if self.take_negative is None else self.take_negative
         return replace(self, take=take, watch=frozenset())
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done to the pass."""
+        return not (self.keep or self.take or self.watch or any(self.skip_rows()))
+
     def looks_into(self, layer: int) -> bool:
         return layer in self.keep or layer in self.watch
 

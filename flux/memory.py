@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.checkpoint import EIGHT_BIT
 from flux.errors import InputError
+from flux.fp8 import to_fp8
 from flux.layouts import Source
 from flux.loading import ModelFiles, fit, flow_on_meta, on_meta, text_on_meta
 from flux.model import Flux, FluxParams
@@ -116,10 +117,12 @@ class Form:
 
     Attributes:
         bits: of the other matrices inside the blocks; with 8, 8-bit floats stay as they are stored too.
+        fp8: the bits are those of `flux.fp8`, which leaves modulations alone.
     """
 
     dtype: torch.dtype
     bits: int = 16
+    fp8: bool = False
 
     def packs(self, source: Source) -> bool:
         return source.is_packed and (self.bits == 8 or source.kind not in EIGHT_BIT)
@@ -139,7 +142,8 @@ class Form:
             block = re.match(BLOCK, name)
             if block:
                 key = (block[1], int(block[2]))
-                blocks[key] = blocks.get(key, 0) + self.nbytes(source, True)
+                packs = not (self.fp8 and re.search(r"mod(ulation)?\.lin\.", name))
+                blocks[key] = blocks.get(key, 0) + self.nbytes(source, packs)
             else:
                 rest += self.nbytes(source, False)
         return Sizes(tuple(blocks[key] for key in sorted(blocks)), rest)
@@ -158,7 +162,9 @@ def thin(params: FluxParams, made: dict[str, Source], form: Form) -> Flux:
                 parent, _, own = name.rpartition(".")
                 linear = PackedLinear(packed, source.kind, module.bias, scale, form.dtype)
                 setattr(net.get_submodule(parent), own, linear)
-        if form.bits < 16:
+        if form.fp8:
+            to_fp8([net.double_blocks, net.single_blocks])
+        elif form.bits < 16:
             quantize_linears([net.double_blocks, net.single_blocks], form.bits)
     return net
 
@@ -243,7 +249,7 @@ class Accounts:
         self.passes = 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
         self.workspace = WORKSPACE if on_gpu else 0
 
-        form, text_form = Form(dtype, BITS[settings.quantize]), Form(text_dtype)
+        form, text_form = Form(dtype, BITS[settings.quantize], settings.quantize == "fp8"), Form(text_dtype)
         self.flow = form.sizes(made["transformer"])
         self.ae = Form(dtype).sizes(made["vae"]).whole
         self.clip = text_form.sizes(made["text_encoder"]).whole
@@ -280,6 +286,10 @@ class Accounts:
             layers = self.settings.vital_layers
             count = len(spec.vital_layers or ()) if isinstance(layers, str) else len(layers)
             most += self.passes * count * 2 * tokens * params.hidden_size * self.dtype.itemsize
+        # Modulations of a whole schedule, in the worst case other ones for each row.
+        parts = 12 * params.depth + 3 * params.depth_single_blocks + 2
+        steps = self.settings.num_steps or spec.num_steps
+        most += steps * batch * parts * params.hidden_size * self.dtype.itemsize
         return most
 
     def _text(self, itemsize: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
 from flux.modules import layers
+from flux.step_cache import StepCache
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Flux(nn.Module):
         intervention: Intervention = NOTHING,
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
+        cache: StepCache | None = None,
     ) -> tuple[Tensor, Findings]:
         """The velocity, and what the intervention keeps and watches.
 
@@ -137,34 +139,43 @@ class Flux(nn.Module):
                 or 1, must be what those layers make of the same inputs.
             mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
                 layer by layer.
+            cache: spares a plain pass its layers after the first where that changes little.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.
             InputError: an intervention that does not fit the model or the batch.
         """
-        streams, vec, pe = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        streams, pe = self._embed(img, img_ids, txt, txt_ids)
+        # With all modulations there nobody reads it.
+        vec = None if mods else self._conditioning(timesteps, y, guidance)
         intervention.check(self.num_layers, *img.shape[:2])
         if start is not None:
             streams = start.expanded(img.shape[0])
         findings = Findings()
         mods = mods or [None] * (self.num_layers + 1)
-        for streams in self._layers(streams, vec, pe, intervention, findings, mods):
+        passing = self._layers(streams, vec, pe, intervention, findings, mods)
+        if cache is None or start is not None or not intervention.is_plain:
+            for streams in passing:
+                pass
+            return self.final_layer(streams.img, vec, mods[-1]), findings
+        after_first = next(passing).img
+        first = after_first - streams.img
+        rest = cache.rest(first)
+        if rest is not None:
+            return self.final_layer(after_first + rest, vec, mods[-1]), findings
+        for streams in passing:
             pass
+        cache.remember(first, streams.img - after_first)
         return self.final_layer(streams.img, vec, mods[-1]), findings
 
-    def modulations(
-        self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None
-    ) -> list[Tensor] | None:
+    def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
         """The modulation of each layer and of the last one, "B 12C", "B 3C" or "B 2C", for any rows, those
         of a whole schedule for instance: a quarter of all weights is then read once and not at every step.
 
-        At full size a row has 2.1 MB in bfloat16. None where blocks are streamed: they would have to come
-        once more for it, and their modulation with them in any case.
+        At full size a row has 2.1 MB in bfloat16.
         """
-        parts = (*self.double_blocks, *self.single_blocks, self.final_layer)
-        if not all(hasattr(part, "modulate") for part in parts):
-            return None
         vec = self._conditioning(timesteps, y, guidance)
+        parts = (*self.double_blocks, *self.single_blocks, self.final_layer)
         return [part.modulate(vec) for part in parts]
 
     def streams(
@@ -179,7 +190,9 @@ class Flux(nn.Module):
         mods: Sequence[Tensor] | None = None,
     ) -> list[Streams]:
         """Both streams on their way into each layer, as `observe` takes them for a start."""
-        streams, vec, pe = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        streams, pe = self._embed(img, img_ids, txt, txt_ids)
+        # With all modulations there nobody reads it.
+        vec = None if mods else self._conditioning(timesteps, y, guidance)
         mods = mods or [None] * (self.num_layers + 1)
         return [streams, *self._layers(streams, vec, pe, NOTHING, Findings(), mods)][: self.num_layers]
 
@@ -189,18 +202,14 @@ class Flux(nn.Module):
         img_ids: Tensor,
         txt: Tensor,
         txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance,
-    ) -> tuple[Streams, Tensor, Tensor]:
-        """The streams into layer 0, the conditioning vector "B C", and the rotations of all positions."""
+    ) -> tuple[Streams, Tensor]:
+        """The streams into layer 0, and the rotations of all positions."""
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(
                 f"Input img and txt tensors must have 3 dimensions, got {img.ndim} and {txt.ndim}"
             )
-        vec = self._conditioning(timesteps, y, guidance)
         pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
-        return Streams(0, self.img_in(img), self.txt_in(txt)), vec, pe
+        return Streams(0, self.img_in(img), self.txt_in(txt)), pe
 
     def _conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector that all modulations are made of, "B C"."""
@@ -214,7 +223,7 @@ class Flux(nn.Module):
     def _layers(
         self,
         streams: Streams,
-        vec: Tensor,
+        vec: Tensor | None,
         pe: Tensor,
         intervention: Intervention,
         findings: Findings,

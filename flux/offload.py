@@ -137,6 +137,13 @@ class Streamed(nn.Module):
         super().__init__()
         self.block, self.feed, self.number = block, feed, number
 
+    def modulate(self, vec: Tensor) -> Tensor:
+        """The block's own: brought once more for a schedule, so that pictures stay those of nets that are not
+        streamed, to the last bit.
+        """
+        self.feed.bring(self.number)
+        return self.block.modulate(vec)
+
     def forward(self, *args, **kwargs):
         self.feed.bring(self.number)
         return self.block(*args, **kwargs)

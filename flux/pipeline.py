@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flux import sampling
 from flux.errors import InputError
+from flux.fp8 import check_device, to_fp8
 from flux.images import to_pil, to_tensor
 from flux.loading import check_files, files_of, load_flow, load_net, load_text
 from flux.memory import Plan, make_plan
@@ -23,6 +24,7 @@ from flux.quantize import BITS, quantize_linears
 from flux.sampling import Conditioning, Step
 from flux.settings import ModelSettings
 from flux.specs import ModelSpec, get_spec
+from flux.step_cache import StepCache
 from flux.tiling import in_tiles
 from flux.vocabulary import warn_of_unknown_words
 from flux.watermark import embed_watermark
@@ -79,6 +81,8 @@ class Pipeline:
         spec = get_spec(settings.model)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
+        if settings.quantize == "fp8":
+            check_device(device, dtype)
         files = files_of(settings)
         check_files(spec, files)
         # T5 overflows in float16.
@@ -89,7 +93,7 @@ class Pipeline:
         cpu = torch.device("cpu")
         home = device if plan.offload == "none" else cpu
         # What is yet to be packed comes to the device matrix by matrix.
-        keep_8bit = {"transformer": settings.quantize == "8bit", "t5": settings.t5 == "8bit"}
+        keep_8bit = {"transformer": BITS[settings.quantize] == 8, "t5": settings.t5 == "8bit"}
         t5_home = home if settings.t5 == "same" else cpu
         t5 = load_text(files, "text_encoder_2", spec.text_length, t5_home, text_dtype, keep_8bit["t5"])
         clip = load_text(files, "text_encoder", spec.clip_length, home, text_dtype)
@@ -116,7 +120,9 @@ class Pipeline:
         """Nets that are loaded already, wherever they lie, packed and placed as settings and plan say."""
         home = device if plan.offload == "none" else torch.device("cpu")
         stacks, t5_stacks = [model.double_blocks, model.single_blocks], [t5.hf_module.encoder.block]
-        if settings.quantize != "none":
+        if settings.quantize == "fp8":
+            to_fp8(stacks, device, home)
+        elif settings.quantize != "none":
             quantize_linears(stacks, BITS[settings.quantize], device, home)
         if settings.t5 == "8bit":
             quantize_linears(t5_stacks, 8, device, home)
@@ -226,6 +232,7 @@ class Pipeline:
         image: Image.Image | None = None,
         strength: float = 1.0,
         watermark: bool = False,
+        cache: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         progress: bool = True,
     ) -> list[Image.Image]:
@@ -235,6 +242,7 @@ class Pipeline:
             width, height: in pixels, multiples of 16.
             image: start from this picture (of that size) instead of from noise alone: image-to-image.
             strength: how much of the schedule is then run, 0..1; 1 keeps nothing of it.
+            cache: threshold of `flux.step_cache.StepCache`; None: every step is computed whole.
             on_step: called with each step as soon as it is taken.
         """
         cond = self.condition(prompts, guidance, true_cfg, negative_prompt)
@@ -244,7 +252,8 @@ class Pipeline:
             latent = levels[0] * latent + (1 - levels[0]) * self.encode(image)
         ids = self.image_ids(len(prompts), width, height)
         with self.denoising() as model:
-            steps = sampling.sample(model, latent, ids, cond, levels)
+            spared = StepCache(cache) if cache else None
+            steps = sampling.sample(model, latent, ids, cond, levels, cache=spared)
             for step in tqdm(steps, total=len(levels) - 1, desc="denoise", unit="step", disable=not progress):
                 latent = step.latent
                 if on_step:

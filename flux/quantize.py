@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BITS = {"none": 16, "8bit": 8, "4bit": 4}
+BITS = {"none": 16, "8bit": 8, "4bit": 4, "fp8": 8}
 GROUP = 64  # weights that share a scale and a minimum in 4 bits, at most
 
 

@@ -19,6 +19,7 @@ from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention
 from flux.math import KeysValues
 from flux.model import Flux, Streams
+from flux.step_cache import StepCache
 
 
 def latent_size(height: int, width: int) -> tuple[int, int]:
@@ -146,8 +147,6 @@ class Conditioning:
         made = model.modulations(
             t.repeat_interleave(len(rows[0])), *(x.repeat(len(levels), *[1] * (x.ndim - 1)) for x in rows)
         )
-        if made is None:
-            return self
         by_level = zip(*(x.split(len(rows[0])) for x in made))
         return replace(self, mods={**self.mods, **dict(zip(levels, map(list, by_level)))})
 
@@ -228,6 +227,7 @@ def euler_step(
     t_next: float,
     intervention: Intervention = NOTHING,
     start: tuple[Streams | None, Streams | None] = (None, None),
+    cache: StepCache | None = None,
 ) -> Step:
     """One step of Euler's method from the packed latent `img` ("B I 64") at noise level t to t_next.
 
@@ -235,12 +235,16 @@ def euler_step(
         img_ids: positions of the image tokens, the same in all rows, "B I 3" or "1 I 3".
         start: streams to begin with instead of at layer 0, in the pass itself and in the negative one; see
             `streams`.
+        cache: see `sample`; not used with a negative pass.
     """
+
+    # The negative pass would need one of its own.
+    used = None if cond.negative else cache
 
     def ask(img: Tensor, cond: Conditioning, intervention: Intervention, start: Streams | None):
         ids = (img_ids[:1].expand(img.shape[0], -1, -1), cond.txt, cond.txt_ids)
         given = (noise_levels(t, img), cond.vec, cond.guidance)
-        return model.observe(img, *ids, *given, intervention, start, cond.mods.get(t))
+        return model.observe(img, *ids, *given, intervention, start, cond.mods.get(t), used)
 
     if cond.negative is None:
         velocity, found = ask(img, cond, intervention, start[0])
@@ -308,6 +312,7 @@ def sample(
     cond: Conditioning,
     timesteps: Sequence[float],
     interventions: Intervention | Iterable[Intervention] = NOTHING,
+    cache: StepCache | None = None,
 ) -> Iterator[Step]:
     """Euler's method, step by step: yields each of the len(timesteps) - 1 steps as soon as it is taken.
 
@@ -315,6 +320,7 @@ def sample(
         img: packed latent at noise level timesteps[0], "B I 64".
         interventions: one for all steps, or one for each; asked for only when its step begins, so that it may
             come from another sampling that runs beside this one.
+        cache: spares steps that change little most of their work; a new one for each sampling.
 
     Raises:
         ValueError: fewer interventions than steps.
@@ -325,7 +331,7 @@ def sample(
         intervention = next(each, None)
         if intervention is None:
             raise ValueError(f"Got too few interventions for {len(timesteps) - 1} steps: give one for each")
-        step = euler_step(model, img, img_ids, cond, t, t_next, intervention)
+        step = euler_step(model, img, img_ids, cond, t, t_next, intervention, cache=cache)
         img = step.latent
         yield step
 

@@ -8,6 +8,7 @@ Writes what demos 2 and 3 write, and report.html, to the file's output_dir.
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.metrics import METRICS, load_metrics
@@ -69,11 +70,23 @@ def scan(settings: ScanSettings, progress: bool = True) -> list[int]:
         return publish(folder, folder, scored(len(rows)), rule, sources)
 
 
-def publish(folder: Path, out: Path, scores: Scores, rule: Rule, sources: Mapping[str, str]) -> list[int]:
+def publish(
+    folder: Path,
+    out: Path,
+    scores: Scores,
+    rule: Rule,
+    sources: Mapping[str, str],
+    told: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Writes what a scored sweep in `folder` says to `out`: similarity.csv, vital_layers.json, vitality.png,
     heat_map.png and report.html. Returns the vital layers.
+
+    Args:
+        told: the sweep's settings as these files tell them; None: as its run.json does.
     """
     record, sets, entries = check_sweep(folder)
+    if told is not None:
+        record["settings"] = dict(told)
     settings, num_double = record["settings"], get_spec(record["settings"]["model"]).params.depth
     about = {"model": settings["model"], "checkpoint": record.get("checkpoint"), "protocol": settings}
     vital = scores.vital(rule)

@@ -193,7 +193,9 @@ class ModelSettings(Settings):
         description='what waits in main memory: "none" of the nets, each "model" that is not at work, all '
         'transformer "blocks" but two, or "auto": what free memory asks for',
     )
-    quantize: Literal["none", "8bit", "4bit"] = Field("none", description="the transformer in fewer bits")
+    quantize: Literal["none", "8bit", "4bit", "fp8"] = Field(
+        "none", description="the transformer in fewer bits; only with fp8 it also computes in them, faster"
+    )
     t5: Literal["same", "8bit", "cpu"] = Field("same", description="T5 in fewer bits, or on the CPU")
     tiled: bool = Field(False, description="decode in tiles: nearly the same pixels in less memory")
     compile: bool = Field(False, description="compile the transformer's blocks: slower start, faster steps")
@@ -240,6 +242,9 @@ class TestSettings(PromptSettings):
     demo: ClassVar[str] = "test"
     image: Text | None = Field(None, description="start from this picture: image-to-image")
     strength: float = Field(0.8, gt=0, le=1, description="how much of the schedule then runs")
+    cache: float | None = Field(
+        None, gt=0, description="spare steps at which the first layer changes by less than this, 0.08 for one"
+    )
     output_dir: Text = Field("output/test", description="folder to write to")
 
 

@@ -278,7 +278,7 @@ def half_mask(size=(WIDTH, HEIGHT)) -> Image.Image:
 def test_outside_the_mask_is_the_reference(small, monkeypatch):
     """Its tokens exactly, at every step; pixels up to the decoder's reach. Inside, the edit is at work."""
     latents = []
-    follow = editing._follow
+    follow = editing.follow
 
     def following(pipe, model, source, moments, batches, on_step):
         def noted():
@@ -288,7 +288,7 @@ def test_outside_the_mask_is_the_reference(small, monkeypatch):
 
         return follow(pipe, model, source, noted(), batches, on_step)
 
-    monkeypatch.setattr(editing, "_follow", following)
+    monkeypatch.setattr(editing, "follow", following)
     make(small, mask=half_mask(), **ONE, inject_until=0.4)
     left = torch.arange(TOKENS) % (WIDTH // 16) < WIDTH // 32
     assert len(latents) == STEPS

@@ -16,6 +16,7 @@ from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.model import Flux, FluxParams
 from flux.modules.layers import EmbedND, RMSNorm, SelfAttention, timestep_embedding
+from flux.offload import Offloaded
 from flux.specs import configs
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -146,6 +147,38 @@ def test_params_can_be_made_by_keyword():
     """Upstream's thirteen fields, none with a default."""
     with pytest.raises(TypeError):
         FluxParams(in_channels=64)
+
+
+# ---- modulations ahead of the steps
+
+
+@pytest.mark.parametrize("guidance_embed", [True, False])
+def test_modulations_made_ahead_are_those_made_layer_by_layer(guidance_embed):
+    model = toy.flux(guidance_embed=guidance_embed)
+    given = toy.inputs(3, params=model.params)
+    rows = [given[name] for name in ("timesteps", "y", "guidance")]
+    mods = model.modulations(*rows)
+    assert [x.shape for x in mods] == [(3, 12 * 32)] * 3 + [(3, 3 * 32)] * 4 + [(3, 2 * 32)]
+    assert_close(model.observe(**given, mods=mods)[0], model(**given), rtol=0, atol=1e-5)
+    alike = {
+        **given,
+        **{
+            k: x if x is None else x[:1].expand(3, *x.shape[1:])
+            for k, x in given.items()
+            if k in ("timesteps", "y", "guidance")
+        },
+    }
+    one = model.modulations(*(x if x is None else x[:1] for x in rows))
+    assert_close(model.observe(**alike, mods=one)[0], model(**alike), rtol=0, atol=1e-5)
+
+
+def test_streamed_blocks_make_the_same_modulations():
+    model, plain = toy.flux(), toy.flux()
+    net = Offloaded(model, torch.device("cpu"), [model.double_blocks, model.single_blocks], 3)
+    rows = [toy.inputs(2)[name] for name in ("timesteps", "y", "guidance")]
+    with net.at_work():
+        got = model.modulations(*rows)
+    assert all(torch.equal(a, b) for a, b in zip(got, plain.modulations(*rows), strict=True))
 
 
 # ---- compiled blocks

@@ -1,8 +1,12 @@
 """The studio without its page: limits, uploads, the engine, the filter, what is saved, scans."""
 
 import json
+import os
 import re
 import runpy
+import socket
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -23,13 +27,19 @@ from flux.studio.app import Studio, open_studio, serve
 from flux.studio.content_filter import ContentFilter
 from flux.studio.engine import Engine
 from flux.studio.limits import Limits
-from flux.studio.visits import Visits, read_back
+from flux.studio.visits import KEPT, Visits, portable, read_back
+from flux.vocabulary import unknown_words
 
-gradio = pytest.importorskip("gradio")
+pytest.importorskip("gradio")
 
+import gradio_client  # noqa: E402
+
+from flux.studio import edit_tab, generate, look_tab  # noqa: E402
 from flux.studio.edit import edit_settings_of, edits_of, known_layers, run_edit, text_of  # noqa: E402
 from flux.studio.generate import run_generate, settings_of  # noqa: E402
 from flux.studio.look import run_scan, scan_settings_of  # noqa: E402
+from flux.studio.safety import OwnFilesOnly  # noqa: E402
+from flux.studio.tabs import words_note  # noqa: E402
 from flux.studio.widgets import layers_on, news, painted, strip_value  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,7 +371,94 @@ def test_visits_are_apart_and_bounded(tmp_path):
         first.zip()
 
 
+def test_visits_are_deleted_a_day_after_their_last_use(tmp_path, photo):
+    visits = Visits(tmp_path)
+    old, used = visits.of("old"), visits.of("used")
+    for visit in (old, used):
+        visit.take(photo)
+        os.utime(visit.folder, times=(time.time() - KEPT - 1,) * 2)
+    assert visits.of("used") is used and old.folder.is_dir()
+    visits.of("new")
+    assert used.folder.is_dir() and not old.folder.exists()
+    assert visits.of("old") is not old and visits.of("used") is used
+    os.utime(used.folder, times=(time.time() - KEPT - 1,) * 2)
+    Visits(tmp_path)  # a start tidies up too
+    assert not used.folder.exists()
+
+
+def test_files_of_the_server_are_not_named(studio, tmp_path, monkeypatch, photo):
+    """Neither by run.json nor by pictures nor by what a scan gives; demos and the page take these."""
+    weights = tmp_path / "private" / "mine.safetensors"
+    weights.parent.mkdir()
+    weights.symlink_to(configs["flux-nano"].folder / "transformer.safetensors")
+    monkeypatch.setattr(
+        studio.engine, "settings", studio.engine.settings.model_copy(update={"weights": str(weights)})
+    )
+    visit = studio.visits.of("a")
+    made = finish(run_generate(studio, visit, settings_of(studio, {"prompt": "a dog", "num_steps": 1})))
+    settings = scan_settings_of(studio, {"prompts": "a dog", "layers": {"on": [0]}, "num_steps": 1, "top": 1})
+    list(run_scan(studio, visit, settings))
+    folder = Path(settings.output_dir)
+    given = [made.record, *made.pictures.values(), folder / "vital_layers.json", folder / "report.html"]
+    for path in (*given, *folder.rglob("*.png")):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    assert b"mine.safetensors" in made.record.read_bytes()
+    read_back(made.pictures["000"])
+    assert (demo("demo_0_test", made.record, tmp_path / "again") / "000.png").is_file()
+    list(run_scan(studio, visit, settings))  # and the scan is still known as the same
+
+
+def test_files_that_are_left_out(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    loras = [{"file": str(tmp_path / "a.safetensors"), "weight": 1.0}, {"file": "owner/name", "weight": 1.0}]
+    fields, files = portable({"weights": None, "lora": loras, "output_dir": "x", "seed": 1})
+    assert fields == {"weights": None, "lora": loras[1:], "seed": 1} and files == ["a.safetensors"]
+
+
+def test_paths_that_are_served(tmp_path):
+    allowed = OwnFilesOnly(None, tmp_path).allowed
+    assert allowed(f"/gradio_api/file={tmp_path}/stream/a.png") and allowed("/gradio_api/queue/join")
+    for path in (f"{tmp_path}/../b.png", "http://a.b/c.png", "a.png", "/etc/passwd", "a" * 5000, "/a\0b"):
+        assert not allowed(f"/gradio_api/file={path}") and not allowed(f"/under/gradio_api/file/{path}"), path
+
+
+# Words
+
+
+def test_words_that_a_model_does_not_know(studio):
+    form = {"prompt": "a dog", "edits": "a <b>zebrra</b>", "layers": {"on": [1]}}
+    note = words_note(studio, edit_settings_of(studio, form))
+    assert "zebrra" in note and "near: zebra" in note and "<b>zebrra</b>" in note
+    form = {"prompts": "a dog on a skyscraper", "layers": {"on": [1]}}
+    assert "skyscraper" in words_note(studio, scan_settings_of(studio, form))
+    assert words_note(studio, settings_of(studio, {"prompt": "a dog"})) == ""
+
+
+def test_examples_use_known_words():
+    texts = [prompt for prompt, _ in generate.EXAMPLES["flux-nano"]] + [look_tab.PROMPTS, look_tab.PROMPT]
+    texts += [f"{prompt} {edits}" for prompt, _, edits in edit_tab.EXAMPLES["flux-nano"]]
+    assert not unknown_words(" ".join(texts), configs["flux-nano"].vocabulary)
+
+
 # Scans
+
+
+def test_a_scan_stops_within_a_step(studio):
+    settings = scan_settings_of(studio, {"prompts": "a dog", "layers": {"on": [0]}, "num_steps": 20})
+    visit, steps = studio.visits.of("a"), 0
+
+    def count(*_):
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            visit.stop.set()
+
+    hook = studio.engine.pipe.model.final_layer.register_forward_hook(count)
+    try:
+        assert not [report for report in run_scan(studio, visit, settings) if report.made]
+    finally:
+        hook.remove()
+    assert steps == 3 and not list(Path(settings.output_dir).rglob("reference.png"))
 
 
 def test_a_scan_goes_on_where_it_was_stopped(studio):
@@ -391,6 +488,29 @@ def test_the_space_installs_what_the_package_needs():
     assert set(re.findall(r'"(.*?)"', needed)) <= set(listed) and any(
         line.startswith("gradio") for line in listed
     )
+
+
+@pytest.mark.slow
+def test_the_space_starts_and_answers(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    more = {"STUDIO_MODEL": "flux-nano", "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    more |= {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    app = [sys.executable, "-u", str(ROOT / "docs" / "space" / "app.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(app, cwd=tmp_path, env={**os.environ, **more}, **pipes) as space:
+        try:
+            said = []
+            while not said or "Running on" not in said[-1]:
+                said.append(space.stdout.readline())
+                assert said[-1], "".join(said)
+            client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+            how = {"width": 64, "height": 64, "num_steps": 1}
+            pictures, _ = client.predict("a dog", **how, api_name="/generate")
+            assert read_image(pictures[0]).size == (64, 64)
+        finally:
+            space.terminate()
 
 
 def test_settings_of_a_picture_beside_the_file(tmp_path, photo):

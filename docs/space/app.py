@@ -6,4 +6,4 @@ from flux.settings import ModelSettings
 from flux.studio.app import open_studio, serve
 
 studio = open_studio(ModelSettings(model=os.environ.get("STUDIO_MODEL", "flux-schnell"), offload=False))
-serve(studio, host="0.0.0.0", port=7860, auth=os.environ.get("STUDIO_AUTH"))
+serve(studio, host="0.0.0.0", auth=os.environ.get("STUDIO_AUTH"))

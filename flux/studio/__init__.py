@@ -1,8 +1,9 @@
 """The studio: a web page to generate, edit and look inside, and the same over HTTP (`python demo_gr.py`).
 
 Rooms: `app` loads the model and serves; `engine` runs one thing at a time; `limits` says what a visitor may
-ask for; `visits` keeps what was made; `generate`, `edit` and `look` hold settings and work, `page` the tabs
-that show them (`generate`, `edit_tab`, `look_tab`, of `tabs` and `widgets`); `endpoints` is for programs.
+ask for; `safety` keeps gradio from fetching or serving anything else; `visits` keeps what was made;
+`generate`, `edit` and `look` hold settings and work, `page` the tabs that show them (`generate`, `edit_tab`,
+`look_tab`, of `tabs` and `widgets`); `endpoints` is for programs.
 
 Programs call three named endpoints, with gradio_client or plain HTTP (`docs/studio_client.py` is an example).
 What is left out is as the page has it; layers are numbered over the whole model, from 0.
@@ -20,6 +21,9 @@ What is left out is as the page has it; layers are numbered over the whole model
 /scan       prompts, seed, layers, top, width, height, num_steps, guidance, true_cfg
             -> what vital_layers.json holds, and vitality.png. top: how many are vital; none: those above the
             largest gap.
+
+What was made in a visit is deleted a day after its last use; scans are kept. Saved settings name no folder of
+the server: demos run them with the model's own files, and the bare names of others stand in `files`.
 
 Calls wait for their turn. One that asks for too much, or for what is not there, ends with a line of why.
 """

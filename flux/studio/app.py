@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from flux.errors import InputError
 from flux.reading import check_settings
 from flux.settings import ModelSettings
@@ -12,7 +14,7 @@ from flux.specs import ModelSpec, complete, get_spec
 from flux.studio.content_filter import DEFAULT, ContentFilter
 from flux.studio.engine import Engine
 from flux.studio.limits import Limits
-from flux.studio.visits import Visits
+from flux.studio.visits import Visits, delete_unused
 from flux.usage import track_usage_via_api
 
 
@@ -107,10 +109,17 @@ def serve(
     # Read when components are made: uploads and copies of what is shown lie here, and are served from here.
     os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "served")
     os.environ["GRADIO_EXAMPLES_CACHE"] = str(studio.folder / "served" / "examples")
+    delete_unused(studio.folder / "served")  # of a studio that was killed: gradio tidies up its own alone
+    # Pillow refuses more than twice this many pixels, also where gradio opens what a browser sent.
+    Image.MAX_IMAGE_PIXELS = studio.limits.upload_pixels
+
+    from starlette.middleware import Middleware
 
     from flux.studio.page import LOOKS, build
+    from flux.studio.safety import OwnFilesOnly, fetch_nothing
 
     page = build(studio)
+    fetch_nothing(page)
     # Without api_open, a request to the bare routes would pass by the queue.
     page.queue(max_size=studio.limits.waiting, api_open=False, default_concurrency_limit=8)
     try:
@@ -124,6 +133,7 @@ def serve(
             footer_links=["api"],
             run_history=False,
             enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(OwnFilesOnly, folder=studio.folder)]},
             **{**LOOKS(), **more},
         )
     except OSError as error:

@@ -16,7 +16,7 @@ from flux.studio.app import Studio
 from flux.studio.edit import DOSED, edit_settings_of, known_layers, make_reference, run_edit, text_of
 from flux.studio.engine import Report, Teller
 from flux.studio.generate import SAMPLING
-from flux.studio.tabs import QUIET, connect, guidance_slider, size_slider
+from flux.studio.tabs import QUIET, connect, fill, guidance_slider, size_slider, words_place
 from flux.studio.visits import Run, Visit
 from flux.studio.widgets import layer_strip, mask_editor, news, painted, picture_input, strip_value
 from flux.vital_layers import PRESETS
@@ -28,7 +28,7 @@ INVERSIONS = ["midpoint", "euler", "fireflow", "fixed-point", "none"]
 EXAMPLES = {
     "flux-nano": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
-        ("an owl in the forest", 4, "a fox in the forest\nan owl in the snow"),
+        ("an owl in the forest", 4, "a parrot in the forest\nan owl in the snow"),
         ("a red car on the street", 3, "a blue car on the street\n> a blue car on the street at night"),
     ],
     "": [
@@ -68,19 +68,22 @@ class EditTab:
                     elem_id="edit-edits",
                     info="One a line. A line that begins with > goes on from the one above.",
                 )
+                self.words = words_place()
                 with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Edit", variant="primary", elem_id="edit-go")
                     self.first = gr.Button("Reference", elem_id="edit-first")
                     self.stop = gr.Button("Stop", interactive=False, elem_id="edit-stop")
-                samples = EXAMPLES.get(defaults.model, EXAMPLES[""])
+                self.samples = EXAMPLES.get(defaults.model, EXAMPLES[""])
                 self.examples = gr.Dataset(
                     components=[
                         gr.Textbox(visible=False),
                         gr.Number(visible=False),
                         gr.Textbox(visible=False),
                     ],
-                    samples=[list(sample) for sample in samples],
-                    sample_labels=[f"{prompt} → {edits.splitlines()[0]}" for prompt, _, edits in samples],
+                    samples=[list(sample) for sample in self.samples],
+                    sample_labels=[
+                        f"{prompt} → {edits.splitlines()[0]}" for prompt, _, edits in self.samples
+                    ],
                     label="For example",
                     elem_classes="examples",
                 )
@@ -236,8 +239,8 @@ class EditTab:
             form["mask"] = painted(form["mask"])
             return form
 
-        def check(*values: Any) -> None:
-            edit_settings_of(self.studio, filled(values))
+        def check(*values: Any) -> EditSettings:
+            return edit_settings_of(self.studio, filled(values))
 
         def work(visit: Visit, *values: Any) -> Iterator[tuple[Report, dict]]:
             form = filled(values)
@@ -250,9 +253,9 @@ class EditTab:
                     {**self.shown(report, run, renewed), **(history.shown(visit) if report.made else {})},
                 )
 
-        def check_first(*values: Any) -> None:
+        def check_first(*values: Any) -> EditSettings:
             form = filled(values)
-            edit_settings_of(self.studio, {**form, "edits": form["edits"] or "-"})
+            return edit_settings_of(self.studio, {**form, "edits": form["edits"] or "-"})
 
         def work_first(visit: Visit, *values: Any) -> Iterator[tuple[Report, dict]]:
             form, engine = filled(values), self.studio.engine
@@ -270,7 +273,7 @@ class EditTab:
                 yield report, shown
 
         outputs = [*self.shows, self.mask, self.ground, self.painting, *history.components]
-        buttons = ([self.go, self.first], self.stop)
+        buttons = ([self.go, self.first], self.stop, self.words)
         connect(self.studio, [self.go.click], inputs, check, work, outputs, self.news, *buttons)
         connect(
             self.studio, [self.first.click], inputs, check_first, work_first, outputs, self.news, *buttons
@@ -333,9 +336,10 @@ class EditTab:
         for button, layers in self.presets:
             button.click(lambda layers=layers: self.strip(layers), None, self.layers, **quiet)
         self.examples.click(
-            lambda sample: (PROMPT, *sample),
+            None,
             self.examples,
-            [self.source, self.prompt, self.seed, self.edits],
+            [self.prompt, self.seed, self.edits, self.source],
+            js=fill(self.samples, PROMPT),
             **quiet,
         )
 
@@ -388,7 +392,7 @@ class EditTab:
     @property
     def returned(self) -> list[Any]:
         """What `restored` and `again` change."""
-        return [self.place, *self.form.values(), *self.shows, self.news]
+        return [self.place, *self.form.values(), *self.shows, self.ground, self.painting, self.news]
 
     def restored(self, settings: EditSettings, about: dict, photo: Path | None = None) -> dict:
         """The form filled as for these settings."""
@@ -413,7 +417,8 @@ class EditTab:
         }
         values |= {"photo": photo and str(photo), "source": PHOTO if settings.photo else PROMPT}
         shown = {self.form[name]: value for name, value in values.items()}
-        return {self.place: values["photo"], **shown}
+        # A mask is not brought back: what it was painted on may be another picture by now.
+        return {self.place: values["photo"], **shown, self.mask: None, self.ground: None, self.painting: None}
 
 
 def canvas(picture: Image.Image | Path) -> dict:

@@ -63,7 +63,7 @@ class Teller:
     def step(self, step: Step, *_) -> None:
         """A sampling step was taken."""
         self._done += 1
-        self._check()
+        self.check()
         self._tell(preview=self._engine.preview(step, *self._size))
 
     def step_of(self, step: Step, index: int, total: int) -> None:
@@ -79,14 +79,15 @@ class Teller:
     def made(self, name: str, thing: Any) -> None:
         self._tell(made=(name, thing))
 
-    def _check(self) -> None:
+    def check(self, *_) -> None:
+        """Raises Stopped if the run is to stop."""
         if self._stop.is_set():
             raise Stopped
 
     def _tell(self, **more) -> None:
         # What is made is told also to one who wants to stop: it is there.
         if "made" not in more:
-            self._check()
+            self.check()
         spent = time.perf_counter() - self._begin
         left = spent / self._done * (self._total - self._done) if self._done and self._total else None
         self._put(Report(self._text, self._done, self._total, left, **more))

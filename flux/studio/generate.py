@@ -11,7 +11,7 @@ from flux.images import fit, read_image
 from flux.settings import TestSettings
 from flux.studio.app import Studio
 from flux.studio.engine import Engine, Report, Teller
-from flux.studio.tabs import QUIET, connect, guidance_slider, size_slider, whole
+from flux.studio.tabs import QUIET, connect, fill, guidance_slider, size_slider, whole, words_place
 from flux.studio.visits import Run, Visit
 from flux.studio.widgets import news, picture_input
 
@@ -100,13 +100,15 @@ class GenerateTab:
                     elem_id="generate-prompt",
                     info="Enter draws it.",
                 )
+                self.words = words_place()
                 with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Draw", variant="primary", elem_id="generate-go")
                     self.stop = gr.Button("Stop", interactive=False, elem_id="generate-stop")
+                self.samples = EXAMPLES.get(defaults.model, EXAMPLES[""])
                 self.examples = gr.Dataset(
                     components=[gr.Textbox(visible=False), gr.Number(visible=False)],
-                    samples=[list(pair) for pair in EXAMPLES.get(defaults.model, EXAMPLES[""])],
-                    sample_labels=[prompt for prompt, _ in EXAMPLES.get(defaults.model, EXAMPLES[""])],
+                    samples=[list(pair) for pair in self.samples],
+                    sample_labels=[prompt for prompt, _ in self.samples],
                     label="For example",
                     elem_classes="examples",
                 )
@@ -166,8 +168,8 @@ class GenerateTab:
     def wire(self, history: Any) -> None:
         """What happens on a click; `history` is told of each new picture."""
 
-        def check(*values: Any) -> None:
-            settings_of(self.studio, dict(zip(self.form, values)))
+        def check(*values: Any) -> TestSettings:
+            return settings_of(self.studio, dict(zip(self.form, values)))
 
         def work(visit: Visit, *values: Any) -> Iterator[tuple[Any, dict]]:
             form = dict(zip(self.form, values))
@@ -187,12 +189,14 @@ class GenerateTab:
             self.news,
             [self.go],
             self.stop,
+            self.words,
             seed=(self.fresh, self.seed),
         )
         self.examples.click(
-            lambda sample: (*sample, False),
+            None,
             self.examples,
             [self.prompt, self.seed, self.fresh],
+            js=fill(self.samples, False),
             queue=False,
             **QUIET,
         )

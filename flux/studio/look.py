@@ -20,9 +20,9 @@ from flux.studio.app import Studio
 from flux.studio.engine import Engine, Report, Teller
 from flux.studio.generate import SAMPLING
 from flux.studio.tabs import whole
-from flux.studio.visits import Run, Visit
+from flux.studio.visits import Run, Visit, portable
 from flux.studio.widgets import layers_on
-from flux.vitality import FREE_FIELDS, REFERENCE, Task, layer_sets, picture_path, plan, sweep
+from flux.vitality import FREE_FIELDS, REFERENCE, Task, layer_sets, picture_path, plan, sweep, sweep_part
 
 REDRAW = 2.0  # seconds between two drawings of a growing vitality.png
 # ---- the scan
@@ -43,7 +43,8 @@ def scan_settings_of(studio: Studio, form: dict[str, Any]) -> ScanSettings:
     top = {"top": int(form["top"])} if form.get("top") else {"gap": True}
     plain = whole({name: form.get(name) for name in (*SAMPLING, "seed")})
     every = len(layers) == studio.spec.num_layers
-    fields = {**plain, **top, "prompts": prompts, "layers": "all" if every else layers}
+    # Their metadata would name this machine's files, and no demo takes a single bypassed picture.
+    fields = {**plain, **top, "prompts": prompts, "layers": "all" if every else layers, "metadata": False}
     settings = studio.checked(ScanSettings, fields)
     wish = {name: value for name, value in settings.to_json().items() if name not in FREE_FIELDS | set(top)}
     name = hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest()[:16]
@@ -85,9 +86,16 @@ def make_scan(engine: Engine, settings: ScanSettings, tell: Teller) -> None:
     for task in plan(settings, engine.pipe.spec.num_layers):
         if all(picture_path(folder, task.row, layers).is_file() for layers in task.sets):
             scored(task)
-    sweep(settings, engine.pipe, progress=False, on_task=scored)
+    # A sweep tells of whole pictures; asked in each pass of the transformer, it stops within a step.
+    hook = engine.pipe.model.final_layer.register_forward_pre_hook(tell.check)
+    try:
+        sweep(settings, engine.pipe, progress=False, on_task=scored)
+    finally:
+        hook.remove()
     rows = [{"dino": [row[layers] for layers in sets]} for row in similarity]
-    vital = publish(folder, folder, gather(sets, rows, prompts), Rule.of(settings), sources)
+    # What a visitor takes home names no folder of this machine.
+    told, _ = portable(sweep_part(settings).to_json())
+    vital = publish(folder, folder, gather(sets, rows, prompts), Rule.of(settings), sources, told)
     tell.made("vitality", folder / "vitality.png")
     tell.made("found", vital)
 
@@ -145,5 +153,9 @@ def make_film(engine: Engine, settings: LayerSettings, tell: Teller, run: Run) -
         if prompt_words(entry.prompt):
             sheets["words"] = words_sheet(final, seen, pipe.spec.params.depth)
     for name, picture in sheets.items():
-        save_image(picture, run.folder / f"{name}.png", about(run.settings, entry.prompt, entry.seed))
+        save_image(
+            picture,
+            run.folder / f"{name}.png",
+            about(run.settings, entry.prompt, entry.seed, files=run.files),
+        )
         tell.made(name, run.folder / f"{name}.png")

@@ -12,11 +12,12 @@ from flux.studio.app import Studio
 from flux.studio.engine import Report
 from flux.studio.generate import SAMPLING
 from flux.studio.look import film_settings_of, make_film, read_vitality, run_scan, scan_settings_of
-from flux.studio.tabs import QUIET, connect, size_slider
+from flux.studio.tabs import QUIET, connect, size_slider, words_place
 from flux.studio.visits import Run, Visit
 from flux.studio.widgets import layer_strip, news, strip_value
 from flux.vitality import REFERENCE, layer_sets, picture_path
 
+PROMPT = "a cat wearing a top hat in the snow"
 PROMPTS = "a dog on the grass\nan owl in the forest\na red car on the street"
 
 
@@ -28,7 +29,7 @@ class LookTab:
         with gr.Tabs(elem_classes="inner"):
             with gr.Tab("Which layers matter", id="scan"):
                 self.add_scan()
-            with gr.Tab("How a picture comes about", id="film"):
+            with gr.Tab("Step by step", id="film"):
                 self.add_film()
         self.found = gr.State(None)  # the folder of the scan that is shown
 
@@ -48,10 +49,14 @@ class LookTab:
                     max_length=studio.limits.letters * 4,
                     info="One a line. Each is drawn whole, then with each layer bypassed.",
                 )
+                self.scan_words = words_place()
                 with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Scan", variant="primary", elem_id="scan-go")
                     self.stop = gr.Button("Stop", interactive=False, elem_id="scan-stop")
-                gr.Markdown("Stopped and started again, a scan goes on where it was.", elem_classes="label")
+                gr.Markdown(
+                    "Stop ends it within a step; started again, it goes on where it was.",
+                    elem_classes="label",
+                )
             with gr.Column(elem_classes="see"):
                 self.news = gr.HTML(news(None, "Ready."), elem_id="scan-news")
                 self.plot = gr.Image(
@@ -118,13 +123,14 @@ class LookTab:
         with gr.Row(elem_classes="room"):
             with gr.Column(elem_classes="ask", min_width=280):
                 self.prompt = gr.Textbox(
-                    "a cat wearing a top hat in the snow",
+                    PROMPT,
                     label="Prompt",
                     elem_id="film-prompt",
                     lines=1,
                     max_lines=6,
                     max_length=studio.limits.letters,
                 )
+                self.film_words = words_place()
                 with gr.Row(elem_classes="actions"):
                     self.film_go = gr.Button("Watch", variant="primary", elem_id="film-go")
                     self.film_stop = gr.Button("Stop", interactive=False, elem_id="film-stop")
@@ -172,8 +178,8 @@ class LookTab:
         names = ["prompts", "layers", "top", *self.scan_form]
         inputs = [self.prompts, self.layers, self.top, *self.scan_form.values()]
 
-        def check(*values: Any) -> None:
-            scan_settings_of(self.studio, dict(zip(names, values)))
+        def check(*values: Any) -> ScanSettings:
+            return scan_settings_of(self.studio, dict(zip(names, values)))
 
         def work(visit: Visit, *values: Any) -> Iterator[tuple[Report, dict]]:
             settings = scan_settings_of(self.studio, dict(zip(names, values)))
@@ -190,15 +196,16 @@ class LookTab:
             self.without,
             self.found,
         ]
-        connect(self.studio, [self.go.click], inputs, check, work, outputs, self.news, [self.go], self.stop)
+        buttons = ([self.go], self.stop, self.scan_words)
+        connect(self.studio, [self.go.click], inputs, check, work, outputs, self.news, *buttons)
         self.layer.change(self.pictures, [self.found, self.layer], self.without, **quiet)
         for button, on in self.presets:
             button.click(lambda on=on: self.all_layers(on), None, self.layers, **quiet)
         self.wire_film(history)
 
     def wire_film(self, history: Any) -> None:
-        def check(*values: Any) -> None:
-            film_settings_of(self.studio, dict(zip(self.form, values)))
+        def check(*values: Any) -> LayerSettings:
+            return film_settings_of(self.studio, dict(zip(self.form, values)))
 
         def work(visit: Visit, *values: Any) -> Iterator[tuple[Report, dict]]:
             settings = film_settings_of(self.studio, dict(zip(self.form, values)))
@@ -235,6 +242,7 @@ class LookTab:
             self.film_news,
             [self.film_go],
             self.film_stop,
+            self.film_words,
         )
 
     def wire_sending(self, tabs: gr.Tabs, edit: Any) -> None:
@@ -310,9 +318,9 @@ class LookTab:
 
 
 SHEETS = {
-    "steps": "Every step: noisy, and the clean picture it points at",
-    "layers": "How much each image token attends to the text",
-    "words": "What each word attends to",
+    "steps": "Every step",
+    "layers": "Attention to the text",
+    "words": "Attention of words",
 }
 
 

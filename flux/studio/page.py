@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from flux.errors import InputError
 from flux.settings import EditSettings, LayerSettings, TestSettings
 from flux.studio.app import Studio
 from flux.studio.edit_tab import EditTab
@@ -87,7 +88,12 @@ class History:
         def again(request: gr.Request, event: gr.SelectData) -> dict:
             with readable():
                 visit = self.studio.visits.of(request.session_hash)
-                run, name, path = visit.pictures()[event.index]
+                pictures = visit.pictures()
+                if event.index >= len(pictures):
+                    raise InputError(
+                        "That picture is no longer here: a visit's are deleted a day after its use"
+                    )
+                run, name, path = pictures[event.index]
                 return self.back(rooms, tabs, *read_back(path), run=run, name=name)
 
         def dropped(path: str | None) -> dict:
@@ -123,6 +129,8 @@ class History:
         for field in ("image", "photo"):
             if run and getattr(settings, field, None):
                 inputs[field] = run.folder / getattr(settings, field)
+        if getattr(settings, "mask", None):
+            gr.Info("Its mask is not brought back: paint it again.")
         shown = room.restored(settings, about, **inputs)
         return {tabs: gr.Tabs(selected=number), **shown, **(room.again(run, name) if run else {})}
 

@@ -1,16 +1,20 @@
 """What the page's tabs have in common: a run from click to end, and the sliders of every model."""
 
+import html
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import randrange
 from typing import Any
 
 import gradio as gr
 
+from flux.settings import ModelSettings
 from flux.studio.app import Studio
 from flux.studio.engine import Report
 from flux.studio.limits import readable
 from flux.studio.widgets import duration, news
+from flux.vocabulary import unknown_words
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 # For what may fail: gradio shows errors only of what was queued.
@@ -21,21 +25,24 @@ def connect(
     studio: Studio,
     triggers: Iterable[Callable],
     inputs: list[Any],
-    check: Callable[..., Any],
+    check: Callable[..., ModelSettings],
     work: Callable[..., Iterator[tuple[Report | None, dict]]],
     outputs: list[Any],
     line: gr.HTML,
     go: Iterable[gr.Button],
     stop: gr.Button,
+    note: gr.HTML,
     seed: tuple[gr.Checkbox, gr.Number] | None = None,
 ) -> None:
     """Lets `triggers` begin a run, and the button `stop` end it.
 
     Args:
-        check: called at once with the values of `inputs`; raises InputError if they cannot be used.
+        check: called at once with the values of `inputs`; gives the settings of the run, or raises
+            InputError if they cannot be used.
         work: called with the visit and the values when the model is free; yields reports, each with what is
             to be shown by component, and None for the report at its end.
         line: where reports are shown.
+        note: where words are named that the model does not know.
         seed: whether a new seed is wanted, and where it goes.
     """
     buttons = [*go, stop]
@@ -44,16 +51,23 @@ def connect(
         return [*(gr.update(interactive=not running) for _ in go), gr.update(interactive=running)]
 
     def begin(request: gr.Request, *values):
+        visit = studio.visits.of(request.session_hash)
         with readable():
-            check(*values)
-        studio.visits.of(request.session_hash).stop.clear()
-        return [news(Report("waiting for the model")), *switched(True)]
+            unknown = words_note(studio, check(*values))
+        if visit.busy:  # Enter in a prompt
+            return [gr.skip()] * (2 + len(buttons))
+        visit.stop.clear()
+        return [unknown, news(Report("waiting for the model")), *switched(True)]
 
     def run(request: gr.Request, *values):
         with readable():
             begun, visit = time.perf_counter(), studio.visits.of(request.session_hash)
-            for report, shown in work(visit, *values):
-                yield {line: news(report), **shown} if report else shown
+            visit.busy = True
+            try:
+                for report, shown in work(visit, *values):
+                    yield {line: news(report), **shown} if report else shown
+            finally:
+                visit.busy = False
             took = duration(time.perf_counter() - begun)
             yield {line: news(None, f"Stopped after {took}." if visit.stop.is_set() else f"Done in {took}.")}
 
@@ -63,9 +77,9 @@ def connect(
 
     if seed:
         asked = gr.on(list(triggers), new_seed, [*seed], seed[1], queue=False, **QUIET)
-        asked = asked.then(begin, inputs, [line, *buttons], **AT_ONCE)
+        asked = asked.then(begin, inputs, [note, line, *buttons], **AT_ONCE)
     else:
-        asked = gr.on(list(triggers), begin, inputs, [line, *buttons], **AT_ONCE)
+        asked = gr.on(list(triggers), begin, inputs, [note, line, *buttons], **AT_ONCE)
     ran = asked.success(run, inputs, [line, *outputs], concurrency_id="model", concurrency_limit=1, **QUIET)
     ran.then(end, line, [line, *buttons], queue=False, **QUIET)
 
@@ -74,6 +88,40 @@ def connect(
         return gr.update(interactive=False)
 
     stop.click(halt, None, stop, queue=False, **QUIET)
+
+
+def words_note(studio: Studio, settings: ModelSettings) -> str:
+    """As HTML: the words of these settings that the model was not trained on, with near ones."""
+    if studio.spec.vocabulary is None:
+        return ""
+    found: dict[str, list[str]] = {}
+    for text in texts_of(settings):
+        found |= unknown_words(text, studio.spec.vocabulary)
+    named = [
+        f"<b>{html.escape(word)}</b>" + (f" (near: {', '.join(near)})" if near else "")
+        for word, near in found.items()
+    ]
+    return (
+        f'<div class="note">Not known to {studio.defaults.model}, and overlooked: {", ".join(named)}</div>'
+        if named
+        else ""
+    )
+
+
+def texts_of(settings: ModelSettings) -> list[str]:
+    """All that the model will be told."""
+    prompts = [entry.prompt for entry in getattr(settings, "entries", None) or settings.prompts]
+    return [getattr(settings, "prompt", None) or "", *prompts, settings.negative_prompt]
+
+
+def words_place() -> gr.HTML:
+    """Where `words_note` goes: under the prompt, and nothing as long as all words are known."""
+    return gr.HTML("", elem_classes="words")
+
+
+def fill(samples: Sequence[Sequence[Any]], *more: Any) -> str:
+    """JavaScript for an example that is clicked: its values, and `more`, without asking the server."""
+    return f"index => [...{json.dumps(samples)}[index], ...{json.dumps(more)}]"
 
 
 def new_seed(fresh: bool, seed: float | None) -> float | None:

@@ -1,7 +1,10 @@
 """What a visitor has made: a folder for each visit, one in it for each run."""
 
 import json
+import os
+import shutil
 import threading
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -18,15 +21,22 @@ from flux.record import about, run_record
 from flux.settings import EditSettings, LayerSettings, Settings, TestSettings
 
 KINDS: dict[str, type[Settings]] = {cls.demo: cls for cls in (TestSettings, LayerSettings, EditSettings)}
-REMEMBERED = 200  # visits; the folders of older ones stay
+REMEMBERED = 200  # visits at once
+KEPT = 24 * 3600  # seconds from a folder's last use until it is deleted
+FILES = ("weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders")
 
 
 @dataclass
 class Run:
-    """One run: its settings as run.json in its folder, and its pictures by name, in order."""
+    """One run: its settings as run.json in its folder, and its pictures by name, in order.
+
+    Attributes:
+        settings, files: as `portable` has them.
+    """
 
     folder: Path
     settings: Settings
+    files: list[str] = field(default_factory=list)
     pictures: dict[str, Path] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
 
@@ -37,7 +47,7 @@ class Run:
     def save(self, name: str, picture: Image.Image, prompt: str, seed: int, **more: Any) -> Path:
         """Adds a picture that carries the run's settings."""
         path = self.folder / f"{name}.png"
-        save_image(picture, path, about(self.settings, prompt, seed, **more))
+        save_image(picture, path, about(self.settings, prompt, seed, files=self.files, **more))
         self.pictures[name], self.captions[name] = path, prompt
         return path
 
@@ -46,11 +56,13 @@ class Run:
 class Visit:
     """Attributes:
     stop: set to stop this visitor's run, also one that waits for its turn.
+    busy: whether one runs.
     """
 
     folder: Path
     runs: list[Run] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    busy: bool = False
 
     def begin(self, settings: Settings, inputs: dict[str, Image.Image] | None = None) -> Run:
         """A new run, its run.json written. `inputs` are pictures that go in, by the field that names them."""
@@ -58,8 +70,9 @@ class Visit:
         names = {name: f"{name}.png" for name in inputs or {}}
         for name, picture in (inputs or {}).items():
             save_image(picture, folder / names[name])
-        run = Run(folder, settings.model_copy(update=names))
-        write_json(run.record, run_record(run.settings))
+        fields, files = portable(settings.to_json() | names)
+        run = Run(folder, check_settings(type(settings), fields), files)
+        write_json(run.record, run_record(run.settings, files=files))
         self.runs.append(run)
         return run
 
@@ -86,21 +99,54 @@ class Visit:
 
 
 class Visits:
-    """The visits of the last visitors, by what their browser calls itself."""
+    """The visits of the last visitors, by what their browser calls itself.
+
+    What was made in a visit is deleted KEPT seconds after its last use, when the studio starts and whenever
+    a new visit begins.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._visits: OrderedDict[str, Visit] = OrderedDict()
         self._lock = threading.Lock()
+        delete_unused(folder)
 
     def of(self, name: str | None) -> Visit:
         """The visit of that name, made if need be. Its folder's name cannot be guessed."""
         with self._lock:
-            visit = self._visits.pop(name or "", None) or Visit(self.folder / uuid4().hex)
+            visit = self._visits.pop(name or "", None)
+            if visit is None:
+                gone = delete_unused(self.folder)
+                self._visits = OrderedDict(
+                    (other, known) for other, known in self._visits.items() if known.folder not in gone
+                )
+                visit = Visit(self.folder / uuid4().hex)
+            elif visit.folder.is_dir():
+                os.utime(visit.folder)
             self._visits[name or ""] = visit
             while len(self._visits) > REMEMBERED:
                 self._visits.popitem(last=False)
             return visit
+
+
+def delete_unused(folder: Path) -> set[Path]:
+    """Deletes the folders in `folder` that have not changed for KEPT seconds, and returns them."""
+    last = time.time() - KEPT
+    old = {path for path in folder.glob("*/") if path.stat().st_mtime < last}
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
+    return old
+
+
+def portable(fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings in JSON's types without what lies on this machine alone, so that others can use them without
+    learning its folders; and the bare names of the files that this leaves out.
+    """
+    own = {name: fields[name] for name in FILES if os.path.exists(fields.get(name) or "")}
+    loras = [lora for lora in fields.get("lora", ()) if os.path.exists(lora["file"])]
+    kept = {name: value for name, value in fields.items() if name not in {"output_dir", *own}}
+    kept["lora"] = [lora for lora in fields.get("lora", ()) if lora not in loras]
+    return kept, [Path(file).name for file in (*own.values(), *(lora["file"] for lora in loras))]
 
 
 def read_back(path: Path) -> tuple[Settings, dict[str, Any]]:
@@ -112,7 +158,7 @@ def read_back(path: Path) -> tuple[Settings, dict[str, Any]]:
     if path.suffix.lower() == ".json":
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"Got {path.name}, which is no JSON: give a run.json or a picture") from error
     else:
         record = read_metadata(path)

@@ -1,0 +1,88 @@
+"""flux-nano with 8-bit products and with a step cache: how close it stays to itself, and what is spared.
+
+    python -m benchmarks.nano_speed [--size 128] [--num_steps 20] [--device cpu] [--output FILE.json]
+
+The velocity's relative error is the mean over the steps of the plain run. No times: they belong to the card.
+"""
+
+import statistics
+from dataclasses import replace
+
+import fire
+
+from flux.errors import exit_on_input_error
+
+PROMPTS = ("a photo of a dog on the grass", "a photo of a red house by the sea")
+THRESHOLDS = (0.08, 0.12, 0.2)
+
+
+@exit_on_input_error()
+def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str | None = None) -> None:
+    import torch
+
+    from benchmarks.report import machine, markdown
+    from flux import sampling
+    from flux.editing import psnr
+    from flux.fp8 import to_fp8
+    from flux.images import write_json
+    from flux.model import Flux
+    from flux.pipeline import Pipeline
+    from flux.settings import ModelSettings
+    from flux.specs import complete
+    from flux.step_cache import StepCache
+
+    settings = complete(ModelSettings(device=device, width=size, height=size, num_steps=num_steps))
+    pipe = Pipeline.load(settings)
+    fp8 = Flux(pipe.spec.params).to(pipe.device, pipe.dtype).eval().requires_grad_(False)
+    fp8.load_state_dict(pipe.model.state_dict())
+    to_fp8([fp8.double_blocks, fp8.single_blocks])
+    levels, ids = pipe.schedule(num_steps, size, size), pipe.image_ids(1, size, size)
+
+    def run(model: Flux, prompt: str, seed: int, cache: StepCache | None = None) -> tuple[list, object]:
+        other = replace(pipe, model=model)
+        cond, noise = other.condition([prompt], settings.guidance), other.noise([seed], size, size)
+        with other.denoising() as net:
+            steps = list(sampling.sample(net, noise, ids, cond, levels, cache=cache))
+        return steps, other.decode(steps[-1].latent, size, size)[0]
+
+    def velocity_error(steps: list, prompt: str) -> float:
+        cond, errors = pipe.condition([prompt], settings.guidance), []
+        with torch.inference_mode():
+            for step in steps:
+                near = sampling.euler_step(fp8, step.noisy, ids, cond, step.t, step.t_next).velocity
+                errors.append(((near - step.velocity).norm() / step.velocity.norm()).item())
+        return statistics.mean(errors)
+
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed, prompt in enumerate(PROMPTS):
+        steps, own = run(pipe.model, prompt, seed)
+        near = found.setdefault("fp8", {"psnr": [], "velocity_error": []})
+        near["velocity_error"].append(velocity_error(steps, prompt))
+        near["psnr"].append(psnr(own, run(fp8, prompt, seed)[1]))
+        for threshold in THRESHOLDS:
+            cache = StepCache(threshold)
+            entry = found.setdefault(f"cache {threshold}", {"psnr": [], "spared": []})
+            entry["psnr"].append(psnr(own, run(pipe.model, prompt, seed, cache)[1]))
+            entry["spared"].append(cache.reused / num_steps)
+
+    def shown(entry: dict, name: str, form: str) -> str:
+        if name not in entry:
+            return "-"
+        # Pictures that are equal have no PSNR.
+        known = [x for x in entry[name] if x is not None]
+        return format((min if name == "psnr" else statistics.mean)(known), form) if known else "equal"
+
+    rows = [
+        [name, shown(each, "psnr", ".1f"), shown(each, "velocity_error", ".4f"), shown(each, "spared", ".0%")]
+        for name, each in found.items()
+    ]
+    print(f"{size}x{size}, {num_steps} steps, {len(PROMPTS)} pictures")
+    print(markdown(["", "least PSNR, dB", "velocity's relative error", "steps spared"], rows))
+    if output:
+        about = {"command": f"python -m benchmarks.nano_speed --size {size} --num_steps {num_steps}"}
+        about |= {"machine": machine(pipe.device), "prompts": PROMPTS}
+        write_json(output, {**about, "results": found})
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
