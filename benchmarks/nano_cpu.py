@@ -1,6 +1,7 @@
 """flux-nano on the CPU: what a newcomer with a laptop waits for.
 
-    python -m benchmarks.nano_cpu [--repeats 3] [--num_steps 20] [--size 256] [--model flux-nano-schnell] [--output FILE.json]
+    python -m benchmarks.nano_cpu [--repeats 3] [--num_steps 20] [--size 256] [--model flux-nano-schnell]
+        [--output FILE.json]
 
 Import of flux in a new interpreter, loading, a picture, a reference with three edits: medians.
 """
