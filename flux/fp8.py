@@ -1,4 +1,4 @@
-"""Linear layers that compute in 8-bit floats (e4m3): twice as fast as in 16 bits on the cards that can."""
+"""Linear layers that compute in 8-bit floats (e4m3), on the cards that can."""
 
 from collections.abc import Iterable
 

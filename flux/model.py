@@ -145,14 +145,11 @@ class Flux(nn.Module):
             ValueError: tensors of another rank, or no guidance where the model needs one.
             InputError: an intervention that does not fit the model or the batch.
         """
-        streams, pe = self._embed(img, img_ids, txt, txt_ids)
-        # With all modulations there nobody reads it.
-        vec = None if mods else self._conditioning(timesteps, y, guidance)
+        streams, vec, pe, mods = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, mods)
         intervention.check(self.num_layers, *img.shape[:2])
         if start is not None:
             streams = start.expanded(img.shape[0])
         findings = Findings()
-        mods = mods or [None] * (self.num_layers + 1)
         passing = self._layers(streams, vec, pe, intervention, findings, mods)
         if cache is None or start is not None or not intervention.is_plain:
             for streams in passing:
@@ -190,10 +187,7 @@ class Flux(nn.Module):
         mods: Sequence[Tensor] | None = None,
     ) -> list[Streams]:
         """Both streams on their way into each layer, as `observe` takes them for a start."""
-        streams, pe = self._embed(img, img_ids, txt, txt_ids)
-        # With all modulations there nobody reads it.
-        vec = None if mods else self._conditioning(timesteps, y, guidance)
-        mods = mods or [None] * (self.num_layers + 1)
+        streams, vec, pe, mods = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, mods)
         return [streams, *self._layers(streams, vec, pe, NOTHING, Findings(), mods)][: self.num_layers]
 
     def _embed(
@@ -202,14 +196,22 @@ class Flux(nn.Module):
         img_ids: Tensor,
         txt: Tensor,
         txt_ids: Tensor,
-    ) -> tuple[Streams, Tensor]:
-        """The streams into layer 0, and the rotations of all positions."""
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None,
+        mods: Sequence[Tensor] | None,
+    ) -> tuple[Streams, Tensor | None, Tensor, Sequence[Tensor | None]]:
+        """The streams into layer 0, the vector that modulations are made of ("B C"; None with all of them
+        given), the rotations of all positions, and each layer's modulation, as far as it is given.
+        """
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError(
                 f"Input img and txt tensors must have 3 dimensions, got {img.ndim} and {txt.ndim}"
             )
         pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
-        return Streams(0, self.img_in(img), self.txt_in(txt)), pe
+        vec = None if mods else self._conditioning(timesteps, y, guidance)
+        mods = mods or [None] * (self.num_layers + 1)
+        return Streams(0, self.img_in(img), self.txt_in(txt)), vec, pe, mods
 
     def _conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector that all modulations are made of, "B C"."""

@@ -194,7 +194,7 @@ class ModelSettings(Settings):
         'transformer "blocks" but two, or "auto": what free memory asks for',
     )
     quantize: Literal["none", "8bit", "4bit", "fp8"] = Field(
-        "none", description="the transformer in fewer bits; only with fp8 it also computes in them, faster"
+        "none", description="the transformer in fewer bits; only with fp8 it also computes in them"
     )
     t5: Literal["same", "8bit", "cpu"] = Field("same", description="T5 in fewer bits, or on the CPU")
     tiled: bool = Field(False, description="decode in tiles: nearly the same pixels in less memory")

@@ -65,16 +65,7 @@ def test_diffusers_and_the_package_agree_on_its_own_files(tmp_path, source):
     toy.diffusers_transformer(source).save_pretrained(tmp_path)
     theirs, ours = FluxTransformer2DModel.from_pretrained(tmp_path), forms.load(tmp_path)
     given = toy.inputs(2)
-    expected = theirs(
-        hidden_states=given["img"],
-        encoder_hidden_states=given["txt"],
-        pooled_projections=given["y"],
-        timestep=given["timesteps"],
-        guidance=given["guidance"],
-        img_ids=given["img_ids"][0],
-        txt_ids=given["txt_ids"][0],
-        return_dict=False,
-    )[0]
+    expected = toy.ask_diffusers(theirs, given)
     assert toy.relative_error(ours(**given), expected) < 1e-5
 
 

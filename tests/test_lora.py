@@ -188,16 +188,7 @@ def test_a_file_that_diffusers_writes(tmp_path, base):
         tmp_path, transformer_lora_layers=layers, transformer_lora_adapter_metadata=about
     )
     given = toy.inputs(2)
-    expected = net(
-        hidden_states=given["img"],
-        encoder_hidden_states=given["txt"],
-        pooled_projections=given["y"],
-        timestep=given["timesteps"],
-        guidance=given["guidance"],
-        img_ids=given["img_ids"][0],
-        txt_ids=given["txt_ids"][0],
-        return_dict=False,
-    )[0]
+    expected = toy.ask_diffusers(net, given)
     [path] = tmp_path.glob("*.safetensors")
     assert toy.relative_error(forms.velocity(forms.load(base, loras=[(path, 1.0)])), expected) < 1e-5
 

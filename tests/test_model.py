@@ -22,19 +22,6 @@ from flux.specs import configs
 MANIFESTS = Path(__file__).parent / "manifests"
 
 
-def ask_diffusers(net, given: dict) -> torch.Tensor:
-    return net(
-        hidden_states=given["img"],
-        encoder_hidden_states=given["txt"],
-        pooled_projections=given["y"],
-        timestep=given["timesteps"],
-        guidance=given["guidance"],
-        img_ids=given["img_ids"][0],
-        txt_ids=given["txt_ids"][0],
-        return_dict=False,
-    )[0]
-
-
 @pytest.mark.parametrize("guidance_embed", [True, False], ids=["dev", "schnell"])
 @pytest.mark.parametrize("num_txt", [1, 5, 12])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (16, 128)], ids=str)
@@ -42,7 +29,7 @@ def test_equals_diffusers(size, num_txt, guidance_embed):
     """Another order of modulation parts, of q, k, v, of text and image, or of rotary axes would show here."""
     model = toy.flux(guidance_embed=guidance_embed)
     given = toy.inputs(2, *size, num_txt=num_txt, params=model.params)
-    error = toy.relative_error(model(**given), ask_diffusers(toy.diffusers_transformer(model), given))
+    error = toy.relative_error(model(**given), toy.ask_diffusers(toy.diffusers_transformer(model), given))
     assert error < 1e-6, f"relative error {error:.1e}"
 
 

@@ -32,8 +32,9 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     [
         ([DOG], 256, 256, 20, 1.0, ""),
         ([DOG, CAR], 128, 192, 4, 3.5, "a cat"),
-            ],
-    ids=["as shipped", "two, upright, with a negative prompt"],
+        ([CAR], 192, 96, 4, 1.0, ""),
+    ],
+    ids=["as shipped", "two, upright, with a negative prompt", "wide"],
 )
 def test_pictures_equal_diffusers(
     nano, nano_diffusers, prompts, width, height, num_steps, true_cfg, negative
@@ -277,7 +278,7 @@ def test_offloading_changes_nothing(nano, offload):
 
 
 @pytest.mark.parametrize(
-    "fields, bound", [({"t5": "cpu"}, 0), ({"t5": "8bit"}, 24), ({"tiled": True}, 0)], ids=str
+    "fields, bound", [({"t5": "cpu"}, 0), ({"t5": "8bit"}, 6), ({"tiled": True}, 0)], ids=str
 )
 def test_smaller_forms_make_nearly_the_same_picture(nano, fields, bound):
     """Largest difference of a pixel. A picture no larger than a tile is one tile."""
@@ -290,8 +291,10 @@ def test_four_bits_come_near(nano):
     settings = complete(ModelSettings(device="cpu", dtype="float32", quantize="4bit"))
     pipe = Pipeline.load(settings)
     assert bytes_of(pipe.model) < bytes_of(nano.model) / 4
-    a, b = (np.asarray(p.generate([DOG], [1], **QUICK)[0], dtype=float) for p in (nano, pipe))
-    assert 0 < np.sqrt(((a - b) ** 2).mean()) < 40
+    cond, latent, ids = nano.condition([DOG], 3.5), nano.noise([1], 128, 96), nano.image_ids(1, 128, 96)
+    exact, packed = (sampling.euler_step(p.model, latent, ids, cond, 0.7, 0.6).velocity for p in (nano, pipe))
+    error = float((packed - exact).norm() / exact.norm())
+    assert 0 < error < 0.25
 
 
 def bytes_of(net) -> int:

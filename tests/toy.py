@@ -235,6 +235,20 @@ def to_diffusers_transformer(weights: dict[str, Tensor], hidden_size: int) -> di
     return mapped
 
 
+def ask_diffusers(net, given: dict[str, Tensor]) -> Tensor:
+    """The velocity of a transformer of diffusers for arguments of `Flux.forward`."""
+    return net(
+        hidden_states=given["img"],
+        encoder_hidden_states=given["txt"],
+        pooled_projections=given["y"],
+        timestep=given["timesteps"],
+        guidance=given["guidance"],
+        img_ids=given["img_ids"][0],
+        txt_ids=given["txt_ids"][0],
+        return_dict=False,
+    )[0]
+
+
 def diffusers_transformer(model: Flux):
     """The same net in diffusers."""
     from diffusers import FluxTransformer2DModel
