@@ -93,6 +93,11 @@ def says(page, line, text):
     expect(page.locator(line)).to_contain_text(re.compile(text), timeout=SECONDS)
 
 
+def at_layer(page, layer):
+    """Waits until the cell of a layer has the focus, a frame after what moved it there."""
+    page.wait_for_function("layer => document.activeElement.dataset.layer === layer", arg=str(layer))
+
+
 def draw(page, prompt="a dog on the grass"):
     page.locator("#generate-prompt textarea").fill(prompt)
     page.locator("#generate-go").click()
@@ -105,6 +110,8 @@ def number(page, box, label, value):
     field = page.locator(box).get_by_label(re.compile(f"^(number input for )?{label}")).first
     if not field.is_visible():
         page.locator(f"{box} button").first.click()
+        field.wait_for()
+        page.wait_for_timeout(500)  # what an accordion holds is filled in once more after it opened
     field.fill(str(value))
     field.press("Tab")
 
@@ -151,8 +158,9 @@ def test_edit_with_two_layers_off_and_a_mask(page, studio):
     says(page, "#edit-news", "Done")
     for layer in (1, 3):
         page.locator(f"#edit-layers [data-layer='{layer}']").click()
-    page.keyboard.press("ArrowLeft")  # from layer 3 to layer 2
-    assert page.evaluate("document.activeElement.dataset.layer") == "2"
+        at_layer(page, layer)
+    page.keyboard.press("ArrowLeft")
+    at_layer(page, 2)
     page.locator("#edit-edits textarea").fill("a cat on the grass")
     page.locator("#edit-mask button").first.click()
     canvas = page.locator("#edit-canvas canvas").first
@@ -181,7 +189,6 @@ def test_edit_with_two_layers_off_and_a_mask(page, studio):
     )
 
 
-@pytest.mark.slow
 def test_edit_of_a_photograph(page, studio, photo):
     page.get_by_role("tab", name="Edit").click()
     page.get_by_label("A photograph").click()
@@ -216,7 +223,6 @@ def test_settings_come_back(page, url, tmp_path):
     page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'an owl'")
 
 
-@pytest.mark.slow
 def test_scan_of_three_layers_sent_to_edit(page):
     page.get_by_role("tab", name="Look inside").click()
     page.locator("#scan-prompts textarea").fill("a dog\nan owl")
@@ -228,6 +234,7 @@ def test_scan_of_three_layers_sent_to_edit(page):
     says(page, "#scan-news", "Done")
     page.locator("#scan-plot img").wait_for()
     says(page, "#scan-verdict", "Vital")
+    page.locator("#scan-without img").nth(3).wait_for()
     assert page.locator("#scan-without img").count() == 4
     page.locator("#scan-send").click()
     page.locator("#edit-layers .cell").first.wait_for()
@@ -242,6 +249,7 @@ def test_film(page):
     page.locator("#film-go").click()
     says(page, "#film-news", "Done")
     page.locator("#film-film img").wait_for()
+    page.locator("#film-sheets img").nth(2).wait_for()
     assert page.locator("#film-sheets img").count() == 3
 
 
@@ -313,7 +321,6 @@ def test_endpoints_are_named(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/edit", "/scan"}
 
 
-@pytest.mark.slow
 def test_twenty_at_once(client, studio):
     """All are answered, one after the other, and memory stays level."""
 
