@@ -9,23 +9,26 @@ from pathlib import Path
 
 import fire
 
-from flux.errors import exit_on_input_error
+from flux.errors import exit_on_input_error, one_voice
 from flux.reading import read_settings
 from flux.settings import TestSettings
 
 
 @exit_on_input_error()
+@one_voice()
 def main(file: str = "test.json", **overrides) -> None:
     settings = read_settings(TestSettings, file, overrides)
 
     from flux.images import fit, grid, read_image, save_image, write_json
+    from flux.parallel import join
     from flux.pipeline import Pipeline
     from flux.record import about, run_record
     from flux.specs import complete
 
+    ranks = join(settings)
     settings = complete(settings)
     image = fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
-    pipe = Pipeline.load(settings)
+    pipe = Pipeline.load(settings, ranks)
     folder, pictures = Path(settings.output_dir), []
     for start in range(0, len(settings.prompts), settings.batch_size):
         batch = settings.prompts[start : start + settings.batch_size]
@@ -37,12 +40,16 @@ def main(file: str = "test.json", **overrides) -> None:
             cache=settings.cache,
             **settings.sampling(),
         )
+        if ranks.rank:  # Of several processes the first one writes.
+            continue
         for entry, picture in zip(batch, made):
             save_image(
                 picture, folder / f"{len(pictures):03d}.png", about(settings, entry.prompt, entry.seed)
             )
             pictures.append(picture)
 
+    if ranks.rank:
+        return
     rows = [slice(start, start + 6) for start in range(0, len(pictures), 6)]
     captions = [entry.prompt for entry in settings.prompts]
     save_image(grid([pictures[row] for row in rows], [captions[row] for row in rows]), folder / "grid.png")

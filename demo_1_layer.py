@@ -11,30 +11,35 @@ from pathlib import Path
 
 import fire
 
-from flux.errors import exit_on_input_error
+from flux.errors import exit_on_input_error, one_voice
 from flux.reading import read_settings
 from flux.settings import LayerSettings
 
 
 @exit_on_input_error()
+@one_voice()
 def main(file: str = "layer.json", **overrides) -> None:
     settings = read_settings(LayerSettings, file, overrides)
 
     from flux.attention_maps import check_watch, layers_sheet, prompt_words, watch, words_sheet
     from flux.images import grid, save_animation, save_image, write_json
+    from flux.parallel import join
     from flux.pipeline import Pipeline
     from flux.record import about, run_record
     from flux.specs import complete
 
+    ranks = join(settings)
     settings = complete(settings)
     check_watch(settings)
-    pipe = Pipeline.load(settings)
+    pipe = Pipeline.load(settings, ranks)
     out = Path(settings.output_dir)
     for number, entry in enumerate(settings.prompts):
         folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"
         record = about(settings, entry.prompt, entry.seed)
         size = (settings.width, settings.height)
         steps, seen = watch(pipe, entry.prompt, entry.seed, settings)
+        if ranks.rank:  # Of several processes the first one writes.
+            continue
         [final] = pipe.decode(steps[-1].latent, *size, settings.watermark)
         rows = {"noisy": [], "clean": []}
         for index, step in enumerate(steps):
@@ -56,6 +61,8 @@ def main(file: str = "layer.json", **overrides) -> None:
             if prompt_words(entry.prompt):
                 save_image(words_sheet(final, seen, num_double), folder / "words.png", record)
                 print(folder / "words.png")
+    if ranks.rank:
+        return
     write_json(out / "run.json", run_record(settings, timings=pipe.timings))
 
 

@@ -9,24 +9,27 @@ from pathlib import Path
 
 import fire
 
-from flux.errors import exit_on_input_error
+from flux.errors import exit_on_input_error, one_voice
 from flux.reading import read_settings
 from flux.settings import EditSettings
 
 
 @exit_on_input_error()
+@one_voice()
 def main(file: str = "edit.json", **overrides) -> None:
     settings = read_settings(EditSettings, file, overrides)
 
     from flux.editing import check_edits, edit, psnr
     from flux.images import grid, read_image, save_image, write_json
     from flux.loading import checkpoint_of
+    from flux.parallel import join
     from flux.photo import Photograph, describe, natural_size
     from flux.pipeline import Pipeline, pick_device
     from flux.record import about, run_record
     from flux.specs import complete, get_spec
     from flux.vital_layers import find_vital_layers
 
+    ranks = join(settings)
     spec = get_spec(settings.model)
     photo = read_image(settings.photo) if settings.photo else None
     if photo and settings.width is None and settings.height is None:
@@ -42,9 +45,11 @@ def main(file: str = "edit.json", **overrides) -> None:
             settings = settings.model_copy(update={"prompt": prompt})
     # So that run.json repeats this run also when other layers are "auto" one day.
     settings = settings.model_copy(update={"vital_layers": layers})
-    pipe = Pipeline.load(settings)
+    pipe = Pipeline.load(settings, ranks)
     made = edit(pipe, settings, layers, photo)
 
+    if ranks.rank:  # Of several processes the first one writes.
+        return
     folder, entries = Path(settings.output_dir), settings.entries
     prompts = [settings.prompt, *(entry.prompt for entry in entries)]
     pictures = [made.reference, *made.edits]

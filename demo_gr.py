@@ -30,8 +30,9 @@ def main(
 ) -> None:
     settings = check_settings(ModelSettings, {"model": name, "device": device, "offload": offload, **model})
 
-    from flux.studio.app import open_studio, serve
+    from flux.studio.app import check_address, open_studio, serve
 
+    check_address(host, port, auth)
     studio = open_studio(settings, output_dir, content_filter, track_usage)
     serve(studio, host, port, share, auth)
 

@@ -40,12 +40,12 @@ def milliseconds(work: Callable[[], object], device: torch.device, repeats: int 
     return statistics.median(times[2:])
 
 
-def peer(packed: Tensor, kind: str, columns: int) -> nn.Module:
+def peer(packed: Tensor, kind: str, columns: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """diffusers' layer with the same bytes."""
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
-    layer = GGUFLinear(columns, len(packed), bias=False, compute_dtype=torch.bfloat16, device="meta")
+    layer = GGUFLinear(columns, len(packed), bias=False, compute_dtype=dtype, device="meta")
     layer.weight = GGUFParameter(packed, quant_type=gguf.GGMLQuantizationType[kind])
     return layer
 

@@ -1,16 +1,26 @@
 """FLUX.1-dev with random weights under caps on GPU memory: does each plan hold, and what does it cost?
 
     python -m benchmarks.memory [--output benchmarks/results/CARD-memory.json] [--caps 24,16,12,8]
+                                [--only "Q4_K,bf16, blocks"] [--minutes 7]
 
-Makes a picture and an edit of 1024x1024 with the plan that "auto" picks under each cap (GiB), then with every
-way to hold the weights without a cap, and with diffusers' group offload. Needs a GPU, 100 GB of main memory,
-and no file. `--toy` runs the same on a tiny model, on any machine.
+Makes a picture and an edit of 1024x1024 with each form of the transformer's weights, as loaded (bf16, 8-bit
+floats and GGUF's blocks as files hold them) or packed while loading: all on the card, and with the plan that
+"auto" picks under each cap (GiB). Beside them diffusers on the same weights: groups of one block offloaded,
+and the same GGUF blocks. `--only` runs the cases whose names contain one of these texts.
+
+Results are saved after each case; with the same --output it goes on where it was. No case begins after so
+many minutes. Needs a GPU, 100 GB of main memory, and no file. `--toy` runs the same on a tiny model, on any
+machine.
 """
 
 import gc
+import json
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -19,9 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, toy_plan
-from benchmarks.peer import peer_pipeline
+from benchmarks.gguf_linears import peer as gguf_peer
+from benchmarks.peer import peer_pipeline, renamed
 from benchmarks.report import GIB, PassClock, machine, markdown
 from benchmarks.stand_ins import write_text_encoders
+from flux import gguf
 from flux.checkpoint import Stored, Weight
 from flux.editing import edit
 from flux.errors import InputError, exit_on_input_error
@@ -32,6 +44,7 @@ from flux.memory import Accounts, Plan, free_memory
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
+from flux.modules.linear import EIGHT_BIT, PackedLinear
 from flux.pipeline import Pipeline, pick_device
 from flux.settings import EditSettings
 from flux.specs import ModelSpec, configs
@@ -41,6 +54,31 @@ T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 T5_TOY = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
 CLIP_TOY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+WIDTH_TOY = {"hidden_size": 256, "axes_dim": [16, 56, 56]}  # of GGUF's largest blocks
+# Where a block has its scales in half precision, and what they are for random bytes to have deviation 1.
+SCALES = {"Q8_0": {0: 1 / 74}, "Q4_K": {0: 1 / 260, 2: 7.5 / 260}}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of random numbers as files pack it: "rows bytes"."""
+
+    kind: str
+    rows: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def draw(cls, kind: str, shape: torch.Size, deviation: float, device: torch.device) -> "Packed":
+        """Drawn where that is fast, and kept in main memory."""
+        if kind in EIGHT_BIT:
+            rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT[kind])
+            return cls(kind, rows.view(torch.uint8).cpu(), torch.tensor(deviation / 64))
+        numbers, size = gguf.BLOCKS[kind]
+        rows = torch.randint(256, (shape[0], shape[1] // numbers, size), dtype=torch.uint8, device=device)
+        for at, scale in SCALES[kind].items():
+            half = torch.tensor([scale * deviation], dtype=torch.float16, device=device)
+            rows[..., at : at + 2] = half.view(torch.uint8)
+        return cls(kind, rows.flatten(1).cpu(), None)
 
 
 class Nets:
@@ -59,9 +97,10 @@ class Nets:
         torch.manual_seed(0)
         self.weights = {part: self._draw(on_meta(*kind), device) for part, kind in self.kinds.items()}
         self.made = {
-            part: {name: self._source(x) for name, x in weights.items()}
+            part: {name: self._source("BF16", x.shape, x.nbytes) for name, x in weights.items()}
             for part, weights in self.weights.items()
         }
+        self.device, self.plain = device, self
         folder = Path(tempfile.mkdtemp())
         write_text_encoders(folder, spec, {word for text in (PROMPT, *EDITS) for word in text.split()})
         self.tokenizers = {"text_encoder": folder / "tokenizer", "text_encoder_2": folder / "tokenizer_2"}
@@ -78,14 +117,33 @@ class Nets:
             weights[name] = torch.randn(x.shape, device=device, dtype=self.dtype).mul_(deviation).cpu()
         return weights
 
-    def _source(self, x: Tensor) -> Source:
-        """As if a file held the tensor as it is."""
-        return Source((Weight(Stored(Path("random"), "BF16", tuple(x.shape), 0, x.nbytes)),))
+    def _source(self, kind: str, shape: torch.Size, nbytes: int) -> Source:
+        """As if a file held the tensor so."""
+        return Source((Weight(Stored(Path("random"), kind, tuple(shape), 0, nbytes)),))
+
+    def packed(self, kind: str) -> "Nets":
+        """The same nets, but for the matrices in the transformer's blocks, which are packed ones."""
+        other = copy(self)
+        other.weights, other.made = ({**part} for part in (self.weights, self.made))
+        plain, sources = dict(self.weights["transformer"]), dict(self.made["transformer"])
+        for name, x in plain.items():
+            if x.ndim == 2 and "_blocks." in name:
+                plain[name] = Packed.draw(kind, x.shape, x.shape[1] ** -0.5, self.device)
+                sources[name] = self._source(kind, x.shape, plain[name].rows.nbytes)
+        other.weights["transformer"], other.made["transformer"] = plain, sources
+        return other
 
     def build(self, part: str) -> nn.Module:
         """A net around these weights, which it shares."""
         net = on_meta(*self.kinds[part])
-        net.load_state_dict(self.weights[part], strict=False, assign=True)
+        packed = {name: x for name, x in self.weights[part].items() if isinstance(x, Packed)}
+        plain = {name: x for name, x in self.weights[part].items() if name not in packed}
+        net.load_state_dict(plain, strict=False, assign=True)
+        for name, x in packed.items():
+            parent, _, own = name.removesuffix(".weight").rpartition(".")
+            module = net.get_submodule(parent)
+            bias = getattr(module, own).bias
+            setattr(module, own, PackedLinear(x.rows, x.kind, bias, x.scale, self.dtype))
         if part == "text_encoder_2":
             net.encoder.embed_tokens = net.shared
         for name, buffer in list(net.named_buffers()):
@@ -106,23 +164,40 @@ class Nets:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to hold the weights. A cap in GiB goes with "auto"."""
+    """One way to hold the weights.
+
+    Attributes:
+        file: kind of the matrices in the transformer's blocks as they are loaded.
+        cap: in GiB; it goes with "auto".
+    """
 
     name: str
-    offload: str
+    offload: str = "none"
+    file: str = "BF16"
     quantize: str = "none"
     t5: str = "same"
     cap: float | None = None
 
 
-WAYS = [
-    Case("bf16", "none"),
-    Case("8 bits", "none", "8bit", "8bit"),
-    Case("4 bits", "none", "4bit", "8bit"),
-    Case("bf16, model", "model"),
-    Case("bf16, blocks", "blocks"),
-    Case("4 bits, blocks", "blocks", "4bit"),
+FORMS = [
+    Case("bf16"),
+    Case("8 bits", quantize="8bit", t5="8bit"),
+    Case("4 bits", quantize="4bit", t5="8bit"),
+    Case("fp8 products", quantize="fp8"),
+    Case("fp8 file", file="F8_E4M3", quantize="8bit"),
+    Case("GGUF Q8_0", file="Q8_0"),
+    Case("GGUF Q4_K", file="Q4_K"),
 ]
+
+
+def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
+    """The form itself, offloaded if it is the plain one, and under each cap."""
+    named = ("model", "blocks") if form.name == "bf16" else ()
+    return [
+        form,
+        *(replace(form, name=f"{form.name}, {offload}", offload=offload) for offload in named),
+        *(replace(form, name=f"{form.name}, {cap:g} GiB", offload="auto", cap=cap) for cap in caps),
+    ]
 
 
 def peak_gib(device: torch.device) -> float:
@@ -136,13 +211,17 @@ def clean(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def limit(device: torch.device, cap: float | None) -> None:
+    """Lets this process take so many GiB of the card; None: all."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total) if cap else 1.0, device)
+
+
 def run_case(nets: Nets, case: Case, settings: EditSettings, device: torch.device) -> dict:
     """Peaks, planned and found, and milliseconds a step of a picture and of an edit."""
     clean(device)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        fraction = min(1.0, case.cap * GIB / total) if case.cap else 1.0
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+    limit(device, case.cap)
     settings = settings.model_copy(update={"offload": case.offload, "quantize": case.quantize, "t5": case.t5})
     accounts = Accounts(settings, nets.spec, nets.made, nets.dtype, nets.dtype, device.type == "cuda")
     if case.offload == "auto":
@@ -170,22 +249,48 @@ def run_case(nets: Nets, case: Case, settings: EditSettings, device: torch.devic
     return found
 
 
-def run_peer(nets: Nets, settings: EditSettings, device: torch.device) -> dict:
-    """diffusers' transformer with its blocks offloaded in groups of one, on a stream of their own."""
+def offload_in_groups(transformer: nn.Module, nets: Nets, device: torch.device) -> None:
+    """Blocks offloaded in groups of one, on a stream of their own."""
     from diffusers.hooks import apply_group_offloading
 
-    clean(device)
-    begin = time.perf_counter()
-    peer = peer_pipeline(nets.build("transformer"), nets.spec.ae_params, nets.dtype)
     on_gpu = device.type == "cuda"
     apply_group_offloading(
-        peer.transformer,
+        transformer,
         onload_device=device,
         offload_type="block_level",
         num_blocks_per_group=1,
         use_stream=on_gpu,
         record_stream=on_gpu,
     )
+
+
+def pack_as_gguf(transformer: nn.Module, nets: Nets, device: torch.device) -> None:
+    """The packed matrices of `nets` in diffusers' own layers, on the device."""
+    packed = {name: x for name, x in nets.weights["transformer"].items() if isinstance(x, Packed)}
+    kind = next(iter(packed.values())).kind
+    rows = {name: x.rows for name, x in packed.items()}
+    for name, part in renamed(rows, nets.spec.params.hidden_size).items():
+        parent, _, own = name.removesuffix(".weight").rpartition(".")
+        module = transformer.get_submodule(parent)
+        old = getattr(module, own)
+        layer = gguf_peer(part, kind, old.in_features, nets.dtype)
+        layer.bias = old.bias
+        setattr(module, own, layer)
+    transformer.to(device)
+
+
+def run_peer(
+    nets: Nets,
+    place: Callable[[nn.Module, Nets, torch.device], None],
+    settings: EditSettings,
+    device: torch.device,
+) -> dict:
+    """diffusers' pipeline around the same transformer, placed so; texts are random features."""
+    clean(device)
+    limit(device, None)
+    begin = time.perf_counter()
+    peer = peer_pipeline(nets.plain.build("transformer"), nets.spec.ae_params, nets.dtype)
+    place(peer.transformer, nets, device)
     peer.vae.to(device)
     found = {"place_s": time.perf_counter() - begin}
     params, spec = nets.spec.params, nets.spec
@@ -212,40 +317,71 @@ def table(results: dict[str, dict]) -> str:
     return markdown(columns, rows)
 
 
+def work_of(
+    form: Case, caps: tuple[float, ...], settings: EditSettings, device: torch.device
+) -> dict[str, Callable[[Nets], dict]]:
+    """What is run with nets of this form, by name."""
+    work = {
+        case.name: partial(run_case, case=case, settings=settings, device=device)
+        for case in cases_of(form, caps)
+    }
+    peer = partial(run_peer, settings=settings, device=device)
+    if form.name == "bf16":
+        work["diffusers, bf16 in groups of one block"] = partial(peer, place=offload_in_groups)
+    if form.file in gguf.BLOCKS:
+        work[f"diffusers, {form.name}"] = partial(peer, place=pack_as_gguf)
+    return work
+
+
 @exit_on_input_error()
 def main(
-    output: str | None = None, toy: bool = False, device: str = "auto", caps: tuple = (24, 16, 12, 8)
+    output: str | None = None,
+    toy: bool = False,
+    device: str = "auto",
+    caps: tuple[float, ...] | float = (24, 16, 12, 8),
+    only: str | tuple[str, ...] = "",
+    minutes: float = 7,
 ) -> None:
-    where = pick_device(device)
+    begin, where = time.monotonic(), pick_device(device)
+    caps = caps if isinstance(caps, list | tuple) else (caps,)
+    wanted = [text.strip() for text in (only.split(",") if isinstance(only, str) else only)]
     if toy:
         plan = toy_plan()
-        nets = Nets(plan.spec, where, torch.float32, T5_TOY, CLIP_TOY)
-        side, layers = 64, plan.layers
+        spec = replace(plan.spec, params=replace(plan.spec.params, **WIDTH_TOY))
+        dtype, sizes, side, layers = torch.float32, (T5_TOY, CLIP_TOY), 64, plan.layers
     else:
         spec = configs["flux-dev"]
-        nets = Nets(spec, where, torch.bfloat16, T5_XXL, CLIP_L)
-        side, layers = 1024, spec.vital_layers
+        dtype, sizes, side, layers = torch.bfloat16, (T5_XXL, CLIP_L), 1024, spec.vital_layers
     settings = EditSettings(
         model="flux-dev", prompt=PROMPT, edits=EDITS[:1], vital_layers=layers, width=side, height=side,
         num_steps=STEPS, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
     )  # fmt: skip
-    results = {"machine": machine(where), "dtype": str(nets.dtype), "cases": {}}
+    results = {"machine": machine(where), "dtype": str(dtype), "cases": {}}
     results["machine"]["versions"]["diffusers"] = metadata.version("diffusers")
-    capped = [
-        Case(f"auto, {cap:g} GiB", "auto", cap=cap) for cap in ([caps] if isinstance(caps, int) else caps)
-    ]
-    work = {case.name: lambda case=case: run_case(nets, case, settings, where) for case in (*capped, *WAYS)}
-    work["diffusers, groups of one block"] = lambda: run_peer(nets, settings, where)
-    for name, run in work.items():
-        try:
-            found = run()
-        except (RuntimeError, InputError) as error:
-            # What one of them cannot do does not stop the others.
-            found = {"error": f"{type(error).__name__}: {error}"[:500]}
-        results["cases"][name] = found
-        print(f"{name}: {found}", flush=True)
-        if output:
-            write_json(output, results)
+    if output and Path(output).is_file():
+        results = json.loads(Path(output).read_text())
+    plain = Nets(spec, where, dtype, *sizes)
+    for form in FORMS:
+        work = work_of(form, caps, settings, where)
+        todo = [
+            name for name in work if name not in results["cases"] and any(text in name for text in wanted)
+        ]
+        if not todo:
+            continue
+        nets = plain if form.file == "BF16" else plain.packed(form.file)
+        for name in todo:
+            if time.monotonic() - begin > 60 * minutes:
+                print(f"{minutes:g} minutes are over: {name} and what follows is left for the next run")
+                break
+            try:
+                found = work[name](nets)
+            except (RuntimeError, InputError) as error:
+                # What one of them cannot do does not stop the others.
+                found = {"error": f"{type(error).__name__}: {error}"[:500]}
+            results["cases"][name] = found
+            print(f"{name}: {found}", flush=True)
+            if output:
+                write_json(output, results)
     print("\n" + table(results["cases"]))
 
 

@@ -1,5 +1,6 @@
 """What a scan costs at full size, with random weights: a bypassed picture beside a plain one, the whole
-protocol (64 prompts, every layer, 15 steps) projected from it, and how the work spreads over GPUs.
+protocol (64 prompts, every layer, 15 steps) projected from it, how long the denoiser waits for all else in a
+short scan, and how the work spreads over GPUs.
 
     python -m benchmarks.scan --folder /tmp/random-flux [--workers 1,2] [--output
     benchmarks/results/CARD-scan.json]
@@ -10,34 +11,41 @@ same on flux-nano's own weights, on any machine.
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fire
 import torch
 
 from benchmarks.report import machine
-from benchmarks.stand_ins import write_stand_ins
+from benchmarks.stand_ins import write_dinov2, write_stand_ins
 from flux.errors import exit_on_input_error
 from flux.images import write_json
+from flux.model import Flux
 from flux.pipeline import Pipeline, pick_device
-from flux.settings import SkipSettings
+from flux.scan import scan
+from flux.settings import ScanSettings
 from flux.specs import complete, configs
 from flux.vitality import REFERENCE, Bypasser, SweepWorker, Task
 
 PROMPT = "a photo of a dog on the grass"
+OTHER_PROMPT = "a dog on a photo"  # of the same words, which are all that the tokenizers know
 PROMPTS = 64
 TASKS_EACH = 14  # for each worker, after its first
 
 
-def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) -> SkipSettings:
+def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) -> ScanSettings:
     """The protocol's settings, on stand-ins for flux-dev or, as a toy, on flux-nano."""
-    common = {"prompts": ({"prompt": PROMPT, "seed": 0},), "watermark": False, "compile": compiled}
+    common = {"prompts": ({"prompt": PROMPT, "seed": 0},), "watermark": False, "compile": compiled, "top": 1}
     if toy:
-        return complete(SkipSettings(**common, width=64, height=64, num_steps=2))
+        return complete(ScanSettings(**common, width=64, height=64, num_steps=2))
     files = write_stand_ins(folder, configs["flux-dev"], set(PROMPT.split()), device)
     paths = {"weights": files.flow, "ae_weights": files.ae, "text_encoders": files.text}
     paths = {name: str(path) for name, path in paths.items()}
-    return complete(SkipSettings(model="flux-dev", **common, **paths, num_steps=15, guidance=3.5))
+    paths["encoder"] = str(write_dinov2(folder / "dinov2", device))
+    return complete(ScanSettings(model="flux-dev", **common, **paths, num_steps=15, guidance=3.5))
 
 
 def seconds(bypasser: Bypasser, layers: tuple[int, ...], repeats: int = 1) -> float:
@@ -50,10 +58,34 @@ def seconds(bypasser: Bypasser, layers: tuple[int, ...], repeats: int = 1) -> fl
     return statistics.median(times)
 
 
-def one_process(settings: SkipSettings) -> dict:
-    """Times of plain and bypassed pictures, and the whole scan's projected from them."""
+def waiting(pipe: Pipeline, settings: ScanSettings, layers: list[int]) -> dict:
+    """Of a scan of two prompts: the time from its first step to its last, and the share of it in which no
+    step is under way: for pictures decoded, written and scored, and for the next prompt's text.
+    """
+    denoising, worked = pipe.denoising, []
+
+    @contextmanager
+    def watched() -> Iterator[Flux]:
+        begin = time.perf_counter()
+        with denoising() as model:
+            yield model
+        worked.append((begin, time.perf_counter()))
+
+    prompts = tuple({"prompt": prompt, "seed": 0} for prompt in (PROMPT, OTHER_PROMPT))
+    with TemporaryDirectory() as folder:
+        fields = {**settings.to_json(), "prompts": prompts, "layers": layers, "output_dir": folder}
+        pipe.denoising = watched
+        scan(ScanSettings(**fields), progress=False, pipe=pipe)
+        del pipe.denoising
+    wall = worked[-1][1] - worked[0][0]
+    return {"scan_s": wall, "waiting": 1 - sum(end - begin for begin, end in worked) / wall}
+
+
+def one_process(settings: ScanSettings) -> dict:
+    """Times of plain and bypassed pictures, the whole scan's projected from them, and `waiting`."""
     begin = time.perf_counter()
-    bypasser = Bypasser(Pipeline.load(settings), settings)
+    pipe = Pipeline.load(settings)
+    bypasser = Bypasser(pipe, settings)
     load = time.perf_counter() - begin
     for layers in (REFERENCE, (0,)):
         seconds(bypasser, layers)
@@ -68,10 +100,11 @@ def one_process(settings: SkipSettings) -> dict:
         "bypassed_s": bypassed,
         "bypassed_to_plain": mean / plain,
         "whole_scan_min": PROMPTS * (plain + num_layers * mean) / 60,
+        **waiting(pipe, settings, chosen),
     }
 
 
-def shared(settings: SkipSettings, workers: int) -> dict:
+def shared(settings: ScanSettings, workers: int) -> dict:
     """Pictures a second of so many workers, from the moment when each has delivered its first."""
     from flux.cluster import gpus_per_worker, run_tasks
 
@@ -102,6 +135,7 @@ def main(
         "one_process": one_process(settings),
     }
     print(result["one_process"], flush=True)
+    print(f"the denoiser waits {result['one_process']['waiting']:.1%} of a scan's time", flush=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     counts = [workers] if isinstance(workers, int) else list(workers)

@@ -84,3 +84,17 @@ def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
     )
     CLIPTextModel(clip).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
     T5EncoderModel(t5).to(torch.bfloat16).save_pretrained(folder / "text_encoder_2")
+
+
+def write_dinov2(folder: Path, device: torch.device) -> Path:
+    """A DINOv2 of the size that the paper scores with, ViT-g/14, in `folder`. One that is there stays."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    if not (folder / "model.safetensors").exists():
+        giant = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24}
+        with torch.device(device):
+            model = Dinov2Model(Dinov2Config(**giant, use_swiglu_ffn=True, patch_size=14, image_size=518))
+        size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+        BitImageProcessorPil(**size).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder

@@ -12,15 +12,15 @@ def main(url: str = "http://127.0.0.1:7860", num_steps: int = 20, size: int = 25
     studio = Client(url, verbose=False)
     how = {"num_steps": num_steps, "width": size, "height": size}
 
-    pictures, run = studio.predict("a dog on the grass", seed=7, **how, api_name="/generate")
-    print("picture:", pictures[0], "\nrun.json:", run)
+    pictures, run, warnings = studio.predict("a dog on the grass", seed=7, **how, api_name="/generate")
+    print("picture:", pictures[0], "\nrun.json:", run, *warnings, sep="\n")
 
-    pictures, _ = studio.predict(
+    pictures, *_ = studio.predict(
         "a dog on the grass", ["a cat on the grass"], seed=7, **how, api_name="/edit"
     )
     print("reference and edit:", *pictures)
 
-    found, plot = studio.predict(["a dog on the grass"], layers=[0, 3, 9], **how, api_name="/scan")
+    found, plot, _ = studio.predict(["a dog on the grass"], layers=[0, 3, 9], **how, api_name="/scan")
     print("vital layers:", found["vital_layers"], "\nvitality:", plot)
 
 

@@ -1,4 +1,6 @@
-"""Where an edit may change its reference, by their attention to the words in which the prompts differ."""
+"""Where an edit may change its reference: what attends to the words in which their prompts differ; or all of
+it, where these make a difference all over the picture.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from flux.modules.conditioner import HFEmbedder
 from flux.photo import TOKEN
 
 THRESHOLD = 0.5  # of the most that any image token attends to the words
+ALL_OVER = 0.3  # on flux-nano another place or time of day was above, another object or hat below
 
 
 def layers_to_watch(model: Flux) -> frozenset[int]:
@@ -46,6 +49,19 @@ def may_change(maps: list[Tensor], width: int, height: int) -> Tensor:
     smooth = F.avg_pool2d(strongest, 3, stride=1, padding=1, count_include_pad=False)
     chosen = (smooth >= THRESHOLD * smooth.max()).float()
     return F.max_pool2d(chosen, 3, stride=1, padding=1).flatten()[None, :, None] > 0
+
+
+def all_over(apart: Tensor, width: int, height: int) -> Tensor:
+    """Whether two prompts make a difference all over the picture, "B", bool: the median over its tokens is
+    more than `ALL_OVER` of their 95th percentile.
+
+    Args:
+        apart: how far the velocities of the two prompts are apart, at the same latent, "B I". Seen in
+            neighbourhoods of 3x3 tokens.
+    """
+    maps = apart.float().reshape(-1, 1, height // TOKEN, width // TOKEN)
+    smooth = F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False).flatten(1)
+    return smooth.median(dim=1).values > ALL_OVER * smooth.quantile(0.95, dim=1)
 
 
 def changed_tokens(

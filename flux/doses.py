@@ -1,4 +1,6 @@
-"""How much of the reference an edit takes over: which of the vital layers, how strongly, in which steps."""
+"""How much of the reference an edit takes over: which of the vital layers, how strongly, in which steps, and
+where.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ class Dose:
         inject_from, inject_until: for which part of the steps, in fractions of them.
         falling: the weight falls in a straight line from the first step of that part to zero after its last.
         top: of how many vital layers, the most vital ones; None: all.
+        mask: "auto": what an edit may change is found on the way, see `flux.automask`. An edit may also put
+            a picture's file here, or "none".
     """
 
     weight: float | Mapping[int, float] = 1.0
@@ -20,6 +24,7 @@ class Dose:
     inject_until: float = 1.0
     falling: bool = False
     top: int | None = None
+    mask: str | None = None
 
     def of_layer(self, layer: int) -> float:
         """The weight of a layer where nothing has fallen yet; one that a mapping does not name has 1."""
@@ -32,10 +37,11 @@ class Dose:
 
 # The only place with these numbers: to tune them, change them here.
 DOSES: dict[str, Dose] = {
+    "auto": Dose(weight=0.4, mask="auto"),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),
-    "scene": Dose(weight=0.6, inject_until=0.6, falling=True),
+    "scene": Dose(weight=0.4),
     "paper": Dose(),
 }
-DEFAULT_DOSE = "balanced"
+DEFAULT_DOSE = "auto"

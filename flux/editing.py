@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.automask import changed_tokens, layers_to_watch
+from flux.automask import all_over, changed_tokens, layers_to_watch
 from flux.doses import DOSES, Dose
 from flux.errors import InputError
 from flux.images import read_image
@@ -36,7 +36,7 @@ __all__ = [
     "psnr",
 ]
 
-AUTO_MASK_AT = 0.4  # of the steps: by then the layout stands, and details are still to come
+AUTO_MASK_AT = 0.25  # of the steps: by then the layout stands, and little has drifted
 # What edits of a kept reference may not change.
 OF_REFERENCE = (
     "model", "prompt", "seed", "photo", "width", "height", "num_steps", "inversion", "nudging",
@@ -76,7 +76,8 @@ class Batch:
         places: their places among all edits.
         shares: what is left of the dose's weight in each step; in those not named nothing is taken.
         latent: where they are, "B I 64".
-        mask: which tokens may change, "B I 1", bool; None: all. `auto`: it is found on the way.
+        mask: which tokens may change, "B I 1", bool; None: all. If the dose's mask is "auto", it is found on
+            the way.
     """
 
     places: list[int]
@@ -87,7 +88,6 @@ class Batch:
     cond: Conditioning
     latent: Tensor
     mask: Tensor | None
-    auto: bool
 
     def takes(self, index: int) -> frozenset[int]:
         """The layers in which step `index` takes from the reference."""
@@ -143,7 +143,7 @@ def check_edits(
             raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
         if entry.mask == "auto" and free:
             raise InputError('Got mask "auto" with inversion "none": FlowEdit has no attention to compare')
-        if entry.mask in (None, "auto"):
+        if entry.mask in (None, "auto", "none"):
             picture = None if entry.mask else mask
         else:
             picture = read.setdefault(entry.mask, None) or read_image(entry.mask)
@@ -163,13 +163,14 @@ def batches_of(
     groups: list[tuple[tuple, list[int]]] = []
     entries = settings.entries
     for place, (entry, mask) in enumerate(zip(entries, masks)):
-        key = (dose_of(entry), entry.parts, mask is None, entry.mask == "auto")
+        auto = mask is None and dose_of(entry).mask == "auto"
+        key = (replace(dose_of(entry), mask="auto" if auto else None), entry.parts, mask is None)
         members = next((members for other, members in groups if other == key), None)
         if members is None:
             groups.append((key, members := []))
         members.append(place)
     batches = []
-    for (dose, *_, auto), members in groups:
+    for (dose, *_), members in groups:
         steps = window(source.num_steps, dose.inject_from, dose.inject_until)
         for start in range(0, len(members), settings.batch_size):
             places = members[start : start + settings.batch_size]
@@ -181,7 +182,7 @@ def batches_of(
                 mask = torch.cat([masks[place][1] for place in places]).to(pipe.device)
             shares, latent = dict(zip(steps, dose.shares(steps))), source.start.expand(len(places), -1, -1)
             own = tuple(layers[: dose.top])
-            batches.append(Batch(places, chosen, dose, own, shares, cond, latent, mask, auto))
+            batches.append(Batch(places, chosen, dose, own, shares, cond, latent, mask))
     return batches
 
 
@@ -202,7 +203,7 @@ def follow(
         shown = moment.step
         for batch in batches:
             taking = batch.taking(index, moment)
-            look = batch.auto and index == auto_at
+            look = batch.dose.mask == "auto" and index == auto_at
             if look:
                 taking = replace(taking, watch=layers_to_watch(model))
             cond = source.at(batch.cond, index)
@@ -226,10 +227,16 @@ def _auto_mask(
     pipe: Pipeline, model: Flux, source: Source, moment: Moment, batch: Batch, step: Step, ids: Tensor
 ) -> Tensor:
     """Which tokens the edits of a batch may change, "B I 1", bool, from the step that watched them."""
-    watching, cond = Intervention(watch=layers_to_watch(model)), replace(source.cond, negative=None)
-    seen = euler_step(model, moment.latent, ids, cond, moment.t, moment.t_next, watching).watched
+    num, watching = len(batch.entries), Intervention(watch=layers_to_watch(model))
+    at, own = moment.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
+    # As strongly guided as the edits: how strongly makes a difference everywhere.
+    cond = replace(source.cond.expanded(num), negative=None, guidance=own.guidance)
+    of_source = euler_step(model, at, ids, cond, moment.t, moment.t_next, watching)
+    of_edits = euler_step(model, at, ids, own, moment.t, moment.t_next)
+    apart = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
     prompts = [entry.prompt for entry in batch.entries]
-    return changed_tokens(pipe.t5, (source.prompt, seen), prompts, step.watched, *source.size).to(pipe.device)
+    found = changed_tokens(pipe.t5, (source.prompt, of_source.watched), prompts, step.watched, *source.size)
+    return found.to(pipe.device) | all_over(apart, *source.size)[:, None, None]
 
 
 def flow(

@@ -4,6 +4,8 @@ One legend of shapes for the whole package: B batch, T text tokens, I image toke
     size, C = H D channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys (after QK-norm and rotary embedding) and values of the image tokens in one layer, "B H I D" each."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What `attend` does: queries, keys and values, "B H N D" each -> "B N C"."""
 
 
 def rope(pos: Tensor, dim: int, theta: int) -> Tensor:

@@ -28,7 +28,7 @@ from flux.modules.autoencoder import AutoEncoder
 from flux.modules.linear import PackedLinear
 from flux.offload import spread
 from flux.quantize import BITS, quantize_linears, quantized_bytes
-from flux.settings import EditSettings, ModelSettings
+from flux.settings import EditSettings, ModelSettings, SkipSettings
 from flux.specs import ModelSpec
 from flux.tiling import TILE
 
@@ -258,6 +258,9 @@ class Accounts:
         if settings.t5 == "cpu":
             self.t5 = Sizes((), 0)
 
+        tokens = self.height // 16 * (self.width // 16) + spec.text_length
+        # Of a sweep: what enters each layer in the reference's first step.
+        self.streams = self.passes * spec.num_layers * tokens * spec.params.hidden_size * dtype.itemsize
         self.denoise = self._denoise(thin(spec.params, made["transformer"], form))
         self.text = self._text(text_dtype.itemsize)
         ae = on_meta(AutoEncoder, spec.ae_params).to(dtype)
@@ -320,6 +323,11 @@ class Accounts:
             "decode": self.ae,
         }
         beside = {"text": self.text, "denoise": self.denoise, "decode": self.pictures[tiled]}
+        if isinstance(self.settings, SkipSettings):
+            if offload == "none":  # then it decodes beside the steps of the next pictures
+                beside["denoise"] += beside["decode"]
+            for name in ("denoise", "decode"):
+                beside[name] += self.streams
         everything = sum(weights.values())
         stages = (
             Stage(name, everything if offload == "none" else weights[name], beside[name] + self.workspace)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.editing import batches_of, flow, follow
+from flux.editing import batches_of, dose_of, flow, follow
 from flux.evaluation_settings import Method
 from flux.inversion import FLOW_EDIT_GUIDANCE
 from flux.photo import token_mask
@@ -68,7 +68,7 @@ class Maker:
                 pictures, references = self._decoded(self._encoded(items)), None
             elif method.strength is not None:
                 pictures, references = self._image_to_image(method, items), None
-            elif method.settings.mask == "auto":
+            elif dose_of(method.settings).mask == "auto":
                 # What is attended to is compared for one reference at a time.
                 alone = [self._edited(method, [item]) for item in items]
                 pictures = [edits[0] for edits, _ in alone]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
+from flux.math import Attend, attend
 from flux.modules import layers
 from flux.step_cache import StepCache
 
@@ -125,6 +126,7 @@ class Flux(nn.Module):
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
         cache: StepCache | None = None,
+        attend: Attend = attend,
     ) -> tuple[Tensor, Findings]:
         """The velocity, and what the intervention keeps and watches.
 
@@ -140,6 +142,7 @@ class Flux(nn.Module):
             mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
                 layer by layer.
             cache: spares a plain pass its layers after the first where that changes little.
+            attend: how queries meet keys and values, for tokens that are a share of all, see `flux.parallel`.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.
@@ -150,7 +153,7 @@ class Flux(nn.Module):
         if start is not None:
             streams = start.expanded(img.shape[0])
         findings = Findings()
-        passing = self._layers(streams, vec, pe, intervention, findings, mods)
+        passing = self._layers(streams, vec, pe, intervention, findings, mods, attend)
         if cache is None or start is not None or not intervention.is_plain:
             for streams in passing:
                 pass
@@ -230,6 +233,7 @@ class Flux(nn.Module):
         intervention: Intervention,
         findings: Findings,
         mods: Sequence[Tensor | None],
+        attend: Attend = attend,
     ) -> Iterator[Streams]:
         """Yields the streams out of each layer, from the one that `streams` enters; fills `findings`."""
         img, txt = streams.img, streams.txt
@@ -239,7 +243,7 @@ class Flux(nn.Module):
             bypass = intervention.bypass(layer, img.device)
             if not bypass.whole:
                 block, (given, weight) = self.double_blocks[layer], intervention.given(layer, batch)
-                more = {"weight": weight, "mod": mods[layer]}
+                more = {"weight": weight, "mod": mods[layer], "attend": attend}
                 if intervention.looks_into(layer):
                     new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True, **more)
                     findings.add(intervention, layer, num_txt, *heads)
@@ -254,7 +258,7 @@ class Flux(nn.Module):
             if not bypass.whole:
                 block = self.single_blocks[layer - num_double]
                 given, weight = intervention.given(layer, batch)
-                more = {"num_txt": num_txt, "weight": weight, "mod": mods[layer]}
+                more = {"num_txt": num_txt, "weight": weight, "mod": mods[layer], "attend": attend}
                 if intervention.looks_into(layer):
                     new_x, heads = block(x, vec, pe, given, keep=True, **more)
                     findings.add(intervention, layer, num_txt, *heads)

@@ -20,6 +20,7 @@ from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.offload import Offloaded
+from flux.parallel import ALONE, Divided, Ranks
 from flux.quantize import BITS, quantize_linears
 from flux.sampling import Conditioning, Step
 from flux.settings import ModelSettings
@@ -59,6 +60,7 @@ class Pipeline:
         device: where the nets compute.
         tiled: whether pictures are decoded and encoded in tiles.
         offloaded: the nets that lie in host memory until their turn comes.
+        ranks: the processes that share out each picture's tokens.
         timings: seconds spent so far, by what was done.
     """
 
@@ -71,15 +73,19 @@ class Pipeline:
     dtype: torch.dtype
     tiled: bool = False
     offloaded: dict[nn.Module, Offloaded] = field(default_factory=dict)
+    ranks: Ranks = ALONE
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, settings: ModelSettings) -> "Pipeline":
+    def load(cls, settings: ModelSettings, ranks: Ranks = ALONE) -> "Pipeline":
         """Finds, downloads and loads what the settings name. Raises InputError before the first net is
         loaded.
+
+        Args:
+            ranks: what `flux.parallel.join` said.
         """
         spec = get_spec(settings.model)
-        device = pick_device(settings.device)
+        device = ranks.device or pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
         if settings.quantize == "fp8":
             check_device(device, dtype)
@@ -101,6 +107,7 @@ class Pipeline:
         model = load_flow(spec, files, flow_home, dtype, keep_8bit["transformer"])
         ae = load_net(AutoEncoder, spec.ae_params, files.ae, home, dtype)
         pipe = cls.of(spec, model, ae, t5, clip, settings, plan, device, dtype)
+        pipe.ranks = ranks
         pipe.timings["load"] = time.perf_counter() - begin
         return pipe
 
@@ -148,7 +155,8 @@ class Pipeline:
                     stack.enter_context(self.offloaded[net].at_work())
             yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not the whole device: another thread may be at work on a stream of its own.
+            torch.cuda.current_stream(self.device).synchronize()
         self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - begin
 
     def condition(
@@ -196,7 +204,7 @@ class Pipeline:
     def denoising(self) -> Iterator[Flux]:
         """The transformer, ready on the device, for as long as the block lasts."""
         with self._at_work("denoise", self.model):
-            yield self.model
+            yield Divided(self.model, self.ranks) if self.ranks.count > 1 else self.model
 
     def image_ids(self, batch: int, width: int, height: int) -> Tensor:
         return sampling.image_ids(batch, height, width, self.device)
@@ -252,7 +260,7 @@ class Pipeline:
             latent = levels[0] * latent + (1 - levels[0]) * self.encode(image)
         ids = self.image_ids(len(prompts), width, height)
         with self.denoising() as model:
-            spared = StepCache(cache) if cache else None
+            spared = StepCache(cache, self.ranks.total) if cache else None
             steps = sampling.sample(model, latent, ids, cond, levels, cache=spared)
             for step in tqdm(steps, total=len(levels) - 1, desc="denoise", unit="step", disable=not progress):
                 latent = step.latent

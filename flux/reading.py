@@ -18,7 +18,9 @@ from flux.settings import Edit, Lora, Prompt, Settings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEMOS = ("test", "layer", "skip", "dino", "edit")  # by number: demo_0_test.py to demo_4_edit.py
-PICTURES = {"image", "photo", "mask"}  # fields that may name a picture beside the JSON file
+# Fields that may name something beside the JSON file, as those of a studio's run.json do.
+PICTURES = {"image", "photo", "mask"}
+WEIGHTS = {"weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders"}
 
 S = TypeVar("S", bound=Settings)
 
@@ -27,7 +29,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     """The settings in a JSON file, with what the command line says put over them.
 
     `file` is looked for as given, then in configs/. It may be a run.json: then its "settings" are taken.
-    Pictures that it names are looked for beside it, then as given.
+    Pictures and weights that it names are looked for beside it, then as given.
     `overrides` maps fields (dashes equal underscores) to values as `fire` parsed them. They win: a seed over
     those in the list of prompts too, a field over its counterpart too (`top` over `threshold`).
     Raises InputError, one line, for a file or a value that cannot be used.
@@ -47,11 +49,13 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
         data["prompts"], sources["prompts"] = _read_prompts(data["prompts"], path.parent, named_by)
     if "seed" in typed and isinstance(data.get("prompts"), list):
         data["prompts"] = [_without_seed(entry) for entry in data["prompts"]]
-    for name in PICTURES & data.keys() - typed.keys():
-        # As a studio's run.json names them.
-        if isinstance(data[name], str) and os.path.isfile(path.parent / data[name]):
-            data[name] = str(path.parent / data[name])
-    return check_settings(cls, data, path, sources)
+    for name in (PICTURES | WEIGHTS) & data.keys() - typed.keys():
+        data[name] = _beside(path, data[name])
+    settings = check_settings(cls, data, path, sources)
+    if getattr(settings, "lora", ()) and "lora" not in typed:
+        loras = tuple(lora.model_copy(update={"file": _beside(path, lora.file)}) for lora in settings.lora)
+        settings = settings.model_copy(update={"lora": loras})
+    return settings
 
 
 def check_settings(
@@ -99,6 +103,12 @@ def _read_prompts(name: str, beside: Path, named_by: Path | str) -> tuple[list, 
     if not isinstance(prompts, list):
         raise InputError(f"{path}: expected a list of prompts [...], got {_show(prompts)}")
     return prompts, path
+
+
+def _beside(path: Path, name: Any) -> Any:
+    """What is called so beside the file `path` if it is there, else the name itself."""
+    there = isinstance(name, str) and name and os.path.exists(path.parent / name)
+    return str(path.parent / name) if there else name
 
 
 def _without_seed(prompt: Any) -> Any:
@@ -151,6 +161,8 @@ def _from_command_line(cls: type[Settings], name: str, value: Any) -> Any:
     if name not in cls.model_fields or value is None:
         return value
     kinds = _kinds(cls.model_fields[name].annotation)
+    if bool in kinds and value in ("true", "false"):  # as JSON writes them
+        return value == "true"
     if kinds <= {str, type(None)}:
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     if tuple in kinds and not isinstance(value, list):

@@ -73,7 +73,7 @@ def write_report(
     title = f"Vital layers of {settings['model']}"
     names = ranges(tuple(vital)) or "none"
     noun = "layers" if all(len(bypassed) == 1 for bypassed in sets) else "sets of layers"
-    summary = f"Vital: <strong>{names}</strong>, {len(vital)} found by bypassing {len(sets)} {noun}."
+    summary = f"Vital: <strong>{names}</strong> ({len(vital)} of {len(sets)} {noun} that were bypassed)."
     limits = colour_limits(change)
     template = Template(Path(__file__).with_name("assets").joinpath("report.html").read_text("utf-8"))
     page = template.substitute(

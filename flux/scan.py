@@ -12,7 +12,7 @@ from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.metrics import METRICS, load_metrics
-from flux.pipeline import pick_device
+from flux.pipeline import Pipeline, pick_device
 from flux.plots import plot_heat_map, plot_vitality
 from flux.reading import read_settings
 from flux.record import remember_scan
@@ -28,7 +28,7 @@ def encoder_of(model: str) -> str:
     return configs[model].dinov2 if model in configs else model
 
 
-def scan(settings: ScanSettings, progress: bool = True) -> list[int]:
+def scan(settings: ScanSettings, progress: bool = True, pipe: Pipeline | None = None) -> list[int]:
     """Runs the sweep and scores it beside; returns the vital layers.
 
     With `stop_when` "stable", the sweep ends once the references before the last one settle the vital set
@@ -36,6 +36,7 @@ def scan(settings: ScanSettings, progress: bool = True) -> list[int]:
 
     Args:
         settings: complete ones (`flux.specs.complete`).
+        pipe: the model; None: loaded if there is anything left to do.
 
     Raises:
         InputError: as `sweep`, `load_metrics` and `score_prompt`.
@@ -63,7 +64,7 @@ def scan(settings: ScanSettings, progress: bool = True) -> list[int]:
             return settled
 
         try:
-            sweep(settings, on_row=on_row, progress=progress)
+            sweep(settings, pipe, on_row, progress)
         except BaseException:
             scorer.shutdown(wait=False, cancel_futures=True)
             raise

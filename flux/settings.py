@@ -236,7 +236,15 @@ class PromptSettings(ModelSettings):
         return numbered
 
 
-class TestSettings(PromptSettings):
+class Divisible(ModelSettings):
+    """Work of which each picture can be shared out."""
+
+    parallel: int = Field(
+        1, ge=1, description="cards that share each picture, one for each process that torchrun started"
+    )
+
+
+class TestSettings(Divisible, PromptSettings):
     """Demo 0: one image per prompt."""
 
     demo: ClassVar[str] = "test"
@@ -248,7 +256,7 @@ class TestSettings(PromptSettings):
     output_dir: Text = Field("output/test", description="folder to write to")
 
 
-class LayerSettings(PromptSettings):
+class LayerSettings(Divisible, PromptSettings):
     """Demo 1: a prompt's way from noise to image. Once read, `prompt` is None and stands in `prompts`."""
 
     demo: ClassVar[str] = "layer"
@@ -317,10 +325,10 @@ class ScanSettings(SkipSettings, SelectionSettings):
 
 
 class Dosage(_Strict):
-    """How much of the reference an edit takes over. None: as the named dose says."""
+    """How much of the reference an edit takes over, and where. None: as the named dose says."""
 
     dose: Literal[tuple(DOSES)] | None = Field(
-        None, description="named numbers, used for those of the next five that are not given"
+        None, description="named choice, used for those of the next five, and the mask, that are not given"
     )
     weight: Weight | None = Field(
         None, description="what the reference counts, 0..1, in all vital layers or in each: {layer: weight}"
@@ -330,7 +338,7 @@ class Dosage(_Strict):
     falling: bool | None = Field(None, description="the weight falls to zero over these steps")
     top: int | None = Field(None, ge=1, description="only so many of the vital layers, the most vital ones")
     parts: Literal["kv", "k", "v"] | None = Field(None, description="keys, values or both are taken over")
-    mask: Text | None = Field(None, description='picture, white where the edit may change; or "auto"')
+    mask: Text | None = Field(None, description='picture, white where the edit may change; "auto"; "none"')
 
     @model_validator(mode="after")
     def _window(self):
@@ -362,7 +370,7 @@ class Edit(Turn):
     )
 
 
-class EditSettings(Dosage, ModelSettings):
+class EditSettings(Dosage, Divisible):
     """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
 
     demo: ClassVar[str] = "edit"

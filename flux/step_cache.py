@@ -1,5 +1,8 @@
 """Steps of which only the first layer is computed, where it says that the others would say what they said."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
@@ -14,13 +17,14 @@ class StepCache:
     Args:
         threshold: how much the first layer's addition may differ, relative to what it was: the mean of the
             absolute difference over that of the absolute value, in the row where that is largest.
+        total: adds up the sums that several processes found, each over its own image tokens.
 
     Attributes:
         full, reused: how many steps were which.
     """
 
-    def __init__(self, threshold: float):
-        self.threshold, self.full, self.reused = threshold, 0, 0
+    def __init__(self, threshold: float, total: Callable[[Tensor], Tensor] = lambda sums: sums):
+        self.threshold, self.total, self.full, self.reused = threshold, total, 0, 0
         self._first: Tensor | None = None
         self._rest: Tensor | None = None
 
@@ -30,8 +34,9 @@ class StepCache:
         """
         if self._first is None:
             return None
-        change = (first - self._first).abs().mean(dim=(1, 2)) / self._first.abs().mean(dim=(1, 2))
-        if change.max().item() >= self.threshold:
+        both = torch.stack((first - self._first, self._first))
+        change, before = self.total(both.abs().sum(dim=(2, 3), dtype=torch.float32))
+        if (change / before).max().item() >= self.threshold:
             return None
         self.reused += 1
         return self._rest

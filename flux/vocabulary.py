@@ -23,16 +23,23 @@ def unknown_words(prompt: str, file: Path) -> dict[str, list[str]]:
     return {word: difflib.get_close_matches(word, known, n=3) for word in words if word not in known}
 
 
-def warn_of_unknown_words(prompts: Iterable[str], file: Path) -> None:
-    """A UserWarning for each prompt with words that the model will overlook."""
+def overlooked(prompts: Iterable[str], file: Path) -> list[str]:
+    """A line for each prompt with words that the model will overlook."""
+    lines = []
     for prompt in prompts:
         named = [
             repr(word) + (f" (near: {', '.join(near)})" if near else "")
             for word, near in unknown_words(prompt, file).items()
         ]
         if named:
-            warnings.warn(
+            lines.append(
                 f"This model does not know {', '.join(named)} in {prompt!r} and will overlook it: "
-                f"its words are listed in {file.name} beside its weights",
-                stacklevel=3,
+                f"its words are listed in {file.name} beside its weights"
             )
+    return lines
+
+
+def warn_of_unknown_words(prompts: Iterable[str], file: Path) -> None:
+    """A UserWarning for each line of `overlooked`."""
+    for line in overlooked(prompts, file):
+        warnings.warn(line, stacklevel=3)

@@ -405,7 +405,7 @@ def file(tmp_path):
 
 
 def test_demo_writes_both_sheets(monkeypatch, nano, file, tmp_path):
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda settings: nano)
+    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda *_: nano)
     demo(monkeypatch, file)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"layers.png", "words.png", "steps.png", "steps.gif", "run.json"} <= names
@@ -416,7 +416,7 @@ def test_demo_writes_both_sheets(monkeypatch, nano, file, tmp_path):
 
 
 def test_demo_tells_a_wrong_word_before_loading(monkeypatch, file, capsys):
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda settings: pytest.fail("loaded a model"))
+    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda *_: pytest.fail("loaded a model"))
     with pytest.raises(SystemExit) as end:
         demo(monkeypatch, file, words=["cat"])
     assert end.value.code == 2

@@ -1,15 +1,21 @@
 """The benchmarks run, at toy size, and what they compare is the same model."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import toy
 
 pytest.importorskip("diffusers")
 
-from benchmarks import edit_photo, full_size, memory, nano_cpu  # noqa: E402
-from benchmarks.peer import renamed  # noqa: E402
+from benchmarks import edit_photo, full_size, memory, nano_cpu, scan  # noqa: E402
+from benchmarks.peer import peer_transformer, renamed  # noqa: E402
 from benchmarks.stand_ins import random_transformer  # noqa: E402
+from flux.modules.linear import PackedLinear  # noqa: E402
 from flux.specs import configs  # noqa: E402
 
 
@@ -72,13 +78,74 @@ def test_nano_cpu(tmp_path, capsys):
     assert "median" in capsys.readouterr().out
 
 
+def test_scan_at_toy_size(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    scan.main(str(tmp_path), toy=True, output=str(output))
+    found = json.loads(output.read_text())["one_process"]
+    assert 0 < found["waiting"] < 1
+    assert f"the denoiser waits {100 * found['waiting']:.1f}% of a scan's time" in capsys.readouterr().out
+
+
+def test_parallel_at_toy_size(tmp_path):
+    """It starts two processes itself, of which one writes and prints."""
+    output = tmp_path / "results.json"
+    toy = ("--toy", "--device", "cpu", "--cards", "2", "--compiled=False", "--output", str(output))
+    command = [sys.executable, "-m", "benchmarks.parallel", *toy]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(output.read_text())
+    assert results["cards"] == 2
+    for name, found in results["steps"]["eager"].items():
+        # In bfloat16, where a number more or less rounded differs by 0.004.
+        assert found["one card"]["ms"] > 0 and found["shared"]["ms"] > 0 and found["difference"] < 0.02
+        assert done.stdout.count(f"| {name}, eager ") == 1
+
+
 def test_memory_at_toy_size(tmp_path, capsys):
     """Every way to hold the weights makes a picture and an edit, and each is in the table."""
     output = tmp_path / "results.json"
-    memory.main(str(output), toy=True, device="cpu", caps=(24,))
+    memory.main(str(output), toy=True, device="cpu", caps=24)
     cases = json.loads(output.read_text())["cases"]
-    assert len(cases) == 1 + len(memory.WAYS) + 1
+    assert len(cases) == 2 * len(memory.FORMS) + 2 + 3
     for name, found in cases.items():
         assert "error" not in found and found["picture_ms"] > 0, (name, found)
+    planned = {form.name: cases[form.name]["planned_gib"] for form in memory.FORMS}
+    assert planned["GGUF Q4_K"] < planned["GGUF Q8_0"] < planned["fp8 file"] < planned["bf16"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in cases)
+
+
+def test_memory_goes_on_where_it_was(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    toy_size = {"output": str(output), "toy": True, "device": "cpu", "caps": ()}
+    memory.main(**toy_size, minutes=0)
+    assert not output.exists() and "left for the next run" in capsys.readouterr().out
+    memory.main(**toy_size, only="Q4_K")
+    first = json.loads(output.read_text())
+    assert list(first["cases"]) == ["GGUF Q4_K", "diffusers, GGUF Q4_K"]
+    memory.main(**toy_size, only=("diffusers, GGUF", "8 bits"))
+    again = json.loads(output.read_text())
+    assert list(again["cases"]) == [*first["cases"], "8 bits", "diffusers, GGUF Q8_0"]
+    assert first["cases"].items() <= again["cases"].items()
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "Q8_0", "Q4_K"])
+def test_packed_weights_are_like_plain_ones(kind):
+    """Else activations grow beyond numbers, or vanish."""
+    drawn = memory.Packed.draw(kind, torch.Size((256, 1024)), 0.02, torch.device("cpu"))
+    matrix = PackedLinear(drawn.rows, drawn.kind, None, drawn.scale, torch.float32).weight
+    assert matrix.shape == (256, 1024) and abs(matrix.mean()) < 0.002
+    assert matrix.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_packed_weights_are_the_same_in_diffusers(kind):
+    cpu, params = torch.device("cpu"), full_size.toy_plan().spec.params
+    spec = replace(full_size.toy_plan().spec, params=replace(params, **memory.WIDTH_TOY))
+    nets = memory.Nets(spec, cpu, torch.float32, memory.T5_TOY, memory.CLIP_TOY).packed(kind)
+    given = toy.inputs(1, params=spec.params)
+    peer = peer_transformer(nets.plain.build("transformer"))
+    memory.pack_as_gguf(peer, nets, cpu)
+    # diffusers expands in half precision.
+    assert toy.relative_error(toy.ask_diffusers(peer, given), nets.build("transformer")(**given)) < 1e-3

@@ -320,14 +320,38 @@ def test_an_automatic_mask(small, passes, monkeypatch):
     edit that says the same may change all.
     """
     monkeypatch.setattr(automask, "THRESHOLD", 1.0)
+    monkeypatch.setattr(automask, "ALL_OVER", 1.0)
     found, changed = [], editing.changed_tokens
     monkeypatch.setattr(editing, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1])
-    auto = make(
-        small, edits=[{"prompt": EDITS[0], "mask": "auto"}, EDITS[0], {"prompt": DOG, "mask": "auto"}]
-    )
+    plain = {"prompt": EDITS[0], "mask": "none"}
+    auto = make(small, edits=[{"prompt": EDITS[0], "mask": "auto"}, plain, {"prompt": DOG, "mask": "auto"}])
     assert sum(bool(given.watch) for given in passes) == 2 * 2
     assert 0 < found[0].sum() < TOKENS and found[1].all()
     assert difference(auto.edits[0], auto.edits[1]) > 0
+
+
+def test_what_differs_all_over_may_change_all_over(small, monkeypatch):
+    """Whatever attends to the words. The rule itself: tests/test_automask.py."""
+    monkeypatch.setattr(automask, "THRESHOLD", 1.0)
+    monkeypatch.setattr(automask, "ALL_OVER", 0.0)
+    made = make(small, edits=[{"prompt": EDITS[0], "mask": mask} for mask in ("auto", "none")])
+    assert difference(*made.edits) == 0
+
+
+def test_the_mask_of_a_dose(small, tmp_path):
+    """Where an edit says nothing of one; a picture that is given counts more, "none" most."""
+    half_mask().save(tmp_path / "mask.png")
+    own = [{}, {"mask": "none"}, {"mask": str(tmp_path / "mask.png")}, {"dose": "paper"}]
+    edits = settings(dose="auto", edits=[{"prompt": EDITS[0], **each} for each in own])
+    source = reference.find_source(small, edits, None, None, False)
+
+    def masks(mask):
+        batches = editing.batches_of(small, source, edits, LAYERS, check_edits(edits, LAYERS, mask=mask))
+        place = {n: "all" if b.mask is None else "some" for b in batches for n in b.places}
+        return [place[n] for n in range(4)], [n for b in batches if b.dose.mask == "auto" for n in b.places]
+
+    assert masks(None) == (["all", "all", "some", "all"], [0])
+    assert masks(half_mask()) == (["some", "all", "some", "some"], [])
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from flux.memory import GIB, MIB, Accounts, Plan, Stage, describe, live_bytes, m
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.pipeline import Pipeline
-from flux.settings import EditSettings, ModelSettings
+from flux.settings import EditSettings, ModelSettings, SkipSettings
 from flux.specs import complete, configs
+from flux.vitality import Bypasser, Task
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "h200.json"
@@ -57,7 +58,7 @@ def dev() -> Accounts:
     return full_size()
 
 
-def nano(**fields) -> tuple[Accounts, Pipeline]:
+def counted_and_loaded(**fields) -> tuple[Accounts, Pipeline]:
     settings = complete(ModelSettings(device="cpu", dtype="float32", **fields))
     spec, files = configs["flux-nano"], files_of(settings)
     accounts = Accounts(settings, spec, sources_of(spec, files), torch.float32, torch.float32, on_gpu=False)
@@ -74,7 +75,7 @@ def bytes_of(net: nn.Module) -> int:
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit", "fp8"])
 @pytest.mark.parametrize("t5", ["same", "8bit"])
 def test_weights_take_what_was_counted(quantize, t5):
-    accounts, pipe = nano(quantize=quantize, t5=t5)
+    accounts, pipe = counted_and_loaded(quantize=quantize, t5=t5)
     nets = {"flow": pipe.model, "t5": pipe.t5, "clip": pipe.clip, "ae": pipe.ae}
     found = {name: bytes_of(net) for name, net in nets.items()}
     counted = {"flow": accounts.flow.whole, "t5": accounts.t5.whole, "clip": accounts.clip, "ae": accounts.ae}
@@ -143,6 +144,21 @@ def test_an_edit_holds_keys_and_values(dev):
     assert edit.denoise - dev.denoise == 10 * 2 * 4096 * 3072 * 2
     more = full_size(prompt="a dog", edits=["a cat"], vital_layers=[1, 2], true_cfg=2.0)
     assert more.denoise - dev.denoise == 2 * 2 * 2 * 4096 * 3072 * 2
+
+
+def test_a_sweep_holds_what_enters_each_layer(nano):
+    """And decodes beside its steps, where there is room for all nets."""
+    settings = {"prompts": ["a dog"], "width": 64, "height": 96, "true_cfg": 2.0}
+    settings = complete(SkipSettings(**settings, device="cpu", dtype="float32"))
+    spec, files, F32 = configs["flux-nano"], files_of(settings), torch.float32
+    accounts = Accounts(settings, spec, sources_of(spec, files), F32, F32, on_gpu=False)
+    bypasser = Bypasser(nano, settings)
+    bypasser.make(Task(0, "a dog", 0, ((),)))
+    held = [x for passes in bypasser._streams for each in passes for x in (each.img, each.txt)]
+    assert accounts.streams == sum(x.nbytes for x in held)
+    beside = {plan: accounts.plan(plan).stage("denoise").activations for plan in ("none", "model")}
+    assert beside["model"] == accounts.denoise + accounts.streams
+    assert beside["none"] - beside["model"] == accounts.pictures[False]
 
 
 def test_more_takes_more(dev):

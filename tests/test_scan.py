@@ -56,9 +56,9 @@ def plain_pictures(monkeypatch):
     """Pictures made at once, of a grey that tells their seed."""
 
     def make(bypasser, task):
-        return [Image.new("RGB", (96, 64), (task.seed % 256,) * 3)] * len(task.sets)
+        return lambda: [Image.new("RGB", (96, 64), (task.seed % 256,) * 3)] * len(task.sets)
 
-    monkeypatch.setattr(Bypasser, "make", make)
+    monkeypatch.setattr(Bypasser, "denoise", make)
 
 
 class Synthetic(Metric):
@@ -144,7 +144,7 @@ def test_a_scan_writes_everything_and_demo_3_reads_it(tmp_path, monkeypatch, cap
     assert written(folder)["vital_layers"] == [0, 5, 12]
     assert (folder / "similarity.csv").read_bytes() == first["similarity.csv"]
     # A second scan makes no pictures, and says the same as the first.
-    monkeypatch.setattr(Bypasser, "make", lambda *_: pytest.fail("made pictures again"))
+    monkeypatch.setattr(Bypasser, "denoise", lambda *_: pytest.fail("made pictures again"))
     main(str(file), num_steps=2)
     for name in ("similarity.csv", "vital_layers.json"):
         assert (folder / name).read_bytes() == first[name]
@@ -183,7 +183,7 @@ def test_a_settled_scan_stops(tmp_path, synthetic, monkeypatch, capsys):
     assert len((folder / "similarity.csv").read_text().splitlines()) == 1 + 9 * 3
     assert check_sweep(folder)[0]["rows"] == 9
 
-    monkeypatch.setattr(Bypasser, "make", lambda *_: pytest.fail("made pictures again"))
+    monkeypatch.setattr(Bypasser, "denoise", lambda *_: pytest.fail("made pictures again"))
     assert scan(given, progress=False) == [5]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
     demo_3(monkeypatch, folder, output_dir=str(tmp_path / "dino"))
@@ -195,7 +195,7 @@ def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, numbers_only, 
     """Wherever it was stopped before."""
     given = {"prompts": MANY, "stop_when": "stable"}
     scan(settings(tmp_path / "whole", **given), progress=False)
-    make, made = Bypasser.make, []
+    make, made = Bypasser.denoise, []
 
     def stop_at(count):
         def counted(bypasser, task):
@@ -204,7 +204,7 @@ def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, numbers_only, 
             made.append(task)
             return make(bypasser, task)
 
-        monkeypatch.setattr(Bypasser, "make", counted)
+        monkeypatch.setattr(Bypasser, "denoise", counted)
 
     for count in (1, 14, 35):
         stop_at(count)

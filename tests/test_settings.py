@@ -186,6 +186,8 @@ def test_check_settings():
         (SkipSettings, {"prompts": ["a"], "layers": [1]}, {"layers": "all"}, {"layers": "all"}),
         (SkipSettings, {"prompts": ["a"]}, {"layers": ((0, 1), (2,))}, {"layers": ((0, 1), (2,))}),
         (DinoSettings, DINO | {"top": 5}, {"threshold": 0.5}, {"top": None, "threshold": 0.5}),
+        (DinoSettings, DINO | {"top": 5}, {"gap": "true"}, {"top": None, "gap": True}),
+        (EditSettings, EDIT, {"falling": "true", "tiled": "false"}, {"falling": True, "tiled": False}),
         (LayerSettings, {"prompt": "a"}, {"prompts": ["b"]}, {"prompts": (Prompt(prompt="b", seed=0),)}),
         (LayerSettings, {"prompts": ["a", "b"]}, {"prompt": "c"}, {"prompts": (Prompt(prompt="c", seed=0),)}),
         (
@@ -268,7 +270,7 @@ WRONG = [
     (EditSettings, EDIT | {"weight": 1.5}, "weight: expected at most 1.0, got 1.5"),
     (EditSettings, EDIT | {"weight": {"3": -1}}, "weight.3: expected at least 0, got -1"),
     (EditSettings, EDIT | {"weight": {"x": 1}}, 'weight.x: expected an integer, got "x"'),
-    (EditSettings, EDIT | {"dose": "strong"}, "dose: expected 'balanced', "),
+    (EditSettings, EDIT | {"dose": "strong"}, "dose: expected 'auto', "),
     (
         EditSettings,
         EDIT | {"edits": [{"weight": 1}]},

@@ -4,28 +4,30 @@ import json
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from studio_parts import SMALL, make_classifier, make_studio
 
 from flux.errors import InputError
 from flux.images import read_image, save_image
 from flux.reading import check_settings, read_settings
 from flux.sampling import Step
 from flux.settings import EditSettings, ModelSettings, TestSettings
-from flux.specs import complete, configs
-from flux.studio.app import Studio, open_studio, serve
+from flux.specs import configs
+from flux.studio.app import Studio, check_address, open_studio
 from flux.studio.content_filter import ContentFilter
-from flux.studio.engine import Engine
 from flux.studio.limits import Limits
 from flux.studio.visits import KEPT, Visits, portable, read_back
 from flux.vocabulary import unknown_words
@@ -40,17 +42,14 @@ from flux.studio.generate import run_generate, settings_of  # noqa: E402
 from flux.studio.look import run_scan, scan_settings_of  # noqa: E402
 from flux.studio.safety import OwnFilesOnly  # noqa: E402
 from flux.studio.tabs import words_note  # noqa: E402
-from flux.studio.widgets import layers_on, news, painted, strip_value  # noqa: E402
+from flux.studio.widgets import held_picture, layers_on, news, painted, strip_value  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"width": 64, "height": 64, "num_steps": 2}
 
 
 @pytest.fixture
 def studio(nano, tmp_path) -> Studio:
-    settings = complete(ModelSettings(device="cpu", dtype="float32", **SMALL))
-    engine = Engine(settings, nano)
-    return Studio(engine, Limits.of(configs["flux-nano"]), Visits(tmp_path / "visits"), tmp_path)
+    return make_studio(nano, tmp_path)
 
 
 @pytest.fixture
@@ -73,7 +72,10 @@ def finish(work):
         ({"width": 4096, "height": 4096}, "4096x4096"),
         ({"width": 512, "height": 512}, "area"),
         ({"num_steps": 10**6}, "steps"),
-        ({"count": 50}, "50 pictures"),
+        ({"count": 50}, "count"),
+        ({"count": 1e300}, "count"),
+        ({"guidance": 1e300}, "guidance"),
+        ({"true_cfg": 101.0}, "true_cfg"),
         ({"prompt": "a" * 10**5}, "100000 letters"),
         ({"num_steps": 2.5}, "integer"),
         ({"seed": -1}, "seed"),
@@ -91,7 +93,8 @@ def test_too_much_is_refused(studio, form, said):
         ({"edits": "\n \n"}, "no edit"),
         ({"edits": "a\n" * 7}, "7 edits"),
         ({"layers": {"on": []}}, "no layer"),
-        ({"layers": "<script>"}, "no layer"),
+        ({"layers": "<script>"}, "layers '<script>'"),
+        ({"layers": {"on": [1, 15]}}, "0 to 14"),
         ({"inject_from": 0.8, "inject_until": 0.2}, "inject_from"),
         ({"dose": "huge"}, "dose"),
     ],
@@ -102,7 +105,10 @@ def test_edits_that_cannot_be(studio, form, said):
 
 
 def test_layers_from_a_browser_are_checked():
-    assert layers_on({"on": [3, 1, 99, -1, "2", True, 1]}, 15) == (1, 3)
+    assert layers_on({"on": [3, 1, 1]}, 15) == (1, 3)
+    for wrong in ([15], [-1], ["2"], [True], [[1]], "1", None):
+        with pytest.raises(InputError, match="0 to 14"):
+            layers_on({"on": wrong}, 15)
     assert strip_value(15, 5, (2, 1), {1: 0.5})["vitality"] == {"1": 0.5}
 
 
@@ -122,7 +128,7 @@ def test_uploads_are_bare_pixels(studio, tmp_path, photo):
     exif = Image.Exif()
     exif[274], exif[270] = 6, "where I live"  # turned by a quarter, and a secret
     photo.save(tmp_path / "photo.jpg", exif=exif, quality=95)
-    picture = studio.limits.read_upload(tmp_path / "photo.jpg", tmp_path)
+    picture = studio.limits.read_upload({"path": tmp_path / "photo.jpg"}, tmp_path)
     assert picture.size == photo.size[::-1] and not picture.info
     kept = studio.visits.of("a").take(picture)
     assert b"where I live" not in kept.read_bytes() and kept.suffix == ".png"
@@ -134,11 +140,15 @@ def test_uploads_that_are_refused(studio, tmp_path, photo):
     save_image(photo, tmp_path / "secret.png")
     (inside / "no.png").write_text("<svg/>")
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
-    for path in (tmp_path / "secret.png", inside / "../secret.png", inside / "link.png", "/etc/passwd"):
+    outside = [tmp_path / "secret.png", inside / "../secret.png", inside / "link.png", "/etc/passwd"]
+    for path in (*outside, "a\0b", "a" * 5000, None, 7):
         with pytest.raises(InputError, match="not uploaded"):
-            studio.limits.read_upload(path, inside)
+            studio.limits.read_upload({"path": path}, inside)
+    for upload in ("no.png", [], {}):
+        with pytest.raises(InputError, match="not uploaded"):
+            studio.limits.read_upload(upload, inside)
     with pytest.raises(InputError, match="Got no.png") as caught:
-        studio.limits.read_upload(inside / "no.png", inside)
+        studio.limits.read_upload({"path": inside / "no.png"}, inside)
     assert str(tmp_path) not in str(caught.value)
     save_image(photo, inside / "big.png")
     for limits, said in (
@@ -146,7 +156,13 @@ def test_uploads_that_are_refused(studio, tmp_path, photo):
         (Limits(64, 64, upload_pixels=10), "pixels"),
     ):
         with pytest.raises(InputError, match=said):
-            limits.read_upload(inside / "big.png", inside)
+            limits.read_upload({"path": inside / "big.png"}, inside)
+
+
+def test_an_upload_that_was_deleted(tmp_path):
+    with pytest.raises(InputError, match="upload it again") as caught:
+        held_picture(str(tmp_path / "gone.png"))
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_what_is_painted():
@@ -236,27 +252,7 @@ def test_previews_are_small(studio):
 
 @pytest.fixture
 def classifier(tmp_path):
-    """A tiny vision transformer that says one thing of every picture."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    def make(labels=("normal", "nsfw"), says=1):
-        config = ViTConfig(
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            intermediate_size=8,
-            image_size=32,
-            patch_size=16,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
-        net = ViTForImageClassification(config)
-        net.classifier.bias.data = 20.0 * torch.nn.functional.one_hot(torch.tensor(says), len(labels))
-        net.save_pretrained(tmp_path / "classifier")
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "classifier")
-        return str(tmp_path / "classifier")
-
-    return make
+    return partial(make_classifier, tmp_path / "classifier")
 
 
 def test_content_filter(studio, classifier, photo):
@@ -268,6 +264,14 @@ def test_content_filter(studio, classifier, photo):
         for report, _ in run_generate(studio, visit, settings):
             previews.append(report.preview)
     assert not any(previews) and not visit.pictures()
+
+
+def test_no_scan_shows_what_the_filter_objects_to(studio, classifier):
+    studio.engine.unsafe = ContentFilter.load(classifier(says=1))
+    settings = scan_settings_of(studio, {"prompts": "a dog", "layers": [0], "num_steps": 1})
+    with pytest.raises(InputError, match="content filter"):
+        list(run_scan(studio, studio.visits.of("a"), settings))
+    assert not list(Path(settings.output_dir).rglob("*.png"))
 
 
 def test_content_filters_that_are_none(classifier, tmp_path):
@@ -291,17 +295,26 @@ def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):
     assert asked == ["Falconsai/nsfw_image_detection", "x"]
 
 
-def test_auth_is_two_words(studio):
-    with pytest.raises(InputError, match="user:password"):
-        serve(studio, auth="secret")
+def test_where_it_cannot_be_served():
+    """Said before a model is loaded."""
+    for auth in ("secret", ":secret", "me:", 7):
+        with pytest.raises(InputError, match="user:password"):
+            check_address(None, None, auth)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, port in ((None, taken.getsockname()[1]), ("192.0.2.1", None), (None, 10**6), (None, "x")):
+            with pytest.raises(InputError, match="Cannot serve"):
+                check_address(host, port, None)
+    check_address("127.0.0.1", None, "me:secret:word")
 
 
 # What is saved, and that the demos take it
 
 
-def demo(name: str, record: Path, out: Path) -> Path:
+def demo(name: str, record: Path, out: Path, **more) -> Path:
     main = runpy.run_path(str(ROOT / f"{name}.py"))["main"]
-    main(str(record), output_dir=str(out))
+    main(str(record), output_dir=str(out), **more)
     return out
 
 
@@ -386,14 +399,12 @@ def test_visits_are_deleted_a_day_after_their_last_use(tmp_path, photo):
     assert not used.folder.exists()
 
 
-def test_files_of_the_server_are_not_named(studio, tmp_path, monkeypatch, photo):
-    """Neither by run.json nor by pictures nor by what a scan gives; demos and the page take these."""
-    weights = tmp_path / "private" / "mine.safetensors"
-    weights.parent.mkdir()
-    weights.symlink_to(configs["flux-nano"].folder / "transformer.safetensors")
-    monkeypatch.setattr(
-        studio.engine, "settings", studio.engine.settings.model_copy(update={"weights": str(weights)})
-    )
+def test_files_of_the_server_are_not_named(studio, tmp_path, monkeypatch):
+    """Neither by run.json nor by pictures nor by what a scan gives; the page takes these."""
+    own = {"weights": str(tmp_path / "private" / "mine.safetensors")}
+    Path(own["weights"]).parent.mkdir()
+    Path(own["weights"]).symlink_to(configs["flux-nano"].folder / "transformer.safetensors")
+    monkeypatch.setattr(studio.engine, "settings", studio.engine.settings.model_copy(update=own))
     visit = studio.visits.of("a")
     made = finish(run_generate(studio, visit, settings_of(studio, {"prompt": "a dog", "num_steps": 1})))
     settings = scan_settings_of(studio, {"prompts": "a dog", "layers": {"on": [0]}, "num_steps": 1, "top": 1})
@@ -402,17 +413,44 @@ def test_files_of_the_server_are_not_named(studio, tmp_path, monkeypatch, photo)
     given = [made.record, *made.pictures.values(), folder / "vital_layers.json", folder / "report.html"]
     for path in (*given, *folder.rglob("*.png")):
         assert str(tmp_path).encode() not in path.read_bytes(), path
-    assert b"mine.safetensors" in made.record.read_bytes()
-    read_back(made.pictures["000"])
-    assert (demo("demo_0_test", made.record, tmp_path / "again") / "000.png").is_file()
+    assert read_back(made.pictures["000"])[0].weights == "mine.safetensors"
     list(run_scan(studio, visit, settings))  # and the scan is still known as the same
 
 
-def test_files_that_are_left_out(tmp_path):
+def test_demos_load_the_weights_that_a_studio_was_started_with(tmp_path, monkeypatch):
+    """By their bare names in run.json: where the demo runs, beside run.json, or where it is told."""
+    nano, private = configs["flux-nano"].folder, tmp_path / "private"
+    private.mkdir()
+    for name in ("transformer", "ae", "schnell_lora"):
+        (private / f"my_{name}.safetensors").symlink_to(nano / f"{name}.safetensors")
+    own = {"weights": str(private / "my_transformer.safetensors")}
+    own |= {"ae_weights": str(private / "my_ae.safetensors"), "text_encoders": str(nano)}
+    lora = str(private / "my_schnell_lora.safetensors")
+    fields = {**own, "lora": [{"file": lora, "weight": 0.7}], "device": "cpu", **SMALL}
+    studio = open_studio(check_settings(ModelSettings, fields), tmp_path / "studio")
+    made = finish(run_generate(studio, studio.visits.of("a"), settings_of(studio, {"prompt": "a dog"})))
+    assert str(private) not in made.record.read_text()
+
+    with pytest.raises(SystemExit):
+        demo("demo_0_test", made.record, tmp_path / "lost")
+    told = {**own, "lora": [{"file": lora, "weight": 0.7}]}
+    assert_same(made.pictures["000"], demo("demo_0_test", made.record, tmp_path / "told", **told) / "000.png")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    for path in (*private.iterdir(), made.record):
+        (taken / path.name).symlink_to(path.resolve())
+    (taken / nano.name).symlink_to(nano)
+    assert_same(made.pictures["000"], demo("demo_0_test", taken / "run.json", tmp_path / "a") / "000.png")
+    monkeypatch.chdir(taken)
+    assert_same(made.pictures["000"], demo("demo_0_test", made.record, tmp_path / "b") / "000.png")
+
+
+def test_files_are_named_without_their_folders(tmp_path):
     (tmp_path / "a.safetensors").touch()
     loras = [{"file": str(tmp_path / "a.safetensors"), "weight": 1.0}, {"file": "owner/name", "weight": 1.0}]
-    fields, files = portable({"weights": None, "lora": loras, "output_dir": "x", "seed": 1})
-    assert fields == {"weights": None, "lora": loras[1:], "seed": 1} and files == ["a.safetensors"]
+    fields = portable({"weights": None, "t5_weights": f"{tmp_path}/", "lora": loras, "output_dir": "x"})
+    named = [{**loras[0], "file": "a.safetensors"}, loras[1]]
+    assert fields == {"weights": None, "t5_weights": tmp_path.name, "lora": named}
 
 
 def test_paths_that_are_served(tmp_path):
@@ -495,9 +533,11 @@ def test_the_space_starts_and_answers(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    more = {"STUDIO_MODEL": "flux-nano", "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    shutil.copytree(ROOT / "docs" / "space", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "flux", tmp_path / "flux")  # and nothing else, as its README says
+    more = {"STUDIO_MODEL": "flux-nano", "GRADIO_SERVER_PORT": str(port)}
     more |= {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    app = [sys.executable, "-u", str(ROOT / "docs" / "space" / "app.py")]
+    app = [sys.executable, "-u", "app.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(app, cwd=tmp_path, env={**os.environ, **more}, **pipes) as space:
         try:
@@ -507,7 +547,7 @@ def test_the_space_starts_and_answers(tmp_path):
                 assert said[-1], "".join(said)
             client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
             how = {"width": 64, "height": 64, "num_steps": 1}
-            pictures, _ = client.predict("a dog", **how, api_name="/generate")
+            pictures, *_ = client.predict("a dog", **how, api_name="/generate")
             assert read_image(pictures[0]).size == (64, 64)
         finally:
             space.terminate()

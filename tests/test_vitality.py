@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux import images
+from flux import images, vitality
 from flux.errors import InputError
 from flux.images import read_image, read_metadata
 from flux.intervention import Intervention
 from flux.loading import fingerprint
 from flux.metrics import load_metrics
+from flux.pipeline import Pipeline
 from flux.sampling import sample
 from flux.scores import score
 from flux.settings import SkipSettings
@@ -66,8 +67,8 @@ def copy(swept, tmp_path):
 @pytest.fixture
 def made(monkeypatch):
     """The tasks whose pictures are made from here on."""
-    tasks, make = [], Bypasser.make
-    monkeypatch.setattr(Bypasser, "make", lambda self, task: tasks.append(task) or make(self, task))
+    tasks, make = [], Bypasser.denoise
+    monkeypatch.setattr(Bypasser, "denoise", lambda self, task: tasks.append(task) or make(self, task))
     return tasks
 
 
@@ -256,6 +257,69 @@ def test_each_finished_reference_is_told_in_order(nano, swept, tmp_path, made):
     # Told that nothing is ever enough, it goes on.
     run(nano, tmp_path, prompts=["a dog", "a cat", "a car", "a bus"], layers=[3], num_steps=1)
     assert len(made) == 4 and len(check_sweep(tmp_path)[2]) == 4
+
+
+# ---- decoding beside the steps
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """As on a GPU with room for all nets."""
+    monkeypatch.setattr(vitality, "decodes_beside", lambda pipe: True)
+
+
+def test_steps_do_not_wait_for_the_last_pictures(nano, swept, tmp_path, monkeypatch, beside):
+    """Here a task is decoded only when the next one has been denoised; and no third one is begun."""
+    waiting, decoded = [], []
+    denoise, decode = Bypasser._denoise, Bypasser._decode
+
+    def denoised(bypasser, task):
+        latents = denoise(bypasser, task)
+        waiting.append(len(waiting) + 1 - len(decoded))
+        return latents
+
+    def decode_late(bypasser, latents):
+        end = time.monotonic() + 60
+        while len(waiting) < min(len(decoded) + 2, 8):
+            assert time.monotonic() < end, "the steps wait"
+            time.sleep(0.005)
+        decoded.append(1)
+        return decode(bypasser, latents)
+
+    monkeypatch.setattr(Bypasser, "_denoise", denoised)
+    monkeypatch.setattr(Bypasser, "_decode", decode_late)
+    assert same_sweeps(swept, run(nano, tmp_path))
+    assert waiting == [1, *[2] * 7]
+
+
+@pytest.mark.parametrize("error", [InputError("Got pictures full of NaN"), KeyboardInterrupt()], ids=repr)
+def test_what_stops_the_thread_stops_the_sweep(nano, swept, tmp_path, monkeypatch, beside, error):
+    """At the next task; started again, it ends as if undisturbed."""
+    begun, decode = [], Bypasser._decode
+
+    def failing(bypasser, latents):
+        begun.append(1)
+        if len(begun) == 3:
+            raise error
+        return decode(bypasser, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bypasser, "_decode", failing)
+        with pytest.raises(type(error)):
+            run(nano, tmp_path)
+    assert len(pictures(tmp_path)) == 2
+    assert same_sweeps(swept, run(nano, tmp_path))
+
+
+@pytest.mark.gpu
+def test_decoding_on_a_stream_of_its_own_changes_no_bit(tmp_path, monkeypatch):
+    given = settings(tmp_path / "beside", device="cuda", layers=list(range(12)), batch_size=2)
+    pipe = Pipeline.load(given)
+    assert Bypasser(pipe, given).beside
+    folder = sweep(given, pipe, progress=False)
+    monkeypatch.setattr(vitality, "decodes_beside", lambda pipe: False)
+    other = sweep(given.model_copy(update={"output_dir": str(tmp_path / "other")}), pipe, progress=False)
+    assert same_sweeps(folder, other)
 
 
 # ---- stopped and started again

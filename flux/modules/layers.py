@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux.math import KeysValues, apply_rope, attend, rope, rotate
+from flux.math import Attend, KeysValues, apply_rope, attend, rope, rotate
 from flux.modules.linear import project_rows
 
 
@@ -200,6 +200,7 @@ class DoubleStreamBlock(nn.Module):
         keep: bool = False,
         weight: Tensor | None = None,
         mod: Tensor | None = None,
+        attend: Attend = attend,
     ) -> tuple[Tensor, ...]:
         """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
 
@@ -208,6 +209,7 @@ class DoubleStreamBlock(nn.Module):
             keep: return queries, keys and values of all tokens, as they were used, as a third value.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
+            attend: how queries meet keys and values.
         """
         num_txt = txt.shape[1]
         img_mod, txt_mod = (self.modulate(vec) if mod is None else mod).chunk(2, dim=-1)
@@ -263,6 +265,7 @@ class SingleStreamBlock(nn.Module):
         num_txt: int = 0,
         weight: Tensor | None = None,
         mod: Tensor | None = None,
+        attend: Attend = attend,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
         2 2".
@@ -273,6 +276,7 @@ class SingleStreamBlock(nn.Module):
             num_txt: where the image tokens begin; needed with `given` only.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
+            attend: how queries meet keys and values.
         """
         own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
         x_in = own.applied_to(self.pre_norm(x))

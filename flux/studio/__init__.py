@@ -10,20 +10,23 @@ What is left out is as the page has it; layers are numbered over the whole model
 
 /generate   prompt, seed, count, width, height, num_steps, guidance, true_cfg, negative_prompt, image,
             strength
-            -> the pictures (PNG with the settings in it), and run.json, which demo 0 takes.
+            -> the pictures (PNG with the settings in it), run.json, which demo 0 takes, and warnings.
             image: start from this upload; strength, above 0, at most 1: how much of the schedule then runs.
 /edit       prompt, edits, seed, layers, photo, mask, dose, weight, inject_from, inject_until, parts,
             inversion, paste_back, width, height, num_steps, guidance, true_cfg, negative_prompt
-            -> the reference and its edits, and run.json, which demo 4 takes.
+            -> the reference and its edits, run.json, which demo 4 takes, and warnings.
             edits: what each edited picture shows; one that begins with ">" is a further turn of the one
-            before it. photo: edit this upload, which the prompt describes; mask: an upload, white where it
-            may change. layers: none: those the model is known for. Others: `flux.settings.EditSettings`.
+            before it. photo: edit this upload, which the prompt describes; mask: an upload of any size, white
+            where it may change. layers: none: those the model is known for. What the others mean stands in
+            `flux.settings.EditSettings`.
 /scan       prompts, seed, layers, top, width, height, num_steps, guidance, true_cfg
-            -> what vital_layers.json holds, and vitality.png. top: how many are vital; none: those above the
-            largest gap.
+            -> what vital_layers.json holds, vitality.png, and warnings. top: how many are vital; none: those
+            above the largest gap.
 
-What was made in a visit is deleted a day after its last use; scans are kept. Saved settings name no folder of
-the server: demos run them with the model's own files, and the bare names of others stand in `files`.
-
+warnings is a list of lines: words of the prompts that the model does not know, a size that was rounded.
 Calls wait for their turn. One that asks for too much, or for what is not there, ends with a line of why.
+
+What was made in a visit is deleted a day after its last use; scans are kept. Saved settings name no folder
+of the server. Own weights and LoRAs, if the studio was started with any, stand there by their bare names: a
+demo looks for them beside the run.json, then where it runs, if it is not told (`--weights`, `--lora`, ...).
 """

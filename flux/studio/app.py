@@ -1,6 +1,7 @@
 """The studio as a whole: the model loaded, the page built and served."""
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,19 @@ def open_studio(
     return Studio(engine, Limits.of(spec), Visits(folder / "visits"), folder, track_usage)
 
 
+def check_address(host: str | None, port: int | None, auth: str | None) -> None:
+    """Raises InputError, before a model is loaded, where `serve` could not serve."""
+    if auth is not None and not all(str(auth).partition(":")):
+        raise InputError('Got auth without a colon or with an empty side: expected "user:password"')
+    at = (str(host or "127.0.0.1").strip("[]"), port or 0)
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in at[0] else socket.AF_INET) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(at)
+    except (OSError, OverflowError, TypeError) as error:
+        raise InputError(f"Cannot serve at {at[0]}:{port}: {error}; give another --host or --port") from error
+
+
 def serve(
     studio: Studio,
     host: str | None = None,
@@ -102,10 +116,9 @@ def serve(
         auth: "user:password", asked for before anything is shown.
 
     Raises:
-        InputError: `auth` without a colon, or a port that is taken.
+        InputError: as `check_address`.
     """
-    if auth is not None and not all(auth.partition(":")):
-        raise InputError('Got auth without a colon or with an empty side: expected "user:password"')
+    check_address(host, port, auth)
     # Read when components are made: uploads and copies of what is shown lie here, and are served from here.
     os.environ["GRADIO_TEMP_DIR"] = str(studio.folder / "served")
     os.environ["GRADIO_EXAMPLES_CACHE"] = str(studio.folder / "served" / "examples")
@@ -116,10 +129,9 @@ def serve(
     from starlette.middleware import Middleware
 
     from flux.studio.page import LOOKS, build
-    from flux.studio.safety import OwnFilesOnly, fetch_nothing
+    from flux.studio.safety import OwnFilesOnly
 
     page = build(studio)
-    fetch_nothing(page)
     # Without api_open, a request to the bare routes would pass by the queue.
     page.queue(max_size=studio.limits.waiting, api_open=False, default_concurrency_limit=8)
     try:

@@ -11,6 +11,7 @@ from flux.settings import Edit, EditSettings
 from flux.studio.app import Studio
 from flux.studio.engine import Engine, Report, Teller
 from flux.studio.generate import SAMPLING
+from flux.studio.limits import text_in
 from flux.studio.tabs import whole
 from flux.studio.visits import Run, Visit
 from flux.studio.widgets import layers_on
@@ -46,24 +47,22 @@ def text_of(edits: Sequence[str | Edit]) -> str:
 def edit_settings_of(studio: Studio, form: dict[str, Any]) -> EditSettings:
     """What a filled form asks for. Raises InputError where it cannot be had."""
     limits, num = studio.limits, studio.spec.num_layers
-    text = form.get("edits") or ""
+    text, prompt = text_in(form, "edits"), text_in(form, "prompt")
     lines = [line for line in text.splitlines() if line.strip()]
     limits.check_texts(lines, limits.edits, "edits")
-    limits.check_texts([form.get("prompt") or "", form.get("negative_prompt") or ""], 2, "texts")
+    limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
     if not lines:
         raise InputError("Got no edit: say what the edited picture should show, one edit a line")
     layers = layers_on(form["layers"], num)
     if not layers:
         raise InputError("Got no layer to take keys and values over in: click at least one on")
-    plain = {name: form.get(name) for name in (*SAMPLING, "seed", "dose", *DOSED, "parts")}
+    names = (*SAMPLING, "seed", "dose", *DOSED, "parts", "inversion", "paste_back")
     fields = {
-        **whole(plain),
-        "prompt": form.get("prompt") or "",
+        **whole({name: form.get(name) for name in names}),
+        "prompt": prompt,
         "edits": edits_of(text),
         "vital_layers": layers,
     }
-    if form.get("photo") is not None:
-        fields |= {"inversion": form.get("inversion"), "paste_back": bool(form.get("paste_back"))}
     return studio.checked(EditSettings, fields)
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from flux.doses import DEFAULT_DOSE, DOSES
 from flux.errors import InputError
-from flux.images import read_image
 from flux.photo import natural_size
 from flux.settings import EditSettings
 from flux.studio.app import Studio
@@ -18,7 +17,15 @@ from flux.studio.engine import Report, Teller
 from flux.studio.generate import SAMPLING
 from flux.studio.tabs import QUIET, connect, fill, guidance_slider, size_slider, words_place
 from flux.studio.visits import Run, Visit
-from flux.studio.widgets import layer_strip, mask_editor, news, painted, picture_input, strip_value
+from flux.studio.widgets import (
+    held_picture,
+    layer_strip,
+    mask_editor,
+    news,
+    painted,
+    picture_input,
+    strip_value,
+)
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
@@ -235,7 +242,7 @@ class EditTab:
             elif form["photo"] is None:
                 raise InputError("Got no photograph: upload one, or let the reference come from a prompt")
             else:
-                form["photo"] = read_image(form["photo"])
+                form["photo"] = held_picture(form["photo"])
             form["mask"] = painted(form["mask"])
             return form
 
@@ -289,7 +296,7 @@ class EditTab:
         def photo_there(path: str | None):
             if path is None:
                 return [gr.skip()] * 5
-            photo = read_image(path)
+            photo = held_picture(path)
             width, height = natural_size(photo, self.studio.spec.size)
             small = photo.copy()
             small.thumbnail((1024, 1024))
@@ -400,7 +407,7 @@ class EditTab:
         layers = (
             self.vital
             if isinstance(layers, str)
-            else [layer for layer in layers if layer < self.strip([])["num"]]
+            else [layer for layer in layers if layer in range(self.studio.spec.num_layers)]
         )
         dose = DOSES[settings.dose]
         values = {

@@ -10,34 +10,35 @@ from gradio import FileData
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from flux.errors import InputError
 from flux.studio.app import Studio
 from flux.studio.edit import edit_settings_of, known_layers, run_edit
 from flux.studio.generate import run_generate, settings_of
-from flux.studio.limits import readable
 from flux.studio.look import run_scan, scan_settings_of
+from flux.studio.tabs import notices_of
 from flux.studio.visits import Run, Visit
 
 Upload = FileData | None
+Answer = tuple[list[FileData], FileData, list[str]]
 
 
 def add_endpoints(studio: Studio) -> None:
     """Adds /generate, /edit and /scan to the page that is being built."""
 
     def upload(data: Any) -> Image.Image | None:
-        # A path that did not come through the upload is refused there.
-        return data and studio.limits.read_upload(str(data.get("path")), Path(get_upload_folder()))
+        return None if data is None else studio.limits.read_upload(data, Path(get_upload_folder()))
 
     def visit_of(request: gr.Request) -> Visit:
         visit = studio.visits.of(request.session_hash)
         visit.stop.clear()
         return visit
 
-    def finished(work: Iterator[tuple[Any, Run]]) -> tuple[list[FileData], FileData]:
+    def finished(work: Iterator[tuple[Any, Run]], notices: list[str]) -> Answer:
         for _, run in work:
             pass
         paths = run.pictures.values()
         pictures = [FileData(path=str(path), orig_name=path.name) for path in paths]
-        return pictures, FileData(path=str(run.record), orig_name=run.record.name)
+        return pictures, FileData(path=str(run.record), orig_name=run.record.name), notices
 
     def generate(
         request: gr.Request,
@@ -52,13 +53,13 @@ def add_endpoints(studio: Studio) -> None:
         negative_prompt: str = "",
         image: Upload = None,
         strength: float = 0.8,
-    ) -> tuple[list[FileData], FileData]:
-        """Pictures from a prompt, and the run.json that makes them again."""
+    ) -> Answer:
+        """Pictures from a prompt, the run.json that makes them again, and warnings."""
         form = dict(locals())
-        with readable():
-            form["image"] = upload(image)
-            settings = settings_of(studio, form)
-            return finished(run_generate(studio, visit_of(request), settings, form["image"]))
+        form["image"] = upload(image)
+        settings = settings_of(studio, form)
+        work = run_generate(studio, visit_of(request), settings, form["image"])
+        return finished(work, notices_of(studio, settings, form))
 
     def edit(
         request: gr.Request,
@@ -81,15 +82,15 @@ def add_endpoints(studio: Studio) -> None:
         guidance: float | None = None,
         true_cfg: float | None = None,
         negative_prompt: str = "",
-    ) -> tuple[list[FileData], FileData]:
-        """A reference and its edits, and the run.json that makes them again."""
+    ) -> Answer:
+        """A reference and its edits, the run.json that makes them again, and warnings."""
         form = dict(locals())
-        with readable():
-            form["photo"], form["mask"] = upload(photo), upload(mask)
-            form["edits"] = "\n".join(edits)
-            form["layers"] = {"on": known_layers(studio)[0] if layers is None else layers}
-            settings = edit_settings_of(studio, form)
-            return finished(run_edit(studio, visit_of(request), settings, form["photo"], form["mask"]))
+        form["photo"], form["mask"] = upload(photo), upload(mask)
+        form["edits"] = as_lines("edits", edits)
+        form["layers"] = known_layers(studio)[0] if layers is None else layers
+        settings = edit_settings_of(studio, form)
+        work = run_edit(studio, visit_of(request), settings, form["photo"], form["mask"])
+        return finished(work, notices_of(studio, settings, form))
 
     def scan(
         request: gr.Request,
@@ -102,18 +103,25 @@ def add_endpoints(studio: Studio) -> None:
         num_steps: int | None = None,
         guidance: float | None = None,
         true_cfg: float | None = None,
-    ) -> tuple[dict, FileData]:
-        """What vital_layers.json says, and vitality.png. Asked for again, a scan goes on where it was."""
+    ) -> tuple[dict, FileData, list[str]]:
+        """What vital_layers.json says, vitality.png, and warnings. Asked again, it goes on where it was."""
         form = dict(locals())
-        with readable():
-            every = list(range(studio.spec.num_layers))
-            form |= {"prompts": "\n".join(prompts), "layers": {"on": every if layers is None else layers}}
-            settings = scan_settings_of(studio, form)
-            for _ in run_scan(studio, visit_of(request), settings):
-                pass
-            folder = Path(settings.output_dir)
-            found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
-            return found, FileData(path=str(folder / "vitality.png"), orig_name="vitality.png")
+        form["prompts"] = as_lines("prompts", prompts)
+        form["layers"] = list(range(studio.spec.num_layers)) if layers is None else layers
+        settings = scan_settings_of(studio, form)
+        for _ in run_scan(studio, visit_of(request), settings):
+            pass
+        folder = Path(settings.output_dir)
+        found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
+        plot = FileData(path=str(folder / "vitality.png"), orig_name="vitality.png")
+        return found, plot, notices_of(studio, settings, form)
 
     for function in (generate, edit, scan):
         gr.api(function, concurrency_id="model", concurrency_limit=1)
+
+
+def as_lines(name: str, texts: Any) -> str:
+    """A list of texts as a page has it, one a line. Raises InputError for what is none."""
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name}: expected a list of texts, got {texts!r:.60}")
+    return "\n".join(" ".join(text.splitlines()) for text in texts)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from flux.errors import InputError, Stopped
+from flux.images import read_image
 from flux.metrics import Metric
 from flux.pipeline import Pipeline
 from flux.sampling import Step, pack, unpack
@@ -163,3 +165,12 @@ class Engine:
                 "prompt or seed"
             )
         return picture
+
+    def check_file(self, path: Path) -> None:
+        """The same for a picture's file, which is deleted then."""
+        try:
+            if self.unsafe:
+                self.check(read_image(path))
+        except InputError:
+            path.unlink()
+            raise

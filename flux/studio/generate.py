@@ -7,13 +7,15 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from flux.images import fit, read_image
+from flux.errors import InputError
+from flux.images import fit
 from flux.settings import TestSettings
 from flux.studio.app import Studio
 from flux.studio.engine import Engine, Report, Teller
+from flux.studio.limits import text_in
 from flux.studio.tabs import QUIET, connect, fill, guidance_slider, size_slider, whole, words_place
 from flux.studio.visits import Run, Visit
-from flux.studio.widgets import news, picture_input
+from flux.studio.widgets import held_picture, news, picture_input
 
 EXAMPLES = {
     "flux-nano": [
@@ -35,14 +37,15 @@ EXAMPLES = {
 
 def settings_of(studio: Studio, form: dict[str, Any]) -> TestSettings:
     """What a filled form asks for. Raises InputError where it cannot be had."""
-    count = int(form.get("count") or 1)
-    seed, prompt = int(form.get("seed") or 0), form["prompt"] or ""
-    prompts = [{"prompt": prompt, "seed": seed + number} for number in range(count)]
-    studio.limits.check_texts([prompt] * count, studio.limits.images, "pictures at once")
-    studio.limits.check_texts([form.get("negative_prompt") or ""], 1, "negative prompts")
-    fields = {name: form.get(name) for name in SAMPLING}
-    strength = {"strength": form["strength"]} if form.get("image") is not None else {}
-    return studio.checked(TestSettings, {"prompts": prompts, "seed": seed, **whole(fields), **strength})
+    fields = whole({name: form.get(name) for name in (*SAMPLING, "seed", "count", "strength")})
+    count = fields.pop("count")
+    if count is None:
+        count = 1
+    if type(count) is not int or not 1 <= count <= studio.limits.images:
+        raise InputError(f"count: expected an integer from 1 to {studio.limits.images}, got {count!r:.60}")
+    prompt = text_in(form, "prompt")
+    studio.limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
+    return studio.checked(TestSettings, {**fields, "prompts": [prompt] * count})
 
 
 SAMPLING = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
@@ -174,7 +177,7 @@ class GenerateTab:
         def work(visit: Visit, *values: Any) -> Iterator[tuple[Any, dict]]:
             form = dict(zip(self.form, values))
             settings = settings_of(self.studio, form)
-            image = read_image(form["image"]) if form["image"] else None
+            image = held_picture(form["image"])
             for report, run in run_generate(self.studio, visit, settings, image):
                 yield report, self.shown(report, run, history, visit)
 

@@ -3,10 +3,11 @@
 import html
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -18,13 +19,14 @@ from flux.specs import ModelSpec
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of everything: picture sides and area in pixels, steps, pictures of a run, edits of a run
-    with all their turns, prompts of a scan, letters of a text, bytes and pixels of an upload, waiting
-    visitors.
+    """The most of everything: picture sides and area in pixels, guidance of both kinds, steps, pictures of a
+    run, edits of a run with all their turns, prompts of a scan, letters of a text, bytes and pixels of an
+    upload, waiting visitors.
     """
 
     side: int
     area: int
+    scale: float = 100.0
     steps: int = 100
     images: int = 4
     edits: int = 6
@@ -49,6 +51,9 @@ class Limits:
             )
         if (settings.num_steps or 0) > self.steps:
             raise InputError(f"Got {settings.num_steps} steps, expected at most {self.steps}")
+        for name in ("guidance", "true_cfg"):
+            if (scale := getattr(settings, name) or 0) > self.scale:
+                raise InputError(f"Got {name} {scale:g}, expected at most {self.scale:g}")
 
     def check_texts(self, texts: Sequence[str], most: int, what: str) -> None:
         """Raises InputError for too many texts, or too long ones."""
@@ -57,13 +62,19 @@ class Limits:
         if (longest := max((len(text) for text in texts), default=0)) > self.letters:
             raise InputError(f"Got a text of {longest} letters, expected at most {self.letters}")
 
-    def read_upload(self, path: str | Path, inside: Path) -> Image.Image:
-        """An uploaded picture as bare pixels. Raises InputError for what is none, is too large, or does not
-        lie in the folder `inside` that uploads go to.
+    def read_upload(self, upload: Any, inside: Path) -> Image.Image:
+        """An uploaded picture as bare pixels, by what a browser or a program says of it: {"path": ...}.
+
+        Raises InputError for what is none, is too large, or does not lie in the folder `inside` that uploads
+        go to.
         """
-        path = Path(path).resolve()
-        if not path.is_relative_to(inside.resolve()) or not path.is_file():
-            raise InputError("Got a picture that was not uploaded: upload it first")
+        try:
+            path = Path(upload["path"]).resolve()
+            there = path.is_relative_to(inside.resolve()) and path.is_file()
+        except (TypeError, KeyError, ValueError, OSError):  # also a zero byte in it, or too long a name
+            there = False
+        if not there:
+            raise InputError("Got a picture that was not uploaded, or no longer is there: upload it first")
         if (size := path.stat().st_size) > self.upload_bytes:
             most = self.upload_bytes // 2**20
             raise InputError(f"Got a picture of {size // 2**20} MB, expected at most {most}: scale it down")
@@ -80,6 +91,14 @@ class Limits:
         except InputError as error:
             # The visitor knows the file by its name alone.
             raise InputError(str(error).replace(str(path), path.name)) from None
+
+
+def text_in(form: Mapping[str, Any], name: str) -> str:
+    """The text of that name in a filled form, "" where nothing was typed. Raises InputError for others."""
+    text = form.get(name)
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{name}: expected a text, got {text!r:.60}")
+    return text or ""
 
 
 @contextmanager
@@ -102,4 +121,4 @@ def readable() -> Iterator[None]:
     else:
         return
     # The page shows messages as HTML, and they quote what the visitor typed.
-    raise gr.Error(html.escape(message, quote=False), title="That did not work", print_exception=False)
+    raise gr.Error(html.escape(message, quote=False), print_exception=False)

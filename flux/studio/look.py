@@ -19,6 +19,7 @@ from flux.settings import LayerSettings, ScanSettings
 from flux.studio.app import Studio
 from flux.studio.engine import Engine, Report, Teller
 from flux.studio.generate import SAMPLING
+from flux.studio.limits import text_in
 from flux.studio.tabs import whole
 from flux.studio.visits import Run, Visit, portable
 from flux.studio.widgets import layers_on
@@ -33,20 +34,24 @@ def scan_settings_of(studio: Studio, form: dict[str, Any]) -> ScanSettings:
 
     Raises InputError where it cannot be had.
     """
-    prompts = [line.strip() for line in (form.get("prompts") or "").splitlines() if line.strip()]
+    prompts = [line.strip() for line in text_in(form, "prompts").splitlines() if line.strip()]
     studio.limits.check_texts(prompts, studio.limits.prompts, "prompts")
     if not prompts:
         raise InputError("Got no prompt to scan with: give at least one, each on a line of its own")
     layers = layers_on(form["layers"], studio.spec.num_layers)
     if not layers:
         raise InputError("Got no layer to scan: click at least one on")
-    top = {"top": int(form["top"])} if form.get("top") else {"gap": True}
-    plain = whole({name: form.get(name) for name in (*SAMPLING, "seed")})
+    plain = whole({name: form.get(name) for name in (*SAMPLING, "seed", "top")})
+    top = plain.pop("top")
+    rule = {"gap": True} if top in (None, 0) else {"top": top}
+    if type(top) is int and top > len(layers):
+        raise InputError(f"top: expected at most {len(layers)}, the number of layers to scan, got {top}")
     every = len(layers) == studio.spec.num_layers
     # Their metadata would name this machine's files, and no demo takes a single bypassed picture.
-    fields = {**plain, **top, "prompts": prompts, "layers": "all" if every else layers, "metadata": False}
+    fields = {**plain, **rule, "prompts": prompts, "layers": "all" if every else layers, "metadata": False}
     settings = studio.checked(ScanSettings, fields)
-    wish = {name: value for name, value in settings.to_json().items() if name not in FREE_FIELDS | set(top)}
+    free = FREE_FIELDS | {"top", "gap"}
+    wish = {name: value for name, value in settings.to_json().items() if name not in free}
     name = hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest()[:16]
     return settings.model_copy(update={"output_dir": str(studio.folder / "scans" / name)})
 
@@ -67,6 +72,8 @@ def make_scan(engine: Engine, settings: ScanSettings, tell: Teller) -> None:
 
     def scored(task: Task) -> None:
         nonlocal drawn
+        for path in (picture_path(folder, task.row, layers) for layers in task.sets):
+            engine.check_file(path)
         bypassed = [layers for layers in task.sets if layers != REFERENCE]
         if bypassed:
             found = score_prompt(folder, task.row, bypassed, engine.metrics)["dino"]
@@ -94,7 +101,7 @@ def make_scan(engine: Engine, settings: ScanSettings, tell: Teller) -> None:
         hook.remove()
     rows = [{"dino": [row[layers] for layers in sets]} for row in similarity]
     # What a visitor takes home names no folder of this machine.
-    told, _ = portable(sweep_part(settings).to_json())
+    told = portable(sweep_part(settings).to_json())
     vital = publish(folder, folder, gather(sets, rows, prompts), Rule.of(settings), sources, told)
     tell.made("vitality", folder / "vitality.png")
     tell.made("found", vital)
@@ -116,9 +123,9 @@ def read_vitality(scan: Path) -> dict[int, float]:
 
 def film_settings_of(studio: Studio, form: dict[str, Any]) -> LayerSettings:
     """What a filled form asks for. Raises InputError where it cannot be had."""
-    prompt = form.get("prompt") or ""
-    studio.limits.check_texts([prompt, form.get("words") or ""], 2, "texts")
-    words = [word.strip() for word in (form.get("words") or "").split(",") if word.strip()]
+    prompt, words = text_in(form, "prompt"), text_in(form, "words")
+    studio.limits.check_texts([prompt, words], 2, "texts")
+    words = [word.strip() for word in words.split(",") if word.strip()]
     layers = layers_on(form["layers"], studio.spec.num_layers)
     plain = whole({name: form.get(name) for name in (*SAMPLING, "seed")})
     settings = studio.checked(LayerSettings, {**plain, "prompt": prompt, "layers": layers, "words": words})
@@ -156,6 +163,6 @@ def make_film(engine: Engine, settings: LayerSettings, tell: Teller, run: Run) -
         save_image(
             picture,
             run.folder / f"{name}.png",
-            about(run.settings, entry.prompt, entry.seed, files=run.files),
+            about(run.settings, entry.prompt, entry.seed),
         )
         tell.made(name, run.folder / f"{name}.png")

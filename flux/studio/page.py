@@ -11,8 +11,8 @@ from flux.studio.app import Studio
 from flux.studio.edit_tab import EditTab
 from flux.studio.endpoints import add_endpoints
 from flux.studio.generate import GenerateTab
-from flux.studio.limits import readable
 from flux.studio.look_tab import LookTab
+from flux.studio.safety import Page
 from flux.studio.tabs import AT_ONCE
 from flux.studio.visits import Run, Visit, read_back
 
@@ -42,7 +42,7 @@ def LOOKS() -> dict[str, Any]:
         radius_size="md",
         font=SYSTEM,
         font_mono=("ui-monospace", "monospace"),
-    )
+    ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
     return {"theme": theme, "css": STYLE.read_text(encoding="utf-8")}
 
 
@@ -86,32 +86,25 @@ class History:
         components = [tabs, *dict.fromkeys(part for _, room in rooms.values() for part in room.returned)]
 
         def again(request: gr.Request, event: gr.SelectData) -> dict:
-            with readable():
-                visit = self.studio.visits.of(request.session_hash)
-                pictures = visit.pictures()
-                if event.index >= len(pictures):
-                    raise InputError(
-                        "That picture is no longer here: a visit's are deleted a day after its use"
-                    )
-                run, name, path = pictures[event.index]
-                return self.back(rooms, tabs, *read_back(path), run=run, name=name)
+            visit = self.studio.visits.of(request.session_hash)
+            pictures = visit.pictures()
+            if event.index >= len(pictures):
+                raise InputError("That picture is no longer here: a visit's are deleted a day after its use")
+            run, name, path = pictures[event.index]
+            return self.back(rooms, tabs, *read_back(path), run=run, name=name)
 
         def dropped(path: str | None) -> dict:
             if not path:
                 return {tabs: gr.skip()}
-            with readable():
-                settings, about = read_back(Path(path))
-                if settings.model != self.studio.defaults.model:
-                    gr.Warning(
-                        f"This was made with {settings.model}; here {self.studio.defaults.model} draws."
-                    )
-                if getattr(settings, "photo", None) or getattr(settings, "image", None):
-                    gr.Info("It began with a picture that is not in the file: upload that again.")
-                return self.back(rooms, tabs, settings, about)
+            settings, about = read_back(Path(path))
+            if settings.model != self.studio.defaults.model:
+                gr.Warning(f"This was made with {settings.model}; here {self.studio.defaults.model} draws.")
+            if getattr(settings, "photo", None) or getattr(settings, "image", None):
+                gr.Info("It began with a picture that is not in the file: upload that again.")
+            return self.back(rooms, tabs, settings, about)
 
         def pack(request: gr.Request) -> str:
-            with readable():
-                return str(self.studio.visits.of(request.session_hash).zip())
+            return str(self.studio.visits.of(request.session_hash).zip())
 
         self.gallery.select(again, None, components, **AT_ONCE)
         self.drop.upload(dropped, self.drop, components, **AT_ONCE)
@@ -137,9 +130,7 @@ class History:
 
 def build(studio: Studio) -> gr.Blocks:
     """The whole page, ready to be launched with `LOOKS()`."""
-    with gr.Blocks(
-        title=f"Studio · {studio.defaults.model}", fill_width=True, delete_cache=(3600, 86400)
-    ) as page:
+    with Page(title=f"Studio · {studio.defaults.model}", fill_width=True, delete_cache=(3600, 86400)) as page:
         gr.HTML(
             f'<header><h1>Studio</h1><span class="model">{studio.defaults.model}</span>'
             f'<span class="licence">{studio.spec.licence}</span></header>',

@@ -1,12 +1,20 @@
-"""What gradio does for other pages and not for this one: fetching from elsewhere, serving other files."""
+"""What gradio does for other pages and not for this one: fetching from elsewhere, serving other files, errors
+without a word.
+"""
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
+from gradio.blocks import BlockFunction
+from gradio_client.utils import is_file_obj, is_http_url_like, traverse
 from starlette.responses import PlainTextResponse
+
+from flux.errors import InputError
+from flux.studio.limits import readable
 
 FILE = re.compile(r"/file[=/](.*)$", re.DOTALL)
 UNUSED = re.compile(r"/gradio_api/(proxy=|deep_link|process_recording|stream/|runs|run-history)|/monitoring")
@@ -36,17 +44,42 @@ class OwnFilesOnly:
             return False
 
 
-def fetch_nothing(page: gr.Blocks) -> None:
-    """Where a browser sends an address in place of an upload, no part of the page fetches what lies there."""
-    for block in page.blocks.values():
-        if hasattr(block, "async_move_resource_to_block_cache"):
-            block.async_move_resource_to_block_cache = _uploads_only(block.async_move_resource_to_block_cache)
+class Page(gr.Blocks):
+    """A page on which every error ends as one readable line, and for which no file is fetched."""
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with readable():
+            return await super().process_api(*args, **kwargs)
+
+    async def preprocess_data(
+        self, block_fn: BlockFunction, inputs: list[Any], *args: Any, **kwargs: Any
+    ) -> list[Any]:
+        _check_sent(block_fn.inputs, inputs)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise InputError(
+                "Got what no field of the page sends, or a file that was not uploaded"
+            ) from error
 
 
-def _uploads_only(keep: Any) -> Any:
-    async def keep_upload(path: str | Path | None) -> str | None:
-        if is_http_url_like(str(path)):
-            raise gr.Error("Got the address of a file: upload the file itself", print_exception=False)
-        return await keep(path)
+def _check_sent(fields: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """Raises InputError for what gradio has no words for: an address in place of an upload, which it would
+    fetch, letters that it cannot send back, and no number where one is due, as in a slider that was cleared.
+    """
 
-    return keep_upload
+    def refuse(file: dict[str, Any]) -> None:
+        if is_http_url_like(file["path"]):
+            raise InputError("Got the address of a file: upload the file itself")
+
+    traverse(inputs, refuse, is_file_obj)
+    try:
+        json.dumps(inputs, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("Got letters that UTF-8 cannot hold") from None
+    for field, value in zip(fields, inputs):
+        if isinstance(field, gr.Slider) or (isinstance(field, gr.Number) and value is not None):
+            if type(value) not in (int, float) or not abs(value) < 2**63:
+                raise InputError(f"{field.label}: expected a number, got {value!r:.60}")

@@ -12,9 +12,8 @@ import gradio as gr
 from flux.settings import ModelSettings
 from flux.studio.app import Studio
 from flux.studio.engine import Report
-from flux.studio.limits import readable
 from flux.studio.widgets import duration, news
-from flux.vocabulary import unknown_words
+from flux.vocabulary import overlooked, unknown_words
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 # For what may fail: gradio shows errors only of what was queued.
@@ -47,41 +46,40 @@ def connect(
     """
     buttons = [*go, stop]
 
-    def switched(running: bool) -> list[dict]:
-        return [*(gr.update(interactive=not running) for _ in go), gr.update(interactive=running)]
+    def switched(running: bool) -> dict[gr.Button, dict]:
+        return {button: gr.update(interactive=running == (button is stop)) for button in buttons}
 
     def begin(request: gr.Request, *values):
         visit = studio.visits.of(request.session_hash)
-        with readable():
-            unknown = words_note(studio, check(*values))
+        unknown = words_note(studio, check(*values))
         if visit.busy:  # Enter in a prompt
-            return [gr.skip()] * (2 + len(buttons))
+            return {line: gr.skip()}
         visit.stop.clear()
-        return [unknown, news(Report("waiting for the model")), *switched(True)]
+        return {note: unknown, line: news(Report("waiting for the model")), **switched(True)}
 
     def run(request: gr.Request, *values):
-        with readable():
-            begun, visit = time.perf_counter(), studio.visits.of(request.session_hash)
-            visit.busy = True
-            try:
-                for report, shown in work(visit, *values):
-                    yield {line: news(report), **shown} if report else shown
-            finally:
-                visit.busy = False
-            took = duration(time.perf_counter() - begun)
-            yield {line: news(None, f"Stopped after {took}." if visit.stop.is_set() else f"Done in {took}.")}
-
-    def end(text: str):
-        # An error leaves the line as it was; the toast says what happened.
-        return [news(None, "Ready.") if "busy" in (text or "") else gr.skip(), *switched(False)]
+        begun, visit = time.perf_counter(), studio.visits.of(request.session_hash)
+        visit.busy = True
+        try:
+            for report, shown in work(visit, *values):
+                yield {line: news(report), **shown} if report else shown
+        except Exception:
+            # Not by an event of its own: what is to follow an error in mid-run is not called.
+            yield {line: news(None, "Ready."), **switched(False)}
+            raise
+        finally:
+            visit.busy = False
+        took = duration(time.perf_counter() - begun)
+        told = f"Stopped after {took}." if visit.stop.is_set() else f"Done in {took}."
+        yield {line: news(None, told), **switched(False)}
 
     if seed:
         asked = gr.on(list(triggers), new_seed, [*seed], seed[1], queue=False, **QUIET)
         asked = asked.then(begin, inputs, [note, line, *buttons], **AT_ONCE)
     else:
         asked = gr.on(list(triggers), begin, inputs, [note, line, *buttons], **AT_ONCE)
-    ran = asked.success(run, inputs, [line, *outputs], concurrency_id="model", concurrency_limit=1, **QUIET)
-    ran.then(end, line, [line, *buttons], queue=False, **QUIET)
+    turns = {"concurrency_id": "model", "concurrency_limit": 1}
+    asked.success(run, inputs, [line, *buttons, *outputs], **turns, **QUIET)
 
     def halt(request: gr.Request):
         studio.visits.of(request.session_hash).stop.set()
@@ -108,6 +106,16 @@ def words_note(studio: Studio, settings: ModelSettings) -> str:
     )
 
 
+def notices_of(studio: Studio, settings: ModelSettings, form: dict[str, Any]) -> list[str]:
+    """What a program is told besides its result: words that the model overlooks, sizes that were rounded."""
+    vocabulary = studio.spec.vocabulary
+    notices = overlooked(dict.fromkeys(texts_of(settings)), vocabulary) if vocabulary else []
+    for side in ("width", "height"):
+        if form[side] not in (None, (used := getattr(settings, side))):
+            notices.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
+    return notices
+
+
 def texts_of(settings: ModelSettings) -> list[str]:
     """All that the model will be told."""
     prompts = [entry.prompt for entry in getattr(settings, "entries", None) or settings.prompts]
@@ -130,7 +138,7 @@ def new_seed(fresh: bool, seed: float | None) -> float | None:
 
 
 def size_slider(studio: Studio, label: str, value: int) -> gr.Slider:
-    return gr.Slider(64, studio.limits.side, value, step=16, label=label)
+    return gr.Slider(64, studio.limits.side, value, step=16, label=label, min_width=200)
 
 
 def guidance_slider(studio: Studio) -> gr.Slider:
@@ -142,8 +150,11 @@ def guidance_slider(studio: Studio) -> gr.Slider:
 
 def whole(fields: dict[str, Any]) -> dict[str, Any]:
     """Counts as integers: browsers send 20.0, and sliders 1 for 1.0."""
-    counts = ("width", "height", "num_steps", "seed", "top")
+    counts = ("width", "height", "num_steps", "seed", "top", "count")
     return {
-        name: int(value) if name in counts and isinstance(value, float) and value.is_integer() else value
+        # A float of hundreds of digits stays one, to be refused in few letters.
+        name: int(value)
+        if name in counts and isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+        else value
         for name, value in fields.items()
     }

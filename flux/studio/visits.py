@@ -16,14 +16,13 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images import read_metadata, save_image, write_json
-from flux.reading import check_settings
+from flux.reading import WEIGHTS, check_settings
 from flux.record import about, run_record
 from flux.settings import EditSettings, LayerSettings, Settings, TestSettings
 
 KINDS: dict[str, type[Settings]] = {cls.demo: cls for cls in (TestSettings, LayerSettings, EditSettings)}
 REMEMBERED = 200  # visits at once
 KEPT = 24 * 3600  # seconds from a folder's last use until it is deleted
-FILES = ("weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders")
 
 
 @dataclass
@@ -31,12 +30,11 @@ class Run:
     """One run: its settings as run.json in its folder, and its pictures by name, in order.
 
     Attributes:
-        settings, files: as `portable` has them.
+        settings: as `portable` has them.
     """
 
     folder: Path
     settings: Settings
-    files: list[str] = field(default_factory=list)
     pictures: dict[str, Path] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
 
@@ -47,7 +45,7 @@ class Run:
     def save(self, name: str, picture: Image.Image, prompt: str, seed: int, **more: Any) -> Path:
         """Adds a picture that carries the run's settings."""
         path = self.folder / f"{name}.png"
-        save_image(picture, path, about(self.settings, prompt, seed, files=self.files, **more))
+        save_image(picture, path, about(self.settings, prompt, seed, **more))
         self.pictures[name], self.captions[name] = path, prompt
         return path
 
@@ -70,9 +68,8 @@ class Visit:
         names = {name: f"{name}.png" for name in inputs or {}}
         for name, picture in (inputs or {}).items():
             save_image(picture, folder / names[name])
-        fields, files = portable(settings.to_json() | names)
-        run = Run(folder, check_settings(type(settings), fields), files)
-        write_json(run.record, run_record(run.settings, files=files))
+        run = Run(folder, check_settings(type(settings), portable(settings.to_json() | names)))
+        write_json(run.record, run_record(run.settings))
         self.runs.append(run)
         return run
 
@@ -138,19 +135,23 @@ def delete_unused(folder: Path) -> set[Path]:
     return old
 
 
-def portable(fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings in JSON's types without what lies on this machine alone, so that others can use them without
-    learning its folders; and the bare names of the files that this leaves out.
+def portable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Settings in JSON's types that name no folder of this machine: what lies here stands there by its bare
+    name, by which `read_settings` finds it beside the run.json or where the demo runs.
     """
-    own = {name: fields[name] for name in FILES if os.path.exists(fields.get(name) or "")}
-    loras = [lora for lora in fields.get("lora", ()) if os.path.exists(lora["file"])]
-    kept = {name: value for name, value in fields.items() if name not in {"output_dir", *own}}
-    kept["lora"] = [lora for lora in fields.get("lora", ()) if lora not in loras]
-    return kept, [Path(file).name for file in (*own.values(), *(lora["file"] for lora in loras))]
+
+    def bare(path: str | None) -> str | None:
+        return Path(os.path.abspath(path)).name if path and os.path.exists(path) else path
+
+    kept = {name: bare(value) if name in WEIGHTS else value for name, value in fields.items()}
+    kept["lora"] = [{**lora, "file": bare(lora["file"])} for lora in fields["lora"]]
+    del kept["output_dir"]
+    return kept
 
 
 def read_back(path: Path) -> tuple[Settings, dict[str, Any]]:
-    """The settings in a picture or a run.json of ours, and what a picture says of itself ("prompt", "seed").
+    """The settings in a picture or a run.json of ours, and what a picture says of itself ("prompt", "seed",
+    "layers").
 
     Raises:
         InputError: a file of others, or of a kind that has no place on the page.
@@ -158,11 +159,13 @@ def read_back(path: Path) -> tuple[Settings, dict[str, Any]]:
     if path.suffix.lower() == ".json":
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"Got {path.name}, which is no JSON: give a run.json or a picture") from error
     else:
         record = read_metadata(path)
     kind = record.get("demo") if isinstance(record, dict) else None
     if kind not in KINDS or not isinstance(record.get("settings"), dict):
         raise InputError(f"Got {path.name}, which does not say how it was made: give a picture made here")
-    return check_settings(KINDS[kind], record["settings"], path.name), record
+    kinds = {"prompt": str, "seed": int, "layers": list}
+    about = {name: record[name] for name, kind in kinds.items() if isinstance(record.get(name), kind)}
+    return check_settings(KINDS[kind], record["settings"], path.name), about

@@ -9,9 +9,10 @@ import numpy as np
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from flux.errors import InputError
+from flux.images import read_image
 from flux.studio.app import Studio
 from flux.studio.engine import Report
-from flux.studio.limits import readable
 
 STRIP_HTML = """<div class="strip" role="toolbar" aria-label="Layers">
 ${[["double", 0, value.double], ["single", value.double, value.num]].map(([kind, from, to]) => `
@@ -19,7 +20,7 @@ ${[["double", 0, value.double], ["single", value.double, value.num]].map(([kind,
     <span class="kind">${kind}</span>
     ${Array.from({length: to - from}, (_, i) => from + i).map(layer => {
         const known = value.vitality && value.vitality[layer] !== undefined;
-        const share = known ? value.vitality[layer] / value.top : 1;
+        const share = known ? value.vitality[layer] / value.top : value.vitality ? 0 : 1;
         const about = known ? `, vitality ${value.vitality[layer].toFixed(2)}` : "";
         return `<button type="button" class="cell" data-layer="${layer}"
           tabindex="${layer === (value.at || 0) ? 0 : -1}" aria-pressed="${value.on.includes(layer)}"
@@ -65,9 +66,14 @@ def strip_value(
 
 
 def layers_on(value: Any, num: int) -> tuple[int, ...]:
-    """The layers that are on in what a browser sent."""
-    on = value.get("on", ()) if isinstance(value, dict) else ()
-    return tuple(sorted({layer for layer in on if type(layer) is int and 0 <= layer < num}))
+    """The layers that are on in what a browser or a program sent. Raises InputError for others than those of
+    a model that has `num`.
+    """
+    on = value.get("on") if isinstance(value, dict) else value
+    known = isinstance(on, list | tuple) and all(type(layer) is int and 0 <= layer < num for layer in on)
+    if not known:
+        raise InputError(f"Got the layers {on!r:.60}, expected a list of numbers from 0 to {num - 1}")
+    return tuple(sorted(set(on)))
 
 
 def layer_strip(value: dict[str, Any], **more: Any) -> gr.HTML:
@@ -84,9 +90,8 @@ def picture_input(studio: Studio, **more: Any) -> tuple[gr.Image, gr.State]:
     held = gr.State(None)
 
     def take(request: gr.Request, upload: dict[str, Any]) -> str:
-        with readable():
-            picture = studio.limits.read_upload(upload["path"], Path(get_upload_folder()))
-            return str(studio.visits.of(request.session_hash).take(picture))
+        picture = studio.limits.read_upload(upload, Path(get_upload_folder()))
+        return str(studio.visits.of(request.session_hash).take(picture))
 
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     taken = place.upload(
@@ -101,6 +106,13 @@ def picture_input(studio: Studio, **more: Any) -> tuple[gr.Image, gr.State]:
     taken.failure(lambda: (None, None), None, [place, held], **quiet)
     place.clear(lambda: None, None, held, **quiet)
     return place, held
+
+
+def held_picture(path: str | None) -> Image.Image | None:
+    """What a `picture_input` holds. Raises InputError if it has been deleted since."""
+    if path is not None and not Path(path).is_file():
+        raise InputError("Your picture is gone, a day after the visit's last use: upload it again")
+    return path and read_image(path)
 
 
 def mask_editor(**more: Any) -> gr.ImageEditor:

@@ -1,0 +1,179 @@
+"""One picture on several cards: each process of torchrun holds a share of the tokens, of text and of image,
+for all that a layer does with a token by itself. In attention it holds all tokens, of a share of the heads
+(Ulysses, arXiv 2309.14509, section 3.1).
+
+    torchrun --nproc_per_node 2 demo_4_edit.py edit.json --parallel 2
+
+Everything else, from the noise to the pixels, each process does alike: all go on from the same latents.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flux.errors import InputError, launched
+from flux.intervention import NOTHING, Findings, Intervention
+from flux.model import Flux, Streams
+from flux.settings import Divisible
+from flux.specs import get_spec
+from flux.step_cache import StepCache
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a picture's tokens: `count` of them, of which this one is number `rank`.
+
+    Attributes:
+        device: this process's own; None: as the settings say.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None
+
+    def share(self, tokens: Tensor) -> Tensor:
+        """This process's part of all tokens, "B n ..."; without a rest, the first ones have one more."""
+        return tokens.tensor_split(self.count, dim=1)[self.rank]
+
+    def sizes(self, *runs: int) -> tuple[int, ...]:
+        """How many tokens, or heads, each process holds of runs that are so long, each shared by itself."""
+        return tuple(
+            sum(run // self.count + (rank < run % self.count) for run in runs) for rank in range(self.count)
+        )
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of what all processes have in `x`, which it replaces."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def whole(self, x: Tensor, dim: int, *runs: int) -> Tensor:
+        """All tokens, from the shares of each process along `dim`, where such runs follow one another."""
+        places = [self.share(run[None])[0] for run in torch.arange(sum(runs), device=x.device).split(runs)]
+        shape = [*x.shape[:dim], sum(runs), *x.shape[dim + 1 :]]
+        # A sum with zeros is exact, and unlike a gathering minds no shares of different sizes.
+        return self.total(x.new_zeros(shape).index_copy_(dim, torch.cat(places), x))
+
+
+ALONE = Ranks()
+
+
+def join(settings: Divisible) -> Ranks:
+    """Meets the other processes that torchrun started: `ALONE` where there are none.
+
+    Raises:
+        InputError: not `settings.parallel` processes; more of them than attention heads, or than cards; a
+            device of which there is only one.
+    """
+    count, here = settings.parallel, int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if here == 1 < count:
+        command = shlex.join(("torchrun", "--nproc_per_node", str(count), *sys.argv))
+        raise InputError(f"Got parallel {count}, but this is a single process: start it with {command}")
+    if here != count:
+        raise InputError(f"Got parallel {count}, but torchrun started {here} processes: make them equal")
+    if count == 1:
+        return ALONE
+    heads = get_spec(settings.model).params.num_heads
+    if heads < count:
+        raise InputError(
+            f"Got parallel {count} for {settings.model}, whose {heads} attention heads are shared out: "
+            f"give at most {heads}"
+        )
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise InputError(
+            f"Got device {settings.device!r} with parallel {count}, where each process has one of its own: "
+            "give cuda, cpu or auto"
+        )
+    device = torch.device("cpu")
+    if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()):
+        cards, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if cards < wanted:
+            raise InputError(f"Got {wanted} processes, but this machine has {cards} CUDA cards: start fewer")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    on_cards = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(**on_cards)
+    return Ranks(dist.get_rank(), count, device)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """`flux.math.attend` for processes that each hold a share of the tokens.
+
+    Tokens are given for heads before attention, and heads for tokens after it. In between, the tokens lie in
+    the order of the processes: attention minds none.
+
+    Attributes:
+        tokens: how many of them each process holds.
+    """
+
+    ranks: Ranks
+    tokens: tuple[int, ...]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three times "B H n D", of this process's n tokens -> "B n C" of the same ones."""
+        heads = self.ranks.sizes(q.shape[1])
+        mine, own = heads[self.ranks.rank], q.shape[2]
+        # One entry of what is sent is one head of one token.
+        by_head, by_token = [own * h for h in heads], [n * mine for n in self.tokens]
+        parts = zip(*(rearrange(x, "b h n d -> n h b d").split(heads, dim=1) for x in (q, k, v)))
+        sent = torch.cat([torch.stack(part, dim=2).flatten(0, 1) for part in parts])
+        q, k, v = rearrange(_all_to_all(sent, by_head, by_token), "(n h) qkv b d -> qkv b h n d", h=mine)
+        mixed = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> (n h) b d")
+        parts = _all_to_all(mixed.contiguous(), by_token, by_head).split(by_head)
+        return torch.cat([rearrange(x, "(n h) b d -> b n (h d)", h=h) for x, h in zip(parts, heads)], dim=2)
+
+
+def _all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Sends so many entries of the first dimension to each process; what comes stands in their order."""
+    result = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(result, x, list(received), list(sent))
+    return result
+
+
+class Divided:
+    """A transformer at work on this process's share of the tokens, used as the `Flux` that it holds.
+
+    Keys and values that it keeps are those of its share, and such it takes; everything else goes in and comes
+    out whole, the same in all processes.
+    """
+
+    def __init__(self, model: Flux, ranks: Ranks):
+        self.model, self.ranks = model, ranks
+        self.num_layers, self.double_blocks = model.num_layers, model.double_blocks
+        self.modulations = model.modulations
+
+    def observe(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        intervention: Intervention = NOTHING,
+        start: Streams | None = None,
+        mods: Sequence[Tensor] | None = None,
+        cache: StepCache | None = None,
+    ) -> tuple[Tensor, Findings]:
+        """As `Flux.observe`; `start` holds this process's share."""
+        runs, share = (txt.shape[1], img.shape[1]), self.ranks.share
+        weights = {n: share(w) if isinstance(w, Tensor) else w for n, w in intervention.weights.items()}
+        velocity, found = self.model.observe(
+            *map(share, (img, img_ids, txt, txt_ids)),
+            *(timesteps, y, guidance, replace(intervention, weights=weights), start, mods, cache),
+            attend=Exchange(self.ranks, self.ranks.sizes(*runs)),
+        )
+        watched = {
+            layer: tuple(self.ranks.whole(x, 2, *runs) for x in pair) for layer, pair in found.watched.items()
+        }
+        return self.ranks.whole(velocity, 1, runs[1]), replace(found, watched=watched)
