@@ -1,5 +1,5 @@
-"""Where an edit may change its reference: what attends to the words in which their prompts differ; or all of
-it, where these make a difference all over the picture.
+"""Where an edit may change its reference: what attends to the words in which their prompts differ, and where
+these words lead the picture apart.
 """
 
 import torch
@@ -11,7 +11,7 @@ from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.photo import TOKEN
 
-THRESHOLD = 0.5  # of the most that any image token attends to the words
+THRESHOLD = 0.5  # of the most that any image token attends to the words, or is led apart by them
 ALL_OVER = 0.3  # on flux-nano another place or time of day was above, another object or hat below
 
 
@@ -43,25 +43,34 @@ def attended(
     return total / total.max()
 
 
+def smoothed(maps: Tensor, width: int, height: int) -> Tensor:
+    """Means over 3x3 tokens, "B I" -> "B 1 rows columns"."""
+    maps = maps.reshape(-1, 1, height // TOKEN, width // TOKEN)
+    return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+
+
 def may_change(maps: list[Tensor], width: int, height: int) -> Tensor:
-    """The tokens that attend to changed words by `THRESHOLD` or more, and their neighbours, "1 I 1", bool."""
-    strongest = torch.stack(maps).amax(dim=0).reshape(1, 1, height // TOKEN, width // TOKEN)
-    smooth = F.avg_pool2d(strongest, 3, stride=1, padding=1, count_include_pad=False)
+    """The tokens where one of these maps, "1 I" or "I" each, has `THRESHOLD` or more of the most, and their
+    neighbours, "1 I 1", bool.
+    """
+    smooth = smoothed(torch.stack(maps).amax(dim=0), width, height)
     chosen = (smooth >= THRESHOLD * smooth.max()).float()
     return F.max_pool2d(chosen, 3, stride=1, padding=1).flatten()[None, :, None] > 0
 
 
-def all_over(apart: Tensor, width: int, height: int) -> Tensor:
-    """Whether two prompts make a difference all over the picture, "B", bool: the median over its tokens is
-    more than `ALL_OVER` of their 95th percentile.
+def led_apart(apart: Tensor, width: int, height: int) -> Tensor:
+    """Where two prompts lead a picture apart, "B I 1", bool: the tokens with `THRESHOLD` or more of the largest
+    difference, and their neighbours. Where the median of a picture's tokens is more than `ALL_OVER` of their
+    95th percentile, all tokens.
 
     Args:
         apart: how far the velocities of the two prompts are apart, at the same latent, "B I". Seen in
             neighbourhoods of 3x3 tokens.
     """
-    maps = apart.float().reshape(-1, 1, height // TOKEN, width // TOKEN)
-    smooth = F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False).flatten(1)
-    return smooth.median(dim=1).values > ALL_OVER * smooth.quantile(0.95, dim=1)
+    smooth = smoothed(apart.float(), width, height).flatten(1)
+    all_over = smooth.median(dim=1).values > ALL_OVER * smooth.quantile(0.95, dim=1)
+    parts = torch.cat([may_change([row[None]], width, height) for row in apart.float()])
+    return parts | all_over[:, None, None]
 
 
 def changed_tokens(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.automask import all_over, changed_tokens, layers_to_watch
+from flux.automask import changed_tokens, layers_to_watch, led_apart
 from flux.doses import DOSES, Dose
 from flux.errors import InputError
 from flux.images import read_image
@@ -236,7 +236,7 @@ def _auto_mask(
     apart = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
     prompts = [entry.prompt for entry in batch.entries]
     found = changed_tokens(pipe.t5, (source.prompt, of_source.watched), prompts, step.watched, *source.size)
-    return found.to(pipe.device) | all_over(apart, *source.size)[:, None, None]
+    return found.to(pipe.device) | led_apart(apart, *source.size)
 
 
 def flow(

@@ -1,6 +1,6 @@
 import torch
 
-from flux.automask import all_over
+from flux.automask import led_apart
 
 SIDE = 16
 
@@ -16,12 +16,22 @@ def apart(share: float) -> torch.Tensor:
 def test_a_part_and_the_whole():
     """In rows of one batch, however strong the difference is."""
     maps = torch.cat([scale * apart(share) for share in (0.1, 0.3, 0.8, 1.0) for scale in (0.01, 1, 50)])
-    found = all_over(maps, 16 * SIDE, 16 * SIDE)
-    assert found.tolist() == [False] * 6 + [True] * 6
+    found = led_apart(maps, 16 * SIDE, 16 * SIDE)
+    assert found.all(dim=1)[:, 0].tolist() == [False] * 6 + [True] * 6
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+def test_the_part_and_its_neighbours():
+    """A square of five tokens: means over neighbourhoods round its outer corners off, neighbours add a rim."""
+    [found] = led_apart(apart(0.1), 16 * SIDE, 16 * SIDE).reshape(-1, SIDE, SIDE)
+    rim = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    rim[:6, :6] = True
+    rim[5, 5] = False
+    assert torch.equal(found, rim)
 
 
 def test_a_few_large_values_are_no_measure():
     """One token that stands out does not make the rest of a picture small."""
     maps = apart(1.0)
     maps[0, 100] = 30.0
-    assert all_over(maps, 32 * SIDE, 8 * SIDE).all()
+    assert led_apart(maps, 32 * SIDE, 8 * SIDE).all()
