@@ -162,7 +162,11 @@ class EditTab:
                     self.until = gr.Slider(0, 1, dose.inject_until, step=0.05, label="Until", min_width=120)
                 self.falling = gr.Checkbox(dose.falling, label="Strength falls to zero on the way")
                 with gr.Accordion("Mask", open=False, elem_id="edit-mask") as self.masking:
-                    gr.Markdown("Paint where the edit may change the reference.", elem_classes="label")
+                    gr.Markdown(
+                        "Paint where the edit may change the reference. If nothing is painted, the dose auto "
+                        "finds it out, and with the others all may change.",
+                        elem_classes="label",
+                    )
                     self.mask = mask_editor(
                         label="Paint where the edit may change the reference",
                         elem_id="edit-canvas",
