@@ -59,9 +59,9 @@ def may_change(maps: list[Tensor], width: int, height: int) -> Tensor:
 
 
 def led_apart(apart: Tensor, width: int, height: int) -> Tensor:
-    """Where two prompts lead a picture apart, "B I 1", bool: the tokens with `THRESHOLD` or more of the largest
-    difference, and their neighbours. Where the median of a picture's tokens is more than `ALL_OVER` of their
-    95th percentile, all tokens.
+    """Where two prompts lead a picture apart, "B I 1", bool: the tokens with `THRESHOLD` or more of the
+    largest difference, and their neighbours. Where the median of a picture's tokens is more than `ALL_OVER`
+    of their 95th percentile, all tokens.
 
     Args:
         apart: how far the velocities of the two prompts are apart, at the same latent, "B I". Seen in

@@ -22,7 +22,7 @@ def test_a_part_and_the_whole():
 
 
 def test_the_part_and_its_neighbours():
-    """A square of five tokens: means over neighbourhoods round its outer corners off, neighbours add a rim."""
+    """A square of five tokens: means round its inner corner off, neighbours add a rim."""
     [found] = led_apart(apart(0.1), 16 * SIDE, 16 * SIDE).reshape(-1, SIDE, SIDE)
     rim = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     rim[:6, :6] = True
