@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.report import GIB, machine, markdown
+from benchmarks.report import GIB, machine, markdown, milliseconds
 from benchmarks.stand_ins import random_transformer
 from flux import sampling
 from flux.errors import InputError, exit_on_input_error, launched, one_voice
@@ -93,16 +93,7 @@ def steps(size: Size, net: Flux | Divided, device: torch.device) -> dict[str, Ca
 def timed(step: Callable[[], Tensor], device: torch.device) -> float:
     """Milliseconds; the step before it is taken as well, so that all processes begin it together."""
     step()
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        step()
-        return 1000 * (time.perf_counter() - begin)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return milliseconds(step, device)
 
 
 def warmed(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, dict]:

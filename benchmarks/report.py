@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from collections.abc import Callable
 from datetime import date
 from itertools import pairwise
 
@@ -23,6 +24,20 @@ def machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "versions": {**versions(), "cuda": torch.version.cuda},
     }
+
+
+def milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """How long the step takes, on a GPU by its own clock."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        step()
+        return 1000 * (time.perf_counter() - begin)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

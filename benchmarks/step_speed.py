@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.full_size import relative_error
 from benchmarks.peer import peer_transformer
-from benchmarks.report import GIB, machine, markdown
+from benchmarks.report import GIB, machine, markdown, milliseconds
 from benchmarks.stand_ins import random_transformer
 from flux import sampling
 from flux.errors import exit_on_input_error
@@ -232,32 +232,16 @@ class Bench:
         return parts
 
 
-class Clock:
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-
-    def ms(self, step: Callable) -> float:
-        if not self.on_gpu:
-            begin = time.perf_counter()
-            step()
-            return 1000 * (time.perf_counter() - begin)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    def peak_gib(self, step: Callable) -> float | None:
-        """What the step takes beside what is there."""
-        if not self.on_gpu:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / GIB
+def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
+    """What the step takes beside what is there."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
 def prepared(make: Callable[[], Callable]) -> tuple[Callable | None, dict]:
@@ -284,7 +268,7 @@ def main(
 ) -> None:
     size, where = toy_size() if toy else full_size(), pick_device(device)
     check_device(where, torch.bfloat16)
-    bench, clock = Bench(size, where, backend, whole), Clock(where)
+    bench = Bench(size, where, backend, whole)
     words = only.split(",")
     chosen = {name: way for name, way in bench.ways().items() if any(word in name for word in words)}
     results = {"machine": machine(where), "side": size.side, "steps": {}, "parts": {}}
@@ -295,7 +279,7 @@ def main(
         found[name]["floor_ms"] = floor_ms(size, batch, in_8bit)
         if step:
             ready[name] = step
-            found[name] |= {"peak_gib": clock.peak_gib(step), "ms": []}
+            found[name] |= {"peak_gib": peak_gib(step, where), "ms": []}
             # A CUDA graph's result lies where its next replay writes.
             found[name]["answer"] = step().float().cpu()
         print(name, {key: value for key, value in found[name].items() if key != "answer"}, flush=True)
@@ -304,9 +288,9 @@ def main(
     for _ in range(size.rounds):
         for name, step in ready.items():
             step()  # so that no way pays for the one before it
-            found[name]["ms"].append(clock.ms(step))
+            found[name]["ms"].append(milliseconds(step, where))
         for name in times:
-            times[name].append(clock.ms(parts[name]))
+            times[name].append(milliseconds(parts[name], where))
     results["parts"] = {name: statistics.median(each) for name, each in times.items()}
     answers = {name: entry.pop("answer") for name, entry in found.items() if "answer" in entry}
     for name, answer in answers.items():

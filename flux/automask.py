@@ -50,7 +50,7 @@ def smoothed(maps: Tensor, width: int, height: int) -> Tensor:
 
 
 def may_change(maps: list[Tensor], width: int, height: int) -> Tensor:
-    """The tokens where one of these maps, "1 I" or "I" each, has `THRESHOLD` or more of the most, and their
+    """The tokens where one of these maps, "I" each, has `THRESHOLD` or more of the most, and their
     neighbours, "1 I 1", bool.
     """
     smooth = smoothed(torch.stack(maps).amax(dim=0), width, height)
@@ -69,7 +69,7 @@ def led_apart(apart: Tensor, width: int, height: int) -> Tensor:
     """
     smooth = smoothed(apart.float(), width, height).flatten(1)
     all_over = smooth.median(dim=1).values > ALL_OVER * smooth.quantile(0.95, dim=1)
-    parts = torch.cat([may_change([row[None]], width, height) for row in apart.float()])
+    parts = torch.cat([may_change([row], width, height) for row in apart.float()])
     return parts | all_over[:, None, None]
 
 

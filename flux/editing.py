@@ -163,8 +163,9 @@ def batches_of(
     groups: list[tuple[tuple, list[int]]] = []
     entries = settings.entries
     for place, (entry, mask) in enumerate(zip(entries, masks)):
-        auto = mask is None and dose_of(entry).mask == "auto"
-        key = (replace(dose_of(entry), mask="auto" if auto else None), entry.parts, mask is None)
+        dose = dose_of(entry)
+        dose = replace(dose, mask="auto" if mask is None and dose.mask == "auto" else None)
+        key = (dose, entry.parts, mask is None)
         members = next((members for other, members in groups if other == key), None)
         if members is None:
             groups.append((key, members := []))
