@@ -18,6 +18,8 @@ TEST = [
     "gguf>=0.17",
     "peft>=0.18",
     "playwright>=1.50",
+    # Comes with torch's builds for cards; its interpreter runs our kernels on a CPU.
+    'triton>=3.6; platform_system == "Linux"',
     *GRADIO,
     *CLUSTER,
 ]

@@ -156,8 +156,10 @@ class Findings:
         """Takes what the intervention wants of a layer's queries, keys and values."""
         if layer in intervention.keep:
             # Copies: a part of a projection would keep the whole of it in memory.
-            image = (part[:, :, num_txt:].clone(memory_format=torch.contiguous_format) for part in (k, v))
-            self.kept[layer] = tuple(image)
+            image = (part[:, :, num_txt:].transpose(1, 2) for part in (k, v))
+            self.kept[layer] = tuple(
+                part.clone(memory_format=torch.contiguous_format).transpose(1, 2) for part in image
+            )
         if layer in intervention.watch:
             self.watched[layer] = (q, k)
 

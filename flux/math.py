@@ -48,6 +48,14 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+def one_sequence(txt: Tensor, img: Tensor) -> Tensor:
+    """Heads of both streams, "B H T D" and "B H I D", as "B H N D".
+
+    In memory "B N H D", as projections leave them, so that long runs are copied.
+    """
+    return torch.cat((txt.transpose(1, 2), img.transpose(1, 2)), dim=1).transpose(1, 2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over all tokens: "B H N D" three times -> "B N C"."""
     return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")

@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn.functional import linear as product
 
 from flux.errors import InputError
-from flux.fp8 import E4M3, Fp8Linear, check_device, rounded, to_fp8
+from flux.fp8 import check_device, to_fp8
 from flux.intervention import Intervention
-from flux.modules.linear import PackedLinear, project_rows
+from flux.modules.fused import E4M3, rounded
+from flux.modules.linear import Fp8Linear, PackedLinear, project_rows
 from flux.offload import Offloaded
 
 HALF_STEP = 2**-4  # of three bits behind the first

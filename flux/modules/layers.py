@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux.math import Attend, KeysValues, apply_rope, attend, rope, rotate
+from flux.math import Attend, KeysValues, attend, one_sequence, rope, rotate
+from flux.modules.fused import Rounded, modulated, norm_and_turn, with_gelu
 from flux.modules.linear import project_rows
 
 
@@ -65,9 +66,10 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
+        self.eps = 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=self.eps)
 
 
 class QKNorm(nn.Module):
@@ -110,7 +112,7 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(dim // num_heads)
 
     def heads(
-        self, x: Tensor, pe: Tensor, given: KeysValues | None = None, weight: Tensor | None = None
+        self, x: Tensor | Rounded, pe: Tensor, given: KeysValues | None = None, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
 
@@ -121,7 +123,7 @@ class SelfAttention(nn.Module):
             q = split_heads(project_rows(self.qkv, x, 0, x.shape[-1]), self.num_heads)
             return rotate(self.norm.query_norm(q), pe), *given
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = apply_rope(*self.norm(q, k, v), pe)
+        q, k = norm_and_turn(self.norm, q, k, v, pe)
         if given is not None:
             k, v = blend(k, given[0], weight), blend(v, given[1], weight)
         return q, k, v
@@ -140,7 +142,7 @@ class ModulationOut:
     gate: Tensor
 
     def applied_to(self, x: Tensor) -> Tensor:
-        return (1 + self.scale) * x + self.shift
+        return torch.addcmul(self.shift, x, 1 + self.scale)
 
 
 class Modulation(nn.Module):
@@ -165,6 +167,12 @@ class Modulation(nn.Module):
 
 def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+def feed_forward(norm: nn.LayerNorm, mlp: nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
+    """What the MLP makes of a stream, "B N C", once that is normalised and modulated."""
+    expand, _, contract = mlp
+    return contract(with_gelu(None, expand(modulated(norm, x, mod, expand)), contract))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -216,20 +224,20 @@ class DoubleStreamBlock(nn.Module):
         img_mod1, img_mod2 = self.img_mod.split(img_mod)
         txt_mod1, txt_mod2 = self.txt_mod.split(txt_mod)
 
-        img_in = img_mod1.applied_to(self.img_norm1(img))
-        txt_in = txt_mod1.applied_to(self.txt_norm1(txt))
+        img_in = modulated(self.img_norm1, img, img_mod1, self.img_attn.qkv)
+        txt_in = modulated(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
         img_q, img_k, img_v = self.img_attn.heads(img_in, pe[:, :, num_txt:], given, weight)
         txt_q, txt_k, txt_v = self.txt_attn.heads(txt_in, pe[:, :, :num_txt])
 
-        q, k, v = torch.cat((txt_q, img_q), 2), torch.cat((txt_k, img_k), 2), torch.cat((txt_v, img_v), 2)
+        q, k, v = one_sequence(txt_q, img_q), one_sequence(txt_k, img_k), one_sequence(txt_v, img_v)
         mixed = attend(q, k, v)
         txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
 
-        img = img + img_mod1.gate * self.img_attn.proj(img_mixed)
-        img = img + img_mod2.gate * self.img_mlp(img_mod2.applied_to(self.img_norm2(img)))
+        img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_mixed))
+        img = torch.addcmul(img, img_mod2.gate, feed_forward(self.img_norm2, self.img_mlp, img, img_mod2))
 
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_mixed)
-        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2.applied_to(self.txt_norm2(txt)))
+        txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_mixed))
+        txt = torch.addcmul(txt, txt_mod2.gate, feed_forward(self.txt_norm2, self.txt_mlp, txt, txt_mod2))
         return (img, txt, (q, k, v)) if keep else (img, txt)
 
 
@@ -248,7 +256,6 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden_size + self.mlp_hidden_dim, hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
         self.pre_norm = layer_norm(hidden_size)
-        self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(hidden_size, double=False)
 
     def modulate(self, vec: Tensor) -> Tensor:
@@ -279,15 +286,15 @@ class SingleStreamBlock(nn.Module):
             attend: how queries meet keys and values.
         """
         own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
-        x_in = own.applied_to(self.pre_norm(x))
+        x_in = modulated(self.pre_norm, x, own, self.linear1)
 
         if not replaces(given, weight):
             qkv, mlp = self.linear1(x_in).split((3 * self.hidden_dim, self.mlp_hidden_dim), dim=-1)
             q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
-            q, k = apply_rope(*self.norm(q, k, v), pe)
+            q, k = norm_and_turn(self.norm, q, k, v, pe)
             if given is not None:
                 mixed = (blend(x[:, :, num_txt:], part, weight) for x, part in zip((k, v), given))
-                k, v = (torch.cat((x[:, :, :num_txt], part), dim=2) for x, part in zip((k, v), mixed))
+                k, v = (one_sequence(x[:, :, :num_txt], part) for x, part in zip((k, v), mixed))
         else:
             q = split_heads(project_rows(self.linear1, x_in, 0, self.hidden_dim), self.num_heads)
             q = rotate(self.norm.query_norm(q), pe)
@@ -295,10 +302,10 @@ class SingleStreamBlock(nn.Module):
             txt_kv = project_rows(self.linear1, x_in[:, :num_txt], self.hidden_dim, 3 * self.hidden_dim)
             txt_k, txt_v = (split_heads(part, self.num_heads) for part in txt_kv.chunk(2, dim=-1))
             txt_k = rotate(self.norm.key_norm(txt_k), pe[:, :, :num_txt])
-            k, v = torch.cat((txt_k, given[0]), dim=2), torch.cat((txt_v, given[1]), dim=2)
+            k, v = one_sequence(txt_k, given[0]), one_sequence(txt_v, given[1])
 
-        mixed = torch.cat((attend(q, k, v), self.mlp_act(mlp)), dim=2)
-        x = x + own.gate * self.linear2(mixed)
+        mixed = with_gelu(attend(q, k, v), mlp, self.linear2)
+        x = torch.addcmul(x, own.gate, self.linear2(mixed))
         return (x, (q, k, v)) if keep else x
 
 

@@ -1,0 +1,98 @@
+"""What lies between the products of a block, each in one pass over memory where a kernel is to be had.
+
+Kernels serve CUDA tensors that want no gradients; everything else, and their tests, the plain PyTorch here.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux.math import apply_rope
+
+if TYPE_CHECKING:
+    from flux.modules.layers import ModulationOut, QKNorm
+
+# Triton comes with the builds of torch that know cards.
+if torch.backends.cuda.is_built() and find_spec("triton"):
+    from flux.modules import kernels
+else:
+    kernels = None
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+
+
+def has_kernel(x: Tensor) -> bool:
+    return kernels is not None and x.is_cuda and not torch.is_grad_enabled()
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in e4m3, each over a scale of its own that brings its largest number to the largest there is.
+
+    Returns:
+        "... columns" in e4m3, and the scales, "... 1", in float32.
+    """
+    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A stream that is `rounded` already, for linear layers whose `takes_rounded` is true.
+
+    Attributes:
+        packed: "B N C" in e4m3; scale: "B N 1", in float32.
+        dtype: what it was rounded from.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Rounded":
+        made = kernels.join(x, None, True) if has_kernel(x) and x.ndim == 3 else rounded(x)
+        return cls(*made, x.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.packed.shape
+
+    def __getitem__(self, index: tuple[slice, ...]) -> "Rounded":
+        return Rounded(self.packed[index], self.scale[index], self.dtype)
+
+
+def norm_and_turn(norm: "QKNorm", q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normalised and turned by `pe` ("B 1 N D/2 2 2"): "B H N D" three times -> twice."""
+    size = q.shape[-1]
+    if has_kernel(q) and size & (size - 1) == 0:
+        query, key = norm.query_norm, norm.key_norm
+        return kernels.norm_and_turn(q, k, query.scale, key.scale, pe, query.eps)
+    return apply_rope(*norm(q, k, v), pe)
+
+
+def modulated(norm: nn.LayerNorm, x: Tensor, mod: "ModulationOut", linear: nn.Module) -> Tensor | Rounded:
+    """The stream "B N C", normalised and modulated, on its way into `linear`."""
+    if not has_kernel(x):
+        return mod.applied_to(norm(x))
+    return _made(x, linear, kernels.modulate, x, mod.shift, mod.scale, norm.eps)
+
+
+def with_gelu(mixed: Tensor | None, hidden: Tensor, linear: nn.Module) -> Tensor | Rounded:
+    """`mixed`, if any, and behind it the GELU (by tanh) of `hidden`, "B N C" each, on their way into
+    `linear`.
+    """
+    if has_kernel(hidden):
+        return _made(hidden, linear, kernels.join, mixed, hidden)
+    hidden = F.gelu(hidden, approximate="tanh")
+    return hidden if mixed is None else torch.cat((mixed, hidden), dim=-1)
+
+
+def _made(x: Tensor, linear: nn.Module, kernel, *given) -> Tensor | Rounded:
+    rounding = getattr(linear, "takes_rounded", False)
+    result, scale = kernel(*given, rounding)
+    return Rounded(result, scale, x.dtype) if rounding else result
