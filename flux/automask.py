@@ -2,16 +2,18 @@
 these words lead the picture apart.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux.attention_maps import look, prompt_words, text_tokens
+from flux.attention_maps import mean_attention, prompt_words, text_tokens
 from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.photo import TOKEN
 
-THRESHOLD = 0.5  # of the most that any image token attends to the words, or is led apart by them
+THRESHOLD = 0.65  # of the most that any image token attends to the words, or is led apart by them
 ALL_OVER = 0.3  # on flux-nano another place or time of day was above, another object or hat below
 
 
@@ -28,19 +30,22 @@ def other_words(prompt: str, than: str) -> list[str]:
 
 
 def attended(
-    t5: HFEmbedder, watched: dict[int, tuple[Tensor, Tensor]], row: int, prompt: str, words: list[str]
-) -> Tensor | None:
-    """How much each image token of a row attends to these words of its prompt, 0..1 of the most, "I"; None:
-    the encoder sees none of them.
+    t5: HFEmbedder, watched: dict[int, tuple[Tensor, Tensor]], prompts: Sequence[str], others: Sequence[str]
+) -> Tensor:
+    """How much each image token of each row attends to the words of its prompt that the other one has not,
+    0..1 of the most, "B I"; 0 where the encoder sees none of them.
     """
-    tokens = text_tokens(t5, prompt)
-    seen = {word: mask for word, mask in tokens.words.items() if word in words}
-    if not seen:
-        return None
-    rows = ((q[row : row + 1], k[row : row + 1]) for q, k in watched.values())
-    maps = [look(q, k, type(tokens)(tokens.padding, seen)).to_words.values() for q, k in rows]
-    total = sum(each[0] for layer in maps for each in layer)
-    return total / total.max()
+    shares = []
+    for prompt, other in zip(prompts, others):
+        seen, words = text_tokens(t5, prompt), other_words(prompt, other)
+        own = [seen.words[word].float() for word in words if word in seen.words]
+        shares.append(sum(own, torch.zeros(len(seen.padding))))
+    groups, total = torch.stack(shares)[..., None], 0.0
+    for q, k in watched.values():
+        num_txt = groups.shape[1]
+        of_keys = F.pad(groups, (0, 0, 0, q.shape[2] - num_txt)).to(q.device)
+        total = total + mean_attention(q[:, :, num_txt:], k, of_keys)[..., 0]
+    return total / total.amax(dim=1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def smoothed(maps: Tensor, width: int, height: int) -> Tensor:
@@ -49,13 +54,13 @@ def smoothed(maps: Tensor, width: int, height: int) -> Tensor:
     return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def may_change(maps: list[Tensor], width: int, height: int) -> Tensor:
-    """The tokens where one of these maps, "I" each, has `THRESHOLD` or more of the most, and their
-    neighbours, "1 I 1", bool.
+def may_change(maps: Tensor, width: int, height: int) -> Tensor:
+    """The tokens where a row's map, "B I", has `THRESHOLD` or more of its most, seen in neighbourhoods of 3x3
+    tokens, and their neighbours, "B I 1", bool; where it is 0 all over, all tokens.
     """
-    smooth = smoothed(torch.stack(maps).amax(dim=0), width, height)
-    chosen = (smooth >= THRESHOLD * smooth.max()).float()
-    return F.max_pool2d(chosen, 3, stride=1, padding=1).flatten()[None, :, None] > 0
+    smooth = smoothed(maps, width, height)
+    chosen = (smooth >= THRESHOLD * smooth.amax(dim=(2, 3), keepdim=True)).float()
+    return F.max_pool2d(chosen, 3, stride=1, padding=1).flatten(1)[:, :, None] > 0
 
 
 def led_apart(apart: Tensor, width: int, height: int) -> Tensor:
@@ -69,33 +74,23 @@ def led_apart(apart: Tensor, width: int, height: int) -> Tensor:
     """
     smooth = smoothed(apart.float(), width, height).flatten(1)
     all_over = smooth.median(dim=1).values > ALL_OVER * smooth.quantile(0.95, dim=1)
-    parts = torch.cat([may_change([row], width, height) for row in apart.float()])
-    return parts | all_over[:, None, None]
+    return may_change(apart.float(), width, height) | all_over[:, None, None]
 
 
 def changed_tokens(
     t5: HFEmbedder,
-    of_source: tuple[str, dict[int, tuple[Tensor, Tensor]]],
-    prompts: list[str],
-    of_edits: dict[int, tuple[Tensor, Tensor]],
+    of_sources: tuple[Sequence[str], dict[int, tuple[Tensor, Tensor]]],
+    of_edits: tuple[Sequence[str], dict[int, tuple[Tensor, Tensor]]],
     width: int,
     height: int,
 ) -> Tensor:
     """The tokens that each edit may change, "B I 1", bool: those that attend, in the edit, to words which its
-    prompt alone has, or, in the source, to words which the source's prompt alone has. Where neither has any,
+    prompt alone has, or, in its source, to words which the source's prompt alone has. Where neither has any,
     all tokens.
 
     Args:
-        of_source: its prompt, and the queries and keys watched in its pass; of_edits: those of their pass.
+        of_sources, of_edits: the prompt of each row, and the queries and keys watched in their pass.
     """
-    source, watched = of_source
-    found = []
-    for row, prompt in enumerate(prompts):
-        maps = [
-            attended(t5, of_edits, row, prompt, other_words(prompt, source)),
-            attended(t5, watched, 0, source, other_words(source, prompt)),
-        ]
-        maps = [each for each in maps if each is not None]
-        everywhere = torch.ones(1, width // TOKEN * (height // TOKEN), 1, dtype=torch.bool)
-        found.append(may_change(maps, width, height) if maps else everywhere)
-    return torch.cat(found)
+    (sources, before), (prompts, after) = of_sources, of_edits
+    maps = torch.maximum(attended(t5, after, prompts, sources), attended(t5, before, sources, prompts))
+    return may_change(maps, width, height)

@@ -37,11 +37,11 @@ class Dose:
 
 # The only place with these numbers: to tune them, change them here.
 DOSES: dict[str, Dose] = {
-    "auto": Dose(weight=0.6, inject_until=0.3, mask="auto"),
+    "auto": Dose(weight=0.4, inject_until=0.3, mask="auto"),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),
-    "scene": Dose(weight=0.4),
+    "scene": Dose(weight=0.4, inject_until=0.8),
     "paper": Dose(),
 }
 DEFAULT_DOSE = "auto"

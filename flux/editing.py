@@ -74,6 +74,7 @@ class Batch:
 
     Attributes:
         places: their places among all edits.
+        sources: for each, the prompt of what it starts from.
         shares: what is left of the dose's weight in each step; in those not named nothing is taken.
         latent: where they are, "B I 64".
         mask: which tokens may change, "B I 1", bool; None: all. If the dose's mask is "auto", it is found on
@@ -81,6 +82,7 @@ class Batch:
     """
 
     places: list[int]
+    sources: list[str]
     entries: list[Turn]
     dose: Dose
     layers: tuple[int, ...]
@@ -182,8 +184,8 @@ def batches_of(
             if masks[places[0]]:
                 mask = torch.cat([masks[place][1] for place in places]).to(pipe.device)
             shares, latent = dict(zip(steps, dose.shares(steps))), source.start.expand(len(places), -1, -1)
-            own = tuple(layers[: dose.top])
-            batches.append(Batch(places, chosen, dose, own, shares, cond, latent, mask))
+            own, sources = tuple(layers[: dose.top]), [source.prompt] * len(places)
+            batches.append(Batch(places, sources, chosen, dose, own, shares, cond, latent, mask))
     return batches
 
 
@@ -236,8 +238,8 @@ def _auto_mask(
     of_edits = euler_step(model, at, ids, own, moment.t, moment.t_next)
     apart = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
     prompts = [entry.prompt for entry in batch.entries]
-    found = changed_tokens(pipe.t5, (source.prompt, of_source.watched), prompts, step.watched, *source.size)
-    return found.to(pipe.device) | led_apart(apart, *source.size)
+    watched = (batch.sources, of_source.watched), (prompts, step.watched)
+    return changed_tokens(pipe.t5, *watched, *source.size) | led_apart(apart, *source.size)
 
 
 def flow(

@@ -6,10 +6,12 @@
     OUTPUT/summary.md, summary.csv     see `flux.standings`
     OUTPUT/sheet.png                   some of the edits
 
-An evaluation may be stopped at any moment and started again: what is there is kept.
+An evaluation may be stopped at any moment and started again: what is there is kept. With another judge or
+other metrics its pictures are measured again, and none is made anew.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -43,8 +46,10 @@ Row = dict[str, str | float | None]
 # These may change between the starts of one evaluation: they do not change what is measured.
 FREE_FIELDS = {
     "output_dir", "benchmark", "batch_size", "device", "offload", "compile", "workers", "ray_address",
-    "kinds", "count", "methods", "metadata",
+    "kinds", "count", "methods", "metadata", "judge",
 }  # fmt: skip
+# These may as well, since all is measured again then.
+MEASURED_BY = {"judge_file", "metrics", "encoder", "clip"}
 TEXTS = ("item", "kind", "method")
 JUDGED = ("success", "overlap")
 SHEET_ROWS, SHEET_SIDE = 12, 192
@@ -119,9 +124,17 @@ class Measurer:
         encoder = encoder_of(settings.encoder or settings.model)
         self.metrics = EditMetrics.load(settings.metrics, encoder, settings.clip, device)
         self.judge, self.settings = _load_judge(settings.judge, device), settings
+        # Where the next edits are made meanwhile, each look at a number would wait for these.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def rows(self, method: str, items: Sequence[Item], made: Sequence[Made]) -> list[Row]:
         """The rows of results.csv for some items that one method edited."""
+        with torch.cuda.stream(self.stream):
+            return self._rows(method, items, made)
+
+    def _rows(self, method: str, items: Sequence[Item], made: Sequence[Made]) -> list[Row]:
         size = self.settings.width, self.settings.height
         befores = [m.reference or item.photo(*size) for item, m in zip(items, made)]
         afters = [m.picture for m in made]
@@ -165,6 +178,10 @@ def _load_judge(path: str | None, device):
 class Store:
     """The folder of an evaluation.
 
+    Attributes:
+        rows: of results.csv, by method and item, as far as their pictures are there.
+        outdated: whether the rows there were measured by another judge or other metrics.
+
     Raises:
         InputError: it holds one that was made with other settings.
     """
@@ -172,10 +189,13 @@ class Store:
     def __init__(self, settings: EvaluateSettings):
         self.folder, self.columns = Path(settings.output_dir), columns(settings)
         self.rows: dict[tuple[str, str], Row] = {}
-        self.settings = settings
+        self.settings, self.outdated = settings, False
+        self.generated = settings.references == "generated"
+        judge = Path(settings.judge or "")
         self.record = {
             "checkpoint": checkpoint_of(complete(settings)),
             "edits": fingerprint(settings.benchmark),
+            "judge_file": hashlib.sha256(judge.read_bytes()).hexdigest()[:16] if judge.is_file() else None,
         }
         if (self.folder / "run.json").exists():
             self._check()
@@ -204,6 +224,7 @@ class Store:
         # Methods may come and go, but a name stands for one method.
         differ |= {f"method {m['name']!r}" for m in own["methods"] if old.get(m["name"], m) != m}
         differ |= {name for name, value in self.record.items() if there.get(name) != value}
+        self.outdated, differ = bool(differ & MEASURED_BY), differ - MEASURED_BY
         if demo != self.settings.demo or differ:
             raise InputError(
                 f"Got {self.folder}, which holds an evaluation with another {', '.join(sorted(differ))}: "
@@ -216,9 +237,17 @@ class Store:
     def _read(self) -> None:
         with open(self.folder / "results.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                if self.picture(row["method"], row["item"]).is_file():
+                own = (row["method"], row["item"])
+                pictures = [self.picture(*own), self.picture(*own, reference=self.generated)]
+                if all(picture.is_file() for picture in pictures):
                     row |= {n: float(v) if v else None for n, v in row.items() if n not in TEXTS}
-                    self.rows[row["method"], row["item"]] = row
+                    self.rows[own] = row
+
+    def made(self, method: str, key: str) -> Made:
+        """An edit that is there."""
+        row, picture = self.rows[method, key], read_image(self.picture(method, key))
+        reference = read_image(self.picture(method, key, reference=True)) if self.generated else None
+        return Made(picture, reference, row["seconds"], row["evaluations"])
 
     def picture(self, method: str, key: str, reference: bool = False) -> Path:
         return self.folder / method / (f"{key}_reference.png" if reference else f"{key}.png")
@@ -244,10 +273,13 @@ def evaluate(settings: EvaluateSettings, pipe: Pipeline | None = None, progress:
     """
     filled = complete(settings)
     settings = settings.model_copy(update={"width": filled.width, "height": filled.height})
-    items = spread(of_kinds(read_benchmark(settings.benchmark), settings.kinds), settings.count)
+    every = read_benchmark(settings.benchmark)
+    items = spread(of_kinds(every, settings.kinds), settings.count)
     methods = completed(settings)
     store = Store(settings)
     measurer = Measurer(settings)
+    if store.outdated:
+        _measure_again(store, measurer, every, progress)
     store.begin()
     names = [method.slug for method in methods]
     if settings.references == "photo":
@@ -281,6 +313,19 @@ def evaluate(settings: EvaluateSettings, pipe: Pipeline | None = None, progress:
     write_standings(store.folder, rows)
     save_image(_sheet(settings, store, items, names, titles), store.folder / "sheet.png")
     return store.folder
+
+
+def _measure_again(store: Store, measurer: Measurer, items: Sequence[Item], progress: bool) -> None:
+    """All that is there, by its pictures; written once all of it is known."""
+    size, rows = store.settings.batch_size, []
+    with tqdm(total=len(store.rows), desc="measure", unit="edit", disable=not progress) as bar:
+        for method in dict.fromkeys(method for method, _ in store.rows):
+            own = [item for item in items if (method, item.key) in store.rows]
+            for start in range(0, len(own), size):
+                part = own[start : start + size]
+                rows += measurer.rows(method, part, [store.made(method, item.key) for item in part])
+                bar.update(len(part))
+    store.add(rows)
 
 
 def _sheet(

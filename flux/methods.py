@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.editing import batches_of, dose_of, flow, follow
+from flux.editing import batches_of, flow, follow
 from flux.evaluation_settings import Method
 from flux.inversion import FLOW_EDIT_GUIDANCE
 from flux.photo import token_mask
@@ -68,11 +68,6 @@ class Maker:
                 pictures, references = self._decoded(self._encoded(items)), None
             elif method.strength is not None:
                 pictures, references = self._image_to_image(method, items), None
-            elif dose_of(method.settings).mask == "auto":
-                # What is attended to is compared for one reference at a time.
-                alone = [self._edited(method, [item]) for item in items]
-                pictures = [edits[0] for edits, _ in alone]
-                references = None if self.photos else [found[0] for _, found in alone]
             else:
                 pictures, references = self._edited(method, items)
         shares = ((time.perf_counter() - begin) / len(items), evaluations() / len(items))
@@ -121,6 +116,7 @@ class Maker:
         )
         source = self._source(settings, items)
         [batch] = batches_of(pipe, source, settings, settings.vital_layers, masks)
+        batch.sources = [item.source for item in items]
         with pipe.denoising() as model:
             if source.path is None and self.photos:
                 flow(pipe, model, source, [batch], _unseen)

@@ -11,7 +11,9 @@ from flux.images import write_text
 
 Row = Mapping[str, str | float | None]
 
+SCENE = ("background", "time", "style")  # kinds of edits that change all of a picture, the others a part
 KEPT = 25.0  # dB outside the mask: from there on, what an edit should keep looks kept
+CELL = ("success", "psnr", "both", "overlap")  # of the table by kind
 # In summary.md: title, factor (those of PIE-Bench's tables), digits.
 SHOWN = {
     "success": ("success", 1, 2),
@@ -32,7 +34,7 @@ SHOWN = {
 NOTES = f"""PSNR: dB over the pixels that the edit should keep. PIE PSNR, PIE MSE, SSIM and LPIPS: as in
 PIE-Bench's tables, of whole pictures whose edited part is black in both. "and {KEPT:g} dB": success with at
 least that PSNR. Overlap: of the subjects before and after. s and evaluations of the transformer: an edit's
-share of its batch.
+share of its batch. Local: edits of a part of the picture, not of its place, time or style.
 """
 
 
@@ -50,11 +52,15 @@ def means(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def by_kind(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """The means of each kind of edit, in the order in which the kinds come, after those of "all"."""
-    kinds = dict.fromkeys(row["kind"] for row in rows)
-    return {"all": means(rows)} | {
-        kind: means([row for row in rows if row["kind"] == kind]) for kind in kinds
-    }
+    """The means of "all" edits, of the "local" ones if there are others, and of each kind, in the order in
+    which the kinds come; with the number of edits as "items".
+    """
+    groups: dict[str, list[Row]] = {"all": list(rows)}
+    if any(row["kind"] in SCENE for row in rows):
+        groups["local"] = [row for row in rows if row["kind"] not in SCENE]
+    for row in rows:
+        groups.setdefault(row["kind"], []).append(row)
+    return {kind: {"items": len(own)} | means(own) for kind, own in groups.items() if own}
 
 
 def write_standings(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
@@ -63,18 +69,17 @@ def write_standings(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
     names = [name for name in SHOWN if any(name in kinds["all"] for kinds in found.values())]
     extra = dict.fromkeys(name for kinds in found.values() for name in kinds["all"] if name not in SHOWN)
     text = StringIO()
-    writer = csv.DictWriter(text, ["method", "kind", "items", *names, *extra], lineterminator="\n")
+    columns = dict.fromkeys(["method", "kind", "items", *names, *extra])
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     for method, kinds in found.items():
-        for kind, values in kinds.items():
-            count = sum(kind in ("all", row["kind"]) for row in rows[method])
-            writer.writerow({"method": method, "kind": kind, "items": count, **values})
+        writer.writerows({"method": method, "kind": kind, **values} for kind, values in kinds.items())
     write_text(folder / "summary.csv", text.getvalue())
     write_text(folder / "summary.md", markdown(found, names))
 
 
 def markdown(found: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequence[str]) -> str:
-    """One table of all measures, one of success and PSNR by kind of edit."""
+    """One table of all measures, one of the most telling by kind of edit."""
 
     def cell(values: Mapping[str, float], name: str) -> str:
         _, factor, digits = SHOWN[name]
@@ -84,12 +89,13 @@ def markdown(found: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequ
     for method, kinds in found.items():
         lines += _row(method, *(cell(kinds["all"], name) for name in names))
     kinds = [kind for kind in next(iter(found.values())) if kind != "all"]
-    pair = [name for name in ("success", "psnr") if name in names]
-    if len(kinds) > 1 and pair:
-        lines += f"\n{' / '.join(SHOWN[name][0] for name in pair)} by kind of edit:\n\n"
+    telling = [name for name in CELL if name in names]
+    if len(kinds) > 1 and telling:
+        lines += f"\n{' / '.join(SHOWN[name][0] for name in telling)} by kind of edit:\n\n"
         lines += _row("method", *kinds) + _row(*["---"] * (len(kinds) + 1))
         for method, own in found.items():
-            lines += _row(method, *(" / ".join(cell(own[kind], name) for name in pair) for kind in kinds))
+            cells = (" / ".join(cell(own[kind], name) or "-" for name in telling) for kind in kinds)
+            lines += _row(method, *cells)
     return f"{lines}\n{NOTES}"
 
 

@@ -7,20 +7,23 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import flux.automask
+import flux.editing
 import flux.evaluation
 from flux.edit_metrics import OUTSIDE
 from flux.editing import edit
 from flux.errors import InputError
-from flux.evaluation import Store, Task, completed, evaluate
+from flux.evaluation import Measurer, Store, Task, completed, evaluate
 from flux.evaluation_settings import EvaluateSettings, methods_of
 from flux.images import read_image, read_metadata, save_image
 from flux.methods import Made, Maker
 from flux.pie_bench import Item, encode_mask, read_benchmark, write_benchmark
 from flux.reading import check_settings, read_settings
 from flux.specs import complete, configs
-from flux.standings import by_kind, means
+from flux.standings import by_kind, markdown, means
 
 SIDE = 64
 PROMPTS = {"replace": ("a dog on the grass", "a cat on the grass"), "add": ("a car", "a car and a dog")}
@@ -252,12 +255,31 @@ def test_a_folder_of_other_settings_is_refused(benchmark, tmp_path, painting):
     evaluate(settings_of(benchmark, tmp_path), progress=False)
     with pytest.raises(InputError, match="another num_steps"):
         evaluate(settings_of(benchmark, tmp_path, num_steps=3), progress=False)
-    with pytest.raises(InputError, match="another metrics"):
-        evaluate(settings_of(benchmark, tmp_path, metrics=["structure"]), progress=False)
     evaluate(settings_of(benchmark, tmp_path, count=2, batch_size=8), progress=False)
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(InputError, match="cannot be read"):
         evaluate(settings_of(benchmark, tmp_path), progress=False)
+
+
+def test_other_measures_are_taken_from_the_pictures_there(benchmark, tmp_path, painting, monkeypatch):
+    """Of all rows, those left out this time included; time and work stay what they were. Nothing is made."""
+    settings = settings_of(
+        benchmark, tmp_path, references="generated", methods=[{"name": "a"}, {"name": "b"}]
+    )
+    evaluate(settings, progress=False)
+    before = results(tmp_path)
+    painting.clear()
+    other = settings.model_copy(
+        update={"metrics": ("structure",), "methods": settings.methods[:1], "count": 2}
+    )
+    measured, rows = [], Measurer.rows
+    monkeypatch.setattr(Measurer, "rows", lambda self, *given: measured.append(given) or rows(self, *given))
+    for _ in range(2):
+        evaluate(other, progress=False)
+    assert not painting and sum(len(items) for _, items, _ in measured) == 8
+    after = results(tmp_path)
+    assert all(float(row.pop("structure")) >= 0 for row in after)
+    assert sorted(map(str, after)) == sorted(map(str, before))
 
 
 def test_another_benchmark_is_refused(benchmark, tmp_path, painting):
@@ -301,8 +323,22 @@ def test_means_leave_out_what_was_not_measured():
     ]
     assert means(rows) == {"success": 2 / 3, "psnr": 30.0, "both": 1 / 3}
     found = by_kind(rows)
-    assert list(found) == ["all", "add", "time"]
+    assert list(found) == ["all", "local", "add", "time"]
     assert found["add"]["both"] == 0.5 and found["time"]["psnr"] == 40.0
+    assert found["local"] == found["add"] and found["time"]["items"] == 2
+    assert list(by_kind(rows[:2])) == ["all", "add"]
+
+
+def test_the_table_by_kind():
+    """What nobody measured of a kind is a dash."""
+    rows = [
+        {"kind": "add", "success": 1.0, "overlap": 0.5, "psnr": 30.0},
+        {"kind": "time", "success": 1.0, "overlap": 0.5, "psnr": None},
+    ]
+    shown = markdown({"x": by_kind(rows)}, ["success", "both", "overlap", "psnr"])
+    assert "success / PSNR / and 25 dB / overlap by kind" in shown
+    assert "| method | local | add | time |" in shown
+    assert "| x | 1.00 / 30.00 / 1.00 / 0.50 | 1.00 / 30.00 / 1.00 / 0.50 | 1.00 / - / - / 0.50 |" in shown
 
 
 # ---- the model
@@ -338,6 +374,23 @@ def test_a_batch_is_what_edit_makes_one_by_one(nano, benchmark, items, tmp_path,
         assert_close(found.picture, alone.edits[0])
         if not photos:
             assert_close(found.reference, alone.reference)
+
+
+@pytest.mark.parametrize("references", ["photo", "generated"])
+def test_masks_of_a_batch_are_those_of_one_by_one(nano, benchmark, items, tmp_path, monkeypatch, references):
+    """To the token, where each row has words, a source and a part to change of its own."""
+    monkeypatch.setattr(flux.automask, "THRESHOLD", 1.0)
+    monkeypatch.setattr(flux.automask, "ALL_OVER", 1.0)
+    found, make = [], flux.editing._auto_mask
+    monkeypatch.setattr(flux.editing, "_auto_mask", lambda *given: found.append(make(*given)) or found[-1])
+    size = {"width": 128, "height": 128}
+    settings = settings_of(benchmark, tmp_path, methods=[{"name": "x"}], references=references, **size)
+    maker = Maker(nano, (128, 128), photos=references == "photo")
+    for part in (items, items[:1], items[1:]):
+        maker.make(completed(settings)[0], part)
+    together, *alone = found
+    assert torch.equal(together, torch.cat(alone))
+    assert 0 < together[0].sum() < 64 and not torch.equal(*together)
 
 
 def assert_close(a: Image.Image, b: Image.Image) -> None:

@@ -133,23 +133,28 @@ def test_words_that_only_one_prompt_has():
 
 
 def test_tokens_that_attend_most_and_their_neighbours():
-    near, far = torch.zeros(48), torch.full((48,), 0.1)
-    near[[8, 9, 16, 17, 0, 1]] = 1.0
-    found = automask.may_change([near, far], 128, 96).reshape(6, 8)
+    """Each row by its own most; one that is 0 all over says nothing."""
+    maps = torch.full((2, 48), 0.1)
+    maps[0, [8, 9, 16, 17, 0, 1]] = 1.0
+    maps[1] = 0.0
+    found, nothing = automask.may_change(maps, 128, 96).reshape(2, 6, 8)
     assert found[:3, :3].all() and not found[:, 5:].any() and not found[5].any()
+    assert nothing.all()
 
 
 def test_attention_to_words_is_what_the_mask_follows():
-    """By hand: in the first half of the picture image tokens attend to the second word, in the rest not."""
+    """By hand: in the first half of the picture image tokens attend to the third word, in the rest not. Rows
+    go by their own prompts; one without a word of its own is 0.
+    """
     tokenizer = SimpleNamespace(max_length=4)
     offsets = {"offset_mapping": [(0, 1), (2, 5), (6, 9), (0, 0)], "attention_mask": [1, 1, 1, 1]}
     tokenizer.tokenizer = lambda *given, **more: offsets
-    q, k = torch.zeros(1, 1, 12, 2), torch.zeros(1, 1, 12, 2)
-    k[0, 0, 2, 0], q[0, 0, 4:8, 0] = 5.0, 5.0
-    found = automask.attended(tokenizer, {0: (q, k)}, 0, "a dog cat", ["cat"])
+    q, k = torch.zeros(2, 1, 12, 2), torch.zeros(2, 1, 12, 2)
+    k[:, 0, 2, 0], q[:, 0, 4:8, 0] = 5.0, 5.0
+    found, nothing = automask.attended(tokenizer, {0: (q, k)}, ["a dog cat"] * 2, ["a dog", "cat dog a"])
     assert_close(found[:4], torch.ones(4))
     assert (found[4:] < 0.2).all()
-    assert automask.attended(tokenizer, {0: (q, k)}, 0, "a dog cat", []) is None
+    assert not nothing.any()
 
 
 # ---- captions

@@ -75,12 +75,3 @@ class Cluster:
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
-
-
-def gather(cluster: Cluster, value: object) -> list:
-    """Everyone's value, by rank, on all."""
-    if cluster.world == 1:
-        return [value]
-    values: list = [None] * cluster.world
-    dist.all_gather_object(values, value)
-    return values

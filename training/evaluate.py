@@ -1,9 +1,10 @@
 """How good the trained nets are, measured by a net of another kind than any that ships.
 
-    python -m training.evaluate samples edits          # after `python -m training all`
+    python -m training.evaluate samples                # after `python -m training all`
     python -m training.evaluate speed                  # on the CPU, with the files in flux/assets/nano
 
-Writes evaluation.json, table.md, samples_*.png and edits_*.png into FOLDER/evaluation.
+Writes evaluation.json, table.md and samples_*.png into FOLDER/evaluation. Edits are measured by
+`python -m flux.evaluate` on `training.benchmark`'s scenes.
 """
 
 import argparse
@@ -11,36 +12,32 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux.intervention import NOTHING, Intervention
 from flux.loading import read_weights
 from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
 from training.autoencoder import psnr as round_trip_psnr
-from training.cluster import Cluster, gather
+from training.cluster import Cluster
 from training.labels import labels_of
-from training.looking import MeasuringNet, Seen, load_measuring, normalized
+from training.looking import MeasuringNet, Seen, load_measuring
 from training.nets import DINO_SIDE, build_autoencoder
 from training.plan import Work
 from training.render import Renderer
-from training.scenes import Content, Scene, editable, sample
+from training.scenes import Content, Scene, sample
 from training.schnell import merged, without_guidance
 from training.tokenizers import CLIP_LENGTH, T5_LENGTH
 from training.trainer import Budget
-from training.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
+from training.vocabulary import INDEX
 
 HELD_OUT_SEED = 987_654
-LOCAL_EDITS = ("replace", "hat", "add", "recolour")
-EDIT_KINDS = (*LOCAL_EDITS, "background", "time")
 GUIDANCE = 3.5
-SHOWN = 6  # edits of each kind on a contact sheet
 
 
 class Nets:
@@ -178,195 +175,6 @@ def evaluate_samples(nets: Nets, net: MeasuringNet, folder: Path, count: int, si
     return result
 
 
-# ----- edits
-
-
-@dataclass(frozen=True)
-class Dose:
-    """Where and for how long an edit takes over the reference's keys and values: layers, fraction of the
-    steps.
-    """
-
-    layers: tuple[int, ...]
-    until: float = 1.0
-
-
-def doses(order: Sequence[int], vital: int) -> dict[str, Dose]:
-    """The doses that the card compares; `order` has the layers from most to least vital."""
-    most, least = tuple(order[:vital]), tuple(order[-vital:])
-    return {
-        "none": Dose(()),
-        "vital, 40 % of the steps": Dose(most, 0.4),
-        "vital, 30 % of the steps": Dose(most, 0.3),
-        "vital, 20 % of the steps": Dose(most, 0.2),
-        "first three, 60 %": Dose(most[:3], 0.6),
-        "first three, 40 %": Dose(most[:3], 0.4),
-        "vital, every step (the paper's)": Dose(most),
-        "least vital, 40 %": Dose(least, 0.4),
-        "least vital, every step": Dose(least),
-        "all layers, 20 %": Dose(tuple(order), 0.2),
-        "all layers, every step": Dose(tuple(order)),
-    }
-
-
-@torch.no_grad()
-def scan(nets: Nets, flux: Flux, captions: Sequence[str], side: int, steps: int) -> list[tuple[int, float]]:
-    """Layers with 1 minus the similarity of pictures with and without them, most vital first, by the shipped
-    encoder.
-    """
-    from transformers import Dinov2Model
-
-    encoder = Dinov2Model.from_pretrained(nets.assets / "dinov2", dtype=torch.float32).to(nets.device).eval()
-
-    def features(images: Tensor) -> Tensor:
-        small = F.interpolate(images, size=(DINO_SIDE, DINO_SIDE), mode="bicubic", antialias=True).clamp(0, 1)
-        return F.normalize(encoder(pixel_values=normalized(small)).pooler_output, dim=-1)
-
-    levels = schedule("nano", steps, side)
-    cond = nets.conditioning(captions, GUIDANCE)
-    ids, start = image_ids(len(captions), side, side, nets.device), nets.noise(range(len(captions)), side)
-
-    def pictures(intervention: Intervention) -> Tensor:
-        latent = start
-        with torch.autocast(nets.device.type, dtype=torch.bfloat16, enabled=nets.device.type == "cuda"):
-            for t, t_next in zip(levels, levels[1:]):
-                latent = euler_step(flux, latent, ids, cond, t, t_next, intervention).latent
-        return features(nets.decode(latent.float(), side))
-
-    full = pictures(NOTHING)
-    scores = []
-    for layer in range(flux.num_layers):
-        bypassed = pictures(Intervention(skip=frozenset({layer})))
-        scores.append((layer, 1 - (full * bypassed).sum(1).mean().item()))
-    return sorted(scores, key=lambda score: -score[1])
-
-
-@torch.no_grad()
-def edit_batch(
-    nets: Nets,
-    flux: Flux,
-    before: list[str],
-    after: list[str],
-    seeds: list[int],
-    dose: Dose,
-    side: int,
-    steps: int,
-) -> tuple[Tensor, Tensor]:
-    """References and their edits from the same noise, "B 3 H W" in 0..1 each."""
-    levels = schedule("nano", steps, side)
-    ids, latent = image_ids(len(before), side, side, nets.device), nets.noise(seeds, side)
-    source, target = nets.conditioning(before, GUIDANCE), nets.conditioning(after, GUIDANCE)
-    edited, keeping = latent, Intervention(keep=frozenset(dose.layers))
-    stop = round(dose.until * steps)
-    with torch.autocast(nets.device.type, dtype=torch.bfloat16, enabled=nets.device.type == "cuda"):
-        for number, (t, t_next) in enumerate(zip(levels, levels[1:])):
-            injecting = bool(dose.layers) and number < stop
-            step = euler_step(flux, latent, ids, source, t, t_next, keeping if injecting else NOTHING)
-            taking = Intervention(take=step.kept) if injecting else NOTHING
-            latent = step.latent
-            edited = euler_step(flux, edited, ids, target, t, t_next, taking).latent
-    return nets.decode(latent.float(), side), nets.decode(edited.float(), side)
-
-
-def succeeded(seen: Seen, kind: str, contents: Sequence[tuple[Content, Content]]) -> Tensor:
-    """Whether each edited picture shows what was asked for, and the subject still where it should be."""
-    results = []
-    for number, (before, after) in enumerate(contents):
-        has = seen.objects[number] > 0
-        old, new = before.subjects[0], after.subjects[0]
-        subject = bool(has[INDEX[new.name]])
-        if kind == "replace":
-            good = subject and not has[INDEX[old.name]]
-        elif kind == "hat":
-            good = subject and seen.worn[number, INDEX[new.hat]] > 0
-        elif kind == "add":
-            good = subject and has[INDEX[after.subjects[1].name]]
-        elif kind == "recolour":
-            good = subject and seen.colours[number].argmax() == COLOUR_NAMES.index(new.colour)
-        elif kind == "background":
-            good = subject and seen.place[number].argmax() == PLACE_INDEX[after.place]
-        else:
-            good = subject and seen.time[number].argmax() == TIME_NAMES.index(after.time)
-        results.append(bool(good))
-    return torch.tensor(results)
-
-
-def outside_psnr(a: Tensor, b: Tensor, masks: Tensor) -> Tensor:
-    """PSNR in dB of pictures "B 3 H W" in 0..1 where the masks, widened by 7 pixels, are not; equal pictures:
-    60.
-    """
-    outside = (F.max_pool2d(masks.float(), 15, 1, 7) == 0).float()
-    error = ((a - b).square().mean(1, keepdim=True) * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3)).clamp(
-        min=1
-    )
-    return -10 * torch.log10(error.clamp(min=1e-6))
-
-
-def evaluate_edits(
-    nets: Nets, net: MeasuringNet, folder: Path, count: int, seeds: int, side: int, steps: int, vital: int
-) -> dict:
-    """For each dose and kind of edit: success, PSNR outside the objects, both at once, the subject's mask
-    overlap.
-
-    The doses are shared among the processes.
-    """
-    flux = nets.flux("nano")
-    rng = random.Random(HELD_OUT_SEED + 1)
-    ranking = scan(nets, flux, [sample(rng).caption for _ in range(min(64, 8 * count))], side, steps)
-    order = [layer for layer, _ in ranking]
-    pairs = {kind: [editable(rng, kind) for _ in range(count)] for kind in EDIT_KINDS}
-    own = {
-        name: _evaluate_dose(nets, net, flux, dose, pairs, seeds, side, steps)
-        for number, (name, dose) in enumerate(doses(order, vital).items())
-        if number % nets.work.cluster.world == nets.work.cluster.rank
-    }
-    found = {name: value for part in gather(nets.work.cluster, own) for name, value in part.items()}
-    found = {name: found[name] for name in doses(order, vital)}
-    result = {"vitality": {layer: round(score, 4) for layer, score in ranking}}
-    result["doses"] = {name: scores for name, (scores, _, _) in found.items()}
-    if not nets.work.cluster.first:
-        return result
-    columns = ["reference", *result["doses"]]
-    for kind in EDIT_KINDS:
-        references = next(iter(found.values()))[1][kind]
-        parts = [references, *(edited[kind] for _, _, edited in found.values())]
-        rows = torch.stack(parts, dim=1).flatten(0, 1)
-        titles = [
-            f"{name}: {text.caption}" for pair in pairs[kind][:SHOWN] for name, text in _titled(columns, pair)
-        ]
-        save_sheet(folder / f"edits_{kind}.png", rows.float() / 255, titles, columns=len(columns))
-    return result
-
-
-def _titled(columns: Sequence[str], pair: tuple[Content, Content]) -> list[tuple[str, Content]]:
-    return [(name, pair[0] if number == 0 else pair[1]) for number, name in enumerate(columns)]
-
-
-def _evaluate_dose(
-    nets: Nets, net: MeasuringNet, flux: Flux, dose: Dose, pairs: dict, seeds: int, side: int, steps: int
-) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """Scores of one dose by kind of edit, and some references and edits as bytes on the CPU."""
-    scores, references, edits = {}, {}, {}
-    for kind, contents in pairs.items():
-        before, after = ([content.caption for content in half] for half in zip(*contents))
-        values = []
-        for seed in range(seeds):
-            noise_seeds = [5000 + 1000 * seed + number for number in range(len(contents))]
-            reference, edited = edit_batch(nets, flux, before, after, noise_seeds, dose, side, steps)
-            (_, mask), (seen, new_mask) = look(net, reference), look(net, edited)
-            good = succeeded(seen, kind, contents).to(nets.device)
-            kept = outside_psnr(reference, edited, mask | new_mask)
-            overlap = (mask & new_mask).sum((1, 2, 3)) / (mask | new_mask).sum((1, 2, 3)).clamp(min=1)
-            values.append(torch.stack((good.float(), kept, (good & (kept > 25)).float(), overlap)))
-            if seed == 0:
-                references[kind], edits[kind] = (
-                    (x[:SHOWN] * 255).round().byte().cpu() for x in (reference, edited)
-                )
-        mean = torch.cat(values, dim=1).mean(1).tolist()
-        scores[kind] = {key: round(value, 4) for key, value in zip(("success", "psnr", "both", "iou"), mean)}
-    return scores, references, edits
-
-
 # ----- speed
 
 
@@ -423,22 +231,6 @@ def table(result: dict) -> str:
         for row in scores["real renders"]:
             lines.append(f"| {row} | " + " | ".join(f"{scores[name][row]:.3f}" for name in names) + " |")
         lines += ["", f"Autoencoder round trip: {scores['autoencoder, dB']:.1f} dB", ""]
-    if "edits" in result:
-        lines.append("| dose | " + " | ".join(EDIT_KINDS) + " | local: success | both | PSNR |")
-        lines.append("|---" * (len(EDIT_KINDS) + 4) + "|")
-        for name, kinds in result["edits"]["doses"].items():
-            cells = [
-                f"{kinds[kind]['success']:.2f} / {kinds[kind]['psnr']:.1f} / {kinds[kind]['iou']:.2f}"
-                for kind in kinds
-            ]
-            local = [
-                sum(kinds[kind][key] for kind in LOCAL_EDITS) / len(LOCAL_EDITS)
-                for key in ("success", "both", "psnr")
-            ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " | {:.2f} | {:.2f} | {:.1f} |".format(*local))
-        lines += ["", "Cells: success / PSNR outside the objects in dB / overlap of the subjects' masks.", ""]
-        ranked = ", ".join(f"{layer} ({score:.3f})" for layer, score in result["edits"]["vitality"].items())
-        lines += [f"Vitality, most vital first: {ranked}", ""]
     if "speed" in result:
         lines += ["| on this CPU | seconds |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in result["speed"].items()]
@@ -447,40 +239,30 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=("samples", "edits", "speed"))
+    parser.add_argument("parts", nargs="+", choices=("samples", "speed"))
     parser.add_argument("--folder", type=Path, default=Path("output/training"))
     parser.add_argument("--assets", type=Path, help="the exported files; default: FOLDER/assets")
     parser.add_argument("--captions", type=int, default=512)
-    parser.add_argument("--edits", type=int, default=40, help="pairs of each kind")
-    parser.add_argument("--seeds", type=int, default=3, help="noise seeds of each pair")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--vital", type=int, default=5, help="how many layers count as vital")
     parser.add_argument("--toy", action="store_true")
     arguments = parser.parse_args()
 
-    cluster = Cluster.join()
     budget = Budget(1e6, time.time())
-    work = (Work.toy if arguments.toy else Work)(cluster, arguments.folder, budget)
+    work = (Work.toy if arguments.toy else Work)(Cluster.join(), arguments.folder, budget)
     folder = arguments.folder / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "evaluation.json"
     result = json.loads(saved.read_text()) if saved.exists() else {}
     if "speed" in arguments.parts:
         result["speed"] = evaluate_speed()
-    if {"samples", "edits"} & set(arguments.parts):
+    if "samples" in arguments.parts:
         nets, net = Nets(work, arguments.assets or arguments.folder / "assets"), load_measuring(work)
-        common = {"side": work.side, "steps": arguments.steps}
-        if "samples" in arguments.parts and cluster.first:
-            result["samples"] = evaluate_samples(nets, net, folder, arguments.captions, **common)
-        if "edits" in arguments.parts:
-            result["edits"] = evaluate_edits(
-                nets, net, folder, arguments.edits, arguments.seeds, vital=arguments.vital, **common
-            )
-    if cluster.first:
-        saved.write_text(json.dumps(result, indent=1))
-        (folder / "table.md").write_text(table(result))
-        print(table(result))
-    cluster.leave()
+        result["samples"] = evaluate_samples(
+            nets, net, folder, arguments.captions, side=work.side, steps=arguments.steps
+        )
+    saved.write_text(json.dumps(result, indent=1))
+    (folder / "table.md").write_text(table(result))
+    print(table(result))
 
 
 if __name__ == "__main__":

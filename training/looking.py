@@ -1,7 +1,7 @@
 """Stages "dinov2" and "measuring": the nets that look at pictures.
 
 The Dinov2Model is shipped as flux-nano's perceptual encoder. The measuring net is not: a small convolutional
-net of another kind, trained on other scenes, that only `training.evaluate` uses.
+net of another kind, trained on other scenes, that `training.evaluate` and `training.judge` use.
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,7 @@ PLAN: dict[str, StagePlan] = {
     "guidance": StagePlan(55, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
     "schnell": StagePlan(108, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
     "dinov2": StagePlan(52, 256, 1e-3, 150_000, decay=0.9),
-    "measuring": StagePlan(80, 192, 2e-3, 150_000, decay=0.9),
+    "measuring": StagePlan(280, 512, 2e-3, 600_000, decay=0.9),
 }
 TOY_PLAN: dict[str, StagePlan] = {
     "autoencoder": StagePlan(1.5, 4, 1e-3, 8, decay=0.6),

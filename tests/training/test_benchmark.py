@@ -161,3 +161,10 @@ def test_an_evaluation_with_a_judge(folder, file, tmp_path, monkeypatch):
             out = flux.evaluation.evaluate(settings, progress=False)
         assert "| x | " in (out / "summary.md").read_text()
         assert "| success | and 25 dB | overlap | PSNR |" in (out / "summary.md").read_text()
+    # Another net is another judge, whatever its file is called.
+    copy, other = (tmp_path / name for name in ("copy.pt", "other.pt"))
+    copy.write_bytes(file.read_bytes())
+    torch.save({name: x.half() for name, x in MeasuringNet(TOY).state_dict().items()}, other)
+    for judge, outdated in ((copy, False), (other, True)):
+        again = settings.model_copy(update={"judge": str(judge)})
+        assert flux.evaluation.Store(again).outdated == outdated
