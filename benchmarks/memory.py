@@ -215,7 +215,7 @@ def limit(device: torch.device, cap: float | None) -> None:
     """Lets this process take so many GiB of the card; None: all."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total) if cap else 1.0, device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total) if cap else 1.0)
 
 
 def run_case(nets: Nets, case: Case, settings: EditSettings, device: torch.device) -> dict:

@@ -404,7 +404,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     taken, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    # It alone does not take a device without a number; None is the current one.
+    allowed = torch.cuda.get_per_process_memory_fraction(device.index) * total
     return round(min(free + reserved, allowed) - taken)
 
 

@@ -76,6 +76,18 @@ def test_interventions_come_near_and_offloading_changes_nothing(streamed):
             assert torch.equal(model(**given, intervention=intervention), near)
 
 
+def test_compiled_it_says_the_same():
+    """Traced and not translated, which takes a C compiler's time; taking over uses parts of the matrices."""
+    given, model = toy.inputs(2), fp8_model()
+    with torch.no_grad():
+        kept = model.observe(**given, intervention=Intervention(keep=frozenset((1, 4))))[1].kept
+        taking = Intervention(take=kept, weights={4: 0.5})
+        expected = model(**given, intervention=taking)
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.compile(fullgraph=True, backend="eager")
+        assert toy.relative_error(model(**given, intervention=taking), expected) < 1e-6
+
+
 def test_modulations_embedders_and_last_layer_stay_wide():
     model = fp8_model()
     wide = {name for name, part in model.named_modules() if type(part) is nn.Linear}

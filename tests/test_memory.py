@@ -14,7 +14,18 @@ from flux.checkpoint import Stored, Weight
 from flux.errors import InputError
 from flux.layouts import Source
 from flux.loading import files_of, on_meta
-from flux.memory import GIB, MIB, Accounts, Plan, Stage, describe, live_bytes, make_plan, sources_of
+from flux.memory import (
+    GIB,
+    MIB,
+    Accounts,
+    Plan,
+    Stage,
+    describe,
+    free_memory,
+    live_bytes,
+    make_plan,
+    sources_of,
+)
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.pipeline import Pipeline
@@ -243,6 +254,20 @@ def test_auto_says_what_it_picked(capsys):
     plan = make_plan(settings, spec, files_of(settings), torch.float32, torch.float32, CPU)
     assert plan.offload == "none" and plan.peak < GIB
     assert capsys.readouterr().out.startswith("memory: all nets stay on the device; at most 0.2 GiB")
+
+
+def test_free_memory_of_a_card_without_a_number(monkeypatch):
+    """What others leave, beside what this process has reserved itself, and no more than it is allowed."""
+    from torch.cuda._utils import _get_device_index
+
+    def fraction(device: int | None = None) -> float:
+        return 0.5 if device is None else _get_device_index(device) * 0.5
+
+    cuda = {"mem_get_info": (20, 100), "memory_allocated": 10, "memory_reserved": 40}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
+    assert free_memory(torch.device("cuda")) == 40, "of 60, only 50 allowed, and 10 taken"
 
 
 # ---- on a GPU

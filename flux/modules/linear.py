@@ -91,11 +91,16 @@ class Fp8Linear(nn.Module):
         return (self.packed.float() * self.scale).to(self.dtype)
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
-        return self.project(x, 0, None)
+        return self._product(x, slice(None))
 
     def project(self, x: Tensor | Rounded, start: int, stop: int | None) -> Tensor:
         """Only the output channels start..stop."""
-        rows = slice(start, stop)
+        if torch.compiler.is_compiling():
+            # torch 2.11's compiler fails over the product with a part of the matrix, on cards alone.
+            return self(x)[..., start:stop]
+        return self._product(x, slice(start, stop))
+
+    def _product(self, x: Tensor | Rounded, rows: slice) -> Tensor:
         own = x if isinstance(x, Rounded) else Rounded.of(x)
         made = torch._scaled_mm(
             own.packed.flatten(0, -2),
@@ -104,7 +109,7 @@ class Fp8Linear(nn.Module):
             scale_b=self.scale.expand(self.out_features, 1)[rows].T.contiguous(),
             bias=None if self.bias is None else self.bias[rows],
             out_dtype=own.dtype,
-            # An eighth faster, and as near: products are rounded by more than their sums.
+            # An eighth faster on an H200, and no further from bfloat16: the numbers are rounded by more.
             use_fast_accum=own.packed.is_cuda,
         )
         return made.view(*own.shape[:-1], -1)
