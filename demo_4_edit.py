@@ -24,7 +24,7 @@ def main(file: str = "edit.json", **overrides) -> None:
     from flux.loading import checkpoint_of
     from flux.parallel import join
     from flux.photo import Photograph, describe, natural_size
-    from flux.pipeline import Pipeline, pick_device
+    from flux.pipeline import Pipeline, counted, pick_device
     from flux.record import about, run_record
     from flux.specs import complete, get_spec
     from flux.vital_layers import find_vital_layers
@@ -46,7 +46,8 @@ def main(file: str = "edit.json", **overrides) -> None:
     # So that run.json repeats this run also when other layers are "auto" one day.
     settings = settings.model_copy(update={"vital_layers": layers})
     pipe = Pipeline.load(settings, ranks)
-    made = edit(pipe, settings, layers, photo)
+    with counted(pipe) as evaluations:
+        made = edit(pipe, settings, layers, photo)
 
     if ranks.rank:  # Of several processes the first one writes.
         return
@@ -58,7 +59,8 @@ def main(file: str = "edit.json", **overrides) -> None:
         save_image(picture, folder / name, about(settings, prompt, settings.seed, layers=layers))
     save_image(grid([pictures], [prompts]), folder / "comparison.png")
     scores = [{"psnr_to_reference": psnr(made.reference, picture)} for picture in made.edits]
-    write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, timings=pipe.timings))
+    cost = {"timings": pipe.timings, "evaluations": evaluations()}
+    write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, **cost))
     print(folder / "comparison.png")
 
 

@@ -1,8 +1,7 @@
 """Edits of a benchmark made by one method, several at once."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from flux.evaluation_settings import Method
 from flux.inversion import FLOW_EDIT_GUIDANCE
 from flux.photo import token_mask
 from flux.pie_bench import Item
-from flux.pipeline import Pipeline
+from flux.pipeline import Pipeline, counted
 from flux.reference import Source, replayed, steering
 from flux.sampling import Step, sample
 from flux.settings import EditSettings
@@ -145,15 +144,3 @@ class Maker:
 
 def _unseen(step: Step, index: int) -> None:
     """No one watches the steps."""
-
-
-@contextmanager
-def counted(pipe: Pipeline) -> Iterator[Callable[[], int]]:
-    """Gives how many pictures the transformer has been asked about since the block began."""
-    rows = []
-    # The one part that every evaluation runs through whole, whatever is bypassed, compiled or offloaded.
-    handle = pipe.model.final_layer.register_forward_hook(lambda net, given, out: rows.append(len(out)))
-    try:
-        yield lambda: sum(rows)
-    finally:
-        handle.remove()

@@ -1,5 +1,7 @@
 """The Triton kernels, run by Triton's interpreter, beside their plain twins. On a card: inside the model."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,18 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
         found = [model(**given, intervention=one) for one in every]
     for one, other in zip(found, expected):
         assert toy.relative_error(one, other) < (0.01 if eight_bit else 1e-6)
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
+    there = types.SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(fused, "kernels", fused)
+    monkeypatch.setattr(fused, "_able", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with torch.no_grad():
+        assert fused.has_kernel(there) is expected
+        assert not fused.has_kernel(types.SimpleNamespace(is_cuda=False))
+    assert not fused.has_kernel(there), "gradients are wanted"
 
 
 def test_what_is_rounded_can_be_cut():

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from flux import pipeline, sampling
 from flux.errors import InputError
-from flux.pipeline import Pipeline, pick_device, pick_dtype
+from flux.pipeline import Pipeline, counted, pick_device, pick_dtype
 from flux.reading import check_settings
 from flux.settings import ModelSettings
 from flux.specs import NANO_FOLDER, complete, configs
@@ -103,6 +103,14 @@ def test_each_step_is_reported(nano):
     assert [(step.t, step.t_next) for step in steps] == list(zip(levels, levels[1:]))
     assert torch.equal(steps[0].noisy, nano.noise([1], 128, 96))
     assert difference(nano.decode(steps[-1].latent, 128, 96)[0], picture) == 0
+
+
+def test_a_second_pass_counts_as_an_evaluation(nano):
+    common = {"width": 64, "height": 64, "num_steps": 2, "guidance": 3.5, "progress": False}
+    for true_cfg, expected in ((1.0, 4), (2.0, 8)):
+        with counted(nano) as evaluations:
+            nano.generate([DOG, DOG], [0, 1], true_cfg=true_cfg, **common)
+        assert evaluations() == expected, "two pictures, two steps"
 
 
 def test_timings_are_kept(nano):

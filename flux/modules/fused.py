@@ -26,8 +26,22 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 
 
+FIRST_CARD = (8, 0)  # CUDA compute capability that Triton knows: Ampere and later
+_able: bool | None = None
+
+
+# A compiler that traces the blocks asks once, and does not look into it.
+@torch.compiler.assume_constant_result
+def _card_is_able() -> bool:
+    global _able
+    if _able is None:
+        _able = torch.cuda.get_device_capability() >= FIRST_CARD
+    return _able
+
+
 def has_kernel(x: Tensor) -> bool:
-    return kernels is not None and x.is_cuda and not torch.is_grad_enabled()
+    """Whether `x` is treated by our kernels."""
+    return kernels is not None and x.is_cuda and not torch.is_grad_enabled() and _card_is_able()
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
