@@ -17,6 +17,8 @@ class Dose:
         top: of how many vital layers, the most vital ones; None: all.
         mask: "auto": what an edit may change is found on the way, see `flux.automask`. An edit may also put
             a picture's file here, or "none".
+        all_over_until: in place of `inject_until` where a mask so found leaves nothing as it is, as for
+            another place: what stands there is then to be held longer.
     """
 
     weight: float | Mapping[int, float] = 1.0
@@ -25,6 +27,7 @@ class Dose:
     falling: bool = False
     top: int | None = None
     mask: str | None = None
+    all_over_until: float | None = None
 
     def of_layer(self, layer: int) -> float:
         """The weight of a layer where nothing has fallen yet; one that a mapping does not name has 1."""
@@ -37,7 +40,7 @@ class Dose:
 
 # The only place with these numbers: to tune them, change them here.
 DOSES: dict[str, Dose] = {
-    "auto": Dose(weight=0.4, inject_until=0.3, mask="auto"),
+    "auto": Dose(weight=0.4, inject_until=0.3, mask="auto", all_over_until=0.8),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),

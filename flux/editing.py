@@ -64,8 +64,9 @@ def psnr(a: Image.Image, b: Image.Image) -> float | None:
 
 def dose_of(entry: Turn) -> Dose:
     """The named dose of an edit, with the numbers put over it that the edit gives itself."""
-    given = {each.name: getattr(entry, each.name) for each in fields(Dose)}
-    return replace(DOSES[entry.dose], **{name: value for name, value in given.items() if value is not None})
+    given = {each.name: getattr(entry, each.name, None) for each in fields(Dose)}
+    dose = replace(DOSES[entry.dose], **{name: value for name, value in given.items() if value is not None})
+    return dose if entry.inject_until is None else replace(dose, all_over_until=None)
 
 
 @dataclass(eq=False)
@@ -76,9 +77,11 @@ class Batch:
         places: their places among all edits.
         sources: for each, the prompt of what it starts from.
         shares: what is left of the dose's weight in each step; in those not named nothing is taken.
+        longer: further steps, in which those edits take that may change all of the picture.
         latent: where they are, "B I 64".
         mask: which tokens may change, "B I 1", bool; None: all. If the dose's mask is "auto", it is found on
             the way.
+        all_over: with a mask so found, which edits may change all of the picture, "B 1", bool; None: none.
     """
 
     places: list[int]
@@ -87,14 +90,25 @@ class Batch:
     dose: Dose
     layers: tuple[int, ...]
     shares: dict[int, float]
+    longer: range
     cond: Conditioning
     latent: Tensor
     mask: Tensor | None
+    all_over: Tensor | None = None
 
     def takes(self, index: int) -> frozenset[int]:
-        """The layers in which step `index` takes from the reference."""
-        share = self.shares.get(index, 0.0)
+        """The layers in which step `index` takes from the reference, as far as is known before it."""
+        share = self._share(index)
         return frozenset(layer for layer in self.layers if share * self.dose.of_layer(layer) > 0)
+
+    def _share(self, index: int) -> float:
+        held = index in self.longer and self.all_over is not None
+        return 1.0 if held else self.shares.get(index, 0.0)
+
+    def found(self, mask: Tensor) -> None:
+        """Takes over the mask that was found on the way."""
+        self.mask, all_over = mask, mask.all(dim=1)
+        self.all_over = all_over if all_over.any() else None
 
     def taking(self, index: int, moment: Moment) -> Intervention:
         layers = self.takes(index)
@@ -105,11 +119,13 @@ class Batch:
             which = self.entries[0].parts
             return {n: tuple(x if part in which else None for part, x in zip("kv", kept[n])) for n in layers}
 
-        weights = {layer: self.shares[index] * self.dose.of_layer(layer) for layer in layers}
+        weights = {layer: self._share(index) * self.dose.of_layer(layer) for layer in layers}
         if self.mask is not None:
             # Outside the mask the latent is the reference's, and so are keys and values.
             may_change = self.mask[:, :, 0].float()
             weights = {n: 1 - may_change * (1 - w) if w < 1 else w for n, w in weights.items()}
+            if index in self.longer:
+                weights = {n: w * self.all_over.expand_as(may_change) for n, w in weights.items()}
         negative = moment.kept_negative
         return Intervention(
             take=parts(moment.kept),
@@ -175,6 +191,9 @@ def batches_of(
     batches = []
     for (dose, *_), members in groups:
         steps = window(source.num_steps, dose.inject_from, dose.inject_until)
+        longer = range(0)
+        if dose.mask == "auto" and dose.all_over_until is not None:
+            longer = range(steps.stop, round(dose.all_over_until * source.num_steps))
         for start in range(0, len(members), settings.batch_size):
             places = members[start : start + settings.batch_size]
             chosen = [entries[place] for place in places]
@@ -185,7 +204,7 @@ def batches_of(
                 mask = torch.cat([masks[place][1] for place in places]).to(pipe.device)
             shares, latent = dict(zip(steps, dose.shares(steps))), source.start.expand(len(places), -1, -1)
             own, sources = tuple(layers[: dose.top]), [source.prompt] * len(places)
-            batches.append(Batch(places, sources, chosen, dose, own, shares, cond, latent, mask))
+            batches.append(Batch(places, sources, chosen, dose, own, shares, longer, cond, latent, mask))
     return batches
 
 
@@ -212,7 +231,7 @@ def follow(
             cond = source.at(batch.cond, index)
             step = euler_step(model, batch.latent, ids, cond, moment.t, moment.t_next, taking)
             if look:
-                batch.mask = _auto_mask(pipe, model, source, moment, batch, step, ids)
+                batch.found(_auto_mask(pipe, model, source, moment, batch, step, ids))
             batch.latent = step.latent if moment.drift is None else step.latent + moment.drift
             if batch.mask is not None:
                 batch.latent = torch.where(batch.mask, batch.latent, moment.next_latent)
@@ -366,7 +385,10 @@ def edit(
             flow(pipe, model, source, batches, stepped)
             latent = source.start
         else:
-            keep = [frozenset().union(*(batch.takes(index) for batch in batches)) for index in range(steps)]
+
+            def keep(index: int) -> frozenset[int]:
+                return frozenset().union(*(batch.takes(index) for batch in batches))
+
             moments = source.moments(model, pipe.image_ids(1, *source.size), keep)
             latent = follow(pipe, model, source, moments, batches, stepped)
     [picture] = pipe.decode(latent / source.scale, *source.size, settings.watermark)

@@ -120,8 +120,7 @@ class Maker:
             if source.path is None and self.photos:
                 flow(pipe, model, source, [batch], _unseen)
             else:
-                keep = [batch.takes(index) for index in range(source.num_steps)]
-                moments = source.moments(model, pipe.image_ids(1, *self.size), keep)
+                moments = source.moments(model, pipe.image_ids(1, *self.size), batch.takes)
                 latent = follow(pipe, model, source, moments, [batch], _unseen)
         edits = self._decoded(batch.latent / source.scale)
         return edits, None if self.photos else self._decoded(latent)

@@ -109,9 +109,9 @@ class Source:
         begins = round(self.settings.cfg_from * self.num_steps)
         return cond if index >= begins else replace(cond, negative=None)
 
-    def moments(self, model: Flux, ids: Tensor, keep: Sequence[frozenset[int]]) -> Iterator[Moment]:
-        """Each step, with the keys and values of these layers in it; a pass that gives nothing that is
-        needed is left out.
+    def moments(self, model: Flux, ids: Tensor, keep: Callable[[int], frozenset[int]]) -> Iterator[Moment]:
+        """Each step, with the keys and values of the layers that `keep` says for its number, asked when it
+        begins; a pass that gives nothing that is needed is left out.
         """
         latent, steering = self.start, self.cond
         if self.path is not None:
@@ -121,10 +121,11 @@ class Source:
         for index, (t, t_next) in enumerate(pairwise(self.levels)):
             if self.path is not None:
                 latent = self.path[index]
-            if self.path is not None and not keep[index] and not self.settings.correct_drift:
+            layers = keep(index)
+            if self.path is not None and not layers and not self.settings.correct_drift:
                 yield Moment(t, t_next, latent, self.path[index + 1], {})
                 continue
-            keeping = Intervention(keep=keep[index])
+            keeping = Intervention(keep=layers)
             step = euler_step(model, latent, ids, self.at(steering, index), t, t_next, keeping)
             before, latent, drift = latent, step.latent, None
             if self.path is not None:
@@ -175,10 +176,9 @@ def keep_reference(
         return Reference(source, tuple(layers), [], source.placed(picture))
     ids = pipe.image_ids(1, *source.size)
     moments, on_device = [], True
-    keep = [frozenset(layers)] * source.num_steps
     done = source.inverted_steps
     with pipe.denoising() as model:
-        found = source.moments(model, ids, keep)
+        found = source.moments(model, ids, lambda index: frozenset(layers))
         for index, moment in enumerate(_bar(found, "reference", source.num_steps, progress)):
             if index == 0:
                 on_device = _fits(pipe.device, source.num_steps * moment.bytes())

@@ -315,6 +315,36 @@ def test_a_mask_of_each_edit(small, tmp_path):
     assert found[0][1].sum() == TOKENS // 2
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_may_change_all_over_is_held_longer(small, monkeypatch, kept):
+    """By the default dose: beside an edit of a part, which is held as long as by itself; of ten steps three
+    and eight.
+    """
+    part = torch.zeros(1, TOKENS, 1, dtype=torch.bool)
+    part[:, :7] = True
+    masks = {EDITS[0]: part, EDITS[2]: torch.ones_like(part)}
+    monkeypatch.setattr(
+        editing, "_auto_mask", lambda *given: torch.cat([masks[e.prompt] for e in given[4].entries])
+    )
+    common = {"num_steps": 10, "true_cfg": 1.0}
+
+    def made(edits: list[str], **changes) -> list[Image.Image]:
+        wanted = settings(**common, edits=edits, **changes)
+        if kept:
+            reference = keep_reference(small, wanted, LAYERS, progress=False)
+            return edit_reference(small, reference, edits, wanted, progress=False)
+        return edit(small, wanted, LAYERS, progress=False).edits
+
+    both = made([EDITS[0], EDITS[2]], dose="auto")
+    for edit_number, until in ((0, 0.3), (2, 0.8)):
+        [alone] = made([EDITS[edit_number]], dose="auto")
+        assert difference(both[bool(edit_number)], alone) == 0
+        [same] = made([EDITS[edit_number]], dose="auto", inject_until=until)
+        assert difference(alone, same) == 0
+    [short] = made([EDITS[2]], dose="auto", inject_until=0.3)
+    assert difference(short, both[1]) > 0, "a number of one's own holds"
+
+
 def test_an_automatic_mask(small, passes, monkeypatch):
     """Found at one step, from the attention of the edit and of the reference, and kept to from then on; an
     edit that says the same may change all.
@@ -448,7 +478,8 @@ def test_the_reference_of_a_photograph_ends_at_its_own_latent(small, photo, meth
     source = reference.find_source(small, wanted, photo, None, False)
     clean = small.encode(Photograph.of(photo, WIDTH, HEIGHT).part)
     with small.denoising() as model:
-        moments = list(source.moments(model, small.image_ids(1, WIDTH, HEIGHT), [frozenset(LAYERS)] * 2))
+        found = source.moments(model, small.image_ids(1, WIDTH, HEIGHT), lambda index: frozenset(LAYERS))
+        moments = list(found)
     assert (moments[-1].next_latent / source.scale - clean).abs().max() < 1e-4
     assert [moment.t for moment in moments] == source.levels[:-1]
     assert all(torch.equal(moment.latent, latent) for moment, latent in zip(moments, source.path))
