@@ -1,6 +1,7 @@
 """The plan: bytes counted before anything is loaded are those that are then there."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,3 +297,12 @@ def test_the_peak_is_as_planned(offload, quantize):
         run()
         planned = plan.peak if stage == "all" else plan.stage(stage).peak
         assert torch.cuda.max_memory_allocated() == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_auto_plans_for_the_card_that_is_there(capsys):
+    pipe = Pipeline.load(complete(ModelSettings(device="auto", offload="auto")))
+    assert pipe.device.type == "cuda" and not pipe.offloaded
+    assert re.match(
+        r"memory: all nets stay on the device; at most 0\.\d of \d+\.\d GiB", capsys.readouterr().out
+    )
