@@ -153,7 +153,7 @@ def test_what_is_rounded_can_be_cut():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_on_a_card(monkeypatch, compiled, eight_bit):
-    """In bfloat16, as near to float32 as the plain twin, for two sizes and batches."""
+    """In bfloat16, as near to float32 as the plain twin, for one picture and for two."""
     cuda = torch.device("cuda")
     for batch in (1, 2):
         given = {name: x.to(cuda) for name, x in toy.inputs(batch).items() if x is not None}
