@@ -9,18 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux.attention_maps import mean_attention, prompt_words, text_tokens
-from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.photo import TOKEN
 
 THRESHOLD = 0.65  # of the most that any image token attends to the words, or is led apart by them
 ALL_OVER = 0.3  # on flux-nano another place or time of day was above, another object or hat below
-
-
-def layers_to_watch(model: Flux) -> frozenset[int]:
-    """The two layers on either side of where the streams join: what the tokens stand for is settled there."""
-    joint = len(model.double_blocks)
-    return frozenset(layer for layer in range(joint - 2, joint + 2) if 0 <= layer < model.num_layers)
 
 
 def other_words(prompt: str, than: str) -> list[str]:

@@ -3,7 +3,11 @@ where.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flux.settings import Turn
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,10 @@ DOSES: dict[str, Dose] = {
     "paper": Dose(),
 }
 DEFAULT_DOSE = "auto"
+
+
+def dose_of(entry: "Turn") -> Dose:
+    """The named dose of an edit, with the numbers put over it that the edit gives itself."""
+    given = {each.name: getattr(entry, each.name, None) for each in fields(Dose)}
+    dose = replace(DOSES[entry.dose], **{name: value for name, value in given.items() if value is not None})
+    return dose if entry.inject_until is None else replace(dose, all_over_until=None)

@@ -3,7 +3,7 @@ Flow, 3.2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.automask import changed_tokens, layers_to_watch, led_apart
-from flux.doses import DOSES, Dose
+from flux.automask import changed_tokens, led_apart
+from flux.doses import Dose, dose_of
 from flux.errors import InputError
 from flux.images import read_image
 from flux.intervention import NOTHING, Intervention
@@ -60,13 +60,6 @@ def psnr(a: Image.Image, b: Image.Image) -> float | None:
 
 
 # ---- edits
-
-
-def dose_of(entry: Turn) -> Dose:
-    """The named dose of an edit, with the numbers put over it that the edit gives itself."""
-    given = {each.name: getattr(entry, each.name, None) for each in fields(Dose)}
-    dose = replace(DOSES[entry.dose], **{name: value for name, value in given.items() if value is not None})
-    return dose if entry.inject_until is None else replace(dose, all_over_until=None)
 
 
 @dataclass(eq=False)
@@ -227,7 +220,7 @@ def follow(
             taking = batch.taking(index, moment)
             look = batch.dose.mask == "auto" and index == auto_at
             if look:
-                taking = replace(taking, watch=layers_to_watch(model))
+                taking = replace(taking, watch=pipe.model.params.around_the_joint)
             cond = source.at(batch.cond, index)
             step = euler_step(model, batch.latent, ids, cond, moment.t, moment.t_next, taking)
             if look:
@@ -249,7 +242,7 @@ def _auto_mask(
     pipe: Pipeline, model: Flux, source: Source, moment: Moment, batch: Batch, step: Step, ids: Tensor
 ) -> Tensor:
     """Which tokens the edits of a batch may change, "B I 1", bool, from the step that watched them."""
-    num, watching = len(batch.entries), Intervention(watch=layers_to_watch(model))
+    num, watching = len(batch.entries), Intervention(watch=pipe.model.params.around_the_joint)
     at, own = moment.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
     # As strongly guided as the edits: how strongly makes a difference everywhere.
     cond = replace(source.cond.expanded(num), negative=None, guidance=own.guidance)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.checkpoint import EIGHT_BIT
+from flux.doses import dose_of
 from flux.errors import InputError
 from flux.fp8 import to_fp8
 from flux.layouts import Source
@@ -34,8 +35,9 @@ from flux.tiling import TILE
 
 MIB, GIB = 2**20, 2**30
 WORKSPACE = 32 * MIB  # cuBLAS's own, on a CUDA device
-# A plan fits if there is room for this much more: what allocations waste, and what kernels take on the side.
-SLACK, ACTIVATION_MARGIN = 256 * MIB, 1.15
+# A plan fits if there is room for this much more: what kernels take on the side, and what the allocator holds
+# in pieces too small to use, the more the more lies there (0.3 to 1 GiB of 8 to 24).
+SLACK, WEIGHT_MARGIN, ACTIVATION_MARGIN = 512 * MIB, 1.04, 1.15
 ALL = sys.maxsize  # blocks to stream
 BLOCK = r"(double_blocks|single_blocks|encoder\.block)\.(\d+)\."
 T5_HEAD, T5_WIDENING = 64, 2.5  # channels of a head, and the wide layer's width over the model's, in T5-XXL
@@ -187,7 +189,7 @@ class Stage:
     @property
     def needed(self) -> int:
         """Free memory from which on it is sure to run."""
-        return self.weights + round(ACTIVATION_MARGIN * self.activations) + SLACK
+        return round(WEIGHT_MARGIN * self.weights + ACTIVATION_MARGIN * self.activations) + SLACK
 
     def fits(self, free: int) -> bool:
         return self.needed <= free
@@ -289,6 +291,10 @@ class Accounts:
             layers = self.settings.vital_layers
             count = len(spec.vital_layers or ()) if isinstance(layers, str) else len(layers)
             most += self.passes * count * 2 * tokens * params.hidden_size * self.dtype.itemsize
+            if any(dose_of(entry).mask == "auto" for entry in self.settings.entries):
+                # Queries and keys that the search for the mask looks at, of the edits and of their sources.
+                watched = 2 * len(params.around_the_joint) * 2 * batch * (tokens + spec.text_length)
+                most += watched * params.hidden_size * self.dtype.itemsize
         # Modulations of a whole schedule, in the worst case other ones for each row.
         parts = 12 * params.depth + 3 * params.depth_single_blocks + 2
         steps = self.settings.num_steps or spec.num_steps

@@ -28,6 +28,14 @@ class FluxParams:
     qkv_bias: bool
     guidance_embed: bool
 
+    @property
+    def around_the_joint(self) -> frozenset[int]:
+        """The two layers on either side of where the streams join: what the tokens stand for is settled
+        there.
+        """
+        first, last = max(0, self.depth - 2), self.depth + min(2, self.depth_single_blocks)
+        return frozenset(range(first, last))
+
 
 @dataclass(frozen=True, eq=False)
 class Streams:

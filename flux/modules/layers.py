@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flux.math import Attend, KeysValues, attend, one_sequence, rope, rotate
 from flux.modules.fused import Rounded, modulated, norm_and_turn, with_gelu
-from flux.modules.linear import project_rows
+from flux.modules.linear import in_parts, project_rows
 
 
 class EmbedND(nn.Module):
@@ -117,9 +117,9 @@ class SelfAttention(nn.Module):
         """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
 
         Where keys and values are given whole, they stand in for the stream's own, which are then not
-        computed.
+        computed if that can be helped.
         """
-        if replaces(given, weight):
+        if replaces(given, weight) and in_parts(self.qkv):
             q = split_heads(project_rows(self.qkv, x, 0, x.shape[-1]), self.num_heads)
             return rotate(self.norm.query_norm(q), pe), *given
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
@@ -288,7 +288,7 @@ class SingleStreamBlock(nn.Module):
         own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
         x_in = modulated(self.pre_norm, x, own, self.linear1)
 
-        if not replaces(given, weight):
+        if not (replaces(given, weight) and in_parts(self.linear1)):
             qkv, mlp = self.linear1(x_in).split((3 * self.hidden_dim, self.mlp_hidden_dim), dim=-1)
             q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
             q, k = norm_and_turn(self.norm, q, k, v, pe)
