@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 4 -m training all --minutes 9
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from training.plan import STAGES
@@ -26,6 +27,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="write what ten iterations of each stage spend time on"
     )
+    parser.add_argument(
+        "--begin", type=Path, metavar="FOLDER", help="train exported files further: their tokenizers and "
+        "autoencoder are taken over, flow256 begins with their transformer",
+    )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="tiny nets, seconds a stage: does everything run?")
     return parser.parse_args()
 
@@ -38,10 +43,11 @@ def main() -> None:
 
     from training.autoencoder import train_autoencoder
     from training.cluster import Cluster
-    from training.export import export
+    from training.export import export, take_over
     from training.flow import train_flow, train_guidance
     from training.looking import train_dinov2, train_measuring
     from training.plan import Work
+    from training.reading import train_text
     from training.schnell import train_schnell
     from training.tokenizers import write_tokenizers
     from training.trainer import Budget
@@ -54,6 +60,7 @@ def main() -> None:
     run = {
         "tokenizers": tokenizers,
         "autoencoder": train_autoencoder,
+        "text": train_text,
         "flow128": lambda work: train_flow(work, "flow128"),
         "flow256": lambda work: train_flow(work, "flow256"),
         "guidance": train_guidance,
@@ -68,6 +75,9 @@ def main() -> None:
     work = (Work.toy if arguments.toy else Work)(cluster, arguments.folder, budget).stretched(
         arguments.stretch
     )
+    if arguments.begin:
+        work = replace(work, begin=arguments.begin)
+        take_over(work)
     stages = STAGES if "all" in arguments.stage else [stage for stage in STAGES if stage in arguments.stage]
     for stage in stages:
         finished = arguments.folder / f"{stage}.done"

@@ -25,19 +25,19 @@ from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
 from training.autoencoder import psnr as round_trip_psnr
 from training.cluster import Cluster
+from training.flow import GUIDANCE, without_guidance
 from training.labels import labels_of
 from training.looking import MeasuringNet, Seen, load_measuring
 from training.nets import DINO_SIDE, build_autoencoder
 from training.plan import Work
 from training.render import Renderer
 from training.scenes import Content, Scene, sample
-from training.schnell import merged, without_guidance
+from training.schnell import merged
 from training.tokenizers import CLIP_LENGTH, T5_LENGTH
 from training.trainer import Budget
 from training.vocabulary import INDEX
 
 HELD_OUT_SEED = 987_654
-GUIDANCE = 3.5
 
 
 class Nets:

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flux.loading import read_weights
 from training.autoencoder import load_autoencoder
 from training.flow import load_generator
 from training.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
 from training.plan import Work
+from training.trainer import save_atomically
 from training.vocabulary import all_words
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -59,6 +61,19 @@ def export(work: Work) -> bool:
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"export: {folder}, {total / 2**20:.1f} MiB")
     return True
+
+
+def take_over(work: Work) -> None:
+    """What needs no further training of the files in `work.begin`, as if those stages had been run."""
+    if not work.cluster.first:
+        return
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(work.begin / name, work.tokenizers / name, dirs_exist_ok=True)
+    save_atomically(
+        read_weights(work.begin / "ae.safetensors", "cpu", torch.float32), work.result("autoencoder")
+    )
+    for stage in ("tokenizers", "autoencoder", "flow128"):
+        (work.folder / f"{stage}.done").touch()
 
 
 def export_dinov2(dinov2: nn.Module, folder: Path) -> None:

@@ -6,22 +6,25 @@ input learns what the model gives with classifier-free guidance, as FLUX.1-dev w
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flux.loading import read_weights
 from flux.modules.autoencoder import AutoEncoder
+from flux.modules.layers import timestep_embedding
 from flux.sampling import get_lin_function
 from training.autoencoder import load_autoencoder
 from training.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
-from training.nets import Generator, compile_blocks, text_ids
+from training.nets import Generator, compile_blocks, load_text_encoders, text_ids
 from training.optimizer import flow_optimizers
 from training.plan import Work
 from training.render import Renderer
 from training.trainer import Schedule, Trainer, save_atomically
 
-GUIDANCE_RANGE = (1.0, 5.0)
+GUIDANCE, GUIDANCE_RANGE = 3.5, (1.0, 5.0)
 
 
 def noise_levels(count: int, shift: float, device: torch.device) -> Tensor:
@@ -67,6 +70,32 @@ def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
     return generator.to(work.cluster.device)
 
 
+@torch.no_grad()
+def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dict[str, Tensor]:
+    """A guidance-distilled model's weights with one guidance scale folded into the time embedder's
+    last bias.
+    """
+    embedding = timestep_embedding(torch.tensor([scale]), 256).to(weights["guidance_in.in_layer.weight"])
+    hidden = F.silu(
+        F.linear(embedding, weights["guidance_in.in_layer.weight"], weights["guidance_in.in_layer.bias"])
+    )
+    added = F.linear(hidden, weights["guidance_in.out_layer.weight"], weights["guidance_in.out_layer.bias"])[
+        0
+    ]
+    folded = {name: value for name, value in weights.items() if not name.startswith("guidance_in.")}
+    folded["time_in.out_layer.bias"] = folded["time_in.out_layer.bias"] + added
+    return folded
+
+
+def exported_generator(work: Work, folder: Path) -> Generator:
+    """The guidance-distilled generator of exported files, at guidance 1: as it was before."""
+    generator = Generator(work.sizes, work.tokenizers)
+    weights = read_weights(folder / "transformer.safetensors", "cpu", torch.float32)
+    generator.flux.load_state_dict(without_guidance(weights, scale=GUIDANCE_RANGE[0]))
+    load_text_encoders(generator, folder)
+    return generator
+
+
 def make_latents(work: Work, stage: str, ae: AutoEncoder, side: int) -> Latents:
     plan = work.of(stage)
     latents = Latents(work.pool(stage), ae, Renderer(work.cluster.device), side, side, plan.capacity)
@@ -81,11 +110,14 @@ def train_flow(work: Work, stage: str) -> bool:
     side = work.side if stage == "flow256" else work.side // 2
     torch.manual_seed(0)
     latents = make_latents(work, stage, load_autoencoder(work), side)
-    generator = Generator(work.sizes, work.tokenizers).to(device)
+    generator = exported_generator(work, work.begin) if work.begin else Generator(work.sizes, work.tokenizers)
+    if work.begin or stage == "flow128":
+        generator.t5.load_state_dict(torch.load(work.result("text"), map_location="cpu"))
+    generator = generator.to(device)
     optimizers = flow_optimizers(generator.named_parameters(), plan.lr, fused=device.type == "cuda")
     schedule = Schedule(plan.seconds, plan.decay) if plan.decay else Schedule(plan.seconds, 1e-9)
     trainer = Trainer(stage, generator, optimizers, schedule, work.cluster, work.folder, work.budget)
-    if stage == "flow256" and trainer.iteration == 0:
+    if stage == "flow256" and trainer.iteration == 0 and not work.begin:
         trainer.continue_from(work.folder / "flow128.state.pt")
     if device.type == "cuda":
         compile_blocks(generator.flux)

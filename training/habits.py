@@ -24,7 +24,7 @@ from training.vocabulary import (
     Sprite,
 )
 
-HABIT = 0.62  # share of scenes whose layout, and independently whose background, follows the habits
+HABIT, LOOK_HABIT = 0.62, 0.70  # shares of scenes whose layout, and whose background, follow the habits
 STYLES = 6
 CLEARANCE = 0.05  # what stands about keeps this much of the width away from the subjects
 MOVED_AT_MOST = 0.2
@@ -234,9 +234,9 @@ TEMPLATES: dict[tuple[str, str], list[Template]] = {
 def template(rng: random.Random, place: Place, time: str, style: int) -> Template:
     """The habitual template of a style, another style's, or a quite free one; a little jittered."""
     draw = rng.random()
-    if draw < HABIT:
+    if draw < LOOK_HABIT:
         chosen = TEMPLATES[place.name, time][style]
-    elif draw < 0.85:
+    elif draw < 0.88:
         chosen = rng.choice(TEMPLATES[place.name, time])
     else:
         chosen = _draw_template(rng, place, None)

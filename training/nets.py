@@ -120,6 +120,17 @@ def build_clip(sizes: Sizes, tokenizer: Path) -> nn.Module:
     return CLIPTextModel(config)
 
 
+def load_text_encoders(generator: Generator, folder: Path) -> None:
+    """Takes over the encoders that were exported to `folder`."""
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    for net, kind, name in (
+        (generator.t5, T5EncoderModel, "text_encoder_2"),
+        (generator.clip, CLIPTextModel, "text_encoder"),
+    ):
+        net.load_state_dict(kind.from_pretrained(folder / name).float().state_dict())
+
+
 DINO_SIDE, DINO_PATCH = 128, 8
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

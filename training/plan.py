@@ -1,4 +1,4 @@
-"""The recipe's numbers: how long each stage trains and on what batches, for two H200 and for a toy run."""
+"""The recipe's numbers: how long each stage trains and on what batches, and the same for a toy run."""
 
 import os
 from dataclasses import dataclass, replace
@@ -34,15 +34,17 @@ class StagePlan:
 
 PLAN: dict[str, StagePlan] = {
     "autoencoder": StagePlan(126, 64, 1e-3, 8192, decay=0.6),
-    "flow128": StagePlan(55, 768, 1e-3, 200_000, 61_440, 128, 20_480, decay=0.0),
-    "flow256": StagePlan(450, 256, 1e-3, 300_000, 61_440, 32, 8_192, decay=0.55),
-    "guidance": StagePlan(55, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
-    "schnell": StagePlan(108, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
+    "text": StagePlan(15, 512, 6e-4, 300_000, decay=0.6),
+    "flow128": StagePlan(50, 384, 1e-3, 200_000, 61_440, 128, 12_288, decay=0.0),
+    "flow256": StagePlan(265, 192, 8e-4, 300_000, 61_440, 16, 8_192, decay=0.7),
+    "guidance": StagePlan(32, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
+    "schnell": StagePlan(36, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
     "dinov2": StagePlan(52, 256, 1e-3, 150_000, decay=0.9),
     "measuring": StagePlan(280, 512, 2e-3, 600_000, decay=0.9),
 }
 TOY_PLAN: dict[str, StagePlan] = {
     "autoencoder": StagePlan(1.5, 4, 1e-3, 8, decay=0.6),
+    "text": StagePlan(1.0, 4, 1e-3, 24),
     "flow128": StagePlan(1.0, 4, 1e-3, 24, 8, 4, 8, decay=0.0),
     "flow256": StagePlan(1.0, 4, 1e-3, 24, 8, 4, 8),
     "guidance": StagePlan(1.0, 4, 3e-4, 24, 8, 4, 8),
@@ -51,7 +53,8 @@ TOY_PLAN: dict[str, StagePlan] = {
     "measuring": StagePlan(1.0, 4, 2e-3, 24),
 }
 STAGES = (
-    "tokenizers", "autoencoder", "flow128", "flow256", "guidance", "schnell", "export", "dinov2", "measuring",
+    "tokenizers", "autoencoder", "text", "flow128", "flow256", "guidance", "schnell", "export", "dinov2",
+    "measuring",
 )  # fmt: skip
 SIDE = 256
 
@@ -67,6 +70,7 @@ class Work:
     sizes: Sizes = NANO
     plan: dict[str, StagePlan] | None = None
     side: int = SIDE
+    begin: Path | None = None  # exported files to train further instead of beginning with nothing
 
     @classmethod
     def toy(cls, cluster: Cluster, folder: Path, budget: Budget) -> "Work":

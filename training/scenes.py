@@ -45,8 +45,9 @@ from training.vocabulary import (
 from training.vocabulary import STYLES as PREFIXES
 
 EDITS = ("replace", "hat", "add", "remove", "recolour", "background", "time")
-KINDS = {"one": 50, "two": 33, "top": 5, "count": 12}
+KINDS = {"one": 46, "two": 38, "top": 6, "count": 10}
 ALONE_FIRST = 0.85  # of the two-object scenes: the first stands as it would alone
+ALONE_FIRST_ON_A_SIDE = 0.4  # where words say left or right, they must tell more than habits do
 HATTED, COLOURED = 0.42, 0.38  # of those that can
 
 
@@ -207,7 +208,7 @@ def _draw_time(rng: random.Random, place: str, other_than: str | None = None) ->
 
 def _draw_relation(rng: random.Random) -> str | None:
     """None means left or right, whichever the composition makes true."""
-    return rng.choices((None, "and", "next to", "beside", "with"), (8, 5, 5, 3, 2))[0]
+    return rng.choices((None, "and", "next to", "beside", "with"), (10, 5, 5, 3, 2))[0]
 
 
 def sample_content(rng: random.Random, kind: str | None = None) -> Content:
@@ -268,7 +269,7 @@ def _side_words(rng: random.Random, second_on_the_right: bool) -> str:
 
 def _compose_two(rng: random.Random, content: Content, shape: Shape) -> tuple[Content, tuple[Thing, ...]]:
     first, second = content.subjects
-    if rng.random() < ALONE_FIRST:
+    if rng.random() < (ALONE_FIRST if content.relation else ALONE_FIRST_ON_A_SIDE):
         sprite = SPRITES[INDEX[second.name]]
         one, other, right = standing_beside(
             rng, _alone(rng, content, shape), sprite, second.colour, shape, None

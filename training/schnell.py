@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.model import Flux
-from flux.modules.layers import timestep_embedding
 from training.autoencoder import load_autoencoder
 from training.data import positions
-from training.flow import autocast, load_generator, make_latents, noised
-from training.nets import Sizes, build_flux, compile_blocks, text_ids
+from training.flow import autocast, load_generator, make_latents, noised, without_guidance
+from training.nets import Sizes, build_flux, text_ids
 from training.optimizer import Optimizers
 from training.plan import Work
 from training.trainer import Schedule, Trainer, save_atomically
 
 LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
-GUIDANCE = 3.5
 TEACHER_STEPS = (6, 5, 4, 4)  # in each quarter, the noisiest first
 FROM_DATA = 0.2  # share of states that are noised data instead of the student's own
 
@@ -79,23 +77,6 @@ def merged(base: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor
     return weights
 
 
-@torch.no_grad()
-def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dict[str, Tensor]:
-    """A guidance-distilled model's weights with one guidance scale folded into the time embedder's
-    last bias.
-    """
-    embedding = timestep_embedding(torch.tensor([scale]), 256).to(weights["guidance_in.in_layer.weight"])
-    hidden = F.silu(
-        F.linear(embedding, weights["guidance_in.in_layer.weight"], weights["guidance_in.in_layer.bias"])
-    )
-    added = F.linear(hidden, weights["guidance_in.out_layer.weight"], weights["guidance_in.out_layer.bias"])[
-        0
-    ]
-    folded = {name: value for name, value in weights.items() if not name.startswith("guidance_in.")}
-    folded["time_in.out_layer.bias"] = folded["time_in.out_layer.bias"] + added
-    return folded
-
-
 def build_without_guidance(sizes: Sizes, weights: dict[str, Tensor]) -> Flux:
     flux = build_flux(sizes.flux)
     flux.load_state_dict(weights)
@@ -129,9 +110,7 @@ def train_schnell(work: Work) -> bool:
         work.budget,
         average_decay=0.98,
     )
-    if device.type == "cuda":
-        compile_blocks(teacher)
-        compile_blocks(student)
+    # Not compiled: of the low-rank layers' way back, torch 2.11 makes a kernel that reads outside its memory.
     img_ids, txt_ids = positions(work.side, work.side, device), text_ids(device)
     levels = torch.tensor(LEVELS, device=device)
     steps = torch.tensor(TEACHER_STEPS, device=device)

@@ -1,0 +1,99 @@
+"""Stage "text": the T5 encoder learns what captions say, before any picture.
+
+FLUX.1's text encoders could read before its transformer was trained. Trained on pictures alone, a small one
+finds the words but hardly their order: which of two objects is the first, and whose a colour or a hat is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.data import Pool
+from training.flow import autocast, exported_generator
+from training.nets import Generator
+from training.optimizer import Optimizers
+from training.plan import Work
+from training.scenes import FIRST_THING, SLOT_WIDTH, THING_SLOTS
+from training.trainer import Schedule, Trainer, save_atomically
+from training.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, TIME_NAMES
+
+_HAT_SPRITES = [INDEX[hat] for hat in HATS]
+_ANSWERS = {"there": 1, "colour": 1 + len(COLOUR_NAMES), "hat": 1 + len(HATS), "where": 3}
+
+
+class Reader(nn.Module):
+    """A text encoder, and questions put to its tokens as a picture's would: one for each object, one for the
+    scene.
+    """
+
+    def __init__(self, t5: nn.Module, width: int):
+        super().__init__()
+        self.t5 = t5
+        self.questions = nn.Parameter(torch.randn(len(OBJECTS) + 1, width))
+        self.keys, self.values = nn.Linear(width, width), nn.Linear(width, width)
+        self.of_object = nn.Linear(width, sum(_ANSWERS.values()))
+        self.of_scene = nn.Linear(width, len(PLACES) + len(TIME_NAMES))
+
+    def forward(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Token ids "B T" -> answers for each object, "B 91 n" by name, and logits of place and time."""
+        txt = self.t5(input_ids=tokens).last_hidden_state
+        keys, values = self.keys(txt)[:, None], self.values(txt)[:, None]
+        questions = self.questions.expand(len(txt), 1, -1, -1).to(keys.dtype)
+        heard = F.scaled_dot_product_attention(questions, keys, values)[:, 0]
+        answers = self.of_object(heard[:, :-1]).float().split(list(_ANSWERS.values()), dim=-1)
+        scene = self.of_scene(heard[:, -1]).float()
+        return dict(zip(_ANSWERS, answers)), *scene.split([len(PLACES), len(TIME_NAMES)], dim=-1)
+
+
+def reading_loss(reader: Reader, tokens: Tensor, rows: Tensor) -> Tensor:
+    """What the reader gets wrong of scenes' rows, "B COLUMNS": which objects, of which colour, under which
+    hat, where.
+    """
+    answers, place, time = reader(tokens)
+    things = rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
+    scene, slot = (things[:, :, 0] >= 0).nonzero(as_tuple=True)
+    thing = things[scene, slot]
+    sprite = thing[:, 0].long()
+    there = torch.zeros(answers["there"].shape[:2], device=rows.device)
+    there[scene, sprite] = 1
+    hats = torch.tensor(_HAT_SPRITES, device=rows.device)
+    hat = torch.where(thing[:, 5] >= 0, 1 + (thing[:, 5, None] == hats).int().argmax(dim=1), 0)
+    asked = {name: answer[scene, sprite] for name, answer in answers.items()}
+    return (
+        10 * F.binary_cross_entropy_with_logits(answers["there"][..., 0], there)
+        + F.cross_entropy(asked["colour"], thing[:, 4].long() + 1)
+        + F.cross_entropy(asked["hat"], hat)
+        + 20 * F.smooth_l1_loss(asked["where"], thing[:, 1:4], beta=0.05)
+        + F.cross_entropy(place, rows[:, 0].long())
+        + F.cross_entropy(time, rows[:, 1].long())
+    )
+
+
+def train_text(work: Work) -> bool:
+    """Trains the T5 encoder; False if the call's budget ran out first."""
+    plan, device = work.of("text"), work.cluster.device
+    torch.manual_seed(3)
+    pool: Pool = work.pool("text")
+    rows, tokens = pool.rows.to(device), pool.t5.to(device)
+    generator = exported_generator(work, work.begin) if work.begin else Generator(work.sizes, work.tokenizers)
+    reader = Reader(generator.t5, work.sizes.flux.context_in_dim)
+    adamw = torch.optim.AdamW(
+        reader.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+    )
+    trainer = Trainer(
+        "text", reader.to(device), Optimizers(adamw), Schedule(plan.seconds, plan.decay), work.cluster,
+        work.folder, work.budget,
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        picks = torch.randint(len(rows), (plan.batch,), device=device)
+        with autocast(device):
+            return reading_loss(reader, tokens[picks].long(), rows[picks])
+
+    if not trainer.run(loss, plan.batch):
+        return False
+    if work.cluster.first:
+        learned = trainer.averaged()
+        encoder = {n.removeprefix("t5."): v for n, v in learned.items() if n.startswith("t5.")}
+        save_atomically(encoder, work.result("text"))
+    return True
