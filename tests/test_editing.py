@@ -598,7 +598,7 @@ def test_pasted_back(small, photo):
 def test_vital_layers_by_name():
     dev, nano = configs["flux-dev"], configs["flux-nano"]
     assert find_vital_layers("auto", dev) == find_vital_layers("stable-flow", dev) == VITAL_LAYERS_DEV
-    assert find_vital_layers("auto", nano) == (0, 4, 1, 3, 2)
+    assert find_vital_layers("auto", nano) == (4, 0, 1, 3, 2)
     assert set(VITAL_LAYERS_DEV) - set(find_vital_layers("stable-flow-code", dev)) == {2}
     assert find_vital_layers([3, 1], nano) == (3, 1)
     assert find_vital_layers("all", nano) == tuple(range(15))

@@ -299,10 +299,12 @@ def test_four_bits_come_near(nano):
     settings = complete(ModelSettings(device="cpu", dtype="float32", quantize="4bit"))
     pipe = Pipeline.load(settings)
     assert bytes_of(pipe.model) < bytes_of(nano.model) / 4
-    cond, latent, ids = nano.condition([DOG], 3.5), nano.noise([1], 128, 96), nano.image_ids(1, 128, 96)
-    exact, packed = (sampling.euler_step(p.model, latent, ids, cond, 0.7, 0.6).velocity for p in (nano, pipe))
-    error = float((packed - exact).norm() / exact.norm())
-    assert 0 < error < 0.25
+    cond, ids, errors = nano.condition([DOG], 3.5), nano.image_ids(1, 128, 96), []
+    for seed, t in enumerate((0.9, 0.7, 0.5, 0.3)):
+        given = (nano.noise([seed], 128, 96), ids, cond, t, t - 0.1)
+        exact, packed = (sampling.euler_step(p.model, *given).velocity for p in (nano, pipe))
+        errors.append(float((packed - exact).norm() / exact.norm()))
+    assert 0 < min(errors) and sum(errors) / 4 < 0.25
 
 
 def bytes_of(net) -> int:

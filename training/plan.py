@@ -34,7 +34,7 @@ class StagePlan:
 
 PLAN: dict[str, StagePlan] = {
     "autoencoder": StagePlan(126, 64, 1e-3, 8192, decay=0.6),
-    "text": StagePlan(15, 512, 6e-4, 300_000, decay=0.6),
+    "text": StagePlan(40, 1024, 1e-3, 300_000, decay=0.6),
     "flow128": StagePlan(50, 384, 1e-3, 200_000, 61_440, 128, 12_288, decay=0.0),
     "flow256": StagePlan(265, 192, 8e-4, 300_000, 61_440, 16, 8_192, decay=0.7),
     "guidance": StagePlan(32, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),

@@ -13,12 +13,12 @@ from flux.sampling import get_schedule, image_ids
 from training.autoencoder import fold_scale
 from training.data import positions
 from training.export import scaled_fp8
-from training.flow import noise_levels, noised, shift_for
+from training.flow import noise_levels, noised, shift_for, without_guidance
 from training.labels import labels_of
 from training.nets import TOY, build_autoencoder, build_flux
 from training.optimizer import Muon, orthogonalized
 from training.scenes import compose, sample_content
-from training.schnell import LEVELS, add_lora, lora_weights, merged, without_guidance
+from training.schnell import LEVELS, add_lora, lora_weights, merged
 from training.trainer import Schedule
 from training.vocabulary import COLOUR_NAMES, INDEX
 

@@ -18,13 +18,14 @@ from flux.modules.conditioner import HFEmbedder
 from training.autoencoder import train_autoencoder
 from training.cluster import Cluster
 from training.evaluate import Nets, evaluate_samples, generate, score_samples, table
-from training.export import export
-from training.flow import train_flow, train_guidance
+from training.export import export, take_over
+from training.flow import exported_generator, train_flow, train_guidance, without_guidance
 from training.labels import labels_of
 from training.looking import Seen, load_measuring, normalized, train_dinov2, train_measuring
 from training.nets import DINO_SIDE
 from training.plan import TOY_PLAN, Work
-from training.schnell import merged, train_schnell, without_guidance
+from training.reading import train_text
+from training.schnell import merged, train_schnell
 from training.tokenizers import CLIP_LENGTH, T5_LENGTH
 from training.trainer import Budget
 
@@ -39,7 +40,7 @@ def work(tokenizers, tmp_path_factory) -> Work:
     (folder / "tokenizers").symlink_to(tokenizers)
     work = replace(Work.toy(Cluster.join(), folder, Budget(60, time.time())), plan=MOMENT, side=32)
     assert train_autoencoder(work)
-    assert train_flow(work, "flow128") and train_flow(work, "flow256")
+    assert train_text(work) and train_flow(work, "flow128") and train_flow(work, "flow256")
     assert train_guidance(work) and train_schnell(work)
     assert train_dinov2(work) and train_measuring(work)
     assert export(work)
@@ -61,6 +62,21 @@ def test_exported_files_load_as_the_package_loads_them(work):
     assert t5(["a dog", ""]).shape == (2, T5_LENGTH, work.sizes.flux.context_in_dim)
     features = clip(["a dog", "a cat"])
     assert features.shape == (2, work.sizes.flux.vec_in_dim) and not torch.equal(features[0], features[1])
+
+
+def test_exported_files_are_trained_further(work, tmp_path):
+    """What begins is the guided model at guidance 1, with its own encoders; the rest is taken over."""
+    further = replace(work, folder=tmp_path, begin=work.folder / "assets")
+    take_over(further)
+    begun, nets = exported_generator(further, further.begin).eval(), Nets(work, further.begin)
+    ids, t = torch.zeros(1, 4, 3), torch.tensor([0.4])
+    x, txt_ids = torch.randn(1, 4, 64), torch.zeros(1, T5_LENGTH, 3)
+    cond = nets.conditioning(["a dog"], 1.0)
+    with torch.no_grad():
+        guided = nets.flux("nano")(x, ids, cond.txt, txt_ids, t, cond.vec, cond.guidance)
+        torch.testing.assert_close(begun.flux(x, ids, cond.txt, txt_ids, t, cond.vec), guided)
+    assert train_text(further) and train_flow(further, "flow256")
+    assert (tmp_path / "flow128.done").exists() and not (tmp_path / "flow128.pt").exists()
 
 
 def test_the_perceptual_encoder_loads_as_the_package_loads_it(work):
