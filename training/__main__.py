@@ -32,7 +32,10 @@ def parse() -> argparse.Namespace:
         "autoencoder are taken over, flow256 begins with their transformer",
     )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="tiny nets, seconds a stage: does everything run?")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.begin and not (arguments.begin / "transformer.safetensors").is_file():
+        parser.error(f"no exported files in {arguments.begin}: flux/assets/nano has those that ship")
+    return arguments
 
 
 def main() -> None:

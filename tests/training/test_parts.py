@@ -178,3 +178,12 @@ def test_labels_say_what_the_row_says():
         if content.kind == "one":
             assert labels.x[number, INDEX[first.name]] == pytest.approx(scene.things[0].x, abs=1e-6)
     assert F.one_hot(labels.place).shape[1] <= 16
+
+
+def test_nothing_to_begin_with_is_told_in_a_line(monkeypatch, capsys, tmp_path):
+    from training.__main__ import parse
+
+    monkeypatch.setattr("sys.argv", ["training", "text", "--begin", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        parse()
+    assert stop.value.code == 2 and f"no exported files in {tmp_path}" in capsys.readouterr().err
