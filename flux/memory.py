@@ -36,7 +36,7 @@ from flux.tiling import TILE
 MIB, GIB = 2**20, 2**30
 WORKSPACE = 32 * MIB  # cuBLAS's own, on a CUDA device
 # A plan fits if there is room for this much more: what kernels take on the side, and what the allocator holds
-# in pieces too small to use, the more the more lies there (0.3 to 1 GiB of 8 to 24).
+# in pieces too small to use, the more the more lies there (`benchmarks.memory`: 0.3 to 1.5 GiB of 8 to 24).
 SLACK, WEIGHT_MARGIN, ACTIVATION_MARGIN = 512 * MIB, 1.04, 1.15
 ALL = sys.maxsize  # blocks to stream
 BLOCK = r"(double_blocks|single_blocks|encoder\.block)\.(\d+)\."

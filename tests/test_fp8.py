@@ -77,7 +77,9 @@ def test_interventions_come_near_and_offloading_changes_nothing(streamed):
 
 
 def test_compiled_it_says_the_same():
-    """Traced and not translated, which takes a C compiler's time; taking over uses parts of the matrices."""
+    """Traced and not translated, which takes a C compiler's time; taking over uses parts of the matrices only
+    where it is not.
+    """
     given, model = toy.inputs(2), fp8_model()
     with torch.no_grad():
         kept = model.observe(**given, intervention=Intervention(keep=frozenset((1, 4))))[1].kept

@@ -6,7 +6,6 @@ input learns what the model gives with classifier-free guidance, as FLUX.1-dev w
 """
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -87,12 +86,15 @@ def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dic
     return folded
 
 
-def exported_generator(work: Work, folder: Path) -> Generator:
-    """The guidance-distilled generator of exported files, at guidance 1: as it was before."""
+def first_generator(work: Work) -> Generator:
+    """What training begins with, on the CPU: an untrained generator, or the guidance-distilled one of the
+    files in `work.begin` at guidance 1, as it was before.
+    """
     generator = Generator(work.sizes, work.tokenizers)
-    weights = read_weights(folder / "transformer.safetensors", "cpu", torch.float32)
-    generator.flux.load_state_dict(without_guidance(weights, scale=GUIDANCE_RANGE[0]))
-    load_text_encoders(generator, folder)
+    if work.begin:
+        weights = read_weights(work.begin / "transformer.safetensors", "cpu", torch.float32)
+        generator.flux.load_state_dict(without_guidance(weights, scale=GUIDANCE_RANGE[0]))
+        load_text_encoders(generator, work.begin)
     return generator
 
 
@@ -110,7 +112,7 @@ def train_flow(work: Work, stage: str) -> bool:
     side = work.side if stage == "flow256" else work.side // 2
     torch.manual_seed(0)
     latents = make_latents(work, stage, load_autoencoder(work), side)
-    generator = exported_generator(work, work.begin) if work.begin else Generator(work.sizes, work.tokenizers)
+    generator = first_generator(work)
     if work.begin or stage == "flow128":
         generator.t5.load_state_dict(torch.load(work.result("text"), map_location="cpu"))
     generator = generator.to(device)

@@ -39,13 +39,18 @@ class Labels:
     x: Tensor
 
 
+def things_of(rows: Tensor) -> Tensor:
+    """The subjects of renderer rows, "B slots 6": sprite (-1: none), x, foot, size, colour, hat."""
+    return rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
+
+
 def labels_of(rows: Tensor, device: torch.device | str = "cpu") -> Labels:
     """The labels of renderer rows, "B COLUMNS"."""
     rows = rows.to(device)
     batch = torch.arange(len(rows), device=rows.device)
     objects, worn, x = (torch.zeros(len(rows), NUM_OBJECTS, device=rows.device) for _ in range(3))
     colours = torch.zeros(len(rows), NUM_COLOURS, device=rows.device)
-    things = rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
+    things = things_of(rows)
     for slot in range(THING_SLOTS):
         sprite, colour, hat = (things[:, slot, column].long() for column in (0, 4, 5))
         there, coloured, hatted = batch[sprite >= 0], batch[colour >= 0], batch[hat >= 0]

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.data import Pool
-from training.flow import autocast, exported_generator
-from training.nets import Generator
+from training.flow import autocast, first_generator
+from training.labels import things_of
 from training.optimizer import Optimizers
 from training.plan import Work
-from training.scenes import FIRST_THING, SLOT_WIDTH, THING_SLOTS
 from training.trainer import Schedule, Trainer, save_atomically
 from training.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, TIME_NAMES
 
@@ -50,7 +48,7 @@ def reading_loss(reader: Reader, tokens: Tensor, rows: Tensor) -> Tensor:
     hat, where.
     """
     answers, place, time = reader(tokens)
-    things = rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
+    things = things_of(rows)
     scene, slot = (things[:, :, 0] >= 0).nonzero(as_tuple=True)
     thing = things[scene, slot]
     sprite = thing[:, 0].long()
@@ -73,10 +71,9 @@ def train_text(work: Work) -> bool:
     """Trains the T5 encoder; False if the call's budget ran out first."""
     plan, device = work.of("text"), work.cluster.device
     torch.manual_seed(3)
-    pool: Pool = work.pool("text")
+    pool = work.pool("text")
     rows, tokens = pool.rows.to(device), pool.t5.to(device)
-    generator = exported_generator(work, work.begin) if work.begin else Generator(work.sizes, work.tokenizers)
-    reader = Reader(generator.t5, work.sizes.flux.context_in_dim)
+    reader = Reader(first_generator(work).t5, work.sizes.flux.context_in_dim)
     adamw = torch.optim.AdamW(
         reader.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
     )

@@ -19,7 +19,7 @@ from training.autoencoder import train_autoencoder
 from training.cluster import Cluster
 from training.evaluate import Nets, evaluate_samples, generate, score_samples, table
 from training.export import export, take_over
-from training.flow import exported_generator, train_flow, train_guidance, without_guidance
+from training.flow import first_generator, train_flow, train_guidance, without_guidance
 from training.labels import labels_of
 from training.looking import Seen, load_measuring, normalized, train_dinov2, train_measuring
 from training.nets import DINO_SIDE
@@ -68,7 +68,7 @@ def test_exported_files_are_trained_further(work, tmp_path):
     """What begins is the guided model at guidance 1, with its own encoders; the rest is taken over."""
     further = replace(work, folder=tmp_path, begin=work.folder / "assets")
     take_over(further)
-    begun, nets = exported_generator(further, further.begin).eval(), Nets(work, further.begin)
+    begun, nets = first_generator(further).eval(), Nets(work, further.begin)
     ids, t = torch.zeros(1, 4, 3), torch.tensor([0.4])
     x, txt_ids = torch.randn(1, 4, 64), torch.zeros(1, T5_LENGTH, 3)
     cond = nets.conditioning(["a dog"], 1.0)
