@@ -264,13 +264,13 @@ def main(
     toy: bool = False,
     device: str = "auto",
     backend: str = "inductor",
-    only: str = "",
+    only: str | tuple[str, ...] = "",
     whole: bool = False,
 ) -> None:
     size, where = toy_size() if toy else full_size(), pick_device(device)
     check_device(where, torch.bfloat16)
     bench = Bench(size, where, backend, whole)
-    words = only.split(",")
+    words = only.split(",") if isinstance(only, str) else only
     chosen = {name: way for name, way in bench.ways().items() if any(word in name for word in words)}
     results = {"machine": machine(where), "side": size.side, "steps": {}, "parts": {}}
     ready: dict[str, Callable] = {}

@@ -1,5 +1,5 @@
 """Where an edit may change its reference: what attends to the words in which their prompts differ, and where
-these words lead the picture apart.
+these words lead the picture apart. Where the subject of both stands: what attends to the words they share.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,35 @@ def attended(
         of_keys = F.pad(groups, (0, 0, 0, q.shape[2] - num_txt)).to(q.device)
         total = total + mean_attention(q[:, :, num_txt:], k, of_keys)[..., 0]
     return total / total.amax(dim=1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def subject_tokens(
+    t5: HFEmbedder,
+    watched: dict[int, tuple[Tensor, Tensor]],
+    prompts: Sequence[str],
+    others: Sequence[str],
+    width: int,
+    height: int,
+) -> Tensor:
+    """The image tokens of each row that attend to the words which its prompt shares with the other one,
+    "B I", bool; none where they share no word.
+
+    The less evenly a word is attended to, the more it counts: an object's name is where the object stands, an
+    article everywhere.
+    """
+    shared = []
+    for prompt, other in zip(prompts, others):
+        seen, own = text_tokens(t5, prompt), set(other_words(prompt, other))
+        words = [tokens for word, tokens in seen.words.items() if word not in own]
+        shared.append(sum(words, torch.zeros(len(seen.padding))) > 0)
+    shared, total = torch.stack(shared)[:, None], 0.0
+    for q, k in watched.values():
+        num_txt = shared.shape[2]
+        of_text = torch.eye(q.shape[2], num_txt, device=q.device)
+        total = total + mean_attention(q[:, :, num_txt:], k, of_text)
+    uneven = total.std(dim=1, keepdim=True) / total.mean(dim=1, keepdim=True)
+    maps = torch.where(shared.to(total.device), total * uneven, 0).sum(dim=2)
+    return may_change(maps, width, height)[:, :, 0] & (maps > 0)
 
 
 def smoothed(maps: Tensor, width: int, height: int) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.automask import changed_tokens, led_apart
+from flux.automask import changed_tokens, led_apart, subject_tokens
 from flux.doses import Dose, dose_of
 from flux.errors import InputError
 from flux.images import read_image
@@ -75,6 +75,7 @@ class Batch:
         mask: which tokens may change, "B I 1", bool; None: all. If the dose's mask is "auto", it is found on
             the way.
         all_over: with a mask so found, which edits may change all of the picture, "B 1", bool; None: none.
+        subject: found with it, which tokens are the subject's that stays, "B I", bool.
     """
 
     places: list[int]
@@ -88,6 +89,7 @@ class Batch:
     latent: Tensor
     mask: Tensor | None
     all_over: Tensor | None = None
+    subject: Tensor | None = None
 
     def takes(self, index: int) -> frozenset[int]:
         """The layers in which step `index` takes from the reference, as far as is known before it."""
@@ -98,9 +100,9 @@ class Batch:
         held = index in self.longer and self.all_over is not None
         return 1.0 if held else self.shares.get(index, 0.0)
 
-    def found(self, mask: Tensor) -> None:
-        """Takes over the mask that was found on the way."""
-        self.mask, all_over = mask, mask.all(dim=1)
+    def found(self, mask: Tensor, subject: Tensor) -> None:
+        """Takes over what was found on the way."""
+        self.mask, self.subject, all_over = mask, subject, mask.all(dim=1)
         self.all_over = all_over if all_over.any() else None
 
     def taking(self, index: int, moment: Moment) -> Intervention:
@@ -118,6 +120,8 @@ class Batch:
             may_change = self.mask[:, :, 0].float()
             weights = {n: 1 - may_change * (1 - w) if w < 1 else w for n, w in weights.items()}
             if index in self.longer:
+                if held := self.dose.all_over_weights:
+                    weights = dict.fromkeys(layers, torch.where(self.subject, *held))
                 weights = {n: w * self.all_over.expand_as(may_change) for n, w in weights.items()}
         negative = moment.kept_negative
         return Intervention(
@@ -224,7 +228,7 @@ def follow(
             cond = source.at(batch.cond, index)
             step = euler_step(model, batch.latent, ids, cond, moment.t, moment.t_next, taking)
             if look:
-                batch.found(_auto_mask(pipe, model, source, moment, batch, step, ids))
+                batch.found(*_auto_mask(pipe, model, source, moment, batch, step, ids))
             batch.latent = step.latent if moment.drift is None else step.latent + moment.drift
             if batch.mask is not None:
                 batch.latent = torch.where(batch.mask, batch.latent, moment.next_latent)
@@ -240,8 +244,10 @@ def follow(
 
 def _auto_mask(
     pipe: Pipeline, model: Flux, source: Source, moment: Moment, batch: Batch, step: Step, ids: Tensor
-) -> Tensor:
-    """Which tokens the edits of a batch may change, "B I 1", bool, from the step that watched them."""
+) -> tuple[Tensor, Tensor]:
+    """From the step that watched the edits of a batch: which tokens they may change, "B I 1", and which are
+    the subject's that they share with their sources, "B I", bool.
+    """
     num, watching = len(batch.entries), Intervention(watch=pipe.model.params.around_the_joint)
     at, own = moment.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
     # As strongly guided as the edits: how strongly makes a difference everywhere.
@@ -251,7 +257,8 @@ def _auto_mask(
     apart = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
     prompts = [entry.prompt for entry in batch.entries]
     watched = (batch.sources, of_source.watched), (prompts, step.watched)
-    return changed_tokens(pipe.t5, *watched, *source.size) | led_apart(apart, *source.size)
+    mask = changed_tokens(pipe.t5, *watched, *source.size) | led_apart(apart, *source.size)
+    return mask, subject_tokens(pipe.t5, of_source.watched, batch.sources, prompts, *source.size)
 
 
 def flow(

@@ -1,5 +1,7 @@
 """The four nets of a model held together: prompts in, pictures out."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +37,10 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto": the first of a CUDA GPU, an Apple GPU and the CPU that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    # What passes through a card comes in many sizes; segments that can grow leave fewer gaps, so that plans
+    # hold under tight caps. Torch reads this when a card is first used; a user's own choice stays.
+    if name.startswith("cuda") and sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -323,9 +323,14 @@ def test_what_may_change_all_over_is_held_longer(small, monkeypatch, kept):
     part = torch.zeros(1, TOKENS, 1, dtype=torch.bool)
     part[:, :7] = True
     masks = {EDITS[0]: part, EDITS[2]: torch.ones_like(part)}
-    monkeypatch.setattr(
-        editing, "_auto_mask", lambda *given: torch.cat([masks[e.prompt] for e in given[4].entries])
-    )
+    subject = part[:, :, 0]
+
+    def auto_mask(*given) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.cat([masks[e.prompt] for e in given[4].entries])
+        return mask, subject.expand(len(mask), -1)
+
+    monkeypatch.setattr(editing, "_auto_mask", auto_mask)
+    uniform = replace(DOSES["auto"], all_over_weights=None)
     common = {"num_steps": 10, "true_cfg": 1.0}
 
     def made(edits: list[str], **changes) -> list[Image.Image]:
@@ -339,8 +344,14 @@ def test_what_may_change_all_over_is_held_longer(small, monkeypatch, kept):
     for edit_number, until in ((0, 0.3), (2, 0.8)):
         [alone] = made([EDITS[edit_number]], dose="auto")
         assert difference(both[bool(edit_number)], alone) == 0
+        with monkeypatch.context() as patch:
+            patch.setitem(DOSES, "auto", uniform)
+            [plain] = made([EDITS[edit_number]], dose="auto")
         [same] = made([EDITS[edit_number]], dose="auto", inject_until=until)
-        assert difference(alone, same) == 0
+        assert difference(plain, same) == 0
+        assert (difference(alone, plain) > 0) == (edit_number == 2), "the subject is held more strongly"
+        [own] = made([EDITS[edit_number]], dose="auto", weight=0.4)
+        assert difference(plain, own) == 0, "a weight of one's own holds"
     [short] = made([EDITS[2]], dose="auto", inject_until=0.3)
     assert difference(short, both[1]) > 0, "a number of one's own holds"
 

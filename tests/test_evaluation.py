@@ -388,9 +388,9 @@ def test_masks_of_a_batch_are_those_of_one_by_one(nano, benchmark, items, tmp_pa
     maker = Maker(nano, (128, 128), photos=references == "photo")
     for part in (items, items[:1], items[1:]):
         maker.make(completed(settings)[0], part)
-    together, *alone = found
-    assert torch.equal(together, torch.cat(alone))
-    assert 0 < together[0].sum() < 64 and not torch.equal(*together)
+    for together, *alone in zip(*found):
+        assert torch.equal(together, torch.cat(alone))
+        assert 0 < together[0].sum() < 64 and not torch.equal(*together)
 
 
 def assert_close(a: Image.Image, b: Image.Image) -> None:

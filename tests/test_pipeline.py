@@ -1,5 +1,9 @@
 """Prompts in, pictures out: flux-nano end to end against diffusers' pipeline, and what the pipeline adds."""
 
+import os
+import sys
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -248,6 +252,26 @@ def test_a_device_that_is_not_here():
         with pytest.raises(InputError, match="device"):
             pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has growing segments on Linux alone")
+def test_a_cards_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+    def settings(device: str, **own: str) -> list[str | None]:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        with suppress(InputError):
+            pick_device(device)
+        return [os.environ.get(name) for name in names]
+
+    assert settings("cuda:99") == ["expandable_segments:True", None]
+    assert settings("cpu") == [None, None]
+    for name in names:
+        own = settings("cuda:99", **{name: "max_split_size_mb:64"})
+        assert own == ["max_split_size_mb:64" if each == name else None for each in names]
 
 
 def test_dtypes():

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from studio_parts import SMALL, make_classifier, make_studio
 
+from flux.doses import DOSES, Dose, dose_of
 from flux.errors import InputError
 from flux.images import read_image, save_image
 from flux.reading import check_settings, read_settings
@@ -37,7 +39,14 @@ pytest.importorskip("gradio")
 import gradio_client  # noqa: E402
 
 from flux.studio import edit_tab, generate, look_tab  # noqa: E402
-from flux.studio.edit import edit_settings_of, edits_of, known_layers, run_edit, text_of  # noqa: E402
+from flux.studio.edit import (  # noqa: E402
+    edit_settings_of,
+    edits_of,
+    known_layers,
+    numbers_of,
+    run_edit,
+    text_of,
+)
 from flux.studio.generate import run_generate, settings_of  # noqa: E402
 from flux.studio.look import run_scan, scan_settings_of  # noqa: E402
 from flux.studio.safety import OwnFilesOnly  # noqa: E402
@@ -349,6 +358,20 @@ def test_demo_4_repeats_an_edit_of_a_photograph(studio, tmp_path, photo):
         archive.extractall(tmp_path / "home")
     settings = read_settings(EditSettings, tmp_path / "home" / "000_edit" / "run.json")
     assert Path(settings.photo).parent == tmp_path / "home" / "000_edit" == Path(settings.mask).parent
+
+
+def test_a_dose_of_the_page_is_the_named_one_but_for_what_is_changed(studio):
+    """The page shows its numbers; sent along untouched, they must not stand for a user's own."""
+    form = {"prompt": "a dog", "edits": "a cat", "layers": {"on": [0, 3]}}
+
+    def asked(dose: str, **own) -> Dose:
+        [entry] = edit_settings_of(studio, {**form, "dose": dose, **numbers_of(dose), **own}).entries
+        return dose_of(entry)
+
+    for name, dose in DOSES.items():
+        assert asked(name) == dose
+    assert asked("auto", weight=0.7) == replace(DOSES["auto"], weight=0.7, all_over_weights=None)
+    assert asked("auto", inject_until=0.5) == replace(DOSES["auto"], inject_until=0.5, all_over_until=None)
 
 
 def test_a_kept_reference_is_used_again(studio):

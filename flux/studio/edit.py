@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from flux.doses import DOSES
 from flux.editing import OF_REFERENCE, edit_reference, keep_reference
 from flux.errors import InputError
 from flux.settings import Edit, EditSettings
@@ -56,9 +57,12 @@ def edit_settings_of(studio: Studio, form: dict[str, Any]) -> EditSettings:
     layers = layers_on(form["layers"], num)
     if not layers:
         raise InputError("Got no layer to take keys and values over in: click at least one on")
-    names = (*SAMPLING, "seed", "dose", *DOSED, "parts", "inversion", "paste_back")
+    names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
+    # The dose's own numbers go with its name alone, since some of it only holds where no other is given.
+    own = numbers_of(form.get("dose"))
+    numbers = {name: form.get(name) for name in DOSED if form.get(name) != own.get(name)}
     fields = {
-        **whole({name: form.get(name) for name in names}),
+        **whole({name: form.get(name) for name in names} | numbers),
         "prompt": prompt,
         "edits": edits_of(text),
         "vital_layers": layers,
@@ -67,6 +71,12 @@ def edit_settings_of(studio: Studio, form: dict[str, Any]) -> EditSettings:
 
 
 DOSED = ("weight", "inject_from", "inject_until", "falling")
+
+
+def numbers_of(dose: Any) -> dict[str, float | bool]:
+    """The numbers of the dose of that name, as the page shows them; none if there is no such dose."""
+    found = DOSES.get(dose) if isinstance(dose, str) else None
+    return {name: getattr(found, name) for name in DOSED} if found else {}
 
 
 def make_reference(

@@ -12,7 +12,14 @@ from flux.errors import InputError
 from flux.photo import natural_size
 from flux.settings import EditSettings
 from flux.studio.app import Studio
-from flux.studio.edit import DOSED, edit_settings_of, known_layers, make_reference, run_edit, text_of
+from flux.studio.edit import (
+    edit_settings_of,
+    known_layers,
+    make_reference,
+    numbers_of,
+    run_edit,
+    text_of,
+)
 from flux.studio.engine import Report, Teller
 from flux.studio.generate import SAMPLING
 from flux.studio.tabs import QUIET, connect, fill, guidance_slider, size_slider, words_place
@@ -325,9 +332,7 @@ class EditTab:
             return "\n".join([*lines[: place + 1], f"> {caption}", *lines[place + 1 :]])
 
         def dosed(name: str):
-            dose = DOSES[name]
-            weight = dose.weight if isinstance(dose.weight, float | int) else 1.0
-            return weight, dose.inject_from, dose.inject_until, dose.falling
+            return list(numbers_of(name).values())
 
         def opened(ground: Image.Image | None, painting: Image.Image | None):
             return (
@@ -413,14 +418,10 @@ class EditTab:
             if isinstance(layers, str)
             else [layer for layer in layers if layer in range(self.studio.spec.num_layers)]
         )
-        dose = DOSES[settings.dose]
-        values = {
-            name: getattr(settings, name)
-            for name in (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
-        }
-        for name in DOSED:
-            given = getattr(settings, name)
-            values[name] = getattr(dose, name) if given is None else given
+        names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
+        values = {name: getattr(settings, name) for name in names}
+        own = numbers_of(settings.dose)
+        values |= {name: own[name] if (given := getattr(settings, name)) is None else given for name in own}
         values |= {
             "prompt": settings.prompt or "",
             "edits": text_of(settings.edits),
