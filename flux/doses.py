@@ -47,11 +47,11 @@ class Dose:
 
 # The only place with these numbers: to tune them, change them here.
 DOSES: dict[str, Dose] = {
-    "auto": Dose(weight=0.4, inject_until=0.3, mask="auto", all_over_until=0.8, all_over_weights=(0.8, 0.2)),
+    "auto": Dose(inject_until=0.3, mask="auto", all_over_until=1.0, all_over_weights=(1.0, 0.5)),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),
-    "scene": Dose(weight=0.4, inject_until=0.8),
+    "scene": Dose(weight=0.7, inject_until=0.8),
     "paper": Dose(),
 }
 DEFAULT_DOSE = "auto"

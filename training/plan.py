@@ -34,11 +34,11 @@ class StagePlan:
 
 PLAN: dict[str, StagePlan] = {
     "autoencoder": StagePlan(126, 64, 1e-3, 8192, decay=0.6),
-    "text": StagePlan(40, 1024, 1e-3, 300_000, decay=0.6),
+    "text": StagePlan(45, 1024, 1e-3, 300_000, decay=0.6),
     "flow128": StagePlan(50, 384, 1e-3, 200_000, 61_440, 128, 12_288, decay=0.0),
-    "flow256": StagePlan(265, 192, 8e-4, 300_000, 61_440, 16, 8_192, decay=0.7),
-    "guidance": StagePlan(32, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
-    "schnell": StagePlan(36, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
+    "flow256": StagePlan(690, 320, 8e-4, 300_000, 61_440, 16, 8_192, decay=0.7),
+    "guidance": StagePlan(40, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
+    "schnell": StagePlan(40, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
     "dinov2": StagePlan(52, 256, 1e-3, 150_000, decay=0.9),
     "measuring": StagePlan(280, 512, 2e-3, 600_000, decay=0.9),
 }
