@@ -162,6 +162,8 @@ def test_a_tab_that_is_closed_stops_its_run(page, studio, client):
 def test_edit_with_two_layers_off_and_a_mask(page, studio):
     page.get_by_role("tab", name="Edit").click()
     page.locator("#edit-prompt textarea").fill("a dog on the grass")
+    page.get_by_role("button", name="Double", exact=True).locator("visible=true").click()
+    page.locator("#edit-layers [data-layer='2'][aria-pressed=true]").wait_for()
     page.locator("#edit-first").click()
     says(page, "#edit-news", "Done")
     for layer in (1, 3):
