@@ -61,8 +61,8 @@ def subject_tokens(
         words = [tokens for word, tokens in seen.words.items() if word not in own]
         shared.append(sum(words, torch.zeros(len(seen.padding))) > 0)
     shared, total = torch.stack(shared)[:, None], 0.0
+    num_txt = shared.shape[2]
     for q, k in watched.values():
-        num_txt = shared.shape[2]
         of_text = torch.eye(q.shape[2], num_txt, device=q.device)
         total = total + mean_attention(q[:, :, num_txt:], k, of_text)
     uneven = total.std(dim=1, keepdim=True) / total.mean(dim=1, keepdim=True)

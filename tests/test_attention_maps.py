@@ -292,7 +292,7 @@ def test_the_word_is_where_its_object_is(nano):
     words = first.layers[8].to_words
     row, column = divmod(int(words["dog"].argmax()), 16)
     assert 9 <= row <= 14 and 2 <= column <= 8
-    assert words["dog"].max() > max(0.1, 3 * words["the"].max()), "an article stands nowhere"
+    assert words["dog"].max() > max(0.1, 5 * words["the"].max())
 
 
 def test_nothing_is_watched_unasked(nano, monkeypatch):

@@ -1,6 +1,10 @@
 import torch
 
-from flux.automask import led_apart
+from flux.attention_maps import text_tokens
+from flux.automask import led_apart, subject_tokens
+from flux.pipeline import Pipeline
+from flux.settings import ModelSettings
+from flux.specs import complete
 
 SIDE = 16
 
@@ -35,3 +39,24 @@ def test_a_few_large_values_are_no_measure():
     maps = apart(1.0)
     maps[0, 100] = 30.0
     assert led_apart(maps, 32 * SIDE, 8 * SIDE).all()
+
+
+def test_the_subject_is_where_a_shared_word_is_looked_at():
+    """A square of six tokens attends to "dog", all else to everything alike: articles count for nothing."""
+    t5, prompt = Pipeline.load(complete(ModelSettings(device="cpu"))).t5, "a dog on the grass"
+    tokens = text_tokens(t5, prompt)
+    num_txt = len(tokens.padding)
+    q, k = torch.zeros(2, 1, 1, num_txt + SIDE**2, 4)
+    k[0, 0, :num_txt][tokens.words["dog"]] = 1.0
+    q[0, 0, num_txt:].view(SIDE, SIDE, 4)[4:10, 4:10] = 5.0
+
+    def found(other: str) -> torch.Tensor:
+        return subject_tokens(t5, {0: (q, k)}, [prompt], [other], 16 * SIDE, 16 * SIDE).reshape(SIDE, SIDE)
+
+    inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    inside[4:10, 4:10] = True
+    rim = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    rim[3:11, 3:11] = True
+    subject = found("a dog in the snow")
+    assert subject[inside].all() and not subject[~rim].any()
+    assert not found("cats").any(), "no word is shared"
