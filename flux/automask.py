@@ -13,7 +13,7 @@ from flux.modules.conditioner import HFEmbedder
 from flux.photo import TOKEN
 
 THRESHOLD = 0.65  # of the most that any image token attends to the words, or is led apart by them
-ALL_OVER = 0.3  # on flux-nano another place or time of day was above, another object or hat below
+ALL_OVER = 0.25  # on flux-nano another place or time of day was above, another object or hat below
 
 
 def other_words(prompt: str, than: str) -> list[str]:
@@ -80,39 +80,47 @@ def may_change(maps: Tensor, width: int, height: int) -> Tensor:
     """The tokens where a row's map, "B I", has `THRESHOLD` or more of its most, seen in neighbourhoods of 3x3
     tokens, and their neighbours, "B I 1", bool; where it is 0 all over, all tokens.
     """
-    smooth = smoothed(maps, width, height)
+    smooth = smoothed(maps.float(), width, height)
     chosen = (smooth >= THRESHOLD * smooth.amax(dim=(2, 3), keepdim=True)).float()
     return F.max_pool2d(chosen, 3, stride=1, padding=1).flatten(1)[:, :, None] > 0
 
 
-def led_apart(apart: Tensor, width: int, height: int) -> Tensor:
-    """Where two prompts lead a picture apart, "B I 1", bool: the tokens with `THRESHOLD` or more of the
-    largest difference, and their neighbours. Where the median of a picture's tokens is more than `ALL_OVER`
-    of their 95th percentile, all tokens.
+def all_over(changed: Tensor, apart: Tensor, width: int, height: int) -> Tensor:
+    """Whether an edit may change all of its picture, "B", bool: whether that is so along the picture's edge,
+    which another place or time of day changes, and another object seldom. There the median of the geometric
+    mean of both maps, each in proportion to its largest values, is more than `ALL_OVER`.
 
     Args:
-        apart: how far the velocities of the two prompts are apart, at the same latent, "B I". Seen in
-            neighbourhoods of 3x3 tokens.
+        changed: how much each token attends to the words that change, "B I".
+        apart: how far the velocities of the two prompts are apart, at the same latent, "B I".
     """
-    smooth = smoothed(apart.float(), width, height).flatten(1)
-    all_over = smooth.median(dim=1).values > ALL_OVER * smooth.quantile(0.95, dim=1)
-    return may_change(apart.float(), width, height) | all_over[:, None, None]
+    edge = torch.ones(height // TOKEN, width // TOKEN, dtype=torch.bool)
+    edge[1:-1, 1:-1] = False
+    changed, apart = (smoothed(maps.float(), width, height) for maps in (changed, apart))
+    # A few tokens that are far apart are no measure of the others.
+    most = apart.flatten(1).quantile(0.95, dim=1) * changed.flatten(1).amax(dim=1)
+    both = (changed * apart)[:, 0, edge].median(dim=1).values
+    return both > ALL_OVER**2 * most
 
 
 def changed_tokens(
     t5: HFEmbedder,
     of_sources: tuple[Sequence[str], dict[int, tuple[Tensor, Tensor]]],
     of_edits: tuple[Sequence[str], dict[int, tuple[Tensor, Tensor]]],
+    apart: Tensor,
     width: int,
     height: int,
 ) -> Tensor:
     """The tokens that each edit may change, "B I 1", bool: those that attend, in the edit, to words which its
-    prompt alone has, or, in its source, to words which the source's prompt alone has. Where neither has any,
-    all tokens.
+    prompt alone has, or, in its source, to words which the source's prompt alone has, and those where the two
+    prompts lead the picture apart. All tokens where that is so `all_over`, or where neither prompt has a word
+    of its own.
 
     Args:
         of_sources, of_edits: the prompt of each row, and the queries and keys watched in their pass.
+        apart: as `all_over` takes it.
     """
     (sources, before), (prompts, after) = of_sources, of_edits
-    maps = torch.maximum(attended(t5, after, prompts, sources), attended(t5, before, sources, prompts))
-    return may_change(maps, width, height)
+    changed = torch.maximum(attended(t5, after, prompts, sources), attended(t5, before, sources, prompts))
+    everywhere = all_over(changed, apart, width, height)[:, None, None]
+    return may_change(changed, width, height) | may_change(apart, width, height) | everywhere

@@ -21,10 +21,8 @@ class Dose:
         top: of how many vital layers, the most vital ones; None: all.
         mask: "auto": what an edit may change is found on the way, see `flux.automask`. An edit may also put
             a picture's file here, or "none".
-        all_over_until: in place of `inject_until` where a mask so found leaves nothing as it is, as for
-            another place: what stands there is then to be held longer.
-        all_over_weights: in those further steps, in place of `weight`: where the subject stands that both
-            prompts name, and elsewhere.
+        all_over_until: where a mask so found leaves nothing as it is, as for another place, the subject that
+            both prompts name is held so long, all else until `inject_until`.
     """
 
     weight: float | Mapping[int, float] = 1.0
@@ -34,7 +32,6 @@ class Dose:
     top: int | None = None
     mask: str | None = None
     all_over_until: float | None = None
-    all_over_weights: tuple[float, float] | None = None
 
     def of_layer(self, layer: int) -> float:
         """The weight of a layer where nothing has fallen yet; one that a mapping does not name has 1."""
@@ -47,7 +44,7 @@ class Dose:
 
 # The only place with these numbers: to tune them, change them here.
 DOSES: dict[str, Dose] = {
-    "auto": Dose(inject_until=0.3, mask="auto", all_over_until=1.0, all_over_weights=(1.0, 0.5)),
+    "auto": Dose(inject_until=0.3, mask="auto", all_over_until=1.0),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),
@@ -61,6 +58,4 @@ def dose_of(entry: "Turn") -> Dose:
     """The named dose of an edit, with the numbers put over it that the edit gives itself."""
     given = {each.name: getattr(entry, each.name, None) for each in fields(Dose)}
     dose = replace(DOSES[entry.dose], **{name: value for name, value in given.items() if value is not None})
-    if entry.weight is not None:
-        dose = replace(dose, all_over_weights=None)
     return dose if entry.inject_until is None else replace(dose, all_over_until=None)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.automask import changed_tokens, led_apart, subject_tokens
+from flux.automask import changed_tokens, subject_tokens
 from flux.doses import Dose, dose_of
 from flux.errors import InputError
 from flux.images import read_image
@@ -70,12 +70,12 @@ class Batch:
         places: their places among all edits.
         sources: for each, the prompt of what it starts from.
         shares: what is left of the dose's weight in each step; in those not named nothing is taken.
-        longer: further steps, in which those edits take that may change all of the picture.
+        longer: further steps, in which edits that may change all of the picture take their subject.
         latent: where they are, "B I 64".
         mask: which tokens may change, "B I 1", bool; None: all. If the dose's mask is "auto", it is found on
             the way.
         all_over: with a mask so found, which edits may change all of the picture, "B 1", bool; None: none.
-        subject: found with it, which tokens are the subject's that stays, "B I", bool.
+        subject: found for those, which tokens are the subject's that stays, "B I", bool.
     """
 
     places: list[int]
@@ -100,7 +100,7 @@ class Batch:
         held = index in self.longer and self.all_over is not None
         return 1.0 if held else self.shares.get(index, 0.0)
 
-    def found(self, mask: Tensor, subject: Tensor) -> None:
+    def found(self, mask: Tensor, subject: Tensor | None) -> None:
         """Takes over what was found on the way."""
         self.mask, self.subject, all_over = mask, subject, mask.all(dim=1)
         self.all_over = all_over if all_over.any() else None
@@ -120,9 +120,8 @@ class Batch:
             may_change = self.mask[:, :, 0].float()
             weights = {n: 1 - may_change * (1 - w) if w < 1 else w for n, w in weights.items()}
             if index in self.longer:
-                if held := self.dose.all_over_weights:
-                    weights = dict.fromkeys(layers, torch.where(self.subject, *held))
-                weights = {n: w * self.all_over.expand_as(may_change) for n, w in weights.items()}
+                held = self.subject & self.all_over
+                weights = {layer: self.dose.of_layer(layer) * held for layer in layers}
         negative = moment.kept_negative
         return Intervention(
             take=parts(moment.kept),
@@ -244,9 +243,9 @@ def follow(
 
 def _auto_mask(
     pipe: Pipeline, model: Flux, source: Source, moment: Moment, batch: Batch, step: Step, ids: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """From the step that watched the edits of a batch: which tokens they may change, "B I 1", and which are
-    the subject's that they share with their sources, "B I", bool.
+    the subject's that they share with their sources, "B I", bool; None if no edit may change all of them.
     """
     num, watching = len(batch.entries), Intervention(watch=pipe.model.params.around_the_joint)
     at, own = moment.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
@@ -257,7 +256,9 @@ def _auto_mask(
     apart = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
     prompts = [entry.prompt for entry in batch.entries]
     watched = (batch.sources, of_source.watched), (prompts, step.watched)
-    mask = changed_tokens(pipe.t5, *watched, *source.size) | led_apart(apart, *source.size)
+    mask = changed_tokens(pipe.t5, *watched, apart, *source.size)
+    if not mask.all(dim=1).any():
+        return mask, None
     return mask, subject_tokens(pipe.t5, of_source.watched, batch.sources, prompts, *source.size)
 
 

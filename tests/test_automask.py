@@ -1,7 +1,7 @@
 import torch
 
 from flux.attention_maps import text_tokens
-from flux.automask import led_apart, subject_tokens
+from flux.automask import all_over, may_change, subject_tokens
 from flux.pipeline import Pipeline
 from flux.settings import ModelSettings
 from flux.specs import complete
@@ -9,36 +9,44 @@ from flux.specs import complete
 SIDE = 16
 
 
-def apart(share: float) -> torch.Tensor:
-    """A map that is 0.05 but for a square of 1 that fills such a share of the picture."""
+def square(share: float) -> torch.Tensor:
+    """A map that is 0.05 but for a square of 1 in the middle that fills such a share of the picture."""
     image = torch.full((SIDE, SIDE), 0.05)
-    side = round(SIDE * share**0.5)
-    image[:side, :side] = 1.0
+    rest = round(SIDE * (1 - share**0.5) / 2)
+    image[rest : SIDE - rest, rest : SIDE - rest] = 1.0
     return image.reshape(1, -1)
 
 
 def test_a_part_and_the_whole():
-    """In rows of one batch, however strong the difference is."""
-    maps = torch.cat([scale * apart(share) for share in (0.1, 0.3, 0.8, 1.0) for scale in (0.01, 1, 50)])
-    found = led_apart(maps, 16 * SIDE, 16 * SIDE)
-    assert found.all(dim=1)[:, 0].tolist() == [False] * 6 + [True] * 6
-    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+    """In rows of one batch, however strong the difference is, and if only both maps say so."""
+    whole, scales, size = square(1.0), (0.01, 1, 50), (16 * SIDE, 16 * SIDE)
+    maps = torch.cat([scale * square(share) for share in (0.1, 0.3, 0.5, 1.0) for scale in scales])
+    for changed, apart in ((maps, maps), (whole.expand(12, -1), maps), (maps, whole.expand(12, -1))):
+        assert all_over(changed, apart, *size).tolist() == [False] * 9 + [True] * 3
+
+
+def test_the_edge_decides():
+    """A subject that fills most of the picture, and stays, makes another place no part of it."""
+    around = 1.05 - square(0.6)
+    assert around.mean() < 0.5 and all_over(around, around, 16 * SIDE, 16 * SIDE).all()
 
 
 def test_the_part_and_its_neighbours():
-    """A square of five tokens: means round its inner corner off, neighbours add a rim."""
-    [found] = led_apart(apart(0.1), 16 * SIDE, 16 * SIDE).reshape(-1, SIDE, SIDE)
+    """A square of four tokens: means round its corners off, neighbours add a rim."""
+    [found] = may_change(square(0.07), 16 * SIDE, 16 * SIDE).reshape(-1, SIDE, SIDE)
     rim = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    rim[:6, :6] = True
-    rim[5, 5] = False
+    rim[5:11, 5:11] = True
+    for row in (5, 10):
+        for column in (5, 10):
+            rim[row, column] = False
     assert torch.equal(found, rim)
 
 
 def test_a_few_large_values_are_no_measure():
-    """One token that stands out does not make the rest of a picture small."""
-    maps = apart(1.0)
-    maps[0, 100] = 30.0
-    assert led_apart(maps, 32 * SIDE, 8 * SIDE).all()
+    """One token that is led far apart does not make the rest of a picture small."""
+    apart = square(1.0)
+    apart[0, 100] = 30.0
+    assert all_over(square(1.0), apart, 32 * SIDE, 8 * SIDE).all()
 
 
 def test_the_subject_is_where_a_shared_word_is_looked_at():

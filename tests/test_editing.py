@@ -316,10 +316,8 @@ def test_a_mask_of_each_edit(small, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_what_may_change_all_over_is_held_longer(small, monkeypatch, kept):
-    """By the default dose: beside an edit of a part, which is held as long as by itself; of ten steps three
-    and all.
-    """
+def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypatch, kept):
+    """By the default dose: beside an edit of a part, which is held as by itself, in three of ten steps."""
     part = torch.zeros(1, TOKENS, 1, dtype=torch.bool)
     part[:, :7] = True
     masks = {EDITS[0]: part, EDITS[2]: torch.ones_like(part)}
@@ -330,30 +328,28 @@ def test_what_may_change_all_over_is_held_longer(small, monkeypatch, kept):
         return mask, subject.expand(len(mask), -1)
 
     monkeypatch.setattr(editing, "_auto_mask", auto_mask)
-    uniform = replace(DOSES["auto"], all_over_weights=None)
     common = {"num_steps": 10, "true_cfg": 1.0}
 
     def made(edits: list[str], **changes) -> list[Image.Image]:
-        wanted = settings(**common, edits=edits, **changes)
+        wanted = settings(**common, edits=edits, dose="auto", **changes)
         if kept:
             reference = keep_reference(small, wanted, LAYERS, progress=False)
             return edit_reference(small, reference, edits, wanted, progress=False)
         return edit(small, wanted, LAYERS, progress=False).edits
 
-    both = made([EDITS[0], EDITS[2]], dose="auto")
-    for edit_number, until in ((0, 0.3), (2, 1.0)):
-        [alone] = made([EDITS[edit_number]], dose="auto")
-        assert difference(both[bool(edit_number)], alone) == 0
-        with monkeypatch.context() as patch:
-            patch.setitem(DOSES, "auto", uniform)
-            [plain] = made([EDITS[edit_number]], dose="auto")
-        [same] = made([EDITS[edit_number]], dose="auto", inject_until=until)
-        assert difference(plain, same) == 0
-        assert (difference(alone, plain) > 0) == (edit_number == 2), "the subject is held more strongly"
-        [own] = made([EDITS[edit_number]], dose="auto", weight=1.0)
-        assert difference(plain, own) == 0, "a weight of one's own holds"
-    [short] = made([EDITS[2]], dose="auto", inject_until=0.3)
-    assert difference(short, both[1]) > 0, "a number of one's own holds"
+    def holds_subject() -> bool:
+        weights = [weight for given in passes if given.take for weight in given.weights.values()]
+        return any(torch.equal(weight, subject.float()) for weight in weights)
+
+    both = made([EDITS[0], EDITS[2]])
+    for picture, number, held_longer in zip(both, (0, 2), (False, True)):
+        [alone] = made([EDITS[number]])
+        assert difference(picture, alone) == 0
+        passes.clear()
+        [short] = made([EDITS[number]], inject_until=0.3)
+        assert not holds_subject() and (difference(alone, short) > 0) == held_longer
+        made([EDITS[number]])
+        assert holds_subject() == held_longer
 
 
 def test_an_automatic_mask(small, passes, monkeypatch):

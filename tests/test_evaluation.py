@@ -376,11 +376,14 @@ def test_a_batch_is_what_edit_makes_one_by_one(nano, benchmark, items, tmp_path,
             assert_close(found.reference, alone.reference)
 
 
+@pytest.mark.parametrize("all_over", [False, True])
 @pytest.mark.parametrize("references", ["photo", "generated"])
-def test_masks_of_a_batch_are_those_of_one_by_one(nano, benchmark, items, tmp_path, monkeypatch, references):
-    """To the token, where each row has words, a source and a part to change of its own."""
+def test_masks_of_a_batch_are_those_of_one_by_one(
+    nano, benchmark, items, tmp_path, monkeypatch, references, all_over
+):
+    """To the token, where each row has words, a source and a part to change, or a subject, of its own."""
     monkeypatch.setattr(flux.automask, "THRESHOLD", 1.0)
-    monkeypatch.setattr(flux.automask, "ALL_OVER", 1.0)
+    monkeypatch.setattr(flux.automask, "ALL_OVER", 0.0 if all_over else 1.0)
     found, make = [], flux.editing._auto_mask
     monkeypatch.setattr(flux.editing, "_auto_mask", lambda *given: found.append(make(*given)) or found[-1])
     size = {"width": 128, "height": 128}
@@ -388,9 +391,14 @@ def test_masks_of_a_batch_are_those_of_one_by_one(nano, benchmark, items, tmp_pa
     maker = Maker(nano, (128, 128), photos=references == "photo")
     for part in (items, items[:1], items[1:]):
         maker.make(completed(settings)[0], part)
-    for together, *alone in zip(*found):
-        assert torch.equal(together, torch.cat(alone))
-        assert 0 < together[0].sum() < 64 and not torch.equal(*together)
+    masks, subjects = zip(*found)
+    together, *alone = subjects if all_over else masks
+    assert torch.equal(together, torch.cat(alone))
+    assert 0 < together[0].sum() < 64 and not torch.equal(*together)
+    if all_over:
+        assert all(mask.all() for mask in masks)
+    else:
+        assert subjects == (None,) * 3, "a subject is looked for where all may change"
 
 
 def assert_close(a: Image.Image, b: Image.Image) -> None:

@@ -370,7 +370,7 @@ def test_a_dose_of_the_page_is_the_named_one_but_for_what_is_changed(studio):
 
     for name, dose in DOSES.items():
         assert asked(name) == dose
-    assert asked("auto", weight=0.7) == replace(DOSES["auto"], weight=0.7, all_over_weights=None)
+    assert asked("auto", weight=0.7) == replace(DOSES["auto"], weight=0.7)
     assert asked("auto", inject_until=0.5) == replace(DOSES["auto"], inject_until=0.5, all_over_until=None)
 
 
