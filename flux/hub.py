@@ -8,6 +8,7 @@ checksum before it takes its place.
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from flux.specs import ModelSpec, get_spec
 
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 ATTEMPTS, FIRST_WAIT = 6, 1.0  # without a byte of progress; seconds, doubled from one attempt to the next
+TO_BE_REACHED = 3  # attempts at a hub that has never answered: as a rule, this machine is offline
 PASSING = {408, 429, 500, 502, 503, 504}  # answers that another attempt may change
 PIECE = 2**24
 
@@ -119,7 +121,10 @@ def _listing(spec: ModelSpec, wanted: Sequence[str], weights: bool) -> tuple[str
     """The newest commit, and those of its files that are wanted."""
     from huggingface_hub import HfApi
 
-    info = _patiently(lambda: HfApi().model_info(spec.repo_id, revision="main", files_metadata=True))
+    info = _patiently(
+        lambda: HfApi().model_info(spec.repo_id, revision="main", files_metadata=True),
+        to_be_reached=TO_BE_REACHED,
+    )
     parts = []
     for file in info.siblings:
         folder = file.rfilename.partition("/")[0]
@@ -246,8 +251,13 @@ def _git_hash(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _patiently(action: Callable, progress: Callable[[], int] = lambda: 0):
-    """What `action` returns, tried again with growing pauses for as long as another attempt may help."""
+def _patiently(action: Callable, progress: Callable[[], int] = lambda: 0, to_be_reached: int = ATTEMPTS):
+    """What `action` returns, tried again with growing pauses for as long as another attempt may help. Says so
+    before each pause.
+
+    Args:
+        to_be_reached: after so many attempts without a connection it gives up.
+    """
     failures = 0
     while True:
         before = progress()
@@ -255,9 +265,13 @@ def _patiently(action: Callable, progress: Callable[[], int] = lambda: 0):
             return action()
         except Exception as error:
             failures = 0 if progress() > before else failures + 1
-            if failures == ATTEMPTS or not _passes(error):
+            name = type(error).__name__
+            attempts = to_be_reached if name.startswith("Connect") else ATTEMPTS
+            if failures == attempts or not _passes(error):
                 raise
-            time.sleep(FIRST_WAIT * 2 ** min(failures, 5))
+            pause = FIRST_WAIT * 2 ** min(failures, 5)
+            print(f"The hub does not answer ({name}): trying again in {pause:.0f} s", file=sys.stderr)
+            time.sleep(pause)
 
 
 def _passes(error: Exception) -> bool:
@@ -299,7 +313,7 @@ def _hub_errors(spec: ModelSpec, what: str) -> Iterator[None]:
         elif _passes(error):
             reason = (
                 f"it cannot be reached or breaks off ({type(error).__name__}): try again, it goes on where "
-                "it stopped; or set HF_ENDPOINT to a mirror"
+                "it stopped; or set HF_ENDPOINT to a mirror, or give the files' paths"
             )
         elif isinstance(error, OSError):
             reason = str(error).strip().splitlines()[0]

@@ -146,6 +146,10 @@ def lie_at(endpoint: str, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
+def said(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
 def flow(spec=SPEC, download=True) -> Path:
     return own_file(spec, spec.repo_flow, download)
 
@@ -315,6 +319,7 @@ def test_refusals_say_what_to_do(server, refusal, expected):
     with pytest.raises(InputError, match=expected) as error:
         flow()
     assert SPEC.repo_id in str(error.value) and "\n" not in str(error.value)
+    assert sum(server.pauses) == (62 if refusal in (500, 429) else 0), "patience where it may help"
     assert snapshots() == []
 
 
@@ -324,11 +329,14 @@ def test_schnell_has_another_licence(server):
         flow(configs["flux-schnell"])
 
 
-def test_a_hub_that_does_not_answer(server, monkeypatch):
+def test_a_hub_that_does_not_answer(server, monkeypatch, capsys):
+    """As a rule it is this machine that is offline: it is told soon."""
     lie_at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(InputError, match="cannot be reached .* HF_ENDPOINT to a mirror"):
         flow()
-    assert sum(server.pauses) > 30, "patience"
+    assert server.pauses == [2, 4]
+    for line, pause in zip(said(capsys), (2, 4), strict=True):
+        assert line == f"The hub does not answer (ConnectError): trying again in {pause} s"
 
 
 def test_a_file_that_the_repository_lacks(server):
