@@ -44,7 +44,7 @@ class Dose:
 
 # The only place with these numbers: to tune them, change them here.
 DOSES: dict[str, Dose] = {
-    "auto": Dose(inject_until=0.3, mask="auto", all_over_until=1.0),
+    "auto": Dose(inject_until=0.25, mask="auto", all_over_until=1.0),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),

@@ -23,7 +23,7 @@ from flux.photo import mask_picture, token_mask
 from flux.pipeline import Pipeline
 from flux.reading import check_settings
 from flux.reference import Moment, OnStep, Reference, Source, ahead, find_source, keep_reference, steering
-from flux.sampling import Conditioning, Step, euler_step, window
+from flux.sampling import Conditioning, Step, euler_step, step_at, window
 from flux.settings import Edit, EditSettings, Turn
 
 __all__ = [
@@ -189,7 +189,7 @@ def batches_of(
         steps = window(source.num_steps, dose.inject_from, dose.inject_until)
         longer = range(0)
         if dose.mask == "auto" and dose.all_over_until is not None:
-            longer = range(steps.stop, round(dose.all_over_until * source.num_steps))
+            longer = range(steps.stop, step_at(dose.all_over_until, source.num_steps))
         for start in range(0, len(members), settings.batch_size):
             places = members[start : start + settings.batch_size]
             chosen = [entries[place] for place in places]
@@ -213,7 +213,7 @@ def follow(
     on_step: Callable[[Step, int], object],
 ) -> Tensor:
     """Takes the batches down beside the reference; returns the reference's last latent."""
-    ids, auto_at = pipe.image_ids(1, *source.size), round(AUTO_MASK_AT * source.num_steps)
+    ids, auto_at = pipe.image_ids(1, *source.size), step_at(AUTO_MASK_AT, source.num_steps)
     latent = source.start
     for batch in batches:
         batch.cond = batch.cond.scheduled(model, source.levels[:-1])

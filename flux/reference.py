@@ -17,7 +17,7 @@ from flux.math import KeysValues
 from flux.model import Flux
 from flux.photo import Photograph, describe
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Step, euler_step
+from flux.sampling import Conditioning, Step, euler_step, step_at
 from flux.settings import EditSettings
 
 OnStep = Callable[[Step, int, int], object]
@@ -106,7 +106,7 @@ class Source:
 
     def at(self, cond: Conditioning, index: int) -> Conditioning:
         """What steers step `index`: the second pass only begins with `cfg_from`."""
-        begins = round(self.settings.cfg_from * self.num_steps)
+        begins = step_at(self.settings.cfg_from, self.num_steps)
         return cond if index >= begins else replace(cond, negative=None)
 
     def moments(self, model: Flux, ids: Tensor, keep: Callable[[int], frozenset[int]]) -> Iterator[Moment]:

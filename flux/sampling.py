@@ -356,13 +356,18 @@ def denoise(
     return img
 
 
+def step_at(fraction: float, num_steps: int) -> int:
+    """The step that begins nearest to that fraction of all steps, the later one of two equally near."""
+    return math.floor(fraction * num_steps + 0.5)
+
+
 def window(num_steps: int, start: float, stop: float) -> range:
     """The steps that lie in the fractions start..stop of a schedule, at least one of them.
 
     Raises:
         InputError: if no step does.
     """
-    steps = range(round(start * num_steps), round(stop * num_steps))
+    steps = range(step_at(start, num_steps), step_at(stop, num_steps))
     if not steps:
         raise InputError(
             f"Got the window {start}..{stop} of {num_steps} steps, which holds no step: widen it"

@@ -346,7 +346,7 @@ def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypa
         [alone] = made([EDITS[number]])
         assert difference(picture, alone) == 0
         passes.clear()
-        [short] = made([EDITS[number]], inject_until=0.3)
+        [short] = made([EDITS[number]], inject_until=0.25)
         assert not holds_subject() and (difference(alone, short) > 0) == held_longer
         made([EDITS[number]])
         assert holds_subject() == held_longer

@@ -422,6 +422,12 @@ def test_window_of_all_steps_and_of_forty_percent():
     assert sampling.window(15, 0.4, 1) == range(6, 15)
 
 
+def test_half_a_step_counts():
+    """So that a quarter of two steps is one, of ten three."""
+    assert [len(sampling.window(steps, 0, 0.25)) for steps in (2, 4, 10, 20)] == [1, 1, 3, 5]
+    assert sampling.step_at(0.25, 10) == 3
+
+
 def test_a_window_without_steps_is_told():
     with pytest.raises(InputError, match=r"0\.0\.\.0\.1 of 4 steps"):
         sampling.window(4, 0.0, 0.1)
