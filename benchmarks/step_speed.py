@@ -31,6 +31,7 @@ from flux.fp8 import check_device, to_fp8
 from flux.images import write_json
 from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, FluxParams
+from flux.modules import fused
 from flux.pipeline import pick_device
 from flux.specs import configs
 
@@ -101,6 +102,7 @@ class Bench:
     def compile(self, blocks) -> None:
         # As `Flux.compile_blocks`, but for one shape, whatever else has been compiled in this process.
         torch._dynamo.config.recompile_limit = 64
+        fused.prepare_compiling()
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, backend=self.backend)
 

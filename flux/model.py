@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
 from flux.math import Attend, attend
-from flux.modules import layers
+from flux.modules import fused, layers
 from flux.step_cache import StepCache
 
 
@@ -104,6 +104,7 @@ class Flux(nn.Module):
         # One graph for each kind of pass (plain, keeping, taking) and each new shape: the default of 8 is
         # soon used up, and the next would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        fused.prepare_compiling()
         for block in (*self.double_blocks, *self.single_blocks):
             block.compile(fullgraph=True)
 

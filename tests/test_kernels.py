@@ -143,6 +143,12 @@ def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
         assert not fused.has_kernel(there)
 
 
+def test_a_compiler_does_not_look_into_the_question():
+    """A mark that torch's compiler goes by."""
+    toy.flux().compile_blocks()
+    assert fused._card_is_able._dynamo_marked_constant
+
+
 def test_what_is_rounded_can_be_cut():
     x = random(2, 5, 8)
     whole, part = Rounded.of(x), Rounded.of(x)[:, :2]

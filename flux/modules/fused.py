@@ -30,13 +30,17 @@ FIRST_CARD = (8, 0)  # CUDA compute capability that Triton knows: Ampere and lat
 _able: bool | None = None
 
 
-# A compiler that traces the blocks asks once, and does not look into it.
-@torch.compiler.assume_constant_result
 def _card_is_able() -> bool:
     global _able
     if _able is None:
         _able = torch.cuda.get_device_capability() >= FIRST_CARD
     return _able
+
+
+def prepare_compiling() -> None:
+    """A compiler that traces the blocks is to ask once for the card, and not look into the question."""
+    # Not as a decorator, which would import the compiler with this module: more than a second.
+    torch.compiler.assume_constant_result(_card_is_able)
 
 
 def has_kernel(x: Tensor) -> bool:
