@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ pytest.importorskip("gradio")
 
 import gradio_client  # noqa: E402
 
-from flux.studio import edit_tab, generate, look_tab  # noqa: E402
+from flux.studio import edit_tab, engine, generate, look_tab  # noqa: E402
 from flux.studio.edit import (  # noqa: E402
     edit_settings_of,
     edits_of,
@@ -248,6 +249,25 @@ def test_one_at_a_time(studio):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert most == 1
+
+
+def test_previews_take_a_fifth_of_the_time(monkeypatch):
+    """The first step has one; where a preview takes twice as long as a step, one of ten has."""
+    now, made, reports = [0.0], [], []
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+
+    def preview(*given) -> str:
+        made.append(now[0])
+        now[0] += 2.0
+        return "preview"
+
+    teller = engine.Teller(SimpleNamespace(preview=preview), threading.Event(), reports.append)
+    teller.begin("steps", 30)
+    for _ in range(30):
+        now[0] += 1.0
+        teller.step(None)
+    assert made[0] == 1.0 and 2.0 * len(made) < 0.25 * now[0] and len(made) > 2
+    assert sum(report.preview is not None for report in reports) == len(made)
 
 
 def test_previews_are_small(studio):

@@ -20,6 +20,7 @@ from flux.settings import ModelSettings
 from flux.studio.content_filter import ContentFilter
 
 PREVIEW_SIDE = 32  # places of a latent; a larger one is scaled down before it is decoded
+PREVIEW_SHARE = 0.2  # of the time of a run is what previews may take: on a CPU they cost more than a step
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class Report:
     Attributes:
         done, total: steps of the whole run; total 0: not known.
         left: seconds it will still take, None before the first step has been taken.
-        preview: the clean picture that the last step points at, small.
+        preview: the clean picture that the last step points at, small; not of each step.
         made: what has just been finished: the name it is given by the run, and the thing.
     """
 
@@ -49,7 +50,7 @@ class Teller:
     def __init__(self, engine: "Engine", stop: threading.Event, put: Callable[[Report], None]):
         self._engine, self._stop, self._put = engine, stop, put
         self._text, self._done, self._total, self._size = "", 0, 0, (0, 0)
-        self._begin = time.perf_counter()
+        self._begin = self._next_preview = time.perf_counter()
 
     def begin(self, text: str, total: int, width: int = 0, height: int = 0) -> None:
         """What follows: so many steps, of a picture of that size in pixels if they are sampling steps."""
@@ -66,7 +67,7 @@ class Teller:
         """A sampling step was taken."""
         self._done += 1
         self.check()
-        self._tell(preview=self._engine.preview(step, *self._size))
+        self._tell(preview=self._preview(step))
 
     def step_of(self, step: Step, index: int, total: int) -> None:
         """The same, from one who counts on its own."""
@@ -85,6 +86,14 @@ class Teller:
         """Raises Stopped if the run is to stop."""
         if self._stop.is_set():
             raise Stopped
+
+    def _preview(self, step: Step) -> Image.Image | None:
+        begin = time.perf_counter()
+        if begin < self._next_preview:
+            return None
+        preview, end = self._engine.preview(step, *self._size), time.perf_counter()
+        self._next_preview = end + (end - begin) * (1 / PREVIEW_SHARE - 1)
+        return preview
 
     def _tell(self, **more) -> None:
         # What is made is told also to one who wants to stop: it is there.
