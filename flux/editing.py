@@ -115,13 +115,13 @@ class Batch:
             return {n: tuple(x if part in which else None for part, x in zip("kv", kept[n])) for n in layers}
 
         weights = {layer: self._share(index) * self.dose.of_layer(layer) for layer in layers}
-        if self.mask is not None:
+        if index in self.longer:
+            held = self.subject & self.all_over
+            weights = {layer: weight * held for layer, weight in weights.items()}
+        elif self.mask is not None:
             # Outside the mask the latent is the reference's, and so are keys and values.
             may_change = self.mask[:, :, 0].float()
             weights = {n: 1 - may_change * (1 - w) if w < 1 else w for n, w in weights.items()}
-            if index in self.longer:
-                held = self.subject & self.all_over
-                weights = {layer: self.dose.of_layer(layer) * held for layer in layers}
         negative = moment.kept_negative
         return Intervention(
             take=parts(moment.kept),
