@@ -9,6 +9,8 @@ GRADIO = ["gradio>=6.0"]
 # invisible-watermark, which the watermark's tests compare with, is installed beside these without its
 # dependencies: it asks for opencv-python, which needs a screen's libraries.
 CLUSTER = ["ray>=2.49"]
+# Products with epilogues and attention for NVIDIA's Hopper cards.
+HOPPER = ["quack-kernels>=0.6.5", "flash-attn-4[cu13]>=4.0.0b36"]
 TEST = [
     "pytest>=8.0",
     "diffusers>=0.36",
@@ -48,6 +50,6 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
     ],
-    extras_require={"gradio": GRADIO, "cluster": CLUSTER, "test": TEST, "all": TEST},
+    extras_require={"gradio": GRADIO, "cluster": CLUSTER, "hopper": HOPPER, "test": TEST, "all": TEST},
     entry_points={"console_scripts": ["flux = flux.cli:app"]},
 )

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys (after QK-norm and rotary embedding) and values of the image tokens in one layer, "B H I D" each."""
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""What `attend` does: queries, keys and values, "B H N D" each -> "B N C"."""
+Attend = Callable[..., Tensor]
+"""What `attend` does: queries, keys and values, "B H N D" each -> "B N C", in `out` if that is given."""
 
 
 def rope(pos: Tensor, dim: int, theta: int) -> Tensor:
@@ -56,9 +56,10 @@ def one_sequence(txt: Tensor, img: Tensor) -> Tensor:
     return torch.cat((txt.transpose(1, 2), img.transpose(1, 2)), dim=1).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over all tokens: "B H N D" three times -> "B N C"."""
-    return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    """Softmax attention over all tokens: "B H N D" three times -> "B N C", in `out` if that is given."""
+    mixed = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    return mixed if out is None else out.copy_(mixed)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
-from flux.math import Attend, attend
-from flux.modules import fused, layers
+from flux.math import Attend
+from flux.modules import fused, layers, products
 from flux.step_cache import StepCache
 
 
@@ -97,16 +97,21 @@ class Flux(nn.Module):
     def num_layers(self) -> int:
         return len(self.double_blocks) + len(self.single_blocks)
 
-    def compile_blocks(self) -> None:
-        """Compiles each block by itself, so that which layers are bypassed or injected never recompiles
-        anything.
+    def compile_blocks(self, device: torch.device | str = "cpu") -> None:
+        """Makes each block faster by itself, so that which layers are bypassed or injected never changes
+        anything: by products that do what follows them (`flux.modules.epilogues`) where those are to be had
+        on the `device` that the blocks compute on, otherwise by torch's compiler.
         """
         # One graph for each kind of pass (plain, keeping, taking) and each new shape: the default of 8 is
         # soon used up, and the next would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         fused.prepare_compiling()
+        epilogues = products.with_epilogues(torch.device(device))
         for block in (*self.double_blocks, *self.single_blocks):
-            block.compile(fullgraph=True)
+            if epilogues and epilogues.serves(block):
+                block.products = epilogues.Joined
+            else:
+                block.compile(fullgraph=True)
 
     def forward(
         self,
@@ -135,7 +140,7 @@ class Flux(nn.Module):
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
         cache: StepCache | None = None,
-        attend: Attend = attend,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, Findings]:
         """The velocity, and what the intervention keeps and watches.
 
@@ -151,7 +156,8 @@ class Flux(nn.Module):
             mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
                 layer by layer.
             cache: spares a plain pass its layers after the first where that changes little.
-            attend: how queries meet keys and values, for tokens that are a share of all, see `flux.parallel`.
+            attend: how queries meet keys and values, for tokens that are a share of all, see `flux.parallel`;
+                None: as each block has it.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.
@@ -242,7 +248,7 @@ class Flux(nn.Module):
         intervention: Intervention,
         findings: Findings,
         mods: Sequence[Tensor | None],
-        attend: Attend = attend,
+        attend: Attend | None = None,
     ) -> Iterator[Streams]:
         """Yields the streams out of each layer, from the one that `streams` enters; fills `findings`."""
         img, txt = streams.img, streams.txt

@@ -118,7 +118,7 @@ class Exchange:
     ranks: Ranks
     tokens: tuple[int, ...]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """Three times "B H n D", of this process's n tokens -> "B n C" of the same ones."""
         heads = self.ranks.sizes(q.shape[1])
         mine, own = heads[self.ranks.rank], q.shape[2]
@@ -131,7 +131,7 @@ class Exchange:
         mixed = rearrange(_wide(scaled_dot_product_attention(q, k, v)), "b h n d -> (n h) b d")
         parts = zip(_all_to_all(mixed.contiguous(), by_token, by_head).split(by_head), heads)
         whole = torch.cat([rearrange(x, "(n h) b d -> b n (h d)", h=h) for x, h in parts], dim=2)
-        return whole.view(q.dtype)
+        return whole.view(q.dtype) if out is None else out.copy_(whole.view(q.dtype))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class Pipeline:
         for net in (model, ae, clip, *[t5] * (settings.t5 != "cpu")):
             net.to(home)
         if settings.compile:
-            model.compile_blocks()
+            model.compile_blocks(device)
         offloaded = {}
         if plan.offload != "none":
             offloaded = {net: Offloaded(net, device) for net in (clip, ae)}

@@ -12,7 +12,8 @@ from flux.intervention import Intervention
 from flux.math import apply_rope
 from flux.modules import fused
 from flux.modules.fused import E4M3, Rounded
-from flux.modules.layers import EmbedND, ModulationOut, QKNorm, layer_norm, split_heads
+from flux.modules.layers import EmbedND, ModulationOut, QKNorm, layer_norm
+from flux.modules.products import split_heads
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,11 @@ class Rounded:
     def shape(self) -> torch.Size:
         return self.packed.shape
 
-    def __getitem__(self, index: tuple[slice, ...]) -> "Rounded":
+    def new_empty(self, *shape: int) -> Tensor:
+        """As of the tensor that was rounded."""
+        return self.scale.new_empty(*shape, dtype=self.dtype)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> "Rounded":
         return Rounded(self.packed[index], self.scale[index], self.dtype)
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from flux.math import Attend, KeysValues, attend, one_sequence, rope, rotate
-from flux.modules.fused import Rounded, modulated, norm_and_turn, with_gelu
-from flux.modules.linear import in_parts, project_rows
+from flux.math import Attend, KeysValues, attend, one_sequence, rope
+from flux.modules.fused import has_kernel, modulated
+from flux.modules.linear import in_parts
+from flux.modules.products import Apart, blend, replaces
 
 
 class EmbedND(nn.Module):
@@ -83,23 +83,6 @@ class QKNorm(nn.Module):
         return self.query_norm(q).to(v), self.key_norm(k).to(v)
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """One projection's heads apart: "B N C" -> "B H N D"."""
-    return rearrange(x, "b n (h d) -> b h n d", h=num_heads)
-
-
-def replaces(given: KeysValues | None, weight: Tensor | None) -> bool:
-    """Whether the given keys and values leave nothing of one's own."""
-    return given is not None and weight is None and all(part is not None for part in given)
-
-
-def blend(own: Tensor, given: Tensor | None, weight: Tensor | None) -> Tensor:
-    """One's own keys or values, "B H I D", moved towards the given ones by a weight that fits that shape."""
-    if given is None:
-        return own
-    return given if weight is None else torch.lerp(own, given, weight)
-
-
 class SelfAttention(nn.Module):
     """The projections of one stream into and out of attention. The attention itself spans both streams (the
     block's).
@@ -111,26 +94,9 @@ class SelfAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
         self.norm = QKNorm(dim // num_heads)
 
-    def heads(
-        self, x: Tensor | Rounded, pe: Tensor, given: KeysValues | None = None, weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
-
-        Where keys and values are given whole, they stand in for the stream's own, which are then not
-        computed if that can be helped.
-        """
-        if replaces(given, weight) and in_parts(self.qkv):
-            q = split_heads(project_rows(self.qkv, x, 0, x.shape[-1]), self.num_heads)
-            return rotate(self.norm.query_norm(q), pe), *given
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = norm_and_turn(self.norm, q, k, v, pe)
-        if given is not None:
-            k, v = blend(k, given[0], weight), blend(v, given[1], weight)
-        return q, k, v
-
     def forward(self, x: Tensor, pe: Tensor) -> Tensor:
         """Attention of the stream to itself alone: "B N C" -> "B N C"."""
-        return self.proj(attend(*self.heads(x, pe)))
+        return self.proj(attend(*Apart.heads(self.qkv, self.norm, x, pe, self.num_heads)))
 
 
 @dataclass
@@ -169,13 +135,20 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
-def feed_forward(norm: nn.LayerNorm, mlp: nn.Sequential, x: Tensor, mod: ModulationOut) -> Tensor:
-    """What the MLP makes of a stream, "B N C", once that is normalised and modulated."""
-    expand, _, contract = mlp
-    return contract(with_gelu(None, expand(modulated(norm, x, mod, expand)), contract))
+class Block(nn.Module):
+    """What both kinds have in common.
+
+    Attributes:
+        products: how its products are made on a card, `Apart` or `flux.modules.epilogues.Joined`.
+    """
+
+    products: type[Apart] = Apart
+
+    def products_for(self, x: Tensor) -> type[Apart]:
+        return self.products if has_kernel(x) else Apart
 
 
-class DoubleStreamBlock(nn.Module):
+class DoubleStreamBlock(Block):
     """Image and text in streams of their own that meet in one attention."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
@@ -208,7 +181,7 @@ class DoubleStreamBlock(nn.Module):
         keep: bool = False,
         weight: Tensor | None = None,
         mod: Tensor | None = None,
-        attend: Attend = attend,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, ...]:
         """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
 
@@ -217,31 +190,33 @@ class DoubleStreamBlock(nn.Module):
             keep: return queries, keys and values of all tokens, as they were used, as a third value.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            attend: how queries meet keys and values.
+            attend: how queries meet keys and values; None: as the block's products have it.
         """
-        num_txt = txt.shape[1]
+        num_txt, products = txt.shape[1], self.products_for(img)
         img_mod, txt_mod = (self.modulate(vec) if mod is None else mod).chunk(2, dim=-1)
         img_mod1, img_mod2 = self.img_mod.split(img_mod)
         txt_mod1, txt_mod2 = self.txt_mod.split(txt_mod)
 
         img_in = modulated(self.img_norm1, img, img_mod1, self.img_attn.qkv)
         txt_in = modulated(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
-        img_q, img_k, img_v = self.img_attn.heads(img_in, pe[:, :, num_txt:], given, weight)
-        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_in, pe[:, :, :num_txt])
-
-        q, k, v = one_sequence(txt_q, img_q), one_sequence(txt_k, img_k), one_sequence(txt_v, img_v)
-        mixed = attend(q, k, v)
+        q, k, v = products.heads_of_both(self.txt_attn, txt_in, self.img_attn, img_in, pe, given, weight)
+        mixed = (attend or products.attend)(q, k, v)
         txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
 
-        img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_mixed))
-        img = torch.addcmul(img, img_mod2.gate, feed_forward(self.img_norm2, self.img_mlp, img, img_mod2))
-
-        txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_mixed))
-        txt = torch.addcmul(txt, txt_mod2.gate, feed_forward(self.txt_norm2, self.txt_mlp, txt, txt_mod2))
+        img = products.added(img, img_mod1.gate, self.img_attn.proj, img_mixed)
+        img = self._feed_forward("img", img, img_mod2, products)
+        txt = products.added(txt, txt_mod1.gate, self.txt_attn.proj, txt_mixed)
+        txt = self._feed_forward("txt", txt, txt_mod2, products)
         return (img, txt, (q, k, v)) if keep else (img, txt)
 
+    def _feed_forward(self, stream: str, x: Tensor, mod: ModulationOut, products: type[Apart]) -> Tensor:
+        """One stream, "B N C", and on it what its MLP makes of it."""
+        expand, _, contract = getattr(self, f"{stream}_mlp")
+        x_in = modulated(getattr(self, f"{stream}_norm2"), x, mod, expand)
+        return products.contracted(x, mod.gate, contract, products.hidden(expand, x_in))
 
-class SingleStreamBlock(nn.Module):
+
+class SingleStreamBlock(Block):
     """Text and image as one sequence; attention and MLP side by side, as in arXiv 2302.05442."""
 
     def __init__(
@@ -272,7 +247,7 @@ class SingleStreamBlock(nn.Module):
         num_txt: int = 0,
         weight: Tensor | None = None,
         mod: Tensor | None = None,
-        attend: Attend = attend,
+        attend: Attend | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
         2 2".
@@ -283,29 +258,27 @@ class SingleStreamBlock(nn.Module):
             num_txt: where the image tokens begin; needed with `given` only.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            attend: how queries meet keys and values.
+            attend: how queries meet keys and values; None: as the block's products have it.
         """
+        products = self.products_for(x)
         own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
         x_in = modulated(self.pre_norm, x, own, self.linear1)
+        projection = self.linear1, self.norm, x_in, pe, self.num_heads
 
         if not (replaces(given, weight) and in_parts(self.linear1)):
-            qkv, mlp = self.linear1(x_in).split((3 * self.hidden_dim, self.mlp_hidden_dim), dim=-1)
-            q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
-            q, k = norm_and_turn(self.norm, q, k, v, pe)
+            q, k, v, hidden = products.heads_and_hidden(*projection)
             if given is not None:
                 mixed = (blend(x[:, :, num_txt:], part, weight) for x, part in zip((k, v), given))
                 k, v = (one_sequence(x[:, :, :num_txt], part) for x, part in zip((k, v), mixed))
         else:
-            q = split_heads(project_rows(self.linear1, x_in, 0, self.hidden_dim), self.num_heads)
-            q = rotate(self.norm.query_norm(q), pe)
-            mlp = project_rows(self.linear1, x_in, 3 * self.hidden_dim)
-            txt_kv = project_rows(self.linear1, x_in[:, :num_txt], self.hidden_dim, 3 * self.hidden_dim)
-            txt_k, txt_v = (split_heads(part, self.num_heads) for part in txt_kv.chunk(2, dim=-1))
-            txt_k = rotate(self.norm.key_norm(txt_k), pe[:, :, :num_txt])
+            q = products.queries(*projection)
+            hidden = products.hidden(self.linear1, x_in, 3 * self.hidden_dim)
+            of_txt = x_in[:, :num_txt], pe[:, :, :num_txt], self.num_heads
+            txt_k, txt_v = products.keys_values(self.linear1, self.norm, *of_txt)
             k, v = one_sequence(txt_k, given[0]), one_sequence(txt_v, given[1])
 
-        mixed = with_gelu(attend(q, k, v), mlp, self.linear2)
-        x = torch.addcmul(x, own.gate, self.linear2(mixed))
+        mixed = (attend or products.attend)(q, k, v, products.room(hidden, self.hidden_dim))
+        x = products.contracted(x, own.gate, self.linear2, hidden, mixed)
         return (x, (q, k, v)) if keep else x
 
 

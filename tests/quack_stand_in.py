@@ -1,0 +1,118 @@
+"""quack-kernels and flash-attn-4 as plain PyTorch: epilogues are functions, and here they are called with
+whole tensors. What the real kernels refuse is refused.
+"""
+
+import sys
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flux.modules
+
+
+class Op:
+    def __init__(self, name: str, eps: float = 0.0):
+        self.name, self.eps = name, eps
+
+
+class Row(Op):
+    """A number for each output channel, "L n"."""
+
+    def laid_out(self, value: Tensor, acc: Tensor) -> Tensor:
+        assert value.shape == (acc.shape[0], acc.shape[2]) and value.stride(-1) == 1
+        return value[:, None].float()
+
+
+class Column(Op):
+    """A number for each token, "L m"."""
+
+    def laid_out(self, value: Tensor, acc: Tensor) -> Tensor:
+        assert value.shape == acc.shape[:2]
+        return value[:, :, None].float()
+
+
+class Rotary(Op):
+    """Cosines and sines by turns, "m D", one table for the whole batch."""
+
+    def laid_out(self, value: Tensor, acc: Tensor) -> Tensor:
+        assert value.shape[0] == acc.shape[1] and value.is_contiguous()
+        return value.float().repeat(1, acc.shape[2] // value.shape[1])[None]
+
+
+class HeadRstd(Op):
+    """1 over the root mean square of each head, of the head size given."""
+
+    def finished(self, squares: Tensor, size: int) -> Tensor:
+        heads = squares.unflatten(-1, (-1, size)).mean(-1, keepdim=True)
+        return (heads + self.eps).rsqrt().expand(*heads.shape[:-1], size).flatten(-2)
+
+
+def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 0::2], x[..., 1::2]
+
+
+def pack(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack((first, second), dim=-1).flatten(-2)
+
+
+class Epilogue:
+    def __init__(self, function, ops: dict[str, Op], prepass=None, prepass_outs=(), mode: str = "element"):
+        assert (mode == "acc_pair") == ("rotations" in ops)
+        self.function, self.ops, self.prepass, self.outs = function, ops, prepass, prepass_outs
+
+    def gemm(self, left, right, out, stream=None, *, epi_args: dict, post_init_attrs=(), **tiles) -> None:
+        assert left.stride(-1) == right.stride(-1) == out.stride(-1) == 1 and left.dtype == right.dtype
+        assert tiles["tile_M"] in (128, 192)
+        acc = left.float() @ right.float().transpose(1, 2)
+        assert epi_args.keys() == self.ops.keys()
+        given = {} if stream is None else {"c": stream.float()}
+        statistics = [name for name, op in self.ops.items() if isinstance(op, HeadRstd)]
+        for name in self.ops.keys() - set(statistics):
+            given[name] = self.ops[name].laid_out(epi_args[name], acc)
+        assert statistics == list(self.outs)
+        for name in statistics:
+            wanted = {"bias", "of_token", "of_channel"} & given.keys()
+            squares = self.prepass(acc, **{key: given[key] for key in wanted})[name]
+            given[name] = self.ops[name].finished(squares, epi_args[name])
+        out.copy_(self.function(acc, **given)["D"])
+
+
+def gemm_epilogue(**options):
+    return lambda function: Epilogue(function, **options)
+
+
+def _flash_attn_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return (mixed if out is None else out.copy_(mixed), None)
+
+
+MODULES = {
+    "quack": {},
+    "quack.activation": {"gelu_tanh_approx": lambda x: F.gelu(x, approximate="tanh")},
+    "quack.epilogue": {},
+    "quack.epilogue.frontend": {"gemm_epilogue": gemm_epilogue, "pack": pack, "unpack": unpack},
+    "quack.epilogue.head_rmsnorm": {"HeadRstd": HeadRstd},
+    "quack.epilogue.ops": {"ColVecLoad": Column, "RowVecLoad": Row},
+    "quack.epilogue.rotary": {"rotary_cos_sin_load": Rotary},
+    "flash_attn": {},
+    "flash_attn.cute": {},
+    "flash_attn.cute.interface": {"_flash_attn_fwd": _flash_attn_fwd},
+}
+
+
+def install(patch) -> None:
+    """Puts these in place of the packages, for as long as the patch lasts."""
+    for name, content in MODULES.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        patch.setitem(sys.modules, name, module)
+    forget()
+
+
+def forget() -> None:
+    """What was made with these is imported anew."""
+    sys.modules.pop("flux.modules.epilogues", None)
+    vars(flux.modules).pop("epilogues", None)

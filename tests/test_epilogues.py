@@ -1,0 +1,174 @@
+"""Products that do what follows them say what separate ones say: their arithmetic with stand-ins for the
+packages, on a card with the real ones.
+"""
+
+import sys
+import types
+import warnings
+
+import pytest
+import quack_stand_in
+import torch
+import toy
+
+from flux.fp8 import to_fp8
+from flux.intervention import Intervention
+from flux.lora import LowRankLinear
+from flux.modules import layers, products
+from flux.modules.products import Apart, with_epilogues
+
+LAYERS = frozenset((1, 4))
+SMALL = {"height": 32, "width": 32, "num_txt": 3}
+
+
+@pytest.fixture
+def epilogues(monkeypatch):
+    """The module, made with stand-ins; blocks take it on the CPU too."""
+    quack_stand_in.install(monkeypatch)
+    monkeypatch.setattr(layers, "has_kernel", lambda x: True)
+    from flux.modules import epilogues
+
+    yield epilogues
+    quack_stand_in.forget()
+
+
+def joined(model, epilogues):
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.products = epilogues.Joined
+    return model
+
+
+def ways(batch: int) -> dict[str, Intervention]:
+    """Every way a block is called: plainly, keeping and watching, taking wholly, in part, and keys alone."""
+    kept = (
+        toy.flux().observe(**toy.inputs(1, seed=3, **SMALL), intervention=Intervention(keep=LAYERS))[1].kept
+    )
+    keys = {layer: (k, None) for layer, (k, _) in kept.items()}
+    return {
+        "plain": Intervention(),
+        "kept": Intervention(keep=LAYERS, watch=LAYERS),
+        "skipped": Intervention(skip=tuple(frozenset((row,)) for row in range(batch))),
+        "taken": Intervention(take=kept),
+        "taken in part": Intervention(take=kept, weights=dict.fromkeys(LAYERS, 0.5)),
+        "keys taken": Intervention(take=keys),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_model_says_the_same(epilogues, batch, eight_bit):
+    """With positions of each row its own: one table of rotations for all rows would be wrong."""
+    model, given = toy.flux(), toy.inputs(batch, **SMALL)
+    given["img_ids"] = given["img_ids"] + torch.arange(batch)[:, None, None]
+    if eight_bit:
+        to_fp8([model.double_blocks, model.single_blocks])
+    for name, one in ways(batch).items():
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.products = Apart
+        expected, found = model.observe(**given, intervention=one)
+        answer, other = joined(model, epilogues).observe(**given, intervention=one)
+        limit = 0.01 if eight_bit else 1e-6
+        assert toy.relative_error(answer, expected) < limit, name
+        for layer in found.kept:
+            for x, y in zip(
+                (*other.kept[layer], *other.watched[layer]), (*found.kept[layer], *found.watched[layer])
+            ):
+                assert toy.relative_error(x, y) < limit
+
+
+@torch.no_grad()
+def test_one_table_of_rotations_serves_all_rows(epilogues):
+    model = joined(toy.flux(), epilogues)
+    ids = torch.cat([toy.inputs(1, **SMALL)[name] for name in ("txt_ids", "img_ids")], dim=1)
+    pe, generator = model.pe_embedder(ids), torch.Generator().manual_seed(0)
+    x, vec = (torch.randn(2, *n, toy.PARAMS.hidden_size, generator=generator) for n in (pe.shape[2:3], ()))
+    block = model.single_blocks[0]
+    one, each = block(x, vec, pe), block(x, vec, pe.expand(2, -1, -1, -1, -1, -1))
+    torch.testing.assert_close(one, each, rtol=0, atol=1e-6)
+
+
+def test_what_can_be_joined(epilogues):
+    """Plain layers in bfloat16 and those of 8-bit floats; the modulations may be anything."""
+    block = toy.flux().double_blocks[0]
+    assert not epilogues.serves(block)
+    assert epilogues.serves(block.bfloat16())
+    to_fp8([block])
+    assert epilogues.serves(block)
+    other = toy.flux().bfloat16().double_blocks[0]
+    lin = other.img_attn.proj
+    other.img_attn.proj = LowRankLinear(
+        lin, torch.zeros(2, lin.in_features), torch.zeros(lin.out_features, 2)
+    )
+    assert not epilogues.serves(other)
+
+
+def test_a_net_on_such_a_card_takes_them(epilogues, monkeypatch):
+    """A block that cannot is compiled as ever."""
+    monkeypatch.setattr(products, "with_epilogues", lambda device: epilogues)
+    model = toy.flux().bfloat16()
+    model.single_blocks[0].float()
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
+    model.compile_blocks("cuda")
+    assert compiled == [model.single_blocks[0]] and model.single_blocks[0].products is Apart
+    rest = {block.products for block in (*model.double_blocks, *model.single_blocks[1:])}
+    assert rest == {epilogues.Joined}
+
+
+def test_without_a_kernel_nothing_is_joined(epilogues, monkeypatch):
+    """With gradients for instance, or on the CPU."""
+    monkeypatch.setattr(layers, "has_kernel", lambda x: False)
+    monkeypatch.setattr(quack_stand_in.Epilogue, "gemm", lambda *_, **__: pytest.fail("no gradients there"))
+    joined(toy.flux(), epilogues)(**toy.inputs(1, **SMALL))
+
+
+@pytest.mark.parametrize("capability, there", [((8, 9), False), ((9, 0), True), ((10, 0), False)])
+def test_cards_that_have_them(epilogues, monkeypatch, capability, there):
+    monkeypatch.setattr(products, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert (with_epilogues(torch.device("cuda")) is not None) is there
+    assert with_epilogues(torch.device("cpu")) is None
+
+
+def test_without_the_packages(monkeypatch):
+    """Not installed, nothing is said; installed and broken, one line is."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(products, "find_spec", lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert with_epilogues(torch.device("cuda")) is None
+    monkeypatch.setattr(products, "find_spec", lambda name: types.SimpleNamespace())
+    quack_stand_in.install(monkeypatch)
+    monkeypatch.delitem(sys.modules, "quack.epilogue.frontend")
+    with pytest.warns(UserWarning, match="do not start .*torch compiles the blocks instead"):
+        assert with_epilogues(torch.device("cuda")) is None
+    quack_stand_in.forget()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_on_a_card(eight_bit):
+    """In bfloat16, as near to float32 as separate products; each row of a batch as it would be by itself."""
+    cuda = torch.device("cuda")
+    if with_epilogues(cuda) is None:
+        pytest.skip("needs a Hopper card, quack-kernels and flash-attn-4")
+    given = {name: x.to(cuda) for name, x in toy.inputs(2).items() if x is not None}
+    narrow = {n: x.bfloat16() if x.is_floating_point() and "ids" not in n else x for n, x in given.items()}
+    errors = []
+    for way in ("apart", "joined"):
+        model = toy.flux(hidden_size=256, num_heads=2, axes_dim=[16, 56, 56]).to(cuda)
+        expected = model(**given)
+        model.bfloat16()
+        if eight_bit:
+            to_fp8([model.double_blocks, model.single_blocks])
+        if way == "joined":
+            model.compile_blocks(cuda)
+            assert {block.products.__name__ for block in model.double_blocks} == {"Joined"}
+        answer = model(**narrow)
+        errors.append(toy.relative_error(answer.float(), expected))
+        if way == "joined":
+            alone = model(**{name: x[1:] for name, x in narrow.items()})
+            assert torch.equal(alone, answer[1:])
+    assert errors[1] <= 1.2 * errors[0]
