@@ -186,7 +186,7 @@ def main(
             made = Flux(size.params)
         made.load_state_dict(weights, assign=True)
         if compiled:
-            made.compile_blocks()
+            made.compile_blocks(ranks.device)
         return made.eval()
 
     path = output or RESULTS / f"parallel_{count}.json"

@@ -13,8 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys (after QK-norm and rotary embedding) and values of the image tokens in one layer, "B H I D" each."""
-Attend = Callable[..., Tensor]
-"""What `attend` does: queries, keys and values, "B H N D" each -> "B N C", in `out` if that is given."""
+Exchange = Callable[[Tensor, Tensor], Callable[[], KeysValues]]
+"""Where tokens are shared out: begins to bring together keys and values, "B H n D" each of one's own tokens,
+and returns what waits for those of all, "B H N D" each.
+"""
 
 
 def rope(pos: Tensor, dim: int, theta: int) -> Tensor:

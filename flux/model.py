@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
-from flux.math import Attend
+from flux.math import Exchange
 from flux.modules import fused, layers, products
 from flux.step_cache import StepCache
 
@@ -140,7 +140,7 @@ class Flux(nn.Module):
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
         cache: StepCache | None = None,
-        attend: Attend | None = None,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, Findings]:
         """The velocity, and what the intervention keeps and watches.
 
@@ -156,8 +156,7 @@ class Flux(nn.Module):
             mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
                 layer by layer.
             cache: spares a plain pass its layers after the first where that changes little.
-            attend: how queries meet keys and values, for tokens that are a share of all, see `flux.parallel`;
-                None: as each block has it.
+            exchange: for tokens that are a share of all, see `flux.parallel`.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.
@@ -168,7 +167,7 @@ class Flux(nn.Module):
         if start is not None:
             streams = start.expanded(img.shape[0])
         findings = Findings()
-        passing = self._layers(streams, vec, pe, intervention, findings, mods, attend)
+        passing = self._layers(streams, vec, pe, intervention, findings, mods, exchange)
         if cache is None or start is not None or not intervention.is_plain:
             for streams in passing:
                 pass
@@ -248,7 +247,7 @@ class Flux(nn.Module):
         intervention: Intervention,
         findings: Findings,
         mods: Sequence[Tensor | None],
-        attend: Attend | None = None,
+        exchange: Exchange | None = None,
     ) -> Iterator[Streams]:
         """Yields the streams out of each layer, from the one that `streams` enters; fills `findings`."""
         img, txt = streams.img, streams.txt
@@ -258,7 +257,7 @@ class Flux(nn.Module):
             bypass = intervention.bypass(layer, img.device)
             if not bypass.whole:
                 block, (given, weight) = self.double_blocks[layer], intervention.given(layer, batch)
-                more = {"weight": weight, "mod": mods[layer], "attend": attend}
+                more = {"weight": weight, "mod": mods[layer], "exchange": exchange}
                 if intervention.looks_into(layer):
                     new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True, **more)
                     findings.add(intervention, layer, num_txt, *heads)
@@ -273,7 +272,7 @@ class Flux(nn.Module):
             if not bypass.whole:
                 block = self.single_blocks[layer - num_double]
                 given, weight = intervention.given(layer, batch)
-                more = {"num_txt": num_txt, "weight": weight, "mod": mods[layer], "attend": attend}
+                more = {"num_txt": num_txt, "weight": weight, "mod": mods[layer], "exchange": exchange}
                 if intervention.looks_into(layer):
                     new_x, heads = block(x, vec, pe, given, keep=True, **more)
                     findings.add(intervention, layer, num_txt, *heads)

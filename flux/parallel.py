@@ -1,6 +1,5 @@
-"""One picture on several cards: each process of torchrun holds a share of the tokens, of text and of image,
-for all that a layer does with a token by itself. In attention it holds all tokens, of a share of the heads
-(Ulysses, arXiv 2309.14509, section 3.1).
+"""One picture on several cards: each process of torchrun holds a share of the tokens, of text and of image.
+Their queries meet the keys and values of all tokens, which the processes bring together in each layer.
 
     torchrun --nproc_per_node 2 demo_4_edit.py edit.json --parallel 2
 
@@ -10,20 +9,18 @@ Everything else, from the noise to the pixels, each process does alike: all go o
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from flux.errors import InputError, launched
 from flux.intervention import NOTHING, Findings, Intervention
+from flux.math import KeysValues
 from flux.model import Flux, Streams
 from flux.settings import Divisible
-from flux.specs import get_spec
 from flux.step_cache import StepCache
 
 
@@ -70,7 +67,7 @@ def join(settings: Divisible) -> Ranks:
     """Meets the other processes that torchrun started: `ALONE` where there are none.
 
     Raises:
-        InputError: not `settings.parallel` processes; more of them than attention heads, or than cards; a
+        InputError: not `settings.parallel` processes; more of them than cards; a
             device of which there is only one.
     """
     count, here = settings.parallel, int(os.environ["WORLD_SIZE"]) if launched() else 1
@@ -81,12 +78,6 @@ def join(settings: Divisible) -> Ranks:
         raise InputError(f"Got parallel {count}, but torchrun started {here} processes: make them equal")
     if count == 1:
         return ALONE
-    heads = get_spec(settings.model).params.num_heads
-    if heads < count:
-        raise InputError(
-            f"Got parallel {count} for {settings.model}, whose {heads} attention heads are shared out: "
-            f"give at most {heads}"
-        )
     if settings.device not in ("auto", "cpu", "cuda"):
         raise InputError(
             f"Got device {settings.device!r} with parallel {count}, where each process has one of its own: "
@@ -105,11 +96,8 @@ def join(settings: Divisible) -> Ranks:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """`flux.math.attend` for processes that each hold a share of the tokens.
-
-    Tokens are given for heads before attention, and heads for tokens after it. In between, the tokens lie in
-    the order of the processes: attention minds none.
+class Gathering:
+    """`flux.math.Exchange`. What comes lies in the order of the processes: attention minds none.
 
     Attributes:
         tokens: how many of them each process holds.
@@ -118,32 +106,26 @@ class Exchange:
     ranks: Ranks
     tokens: tuple[int, ...]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """Three times "B H n D", of this process's n tokens -> "B n C" of the same ones."""
-        heads = self.ranks.sizes(q.shape[1])
-        mine, own = heads[self.ranks.rank], q.shape[2]
-        # One entry of what is sent is one head of one token.
-        by_head, by_token = [own * h for h in heads], [n * mine for n in self.tokens]
-        parts = zip(*(rearrange(_wide(x), "b h n d -> n h b d").split(heads, dim=1) for x in (q, k, v)))
-        sent = torch.cat([torch.stack(part, dim=2).flatten(0, 1) for part in parts])
-        qkv = _all_to_all(sent, by_head, by_token).view(q.dtype)
-        q, k, v = rearrange(qkv, "(n h) qkv b d -> qkv b h n d", h=mine)
-        mixed = rearrange(_wide(scaled_dot_product_attention(q, k, v)), "b h n d -> (n h) b d")
-        parts = zip(_all_to_all(mixed.contiguous(), by_token, by_head).split(by_head), heads)
-        whole = torch.cat([rearrange(x, "(n h) b d -> b n (h d)", h=h) for x, h in parts], dim=2)
-        return whole.view(q.dtype) if out is None else out.copy_(whole.view(q.dtype))
+    def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
+        (batch, heads, own, size), most = k.shape, max(self.tokens)
+        # Token by token: shares behind one another are then those of all, if all are equally large.
+        sent = k.new_empty(most, batch, 2, heads, size)
+        for part, x in enumerate((k, v)):
+            sent[:own, :, part] = x.permute(2, 0, 1, 3)
+        brought = k.new_empty(self.ranks.count * most, batch, 2, heads, size)
+        # A compiler knows no waiting.
+        aside = not torch.compiler.is_compiling()
+        work = dist.all_gather_into_tensor(brought, sent, async_op=aside)
 
+        def whole() -> KeysValues:
+            if aside:
+                work.wait()
+            every = brought
+            if min(self.tokens) < most:
+                every = torch.cat([share[:n] for share, n in zip(brought.split(most), self.tokens)])
+            return tuple(x.permute(1, 2, 0, 3) for x in every.unbind(dim=2))
 
-def _wide(x: Tensor) -> Tensor:
-    """The same bytes, eight of the last dimension as one number: so many fewer are copied to and fro."""
-    return x.view(torch.int64)
-
-
-def _all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    """Sends so many entries of the first dimension to each process; what comes stands in their order."""
-    result = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(result, x, list(received), list(sent))
-    return result
+        return whole
 
 
 class Divided:
@@ -178,7 +160,7 @@ class Divided:
         velocity, found = self.model.observe(
             *map(share, (img, img_ids, txt, txt_ids)),
             *(timesteps, y, guidance, replace(intervention, weights=weights), start, mods, cache),
-            attend=Exchange(self.ranks, self.ranks.sizes(*runs)),
+            exchange=Gathering(self.ranks, self.ranks.sizes(*runs)),
         )
         watched = {
             layer: tuple(self.ranks.whole(x, 2, *runs) for x in pair) for layer, pair in found.watched.items()

@@ -102,6 +102,11 @@ def watched(model, given) -> Answers:
 
 
 @case
+def equal_shares(model, given) -> Answers:
+    return ask(model, toy.inputs(2, 64, 64, num_txt=4))
+
+
+@case
 def fewer_tokens_than_processes(model, given) -> Answers:
     return ask(model, toy.inputs(2, 16, 16, num_txt=1))
 
@@ -146,11 +151,6 @@ def compiled_blocks(model, given) -> Answers:
     return ask(Divided(small, model.ranks), given)
 
 
-def uneven(ranks: Ranks) -> dict:
-    """A head more than processes, so that their shares of heads differ as those of tokens do."""
-    return {"num_heads": ranks.count + 1, "hidden_size": 16 * (ranks.count + 1)}
-
-
 def compare(make: Callable, undivided: Flux, ranks: Ranks) -> float:
     """The largest relative difference, of all processes; infinite where these differ among themselves."""
     given = toy.inputs(2, 48, 80)
@@ -169,7 +169,7 @@ def main(path: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    undivided = toy.flux(**uneven(ranks))
+    undivided = toy.flux()
     errors = {name: compare(CASES[name], undivided, ranks) for name in names or CASES}
     if ranks.rank == 0:
         with open(path, "w") as file:

@@ -61,10 +61,15 @@ class Epilogue:
     def __init__(self, function, ops: dict[str, Op], prepass=None, prepass_outs=(), mode: str = "element"):
         assert (mode == "acc_pair") == ("rotations" in ops)
         self.function, self.ops, self.prepass, self.outs = function, ops, prepass, prepass_outs
+        self.semantic_digest = function.__name__
 
-    def gemm(self, left, right, out, stream=None, *, epi_args: dict, post_init_attrs=(), **tiles) -> None:
-        assert left.stride(-1) == right.stride(-1) == out.stride(-1) == 1 and left.dtype == right.dtype
+    def gemm(self, left, right, out, stream=None, *, epi_args, post_init_attrs=(), **tiles) -> "Epilogue":
         assert tiles["tile_M"] in (128, 192)
+        run_gemm_epi_plan(self, left, right, out, stream, epi_args)
+        return self
+
+    def run(self, left, right, out, stream, epi_args: dict) -> None:
+        assert left.stride(-1) == right.stride(-1) == out.stride(-1) == 1 and left.dtype == right.dtype
         acc = left.float() @ right.float().transpose(1, 2)
         assert epi_args.keys() == self.ops.keys()
         given = {} if stream is None else {"c": stream.float()}
@@ -77,6 +82,10 @@ class Epilogue:
             squares = self.prepass(acc, **{key: given[key] for key in wanted})[name]
             given[name] = self.ops[name].finished(squares, epi_args[name])
         out.copy_(self.function(acc, **given)["D"])
+
+
+def run_gemm_epi_plan(plan: Epilogue, left, right, out, stream, epi_args: dict) -> None:
+    plan.run(left, right, out, stream, epi_args)
 
 
 def gemm_epilogue(**options):
@@ -97,6 +106,8 @@ MODULES = {
     "quack.epilogue.head_rmsnorm": {"HeadRstd": HeadRstd},
     "quack.epilogue.ops": {"ColVecLoad": Column, "RowVecLoad": Row},
     "quack.epilogue.rotary": {"rotary_cos_sin_load": Rotary},
+    "quack.gemm_runtime": {},
+    "quack.gemm_runtime.host": {"run_gemm_epi_plan": run_gemm_epi_plan},
     "flash_attn": {},
     "flash_attn.cute": {},
     "flash_attn.cute.interface": {"_flash_attn_fwd": _flash_attn_fwd},

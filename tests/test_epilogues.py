@@ -119,7 +119,7 @@ def test_a_net_on_such_a_card_takes_them(epilogues, monkeypatch):
 def test_without_a_kernel_nothing_is_joined(epilogues, monkeypatch):
     """With gradients for instance, or on the CPU."""
     monkeypatch.setattr(layers, "has_kernel", lambda x: False)
-    monkeypatch.setattr(quack_stand_in.Epilogue, "gemm", lambda *_, **__: pytest.fail("no gradients there"))
+    monkeypatch.setattr(quack_stand_in.Epilogue, "run", lambda *_, **__: pytest.fail("no gradients there"))
     joined(toy.flux(), epilogues)(**toy.inputs(1, **SMALL))
 
 

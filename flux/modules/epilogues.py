@@ -30,6 +30,7 @@ from quack.epilogue.frontend import gemm_epilogue, pack, unpack  # noqa: E402
 from quack.epilogue.head_rmsnorm import HeadRstd  # noqa: E402
 from quack.epilogue.ops import ColVecLoad, RowVecLoad  # noqa: E402
 from quack.epilogue.rotary import rotary_cos_sin_load  # noqa: E402
+from quack.gemm_runtime.host import run_gemm_epi_plan  # noqa: E402
 
 EPS = 1e-6  # of the norms of queries and keys
 
@@ -119,6 +120,9 @@ OF_FEW = TILES | {"tile_M": 128}
 FEW = 1024
 
 
+_plans = {}  # what quack-kernels worked out for tensors that lie alike
+
+
 def _product(
     epilogues: tuple, linear: nn.Module, x: Tensor | Rounded, rows: slice, out: Tensor | None = None,
     stream: Tensor | None = None, **vectors: Tensor | int,
@@ -128,7 +132,8 @@ def _product(
     if in_8bit and not isinstance(x, Rounded):
         x = Rounded.of(x)
     left, right = (x.packed, linear.packed) if in_8bit else (x, linear.weight)
-    batch, tokens, right = left.shape[0], left.shape[1], right[rows].expand(left.shape[0], -1, -1)
+    batch, tokens = left.shape[:2]
+    right = right[rows].expand(batch, -1, -1)
     if out is None:
         out = x.new_empty(batch, tokens, right.shape[1])
     vectors["bias"] = linear.bias[rows].expand(batch, -1)
@@ -138,10 +143,17 @@ def _product(
         vectors["of_token"] = F.pad(of_token, (0, 4 - tokens % 4))[:, :tokens] if tokens % 4 else of_token
         of_channel = linear.scale.expand(linear.out_features, 1)[rows, 0].contiguous()
         vectors["of_channel"] = of_channel.expand(batch, -1)
+    epilogue, lie = epilogues[in_8bit], [x.stride() for x in (left, right, out)]
+    stream_lies = None if stream is None else stream.stride()
+    key = (epilogue.semantic_digest, left.shape, right.shape, left.device, *lie, stream_lies)
+    plan = _plans.get(key)
+    if plan is not None:
+        run_gemm_epi_plan(plan, left, right, out, stream, vectors)
+        return out
     tiles = OF_FEW if tokens < FEW else OF_GELU if epilogues is GELU else TILES
     # Eight times slower without fast sums, and no nearer to bfloat16: the numbers are rounded by more.
     more = {"post_init_attrs": (("fp8_slow_accum", False),)} if in_8bit else {}
-    epilogues[in_8bit].gemm(left, right, out, stream, epi_args=vectors, **tiles, **more)
+    _plans[key] = epilogue.gemm(left, right, out, stream, epi_args=vectors, **tiles, **more)
     return out
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux.math import Attend, KeysValues, attend, one_sequence, rope
+from flux.math import Exchange, KeysValues, attend, one_sequence, rope
 from flux.modules.fused import has_kernel, modulated
 from flux.modules.linear import in_parts
 from flux.modules.products import Apart, blend, replaces
@@ -181,7 +181,7 @@ class DoubleStreamBlock(Block):
         keep: bool = False,
         weight: Tensor | None = None,
         mod: Tensor | None = None,
-        attend: Attend | None = None,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, ...]:
         """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
 
@@ -190,7 +190,7 @@ class DoubleStreamBlock(Block):
             keep: return queries, keys and values of all tokens, as they were used, as a third value.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            attend: how queries meet keys and values; None: as the block's products have it.
+            exchange: for tokens that are a share of all, see `flux.parallel`.
         """
         num_txt, products = txt.shape[1], self.products_for(img)
         img_mod, txt_mod = (self.modulate(vec) if mod is None else mod).chunk(2, dim=-1)
@@ -200,7 +200,7 @@ class DoubleStreamBlock(Block):
         img_in = modulated(self.img_norm1, img, img_mod1, self.img_attn.qkv)
         txt_in = modulated(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
         q, k, v = products.heads_of_both(self.txt_attn, txt_in, self.img_attn, img_in, pe, given, weight)
-        mixed = (attend or products.attend)(q, k, v)
+        mixed = products.attend(q, *(exchange(k, v)() if exchange else (k, v)))
         txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
 
         img = products.added(img, img_mod1.gate, self.img_attn.proj, img_mixed)
@@ -247,7 +247,7 @@ class SingleStreamBlock(Block):
         num_txt: int = 0,
         weight: Tensor | None = None,
         mod: Tensor | None = None,
-        attend: Attend | None = None,
+        exchange: Exchange | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
         2 2".
@@ -258,26 +258,33 @@ class SingleStreamBlock(Block):
             num_txt: where the image tokens begin; needed with `given` only.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            attend: how queries meet keys and values; None: as the block's products have it.
+            exchange: for tokens that are a share of all, see `flux.parallel`.
         """
         products = self.products_for(x)
         own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
         x_in = modulated(self.pre_norm, x, own, self.linear1)
         projection = self.linear1, self.norm, x_in, pe, self.num_heads
 
-        if not (replaces(given, weight) and in_parts(self.linear1)):
-            q, k, v, hidden = products.heads_and_hidden(*projection)
-            if given is not None:
-                mixed = (blend(x[:, :, num_txt:], part, weight) for x, part in zip((k, v), given))
-                k, v = (one_sequence(x[:, :, :num_txt], part) for x, part in zip((k, v), mixed))
-        else:
+        hidden = None
+        if replaces(given, weight) and in_parts(self.linear1):
             q = products.queries(*projection)
-            hidden = products.hidden(self.linear1, x_in, 3 * self.hidden_dim)
             of_txt = x_in[:, :num_txt], pe[:, :, :num_txt], self.num_heads
             txt_k, txt_v = products.keys_values(self.linear1, self.norm, *of_txt)
             k, v = one_sequence(txt_k, given[0]), one_sequence(txt_v, given[1])
+        else:
+            if exchange and in_parts(self.linear1):
+                q, k, v = products.heads(*projection)
+            else:
+                q, k, v, hidden = products.heads_and_hidden(*projection)
+            if given is not None:
+                mixed = (blend(x[:, :, num_txt:], part, weight) for x, part in zip((k, v), given))
+                k, v = (one_sequence(x[:, :, :num_txt], part) for x, part in zip((k, v), mixed))
 
-        mixed = (attend or products.attend)(q, k, v, products.room(hidden, self.hidden_dim))
+        # What the MLP needs is computed while the exchange is under way.
+        whole = exchange(k, v) if exchange else None
+        if hidden is None:
+            hidden = products.hidden(self.linear1, x_in, 3 * self.hidden_dim)
+        mixed = products.attend(q, *(whole() if whole else (k, v)), products.room(hidden, self.hidden_dim))
         x = products.contracted(x, own.gate, self.linear2, hidden, mixed)
         return (x, (q, k, v)) if keep else x
 

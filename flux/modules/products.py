@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from flux import math
@@ -42,7 +41,7 @@ def with_epilogues(device: torch.device) -> ModuleType | None:
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """One projection's heads apart: "B N C" -> "B H N D"."""
-    return rearrange(x, "b n (h d) -> b h n d", h=num_heads)
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def replaces(given: KeysValues | None, weight: Tensor | None) -> bool:
@@ -63,14 +62,18 @@ class Apart:
     attend = staticmethod(math.attend)
 
     @staticmethod
-    def heads(linear: nn.Module, norm: "QKNorm", x: Tensor | Rounded, pe: Tensor, num_heads: int):
+    def heads(
+        linear: nn.Module, norm: "QKNorm", x: Tensor | Rounded, pe: Tensor, num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
 
         Args:
-            linear: its output channels are those of queries, of keys and of values.
+            linear: its first output channels are those of queries, of keys and of values.
             pe: rotations "B 1 N D/2 2 2".
         """
-        return _turned(norm, linear(x), pe, num_heads)
+        width = 3 * x.shape[-1]
+        made = linear(x) if linear.out_features == width else project_rows(linear, x, 0, width)
+        return _turned(norm, made, pe, num_heads)
 
     @classmethod
     def heads_of_both(
