@@ -4,8 +4,9 @@
 
 One batch of weights, made on the device, serves all ways, which take turns; medians in milliseconds. Needs a
 GPU with 60 GB and no network, and is meant to be done in six minutes. `--only fp8,diffusers` measures those
-whose names hold one of the words; `--toy` runs the same on a tiny model, on any machine;
-`--whole` adds the whole transformer compiled as one, which may take minutes.
+whose names hold one of the words; "epilogues" are there on a Hopper card with the extra `hopper`. `--toy` runs
+the same on a tiny model, on any machine; `--whole` adds the whole transformer compiled as one, which may take
+minutes.
 """
 
 import statistics
@@ -32,6 +33,7 @@ from flux.images import write_json
 from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, FluxParams
 from flux.modules import fused
+from flux.modules.products import with_epilogues
 from flux.pipeline import pick_device
 from flux.specs import configs
 
@@ -88,7 +90,7 @@ class Bench:
         torch.manual_seed(0)
         self.weights = {n: x.to(device) for n, x in random_transformer(size.params, device).items()}
 
-    def net(self, compiled: bool = False, fp8: bool = False) -> Flux:
+    def net(self, compiled: bool = False, fp8: bool = False, epilogues: bool = False) -> Flux:
         with torch.device("meta"):
             net = Flux(self.size.params)
         net.load_state_dict(self.weights, assign=True)
@@ -97,6 +99,8 @@ class Bench:
             to_fp8([net.double_blocks, net.single_blocks])
         if compiled:
             self.compile((*net.double_blocks, *net.single_blocks))
+        if epilogues:
+            net.compile_blocks(self.device)
         return net
 
     def compile(self, blocks) -> None:
@@ -197,6 +201,17 @@ class Bench:
         }
         if on_gpu:
             ways["fp8 compiled, CUDA graph"] = (lambda: self.graphed(self.ours(fp8, one, True)), 1, True)
+        if with_epilogues(self.device):
+            joined, fp8_joined = (self.net(epilogues=True, fp8=fp8) for fp8 in (False, True))
+            ways |= {
+                "epilogues, modulations in the step": (lambda: self.ours(joined, one), 1, False),
+                "epilogues": (lambda: self.ours(joined, one, True), 1, False),
+                "epilogues, reference, kept": (lambda: self.ours(joined, one, True, keeping), 1, False),
+                "epilogues, edit of it": (lambda: self.ours(joined, one, True, taking), 1, False),
+                "epilogues, fp8": (lambda: self.ours(fp8_joined, one, True), 1, True),
+                "epilogues, fp8, edit of it": (lambda: self.ours(fp8_joined, one, True, taking), 1, True),
+                f"epilogues, batch {BATCH}": (lambda: self.ours(joined, four, True), BATCH, False),
+            }
         return ways | {
             f"ours compiled, batch {BATCH}": (lambda: self.ours(compiled, four, True), BATCH, False),
             f"diffusers compiled, batch {BATCH}": (lambda: self.theirs(self.peer(True), four), BATCH, False),
@@ -217,6 +232,9 @@ class Bench:
         parts = {"attention, torch's choice": partial(attend, None)}
         if self.device.type == "cuda":
             parts |= {f"attention, {name}": partial(attend, backend) for name, backend in BACKENDS.items()}
+        epilogues = with_epilogues(self.device)
+        if epilogues:
+            parts["attention, flash-attn-4"] = partial(epilogues.Joined.attend, q, k, v)
         linear, width = self.net().single_blocks[0].linear2, p.hidden_size
         mixed, wide = draw(n, width), draw(n, 7 * width)
         joined, left, right = linear.weight, linear.weight[:, :width], linear.weight[:, width:]
