@@ -4,7 +4,7 @@
 
 One batch of weights, made on the device, serves all ways, which take turns; medians in milliseconds. Needs a
 GPU with 60 GB and no network, and is meant to be done in six minutes. `--only fp8,diffusers` measures those
-whose names hold one of the words; "epilogues" are there on a Hopper card with the extra `hopper`. `--toy` runs
+whose names hold one of the words; "epilogues" are there on a Hopper card with the extra `hopper`. `--toy` is
 the same on a tiny model, on any machine; `--whole` adds the whole transformer compiled as one, which may take
 minutes.
 """

@@ -216,7 +216,7 @@ class Joined(Apart):
         return mixed.flatten(2) if out is None else out
 
     @classmethod
-    def heads(cls, linear, norm, x, pe, num_heads):
+    def heads(cls, linear, norm, x, pe, num_heads, of_more=False):
         return cls._heads(linear, norm, x, _table(pe), num_heads, *_rooms(x, x.shape[1]))
 
     @staticmethod

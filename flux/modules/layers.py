@@ -273,7 +273,7 @@ class SingleStreamBlock(Block):
             k, v = one_sequence(txt_k, given[0]), one_sequence(txt_v, given[1])
         else:
             if exchange and in_parts(self.linear1):
-                q, k, v = products.heads(*projection)
+                q, k, v = products.heads(*projection, of_more=True)
             else:
                 q, k, v, hidden = products.heads_and_hidden(*projection)
             if given is not None:

@@ -63,16 +63,21 @@ class Apart:
 
     @staticmethod
     def heads(
-        linear: nn.Module, norm: "QKNorm", x: Tensor | Rounded, pe: Tensor, num_heads: int
+        linear: nn.Module,
+        norm: "QKNorm",
+        x: Tensor | Rounded,
+        pe: Tensor,
+        num_heads: int,
+        of_more: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and turned, and values: "B N C" -> three times "B H N D".
 
         Args:
-            linear: its first output channels are those of queries, of keys and of values.
+            linear: its output channels are those of queries, of keys and of values.
             pe: rotations "B 1 N D/2 2 2".
+            of_more: it has others behind them, which are not computed.
         """
-        width = 3 * x.shape[-1]
-        made = linear(x) if linear.out_features == width else project_rows(linear, x, 0, width)
+        made = project_rows(linear, x, 0, 3 * x.shape[-1]) if of_more else linear(x)
         return _turned(norm, made, pe, num_heads)
 
     @classmethod
