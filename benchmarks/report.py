@@ -4,7 +4,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
+from importlib import metadata
 from itertools import pairwise
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from flux.record import versions
 
 GIB = 2**30
+OTHERS = ("diffusers", "triton", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
 def machine(device: torch.device) -> dict:
@@ -22,8 +25,17 @@ def machine(device: torch.device) -> dict:
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU with {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
-        "versions": {**versions(), "cuda": torch.version.cuda},
+        "versions": {**versions(), **_others(), "cuda": torch.version.cuda},
     }
+
+
+def _others() -> dict[str, str]:
+    """Versions of what a measurement depends on and an installation may lack."""
+    found = {}
+    for name in OTHERS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:

@@ -97,16 +97,19 @@ class Flux(nn.Module):
     def num_layers(self) -> int:
         return len(self.double_blocks) + len(self.single_blocks)
 
-    def compile_blocks(self, device: torch.device | str = "cpu") -> None:
+    def compile_blocks(self, device: torch.device | str | None = None) -> None:
         """Makes each block faster by itself, so that which layers are bypassed or injected never changes
-        anything: by products that do what follows them (`flux.modules.epilogues`) where those are to be had
-        on the `device` that the blocks compute on, otherwise by torch's compiler.
+        anything: by products that do what follows them (`flux.modules.epilogues`) where those are to be had,
+        otherwise by torch's compiler.
+
+        Args:
+            device: what the blocks compute on; None: where they are.
         """
         # One graph for each kind of pass (plain, keeping, taking) and each new shape: the default of 8 is
         # soon used up, and the next would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         fused.prepare_compiling()
-        epilogues = products.with_epilogues(torch.device(device))
+        epilogues = products.with_epilogues(torch.device(device or self.img_in.weight.device))
         for block in (*self.double_blocks, *self.single_blocks):
             if epilogues and epilogues.serves(block):
                 block.products = epilogues.Joined

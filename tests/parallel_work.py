@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Callable
 
+import pytest
+import quack_stand_in
 import torch
 import torch.distributed as dist
 import toy
 
 from flux.intervention import Intervention
 from flux.model import Flux
+from flux.modules import layers
 from flux.parallel import Divided, Ranks
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
 from flux.step_cache import StepCache
@@ -138,6 +141,22 @@ def spared_steps(model, given) -> Answers:
     answers = [step.latent for step in steps]
     assert cache.full and cache.reused
     return [*answers, torch.tensor([cache.full, cache.reused])]
+
+
+@case
+def products_with_epilogues(model, given) -> Answers:
+    """Their arithmetic, where the exchange has a product to hide behind."""
+    if isinstance(model, Flux):
+        return ask(model, given)
+    blocks = (*model.model.double_blocks, *model.model.single_blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        quack_stand_in.install(patch)
+        from flux.modules.epilogues import Joined
+
+        patch.setattr(layers, "has_kernel", lambda x: True)
+        for block in blocks:
+            patch.setattr(block, "products", Joined)
+        return ask(model, given)
 
 
 @case

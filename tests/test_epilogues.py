@@ -16,6 +16,7 @@ from flux.intervention import Intervention
 from flux.lora import LowRankLinear
 from flux.modules import layers, products
 from flux.modules.products import Apart, with_epilogues
+from flux.offload import Offloaded
 
 LAYERS = frozenset((1, 4))
 SMALL = {"height": 32, "width": 32, "num_txt": 3}
@@ -86,6 +87,16 @@ def test_one_table_of_rotations_serves_all_rows(epilogues):
     block = model.single_blocks[0]
     one, each = block(x, vec, pe), block(x, vec, pe.expand(2, -1, -1, -1, -1, -1))
     torch.testing.assert_close(one, each, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_streamed_blocks_take_their_weights_as_they_come(epilogues):
+    given = toy.inputs(1, **SMALL)
+    expected, model = toy.flux()(**given), joined(toy.flux(), epilogues)
+    cpu, stacks = torch.device("cpu"), [model.double_blocks, model.single_blocks]
+    with Offloaded(model, cpu, stacks, streamed=toy.NUM_LAYERS).at_work():
+        for _ in range(2):
+            assert toy.relative_error(model(**given), expected) < 1e-6
 
 
 def test_what_can_be_joined(epilogues):
