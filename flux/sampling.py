@@ -370,6 +370,7 @@ def window(num_steps: int, start: float, stop: float) -> range:
     steps = range(step_at(start, num_steps), step_at(stop, num_steps))
     if not steps:
         raise InputError(
-            f"Got the window {start}..{stop} of {num_steps} steps, which holds no step: widen it"
+            f"Got {num_steps} steps, none of which lies in {start:g}..{stop:g} of them, where keys and "
+            "values are taken over: give more num_steps, or inject_from and inject_until that hold one"
         )
     return steps

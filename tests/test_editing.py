@@ -231,7 +231,7 @@ def test_every_dose_works_at_usual_numbers_of_steps(name, steps):
 
 def test_a_window_without_steps_is_told_before_any_work(small, monkeypatch):
     monkeypatch.setattr(small, "condition", lambda *_: pytest.fail("worked"))
-    with pytest.raises(InputError, match="window"):
+    with pytest.raises(InputError, match="5 steps, none of which"):
         make(small, inject_until=0.05)
 
 

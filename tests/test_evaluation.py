@@ -152,7 +152,7 @@ def test_a_method_the_model_cannot_do_is_told_before_any_work(benchmark, tmp_pat
     with pytest.raises(InputError, match="method 'too deep'.*99"):
         evaluate(settings_of(benchmark, tmp_path / "out", methods=methods), progress=False)
     methods = [{"name": "no step", "inject_from": 0.3, "inject_until": 0.4}]
-    with pytest.raises(InputError, match="method 'no step'.*holds no step"):
+    with pytest.raises(InputError, match="method 'no step'.*none of which lies in"):
         evaluate(settings_of(benchmark, tmp_path / "out", methods=methods), progress=False)
     with pytest.raises(InputError, match="judge nowhere.pt, which is not there"):
         evaluate(settings_of(benchmark, tmp_path / "out", judge="nowhere.pt"), progress=False)

@@ -324,6 +324,24 @@ def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):
     assert asked == ["Falconsai/nsfw_image_detection", "x"]
 
 
+def test_the_model_is_loaded_in_a_thread_that_is_gone(monkeypatch, tmp_path):
+    """One that stayed would slow down all that compute after it. What it raises is told as ever."""
+    threads = []
+    monkeypatch.setattr(
+        "flux.pipeline.Pipeline.load", lambda settings: threads.append(threading.current_thread())
+    )
+    open_studio(ModelSettings(device="cpu"), tmp_path)
+    threads[0].join(10)
+    assert threads[0] is not threading.current_thread() and not threads[0].is_alive()
+
+    def refuse(settings):
+        raise InputError("no such weights")
+
+    monkeypatch.setattr("flux.pipeline.Pipeline.load", refuse)
+    with pytest.raises(InputError, match="no such weights"):
+        open_studio(ModelSettings(device="cpu"), tmp_path)
+
+
 def test_where_it_cannot_be_served():
     """Said before a model is loaded."""
     for auth in ("secret", ":secret", "me:", 7):

@@ -2,9 +2,12 @@
 
 import os
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -17,6 +20,8 @@ from flux.studio.engine import Engine
 from flux.studio.limits import Limits
 from flux.studio.visits import Visits, delete_unused
 from flux.usage import track_usage_via_api
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +88,32 @@ def open_studio(
         # The small model has seen no people.
         content_filter = "off" if spec.folder else DEFAULT
     device = pick_device(settings.device)
-    unsafe = None if content_filter == "off" else ContentFilter.load(content_filter, device)
-    folder = Path(folder).resolve()
-    engine = Engine(settings, Pipeline.load(settings), unsafe)
+
+    def loaded() -> Engine:
+        unsafe = None if content_filter == "off" else ContentFilter.load(content_filter, device)
+        return Engine(settings, Pipeline.load(settings), unsafe)
+
+    folder, engine = Path(folder).resolve(), _in_a_thread(loaded)
     return Studio(engine, Limits.of(spec), Visits(folder / "visits"), folder, track_usage)
+
+
+def _in_a_thread(work: Callable[[], T]) -> T:
+    """What the work returns, done in a thread that ends with it.
+
+    OpenMP keeps threads for each one that has computed, for as long as that lives, and lets them wait for
+    work less eagerly once there are more than cores: those of the main thread would slow down every run.
+    """
+    done = Future()
+
+    def follow() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # Ctrl-C does not wait for it.
+    threading.Thread(target=follow, daemon=True).start()
+    return done.result()
 
 
 def check_address(host: str | None, port: int | None, auth: str | None) -> None:
