@@ -31,9 +31,8 @@ from flux.errors import exit_on_input_error
 from flux.fp8 import check_device, to_fp8
 from flux.images import write_json
 from flux.intervention import NOTHING, Intervention
-from flux.model import Flux, FluxParams
+from flux.model import Flux, FluxParams, with_epilogues
 from flux.modules import fused
-from flux.modules.products import with_epilogues
 from flux.pipeline import pick_device
 from flux.specs import configs
 

@@ -1,14 +1,17 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
 from flux.math import Exchange
-from flux.modules import fused, layers, products
+from flux.modules import fused, layers
 from flux.step_cache import StepCache
 
 
@@ -53,6 +56,25 @@ class Streams:
         """These streams and another pass's, each brought to the batch's number of rows, as one batch."""
         one, two = self.expanded(batch), other.expanded(batch)
         return Streams(self.layer, torch.cat((one.img, two.img)), torch.cat((one.txt, two.txt)))
+
+
+HOPPER = 9  # CUDA compute capability, its first number
+PACKAGES = ("quack", "flash_attn")
+
+
+def with_epilogues(device: torch.device) -> ModuleType | None:
+    """`flux.modules.epilogues`, where its kernels run: on a Hopper card, its packages installed."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return None
+    if not all(find_spec(name) for name in PACKAGES):
+        return None
+    try:
+        from flux.modules import epilogues
+    except Exception as error:  # whatever young packages stumble over
+        line = f"quack-kernels and flash-attn-4 do not start ({error}): torch compiles the blocks instead"
+        warnings.warn(line, stacklevel=2)
+        return None
+    return epilogues
 
 
 class Flux(nn.Module):
@@ -109,7 +131,7 @@ class Flux(nn.Module):
         # soon used up, and the next would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         fused.prepare_compiling()
-        epilogues = products.with_epilogues(torch.device(device or self.img_in.weight.device))
+        epilogues = with_epilogues(torch.device(device or self.img_in.weight.device))
         for block in (*self.double_blocks, *self.single_blocks):
             if epilogues and epilogues.serves(block):
                 block.products = epilogues.Joined

@@ -41,7 +41,7 @@ class Ranks:
         return tokens.tensor_split(self.count, dim=1)[self.rank]
 
     def sizes(self, *runs: int) -> tuple[int, ...]:
-        """How many tokens, or heads, each process holds of runs that are so long, each shared by itself."""
+        """How many tokens each process holds of runs that are so long, each shared by itself."""
         return tuple(
             sum(run // self.count + (rank < run % self.count) for run in runs) for rank in range(self.count)
         )
@@ -67,8 +67,8 @@ def join(settings: Divisible) -> Ranks:
     """Meets the other processes that torchrun started: `ALONE` where there are none.
 
     Raises:
-        InputError: not `settings.parallel` processes; more of them than cards; a
-            device of which there is only one.
+        InputError: not `settings.parallel` processes; more of them than cards; a device of which there is
+            only one.
     """
     count, here = settings.parallel, int(os.environ["WORLD_SIZE"]) if launched() else 1
     if here == 1 < count:

@@ -14,8 +14,9 @@ import toy
 from flux.fp8 import to_fp8
 from flux.intervention import Intervention
 from flux.lora import LowRankLinear
-from flux.modules import layers, products
-from flux.modules.products import Apart, with_epilogues
+from flux.model import with_epilogues
+from flux.modules import layers
+from flux.modules.products import Apart
 from flux.offload import Offloaded
 
 LAYERS = frozenset((1, 4))
@@ -59,7 +60,9 @@ def ways(batch: int) -> dict[str, Intervention]:
 @pytest.mark.parametrize("eight_bit", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_model_says_the_same(epilogues, batch, eight_bit):
-    """With positions of each row its own: one table of rotations for all rows would be wrong."""
+    """With positions of each row its own: one table of rotations for all rows would be wrong. Measured 3.8e-7
+    at most.
+    """
     model, given = toy.flux(), toy.inputs(batch, **SMALL)
     given["img_ids"] = given["img_ids"] + torch.arange(batch)[:, None, None]
     if eight_bit:
@@ -69,13 +72,12 @@ def test_a_model_says_the_same(epilogues, batch, eight_bit):
             block.products = Apart
         expected, found = model.observe(**given, intervention=one)
         answer, other = joined(model, epilogues).observe(**given, intervention=one)
-        limit = 0.01 if eight_bit else 1e-6
-        assert toy.relative_error(answer, expected) < limit, name
+        assert toy.relative_error(answer, expected) < 1e-6, name
         for layer in found.kept:
             for x, y in zip(
                 (*other.kept[layer], *other.watched[layer]), (*found.kept[layer], *found.watched[layer])
             ):
-                assert toy.relative_error(x, y) < limit
+                assert toy.relative_error(x, y) < 1e-6
 
 
 @torch.no_grad()
@@ -116,7 +118,7 @@ def test_what_can_be_joined(epilogues):
 
 def test_a_net_on_such_a_card_takes_them(epilogues, monkeypatch):
     """A block that cannot is compiled as ever."""
-    monkeypatch.setattr(products, "with_epilogues", lambda device: epilogues)
+    monkeypatch.setattr("flux.model.with_epilogues", lambda device: epilogues)
     model = toy.flux().bfloat16()
     model.single_blocks[0].float()
     compiled = []
@@ -136,7 +138,7 @@ def test_without_a_kernel_nothing_is_joined(epilogues, monkeypatch):
 
 @pytest.mark.parametrize("capability, there", [((8, 9), False), ((9, 0), True), ((10, 0), False)])
 def test_cards_that_have_them(epilogues, monkeypatch, capability, there):
-    monkeypatch.setattr(products, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("flux.model.find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert (with_epilogues(torch.device("cuda")) is not None) is there
     assert with_epilogues(torch.device("cpu")) is None
@@ -145,11 +147,11 @@ def test_cards_that_have_them(epilogues, monkeypatch, capability, there):
 def test_without_the_packages(monkeypatch):
     """Not installed, nothing is said; installed and broken, one line is."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(products, "find_spec", lambda name: None)
+    monkeypatch.setattr("flux.model.find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert with_epilogues(torch.device("cuda")) is None
-    monkeypatch.setattr(products, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("flux.model.find_spec", lambda name: types.SimpleNamespace())
     quack_stand_in.install(monkeypatch)
     monkeypatch.delitem(sys.modules, "quack.epilogue.frontend")
     with pytest.warns(UserWarning, match="do not start .*torch compiles the blocks instead"):

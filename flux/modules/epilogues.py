@@ -32,8 +32,6 @@ from quack.epilogue.ops import ColVecLoad, RowVecLoad  # noqa: E402
 from quack.epilogue.rotary import rotary_cos_sin_load  # noqa: E402
 from quack.gemm_runtime.host import run_gemm_epi_plan  # noqa: E402
 
-EPS = 1e-6  # of the norms of queries and keys
-
 
 def _rows(*names: str) -> dict[str, RowVecLoad]:
     """Vectors with a number for each output channel."""
@@ -49,7 +47,7 @@ def _turning() -> dict:
     """Norm and rotation; `rotations` holds cosine and sine by turns."""
     return {
         "rotations": rotary_cos_sin_load("rotations"),
-        "rstd": HeadRstd("rstd", eps=EPS),
+        "rstd": HeadRstd("rstd", eps=RMSNorm.eps),
         **_rows("scale"),
     }
 
@@ -290,5 +288,5 @@ def serves(block: nn.Module) -> bool:
         isinstance(part, (Fp8Linear, RMSNorm))
         or (type(part) is nn.Linear and part.weight.dtype == torch.bfloat16 and part.bias is not None)
         for part in parts
-        if any(True for _ in (*part.parameters(recurse=False), *part.buffers(recurse=False)))
+        if [*part.parameters(recurse=False), *part.buffers(recurse=False)]
     )

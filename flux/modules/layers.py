@@ -63,10 +63,11 @@ class MLPEmbedder(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, computed in float32 whatever the dtype of `x`."""
 
+    eps = 1e-6
+
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
-        self.eps = 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.scale.shape, self.scale, eps=self.eps)

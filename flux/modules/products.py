@@ -3,9 +3,6 @@
 Shapes: B batch, N tokens, C channels, H heads, D head size.
 """
 
-import warnings
-from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,25 +15,6 @@ from flux.modules.linear import in_parts, project_rows
 
 if TYPE_CHECKING:
     from flux.modules.layers import QKNorm, SelfAttention
-
-
-HOPPER = 9  # CUDA compute capability, its first number
-PACKAGES = ("quack", "flash_attn")
-
-
-def with_epilogues(device: torch.device) -> ModuleType | None:
-    """`flux.modules.epilogues`, where its kernels run: on a Hopper card, its packages installed."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
-        return None
-    if not all(find_spec(name) for name in PACKAGES):
-        return None
-    try:
-        from flux.modules import epilogues
-    except Exception as error:  # whatever young packages stumble over
-        line = f"quack-kernels and flash-attn-4 do not start ({error}): torch compiles the blocks instead"
-        warnings.warn(line, stacklevel=2)
-        return None
-    return epilogues
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
