@@ -6,11 +6,14 @@ Their queries meet the keys and values of all tokens, which the processes bring 
 Everything else, from the noise to the pixels, each process does alike: all go on from the same latents.
 """
 
+import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import permutations
 
 import torch
 import torch.distributed as dist
@@ -90,6 +93,9 @@ def join(settings: Divisible) -> Ranks:
             raise InputError(f"Got {wanted} processes, but this machine has {cards} CUDA cards: start fewer")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # Wherever it can, NCCL then leaves copying to the cards' copy engines: its kernels would wait for a
+        # product to end that is to be computed meanwhile.
+        os.environ.setdefault("NCCL_CTA_POLICY", "2")
     on_cards = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
     dist.init_process_group(**on_cards)
     return Ranks(dist.get_rank(), count, device)
@@ -109,12 +115,16 @@ class Gathering:
     def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
         (batch, heads, own, size), most = k.shape, max(self.tokens)
         # Token by token: shares behind one another are then those of all, if all are equally large.
-        sent = k.new_empty(most, batch, 2, heads, size)
-        for part, x in enumerate((k, v)):
-            sent[:own, :, part] = x.permute(2, 0, 1, 3)
-        brought = k.new_empty(self.ranks.count * most, batch, 2, heads, size)
-        # A compiler knows no waiting.
+        shape = self.ranks.count * most, batch, 2, heads, size
+        # A compiler knows no waiting, and none of that memory.
         aside = not torch.compiler.is_compiling()
+        brought = _within_reach(k, shape) if aside and k.is_cuda else k.new_empty(shape)
+        sent = brought[self.ranks.rank * most :][:most]
+        for part, x in enumerate((k, v)):
+            place, x = sent[:own, :, part], x.permute(2, 0, 1, 3)
+            if aside and size * k.itemsize % WIDE.itemsize == 0:
+                place, x = place.view(WIDE), x.view(WIDE)
+            place.copy_(x)
         work = dist.all_gather_into_tensor(brought, sent, async_op=aside)
 
         def whole() -> KeysValues:
@@ -126,6 +136,40 @@ class Gathering:
             return tuple(x.permute(1, 2, 0, 3) for x in every.unbind(dim=2))
 
         return whole
+
+
+WIDE = torch.complex128  # the largest numbers there are: the fewer are copied, the faster
+
+
+def _within_reach(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor that other cards' copy engines write to, if these cards can do that. It is the
+    same memory every time: what came for a layer has been read before that for the next one begins to come.
+    """
+    if not _reach_one_another(like.device):
+        return like.new_empty(shape)
+    size = math.prod(shape) * like.itemsize
+    return _shared(1 << (size - 1).bit_length(), like.device)[:size].view(like.dtype).view(shape)
+
+
+@cache
+def _reach_one_another(device: torch.device) -> bool:
+    """Whether every card of the group can be written to from every other, by NVIDIA's library."""
+    cards = range(int(os.environ["LOCAL_WORLD_SIZE"]))
+    one_machine = len(cards) == dist.get_world_size() and not torch.version.hip
+    return one_machine and all(torch.cuda.can_device_access_peer(a, b) for a, b in permutations(cards, 2))
+
+
+@cache
+@torch.inference_mode(False)
+def _shared(size: int, device: torch.device) -> Tensor:
+    """So many bytes on each card, known to all of them."""
+    # Not at the top: not every build of torch has it.
+    import torch.distributed._symmetric_memory as symm_mem
+
+    symm_mem.set_backend("NCCL")
+    room = symm_mem.empty(size, dtype=torch.uint8, device=device)
+    symm_mem.rendezvous(room, dist.group.WORLD)
+    return room
 
 
 class Divided:

@@ -64,7 +64,9 @@ class Epilogue:
         self.semantic_digest = function.__name__
 
     def gemm(self, left, right, out, stream=None, *, epi_args, post_init_attrs=(), **tiles) -> "Epilogue":
-        assert tiles["tile_M"] in (128, 192)
+        most = {64: 256, 128: 208, 192: 128} if tiles["pingpong"] else {192: 256}
+        assert tiles["tile_N"] % 16 == 0 and tiles["tile_N"] <= most[tiles["tile_M"]]
+        assert tiles["tile_N"] % 128 == 0 or not self.prepass
         run_gemm_epi_plan(self, left, right, out, stream, epi_args)
         return self
 
@@ -120,6 +122,8 @@ def install(patch) -> None:
         module = types.ModuleType(name)
         vars(module).update(content)
         patch.setitem(sys.modules, name, module)
+    card = types.SimpleNamespace(multi_processor_count=132)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     forget()
 
 

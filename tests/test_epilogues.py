@@ -2,6 +2,7 @@
 packages, on a card with the real ones.
 """
 
+import gc
 import sys
 import types
 import warnings
@@ -21,6 +22,7 @@ from flux.offload import Offloaded
 
 LAYERS = frozenset((1, 4))
 SMALL = {"height": 32, "width": 32, "num_txt": 3}
+WIDER = {"hidden_size": 64, "axes_dim": [8, 12, 12]}  # heads of a size that the kernels know
 
 
 @pytest.fixture
@@ -101,14 +103,53 @@ def test_streamed_blocks_take_their_weights_as_they_come(epilogues):
             assert toy.relative_error(model(**given), expected) < 1e-6
 
 
+@torch.no_grad()
+def test_other_weights_are_taken(epilogues):
+    """New ones in place of the old, which are then forgotten, and the same ones written over."""
+    given, model = toy.inputs(1, **SMALL), joined(toy.flux(), epilogues)
+    first = model(**given)
+    for assign in (True, False):
+        other = {name: x * 0.9 for name, x in model.state_dict().items()}
+        model.load_state_dict(other, assign=assign)
+        expected = toy.flux()
+        expected.load_state_dict(other)
+        answer = model(**given)
+        assert toy.relative_error(answer, expected(**given)) < 1e-6
+        assert toy.relative_error(answer, first) > 1e-3
+    known = len(epilogues._taken)
+    del model, expected
+    gc.collect()
+    assert known and not epilogues._taken
+
+
+@pytest.mark.parametrize(
+    "product, tokens, inner, channels, best",
+    [
+        ("GATED", 4608, 15360, 3072, (192, 192)),
+        ("GELU", 4608, 3072, 12288, (128, 160)),
+        ("TURNED", 4608, 3072, 6144, (192, 128)),
+        ("GATED", 2304, 15360, 3072, (128, 144)),
+        ("TURNED", 2304, 3072, 6144, (128, 128)),
+        ("GATED", 512, 12288, 3072, (128, 96)),
+        ("GATED", 256, 12288, 3072, (64, 96)),
+    ],
+)
+def test_tiles_that_were_the_fastest(epilogues, product, tokens, inner, channels, best):
+    """Of all, on an H200, or as fast as the fastest within what differs from one time to the next."""
+    left, right = (torch.empty(1, n, inner, dtype=torch.bfloat16, device="meta") for n in (tokens, channels))
+    tile = epilogues._tile(getattr(epilogues, product), left, right)
+    assert (tile.tokens, tile.channels) == best
+
+
 def test_what_can_be_joined(epilogues):
-    """Plain layers in bfloat16 and those of 8-bit floats; the modulations may be anything."""
-    block = toy.flux().double_blocks[0]
+    """Plain layers in bfloat16 and those of 8-bit floats, heads that fit; modulations may be anything."""
+    assert not epilogues.serves(toy.flux().bfloat16().double_blocks[0])
+    block = toy.flux(**WIDER).double_blocks[0]
     assert not epilogues.serves(block)
     assert epilogues.serves(block.bfloat16())
     to_fp8([block])
     assert epilogues.serves(block)
-    other = toy.flux().bfloat16().double_blocks[0]
+    other = toy.flux(**WIDER).bfloat16().double_blocks[0]
     lin = other.img_attn.proj
     other.img_attn.proj = LowRankLinear(
         lin, torch.zeros(2, lin.in_features), torch.zeros(lin.out_features, 2)
@@ -119,7 +160,7 @@ def test_what_can_be_joined(epilogues):
 def test_a_net_on_such_a_card_takes_them(epilogues, monkeypatch):
     """A block that cannot is compiled as ever."""
     monkeypatch.setattr("flux.model.with_epilogues", lambda device: epilogues)
-    model = toy.flux().bfloat16()
+    model = toy.flux(**WIDER).bfloat16()
     model.single_blocks[0].float()
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))

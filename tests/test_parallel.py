@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,64 @@ def test_what_cannot_be_shared_out(launched, monkeypatch, count, fields, message
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda **_: pytest.fail("too late"))
     with pytest.raises(InputError, match=message):
         join(settings(**fields))
+
+
+@pytest.fixture
+def cards(launched, monkeypatch):
+    """Two processes of one machine with two cards, as far as questions about them go."""
+    launched(1, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    known = parallel._reach_one_another, parallel._shared
+    yield
+    for one in known:
+        one.cache_clear()
+
+
+@pytest.mark.parametrize("set_before", [None, "0"])
+def test_copies_are_left_to_copy_engines(cards, monkeypatch, set_before):
+    """Unless whoever started the processes wants something else."""
+    monkeypatch.setenv("NCCL_CTA_POLICY", set_before or "")  # undone afterwards, whatever becomes of it
+    if not set_before:
+        monkeypatch.delenv("NCCL_CTA_POLICY")
+    seen = []
+    begin = lambda **_: seen.append(os.environ["NCCL_CTA_POLICY"])  # noqa: E731
+    monkeypatch.setattr(parallel.dist, "init_process_group", begin)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    ranks = join(settings(parallel=2, device="cuda"))
+    assert ranks == Ranks(1, 2, torch.device("cuda", 1))
+    assert seen == [set_before or "2"]
+
+
+def test_memory_within_reach_is_made_once(cards, monkeypatch):
+    """For all shapes that a power of two of bytes holds; it is no tensor of inference alone."""
+    made = []
+    memory = types.SimpleNamespace(
+        set_backend=lambda name: None,
+        empty=lambda size, dtype, device: torch.empty(size, dtype=dtype),
+        rendezvous=lambda room, group: made.append(room),
+    )
+    monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", memory)
+    monkeypatch.setattr(torch.distributed, "_symmetric_memory", memory, raising=False)
+    monkeypatch.setattr(parallel.dist, "group", types.SimpleNamespace(WORLD=None))
+    like = torch.empty(1, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        first, second, third = (parallel._within_reach(like, (n, 5)) for n in (100, 90, 110))
+    assert (first.shape, first.dtype) == ((100, 5), torch.bfloat16)
+    assert first.data_ptr() == second.data_ptr() != third.data_ptr()
+    assert [room.nbytes for room in made] == [1024, 2048] and not made[0].is_inference()
+
+
+@pytest.mark.parametrize("what", ["another machine", "no way from one to the other"])
+def test_cards_out_of_reach(cards, monkeypatch, what):
+    if what == "another machine":
+        monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
+    else:
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
+    monkeypatch.setattr(parallel, "_shared", lambda *_: pytest.fail("nobody would write there"))
+    assert parallel._within_reach(torch.empty(1), (3, 4)).shape == (3, 4)
 
 
 def test_shares_are_all_there_is():

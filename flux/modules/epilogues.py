@@ -6,8 +6,10 @@ Sums are in float32 up to the result, which is rounded once where `flux.modules.
 between. They know no gradients. Each row of a batch comes out as it would by itself.
 """
 
+import math
 import os
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from flux.modules.fused import Rounded
 from flux.modules.layers import Modulation, RMSNorm
 from flux.modules.linear import Fp8Linear
-from flux.modules.products import Apart, replaces, split_heads
+from flux.modules.products import Apart, begun, replaces, split_heads
 
 # Before the import, for it is read there.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -111,14 +113,81 @@ PLAIN, GELU, GATED, TURNED = (
     (_gated, _gated_8bit),
     (_turned, _turned_8bit),
 )
-# The fastest tiles for thousands of tokens, for those of the GELU, and for the text's 512; on an H200.
-TILES = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2, "pingpong": True}
-OF_GELU = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1, "pingpong": True}
-OF_FEW = TILES | {"tile_M": 128}
-FEW = 1024
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What a multiprocessor computes at a time.
+
+    Attributes:
+        speed: where all of them are busy, in bfloat16 and in 8 bits, to that of the first; measured on an
+            H200, where it differs by 3 % from one time to the next.
+        cluster: how many, over tokens and over channels, share what they read.
+        pingpong: two tiles by turns, one computed while the other is written.
+    """
+
+    tokens: int
+    channels: int
+    speed: tuple[float, float]
+    cluster: tuple[int, int] = (2, 1)
+    pingpong: bool = True
+
+    def cost(self, tokens: int, channels: int, batch: int, in_8bit: bool, processors: int) -> float:
+        """Of a product: its last round takes as long as one with all processors busy."""
+        down, across = (
+            n * math.ceil(math.ceil(size / part) / n)
+            for size, part, n in zip((tokens, channels), (self.tokens, self.channels), self.cluster)
+        )
+        rounds = math.ceil(batch * down * across / processors)
+        return rounds * self.tokens * self.channels / self.speed[in_8bit]
+
+
+TILES = (
+    Tile(192, 128, (1.0, 1.0), cluster=(1, 2)),
+    Tile(128, 192, (1.0, 0.98)),
+    Tile(128, 176, (0.99, 0.99)),
+    Tile(128, 160, (1.0, 0.94)),
+    Tile(128, 144, (0.98, 0.97)),
+    Tile(128, 128, (0.97, 0.97)),
+    Tile(128, 96, (0.88, 0.88)),
+    Tile(64, 128, (0.8, 0.8)),
+    Tile(64, 96, (0.7, 0.78)),
+)
+# For sums over so many channels, which hide that nothing is computed while it is written.
+OF_LONG_SUMS = Tile(192, 192, (1.03, 1.03), pingpong=False)
+LONG = 12288
+OF_HEADS = 128  # a tile so wide holds whole ones
+HEAD_SIZES = (32, 64, 128)  # that it can be cut into, and of which a kernel normalises each by itself
+
+
+def _tile(epilogues: tuple, left: Tensor, right: Tensor) -> Tile:
+    """The one with which a product is likely to be done first."""
+    (batch, tokens, inner), channels = left.shape, right.shape[1]
+    tiles = [*TILES, OF_LONG_SUMS] if inner >= LONG else TILES
+    if epilogues is TURNED:
+        tiles = [tile for tile in tiles if tile.channels % OF_HEADS == 0]
+    processors = torch.cuda.get_device_properties(left.device).multi_processor_count
+    in_8bit = left.dtype.itemsize == 1
+    return min(tiles, key=lambda tile: tile.cost(tokens, channels, batch, in_8bit, processors))
+
+
+_taken = WeakTensorKeyDictionary()  # what launches take of a matrix's rows
 _plans = {}  # what quack-kernels worked out for tensors that lie alike
+
+
+def _weights(linear: nn.Module, rows: slice, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Some rows of a layer's matrix, "B channels K", and the vectors that go with them, "B channels" each."""
+    in_8bit = isinstance(linear, Fp8Linear)
+    matrix, bias = linear.packed if in_8bit else linear.weight, linear.bias
+    known, key = _taken.setdefault(matrix, {}), (rows.start, rows.stop, batch, id(bias))
+    if key not in known:
+        # Of their data: views of the tensors themselves would keep these, and so this entry, alive.
+        vectors = {"bias": bias.data[rows].expand(batch, -1)}
+        if in_8bit:
+            of_channel = linear.scale.expand(linear.out_features, 1)[rows, 0].contiguous()
+            vectors["of_channel"] = of_channel.expand(batch, -1)
+        known[key] = matrix.data[rows].expand(batch, -1, -1), vectors
+    return known[key]
 
 
 def _product(
@@ -129,18 +198,16 @@ def _product(
     in_8bit = isinstance(linear, Fp8Linear)
     if in_8bit and not isinstance(x, Rounded):
         x = Rounded.of(x)
-    left, right = (x.packed, linear.packed) if in_8bit else (x, linear.weight)
-    batch, tokens = left.shape[:2]
-    right = right[rows].expand(batch, -1, -1)
+    left = x.packed if in_8bit else x
+    batch, tokens, _ = left.shape
+    right, own_vectors = _weights(linear, rows, batch)
+    vectors |= own_vectors
     if out is None:
         out = x.new_empty(batch, tokens, right.shape[1])
-    vectors["bias"] = linear.bias[rows].expand(batch, -1)
     if in_8bit:
         of_token = x.scale[..., 0]
         # Each row is to begin where 16 bytes do.
         vectors["of_token"] = F.pad(of_token, (0, 4 - tokens % 4))[:, :tokens] if tokens % 4 else of_token
-        of_channel = linear.scale.expand(linear.out_features, 1)[rows, 0].contiguous()
-        vectors["of_channel"] = of_channel.expand(batch, -1)
     epilogue, lie = epilogues[in_8bit], [x.stride() for x in (left, right, out)]
     stream_lies = None if stream is None else stream.stride()
     key = (epilogue.semantic_digest, left.shape, right.shape, left.device, *lie, stream_lies)
@@ -148,10 +215,13 @@ def _product(
     if plan is not None:
         run_gemm_epi_plan(plan, left, right, out, stream, vectors)
         return out
-    tiles = OF_FEW if tokens < FEW else OF_GELU if epilogues is GELU else TILES
+    tile = _tile(epilogues, left, right)
     # Eight times slower without fast sums, and no nearer to bfloat16: the numbers are rounded by more.
     more = {"post_init_attrs": (("fp8_slow_accum", False),)} if in_8bit else {}
-    _plans[key] = epilogue.gemm(left, right, out, stream, epi_args=vectors, **tiles, **more)
+    _plans[key] = epilogue.gemm(
+        left, right, out, stream, epi_args=vectors, tile_M=tile.tokens, tile_N=tile.channels,
+        cluster_M=tile.cluster[0], cluster_N=tile.cluster[1], pingpong=tile.pingpong, **more,
+    )  # fmt: skip
     return out
 
 
@@ -226,22 +296,28 @@ class Joined(Apart):
         return tuple(split_heads(part, num_heads) for part in (*qk.chunk(2, dim=-1), v))
 
     @classmethod
-    def heads_of_both(cls, txt_attn, txt, img_attn, img, pe, given, weight):
+    def heads_of_both(cls, txt_attn, txt, img_attn, img, pe, given, weight, exchange):
         num_txt, num_heads, width = txt.shape[1], img_attn.num_heads, img.shape[-1]
         table, (qk, v) = _table(pe), _rooms(img, num_txt + img.shape[1])
         of_txt = txt_attn.qkv, txt_attn.norm, txt, table[:, :num_txt], num_heads
         cls._heads(*of_txt, qk[:, :num_txt], v[:, :num_txt])
         own_qk, own_v, own_table = qk[:, num_txt:], v[:, num_txt:], table[:, num_txt:]
-        if replaces(given, weight):
-            scale = _scale(num_heads, img_attn.norm.query_norm)
-            _rotated(img_attn.qkv, scale, img, own_table, slice(0, width), own_qk[..., :width])
-        else:
-            cls._heads(img_attn.qkv, img_attn.norm, img, own_table, num_heads, own_qk, own_v)
+        linear, norm, replaced = img_attn.qkv, img_attn.norm, replaces(given, weight)
+        if exchange and not replaced:
+            scale = _scale(num_heads, norm.key_norm)
+            _rotated(linear, scale, img, own_table, slice(width, 2 * width), own_qk[..., width:])
+            _product(PLAIN, linear, img, slice(2 * width, 3 * width), own_v)
+        elif not replaced:
+            cls._heads(linear, norm, img, own_table, num_heads, own_qk, own_v)
         q, k, v = (split_heads(part, num_heads) for part in (*qk.chunk(2, dim=-1), v))
         for own, other in zip((k[:, :, num_txt:], v[:, :, num_txt:]), given or ()):
             if other is not None:
                 own.copy_(other) if weight is None else own.lerp_(other, weight)
-        return q, k, v
+        whole = begun(exchange, k, v)
+        if exchange or replaced:
+            scale = _scale(num_heads, norm.query_norm)
+            _rotated(linear, scale, img, own_table, slice(0, width), own_qk[..., :width])
+        return q, k, v, whole
 
     @classmethod
     def heads_and_hidden(cls, linear, norm, x, pe, num_heads):
@@ -282,10 +358,13 @@ class Joined(Apart):
 
 
 def serves(block: nn.Module) -> bool:
-    """Whether all products of a block can be made so: plain ones in bfloat16, or those of 8-bit floats."""
+    """Whether all products of a block can be made so: plain ones in bfloat16, or those of 8-bit floats, and
+    heads of such sizes.
+    """
     parts = [x for part in block.children() if not isinstance(part, Modulation) for x in part.modules()]
     return all(
-        isinstance(part, (Fp8Linear, RMSNorm))
+        isinstance(part, Fp8Linear)
+        or (isinstance(part, RMSNorm) and len(part.scale) in HEAD_SIZES)
         or (type(part) is nn.Linear and part.weight.dtype == torch.bfloat16 and part.bias is not None)
         for part in parts
         if [*part.parameters(recurse=False), *part.buffers(recurse=False)]

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux.math import apply_rope
+from flux.math import apply_rope, rotate
 
 if TYPE_CHECKING:
-    from flux.modules.layers import ModulationOut, QKNorm
+    from flux.modules.layers import ModulationOut, QKNorm, RMSNorm
 
 # Triton comes with the builds of torch that know cards.
 if torch.backends.cuda.is_built() and find_spec("triton"):
@@ -90,11 +90,21 @@ class Rounded:
 
 def norm_and_turn(norm: "QKNorm", q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys, normalised and turned by `pe` ("B 1 N D/2 2 2"): "B H N D" three times -> twice."""
-    size = q.shape[-1]
-    if has_kernel(q) and size & (size - 1) == 0:
+    if _turns(q):
         query, key = norm.query_norm, norm.key_norm
-        return kernels.norm_and_turn(q, k, query.scale, key.scale, pe, query.eps)
+        return kernels.norm_and_turn(pe, query.eps, q, query.scale, k, key.scale)
     return apply_rope(*norm(q, k, v), pe)
+
+
+def norm_and_turn_one(norm: "RMSNorm", x: Tensor, pe: Tensor) -> Tensor:
+    """Queries or keys alone as `norm_and_turn` makes them, "B H N D"."""
+    if _turns(x):
+        return kernels.norm_and_turn(pe, norm.eps, x, norm.scale)[0]
+    return rotate(norm(x), pe)
+
+
+def _turns(x: Tensor) -> bool:
+    return has_kernel(x) and x.shape[-1] & (x.shape[-1] - 1) == 0
 
 
 def modulated(norm: nn.LayerNorm, x: Tensor, mod: "ModulationOut", linear: nn.Module) -> Tensor | Rounded:

@@ -26,7 +26,7 @@ def _turned(x, scale, a, b, c, d, dtype, EPS: tl.constexpr, HEADS: tl.constexpr,
 def _norm_and_turn(
     q, k, from_row, from_token, from_head, new_q, new_k, to_row, to_token, to_head, q_scale, k_scale,
     rotations, rotations_row, NUM_HEADS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, SIZE)
@@ -35,22 +35,25 @@ def _norm_and_turn(
     a, b = tl.load(matrix)[None, :], tl.load(matrix + 1)[None, :]
     c, d = tl.load(matrix + 2)[None, :], tl.load(matrix + 3)[None, :]
     of_q = tl.load(q_scale + channel).to(tl.float32)[None, :]
-    of_k = tl.load(k_scale + channel).to(tl.float32)[None, :]
+    if BOTH:
+        of_k = tl.load(k_scale + channel).to(tl.float32)[None, :]
     dtype = new_q.dtype.element_ty
     for start in tl.static_range(0, NUM_HEADS, HEADS):
         head = start + tl.arange(0, HEADS)
         inside = (head < NUM_HEADS)[:, None]
         source = row * from_row + token * from_token + head[:, None] * from_head + channel[None, :]
         target = row * to_row + token * to_token + head[:, None] * to_head + channel[None, :]
-        own_q, own_k = tl.load(q + source, mask=inside), tl.load(k + source, mask=inside)
+        own_q = tl.load(q + source, mask=inside)
         tl.store(new_q + target, _turned(own_q, of_q, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
-        tl.store(new_k + target, _turned(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
+        if BOTH:
+            own_k = tl.load(k + source, mask=inside)
+            tl.store(new_k + target, _turned(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
 
 
 def norm_and_turn(
-    q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys normalised per head and turned: "B H N D" twice, in memory "B N H D".
+    pe: Tensor, eps: float, q: Tensor, q_scale: Tensor, k: Tensor | None = None, k_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Queries and keys, or either alone, normalised per head and turned: "B H N D" each, in memory "B N H D".
 
     Args:
         q, k: "B H N D", D a power of two; both lie alike, the channels of a head side by side.
@@ -59,11 +62,14 @@ def norm_and_turn(
     """
     batch, heads, tokens, size = q.shape
     pe = pe.contiguous()
-    new_q, new_k = (q.new_empty(batch, tokens, heads, size).transpose(1, 2) for _ in range(2))
+    new_q, new_k = (
+        None if x is None else q.new_empty(batch, tokens, heads, size).transpose(1, 2) for x in (q, k)
+    )
     places = [x.stride(axis) for x in (q, new_q) for axis in (0, 2, 1)]
     _norm_and_turn[(tokens, batch)](
         q, k, *places[:3], new_q, new_k, *places[3:], q_scale, k_scale,
-        pe, 0 if pe.shape[0] == 1 else pe.stride(0), heads, eps, size, HEADS, num_warps=2,
+        pe, 0 if pe.shape[0] == 1 else pe.stride(0), heads, eps, size, HEADS, k is not None,
+        num_warps=2,
     )  # fmt: skip
     return new_q, new_k
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flux.math import Exchange, KeysValues, attend, one_sequence, rope
 from flux.modules.fused import has_kernel, modulated
 from flux.modules.linear import in_parts
-from flux.modules.products import Apart, blend, replaces
+from flux.modules.products import Apart, begun, blend, replaces
 
 
 class EmbedND(nn.Module):
@@ -200,8 +200,9 @@ class DoubleStreamBlock(Block):
 
         img_in = modulated(self.img_norm1, img, img_mod1, self.img_attn.qkv)
         txt_in = modulated(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
-        q, k, v = products.heads_of_both(self.txt_attn, txt_in, self.img_attn, img_in, pe, given, weight)
-        mixed = products.attend(q, *(exchange(k, v)() if exchange else (k, v)))
+        own = self.txt_attn, txt_in, self.img_attn, img_in, pe
+        q, k, v, whole = products.heads_of_both(*own, given, weight, exchange)
+        mixed = products.attend(q, *whole())
         txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
 
         img = products.added(img, img_mod1.gate, self.img_attn.proj, img_mixed)
@@ -282,10 +283,10 @@ class SingleStreamBlock(Block):
                 k, v = (one_sequence(x[:, :, :num_txt], part) for x, part in zip((k, v), mixed))
 
         # What the MLP needs is computed while the exchange is under way.
-        whole = exchange(k, v) if exchange else None
+        whole = begun(exchange, k, v)
         if hidden is None:
             hidden = products.hidden(self.linear1, x_in, 3 * self.hidden_dim)
-        mixed = products.attend(q, *(whole() if whole else (k, v)), products.room(hidden, self.hidden_dim))
+        mixed = products.attend(q, *whole(), products.room(hidden, self.hidden_dim))
         x = products.contracted(x, own.gate, self.linear2, hidden, mixed)
         return (x, (q, k, v)) if keep else x
 

@@ -3,14 +3,15 @@
 Shapes: B batch, N tokens, C channels, H heads, D head size.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from flux import math
-from flux.math import KeysValues, one_sequence, rotate
-from flux.modules.fused import Rounded, norm_and_turn, with_gelu
+from flux.math import Exchange, KeysValues, one_sequence
+from flux.modules.fused import Rounded, norm_and_turn, norm_and_turn_one, with_gelu
 from flux.modules.linear import in_parts, project_rows
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def blend(own: Tensor, given: Tensor | None, weight: Tensor | None) -> Tensor:
     if given is None:
         return own
     return given if weight is None else torch.lerp(own, given, weight)
+
+
+def begun(exchange: Exchange | None, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
+    """What waits for the keys and values to attend to; without an exchange one's own."""
+    return exchange(k, v) if exchange else lambda: (k, v)
 
 
 class Apart:
@@ -68,24 +74,31 @@ class Apart:
         pe: Tensor,
         given: KeysValues | None,
         weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`heads` of two streams as one sequence, the text's first.
+        exchange: Exchange | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[], KeysValues]]:
+        """`heads` of two streams as one sequence, the text's first, and what `begun` returns.
 
         Args:
             given: stand in for the image's own keys and values, by a `weight` that fits "B H I D" or, without
                 one, wholly; its own are then not computed if that can be helped.
+            exchange: while it is under way, the image's queries are computed if that can be helped.
         """
         num_txt, num_heads = txt.shape[1], img_attn.num_heads
         own = img_attn.qkv, img_attn.norm, img, pe[:, :, num_txt:], num_heads
-        if replaces(given, weight) and in_parts(img_attn.qkv):
-            of_img = cls.queries(*own), *given
+        txt_q, txt_k, txt_v = cls.heads(txt_attn.qkv, txt_attn.norm, txt, pe[:, :, :num_txt], num_heads)
+        q, parts = None, in_parts(img_attn.qkv)
+        if parts and replaces(given, weight):
+            k, v = given
+        elif parts and exchange:
+            k, v = cls.keys_values(*own)
         else:
             q, k, v = cls.heads(*own)
-            if given is not None:
-                k, v = blend(k, given[0], weight), blend(v, given[1], weight)
-            of_img = q, k, v
-        of_txt = cls.heads(txt_attn.qkv, txt_attn.norm, txt, pe[:, :, :num_txt], num_heads)
-        return tuple(map(one_sequence, of_txt, of_img))
+        if given is not None:
+            k, v = blend(k, given[0], weight), blend(v, given[1], weight)
+        k, v = one_sequence(txt_k, k), one_sequence(txt_v, v)
+        whole = begun(exchange, k, v)
+        q = one_sequence(txt_q, cls.queries(*own) if q is None else q)
+        return q, k, v, whole
 
     @staticmethod
     def heads_and_hidden(
@@ -99,7 +112,7 @@ class Apart:
     def queries(linear: nn.Module, norm: "QKNorm", x: Tensor | Rounded, pe: Tensor, num_heads: int) -> Tensor:
         """The first of `heads` alone."""
         q = project_rows(linear, x, 0, x.shape[-1])
-        return rotate(norm.query_norm(split_heads(q, num_heads)), pe)
+        return norm_and_turn_one(norm.query_norm, split_heads(q, num_heads), pe)
 
     @staticmethod
     def keys_values(
@@ -109,7 +122,7 @@ class Apart:
         width = x.shape[-1]
         made = project_rows(linear, x, width, 3 * width)
         k, v = (split_heads(part, num_heads) for part in made.chunk(2, dim=-1))
-        return rotate(norm.key_norm(k), pe), v
+        return norm_and_turn_one(norm.key_norm, k, pe), v
 
     @staticmethod
     def hidden(linear: nn.Module, x: Tensor | Rounded, start: int = 0) -> Tensor:
