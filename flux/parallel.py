@@ -101,6 +101,9 @@ def join(settings: Divisible) -> Ranks:
     return Ranks(dist.get_rank(), count, device)
 
 
+WIDE = torch.complex128  # the largest numbers there are: the fewer are copied, the faster
+
+
 @dataclass(frozen=True)
 class Gathering:
     """`flux.math.Exchange`. What comes lies in the order of the processes: attention minds none.
@@ -138,21 +141,18 @@ class Gathering:
         return whole
 
 
-WIDE = torch.complex128  # the largest numbers there are: the fewer are copied, the faster
-
-
 def _within_reach(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised tensor that other cards' copy engines write to, if these cards can do that. It is the
     same memory every time: what came for a layer has been read before that for the next one begins to come.
     """
-    if not _reach_one_another(like.device):
+    if not _reach_one_another():
         return like.new_empty(shape)
     size = math.prod(shape) * like.itemsize
     return _shared(1 << (size - 1).bit_length(), like.device)[:size].view(like.dtype).view(shape)
 
 
 @cache
-def _reach_one_another(device: torch.device) -> bool:
+def _reach_one_another() -> bool:
     """Whether every card of the group can be written to from every other, by NVIDIA's library."""
     cards = range(int(os.environ["LOCAL_WORLD_SIZE"]))
     one_machine = len(cards) == dist.get_world_size() and not torch.version.hip

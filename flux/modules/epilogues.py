@@ -157,7 +157,7 @@ TILES = (
 OF_LONG_SUMS = Tile(192, 192, (1.03, 1.03), pingpong=False)
 LONG = 12288
 OF_HEADS = 128  # a tile so wide holds whole ones
-HEAD_SIZES = (32, 64, 128)  # that it can be cut into, and of which a kernel normalises each by itself
+HEAD_SIZES = (32, 64, 128)  # those that it can be cut into
 
 
 def _tile(epilogues: tuple, left: Tensor, right: Tensor) -> Tile:
@@ -179,6 +179,7 @@ def _weights(linear: nn.Module, rows: slice, batch: int) -> tuple[Tensor, dict[s
     """Some rows of a layer's matrix, "B channels K", and the vectors that go with them, "B channels" each."""
     in_8bit = isinstance(linear, Fp8Linear)
     matrix, bias = linear.packed if in_8bit else linear.weight, linear.bias
+    # By the bias too, which may have been replaced alone.
     known, key = _taken.setdefault(matrix, {}), (rows.start, rows.stop, batch, id(bias))
     if key not in known:
         # Of their data: views of the tensors themselves would keep these, and so this entry, alive.
@@ -301,38 +302,45 @@ class Joined(Apart):
         table, (qk, v) = _table(pe), _rooms(img, num_txt + img.shape[1])
         of_txt = txt_attn.qkv, txt_attn.norm, txt, table[:, :num_txt], num_heads
         cls._heads(*of_txt, qk[:, :num_txt], v[:, :num_txt])
-        own_qk, own_v, own_table = qk[:, num_txt:], v[:, num_txt:], table[:, num_txt:]
-        linear, norm, replaced = img_attn.qkv, img_attn.norm, replaces(given, weight)
+        own_qk, own_v, replaced = qk[:, num_txt:], v[:, num_txt:], replaces(given, weight)
+        own = img_attn.qkv, img_attn.norm, img, table[:, num_txt:], num_heads
         if exchange and not replaced:
-            scale = _scale(num_heads, norm.key_norm)
-            _rotated(linear, scale, img, own_table, slice(width, 2 * width), own_qk[..., width:])
-            _product(PLAIN, linear, img, slice(2 * width, 3 * width), own_v)
+            cls._keys_values(*own, own_qk[..., width:], own_v)
         elif not replaced:
-            cls._heads(linear, norm, img, own_table, num_heads, own_qk, own_v)
+            cls._heads(*own, own_qk, own_v)
         q, k, v = (split_heads(part, num_heads) for part in (*qk.chunk(2, dim=-1), v))
-        for own, other in zip((k[:, :, num_txt:], v[:, :, num_txt:]), given or ()):
+        for place, other in zip((k[:, :, num_txt:], v[:, :, num_txt:]), given or ()):
             if other is not None:
-                own.copy_(other) if weight is None else own.lerp_(other, weight)
+                place.copy_(other) if weight is None else place.lerp_(other, weight)
         whole = begun(exchange, k, v)
         if exchange or replaced:
-            scale = _scale(num_heads, norm.query_norm)
-            _rotated(linear, scale, img, own_table, slice(0, width), own_qk[..., :width])
+            cls._queries(*own, own_qk[..., :width])
         return q, k, v, whole
 
     @classmethod
     def heads_and_hidden(cls, linear, norm, x, pe, num_heads):
         return *cls.heads(linear, norm, x, pe, num_heads), cls.hidden(linear, x, 3 * x.shape[-1])
 
-    @staticmethod
-    def queries(linear, norm, x, pe, num_heads):
-        scale = _scale(num_heads, norm.query_norm)
-        return split_heads(_rotated(linear, scale, x, _table(pe), slice(0, x.shape[-1])), num_heads)
+    @classmethod
+    def queries(cls, linear, norm, x, pe, num_heads):
+        return cls._queries(linear, norm, x, _table(pe), num_heads)
 
     @staticmethod
-    def keys_values(linear, norm, x, pe, num_heads):
+    def _queries(linear, norm, x, table, num_heads, out=None):
+        """`queries`, written to "B N C" if that is given."""
+        scale = _scale(num_heads, norm.query_norm)
+        return split_heads(_rotated(linear, scale, x, table, slice(0, x.shape[-1]), out), num_heads)
+
+    @classmethod
+    def keys_values(cls, linear, norm, x, pe, num_heads):
+        return cls._keys_values(linear, norm, x, _table(pe), num_heads)
+
+    @staticmethod
+    def _keys_values(linear, norm, x, table, num_heads, k=None, v=None):
+        """`keys_values`, written to "B N C" twice if those are given."""
         width, scale = x.shape[-1], _scale(num_heads, norm.key_norm)
-        k = _rotated(linear, scale, x, _table(pe), slice(width, 2 * width))
-        v = _product(PLAIN, linear, x, slice(2 * width, 3 * width))
+        k = _rotated(linear, scale, x, table, slice(width, 2 * width), k)
+        v = _product(PLAIN, linear, x, slice(2 * width, 3 * width), v)
         return split_heads(k, num_heads), split_heads(v, num_heads)
 
     @staticmethod
