@@ -161,9 +161,9 @@ def test_a_tab_that_is_closed_stops_its_run(page, studio, client):
 
 def test_edit_with_two_layers_off_and_a_mask(page, studio):
     page.get_by_role("tab", name="Edit").click()
-    page.locator("#edit-prompt textarea").fill("a dog on the grass")
     page.get_by_role("button", name="Double", exact=True).locator("visible=true").click()
     page.locator("#edit-layers [data-layer='2'][aria-pressed=true]").wait_for()
+    page.locator("#edit-prompt textarea").fill("a dog on the grass")
     page.locator("#edit-first").click()
     says(page, "#edit-news", "Done")
     for layer in (1, 3):
@@ -239,9 +239,10 @@ def test_settings_come_back(page, url, tmp_path):
 
 def test_scan_of_three_layers_sent_to_edit(page):
     page.get_by_role("tab", name="Look inside").click()
-    page.locator("#scan-prompts textarea").fill("a dog\nan owl")
     page.get_by_role("button", name="None").last.click()
     page.locator("#scan-layers [aria-pressed=true]").first.wait_for(state="detached")
+    # Only now: of what is typed while the tab is drawn for the first time, all was lost once.
+    page.locator("#scan-prompts textarea").fill("a dog\nan owl")
     for layer in (2, 7, 11):
         page.locator(f"#scan-layers [data-layer='{layer}']").click()
     page.locator("#scan-go").click()
