@@ -10,8 +10,8 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error, one_voice
-from flux.reading import read_settings
-from flux.settings import TestSettings
+from flux.settings.demos import TestSettings
+from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
@@ -19,10 +19,10 @@ from flux.settings import TestSettings
 def main(file: str = "test.json", **overrides) -> None:
     settings = read_settings(TestSettings, file, overrides)
 
-    from flux.images import fit, grid, read_image, save_image, write_json
-    from flux.parallel import join
+    from flux.images.io import fit, grid, read_image, save_image, write_json
     from flux.pipeline import Pipeline
-    from flux.record import about, run_record
+    from flux.runs.record import about, run_record
+    from flux.runtime.parallel import join
     from flux.specs import complete
 
     ranks = join(settings)

@@ -12,8 +12,8 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error, one_voice
-from flux.reading import read_settings
-from flux.settings import LayerSettings
+from flux.settings.demos import LayerSettings
+from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
@@ -21,11 +21,11 @@ from flux.settings import LayerSettings
 def main(file: str = "layer.json", **overrides) -> None:
     settings = read_settings(LayerSettings, file, overrides)
 
-    from flux.attention_maps import check_watch, layers_sheet, prompt_words, watch, words_sheet
-    from flux.images import grid, save_animation, save_image, write_json
-    from flux.parallel import join
+    from flux.attention.maps import check_watch, layers_sheet, prompt_words, watch, words_sheet
+    from flux.images.io import grid, save_animation, save_image, write_json
     from flux.pipeline import Pipeline
-    from flux.record import about, run_record
+    from flux.runs.record import about, run_record
+    from flux.runtime.parallel import join
     from flux.specs import complete
 
     ranks = join(settings)

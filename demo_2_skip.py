@@ -9,16 +9,16 @@ Stopped and started again, it goes on where it was. demo_3_dino.py reads the fol
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.reading import read_settings
-from flux.settings import SkipSettings
+from flux.settings.demos import SkipSettings
+from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
 def main(file: str = "skip.json", **overrides) -> None:
     settings = read_settings(SkipSettings, file, overrides)
 
+    from flux.scan.sweep import sweep
     from flux.specs import complete
-    from flux.vitality import sweep
 
     print(sweep(complete(settings)) / "grid.png")
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.reading import read_settings
-from flux.settings import DinoSettings
+from flux.settings.demos import DinoSettings
+from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
 def main(file: str = "dino.json", **overrides) -> None:
     settings = read_settings(DinoSettings, file, overrides)
 
-    from flux.metrics import load_metrics
+    from flux.metrics.base import load_metrics
     from flux.pipeline import pick_device
-    from flux.scan import encoder_of, publish
-    from flux.scores import Rule, score
-    from flux.vitality import check_sweep
+    from flux.scan.run import encoder_of, publish
+    from flux.scan.scores import Rule, score
+    from flux.scan.sweep import check_sweep
 
     folder = Path(settings.input_dir)
     check_sweep(folder)

@@ -10,8 +10,8 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error, one_voice
-from flux.reading import read_settings
-from flux.settings import EditSettings
+from flux.settings.demos import EditSettings
+from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
@@ -19,15 +19,15 @@ from flux.settings import EditSettings
 def main(file: str = "edit.json", **overrides) -> None:
     settings = read_settings(EditSettings, file, overrides)
 
-    from flux.editing import check_edits, edit, psnr
-    from flux.images import grid, read_image, save_image, write_json
-    from flux.loading import checkpoint_of
-    from flux.parallel import join
-    from flux.photo import Photograph, describe, natural_size
+    from flux.editing.edit import check_edits, edit, psnr
+    from flux.editing.photo import Photograph, describe, natural_size
+    from flux.images.io import grid, read_image, save_image, write_json
     from flux.pipeline import Pipeline, counted, pick_device
-    from flux.record import about, run_record
+    from flux.runs.record import about, run_record
+    from flux.runtime.parallel import join
     from flux.specs import complete, get_spec
     from flux.vital_layers import find_vital_layers
+    from flux.weights.load import checkpoint_of
 
     ranks = join(settings)
     spec = get_spec(settings.model)

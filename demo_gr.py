@@ -10,8 +10,8 @@ to output_dir, a folder for each visit. `flux.studio` says how programs use it o
 import fire
 
 from flux.errors import exit_on_input_error
-from flux.reading import check_settings
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.files import check_settings
 
 
 @exit_on_input_error()

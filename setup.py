@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["flux", "flux.*"]),
-    package_data={"flux": ["assets/**/*"]},
+    package_data={"flux": ["assets/**/*", "scan/report.html", "studio/studio.css"]},
     install_requires=[
         "torch>=2.11",
         "einops>=0.8",

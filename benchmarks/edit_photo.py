@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, full_plan, known, toy_plan
+from benchmarks.random_weights import write_stand_ins
 from benchmarks.report import GIB, PassClock, machine, markdown
-from benchmarks.stand_ins import write_stand_ins
-from flux.editing import edit, edit_reference, keep_reference
+from flux.editing.edit import edit, edit_reference, keep_reference
 from flux.errors import exit_on_input_error
-from flux.images import write_json
+from flux.images.io import write_json
 from flux.pipeline import Pipeline, pick_device
-from flux.settings import EditSettings, ModelSettings
+from flux.settings.demos import EditSettings, ModelSettings
 
 METHODS = ("euler", "midpoint", "fireflow")
 
@@ -68,7 +68,7 @@ def measure(pipe: Pipeline, settings: EditSettings, layers: tuple[int, ...], pho
             lambda: edit(pipe, inverted, layers, photo, **quiet),
         )
     for place, fits in (("device", True), ("main memory", False)):
-        with patch("flux.reference._fits", return_value=fits or pipe.device.type != "cuda"):
+        with patch("flux.editing.reference._fits", return_value=fits or pipe.device.type != "cuda"):
             name = f"inversion, kept in {place}"
             kept = note(name, lambda: keep_reference(pipe, settings, layers, photo, **quiet))
         found[name]["kept_gib"] = sum(moment.bytes() for moment in kept.moments) / GIB

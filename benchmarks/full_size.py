@@ -17,14 +17,14 @@ import fire
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peer import peer_pipeline
+from benchmarks.diffusers_peer import peer_pipeline
+from benchmarks.random_weights import write_stand_ins
 from benchmarks.report import GIB, PassClock, machine, markdown
-from benchmarks.stand_ins import write_stand_ins
-from flux.editing import edit
+from flux.editing.edit import edit
 from flux.errors import exit_on_input_error
-from flux.images import write_json
+from flux.images.io import write_json
 from flux.pipeline import Pipeline, pick_device
-from flux.settings import EditSettings, ModelSettings
+from flux.settings.demos import EditSettings, ModelSettings
 from flux.specs import ModelSpec, configs, whole_tokens
 
 PROMPT = "a photo of a dog on the grass"

@@ -1,7 +1,7 @@
 """Matrices into GGUF's blocks of 256, by plain rounding.
 
 The `gguf` package only reads these kinds. Programs that write them also search for the scales that hurt
-least, so that their files are a little better than these. Layouts as in `flux.gguf`.
+least, so that their files are a little better than these. Layouts as in `flux.weights.gguf`.
 """
 
 import numpy as np

@@ -28,26 +28,26 @@ import fire
 import torch
 from torch import Tensor, nn
 
+from benchmarks.diffusers_peer import peer_pipeline, renamed
 from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, toy_plan
 from benchmarks.gguf_linears import peer as gguf_peer
-from benchmarks.peer import peer_pipeline, renamed
+from benchmarks.random_weights import write_text_encoders
 from benchmarks.report import GIB, PassClock, machine, markdown
-from benchmarks.stand_ins import write_text_encoders
-from flux import gguf
-from flux.checkpoint import Stored, Weight
-from flux.editing import edit
+from flux.editing.edit import edit
 from flux.errors import InputError, exit_on_input_error
-from flux.images import write_json
-from flux.layouts import Source
-from flux.loading import on_meta
-from flux.memory import Accounts, Plan, free_memory
+from flux.images.io import write_json
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.linear import EIGHT_BIT, PackedLinear
 from flux.pipeline import Pipeline, pick_device
-from flux.settings import EditSettings
+from flux.runtime.plan import Accounts, Plan, free_memory
+from flux.settings.demos import EditSettings
 from flux.specs import ModelSpec, configs
+from flux.weights import gguf
+from flux.weights.checkpoint import Stored, Weight
+from flux.weights.layouts import Source
+from flux.weights.load import on_meta
 
 STEPS = 5
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64}

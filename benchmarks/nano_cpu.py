@@ -47,11 +47,11 @@ def main(
     times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
 
     from benchmarks.report import machine, markdown
-    from flux.editing import edit
-    from flux.images import write_json
+    from flux.editing.edit import edit
+    from flux.images.io import write_json
     from flux.pipeline import Pipeline
-    from flux.reading import read_settings
-    from flux.settings import EditSettings
+    from flux.settings.demos import EditSettings
+    from flux.settings.files import read_settings
     from flux.specs import complete, get_spec
     from flux.vital_layers import find_vital_layers
 

@@ -78,16 +78,16 @@ def main(
     import torch
 
     from benchmarks.report import machine, markdown
-    from flux.editing import edit, psnr
-    from flux.gguf import SIZES
-    from flux.images import write_json, write_text
-    from flux.loading import ModelFiles, load_flow, read_weights
+    from flux.editing.edit import edit, psnr
+    from flux.images.io import write_json, write_text
     from flux.pipeline import Pipeline
-    from flux.reading import read_settings
     from flux.sampling import euler_step, sample
-    from flux.settings import EditSettings
+    from flux.settings.demos import EditSettings
+    from flux.settings.files import read_settings
     from flux.specs import complete, get_spec
     from flux.vital_layers import find_vital_layers
+    from flux.weights.gguf import SIZES
+    from flux.weights.load import ModelFiles, load_flow, read_weights
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
     settings = complete(read_settings(EditSettings, "edit.json", wanted))
@@ -151,7 +151,7 @@ def main(
 
 
 def bits(kind: str) -> float:
-    from flux.gguf import SIZES
+    from flux.weights.gguf import SIZES
 
     numbers, size = SIZES[kind]
     return 8 * size / numbers

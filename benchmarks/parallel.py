@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.random_weights import random_transformer
 from benchmarks.report import GIB, machine, markdown, milliseconds
-from benchmarks.stand_ins import random_transformer
 from flux import sampling
 from flux.errors import InputError, exit_on_input_error, launched, one_voice
-from flux.images import write_json
+from flux.images.io import write_json
 from flux.intervention import Intervention
 from flux.model import Flux, FluxParams
-from flux.parallel import Divided, join
-from flux.settings import Divisible
+from flux.runtime.parallel import Divided, join
+from flux.settings.demos import Divisible
 from flux.specs import configs
 
 EDITS = 3

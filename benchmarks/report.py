@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from flux.record import versions
+from flux.runs.record import versions
 
 GIB = 2**30
 OTHERS = ("diffusers", "triton", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl")

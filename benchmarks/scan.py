@@ -19,16 +19,16 @@ from tempfile import TemporaryDirectory
 import fire
 import torch
 
+from benchmarks.random_weights import write_dinov2, write_stand_ins
 from benchmarks.report import machine
-from benchmarks.stand_ins import write_dinov2, write_stand_ins
 from flux.errors import exit_on_input_error
-from flux.images import write_json
+from flux.images.io import write_json
 from flux.model import Flux
 from flux.pipeline import Pipeline, pick_device
-from flux.scan import scan
-from flux.settings import ScanSettings
+from flux.scan.run import scan
+from flux.scan.sweep import REFERENCE, Bypasser, SweepWorker, Task
+from flux.settings.demos import ScanSettings
 from flux.specs import complete, configs
-from flux.vitality import REFERENCE, Bypasser, SweepWorker, Task
 
 PROMPT = "a photo of a dog on the grass"
 OTHER_PROMPT = "a dog on a photo"  # of the same words, which are all that the tokenizers know
@@ -106,7 +106,7 @@ def one_process(settings: ScanSettings) -> dict:
 
 def shared(settings: ScanSettings, workers: int) -> dict:
     """Pictures a second of so many workers, from the moment when each has delivered its first."""
-    from flux.cluster import gpus_per_worker, run_tasks
+    from flux.runs.workers import gpus_per_worker, run_tasks
 
     num_layers = configs[settings.model].num_layers
     count = workers * (1 + TASKS_EACH)

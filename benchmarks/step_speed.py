@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.diffusers_peer import peer_transformer
 from benchmarks.full_size import relative_error
-from benchmarks.peer import peer_transformer
+from benchmarks.random_weights import random_transformer
 from benchmarks.report import GIB, machine, markdown, milliseconds
-from benchmarks.stand_ins import random_transformer
 from flux import sampling
 from flux.errors import exit_on_input_error
 from flux.fp8 import check_device, to_fp8
-from flux.images import write_json
+from flux.images.io import write_json
 from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, FluxParams, with_epilogues
-from flux.modules import fused
+from flux.modules import ops
 from flux.pipeline import pick_device
 from flux.specs import configs
 
@@ -105,7 +105,7 @@ class Bench:
     def compile(self, blocks) -> None:
         # As `Flux.compile_blocks`, but for one shape, whatever else has been compiled in this process.
         torch._dynamo.config.recompile_limit = 64
-        fused.prepare_compiling()
+        ops.prepare_compiling()
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, backend=self.backend)
 

@@ -84,8 +84,8 @@ def save_sample(
     Returns:
         The next index: idx + 1 if the picture was saved, else idx.
     """
-    from flux.images import save_image, to_pil
-    from flux.watermark import embed_watermark
+    from flux.images.io import save_image, to_pil
+    from flux.images.watermark import embed_watermark
 
     picture = to_pil(embed_watermark(x.float().clamp(-1, 1))[0])
     if nsfw_classifier is not None:
@@ -111,13 +111,13 @@ def main(
     """Makes pictures and saves them as img_0.jpg, img_1.jpg, ... in a folder.
 
     Args:
-        name: the model, one of `flux.util.configs`, or of `flux.pro.HOSTED` (key in BFL_API_KEY).
+        name: the model, one of `flux.util.configs`, or of `flux.bfl.HOSTED` (key in BFL_API_KEY).
         width: in pixels, rounded down to a multiple of 16; the model's own by default, like height,
             num_steps, guidance.
         seed: of the first picture, each further one's is one higher; drawn anew if not given.
         prompt: what to show; several, with | between them, make several pictures.
         loop: ask for further prompts on the terminal.
-        offload: keep each net in host memory until its turn comes; or "blocks", "auto", see flux.settings.
+        offload: keep each net in host memory until its turn comes; or "blocks", "auto", see flux.settings.demos.
         add_sampling_metadata: write prompt and model into the file.
         track_usage: report each picture to BFL (licensed users; key in BFL_API_KEY).
         init_image: start from this picture: image-to-image. It is scaled and cropped to width and height.
@@ -150,9 +150,9 @@ def _run(
     model: dict,
     steering: dict,
 ) -> None:
-    from flux.pro import HOSTED, Hosted, HostedSettings
-    from flux.reading import check_settings
-    from flux.settings import ModelSettings
+    from flux.bfl import HOSTED, Hosted, HostedSettings
+    from flux.settings.demos import ModelSettings
+    from flux.settings.files import check_settings
 
     hosted = model["model"] in HOSTED
     if hosted and (init_image or steering["true_cfg"] or steering["negative_prompt"] or track_usage):
@@ -178,7 +178,7 @@ def _run(
     if not prompts:
         raise InputError("Got an empty prompt: say what to show")
 
-    from flux.images import fit, read_image, save_image
+    from flux.images.io import fit, read_image, save_image
 
     image = read_image(init_image) if init_image else None
     started = {"init_image": init_image, "strength": strength} if init_image else {}
@@ -235,7 +235,7 @@ def ask(options: SamplingOptions) -> SamplingOptions | None:
 def fetch_model(name: str) -> None:
     """Fetches a model's files ahead of its first use, and says where they lie."""
     with exit_on_input_error():
-        from flux.hub import download
+        from flux.weights.hub import download
 
         download(name)
 

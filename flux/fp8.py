@@ -34,7 +34,7 @@ def to_fp8(
     but for those of modulations, whose few rows would gain nothing.
 
     Args:
-        device, home: as for `flux.quantize.quantize_linears`.
+        device, home: as for `flux.runtime.quantize.quantize_linears`.
     """
     for module in modules:
         for part in list(module.modules()):

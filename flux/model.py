@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flux.intervention import NOTHING, Findings, Intervention
 from flux.math import Exchange
-from flux.modules import fused, layers
-from flux.step_cache import StepCache
+from flux.modules import layers, ops
+from flux.modules.step_cache import StepCache
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ PACKAGES = ("quack", "flash_attn")
 
 
 def with_epilogues(device: torch.device) -> ModuleType | None:
-    """`flux.modules.epilogues`, where its kernels run: on a Hopper card, its packages installed."""
+    """`flux.modules.projections_hopper`, where its kernels run: on a Hopper card, its packages installed."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return None
     if not all(find_spec(name) for name in PACKAGES):
         return None
     try:
-        from flux.modules import epilogues
+        from flux.modules import projections_hopper
     except Exception as error:  # whatever young packages stumble over
         line = f"quack-kernels and flash-attn-4 do not start ({error}): torch compiles the blocks instead"
         warnings.warn(line, stacklevel=2)
         return None
-    return epilogues
+    return projections_hopper
 
 
 class Flux(nn.Module):
@@ -121,7 +121,7 @@ class Flux(nn.Module):
 
     def compile_blocks(self, device: torch.device | str | None = None) -> None:
         """Makes each block faster by itself, so that which layers are bypassed or injected never changes
-        anything: by products that do what follows them (`flux.modules.epilogues`) where those are to be had,
+        anything: by products that do what follows them (`flux.modules.projections_hopper`) where those are to be had,
         otherwise by torch's compiler.
 
         Args:
@@ -130,11 +130,11 @@ class Flux(nn.Module):
         # One graph for each kind of pass (plain, keeping, taking) and each new shape: the default of 8 is
         # soon used up, and the next would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        fused.prepare_compiling()
-        epilogues = with_epilogues(torch.device(device or self.img_in.weight.device))
+        ops.prepare_compiling()
+        hopper = with_epilogues(torch.device(device or self.img_in.weight.device))
         for block in (*self.double_blocks, *self.single_blocks):
-            if epilogues and epilogues.serves(block):
-                block.products = epilogues.Joined
+            if hopper and hopper.serves(block):
+                block.products = hopper.Joined
             else:
                 block.compile(fullgraph=True)
 
@@ -181,7 +181,7 @@ class Flux(nn.Module):
             mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
                 layer by layer.
             cache: spares a plain pass its layers after the first where that changes little.
-            exchange: for tokens that are a share of all, see `flux.parallel`.
+            exchange: for tokens that are a share of all, see `flux.runtime.parallel`.
 
         Raises:
             ValueError: tensors of another rank, or no guidance where the model needs one.

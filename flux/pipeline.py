@@ -15,22 +15,22 @@ from tqdm import tqdm
 from flux import sampling
 from flux.errors import InputError
 from flux.fp8 import check_device, to_fp8
-from flux.images import to_pil, to_tensor
-from flux.loading import check_files, files_of, load_flow, load_net, load_text
-from flux.memory import Plan, make_plan
+from flux.images.io import to_pil, to_tensor
+from flux.images.watermark import embed_watermark
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
-from flux.offload import Offloaded
-from flux.parallel import ALONE, Divided, Ranks
-from flux.quantize import BITS, quantize_linears
+from flux.modules.step_cache import StepCache
+from flux.runtime.offload import Offloaded
+from flux.runtime.parallel import ALONE, Divided, Ranks
+from flux.runtime.plan import Plan, make_plan
+from flux.runtime.quantize import BITS, quantize_linears
+from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
-from flux.step_cache import StepCache
-from flux.tiling import in_tiles
 from flux.vocabulary import warn_of_unknown_words
-from flux.watermark import embed_watermark
+from flux.weights.load import check_files, files_of, load_flow, load_net, load_text
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,7 +88,7 @@ class Pipeline:
         loaded.
 
         Args:
-            ranks: what `flux.parallel.join` said.
+            ranks: what `flux.runtime.parallel.join` said.
         """
         spec = get_spec(settings.model)
         device = ranks.device or pick_device(settings.device)
@@ -256,7 +256,7 @@ class Pipeline:
             width, height: in pixels, multiples of 16.
             image: start from this picture (of that size) instead of from noise alone: image-to-image.
             strength: how much of the schedule is then run, 0..1; 1 keeps nothing of it.
-            cache: threshold of `flux.step_cache.StepCache`; None: every step is computed whole.
+            cache: threshold of `flux.modules.step_cache.StepCache`; None: every step is computed whole.
             on_step: called with each step as soon as it is taken.
         """
         cond = self.condition(prompts, guidance, true_cfg, negative_prompt)

@@ -19,7 +19,7 @@ from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention
 from flux.math import KeysValues
 from flux.model import Flux, Streams
-from flux.step_cache import StepCache
+from flux.modules.step_cache import StepCache
 
 
 def latent_size(height: int, width: int) -> tuple[int, int]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from flux.bfl import HOSTED, refusal
 from flux.errors import InputError
 from flux.intervention import check_layers
 from flux.model import FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
-from flux.pro import HOSTED, refusal
-from flux.settings import ModelSettings, SkipSettings
+from flux.settings.demos import ModelSettings, SkipSettings
 
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 

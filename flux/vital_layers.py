@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flux.errors import InputError
 from flux.intervention import check_layers
-from flux.record import remembered_scan
+from flux.runs.record import remembered_scan
 from flux.specs import VITAL_LAYERS_DEV, ModelSpec
 
 # Sets that others publish for FLUX.1-dev. The methods differ in more than the set: what they take there, and

@@ -10,10 +10,10 @@ import toy
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux.gguf import BLOCKS
-from flux.loading import ModelFiles, load_flow
 from flux.model import Flux
 from flux.specs import configs
+from flux.weights.gguf import BLOCKS
+from flux.weights.load import ModelFiles, load_flow
 
 # Half-precision fields in a block of each kind: where each begins.
 HALVES = {

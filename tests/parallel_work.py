@@ -16,9 +16,9 @@ import toy
 from flux.intervention import Intervention
 from flux.model import Flux
 from flux.modules import layers
-from flux.parallel import Divided, Ranks
+from flux.modules.step_cache import StepCache
+from flux.runtime.parallel import Divided, Ranks
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
-from flux.step_cache import StepCache
 
 LAYERS = (1, toy.NUM_DOUBLE - 1, toy.NUM_DOUBLE + 1)
 Answers = list[torch.Tensor]
@@ -151,7 +151,7 @@ def products_with_epilogues(model, given) -> Answers:
     blocks = (*model.model.double_blocks, *model.model.single_blocks)
     with pytest.MonkeyPatch.context() as patch:
         quack_stand_in.install(patch)
-        from flux.modules.epilogues import Joined
+        from flux.modules.projections_hopper import Joined
 
         patch.setattr(layers, "has_kernel", lambda x: True)
         for block in blocks:

@@ -129,5 +129,5 @@ def install(patch) -> None:
 
 def forget() -> None:
     """What was made with these is imported anew."""
-    sys.modules.pop("flux.modules.epilogues", None)
-    vars(flux.modules).pop("epilogues", None)
+    sys.modules.pop("flux.modules.projections_hopper", None)
+    vars(flux.modules).pop("projections_hopper", None)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
 from flux.specs import complete, configs
 from flux.studio.app import Studio
 from flux.studio.engine import Engine
 from flux.studio.limits import Limits
-from flux.studio.visits import Visits
+from flux.studio.sessions import Visits
 
 SMALL = {"width": 64, "height": 64, "num_steps": 2}
 

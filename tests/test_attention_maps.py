@@ -15,8 +15,8 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux import attention_maps
-from flux.attention_maps import (
+from flux.attention import maps
+from flux.attention.maps import (
     TextTokens,
     check_watch,
     colour_scale,
@@ -34,7 +34,7 @@ from flux.attention_maps import (
 )
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.settings import LayerSettings
+from flux.settings.demos import LayerSettings
 from flux.specs import complete
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +296,7 @@ def test_the_word_is_where_its_object_is(nano):
 
 
 def test_nothing_is_watched_unasked(nano, monkeypatch):
-    monkeypatch.setattr(attention_maps, "look", lambda *_: pytest.fail("no layers were named"))
+    monkeypatch.setattr(maps, "look", lambda *_: pytest.fail("no layers were named"))
     steps, seen = watch(nano, DOG, 7, settings(layers=(), num_steps=2), progress=False)
     assert len(steps) == 2 and seen == []
 
@@ -359,7 +359,7 @@ def test_sheets_have_a_place_for_everything(nano, monkeypatch):
         rows.update(images=images, captions=captions, titles=titles)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(attention_maps, "grid", spy)
+    monkeypatch.setattr(maps, "grid", spy)
     chosen = settings(at_steps=(0, 1, 3), words=("dog", "top hat"))
     _, seen = watch(nano, DOG, 7, chosen, progress=False)
     picture = Image.new("RGB", (96, 64))
@@ -425,6 +425,6 @@ def test_demo_tells_a_wrong_word_before_loading(monkeypatch, file, capsys):
 
 def test_import_is_light():
     """matplotlib and transformers only when there is something to draw or to read."""
-    code = "import sys, flux.attention_maps; print({'matplotlib', 'transformers'} & sys.modules.keys())"
+    code = "import sys, flux.attention.maps; print({'matplotlib', 'transformers'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

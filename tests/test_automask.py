@@ -1,9 +1,9 @@
 import torch
 
-from flux.attention_maps import text_tokens
-from flux.automask import all_over, may_change, subject_tokens
+from flux.attention.maps import text_tokens
+from flux.editing.automask import all_over, may_change, subject_tokens
 from flux.pipeline import Pipeline
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
 from flux.specs import complete
 
 SIDE = 16

@@ -13,8 +13,8 @@ import toy
 pytest.importorskip("diffusers")
 
 from benchmarks import edit_photo, full_size, memory, nano_cpu, scan  # noqa: E402
-from benchmarks.peer import peer_transformer, renamed  # noqa: E402
-from benchmarks.stand_ins import random_transformer  # noqa: E402
+from benchmarks.diffusers_peer import peer_transformer, renamed  # noqa: E402
+from benchmarks.random_weights import random_transformer  # noqa: E402
 from flux.modules.linear import PackedLinear  # noqa: E402
 from flux.specs import configs  # noqa: E402
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from flux import cluster
-from flux.cluster import run_tasks
 from flux.errors import InputError
+from flux.runs import workers
+from flux.runs.workers import run_tasks
 
 # One test of the whole runs by default; the others together take a minute, and more on a busy machine.
 slow = pytest.mark.slow
@@ -278,7 +278,7 @@ def test_a_cluster_that_others_use(two_hosts, monkeypatch):
     """A run that finds no room for a single worker gives up."""
     import ray
 
-    monkeypatch.setattr(cluster, "PATIENCE", 1.0)
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
     ray.init(address=two_hosts.address, log_to_driver=False, logging_level="ERROR")
     try:
         others = [ray.remote(num_cpus=1)(Toy).remote() for _ in range(2)]
@@ -300,7 +300,7 @@ def test_addresses_without_a_cluster(monkeypatch):
     """Found out before Ray is asked, which would take minutes and then end the program."""
     import ray
 
-    monkeypatch.setattr(cluster, "CONNECT", 1.0)
+    monkeypatch.setattr(workers, "CONNECT", 1.0)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked Ray"))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -319,7 +319,7 @@ def test_addresses_without_a_cluster(monkeypatch):
 
 @slow
 def test_another_version_on_a_host(two_hosts, monkeypatch):
-    monkeypatch.setattr(cluster, "__version__", "0.0.0")
+    monkeypatch.setattr(workers, "__version__", "0.0.0")
     with pytest.raises(InputError, match="Got a worker on .* here it is 0.0.0: install the same"):
         list(run_tasks(Toy, (), numbers(2), 1, two_hosts.address))
 
@@ -332,7 +332,7 @@ def test_a_ray_of_its_own_and_ctrl_c(tmp_path):
         textwrap.dedent("""
         import os, time
         from contextlib import closing
-        from flux.cluster import run_tasks
+        from flux.runs.workers import run_tasks
         from flux.errors import exit_on_input_error
 
         class Sleeper:
@@ -383,9 +383,9 @@ def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
     import numpy as np
     from PIL import Image
 
-    from flux.settings import SkipSettings
+    from flux.scan.sweep import Bypasser, SweepWorker, plan
+    from flux.settings.demos import SkipSettings
     from flux.specs import complete
-    from flux.vitality import Bypasser, SweepWorker, plan
 
     settings = complete(SkipSettings(**SWEEP))
     tasks = plan(settings, nano.spec.num_layers)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux.doses import DOSES, Dose
+from flux.settings.doses import DOSES, Dose
 
 
 def test_weights_of_layers():

@@ -241,7 +241,7 @@ def test_import_is_silent_and_light():
 
 def test_nothing_heavy_where_nothing_is_loaded():
     """transformers, the compiler, cv2 and matplotlib take seconds; importing every module must not pay."""
-    modules = "flux.cli, flux.util, flux.pipeline, flux.editing, flux.vitality, flux.loading, flux.images"
+    modules = "flux.cli, flux.util, flux.pipeline, flux.editing.edit, flux.scan.sweep, flux.weights.load, flux.images.io"
     heavy = "{'transformers', 'diffusers', 'torch._dynamo', 'matplotlib', 'cv2', 'gradio'}"
     script = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(

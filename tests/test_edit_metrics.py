@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flux.edit_metrics import ClipText, Edit, EditMetrics, Structure
 from flux.errors import InputError
-from flux.metrics import MAX_PSNR, Ssim
+from flux.metrics.base import MAX_PSNR, Ssim
+from flux.metrics.edits import ClipText, Edit, EditMetrics, Structure
 from flux.specs import configs
 
 RANDOM = np.random.default_rng(0)

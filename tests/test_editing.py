@@ -9,15 +9,17 @@ import torch
 import toy
 from PIL import Image
 
-from flux import automask, editing, reference, sampling
-from flux.doses import DEFAULT_DOSE, DOSES
-from flux.editing import check_edits, edit, edit_reference, keep_reference
+import flux.editing.edit as editing
+from flux import sampling
+from flux.editing import automask, reference
+from flux.editing.edit import check_edits, edit, edit_reference, keep_reference
+from flux.editing.inversion import INVERSIONS
+from flux.editing.photo import Photograph
 from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
-from flux.inversion import INVERSIONS
-from flux.photo import Photograph
-from flux.reading import check_settings
-from flux.settings import EditSettings
+from flux.settings.demos import EditSettings
+from flux.settings.doses import DEFAULT_DOSE, DOSES
+from flux.settings.files import check_settings
 from flux.specs import VITAL_LAYERS_DEV, complete, configs
 from flux.vital_layers import PRESETS, find_vital_layers
 

@@ -14,11 +14,11 @@ import toy
 
 from flux.fp8 import to_fp8
 from flux.intervention import Intervention
-from flux.lora import LowRankLinear
 from flux.model import with_epilogues
 from flux.modules import layers
-from flux.modules.products import Apart
-from flux.offload import Offloaded
+from flux.modules.projections import Apart
+from flux.runtime.offload import Offloaded
+from flux.weights.lora import LowRankLinear
 
 LAYERS = frozenset((1, 4))
 SMALL = {"height": 32, "width": 32, "num_txt": 3}
@@ -30,9 +30,9 @@ def epilogues(monkeypatch):
     """The module, made with stand-ins; blocks take it on the CPU too."""
     quack_stand_in.install(monkeypatch)
     monkeypatch.setattr(layers, "has_kernel", lambda x: True)
-    from flux.modules import epilogues
+    from flux.modules import projections_hopper
 
-    yield epilogues
+    yield projections_hopper
     quack_stand_in.forget()
 
 

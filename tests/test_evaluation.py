@@ -1,5 +1,5 @@
 """Evaluations: what their file may say, that they go on where they were, and that a batch's edits are those
-that `flux.editing.edit` makes one by one.
+that `flux.editing.edit.edit` makes one by one.
 """
 
 import csv
@@ -10,20 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-import flux.automask
-import flux.editing
-import flux.evaluation
-from flux.edit_metrics import OUTSIDE
-from flux.editing import edit
+import flux.editing.automask
+import flux.editing.edit
+import flux.evaluate.run
+from flux.editing.edit import edit
 from flux.errors import InputError
-from flux.evaluation import Measurer, Store, Task, completed, evaluate
-from flux.evaluation_settings import EvaluateSettings, methods_of
-from flux.images import read_image, read_metadata, save_image
-from flux.methods import Made, Maker
-from flux.pie_bench import Item, encode_mask, read_benchmark, write_benchmark
-from flux.reading import check_settings, read_settings
+from flux.evaluate.benchmark import Item, encode_mask, read_benchmark, write_benchmark
+from flux.evaluate.methods import Made, Maker
+from flux.evaluate.run import Measurer, Store, Task, completed, evaluate
+from flux.evaluate.settings import EvaluateSettings, methods_of
+from flux.evaluate.summary import by_kind, markdown, means
+from flux.images.io import read_image, read_metadata, save_image
+from flux.metrics.edits import OUTSIDE
+from flux.settings.files import check_settings, read_settings
 from flux.specs import complete, configs
-from flux.standings import by_kind, markdown, means
 
 SIDE = 64
 PROMPTS = {"replace": ("a dog on the grass", "a cat on the grass"), "add": ("a car", "a car and a dog")}
@@ -92,7 +92,7 @@ class PaintingWorker:
 
 @pytest.fixture
 def painting(monkeypatch):
-    monkeypatch.setattr(flux.evaluation, "EvaluateWorker", PaintingWorker)
+    monkeypatch.setattr(flux.evaluate.run, "EvaluateWorker", PaintingWorker)
     monkeypatch.setattr(PaintingWorker, "made", [])
     return PaintingWorker.made
 
@@ -382,10 +382,12 @@ def test_masks_of_a_batch_are_those_of_one_by_one(
     nano, benchmark, items, tmp_path, monkeypatch, references, all_over
 ):
     """To the token, where each row has words, a source and a part to change, or a subject, of its own."""
-    monkeypatch.setattr(flux.automask, "THRESHOLD", 1.0)
-    monkeypatch.setattr(flux.automask, "ALL_OVER", 0.0 if all_over else 1.0)
-    found, make = [], flux.editing._auto_mask
-    monkeypatch.setattr(flux.editing, "_auto_mask", lambda *given: found.append(make(*given)) or found[-1])
+    monkeypatch.setattr(flux.editing.automask, "THRESHOLD", 1.0)
+    monkeypatch.setattr(flux.editing.automask, "ALL_OVER", 0.0 if all_over else 1.0)
+    found, make = [], flux.editing.edit._auto_mask
+    monkeypatch.setattr(
+        flux.editing.edit, "_auto_mask", lambda *given: found.append(make(*given)) or found[-1]
+    )
     size = {"width": 128, "height": 128}
     settings = settings_of(benchmark, tmp_path, methods=[{"name": "x"}], references=references, **size)
     maker = Maker(nano, (128, 128), photos=references == "photo")

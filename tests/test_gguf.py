@@ -9,12 +9,12 @@ import pytest
 import torch
 import toy
 
-from flux.checkpoint import open_checkpoint
 from flux.errors import InputError
-from flux.gguf import BLOCKS, expand
 from flux.intervention import Intervention
 from flux.modules.linear import PackedLinear, project_rows
-from flux.offload import Offloaded
+from flux.runtime.offload import Offloaded
+from flux.weights.checkpoint import open_checkpoint
+from flux.weights.gguf import BLOCKS, expand
 
 
 @pytest.mark.parametrize("kind", forms.KINDS)

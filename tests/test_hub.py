@@ -16,10 +16,11 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from flux import cli, hub
+from flux import cli
 from flux.errors import InputError
-from flux.hub import TEXT_FOLDERS, own_file, own_text_folder
 from flux.specs import configs
+from flux.weights import hub
+from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

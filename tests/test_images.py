@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageFont, PngImagePlugin
 
-from flux import images
 from flux.errors import InputError
-from flux.images import (
+from flux.images import io
+from flux.images.io import (
     fit,
     grid,
     read_image,
@@ -26,7 +26,7 @@ from flux.images import (
     write_json,
     write_text,
 )
-from flux.plots import plot_vitality
+from flux.scan.plots import plot_vitality
 
 QUADRANTS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 
@@ -548,27 +548,27 @@ def test_titles_stand_above_their_row():
 
 
 def test_wrapping_loses_no_word():
-    font = images._font("DejaVuSans.ttf", 13)
+    font = io._font("DejaVuSans.ttf", 13)
     for width in (200, 400, 4000):
-        lines = images._wrap(LONG, font, width)
+        lines = io._wrap(LONG, font, width)
         assert all(font.getlength(line) <= width for line in lines)
         assert "".join(lines).replace(" ", "") == LONG.replace(" ", "")
-    assert images._wrap(LONG, font, 4000) == [LONG]
-    assert images._wrap("one\n\ntwo  words ", font, 400) == ["one", "", "two words"]
-    assert images._wrap("", font, 400) == []
-    assert images._wrap("WWW", font, 1) == ["W", "W", "W"]
+    assert io._wrap(LONG, font, 4000) == [LONG]
+    assert io._wrap("one\n\ntwo  words ", font, 400) == ["one", "", "two words"]
+    assert io._wrap("", font, 400) == []
+    assert io._wrap("WWW", font, 1) == ["W", "W", "W"]
 
 
 def test_overlong_captions_end_in_an_ellipsis():
-    font = images._font("DejaVuSans.ttf", 13)
-    lines = images._wrap("word " * 1000, font, 300)
-    assert len(lines) == images.MAX_LINES and lines[-1].endswith("word…")
+    font = io._font("DejaVuSans.ttf", 13)
+    lines = io._wrap("word " * 1000, font, 300)
+    assert len(lines) == io.MAX_LINES and lines[-1].endswith("word…")
     assert all(font.getlength(line) <= 300 for line in lines)
 
 
 def test_accents_greek_and_cyrillic_are_drawn():
     """The font that pillow carries shows the same empty box for all of these."""
-    font = images._font("DejaVuSans.ttf", 20)
+    font = io._font("DejaVuSans.ttf", 20)
     shapes = {bytes(font.getmask(letter)) for letter in "éßøЖλő→\uffff"}
     assert len(shapes) == 8
     assert isinstance(font, ImageFont.FreeTypeFont)
@@ -592,10 +592,10 @@ def test_other_sizes_are_scaled_to_fit():
 
 def test_sheets_have_a_limit(monkeypatch):
     pictures = [[plain(colour) for colour in row] for row in COLOURS]
-    monkeypatch.setattr(images, "MAX_SHEET_PIXELS", 6 * 64 * 48)
+    monkeypatch.setattr(io, "MAX_SHEET_PIXELS", 6 * 64 * 48)
     left, top, right, bottom = box(grid(pictures), "red")
     assert (right - left, bottom - top) == (64, 48)
-    monkeypatch.setattr(images, "MAX_SHEET_SIDE", 3 * 32)
+    monkeypatch.setattr(io, "MAX_SHEET_SIDE", 3 * 32)
     left, top, right, bottom = box(grid(pictures), "red")
     assert (right - left, bottom - top) == (32, 24)
 

@@ -8,8 +8,9 @@ import toy
 from test_sampling import NO_TEXT, Field
 from torch.testing import assert_close
 
-from flux import inversion, sampling
-from flux.inversion import INVERSIONS, flow_edit
+from flux import sampling
+from flux.editing import inversion
+from flux.editing.inversion import INVERSIONS, flow_edit
 from flux.sampling import Conditioning
 
 LEVELS = sampling.get_schedule(7, 1024)

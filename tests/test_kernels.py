@@ -10,10 +10,10 @@ import toy
 from flux.fp8 import to_fp8
 from flux.intervention import Intervention
 from flux.math import apply_rope
-from flux.modules import fused
-from flux.modules.fused import E4M3, Rounded
+from flux.modules import ops
 from flux.modules.layers import EmbedND, ModulationOut, QKNorm, layer_norm
-from flux.modules.products import split_heads
+from flux.modules.ops import E4M3, Rounded
+from flux.modules.projections import split_heads
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def kernels():
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a card: test_on_a_card runs the kernels here")
     pytest.importorskip("triton", reason="Triton is made for Linux alone")
-    from flux.modules import kernels
+    from flux.modules import ops_triton
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "E4M3", torch.float32)
-        yield kernels
+        patch.setattr(ops_triton, "E4M3", torch.float32)
+        yield ops_triton
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -124,8 +124,8 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
 
     with torch.no_grad():
         expected = [model(**given, intervention=one) for one in every]
-        monkeypatch.setattr(fused, "kernels", kernels)
-        monkeypatch.setattr(fused, "has_kernel", lambda x: True)
+        monkeypatch.setattr(ops, "ops_triton", kernels)
+        monkeypatch.setattr(ops, "has_kernel", lambda x: True)
         for name in ("modulate", "join"):
             monkeypatch.setattr(kernels, name, rounding(getattr(kernels, name)))
         found = [model(**given, intervention=one) for one in every]
@@ -136,20 +136,20 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
 @pytest.mark.parametrize("capability, expected", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
     there = types.SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(fused, "kernels", fused)
-    monkeypatch.setattr(fused, "_able", None)
+    monkeypatch.setattr(ops, "ops_triton", ops)
+    monkeypatch.setattr(ops, "_able", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with torch.no_grad():
-        assert fused.has_kernel(there) is expected
-        assert not fused.has_kernel(types.SimpleNamespace(is_cuda=False))
+        assert ops.has_kernel(there) is expected
+        assert not ops.has_kernel(types.SimpleNamespace(is_cuda=False))
     with torch.enable_grad():
-        assert not fused.has_kernel(there)
+        assert not ops.has_kernel(there)
 
 
 def test_a_compiler_does_not_look_into_the_question():
     """A mark that torch's compiler goes by."""
     toy.flux().compile_blocks()
-    assert fused._card_is_able._dynamo_marked_constant
+    assert ops._card_is_able._dynamo_marked_constant
 
 
 def test_what_is_rounded_can_be_cut():
@@ -181,6 +181,6 @@ def test_on_a_card(monkeypatch, compiled, eight_bit):
                     model.compile_blocks()
                 with monkeypatch.context() as patch:
                     if not enabled:
-                        patch.setattr(fused, "kernels", None)
+                        patch.setattr(ops, "ops_triton", None)
                     errors.append(toy.relative_error(model(**narrow).float(), expected))
         assert errors[0] <= 1.2 * errors[1]

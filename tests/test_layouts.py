@@ -13,13 +13,13 @@ import toy
 from safetensors.torch import load_file, save_file
 
 from flux.errors import InputError
-from flux.layouts import T5_IN_GGUF, describe
-from flux.loading import ModelFiles, check_files, files_of, load_net, load_text
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.linear import PackedLinear
 from flux.pipeline import Pipeline
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER, complete, configs
+from flux.weights.layouts import T5_IN_GGUF, describe
+from flux.weights.load import ModelFiles, check_files, files_of, load_net, load_text
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -265,7 +265,7 @@ def test_the_other_encoder(tmp_path, encoders, part, other):
 @pytest.fixture(scope="module")
 def nano_parts():
     spec = configs["flux-nano"]
-    from flux.loading import read_weights
+    from flux.weights.load import read_weights
 
     parts = {
         "model.diffusion_model.": read_weights(spec.folder / spec.repo_flow, "cpu", torch.float16),

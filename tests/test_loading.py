@@ -12,11 +12,11 @@ import torch
 import toy
 from safetensors.torch import save_file
 
-from flux import loading
-from flux.checkpoint import open_checkpoint
 from flux.errors import InputError
-from flux.loading import find_files, load_ae, load_clip, load_flow_model, load_t5, read_weights
 from flux.specs import NANO_FOLDER, configs
+from flux.weights import load as loading
+from flux.weights.checkpoint import open_checkpoint
+from flux.weights.load import find_files, load_ae, load_clip, load_flow_model, load_t5, read_weights
 
 
 @pytest.fixture
@@ -358,8 +358,8 @@ def test_host_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, dev):
     """Whatever is read is handed on before the next one is."""
     import weakref
 
-    from flux.checkpoint import Stored
-    from flux.loading import ModelFiles, load_flow
+    from flux.weights.checkpoint import Stored
+    from flux.weights.load import ModelFiles, load_flow
 
     path = tmp_path / "m.safetensors"
     save_file(dev, path)

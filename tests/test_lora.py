@@ -11,13 +11,13 @@ from torch import Tensor
 
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.loading import ModelFiles, checkpoint_of, load_text
-from flux.lora import read_lora
 from flux.modules.layers import timestep_embedding
 from flux.modules.linear import LowRankLinear
-from flux.reading import check_settings
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.files import check_settings
 from flux.specs import NANO_FOLDER, configs
+from flux.weights.load import ModelFiles, checkpoint_of, load_text
+from flux.weights.lora import read_lora
 
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.7
 # A few modules of each kind, in the model's own names.
@@ -379,7 +379,7 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
 
 
 def read_weights_of(path):
-    from flux.checkpoint import open_checkpoint
+    from flux.weights.checkpoint import open_checkpoint
 
     return open_checkpoint(path).weights.items()
 

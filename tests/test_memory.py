@@ -10,12 +10,12 @@ import torch
 import toy
 from torch import nn
 
-from flux import memory
-from flux.checkpoint import Stored, Weight
 from flux.errors import InputError
-from flux.layouts import Source
-from flux.loading import files_of, on_meta
-from flux.memory import (
+from flux.model import Flux
+from flux.modules.autoencoder import AutoEncoder
+from flux.pipeline import Pipeline
+from flux.runtime import plan
+from flux.runtime.plan import (
     GIB,
     MIB,
     Accounts,
@@ -27,12 +27,12 @@ from flux.memory import (
     make_plan,
     sources_of,
 )
-from flux.model import Flux
-from flux.modules.autoencoder import AutoEncoder
-from flux.pipeline import Pipeline
-from flux.settings import EditSettings, ModelSettings, SkipSettings
+from flux.scan.sweep import Bypasser, Task
+from flux.settings.demos import EditSettings, ModelSettings, SkipSettings
 from flux.specs import complete, configs
-from flux.vitality import Bypasser, Task
+from flux.weights.checkpoint import Stored, Weight
+from flux.weights.layouts import Source
+from flux.weights.load import files_of, on_meta
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "h200.json"
@@ -243,14 +243,14 @@ def test_the_plan_in_a_line(dev):
 def test_a_stage_fits_with_a_margin():
     stage = Stage("denoise", GIB, 100 * MIB)
     assert stage.peak == GIB + 100 * MIB
-    beside = round(memory.WEIGHT_MARGIN * GIB) + 116 * MIB
-    assert not stage.fits(stage.peak) and stage.fits(beside + memory.SLACK)
+    beside = round(plan.WEIGHT_MARGIN * GIB) + 116 * MIB
+    assert not stage.fits(stage.peak) and stage.fits(beside + plan.SLACK)
 
 
 @pytest.mark.parametrize(
     "offload, expected",
     [("none", Plan("none", 0, 0, False)), ("model", Plan("model", 0, 0, False)),
-     ("blocks", Plan("blocks", memory.ALL, memory.ALL, False))],
+     ("blocks", Plan("blocks", plan.ALL, plan.ALL, False))],
 )  # fmt: skip
 def test_a_plan_that_is_named_is_not_worked_out(offload, expected):
     settings = complete(ModelSettings(offload=offload))

@@ -16,7 +16,7 @@ from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.model import Flux, FluxParams
 from flux.modules.layers import EmbedND, RMSNorm, SelfAttention, timestep_embedding
-from flux.offload import Offloaded
+from flux.runtime.offload import Offloaded
 from flux.specs import configs
 
 MANIFESTS = Path(__file__).parent / "manifests"

@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flux.loading import read_weights
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.specs import configs
 from flux.vital_layers import find_vital_layers
+from flux.weights.load import read_weights
 
 SPEC = configs["flux-nano"]
 FOLDER = SPEC.folder

@@ -5,11 +5,11 @@ import torch
 import toy
 from PIL import Image
 
-from flux.editing import edit
+from flux.editing.edit import edit
 from flux.intervention import Intervention
-from flux.offload import Feed, Offloaded, Streamed, spread
 from flux.pipeline import Pipeline
-from flux.settings import EditSettings
+from flux.runtime.offload import Feed, Offloaded, Streamed, spread
+from flux.settings.demos import EditSettings
 from flux.specs import complete
 
 CPU = torch.device("cpu")

@@ -16,11 +16,12 @@ from parallel_work import CASES
 from PIL import Image
 
 import demo_4_edit
-from flux import errors, parallel
+from flux import errors
 from flux.errors import InputError, exit_on_input_error, one_voice
-from flux.parallel import ALONE, Ranks, join
-from flux.reading import check_settings
-from flux.settings import TestSettings
+from flux.runtime import parallel
+from flux.runtime.parallel import ALONE, Ranks, join
+from flux.settings.demos import TestSettings
+from flux.settings.files import check_settings
 
 ROOT = Path(__file__).parent.parent
 FEW = ("plain", "equal_shares", "taken_in_part", "spared_steps")  # cases for four processes

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from flux.errors import InputError
-from flux.perceptual import PerceptualEncoder, similarity
+from flux.metrics.features import PerceptualEncoder, similarity
 from flux.specs import configs
 
 FOLDER = configs["flux-nano"].dinov2

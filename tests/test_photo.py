@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from flux import automask
+from flux.editing import automask
+from flux.editing.photo import Photograph, describe, mask_picture, middle, natural_size, token_mask
 from flux.errors import InputError
-from flux.photo import Photograph, describe, mask_picture, middle, natural_size, token_mask
 
 
 def noise(width: int, height: int) -> Image.Image:

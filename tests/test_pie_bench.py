@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import save_image
-from flux.pie_bench import (
+from flux.evaluate.benchmark import (
     decode_mask,
     encode_mask,
     fingerprint,
@@ -17,6 +16,7 @@ from flux.pie_bench import (
     spread,
     write_benchmark,
 )
+from flux.images.io import save_image
 
 
 def entry(number: int = 0, **more) -> dict:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from flux import pipeline, sampling
 from flux.errors import InputError
 from flux.pipeline import Pipeline, counted, pick_device, pick_dtype
-from flux.reading import check_settings
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.files import check_settings
 from flux.specs import NANO_FOLDER, complete, configs
 
 DOG = "a dog wearing a top hat on the grass"
@@ -124,8 +124,8 @@ def test_timings_are_kept(nano):
 
 
 def test_a_watermark_is_a_choice(nano):
-    from flux.images import to_tensor
-    from flux.watermark import WATERMARK_BITS, extract_watermark
+    from flux.images.io import to_tensor
+    from flux.images.watermark import WATERMARK_BITS, extract_watermark
 
     settings = {**QUICK, "width": 256, "height": 256, "num_steps": 2}
     plain, marked = (nano.generate([DOG], [1], **settings, watermark=mark)[0] for mark in (False, True))

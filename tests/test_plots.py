@@ -5,7 +5,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from flux.plots import COLOUR_MAP, KIND_COLOURS, plot_heat_map, plot_vitality
+from flux.scan.plots import COLOUR_MAP, KIND_COLOURS, plot_heat_map, plot_vitality
 
 
 @pytest.fixture

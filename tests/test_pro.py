@@ -9,9 +9,9 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from flux import cli, pro
+from flux import bfl, cli
+from flux.bfl import HOSTED, HostedSettings, generate
 from flux.errors import InputError
-from flux.pro import HOSTED, HostedSettings, generate
 from flux.specs import configs, get_spec
 
 PICTURE = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
@@ -117,7 +117,7 @@ def test_submit_poll_fetch(server):
         *[poll] * 3,
         ("GET", "/delivery/picture.png", None, None),
     ], "the key goes to the interface only"
-    assert server.pauses == [pro.POLL_EVERY] * 2
+    assert server.pauses == [bfl.POLL_EVERY] * 2
 
 
 def test_what_each_model_is_sent(server):
@@ -152,7 +152,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["flux", "--name", "flux-pro", "--prompt", "a dog|a cat", "--seed", "3",
                                      "--num_steps", "20", "--output_dir", str(tmp_path)])  # fmt: skip
     cli.app()
-    from flux.images import read_metadata
+    from flux.images.io import read_metadata
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["img_0.jpg", "img_1.jpg"]
     about = read_metadata(tmp_path / "img_1.jpg")

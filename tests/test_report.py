@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import save_image
-from flux.report import THUMBNAIL, _thumbnail, write_report
+from flux.images.io import save_image
+from flux.scan.report import THUMBNAIL, _thumbnail, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium found: apt-get install chromium")

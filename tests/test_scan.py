@@ -16,15 +16,15 @@ from PIL import Image
 from test_vitality import NANO, PROMPTS, ROOT, SETTINGS, other_weights
 
 from flux.errors import InputError
-from flux.images import read_image
-from flux.loading import checkpoint_of, fingerprint
-from flux.metrics import Metric
-from flux.record import remembered_scan
-from flux.scan import main, scan
-from flux.settings import EditSettings, ScanSettings, SkipSettings
+from flux.images.io import read_image
+from flux.metrics.base import Metric
+from flux.runs.record import remembered_scan
+from flux.scan.run import main, scan
+from flux.scan.sweep import Bypasser, check_sweep
+from flux.settings.demos import EditSettings, ScanSettings, SkipSettings
 from flux.specs import complete
 from flux.vital_layers import find_vital_layers
-from flux.vitality import Bypasser, check_sweep
+from flux.weights.load import checkpoint_of, fingerprint
 
 OWN = fingerprint(NANO.folder / NANO.repo_flow)
 FILES = {"similarity.csv", "vital_layers.json", "vitality.png", "heat_map.png", "report.html", "grid.png"}
@@ -91,7 +91,7 @@ def synthetic(monkeypatch):
 def numbers_only(plain_pictures, synthetic, monkeypatch):
     """Nothing is painted that the test does not look at."""
     for name in ("plot_heat_map", "plot_vitality", "write_report"):
-        monkeypatch.setattr(f"flux.scan.{name}", lambda *given: None)
+        monkeypatch.setattr(f"flux.scan.run.{name}", lambda *given: None)
 
 
 def demo_3(monkeypatch, folder, **more) -> None:
@@ -245,7 +245,7 @@ def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_pictures, monkeypatc
         def of(self, references, pictures):
             raise InputError("Got a picture that is too small")
 
-    monkeypatch.setattr("flux.scan.load_metrics", lambda *_: {"dino": Failing()})
+    monkeypatch.setattr("flux.scan.run.load_metrics", lambda *_: {"dino": Failing()})
     with pytest.raises(InputError, match="too small"):
         scan(settings(tmp_path, prompts=[f"{number}" for number in range(60)]), progress=False)
     assert len(list(tmp_path.glob("prompt_*"))) < 60
@@ -285,7 +285,7 @@ def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypat
             threading.Event().wait(0.2)
             return [0.5] * len(pictures)
 
-    monkeypatch.setattr("flux.scan.load_metrics", lambda *_: {"dino": Slow()})
+    monkeypatch.setattr("flux.scan.run.load_metrics", lambda *_: {"dino": Slow()})
     # Started in the background, a program ignores Ctrl-C, and so would this test.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
@@ -367,7 +367,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, numbers_only, capsys):
 
 def test_a_sweep_of_demo_2_is_a_scans(tmp_path, numbers_only):
     """Demo 2 and a scan go on with each other's folder."""
-    from flux.vitality import sweep
+    from flux.scan.sweep import sweep
 
     given = fields(tmp_path / "scan")
     given.pop("top")

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from flux.errors import InputError
-from flux.metrics import MAX_PSNR, METRICS, Clip, Dino, Lpips, Psnr, Ssim, load_metrics
-from flux.record import run_record
-from flux.scores import Rule, Scores, score, spearman, stable, stable_after, write_scores
-from flux.settings import DinoSettings, SkipSettings
+from flux.metrics.base import MAX_PSNR, METRICS, Clip, Dino, Lpips, Psnr, Ssim, load_metrics
+from flux.runs.record import run_record
+from flux.scan.scores import Rule, Scores, score, spearman, stable, stable_after, write_scores
+from flux.scan.sweep import picture_path
+from flux.settings.demos import DinoSettings, SkipSettings
 from flux.specs import complete, configs
 from flux.vital_layers import find_vital_layers
-from flux.vitality import picture_path
 
 RANDOM = np.random.default_rng(0)
 
@@ -475,7 +475,7 @@ def folder(tmp_path):
 def test_scores_of_a_folder(folder, monkeypatch):
     """In the order of the sets, whatever the number of pictures in memory at once."""
     for chunk in (32, 1):
-        monkeypatch.setattr("flux.scores.CHUNK", chunk)
+        monkeypatch.setattr("flux.scan.scores.CHUNK", chunk)
         scores = score(folder, load_metrics(["psnr", "ssim"]), progress=False)
         assert scores.sets == [(3,), (0,)] and scores.prompts == ["a", "b"]
         assert scores.tables["psnr"].tolist() == [[round(20 * np.log10(5), 6), 100], [100, 100]]

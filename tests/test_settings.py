@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from flux import reading as module
 from flux.errors import InputError
-from flux.reading import CONFIGS, check_settings, read_settings
-from flux.settings import DinoSettings, EditSettings, LayerSettings, Prompt, SkipSettings, TestSettings
+from flux.settings import files as module
+from flux.settings.demos import DinoSettings, EditSettings, LayerSettings, Prompt, SkipSettings, TestSettings
+from flux.settings.files import CONFIGS, check_settings, read_settings
 
 CLASSES = {cls.demo: cls for cls in (TestSettings, LayerSettings, SkipSettings, DinoSettings, EditSettings)}
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
@@ -65,7 +65,7 @@ def test_shipped_prompts_are_distinct(file, count):
 
 
 def test_import_is_light():
-    code = "import sys, flux.settings; print(*{'torch', 'numpy', 'PIL', 'transformers'} & set(sys.modules))"
+    code = "import sys, flux.settings.demos; print(*{'torch', 'numpy', 'PIL', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
     assert (result.stdout.strip(), result.stderr) == ("", "")
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from flux.errors import InputError
-from flux.settings import EditSettings, LayerSettings, ModelSettings, SkipSettings, TestSettings
+from flux.settings.demos import EditSettings, LayerSettings, ModelSettings, SkipSettings, TestSettings
 from flux.specs import complete, configs, get_spec
 
 PROMPTS = {"prompts": ["a dog"]}

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from flux import sampling
 from flux.intervention import Intervention
+from flux.modules.step_cache import StepCache
 from flux.sampling import Conditioning
-from flux.step_cache import StepCache
 
 LEVELS = sampling.get_schedule(12, 16)
 

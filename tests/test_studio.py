@@ -22,25 +22,30 @@ import torch
 from PIL import Image
 from studio_parts import SMALL, make_classifier, make_studio
 
-from flux.doses import DOSES, Dose, dose_of
 from flux.errors import InputError
-from flux.images import read_image, save_image
-from flux.reading import check_settings, read_settings
+from flux.images.io import read_image, save_image
 from flux.sampling import Step
-from flux.settings import EditSettings, ModelSettings, TestSettings
+from flux.settings.demos import EditSettings, ModelSettings, TestSettings
+from flux.settings.doses import DOSES, Dose, dose_of
+from flux.settings.files import check_settings, read_settings
 from flux.specs import configs
 from flux.studio.app import Studio, check_address, open_studio
 from flux.studio.content_filter import ContentFilter
 from flux.studio.limits import Limits
-from flux.studio.visits import KEPT, Visits, portable, read_back
+from flux.studio.sessions import KEPT, Visits, portable, read_back
 from flux.vocabulary import unknown_words
 
 pytest.importorskip("gradio")
 
 import gradio_client  # noqa: E402
 
-from flux.studio import edit_tab, engine, generate, look_tab  # noqa: E402
-from flux.studio.edit import (  # noqa: E402
+from flux.studio import engine
+from flux.studio.hardening import OwnFilesOnly  # noqa: E402
+from flux.studio.tabs import edit, scan
+from flux.studio.tabs.common import words_note  # noqa: E402
+from flux.studio.widgets import held_picture, layers_on, news, painted, strip_value  # noqa: E402
+from flux.studio.work import generate
+from flux.studio.work.edit import (  # noqa: E402
     edit_settings_of,
     edits_of,
     known_layers,
@@ -48,11 +53,8 @@ from flux.studio.edit import (  # noqa: E402
     run_edit,
     text_of,
 )
-from flux.studio.generate import run_generate, settings_of  # noqa: E402
-from flux.studio.look import run_scan, scan_settings_of  # noqa: E402
-from flux.studio.safety import OwnFilesOnly  # noqa: E402
-from flux.studio.tabs import words_note  # noqa: E402
-from flux.studio.widgets import held_picture, layers_on, news, painted, strip_value  # noqa: E402
+from flux.studio.work.generate import run_generate, settings_of  # noqa: E402
+from flux.studio.work.scan import run_scan, scan_settings_of  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -534,8 +536,8 @@ def test_words_that_a_model_does_not_know(studio):
 
 
 def test_examples_use_known_words():
-    texts = [prompt for prompt, _ in generate.EXAMPLES["flux-nano"]] + [look_tab.PROMPTS, look_tab.PROMPT]
-    texts += [f"{prompt} {edits}" for prompt, _, edits in edit_tab.EXAMPLES["flux-nano"]]
+    texts = [prompt for prompt, _ in generate.EXAMPLES["flux-nano"]] + [scan.PROMPTS, scan.PROMPT]
+    texts += [f"{prompt} {edits}" for prompt, _, edits in edit.EXAMPLES["flux-nano"]]
     assert not unknown_words(" ".join(texts), configs["flux-nano"].vocabulary)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux.images import read_metadata, save_image
+from flux.images.io import read_metadata, save_image
 
 pytest.importorskip("gradio")
 

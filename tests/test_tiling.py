@@ -6,8 +6,8 @@ import pytest
 import torch
 import toy
 
-from flux import tiling
-from flux.tiling import in_tiles, starts
+from flux.runtime import tiling
+from flux.runtime.tiling import in_tiles, starts
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_picture_decoded_in_tiles_is_nearly_the_same(nano, small_tiles):
     prompt = ["a photo of a dog on the grass"]
     size = {"width": 256, "height": 256, "num_steps": 4, "guidance": 3.5, "progress": False}
     [picture] = nano.generate(prompt, [1], **size)
-    from flux.images import to_tensor
+    from flux.images.io import to_tensor
 
     with torch.inference_mode():
         latent = nano.ae.encode(to_tensor(picture)[None])

@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux import images, vitality
+import flux.scan.sweep as vitality
 from flux.errors import InputError
-from flux.images import read_image, read_metadata
+from flux.images import io
+from flux.images.io import read_image, read_metadata
 from flux.intervention import Intervention
-from flux.loading import fingerprint
-from flux.metrics import load_metrics
+from flux.metrics.base import load_metrics
 from flux.pipeline import Pipeline
 from flux.sampling import sample
-from flux.scores import score
-from flux.settings import SkipSettings
+from flux.scan.scores import score
+from flux.scan.sweep import Bypasser, Task, check_sweep, layer_sets, open_sweep, picture_path, plan, sweep
+from flux.settings.demos import SkipSettings
 from flux.specs import complete, configs
-from flux.vitality import Bypasser, Task, check_sweep, layer_sets, open_sweep, picture_path, plan, sweep
+from flux.weights.load import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = configs["flux-nano"]
@@ -448,7 +449,7 @@ def test_a_full_disk(nano, swept, tmp_path, monkeypatch, room):
         return write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images.Path, "write_bytes", limited)
+        patch.setattr(io.Path, "write_bytes", limited)
         with pytest.raises(InputError, match=r"^Cannot write .* \(no space left on device\): make room"):
             run(nano, tmp_path)
     assert len(names(tmp_path)) == room

@@ -9,8 +9,8 @@ from imwatermark import WatermarkDecoder
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import read_image, save_image, to_pil, to_tensor
-from flux.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, embed_watermark, extract_watermark
+from flux.images.io import read_image, save_image, to_pil, to_tensor
+from flux.images.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, embed_watermark, extract_watermark
 
 
 def package_bits(image: Image.Image) -> list[int]:

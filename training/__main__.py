@@ -44,7 +44,7 @@ def main() -> None:
 
     import torch
 
-    from flux.modules import fused
+    from flux.modules import ops
     from training.autoencoder import train_autoencoder
     from training.cluster import Cluster
     from training.export import export, take_over
@@ -75,7 +75,7 @@ def main() -> None:
     }
     torch.set_float32_matmul_precision("high")
     # Kernels for passes without gradients: the shipped files were trained without them, teachers' passes too.
-    fused.kernels = None
+    ops.ops_triton = None
     cluster = Cluster.join()
     budget = Budget(arguments.minutes, begin, arguments.profile)
     work = (Work.toy if arguments.toy else Work)(cluster, arguments.folder, budget).stretched(

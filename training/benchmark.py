@@ -2,7 +2,7 @@
 
     python -m training.benchmark --folder output/benchmark --count 240
 
-`flux.pie_bench` says what the folder holds and `python -m flux.evaluate` runs on it. The first edits of a
+`flux.evaluate.benchmark` says what the folder holds and `python -m flux.evaluate` runs on it. The first edits of a
 larger count are those of a smaller one. Training draws its scenes from other seeds.
 """
 
@@ -11,8 +11,8 @@ import random
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from flux.images import save_image, to_pil
-from flux.pie_bench import KINDS, PICTURES, encode_mask, write_benchmark
+from flux.evaluate.benchmark import KINDS, PICTURES, encode_mask, write_benchmark
+from flux.images.io import save_image, to_pil
 from training.judge import asked
 from training.render import Renderer
 from training.scenes import Pair, sample_pair

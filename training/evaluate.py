@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux.loading import read_weights
 from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
+from flux.weights.load import read_weights
 from training.autoencoder import psnr as round_trip_psnr
 from training.cluster import Cluster
 from training.flow import GUIDANCE, without_guidance
@@ -180,9 +180,9 @@ def evaluate_samples(nets: Nets, net: MeasuringNet, folder: Path, count: int, si
 
 def evaluate_speed() -> dict[str, float]:
     """Seconds on this machine's CPU of what the card promises, through the package as a user runs it."""
-    from flux.editing import edit
+    from flux.editing.edit import edit
     from flux.pipeline import Pipeline
-    from flux.settings import EditSettings
+    from flux.settings.demos import EditSettings
     from flux.specs import complete, configs
     from flux.vital_layers import find_vital_layers
 
@@ -211,7 +211,7 @@ def evaluate_speed() -> dict[str, float]:
 
 def save_sheet(path: Path, images: Tensor, captions: Sequence[str], columns: int) -> None:
     """A contact sheet with captions, written as PNG."""
-    from flux.images import grid, to_pil
+    from flux.images.io import grid, to_pil
 
     pictures = [to_pil(image.cpu() * 2 - 1) for image in images]
     starts = range(0, len(pictures), columns)

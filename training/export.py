@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux.loading import read_weights
+from flux.weights.load import read_weights
 from training.autoencoder import load_autoencoder
 from training.flow import load_generator
 from training.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD

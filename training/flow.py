@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux.loading import read_weights
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.layers import timestep_embedding
 from flux.sampling import get_lin_function
+from flux.weights.load import read_weights
 from training.autoencoder import load_autoencoder
 from training.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
 from training.nets import Generator, compile_blocks, load_text_encoders, text_ids

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import to_tensor
+from flux.images.io import to_tensor
 from training.evaluate import look
 from training.looking import MeasuringNet, Seen
 from training.nets import NANO

@@ -2,7 +2,7 @@
 
 import os
 
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
 from flux.studio.app import open_studio, serve
 
 studio = open_studio(ModelSettings(model=os.environ.get("STUDIO_MODEL", "flux-schnell"), offload=False))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.math import Exchange, KeysValues, attend, one_sequence, rope
-from flux.modules.fused import has_kernel, modulated
 from flux.modules.linear import in_parts
-from flux.modules.products import Apart, begun, blend, replaces
+from flux.modules.ops import has_kernel, modulated
+from flux.modules.projections import Apart, begun, blend, replaces
 
 
 class EmbedND(nn.Module):
@@ -140,7 +140,7 @@ class Block(nn.Module):
     """What both kinds have in common.
 
     Attributes:
-        products: how its products are made on a card, `Apart` or `flux.modules.epilogues.Joined`.
+        products: how its products are made on a card, `Apart` or `flux.modules.projections_hopper.Joined`.
     """
 
     products: type[Apart] = Apart
@@ -191,7 +191,7 @@ class DoubleStreamBlock(Block):
             keep: return queries, keys and values of all tokens, as they were used, as a third value.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            exchange: for tokens that are a share of all, see `flux.parallel`.
+            exchange: for tokens that are a share of all, see `flux.runtime.parallel`.
         """
         num_txt, products = txt.shape[1], self.products_for(img)
         img_mod, txt_mod = (self.modulate(vec) if mod is None else mod).chunk(2, dim=-1)
@@ -260,7 +260,7 @@ class SingleStreamBlock(Block):
             num_txt: where the image tokens begin; needed with `given` only.
             weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
             mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            exchange: for tokens that are a share of all, see `flux.parallel`.
+            exchange: for tokens that are a share of all, see `flux.runtime.parallel`.
         """
         products = self.products_for(x)
         own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)

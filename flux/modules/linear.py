@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux import gguf
-from flux.modules.fused import E4M3, Rounded, rounded
+from flux.modules.ops import E4M3, Rounded, rounded
+from flux.weights import gguf
 
 EIGHT_BIT = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -17,7 +17,7 @@ class PackedLinear(nn.Module):
 
     Args:
         packed: the matrix as bytes, "out_features bytes".
-        kind: of its numbers: one of `flux.gguf.BLOCKS`, or "F8_E4M3" or "F8_E5M2".
+        kind: of its numbers: one of `flux.weights.gguf.BLOCKS`, or "F8_E4M3" or "F8_E5M2".
         bias: "out_features" or None.
         scale: of 8-bit floats: a number, or one for each row, "out_features 1".
         dtype: what it computes in.

@@ -18,7 +18,7 @@ What is left out is as the page has it; layers are numbered over the whole model
             edits: what each edited picture shows; one that begins with ">" is a further turn of the one
             before it. photo: edit this upload, which the prompt describes; mask: an upload of any size, white
             where it may change; none: the dose auto finds it out, with the others all may. layers: none:
-            those the model is known for. What the others mean stands in `flux.settings.EditSettings`.
+            those the model is known for. What the others mean stands in `flux.settings.demos.EditSettings`.
 /scan       prompts, seed, layers, top, width, height, num_steps, guidance, true_cfg
             -> what vital_layers.json holds, vitality.png, and warnings. top: how many are vital; none: those
             above the largest gap.

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from flux.errors import InputError
-from flux.reading import check_settings
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.files import check_settings
 from flux.specs import ModelSpec, complete, get_spec
 from flux.studio.content_filter import DEFAULT, ContentFilter
 from flux.studio.engine import Engine
 from flux.studio.limits import Limits
-from flux.studio.visits import Visits, delete_unused
+from flux.studio.sessions import Visits, delete_unused
 from flux.usage import track_usage_via_api
 
 T = TypeVar("T")
@@ -155,8 +155,8 @@ def serve(
 
     from starlette.middleware import Middleware
 
+    from flux.studio.hardening import OwnFilesOnly
     from flux.studio.page import LOOKS, build
-    from flux.studio.safety import OwnFilesOnly
 
     page = build(studio)
     # Without api_open, a request to the bare routes would pass by the queue.

@@ -12,11 +12,11 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.studio.app import Studio
-from flux.studio.edit import edit_settings_of, known_layers, run_edit
-from flux.studio.generate import run_generate, settings_of
-from flux.studio.look import run_scan, scan_settings_of
-from flux.studio.tabs import notices_of
-from flux.studio.visits import Run, Visit
+from flux.studio.sessions import Run, Visit
+from flux.studio.tabs.common import notices_of
+from flux.studio.work.edit import edit_settings_of, known_layers, run_edit
+from flux.studio.work.generate import run_generate, settings_of
+from flux.studio.work.scan import run_scan, scan_settings_of
 
 Upload = FileData | None
 Answer = tuple[list[FileData], FileData, list[str]]

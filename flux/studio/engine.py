@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from flux.errors import InputError, Stopped
-from flux.images import read_image
-from flux.metrics import Metric
+from flux.images.io import read_image
+from flux.metrics.base import Metric
 from flux.pipeline import Pipeline
 from flux.sampling import Step, pack, unpack
-from flux.settings import ModelSettings
+from flux.settings.demos import ModelSettings
 from flux.studio.content_filter import ContentFilter
 
 PREVIEW_SIDE = 32  # places of a latent; a larger one is scaled down before it is decoded

@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import read_image
-from flux.settings import ModelSettings
+from flux.images.io import read_image
+from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec
 
 

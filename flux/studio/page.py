@@ -6,17 +6,17 @@ from typing import Any
 import gradio as gr
 
 from flux.errors import InputError
-from flux.settings import EditSettings, LayerSettings, TestSettings
+from flux.settings.demos import EditSettings, LayerSettings, TestSettings
 from flux.studio.app import Studio
-from flux.studio.edit_tab import EditTab
 from flux.studio.endpoints import add_endpoints
-from flux.studio.generate import GenerateTab
-from flux.studio.look_tab import LookTab
-from flux.studio.safety import Page
-from flux.studio.tabs import AT_ONCE
-from flux.studio.visits import Run, Visit, read_back
+from flux.studio.hardening import Page
+from flux.studio.sessions import Run, Visit, read_back
+from flux.studio.tabs.common import AT_ONCE
+from flux.studio.tabs.edit import EditTab
+from flux.studio.tabs.scan import LookTab
+from flux.studio.work.generate import GenerateTab
 
-STYLE = Path(__file__).resolve().parent.parent / "assets" / "studio.css"
+STYLE = Path(__file__).with_name("studio.css")
 ACCENT = gr.themes.Color(
     c50="#eef6fb",
     c100="#d9ebf5",

@@ -10,7 +10,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import read_image
+from flux.images.io import read_image
 from flux.studio.app import Studio
 from flux.studio.engine import Report
 

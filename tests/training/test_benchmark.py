@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images import read_image
-from flux.pie_bench import read_benchmark
+from flux.evaluate.benchmark import read_benchmark
+from flux.images.io import read_image
 from training.benchmark import EDITS, draw, marked, write
 from training.judge import Judge, asked, may_change, overlap, shows
 from training.labels import labels_of
@@ -131,9 +131,9 @@ def test_what_is_no_judge(tmp_path):
 
 def test_an_evaluation_with_a_judge(folder, file, tmp_path, monkeypatch):
     """Of photographs by the benchmark's masks, of generated references by the judge's."""
-    import flux.evaluation
-    from flux.evaluation_settings import EvaluateSettings
-    from flux.methods import Made
+    import flux.evaluate.run
+    from flux.evaluate.methods import Made
+    from flux.evaluate.settings import EvaluateSettings
 
     class Worker:
         def __init__(self, settings, pipe=None):
@@ -143,7 +143,7 @@ def test_an_evaluation_with_a_judge(folder, file, tmp_path, monkeypatch):
             pictures = [Image.new("RGB", (SIDE, SIDE), "red") for _ in task.items]
             return [Made(picture, picture if self.generated else None, 0.0, 0.0) for picture in pictures]
 
-    monkeypatch.setattr(flux.evaluation, "EvaluateWorker", Worker)
+    monkeypatch.setattr(flux.evaluate.run, "EvaluateWorker", Worker)
     for references in ("photo", "generated"):
         settings = EvaluateSettings(
             benchmark=str(folder),
@@ -158,7 +158,7 @@ def test_an_evaluation_with_a_judge(folder, file, tmp_path, monkeypatch):
             output_dir=str(tmp_path / references),
         )
         with torch.inference_mode():
-            out = flux.evaluation.evaluate(settings, progress=False)
+            out = flux.evaluate.run.evaluate(settings, progress=False)
         assert "| x | " in (out / "summary.md").read_text()
         assert "| success | and 25 dB | overlap | PSNR |" in (out / "summary.md").read_text()
     # Another net is another judge, whatever its file is called.
@@ -167,4 +167,4 @@ def test_an_evaluation_with_a_judge(folder, file, tmp_path, monkeypatch):
     torch.save({name: x.half() for name, x in MeasuringNet(TOY).state_dict().items()}, other)
     for judge, outdated in ((copy, False), (other, True)):
         again = settings.model_copy(update={"judge": str(judge)})
-        assert flux.evaluation.Store(again).outdated == outdated
+        assert flux.evaluate.run.Store(again).outdated == outdated

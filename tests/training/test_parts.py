@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flux.loading import read_weights
 from flux.model import Flux
 from flux.sampling import get_schedule, image_ids
+from flux.weights.load import read_weights
 from training.autoencoder import fold_scale
 from training.data import positions
 from training.export import scaled_fp8

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux.loading import read_weights
 from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
+from flux.weights.load import read_weights
 from training.autoencoder import train_autoencoder
 from training.cluster import Cluster
 from training.evaluate import Nets, evaluate_samples, generate, score_samples, table
@@ -83,7 +83,7 @@ def test_the_perceptual_encoder_loads_as_the_package_loads_it(work):
     """Pictures are prepared as they were in training: squeezed to the encoder's side, whatever their own."""
     from PIL import Image
 
-    from flux.perceptual import PerceptualEncoder
+    from flux.metrics.features import PerceptualEncoder
 
     encoder = PerceptualEncoder.load(work.folder / "assets" / "dinov2")
     pictures = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]

@@ -1,0 +1,100 @@
+"""Random files in the place of a model's own: right names and shapes, no download."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux.model import Flux, FluxParams
+from flux.modules.autoencoder import AutoEncoder
+from flux.specs import ModelSpec
+from flux.weights.load import ModelFiles
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+
+
+def write_stand_ins(folder: Path, spec: ModelSpec, words: set[str], device: torch.device) -> ModelFiles:
+    """Files in `folder` for all four nets of `spec`, laid out as its repository. A transformer there stays.
+
+    Transformer and autoencoder have their true sizes, text encoders one layer and their true output width.
+
+    Args:
+        words: what the tokenizers know.
+        device: where the random numbers are drawn: a GPU takes a second for the twelve billion of flux-dev.
+    """
+    files = ModelFiles(folder / spec.repo_flow, folder / spec.repo_ae, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    if not files.flow.exists():
+        save_file(random_transformer(spec.params, device), files.flow)
+    save_file(AutoEncoder(spec.ae_params).state_dict(), files.ae)
+    write_text_encoders(folder, spec, words)
+    return files
+
+
+def random_transformer(params: FluxParams, device: torch.device) -> dict[str, Tensor]:
+    """A `Flux`'s state dict in bfloat16, drawn so that activations stay of order one through all layers."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Flux(params).state_dict().items()}
+    weights = {}
+    for name, shape in shapes.items():
+        if name.endswith(".scale"):
+            weights[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            deviation = shape[-1] ** -0.5 if len(shape) == 2 else 0.02
+            drawn = torch.randn(shape, device=device, dtype=torch.bfloat16)
+            weights[name] = drawn.mul_(deviation)
+    return weights
+
+
+def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
+    """The folders text_encoder (CLIP), text_encoder_2 (T5), tokenizer and tokenizer_2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    pad, end, unknown = SPECIAL_TOKENS
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *sorted(words)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
+    words_of = {"pad_token": pad, "eos_token": end, "unk_token": unknown}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **words_of)
+    for name in ("tokenizer", "tokenizer_2"):
+        wrapped.save_pretrained(folder / name)
+
+    small = {"vocab_size": len(vocabulary), "pad_token_id": 0, "eos_token_id": 1}
+    clip = CLIPTextConfig(
+        **small,
+        bos_token_id=0,
+        hidden_size=spec.params.vec_in_dim,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=spec.clip_length,
+    )
+    t5 = T5Config(
+        **small,
+        d_model=spec.params.context_in_dim,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    CLIPTextModel(clip).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    T5EncoderModel(t5).to(torch.bfloat16).save_pretrained(folder / "text_encoder_2")
+
+
+def write_dinov2(folder: Path, device: torch.device) -> Path:
+    """A DINOv2 of the size that the paper scores with, ViT-g/14, in `folder`. One that is there stays."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    if not (folder / "model.safetensors").exists():
+        giant = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24}
+        with torch.device(device):
+            model = Dinov2Model(Dinov2Config(**giant, use_swiglu_ffn=True, patch_size=14, image_size=518))
+        size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+        BitImageProcessorPil(**size).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,161 @@
+"""Kernels in Triton for what lies between a block's products, where a compiler goes over memory repeatedly.
+
+`flux.modules.ops` has the same in plain PyTorch, and says when these are taken. They know no gradients.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = tl.constexpr(torch.finfo(E4M3).max)
+HEADS = 8  # treated at once
+
+
+@triton.jit
+def _turned(x, scale, a, b, c, d, dtype, EPS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    x = x.to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / SIZE + EPS) * scale
+    # As in plain PyTorch, what is normed is rounded before it is turned.
+    first, second = tl.split(tl.reshape(x.to(dtype).to(tl.float32), (HEADS, SIZE // 2, 2)))
+    return tl.reshape(tl.join(a * first + b * second, c * first + d * second), (HEADS, SIZE)).to(dtype)
+
+
+@triton.jit
+def _norm_and_turn(
+    q, k, from_row, from_token, from_head, new_q, new_k, to_row, to_token, to_head, q_scale, k_scale,
+    rotations, rotations_row, NUM_HEADS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
+    HEADS: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, SIZE)
+    # One rotation serves all heads of a token.
+    matrix = rotations + row * rotations_row + token * (2 * SIZE) + tl.arange(0, SIZE // 2) * 4
+    a, b = tl.load(matrix)[None, :], tl.load(matrix + 1)[None, :]
+    c, d = tl.load(matrix + 2)[None, :], tl.load(matrix + 3)[None, :]
+    of_q = tl.load(q_scale + channel).to(tl.float32)[None, :]
+    if BOTH:
+        of_k = tl.load(k_scale + channel).to(tl.float32)[None, :]
+    dtype = new_q.dtype.element_ty
+    for start in tl.static_range(0, NUM_HEADS, HEADS):
+        head = start + tl.arange(0, HEADS)
+        inside = (head < NUM_HEADS)[:, None]
+        source = row * from_row + token * from_token + head[:, None] * from_head + channel[None, :]
+        target = row * to_row + token * to_token + head[:, None] * to_head + channel[None, :]
+        own_q = tl.load(q + source, mask=inside)
+        tl.store(new_q + target, _turned(own_q, of_q, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
+        if BOTH:
+            own_k = tl.load(k + source, mask=inside)
+            tl.store(new_k + target, _turned(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
+
+
+def norm_and_turn(
+    pe: Tensor, eps: float, q: Tensor, q_scale: Tensor, k: Tensor | None = None, k_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Queries and keys, or either alone, normalised per head and turned: "B H N D" each, in memory "B N H D".
+
+    Args:
+        q, k: "B H N D", D a power of two; both lie alike, the channels of a head side by side.
+        q_scale, k_scale: of the norms, "D".
+        pe: rotations "B 1 N D/2 2 2" or "1 1 N D/2 2 2", float32.
+    """
+    batch, heads, tokens, size = q.shape
+    pe = pe.contiguous()
+    new_q, new_k = (
+        None if x is None else q.new_empty(batch, tokens, heads, size).transpose(1, 2) for x in (q, k)
+    )
+    places = [x.stride(axis) for x in (q, new_q) for axis in (0, 2, 1)]
+    _norm_and_turn[(tokens, batch)](
+        q, k, *places[:3], new_q, new_k, *places[3:], q_scale, k_scale,
+        pe, 0 if pe.shape[0] == 1 else pe.stride(0), heads, eps, size, HEADS, k is not None,
+        num_warps=2,
+    )  # fmt: skip
+    return new_q, new_k
+
+
+@triton.jit
+def _write(x, largest, result, scales, row, place, inside, ROUND: tl.constexpr):
+    if ROUND:
+        scale = tl.maximum(largest, 1e-12) / LARGEST
+        tl.store(scales + row, scale)
+        x = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+    tl.store(result + place, x.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _modulate(
+    x, x_row, shift, scale, mod_row, tokens, result, scales,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = channel < WIDTH
+    x = tl.load(x + row * x_row + channel, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(inside, x - tl.sum(x, axis=0) / WIDTH, 0.0)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS)
+    own = row // tokens * mod_row + channel
+    x = x * (1 + tl.load(scale + own, mask=inside, other=0.0).to(tl.float32))
+    x = x + tl.load(shift + own, mask=inside, other=0.0).to(tl.float32)
+    _write(x, tl.max(tl.abs(x), axis=0), result, scales, row, row * WIDTH + channel, inside, ROUND)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool) -> tuple[Tensor, Tensor]:
+    """Layer norm, times 1 + scale, plus shift: "B N C" of `x`, and with `rounding` in e4m3 over a scale of
+    each row, "B N 1".
+
+    Args:
+        x: "B N C"; shift and scale "B 1 C" or "1 1 C", lying alike.
+    """
+    tokens, width = x.shape[1:]
+    rows = x.flatten(0, 1)
+    result, scales = _results(x, width, rounding)
+    _modulate[(rows.shape[0],)](
+        rows, rows.stride(0), shift, scale, 0 if shift.shape[0] == 1 else shift.stride(0), tokens,
+        result, scales, width, eps, triton.next_power_of_2(width), rounding, num_warps=2,
+    )  # fmt: skip
+    return result, scales
+
+
+@triton.jit
+def _join(
+    mixed, mixed_row, hidden, hidden_row, result, scales,
+    MIXED: tl.constexpr, HIDDEN: tl.constexpr, MIXED_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place, largest = row * (MIXED + HIDDEN), 0.0
+    first, second = tl.arange(0, MIXED_BLOCK), tl.arange(0, HIDDEN_BLOCK)
+    if HIDDEN > 0:
+        y = tl.load(hidden + row * hidden_row + second, mask=second < HIDDEN, other=0.0).to(tl.float32)
+        # x / 2 (1 + tanh(z)) = x sigmoid(2 z), with z = sqrt(2 / pi) (x + 0.044715 x^3)
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+        largest = tl.max(tl.abs(y), axis=0)
+    if MIXED > 0:
+        x = tl.load(mixed + row * mixed_row + first, mask=first < MIXED, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=0))
+        _write(x, largest, result, scales, row, place + first, first < MIXED, ROUND)
+    if HIDDEN > 0:
+        _write(y, largest, result, scales, row, place + MIXED + second, second < HIDDEN, ROUND)
+
+
+def join(mixed: Tensor | None, hidden: Tensor | None, rounding: bool) -> tuple[Tensor, Tensor]:
+    """`mixed` and behind it the GELU (by tanh) of `hidden`, "B N C" each, either left out: "B N C", and with
+    `rounding` in e4m3 over a scale of each row, "B N 1".
+    """
+    one = hidden if mixed is None else mixed
+    rows = [one if x is None else x.flatten(0, 1) for x in (mixed, hidden)]
+    widths = [0 if x is None else x.shape[-1] for x in (mixed, hidden)]
+    result, scales = _results(one, sum(widths), rounding)
+    blocks = [triton.next_power_of_2(max(1, width)) for width in widths]
+    _join[(one.shape[0] * one.shape[1],)](
+        rows[0], rows[0].stride(-2), rows[1], rows[1].stride(-2), result, scales, *widths, *blocks, rounding,
+        num_warps=2 if sum(widths) <= 4096 else 8,
+    )  # fmt: skip
+    return result, scales
+
+
+def _results(x: Tensor, width: int, rounding: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens = x.shape[:2]
+    result = torch.empty(batch, tokens, width, dtype=E4M3 if rounding else x.dtype, device=x.device)
+    # Not written to without rounding.
+    return result, torch.empty(batch, tokens if rounding else 0, 1, device=x.device)

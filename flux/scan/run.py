@@ -1,0 +1,128 @@
+"""A whole scan in a row: bypass every layer, score, select, report.
+
+    python -m flux.scan scan.json [--stop_when stable] [--workers 4] [any other field of the file]
+
+Writes what demos 2 and 3 write, and report.html, to the file's output_dir.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flux.errors import exit_on_input_error
+from flux.metrics.base import METRICS, load_metrics
+from flux.pipeline import Pipeline, pick_device
+from flux.runs.record import remember_scan
+from flux.scan.plots import plot_heat_map, plot_vitality
+from flux.scan.report import write_report
+from flux.scan.scores import Rule, Scores, gather, score_prompt, stable, write_scores
+from flux.scan.sweep import check_sweep, layer_sets, open_sweep, picture_path, sweep
+from flux.settings.demos import ScanSettings
+from flux.settings.files import read_settings
+from flux.specs import configs, get_spec
+
+
+def encoder_of(model: str) -> str:
+    """The DINOv2 of one of our models, or the hub id or folder that was given instead."""
+    return configs[model].dinov2 if model in configs else model
+
+
+def scan(settings: ScanSettings, progress: bool = True, pipe: Pipeline | None = None) -> list[int]:
+    """Runs the sweep and scores it beside; returns the vital layers.
+
+    With `stop_when` "stable", the sweep ends once the references before the last one settle the vital set
+    (`flux.scan.scores.stable`): the last one is still being scored while the next is made.
+
+    Args:
+        settings: complete ones (`flux.specs.complete`).
+        pipe: the model; None: loaded if there is anything left to do.
+
+    Raises:
+        InputError: as `sweep`, `load_metrics` and `score_prompt`.
+    """
+    folder, rule = open_sweep(settings), Rule.of(settings)
+    sources = {"dino": encoder_of(settings.encoder or settings.model)}
+    metrics = load_metrics(settings.metrics, sources, pick_device(settings.device))
+    sets = layer_sets(settings.layers, get_spec(settings.model).num_layers)
+    prompts = [entry.prompt for entry in settings.entries]
+    rows: list[Future] = []
+
+    def scored(count: int) -> Scores:
+        return gather(sets, [row.result() for row in rows[:count]], prompts[:count])
+
+    with ThreadPoolExecutor(1) as scorer:
+
+        def on_row(number: int) -> bool:
+            for row in rows:
+                if row.done():
+                    row.result()  # raises now, not after hours, what went wrong with it
+            rows.append(scorer.submit(score_prompt, folder, number, sets, metrics))
+            settled = settings.stop_when == "stable" and number > 0 and stable(scored(number), rule)
+            if settled:
+                print(f"the vital layers are settled after {number} references")
+            return settled
+
+        try:
+            sweep(settings, pipe, on_row, progress)
+        except BaseException:
+            scorer.shutdown(wait=False, cancel_futures=True)
+            raise
+        return publish(folder, folder, scored(len(rows)), rule, sources)
+
+
+def publish(
+    folder: Path,
+    out: Path,
+    scores: Scores,
+    rule: Rule,
+    sources: Mapping[str, str],
+    told: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Writes what a scored sweep in `folder` says to `out`: similarity.csv, vital_layers.json, vitality.png,
+    heat_map.png and report.html. Returns the vital layers.
+
+    Args:
+        told: the sweep's settings as these files tell them; None: as its run.json does.
+    """
+    record, sets, entries = check_sweep(folder)
+    if told is not None:
+        record["settings"] = dict(told)
+    settings, num_double = record["settings"], get_spec(record["settings"]["model"]).params.depth
+    about = {"model": settings["model"], "checkpoint": record.get("checkpoint"), "protocol": settings}
+    vital = scores.vital(rule)
+    change, intervals = scores.vitality(), scores.intervals() or None
+    # Whatever the metric's own scale, the pictures show its change.
+    table = 1 - METRICS[scores.metrics[0]].change(scores.tables[scores.metrics[0]])
+    plot_vitality(change, num_double, set(vital), rule.threshold, out / "vitality.png", intervals)
+    prompts = [entry.prompt for entry in entries]
+    plot_heat_map(table, sets, prompts, num_double, set(vital), out / "heat_map.png")
+    write_report(
+        out / "report.html",
+        record,
+        lambda row, layers: picture_path(folder, row, layers),
+        sets,
+        table,
+        change,
+        intervals,
+        vital,
+        num_double,
+    )
+    write_scores(out, scores, rule, **about, sources=sources)
+    remember_scan(out / "vital_layers.json")
+    return vital
+
+
+@exit_on_input_error()
+def main(file: str = "scan.json", **overrides) -> None:
+    from flux.specs import complete
+
+    settings = complete(read_settings(ScanSettings, file, overrides))
+    vital = scan(settings)
+    print(f"vital layers: {vital}\n{Path(settings.output_dir) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(main)
