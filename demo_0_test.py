@@ -19,11 +19,13 @@ from flux.settings.files import read_settings
 def main(file: str = "test.json", **overrides) -> None:
     settings = read_settings(TestSettings, file, overrides)
 
-    from flux.images.io import fit, grid, read_image, save_image, write_json
+    from flux.files import write_json
+    from flux.images.io import fit, read_image, save_image
+    from flux.images.sheets import grid
     from flux.pipeline import Pipeline
     from flux.runs.record import about, run_record
     from flux.runtime.parallel import join
-    from flux.specs import complete
+    from flux.settings.complete import complete
 
     ranks = join(settings)
     settings = complete(settings)

@@ -21,12 +21,16 @@ from flux.settings.files import read_settings
 def main(file: str = "layer.json", **overrides) -> None:
     settings = read_settings(LayerSettings, file, overrides)
 
-    from flux.attention.maps import check_watch, layers_sheet, prompt_words, watch, words_sheet
-    from flux.images.io import grid, save_animation, save_image, write_json
+    from flux.attention.sheets import layers_sheet, words_sheet
+    from flux.attention.tokens import prompt_words
+    from flux.attention.watch import check_watch, watch
+    from flux.files import write_json
+    from flux.images.io import save_animation, save_image
+    from flux.images.sheets import grid
     from flux.pipeline import Pipeline
     from flux.runs.record import about, run_record
     from flux.runtime.parallel import join
-    from flux.specs import complete
+    from flux.settings.complete import complete
 
     ranks = join(settings)
     settings = complete(settings)

@@ -18,7 +18,7 @@ def main(file: str = "skip.json", **overrides) -> None:
     settings = read_settings(SkipSettings, file, overrides)
 
     from flux.scan.sweep import sweep
-    from flux.specs import complete
+    from flux.settings.complete import complete
 
     print(sweep(complete(settings)) / "grid.png")
 

@@ -19,11 +19,12 @@ from flux.settings.files import read_settings
 def main(file: str = "dino.json", **overrides) -> None:
     settings = read_settings(DinoSettings, file, overrides)
 
-    from flux.metrics.base import load_metrics
-    from flux.pipeline import pick_device
-    from flux.scan.run import encoder_of, publish
+    from flux.metrics.table import load_metrics
+    from flux.runtime.devices import pick_device
+    from flux.scan.run import publish
     from flux.scan.scores import Rule, score
     from flux.scan.sweep import check_sweep
+    from flux.specs import encoder_of
 
     folder = Path(settings.input_dir)
     check_sweep(folder)

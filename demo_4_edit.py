@@ -19,15 +19,21 @@ from flux.settings.files import read_settings
 def main(file: str = "edit.json", **overrides) -> None:
     settings = read_settings(EditSettings, file, overrides)
 
-    from flux.editing.edit import check_edits, edit, psnr
-    from flux.editing.photo import Photograph, describe, natural_size
-    from flux.images.io import grid, read_image, save_image, write_json
-    from flux.pipeline import Pipeline, counted, pick_device
+    from flux.editing.caption import describe
+    from flux.editing.edit import check_edits, edit
+    from flux.editing.photo import Photograph, natural_size
+    from flux.files import write_json
+    from flux.images.io import read_image, save_image
+    from flux.images.sheets import grid
+    from flux.metrics.pixels import psnr
+    from flux.pipeline import Pipeline, counted
     from flux.runs.record import about, run_record
+    from flux.runtime.devices import pick_device
     from flux.runtime.parallel import join
-    from flux.specs import complete, get_spec
+    from flux.settings.complete import complete
+    from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
-    from flux.weights.load import checkpoint_of
+    from flux.weights.find import checkpoint_of
 
     ranks = join(settings)
     spec = get_spec(settings.model)

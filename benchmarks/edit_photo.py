@@ -20,10 +20,12 @@ from PIL import Image
 from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, full_plan, known, toy_plan
 from benchmarks.random_weights import write_stand_ins
 from benchmarks.report import GIB, PassClock, machine, markdown
-from flux.editing.edit import edit, edit_reference, keep_reference
+from flux.editing.edit import edit, edit_reference
+from flux.editing.reference import keep_reference
 from flux.errors import exit_on_input_error
-from flux.images.io import write_json
-from flux.pipeline import Pipeline, pick_device
+from flux.files import write_json
+from flux.pipeline import Pipeline
+from flux.runtime.devices import pick_device
 from flux.settings.demos import EditSettings, ModelSettings
 
 METHODS = ("euler", "midpoint", "fireflow")

@@ -22,10 +22,12 @@ from benchmarks.random_weights import write_stand_ins
 from benchmarks.report import GIB, PassClock, machine, markdown
 from flux.editing.edit import edit
 from flux.errors import exit_on_input_error
-from flux.images.io import write_json
-from flux.pipeline import Pipeline, pick_device
+from flux.files import write_json
+from flux.pipeline import Pipeline
+from flux.runtime.devices import pick_device
+from flux.settings.complete import whole_tokens
 from flux.settings.demos import EditSettings, ModelSettings
-from flux.specs import ModelSpec, configs, whole_tokens
+from flux.specs import ModelSpec, configs
 
 PROMPT = "a photo of a dog on the grass"
 EDITS = ["a photo of a cat on the grass", "a photo of a dog on the beach", "a photo of a white dog"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import machine, markdown
-from flux.images.io import write_json
+from flux.files import write_json
+from flux.modules.gguf_blocks import BLOCKS
 from flux.modules.linear import PackedLinear
-from flux.pipeline import pick_device
-from flux.weights.gguf import BLOCKS
+from flux.runtime.devices import pick_device
 
 # Rows and columns in units of the width, how many there are, and the share of all tokens that passes through:
 # half for each stream of a double block, on average; modulations see the conditioning vector alone.

@@ -35,16 +35,17 @@ from benchmarks.random_weights import write_text_encoders
 from benchmarks.report import GIB, PassClock, machine, markdown
 from flux.editing.edit import edit
 from flux.errors import InputError, exit_on_input_error
-from flux.images.io import write_json
+from flux.files import write_json
 from flux.model import Flux
+from flux.modules import gguf_blocks
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.linear import EIGHT_BIT, PackedLinear
-from flux.pipeline import Pipeline, pick_device
+from flux.pipeline import Pipeline
+from flux.runtime.devices import pick_device
 from flux.runtime.plan import Accounts, Plan, free_memory
 from flux.settings.demos import EditSettings
 from flux.specs import ModelSpec, configs
-from flux.weights import gguf
 from flux.weights.checkpoint import Stored, Weight
 from flux.weights.layouts import Source
 from flux.weights.load import on_meta
@@ -73,7 +74,7 @@ class Packed:
         if kind in EIGHT_BIT:
             rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT[kind])
             return cls(kind, rows.view(torch.uint8).cpu(), torch.tensor(deviation / 64))
-        numbers, size = gguf.BLOCKS[kind]
+        numbers, size = gguf_blocks.BLOCKS[kind]
         rows = torch.randint(256, (shape[0], shape[1] // numbers, size), dtype=torch.uint8, device=device)
         for at, scale in SCALES[kind].items():
             half = torch.tensor([scale * deviation], dtype=torch.float16, device=device)
@@ -328,7 +329,7 @@ def work_of(
     peer = partial(run_peer, settings=settings, device=device)
     if form.name == "bf16":
         work["diffusers, bf16 in groups of one block"] = partial(peer, place=offload_in_groups)
-    if form.file in gguf.BLOCKS:
+    if form.file in gguf_blocks.BLOCKS:
         work[f"diffusers, {form.name}"] = partial(peer, place=pack_as_gguf)
     return work
 

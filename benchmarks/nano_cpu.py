@@ -48,11 +48,12 @@ def main(
 
     from benchmarks.report import machine, markdown
     from flux.editing.edit import edit
-    from flux.images.io import write_json
+    from flux.files import write_json
     from flux.pipeline import Pipeline
+    from flux.settings.complete import complete
     from flux.settings.demos import EditSettings
     from flux.settings.files import read_settings
-    from flux.specs import complete, get_spec
+    from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
 
     wanted = {"model": model, "num_steps": num_steps, "width": size, "height": size, "device": "cpu"}

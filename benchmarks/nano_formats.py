@@ -78,16 +78,19 @@ def main(
     import torch
 
     from benchmarks.report import machine, markdown
-    from flux.editing.edit import edit, psnr
-    from flux.images.io import write_json, write_text
+    from flux.editing.edit import edit
+    from flux.files import write_json, write_text
+    from flux.metrics.pixels import psnr
     from flux.pipeline import Pipeline
     from flux.sampling import euler_step, sample
+    from flux.settings.complete import complete
     from flux.settings.demos import EditSettings
     from flux.settings.files import read_settings
-    from flux.specs import complete, get_spec
+    from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
+    from flux.weights.find import ModelFiles
     from flux.weights.gguf import SIZES
-    from flux.weights.load import ModelFiles, load_flow, read_weights
+    from flux.weights.load import load_flow, read_weights
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
     settings = complete(read_settings(EditSettings, "edit.json", wanted))

@@ -22,14 +22,14 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
 
     from benchmarks.report import machine, markdown
     from flux import sampling
-    from flux.editing.edit import psnr
-    from flux.fp8 import to_fp8
-    from flux.images.io import write_json
+    from flux.files import write_json
+    from flux.metrics.pixels import psnr
     from flux.model import Flux
     from flux.modules.step_cache import StepCache
     from flux.pipeline import Pipeline
+    from flux.runtime.quantize import to_fp8
+    from flux.settings.complete import complete
     from flux.settings.demos import ModelSettings
-    from flux.specs import complete
 
     settings = complete(ModelSettings(device=device, width=size, height=size, num_steps=num_steps))
     pipe = Pipeline.load(settings)

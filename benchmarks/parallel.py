@@ -26,7 +26,7 @@ from benchmarks.random_weights import random_transformer
 from benchmarks.report import GIB, machine, markdown, milliseconds
 from flux import sampling
 from flux.errors import InputError, exit_on_input_error, launched, one_voice
-from flux.images.io import write_json
+from flux.files import write_json
 from flux.intervention import Intervention
 from flux.model import Flux, FluxParams
 from flux.runtime.parallel import Divided, join

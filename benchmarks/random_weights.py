@@ -9,7 +9,7 @@ from torch import Tensor
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.specs import ModelSpec
-from flux.weights.load import ModelFiles
+from flux.weights.find import ModelFiles
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 

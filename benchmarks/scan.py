@@ -22,13 +22,15 @@ import torch
 from benchmarks.random_weights import write_dinov2, write_stand_ins
 from benchmarks.report import machine
 from flux.errors import exit_on_input_error
-from flux.images.io import write_json
+from flux.files import write_json
 from flux.model import Flux
-from flux.pipeline import Pipeline, pick_device
+from flux.pipeline import Pipeline
+from flux.runtime.devices import pick_device
 from flux.scan.run import scan
 from flux.scan.sweep import REFERENCE, Bypasser, SweepWorker, Task
+from flux.settings.complete import complete
 from flux.settings.demos import ScanSettings
-from flux.specs import complete, configs
+from flux.specs import configs
 
 PROMPT = "a photo of a dog on the grass"
 OTHER_PROMPT = "a dog on a photo"  # of the same words, which are all that the tokenizers know

@@ -28,12 +28,12 @@ from benchmarks.random_weights import random_transformer
 from benchmarks.report import GIB, machine, markdown, milliseconds
 from flux import sampling
 from flux.errors import exit_on_input_error
-from flux.fp8 import check_device, to_fp8
-from flux.images.io import write_json
+from flux.files import write_json
 from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, FluxParams, with_epilogues
 from flux.modules import ops
-from flux.pipeline import pick_device
+from flux.runtime.devices import pick_device
+from flux.runtime.quantize import check_device, to_fp8
 from flux.specs import configs
 
 # TFLOP/s that one H200 really gives, for the floors.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux.bfl import track_usage_via_api
 from flux.errors import InputError, exit_on_input_error
-from flux.usage import track_usage_via_api
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +165,7 @@ def _run(
         fields = ("width", "height", "num_steps", "guidance")
         if hosted:
             return HostedSettings(model["model"], **{field: getattr(options, field) for field in fields})
-        from flux.specs import complete
+        from flux.settings.complete import complete
 
         return complete(
             check_settings(ModelSettings, {**model, **steering, **{f: getattr(options, f) for f in fields}})

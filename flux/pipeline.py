@@ -1,7 +1,5 @@
 """The four nets of a model held together: prompts in, pictures out."""
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,49 +11,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux import sampling
-from flux.errors import InputError
-from flux.fp8 import check_device, to_fp8
 from flux.images.io import to_pil, to_tensor
 from flux.images.watermark import embed_watermark
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.step_cache import StepCache
+from flux.runtime.devices import pick_device, pick_dtype
 from flux.runtime.offload import Offloaded
 from flux.runtime.parallel import ALONE, Divided, Ranks
 from flux.runtime.plan import Plan, make_plan
-from flux.runtime.quantize import BITS, quantize_linears
+from flux.runtime.quantize import BITS, check_device, quantize_linears, to_fp8
 from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.vocabulary import warn_of_unknown_words
-from flux.weights.load import check_files, files_of, load_flow, load_net, load_text
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": the first of a CUDA GPU, an Apple GPU and the CPU that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    # What passes through a card comes in many sizes; segments that can grow leave fewer gaps, so that plans
-    # hold under tight caps. Torch reads this when a card is first used; a user's own choice stays.
-    if name.startswith("cuda") and sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"Got device {name!r}, which is not here: give cpu, cuda, cuda:1, mps or auto"
-        ) from error
-    return device
-
-
-def pick_dtype(name: str, device: torch.device, spec: ModelSpec) -> torch.dtype:
-    """The dtype of that name; "auto": bfloat16, but float32 for the package's small model on a CPU."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" and spec.folder else torch.bfloat16
-    return getattr(torch, name)
+from flux.weights.find import files_of
+from flux.weights.load import check_files, load_flow, load_net, load_text
 
 
 @dataclass

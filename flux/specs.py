@@ -3,23 +3,16 @@
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from flux.bfl import HOSTED, refusal
 from flux.errors import InputError
-from flux.intervention import check_layers
 from flux.model import FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
-from flux.settings.demos import ModelSettings, SkipSettings
 
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
 
 VITAL_LAYERS_DEV = (1, 0, 2, 18, 53, 28, 54, 17, 56, 25)
 """Vital layers of FLUX.1-dev (Stable Flow, appendix A.1), the most vital first (B.2)."""
-
-
-PUBLISHED_GUIDANCE = 3.0
-"""Of the edits of a photograph in Stable Flow's public code."""
 
 
 @dataclass(frozen=True)
@@ -154,39 +147,6 @@ def get_spec(name: str) -> ModelSpec:
     return configs[name]
 
 
-Settings = TypeVar("Settings", bound=ModelSettings)
-
-
-def complete(settings: Settings) -> Settings:
-    """The settings with every None filled from the model's spec and the size brought to whole tokens.
-
-    Raises:
-        InputError: an unknown model, or layers that it does not have.
-    """
-    spec = get_spec(settings.model)
-    published = getattr(settings, "as_published", False) and settings.photo
-    filled = {
-        "width": spec.size,
-        "height": spec.size,
-        "num_steps": spec.num_steps,
-        "guidance": PUBLISHED_GUIDANCE if published else spec.guidance,
-        "true_cfg": spec.true_cfg,
-        "watermark": spec.watermark,
-    }
-    filled.update({name: value for name in filled if (value := getattr(settings, name)) is not None})
-    for side in ("width", "height"):
-        filled[side] = whole_tokens(filled[side], side)
-    settings = settings.model_copy(update=filled)
-    layers = getattr(settings, "layers" if isinstance(settings, SkipSettings) else "vital_layers", ())
-    if not isinstance(layers, str):
-        for layer in layers:
-            check_layers([layer] if isinstance(layer, int) else layer, spec.num_layers)
-    return settings
-
-
-def whole_tokens(side: int, name: str) -> int:
-    """The side in pixels, rounded down to a multiple of 16, with a printed notice if that changes it."""
-    rounded = side // 16 * 16
-    if rounded != side:
-        print(f"{name} {side} is rounded down to {rounded}, a multiple of 16")
-    return rounded
+def encoder_of(model: str) -> str:
+    """The DINOv2 of one of our models, or the hub id or folder that was given instead."""
+    return configs[model].dinov2 if model in configs else model

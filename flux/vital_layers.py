@@ -1,12 +1,13 @@
 """Which layers an edit injects in: published sets by name, a scan's, a model's own."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from flux.errors import InputError
+from flux.files import write_text
 from flux.intervention import check_layers
-from flux.runs.record import remembered_scan
 from flux.specs import VITAL_LAYERS_DEV, ModelSpec
 
 # Sets that others publish for FLUX.1-dev. The methods differ in more than the set: what they take there, and
@@ -77,3 +78,26 @@ def _read_scan(path: Path) -> list[int]:
         raise InputError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
     known = scan.get("vitality", {})
     return sorted(layers, key=lambda layer: -known.get(f"{layer:02d}", {}).get("vitality", 0))
+
+
+def remembered_scan(checkpoint: str) -> Path:
+    """Where the scan of a checkpoint (its fingerprint) is remembered for demo 4's "auto"."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "flux-stable-flow" / "scans" / f"{checkpoint}.json"
+
+
+def remember_scan(path: Path) -> bool:
+    """Remembers the vital_layers.json at `path` for its checkpoint, if it can stand for it: all layers truly
+    bypassed one by one, and enough prompts for a confidence interval. Returns whether it does.
+    """
+    scan = json.loads(path.read_text(encoding="utf-8"))
+    protocol, known = scan["protocol"], all("low" in layer for layer in scan["vitality"].values())
+    whole = protocol["layers"] == "all" and protocol.get("scale", 0) == 0 and known
+    if not (whole and scan["checkpoint"] and scan["vital_layers"]):
+        return False
+    try:
+        write_text(remembered_scan(scan["checkpoint"]), path.read_text(encoding="utf-8"))
+    except InputError as error:  # the scan is done, and demo 4 can be given its file
+        print(f'not remembered for the "auto" of demo 4: {error}')
+        return False
+    return True

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux.model import Flux
+from flux.modules.gguf_blocks import BLOCKS
 from flux.specs import configs
-from flux.weights.gguf import BLOCKS
-from flux.weights.load import ModelFiles, load_flow
+from flux.weights.find import ModelFiles
+from flux.weights.load import load_flow
 
 # Half-precision fields in a block of each kind: where each begins.
 HALVES = {

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
+from flux.settings.complete import complete
 from flux.settings.demos import ModelSettings
-from flux.specs import complete, configs
-from flux.studio.app import Studio
+from flux.specs import configs
 from flux.studio.engine import Engine
 from flux.studio.limits import Limits
 from flux.studio.sessions import Visits
+from flux.studio.state import Studio
 
 SMALL = {"width": 64, "height": 64, "num_steps": 2}
 

@@ -15,27 +15,16 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux.attention import maps
-from flux.attention.maps import (
-    TextTokens,
-    check_watch,
-    colour_scale,
-    find_word,
-    heat_map,
-    layers_sheet,
-    look,
-    mean_attention,
-    percent,
-    prompt_words,
-    steps_to_watch,
-    text_tokens,
-    watch,
-    words_sheet,
-)
+import flux.attention.watch as watch_room
+from flux.attention import sheets
+from flux.attention.maps import look, mean_attention
+from flux.attention.sheets import colour_scale, heat_map, layers_sheet, percent, words_sheet
+from flux.attention.tokens import TextTokens, find_word, prompt_words, text_tokens
+from flux.attention.watch import check_watch, steps_to_watch, watch
 from flux.errors import InputError
 from flux.intervention import Intervention
+from flux.settings.complete import complete
 from flux.settings.demos import LayerSettings
-from flux.specs import complete
 
 ROOT = Path(__file__).parent.parent
 NUM_TXT = 5
@@ -296,7 +285,7 @@ def test_the_word_is_where_its_object_is(nano):
 
 
 def test_nothing_is_watched_unasked(nano, monkeypatch):
-    monkeypatch.setattr(maps, "look", lambda *_: pytest.fail("no layers were named"))
+    monkeypatch.setattr(watch_room, "look", lambda *_: pytest.fail("no layers were named"))
     steps, seen = watch(nano, DOG, 7, settings(layers=(), num_steps=2), progress=False)
     assert len(steps) == 2 and seen == []
 
@@ -359,7 +348,7 @@ def test_sheets_have_a_place_for_everything(nano, monkeypatch):
         rows.update(images=images, captions=captions, titles=titles)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(maps, "grid", spy)
+    monkeypatch.setattr(sheets, "grid", spy)
     chosen = settings(at_steps=(0, 1, 3), words=("dog", "top hat"))
     _, seen = watch(nano, DOG, 7, chosen, progress=False)
     picture = Image.new("RGB", (96, 64))

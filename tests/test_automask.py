@@ -1,10 +1,10 @@
 import torch
 
-from flux.attention.maps import text_tokens
+from flux.attention.tokens import text_tokens
 from flux.editing.automask import all_over, may_change, subject_tokens
 from flux.pipeline import Pipeline
+from flux.settings.complete import complete
 from flux.settings.demos import ModelSettings
-from flux.specs import complete
 
 SIDE = 16
 

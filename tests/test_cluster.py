@@ -384,8 +384,8 @@ def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
     from PIL import Image
 
     from flux.scan.sweep import Bypasser, SweepWorker, plan
+    from flux.settings.complete import complete
     from flux.settings.demos import SkipSettings
-    from flux.specs import complete
 
     settings = complete(SkipSettings(**SWEEP))
     tasks = plan(settings, nano.spec.num_layers)

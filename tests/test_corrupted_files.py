@@ -19,7 +19,8 @@ import toy
 from flux.errors import InputError
 from flux.model import Flux
 from flux.specs import NANO_FOLDER
-from flux.weights.load import ModelFiles, load_text
+from flux.weights.find import ModelFiles
+from flux.weights.load import load_text
 
 PARAMS = replace(toy.PARAMS, depth=1, depth_single_blocks=1)
 ROOM = 2**30  # bytes above what the process has

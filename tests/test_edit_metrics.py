@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from flux.errors import InputError
-from flux.metrics.base import MAX_PSNR, Ssim
 from flux.metrics.edits import ClipText, Edit, EditMetrics, Structure
+from flux.metrics.pixels import MAX_PSNR, Ssim
 from flux.specs import configs
 
 RANDOM = np.random.default_rng(0)

@@ -9,18 +9,21 @@ import torch
 import toy
 from PIL import Image
 
+import flux.editing.batches as batch_room
 import flux.editing.edit as editing
 from flux import sampling
 from flux.editing import automask, reference
-from flux.editing.edit import check_edits, edit, edit_reference, keep_reference
+from flux.editing.edit import check_edits, edit, edit_reference
 from flux.editing.inversion import INVERSIONS
 from flux.editing.photo import Photograph
+from flux.editing.reference import keep_reference
 from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
+from flux.settings.complete import complete
 from flux.settings.demos import EditSettings
 from flux.settings.doses import DEFAULT_DOSE, DOSES
 from flux.settings.files import check_settings
-from flux.specs import VITAL_LAYERS_DEV, complete, configs
+from flux.specs import VITAL_LAYERS_DEV, configs
 from flux.vital_layers import PRESETS, find_vital_layers
 
 DOG = "a dog on the grass"
@@ -280,7 +283,7 @@ def half_mask(size=(WIDTH, HEIGHT)) -> Image.Image:
 def test_outside_the_mask_is_the_reference(small, monkeypatch):
     """Its tokens exactly, at every step; pixels up to the decoder's reach. Inside, the edit is at work."""
     latents = []
-    follow = editing.follow
+    follow = batch_room.follow
 
     def following(pipe, model, source, moments, batches, on_step):
         def noted():
@@ -329,7 +332,7 @@ def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypa
         mask = torch.cat([masks[e.prompt] for e in given[4].entries])
         return mask, subject.expand(len(mask), -1)
 
-    monkeypatch.setattr(editing, "_auto_mask", auto_mask)
+    monkeypatch.setattr(batch_room, "_auto_mask", auto_mask)
     common = {"num_steps": 10, "true_cfg": 1.0}
 
     def made(edits: list[str], **changes) -> list[Image.Image]:
@@ -360,8 +363,8 @@ def test_an_automatic_mask(small, passes, monkeypatch):
     """
     monkeypatch.setattr(automask, "THRESHOLD", 1.0)
     monkeypatch.setattr(automask, "ALL_OVER", 1.0)
-    found, changed = [], editing.changed_tokens
-    monkeypatch.setattr(editing, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1])
+    found, changed = [], batch_room.changed_tokens
+    monkeypatch.setattr(batch_room, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1])
     plain = {"prompt": EDITS[0], "mask": "none"}
     auto = make(small, edits=[{"prompt": EDITS[0], "mask": "auto"}, plain, {"prompt": DOG, "mask": "auto"}])
     assert sum(bool(given.watch) for given in passes) == 2 * 2
@@ -385,7 +388,7 @@ def test_the_mask_of_a_dose(small, tmp_path):
     source = reference.find_source(small, edits, None, None, False)
 
     def masks(mask):
-        batches = editing.batches_of(small, source, edits, LAYERS, check_edits(edits, LAYERS, mask=mask))
+        batches = batch_room.batches_of(small, source, edits, LAYERS, check_edits(edits, LAYERS, mask=mask))
         place = {n: "all" if b.mask is None else "some" for b in batches for n in b.places}
         return [place[n] for n in range(4)], [n for b in batches if b.dose.mask == "auto" for n in b.places]
 
@@ -527,7 +530,7 @@ def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monke
         return euler_step(model, img, ids, cond, t, t_next, intervention)
 
     monkeypatch.setattr(reference, "euler_step", reference_step)
-    monkeypatch.setattr(editing, "euler_step", edit_step)
+    monkeypatch.setattr(batch_room, "euler_step", edit_step)
     source = reference.find_source(small, settings(**ONE), photo, None, False)
     levels = source.levels[:-1]
     for drift, expected in ((True, levels), (False, levels[:2])):

@@ -12,12 +12,12 @@ import quack_stand_in
 import torch
 import toy
 
-from flux.fp8 import to_fp8
 from flux.intervention import Intervention
 from flux.model import with_epilogues
 from flux.modules import layers
 from flux.modules.projections import Apart
 from flux.runtime.offload import Offloaded
+from flux.runtime.quantize import to_fp8
 from flux.weights.lora import LowRankLinear
 
 LAYERS = frozenset((1, 4))

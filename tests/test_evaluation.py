@@ -16,14 +16,17 @@ import flux.evaluate.run
 from flux.editing.edit import edit
 from flux.errors import InputError
 from flux.evaluate.benchmark import Item, encode_mask, read_benchmark, write_benchmark
+from flux.evaluate.measure import Measurer
 from flux.evaluate.methods import Made, Maker
-from flux.evaluate.run import Measurer, Store, Task, completed, evaluate
+from flux.evaluate.run import Task, completed, evaluate
 from flux.evaluate.settings import EvaluateSettings, methods_of
+from flux.evaluate.store import Store
 from flux.evaluate.summary import by_kind, markdown, means
 from flux.images.io import read_image, read_metadata, save_image
 from flux.metrics.edits import OUTSIDE
+from flux.settings.complete import complete
 from flux.settings.files import check_settings, read_settings
-from flux.specs import complete, configs
+from flux.specs import configs
 
 SIDE = 64
 PROMPTS = {"replace": ("a dog on the grass", "a cat on the grass"), "add": ("a car", "a car and a dog")}
@@ -384,9 +387,9 @@ def test_masks_of_a_batch_are_those_of_one_by_one(
     """To the token, where each row has words, a source and a part to change, or a subject, of its own."""
     monkeypatch.setattr(flux.editing.automask, "THRESHOLD", 1.0)
     monkeypatch.setattr(flux.editing.automask, "ALL_OVER", 0.0 if all_over else 1.0)
-    found, make = [], flux.editing.edit._auto_mask
+    found, make = [], flux.editing.batches._auto_mask
     monkeypatch.setattr(
-        flux.editing.edit, "_auto_mask", lambda *given: found.append(make(*given)) or found[-1]
+        flux.editing.batches, "_auto_mask", lambda *given: found.append(make(*given)) or found[-1]
     )
     size = {"width": 128, "height": 128}
     settings = settings_of(benchmark, tmp_path, methods=[{"name": "x"}], references=references, **size)

@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.functional import linear as product
 
 from flux.errors import InputError
-from flux.fp8 import check_device, to_fp8
 from flux.intervention import Intervention
 from flux.modules.linear import Fp8Linear, PackedLinear, project_rows
 from flux.modules.ops import E4M3, rounded
 from flux.runtime.offload import Offloaded
+from flux.runtime.quantize import check_device, to_fp8
 
 HALF_STEP = 2**-4  # of three bits behind the first
 

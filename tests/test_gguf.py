@@ -11,10 +11,10 @@ import toy
 
 from flux.errors import InputError
 from flux.intervention import Intervention
+from flux.modules.gguf_blocks import BLOCKS, expand
 from flux.modules.linear import PackedLinear, project_rows
 from flux.runtime.offload import Offloaded
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.gguf import BLOCKS, expand
 
 
 @pytest.mark.parametrize("kind", forms.KINDS)

@@ -13,19 +13,10 @@ import torch
 from PIL import ExifTags, Image, ImageFont, PngImagePlugin
 
 from flux.errors import InputError
-from flux.images import io
-from flux.images.io import (
-    fit,
-    grid,
-    read_image,
-    read_metadata,
-    save_animation,
-    save_image,
-    to_pil,
-    to_tensor,
-    write_json,
-    write_text,
-)
+from flux.files import write_json, write_text
+from flux.images import sheets
+from flux.images.io import fit, read_image, read_metadata, save_animation, save_image, to_pil, to_tensor
+from flux.images.sheets import grid
 from flux.scan.plots import plot_vitality
 
 QUADRANTS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
@@ -548,27 +539,27 @@ def test_titles_stand_above_their_row():
 
 
 def test_wrapping_loses_no_word():
-    font = io._font("DejaVuSans.ttf", 13)
+    font = sheets._font("DejaVuSans.ttf", 13)
     for width in (200, 400, 4000):
-        lines = io._wrap(LONG, font, width)
+        lines = sheets._wrap(LONG, font, width)
         assert all(font.getlength(line) <= width for line in lines)
         assert "".join(lines).replace(" ", "") == LONG.replace(" ", "")
-    assert io._wrap(LONG, font, 4000) == [LONG]
-    assert io._wrap("one\n\ntwo  words ", font, 400) == ["one", "", "two words"]
-    assert io._wrap("", font, 400) == []
-    assert io._wrap("WWW", font, 1) == ["W", "W", "W"]
+    assert sheets._wrap(LONG, font, 4000) == [LONG]
+    assert sheets._wrap("one\n\ntwo  words ", font, 400) == ["one", "", "two words"]
+    assert sheets._wrap("", font, 400) == []
+    assert sheets._wrap("WWW", font, 1) == ["W", "W", "W"]
 
 
 def test_overlong_captions_end_in_an_ellipsis():
-    font = io._font("DejaVuSans.ttf", 13)
-    lines = io._wrap("word " * 1000, font, 300)
-    assert len(lines) == io.MAX_LINES and lines[-1].endswith("word…")
+    font = sheets._font("DejaVuSans.ttf", 13)
+    lines = sheets._wrap("word " * 1000, font, 300)
+    assert len(lines) == sheets.MAX_LINES and lines[-1].endswith("word…")
     assert all(font.getlength(line) <= 300 for line in lines)
 
 
 def test_accents_greek_and_cyrillic_are_drawn():
     """The font that pillow carries shows the same empty box for all of these."""
-    font = io._font("DejaVuSans.ttf", 20)
+    font = sheets._font("DejaVuSans.ttf", 20)
     shapes = {bytes(font.getmask(letter)) for letter in "éßøЖλő→\uffff"}
     assert len(shapes) == 8
     assert isinstance(font, ImageFont.FreeTypeFont)
@@ -592,10 +583,10 @@ def test_other_sizes_are_scaled_to_fit():
 
 def test_sheets_have_a_limit(monkeypatch):
     pictures = [[plain(colour) for colour in row] for row in COLOURS]
-    monkeypatch.setattr(io, "MAX_SHEET_PIXELS", 6 * 64 * 48)
+    monkeypatch.setattr(sheets, "MAX_SHEET_PIXELS", 6 * 64 * 48)
     left, top, right, bottom = box(grid(pictures), "red")
     assert (right - left, bottom - top) == (64, 48)
-    monkeypatch.setattr(io, "MAX_SHEET_SIDE", 3 * 32)
+    monkeypatch.setattr(sheets, "MAX_SHEET_SIDE", 3 * 32)
     left, top, right, bottom = box(grid(pictures), "red")
     assert (right - left, bottom - top) == (32, 24)
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from flux import sampling
 from flux.editing import inversion
-from flux.editing.inversion import INVERSIONS, flow_edit
+from flux.editing.flow_edit import flow_edit
+from flux.editing.inversion import INVERSIONS
 from flux.sampling import Conditioning
 
 LEVELS = sampling.get_schedule(7, 1024)

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 import toy
 
-from flux.fp8 import to_fp8
 from flux.intervention import Intervention
 from flux.math import apply_rope
 from flux.modules import ops
-from flux.modules.layers import EmbedND, ModulationOut, QKNorm, layer_norm
+from flux.modules.layers import EmbedND
+from flux.modules.norms import ModulationOut, QKNorm, layer_norm
 from flux.modules.ops import E4M3, Rounded
 from flux.modules.projections import split_heads
+from flux.runtime.quantize import to_fp8
 
 
 @pytest.fixture(scope="module")

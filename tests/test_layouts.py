@@ -16,10 +16,12 @@ from flux.errors import InputError
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.linear import PackedLinear
 from flux.pipeline import Pipeline
+from flux.settings.complete import complete
 from flux.settings.demos import ModelSettings
-from flux.specs import NANO_FOLDER, complete, configs
+from flux.specs import NANO_FOLDER, configs
+from flux.weights.find import ModelFiles, files_of
 from flux.weights.layouts import T5_IN_GGUF, describe
-from flux.weights.load import ModelFiles, check_files, files_of, load_net, load_text
+from flux.weights.load import check_files, load_net, load_text
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

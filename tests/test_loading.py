@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 
 from flux.errors import InputError
 from flux.specs import NANO_FOLDER, configs
-from flux.weights import load as loading
+from flux.util import load_ae, load_clip, load_flow_model, load_t5
+from flux.weights import find as loading
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.load import find_files, load_ae, load_clip, load_flow_model, load_t5, read_weights
+from flux.weights.find import find_files
+from flux.weights.load import read_weights
 
 
 @pytest.fixture
@@ -359,7 +361,8 @@ def test_host_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, dev):
     import weakref
 
     from flux.weights.checkpoint import Stored
-    from flux.weights.load import ModelFiles, load_flow
+    from flux.weights.find import ModelFiles
+    from flux.weights.load import load_flow
 
     path = tmp_path / "m.safetensors"
     save_file(dev, path)

@@ -16,7 +16,8 @@ from flux.modules.linear import LowRankLinear
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
 from flux.specs import NANO_FOLDER, configs
-from flux.weights.load import ModelFiles, checkpoint_of, load_text
+from flux.weights.find import ModelFiles, checkpoint_of
+from flux.weights.load import load_text
 from flux.weights.lora import read_lora
 
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.7

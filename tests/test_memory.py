@@ -28,11 +28,13 @@ from flux.runtime.plan import (
     sources_of,
 )
 from flux.scan.sweep import Bypasser, Task
+from flux.settings.complete import complete
 from flux.settings.demos import EditSettings, ModelSettings, SkipSettings
-from flux.specs import complete, configs
+from flux.specs import configs
 from flux.weights.checkpoint import Stored, Weight
+from flux.weights.find import files_of
 from flux.weights.layouts import Source
-from flux.weights.load import files_of, on_meta
+from flux.weights.load import on_meta
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "h200.json"

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.model import Flux, FluxParams
-from flux.modules.layers import EmbedND, RMSNorm, SelfAttention, timestep_embedding
+from flux.modules.layers import EmbedND, SelfAttention, timestep_embedding
+from flux.modules.norms import RMSNorm
 from flux.runtime.offload import Offloaded
 from flux.specs import configs
 

@@ -9,8 +9,8 @@ from flux.editing.edit import edit
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
 from flux.runtime.offload import Feed, Offloaded, Streamed, spread
+from flux.settings.complete import complete
 from flux.settings.demos import EditSettings
-from flux.specs import complete
 
 CPU = torch.device("cpu")
 GIVEN = toy.inputs(2)

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from flux.editing import automask
-from flux.editing.photo import Photograph, describe, mask_picture, middle, natural_size, token_mask
+from flux.editing.caption import describe
+from flux.editing.photo import Photograph, mask_picture, middle, natural_size, token_mask
 from flux.errors import InputError
 
 

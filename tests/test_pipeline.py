@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 
 from flux import pipeline, sampling
 from flux.errors import InputError
-from flux.pipeline import Pipeline, counted, pick_device, pick_dtype
+from flux.pipeline import Pipeline, counted
+from flux.runtime.devices import pick_device, pick_dtype
+from flux.settings.complete import complete
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
-from flux.specs import NANO_FOLDER, complete, configs
+from flux.specs import NANO_FOLDER, configs
 
 DOG = "a dog wearing a top hat on the grass"
 CAR = "a red car on the street"

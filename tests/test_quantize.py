@@ -6,9 +6,9 @@ import toy
 from torch import nn
 
 from flux.intervention import Intervention
-from flux.modules.linear import project_rows
+from flux.modules.linear import QuantizedLinear, project_rows
 from flux.runtime.offload import Offloaded
-from flux.runtime.quantize import QuantizedLinear, group_size, quantize_linears, quantized_bytes
+from flux.runtime.quantize import group_size, quantize_linears, quantized_bytes
 
 # Relative to the largest number: rounding to a 254th, or to a 30th of each group's range.
 BOUNDS = {8: 0.02, 4: 0.25}

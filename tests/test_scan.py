@@ -18,13 +18,14 @@ from test_vitality import NANO, PROMPTS, ROOT, SETTINGS, other_weights
 from flux.errors import InputError
 from flux.images.io import read_image
 from flux.metrics.base import Metric
-from flux.runs.record import remembered_scan
-from flux.scan.run import main, scan
+from flux.scan.__main__ import main
+from flux.scan.run import scan
 from flux.scan.sweep import Bypasser, check_sweep
+from flux.settings.complete import complete
 from flux.settings.demos import EditSettings, ScanSettings, SkipSettings
-from flux.specs import complete
-from flux.vital_layers import find_vital_layers
-from flux.weights.load import checkpoint_of, fingerprint
+from flux.vital_layers import find_vital_layers, remembered_scan
+from flux.weights.checkpoint import fingerprint
+from flux.weights.find import checkpoint_of
 
 OWN = fingerprint(NANO.folder / NANO.repo_flow)
 FILES = {"similarity.csv", "vital_layers.json", "vitality.png", "heat_map.png", "report.html", "grid.png"}
@@ -80,7 +81,7 @@ def synthetic(monkeypatch):
     """Scores at once; called, it sets their noise."""
 
     def use(noise: float = 0.001):
-        for module in ("scan", "metrics"):
+        for module in ("scan.run", "metrics.table"):
             monkeypatch.setattr(f"flux.{module}.load_metrics", lambda *_: {"dino": Synthetic(noise)})
 
     use()

@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 
 from flux.errors import InputError
-from flux.metrics.base import MAX_PSNR, METRICS, Clip, Dino, Lpips, Psnr, Ssim, load_metrics
+from flux.metrics.features import Clip, Dino, Lpips
+from flux.metrics.pixels import MAX_PSNR, Psnr, Ssim
+from flux.metrics.table import METRICS, load_metrics
 from flux.runs.record import run_record
 from flux.scan.scores import Rule, Scores, score, spearman, stable, stable_after, write_scores
 from flux.scan.sweep import picture_path
+from flux.settings.complete import complete
 from flux.settings.demos import DinoSettings, SkipSettings
-from flux.specs import complete, configs
+from flux.specs import configs
 from flux.vital_layers import find_vital_layers
 
 RANDOM = np.random.default_rng(0)

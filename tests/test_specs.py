@@ -6,8 +6,9 @@ import pytest
 from safetensors import safe_open
 
 from flux.errors import InputError
+from flux.settings.complete import complete
 from flux.settings.demos import EditSettings, LayerSettings, ModelSettings, SkipSettings, TestSettings
-from flux.specs import complete, configs, get_spec
+from flux.specs import configs, get_spec
 
 PROMPTS = {"prompts": ["a dog"]}
 

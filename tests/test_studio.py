@@ -29,10 +29,11 @@ from flux.settings.demos import EditSettings, ModelSettings, TestSettings
 from flux.settings.doses import DOSES, Dose, dose_of
 from flux.settings.files import check_settings, read_settings
 from flux.specs import configs
-from flux.studio.app import Studio, check_address, open_studio
+from flux.studio.app import check_address, open_studio
 from flux.studio.content_filter import ContentFilter
 from flux.studio.limits import Limits
 from flux.studio.sessions import KEPT, Visits, portable, read_back
+from flux.studio.state import Studio
 from flux.vocabulary import unknown_words
 
 pytest.importorskip("gradio")
@@ -40,19 +41,12 @@ pytest.importorskip("gradio")
 import gradio_client  # noqa: E402
 
 from flux.studio import engine
+from flux.studio.forms import edits_of, numbers_of, text_of
 from flux.studio.hardening import OwnFilesOnly  # noqa: E402
-from flux.studio.tabs import edit, scan
+from flux.studio.tabs import edit, generate, scan
 from flux.studio.tabs.common import words_note  # noqa: E402
 from flux.studio.widgets import held_picture, layers_on, news, painted, strip_value  # noqa: E402
-from flux.studio.work import generate
-from flux.studio.work.edit import (  # noqa: E402
-    edit_settings_of,
-    edits_of,
-    known_layers,
-    numbers_of,
-    run_edit,
-    text_of,
-)
+from flux.studio.work.edit import edit_settings_of, known_layers, run_edit
 from flux.studio.work.generate import run_generate, settings_of  # noqa: E402
 from flux.studio.work.scan import run_scan, scan_settings_of  # noqa: E402
 

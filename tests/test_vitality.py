@@ -21,14 +21,15 @@ from flux.errors import InputError
 from flux.images import io
 from flux.images.io import read_image, read_metadata
 from flux.intervention import Intervention
-from flux.metrics.base import load_metrics
+from flux.metrics.table import load_metrics
 from flux.pipeline import Pipeline
 from flux.sampling import sample
 from flux.scan.scores import score
 from flux.scan.sweep import Bypasser, Task, check_sweep, layer_sets, open_sweep, picture_path, plan, sweep
+from flux.settings.complete import complete
 from flux.settings.demos import SkipSettings
-from flux.specs import complete, configs
-from flux.weights.load import fingerprint
+from flux.specs import configs
+from flux.weights.checkpoint import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = configs["flux-nano"]

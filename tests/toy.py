@@ -321,8 +321,8 @@ def diffusers_autoencoder(ae: AutoEncoder):
 
 def load_nano(name: str = "flux-nano"):
     from flux.pipeline import Pipeline
+    from flux.settings.complete import complete
     from flux.settings.demos import ModelSettings
-    from flux.specs import complete
 
     return Pipeline.load(complete(ModelSettings(model=name, device="cpu", dtype="float32")))
 

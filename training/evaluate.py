@@ -182,8 +182,9 @@ def evaluate_speed() -> dict[str, float]:
     """Seconds on this machine's CPU of what the card promises, through the package as a user runs it."""
     from flux.editing.edit import edit
     from flux.pipeline import Pipeline
+    from flux.settings.complete import complete
     from flux.settings.demos import EditSettings
-    from flux.specs import complete, configs
+    from flux.specs import configs
     from flux.vital_layers import find_vital_layers
 
     seconds = {}
@@ -211,7 +212,8 @@ def evaluate_speed() -> dict[str, float]:
 
 def save_sheet(path: Path, images: Tensor, captions: Sequence[str], columns: int) -> None:
     """A contact sheet with captions, written as PNG."""
-    from flux.images.io import grid, to_pil
+    from flux.images.io import to_pil
+    from flux.images.sheets import grid
 
     pictures = [to_pil(image.cpu() * 2 - 1) for image in images]
     starts = range(0, len(pictures), columns)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux.attention.maps import mean_attention, prompt_words, text_tokens
+from flux.attention.maps import mean_attention
+from flux.attention.tokens import prompt_words, text_tokens
 from flux.editing.photo import TOKEN
 from flux.modules.conditioner import HFEmbedder
 

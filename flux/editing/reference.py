@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.editing.inversion import FLOW_EDIT_GUIDANCE, INVERSIONS
-from flux.editing.photo import Photograph, describe
+from flux.editing.caption import describe
+from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
+from flux.editing.inversion import INVERSIONS
+from flux.editing.photo import Photograph
 from flux.intervention import Intervention
 from flux.math import KeysValues
 from flux.model import Flux

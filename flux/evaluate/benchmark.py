@@ -21,7 +21,8 @@ from PIL import Image
 
 from flux.editing.photo import Photograph, middle
 from flux.errors import InputError
-from flux.images.io import read_image, write_json
+from flux.files import write_json
+from flux.images.io import read_image
 
 MAPPING, PICTURES = "mapping_file.json", "annotation_images"
 KINDS = {

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.editing.edit import batches_of, flow, follow
-from flux.editing.inversion import FLOW_EDIT_GUIDANCE
+from flux.editing.batches import batches_of, flow, follow
+from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.photo import token_mask
 from flux.editing.reference import Source, replayed, steering
 from flux.evaluate.benchmark import Item

@@ -10,55 +10,34 @@ An evaluation may be stopped at any moment and started again: what is there is k
 other metrics its pictures are measured again, and none is made anew.
 """
 
-import csv
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from flux.editing.edit import check_edits
 from flux.editing.photo import Photograph
 from flux.errors import InputError
-from flux.evaluate.benchmark import Item, fingerprint, of_kinds, read_benchmark, spread
+from flux.evaluate.benchmark import Item, of_kinds, read_benchmark, spread
+from flux.evaluate.measure import Measurer
 from flux.evaluate.methods import Made, Maker
 from flux.evaluate.settings import BASELINES, EvaluateSettings, Method, methods_of
+from flux.evaluate.store import Store
 from flux.evaluate.summary import write_standings
-from flux.images.io import grid, read_image, save_image, write_json, write_text
-from flux.metrics.edits import NETS, OUTSIDE, Edit, EditMetrics
-from flux.pipeline import Pipeline, pick_device
-from flux.runs.record import about, run_record
-from flux.scan.run import encoder_of
-from flux.specs import complete, get_spec
+from flux.images.io import read_image, save_image
+from flux.images.sheets import grid
+from flux.pipeline import Pipeline
+from flux.runs.record import about
+from flux.settings.complete import complete
+from flux.specs import get_spec
 from flux.vital_layers import find_vital_layers
-from flux.weights.load import checkpoint_of
+from flux.weights.find import checkpoint_of
 
-Row = dict[str, str | float | None]
-
-# These may change between the starts of one evaluation: they do not change what is measured.
-FREE_FIELDS = {
-    "output_dir", "benchmark", "batch_size", "device", "offload", "compile", "workers", "ray_address",
-    "kinds", "count", "methods", "metadata", "judge",
-}  # fmt: skip
-# These may as well, since all is measured again then.
-MEASURED_BY = {"judge_file", "metrics", "encoder", "clip"}
-TEXTS = ("item", "kind", "method")
-JUDGED = ("success", "overlap")
 SHEET_ROWS, SHEET_SIDE = 12, 192
-
-
-def columns(settings: EvaluateSettings) -> list[str]:
-    """Of results.csv."""
-    nets = [column for name in settings.metrics for column in NETS[name]]
-    return [*TEXTS, *(JUDGED if settings.judge else ()), *OUTSIDE, *nets, "seconds", "evaluations"]
 
 
 @dataclass(frozen=True)
@@ -110,156 +89,6 @@ def completed(settings: EvaluateSettings) -> list[Method]:
             raise InputError(f"method {method.name!r}: {error}") from error
         methods.append(replace(method, settings=own.model_copy(update={"vital_layers": layers})))
     return methods
-
-
-class Measurer:
-    """What is known of an edit once it is made.
-
-    Raises:
-        InputError: as `EditMetrics.load`, or a judge that is not there.
-    """
-
-    def __init__(self, settings: EvaluateSettings):
-        device = pick_device(settings.device)
-        encoder = encoder_of(settings.encoder or settings.model)
-        self.metrics = EditMetrics.load(settings.metrics, encoder, settings.clip, device)
-        self.judge, self.settings = _load_judge(settings.judge, device), settings
-        # Where the next edits are made meanwhile, each look at a number would wait for these.
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-
-    def rows(self, method: str, items: Sequence[Item], made: Sequence[Made]) -> list[Row]:
-        """The rows of results.csv for some items that one method edited."""
-        with torch.cuda.stream(self.stream):
-            return self._rows(method, items, made)
-
-    def _rows(self, method: str, items: Sequence[Item], made: Sequence[Made]) -> list[Row]:
-        size = self.settings.width, self.settings.height
-        befores = [m.reference or item.photo(*size) for item, m in zip(items, made)]
-        afters = [m.picture for m in made]
-        generated = self.settings.references == "generated"
-        judged, verdicts = [n for n, item in enumerate(items) if self.judge and item.asked], {}
-        if judged:
-            sides = ([pictures[n] for n in judged] for pictures in (befores, afters))
-            verdicts = dict(zip(judged, self.judge.of(*sides, [items[n].asked for n in judged])))
-        edits = []
-        for n, (item, before, after) in enumerate(zip(items, befores, afters)):
-            if self.settings.reconstruct:
-                mask, target = np.zeros(size[::-1], dtype=bool), item.source
-            elif generated:
-                # Only a judge knows where its subjects are.
-                mask, target = verdicts[n].mask if n in verdicts else None, item.target
-            else:
-                mask, target = np.asarray(item.mask(*size)), item.target
-            edits.append(Edit(before, after, mask, item.source, target))
-        rows = []
-        for n, (item, m, scores) in enumerate(zip(items, made, self.metrics.of(edits))):
-            row: Row = {"item": item.key, "kind": item.kind, "method": method, **scores}
-            if n in verdicts:
-                row |= {"success": float(verdicts[n].success), "overlap": verdicts[n].overlap}
-            rows.append(row | {"seconds": m.seconds, "evaluations": m.evaluations})
-        return rows
-
-
-def _load_judge(path: str | None, device):
-    if path is None:
-        return None
-    try:
-        from training.judge import Judge
-    except ImportError as error:
-        raise InputError(
-            f"Got the judge {path}, which takes the folder training/ of the repository: start there, or "
-            "leave judge out"
-        ) from error
-    return Judge.load(path, device)
-
-
-class Store:
-    """The folder of an evaluation.
-
-    Attributes:
-        rows: of results.csv, by method and item, as far as their pictures are there.
-        outdated: whether the rows there were measured by another judge or other metrics.
-
-    Raises:
-        InputError: it holds one that was made with other settings.
-    """
-
-    def __init__(self, settings: EvaluateSettings):
-        self.folder, self.columns = Path(settings.output_dir), columns(settings)
-        self.rows: dict[tuple[str, str], Row] = {}
-        self.settings, self.outdated = settings, False
-        self.generated = settings.references == "generated"
-        judge = Path(settings.judge or "")
-        self.record = {
-            "checkpoint": checkpoint_of(complete(settings)),
-            "edits": fingerprint(settings.benchmark),
-            "judge_file": hashlib.sha256(judge.read_bytes()).hexdigest()[:16] if judge.is_file() else None,
-        }
-        if (self.folder / "run.json").exists():
-            self._check()
-        if (self.folder / "results.csv").exists():
-            self._read()
-
-    def begin(self) -> None:
-        """Leaves its settings there, once all else that may be wrong is known to be right."""
-        write_json(self.folder / "run.json", run_record(self.settings, **self.record))
-        for leftover in self.folder.rglob(".flux-*.tmp"):  # of a start that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-
-    def _check(self) -> None:
-        path = self.folder / "run.json"
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            fields, demo = there["settings"], there["demo"]
-            earlier = [*there.get("earlier_methods", []), *fields.get("methods", [])]
-            old = {method["name"]: method for method in earlier}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"Got {path}, which cannot be read as an evaluation's: {error}") from error
-        own = self.settings.to_json()
-        differ = {
-            name for name in own.keys() | fields.keys() if own.get(name) != fields.get(name)
-        } - FREE_FIELDS
-        # Methods may come and go, but a name stands for one method.
-        differ |= {f"method {m['name']!r}" for m in own["methods"] if old.get(m["name"], m) != m}
-        differ |= {name for name, value in self.record.items() if there.get(name) != value}
-        self.outdated, differ = bool(differ & MEASURED_BY), differ - MEASURED_BY
-        if demo != self.settings.demo or differ:
-            raise InputError(
-                f"Got {self.folder}, which holds an evaluation with another {', '.join(sorted(differ))}: "
-                "give another output_dir, or delete it"
-            )
-        # Those that are left out this time still have their rows.
-        now = {method["name"] for method in own["methods"]}
-        self.record["earlier_methods"] = [method for name, method in old.items() if name not in now]
-
-    def _read(self) -> None:
-        with open(self.folder / "results.csv", newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                own = (row["method"], row["item"])
-                pictures = [self.picture(*own), self.picture(*own, reference=self.generated)]
-                if all(picture.is_file() for picture in pictures):
-                    row |= {n: float(v) if v else None for n, v in row.items() if n not in TEXTS}
-                    self.rows[own] = row
-
-    def made(self, method: str, key: str) -> Made:
-        """An edit that is there."""
-        row, picture = self.rows[method, key], read_image(self.picture(method, key))
-        reference = read_image(self.picture(method, key, reference=True)) if self.generated else None
-        return Made(picture, reference, row["seconds"], row["evaluations"])
-
-    def picture(self, method: str, key: str, reference: bool = False) -> Path:
-        return self.folder / method / (f"{key}_reference.png" if reference else f"{key}.png")
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Once their pictures are there."""
-        self.rows |= {(row["method"], row["item"]): row for row in rows}
-        text = StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows.values())
-        write_text(self.folder / "results.csv", text.getvalue())
 
 
 def evaluate(settings: EvaluateSettings, pipe: Pipeline | None = None, progress: bool = True) -> Path:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux.errors import InputError
-from flux.settings.demos import EditSettings, ModelSettings, Seed, Text, Words
+from flux.settings.demos import EditSettings, ModelSettings
+from flux.settings.fields import Seed, Text, Words
 from flux.settings.files import check_settings
 
 # Of a method: what the benchmark says, what all methods share, and what an evaluation has no use for.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
-from flux.images.io import write_text
+from flux.files import write_text
 
 Row = Mapping[str, str | float | None]
 

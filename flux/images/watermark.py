@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .images import to_uint8
+from flux.errors import InputError
+from flux.images.io import to_uint8
 
 WATERMARK_MESSAGE = 0b001010101111111010000111100111001111010100101110
 WATERMARK_BITS = [int(bit) for bit in f"{WATERMARK_MESSAGE:048b}"]

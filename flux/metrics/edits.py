@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from flux.errors import InputError
-from flux.metrics.base import CHUNK, MAX_PSNR, Clip, Lpips, Ssim
+from flux.metrics.features import CHUNK, Clip, Lpips
+from flux.metrics.pixels import MAX_PSNR, Ssim
 
 Scores = dict[str, float | None]
 

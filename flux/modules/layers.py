@@ -5,7 +5,6 @@ Shapes: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size,
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from flux.math import Exchange, KeysValues, attend, one_sequence, rope
 from flux.modules.linear import in_parts
+from flux.modules.norms import ModulationOut, QKNorm, layer_norm
 from flux.modules.ops import has_kernel, modulated
 from flux.modules.projections import Apart, begun, blend, replaces
 
@@ -60,30 +60,6 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(self.silu(self.in_layer(x)))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, computed in float32 whatever the dtype of `x`."""
-
-    eps = 1e-6
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, eps=self.eps)
-
-
-class QKNorm(nn.Module):
-    """RMS normalisation of queries and keys, per head."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q).to(v), self.key_norm(k).to(v)
-
-
 class SelfAttention(nn.Module):
     """The projections of one stream into and out of attention. The attention itself spans both streams (the
     block's).
@@ -98,18 +74,6 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, pe: Tensor) -> Tensor:
         """Attention of the stream to itself alone: "B N C" -> "B N C"."""
         return self.proj(attend(*Apart.heads(self.qkv, self.norm, x, pe, self.num_heads)))
-
-
-@dataclass
-class ModulationOut:
-    """Shift, scale and gate of one residual branch, "B 1 C" each."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
-
-    def applied_to(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, 1 + self.scale)
 
 
 class Modulation(nn.Module):
@@ -130,10 +94,6 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
         return self.split(self.project(vec))
-
-
-def layer_norm(dim: int) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
 class Block(nn.Module):

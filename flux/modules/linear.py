@@ -2,12 +2,14 @@
 differences beside any linear layer.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux.modules import gguf_blocks
 from flux.modules.ops import E4M3, Rounded, rounded
-from flux.weights import gguf
 
 EIGHT_BIT = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -17,7 +19,7 @@ class PackedLinear(nn.Module):
 
     Args:
         packed: the matrix as bytes, "out_features bytes".
-        kind: of its numbers: one of `flux.weights.gguf.BLOCKS`, or "F8_E4M3" or "F8_E5M2".
+        kind: of its numbers: one of `flux.modules.gguf_blocks.BLOCKS`, or "F8_E4M3" or "F8_E5M2".
         bias: "out_features" or None.
         scale: of 8-bit floats: a number, or one for each row, "out_features 1".
         dtype: what it computes in.
@@ -44,8 +46,8 @@ class PackedLinear(nn.Module):
 
     def _expand(self, start: int, stop: int | None) -> Tensor:
         rows = self.packed[start:stop]
-        if self.kind in gguf.BLOCKS:
-            return gguf.expand(rows, self.kind).to(self.dtype)
+        if self.kind in gguf_blocks.BLOCKS:
+            return gguf_blocks.expand(rows, self.kind).to(self.dtype)
         plain = rows.view(EIGHT_BIT[self.kind])
         if self.scale is None:
             return plain.to(self.dtype)
@@ -157,3 +159,76 @@ def project_rows(linear: nn.Module, x: Tensor, start: int, stop: int | None = No
         return linear.project(x, start, stop)
     bias = None if linear.bias is None else linear.bias[start:stop]
     return F.linear(x, linear.weight[start:stop], bias)
+
+
+GROUP = 64  # weights that share a scale and a minimum in 4 bits, at most
+
+
+def group_size(columns: int) -> int:
+    """Inputs that share a scale in 4 bits: the halves of a row must hold whole groups."""
+    return math.gcd(columns // 2, GROUP)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weights are kept in 8 or 4 bits; it computes in the dtype it was made from.
+
+    8 bits: one scale for each output channel, weight = scale * q with q in -127..127. 4 bits: a scale and a
+    minimum for each group of 64 inputs (fewer where 128 does not divide the inputs), weight = minimum + scale
+    * q with q in 0..15: 4.5 bits a weight with numbers of 16 bits. Two halves of a row share its bytes.
+
+    Raises:
+        ValueError: bits that are neither 8 nor 4.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int, device: torch.device | str | None = None):
+        super().__init__()
+        if bits not in (8, 4):
+            raise ValueError(f"Got {bits} bits, expected 8 or 4")
+        self.in_features, self.out_features, self.bits = linear.in_features, linear.out_features, bits
+        weight = linear.weight.detach().to(device or linear.weight.device)
+        packed, scale, minimum = (_pack_8 if bits == 8 else _pack_4)(weight)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("minimum", minimum)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """All weights, expanded, "out in"."""
+        return self._expand(slice(None))
+
+    def _expand(self, rows: slice) -> Tensor:
+        packed, scale = self.packed[rows], self.scale[rows]
+        if self.bits == 8:
+            return packed * scale
+        halves = zip(self.minimum[rows].chunk(2, dim=1), (packed & 15, packed >> 4), scale.chunk(2, dim=1))
+        return torch.cat([torch.addcmul(*parts) for parts in halves], dim=1).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def project(self, x: Tensor, start: int, stop: int | None) -> Tensor:
+        """Only the output channels start..stop."""
+        rows = slice(start, stop)
+        return F.linear(x, self._expand(rows), None if self.bias is None else self.bias[rows])
+
+
+def _pack_8(weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    scale = (weight.float().abs().amax(dim=1, keepdim=True) / 127).to(weight.dtype)
+    q = weight.float() / _nonzero(scale)
+    return q.round().clamp(-127, 127).to(torch.int8), scale, None
+
+
+def _pack_4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    grouped = weight.float().view(rows, -1, group_size(columns))
+    minimum = grouped.amin(dim=2, keepdim=True).to(weight.dtype)
+    scale = ((grouped.amax(dim=2, keepdim=True) - minimum) / 15).to(weight.dtype)
+    q = (grouped - minimum) / _nonzero(scale)
+    low, high = q.round().clamp(0, 15).to(torch.uint8).chunk(2, dim=1)
+    return low | high << 4, scale, minimum
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """Where all weights of a row or a group are equal, their scale is zero."""
+    return scale.float().clamp(min=torch.finfo(scale.dtype).tiny)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flux.math import apply_rope, rotate
 
 if TYPE_CHECKING:
-    from flux.modules.layers import ModulationOut, QKNorm, RMSNorm
+    from flux.modules.norms import ModulationOut, QKNorm, RMSNorm
 
 # Triton comes with the builds of torch that know cards.
 if torch.backends.cuda.is_built() and find_spec("triton"):

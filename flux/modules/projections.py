@@ -15,7 +15,8 @@ from flux.modules.linear import in_parts, project_rows
 from flux.modules.ops import Rounded, norm_and_turn, norm_and_turn_one, with_gelu
 
 if TYPE_CHECKING:
-    from flux.modules.layers import QKNorm, SelfAttention
+    from flux.modules.layers import SelfAttention
+    from flux.modules.norms import QKNorm
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

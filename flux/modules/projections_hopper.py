@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flux.modules.layers import Modulation, RMSNorm
+from flux.modules.layers import Modulation
 from flux.modules.linear import Fp8Linear
+from flux.modules.norms import RMSNorm
 from flux.modules.ops import Rounded
 from flux.modules.projections import Apart, begun, replaces, split_heads
 

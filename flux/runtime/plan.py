@@ -19,19 +19,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.errors import InputError
-from flux.fp8 import to_fp8
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.linear import PackedLinear
 from flux.runtime.offload import spread
-from flux.runtime.quantize import BITS, quantize_linears, quantized_bytes
+from flux.runtime.quantize import BITS, quantize_linears, quantized_bytes, to_fp8
 from flux.runtime.tiling import TILE
 from flux.settings.demos import EditSettings, ModelSettings, SkipSettings
 from flux.settings.doses import dose_of
 from flux.specs import ModelSpec
 from flux.weights.checkpoint import EIGHT_BIT
+from flux.weights.find import ModelFiles
 from flux.weights.layouts import Source
-from flux.weights.load import ModelFiles, fit, flow_on_meta, on_meta, text_on_meta
+from flux.weights.load import fit, flow_on_meta, on_meta, text_on_meta
 
 MIB, GIB = 2**20, 2**30
 WORKSPACE = 32 * MIB  # cuBLAS's own, on a CUDA device

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flux.images.io import FRAME, INK, write_bytes
+from flux.files import write_bytes
+from flux.images.sheets import FRAME, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from flux.images.io import read_image, write_text
+from flux.files import write_text
+from flux.images.io import read_image
 from flux.scan.plots import COLOUR_MAP, KIND_COLOURS, Interval, LayerSet, colour_limits, kind_of, ranges
 
 CLASSES = {"double-stream": "double", "single-stream": "single", "both kinds": "both"}  # in the style sheet

@@ -1,31 +1,20 @@
-"""A whole scan in a row: bypass every layer, score, select, report.
-
-    python -m flux.scan scan.json [--stop_when stable] [--workers 4] [any other field of the file]
-
-Writes what demos 2 and 3 write, and report.html, to the file's output_dir.
-"""
+"""A scan: skip layers, score beside, select the vital ones and publish them."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flux.errors import exit_on_input_error
-from flux.metrics.base import METRICS, load_metrics
-from flux.pipeline import Pipeline, pick_device
-from flux.runs.record import remember_scan
+from flux.metrics.table import METRICS, load_metrics
+from flux.pipeline import Pipeline
+from flux.runtime.devices import pick_device
 from flux.scan.plots import plot_heat_map, plot_vitality
 from flux.scan.report import write_report
 from flux.scan.scores import Rule, Scores, gather, score_prompt, stable, write_scores
 from flux.scan.sweep import check_sweep, layer_sets, open_sweep, picture_path, sweep
 from flux.settings.demos import ScanSettings
-from flux.settings.files import read_settings
-from flux.specs import configs, get_spec
-
-
-def encoder_of(model: str) -> str:
-    """The DINOv2 of one of our models, or the hub id or folder that was given instead."""
-    return configs[model].dinov2 if model in configs else model
+from flux.specs import encoder_of, get_spec
+from flux.vital_layers import remember_scan
 
 
 def scan(settings: ScanSettings, progress: bool = True, pipe: Pipeline | None = None) -> list[int]:
@@ -35,7 +24,7 @@ def scan(settings: ScanSettings, progress: bool = True, pipe: Pipeline | None = 
     (`flux.scan.scores.stable`): the last one is still being scored while the next is made.
 
     Args:
-        settings: complete ones (`flux.specs.complete`).
+        settings: complete ones (`flux.settings.complete.complete`).
         pipe: the model; None: loaded if there is anything left to do.
 
     Raises:
@@ -111,18 +100,3 @@ def publish(
     write_scores(out, scores, rule, **about, sources=sources)
     remember_scan(out / "vital_layers.json")
     return vital
-
-
-@exit_on_input_error()
-def main(file: str = "scan.json", **overrides) -> None:
-    from flux.specs import complete
-
-    settings = complete(read_settings(ScanSettings, file, overrides))
-    vital = scan(settings)
-    print(f"vital layers: {vital}\n{Path(settings.output_dir) / 'report.html'}")
-
-
-if __name__ == "__main__":
-    import fire
-
-    fire.Fire(main)

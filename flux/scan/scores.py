@@ -17,8 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from flux.errors import InputError
-from flux.images.io import read_image, write_text
-from flux.metrics.base import CHUNK, METRICS, Metric
+from flux.files import write_text
+from flux.images.io import read_image
+from flux.metrics.base import Metric
+from flux.metrics.features import CHUNK
+from flux.metrics.table import METRICS
 from flux.scan.sweep import REFERENCE, LayerSet, check_sweep, layers_text, picture_path
 
 if TYPE_CHECKING:

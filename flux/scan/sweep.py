@@ -21,7 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux.errors import InputError
-from flux.images.io import grid, read_image, save_image, write_json
+from flux.files import write_json
+from flux.images.io import read_image, save_image
+from flux.images.sheets import grid
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
 from flux.runs.record import about, run_record
@@ -29,7 +31,7 @@ from flux.sampling import Conditioning, Streams, euler_step, sample, streams
 from flux.settings.demos import Prompt, SkipSettings
 from flux.settings.files import check_settings
 from flux.specs import get_spec
-from flux.weights.load import checkpoint_of
+from flux.weights.find import checkpoint_of
 
 LayerSet = tuple[int, ...]
 REFERENCE: LayerSet = ()
@@ -230,7 +232,7 @@ def sweep(
     one worker or a Ray address, the work is shared through `flux.runs.workers`.
 
     Args:
-        settings: complete ones (`flux.specs.complete`).
+        settings: complete ones (`flux.settings.complete.complete`).
         pipe: the model; None: loaded if there is anything left to do.
         on_row: told, in order, each reference whose pictures are all there; if it says True, that was the
             last one.

@@ -4,14 +4,10 @@ None in a field means "as the model's spec says" and is filled in later: no mode
 highest layer.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -19,126 +15,41 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from flux.settings.doses import DEFAULT_DOSE, DOSES
-
-MAX_SEED = 2**63 - 1
-
+from flux.settings.fields import (
+    LIST,
+    Fraction,
+    Metrics,
+    Numbers,
+    Offload,
+    Seed,
+    StrictModel,
+    String,
+    Sweep,
+    Text,
+    VitalLayers,
+    Weight,
+    Words,
+)
 
 # ---- kinds of values
-
-
-def _expected(what: str) -> PydanticCustomError:
-    """An error that ends as "expected WHAT, got VALUE"."""
-    return PydanticCustomError("expected", "{what}", {"what": what})
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a stray surrogate: "\ud800" in a file, or a command line that is not UTF-8
-        raise _expected("text that UTF-8 can hold") from None
-    return text
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise _expected("some text")
-    return text
-
-
-def _no_repeats(layers: tuple) -> tuple:
-    distinct = {frozenset(entry) if isinstance(entry, tuple) else entry for entry in layers}
-    if len(distinct) < len(layers):
-        raise _expected("each only once")
-    return layers
-
-
-def _form(layers: Any) -> str | None:
-    """Which form of a layers field is meant, so that only that form's errors are reported."""
-    if isinstance(layers, str):
-        return "word"
-    if isinstance(layers, list | tuple):
-        return "sets" if any(isinstance(entry, list | tuple) for entry in layers) else "numbers"
-    return None
-
-
-def _by_form(expected: str) -> Discriminator:
-    return Discriminator(
-        _form,
-        custom_error_type="expected",
-        custom_error_message="{what}",
-        custom_error_context={"what": expected},
-    )
-
-
-# JSON's lists become tuples, which strictness forbids: hence strict=False, on the tuple, not on its items.
-_LIST = Field(strict=False, min_length=1)
-String = Annotated[str, AfterValidator(_encodable)]
-Text = Annotated[String, AfterValidator(_not_blank)]
-Texts = Annotated[tuple[Text, ...], _LIST]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _LIST, AfterValidator(_no_repeats)]
-Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_no_repeats)]
-Words = Annotated[tuple[Text, ...], Field(strict=False)]
-
-
-def _offload_name(value: Any) -> Any:
-    """true and false, which the field once was and the command line's --offload still is."""
-    names = {"True": "model", "False": "none"}
-    return names.get(str(value), value) if isinstance(value, bool | str) else value
-
-
-Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
-Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
-Metrics = Annotated[tuple[Metric, ...], _LIST, AfterValidator(_no_repeats)]
-LayerSets = Annotated[tuple[LayerNumbers, ...], _LIST, AfterValidator(_no_repeats)]
-Sweep = Annotated[
-    Annotated[Literal["all"], Tag("word")]
-    | Annotated[LayerNumbers, Tag("numbers")]
-    | Annotated[LayerSets, Tag("sets")],
-    _by_form('"all", a list of layers, or a list of lists of layers'),
-]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _weight_form(weight: Any) -> str:
-    return "layers" if isinstance(weight, Mapping) else "number"
-
-
-# JSON's objects have texts for keys.
-_LayerKey = Annotated[int, Field(strict=False, ge=0)]
-Weight = Annotated[
-    Annotated[Fraction, Tag("number")] | Annotated[dict[_LayerKey, Fraction], Tag("layers")],
-    Discriminator(_weight_form),
-]
-VitalLayers = Annotated[
-    Annotated[Text, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
-    _by_form('"auto", a list of layers, a vital_layers.json, or the name of a preset'),
-]
 
 
 # ---- the settings of each demo
 
 
-class _Strict(BaseModel):
-    # A demo uses one of these classes: with defer_build the others cost no time.
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
-    __test__: ClassVar[bool] = False  # else pytest takes TestSettings for a class of tests
-
-
-class Prompt(_Strict):
+class Prompt(StrictModel):
     """One image to be made: what it shows, and the seed of its noise."""
 
     prompt: String = Field(description="what the image shows")
     seed: Seed = Field(description="seed of the noise")
 
 
-Prompts = Annotated[tuple[Prompt, ...], _LIST]
+Prompts = Annotated[tuple[Prompt, ...], LIST]
 
 
-class Settings(_Strict):
+class Settings(StrictModel):
     """What all settings share: the demo they belong to, and fields of which exactly one is to be given."""
 
     demo: ClassVar[str]
@@ -157,7 +68,7 @@ class Settings(_Strict):
         return self.model_dump(mode="json")
 
 
-class Lora(_Strict):
+class Lora(StrictModel):
     """A difference to add to the model."""
 
     file: Text = Field(description="file of the LoRA")
@@ -324,7 +235,7 @@ class ScanSettings(SkipSettings, SelectionSettings):
     output_dir: Text = Field("output/scan", description="folder to write to, or to go on with")
 
 
-class Dosage(_Strict):
+class Dosage(StrictModel):
     """How much of the reference an edit takes over, and where. None: as the named dose says."""
 
     dose: Literal[tuple(DOSES)] | None = Field(
@@ -376,7 +287,7 @@ class EditSettings(Dosage, Divisible):
     demo: ClassVar[str] = "edit"
     prompt: String | None = Field(None, description="what the reference shows, or what is on the photo")
     seed: Seed = Field(0, description="seed of the noise that reference and edits share")
-    edits: Annotated[tuple[_either("edit", Edit), ...], _LIST] = Field(
+    edits: Annotated[tuple[_either("edit", Edit), ...], LIST] = Field(
         description="list of prompts, one for each edited image, or of prompts with numbers of their own"
     )
     vital_layers: VitalLayers = Field("auto", description='"auto", a list, a vital_layers.json or a preset')

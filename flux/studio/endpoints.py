@@ -11,9 +11,9 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux.errors import InputError
-from flux.studio.app import Studio
+from flux.studio.forms import notices_of
 from flux.studio.sessions import Run, Visit
-from flux.studio.tabs.common import notices_of
+from flux.studio.state import Studio
 from flux.studio.work.edit import edit_settings_of, known_layers, run_edit
 from flux.studio.work.generate import run_generate, settings_of
 from flux.studio.work.scan import run_scan, scan_settings_of

@@ -7,14 +7,14 @@ import gradio as gr
 
 from flux.errors import InputError
 from flux.settings.demos import EditSettings, LayerSettings, TestSettings
-from flux.studio.app import Studio
 from flux.studio.endpoints import add_endpoints
 from flux.studio.hardening import Page
 from flux.studio.sessions import Run, Visit, read_back
+from flux.studio.state import Studio
 from flux.studio.tabs.common import AT_ONCE
 from flux.studio.tabs.edit import EditTab
+from flux.studio.tabs.generate import GenerateTab
 from flux.studio.tabs.scan import LookTab
-from flux.studio.work.generate import GenerateTab
 
 STYLE = Path(__file__).with_name("studio.css")
 ACCENT = gr.themes.Color(

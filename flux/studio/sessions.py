@@ -15,7 +15,8 @@ from uuid import uuid4
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images.io import read_metadata, save_image, write_json
+from flux.files import write_json
+from flux.images.io import read_metadata, save_image
 from flux.runs.record import about, run_record
 from flux.settings.demos import EditSettings, LayerSettings, Settings, TestSettings
 from flux.settings.files import WEIGHTS, check_settings

@@ -11,8 +11,8 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import read_image
-from flux.studio.app import Studio
 from flux.studio.engine import Report
+from flux.studio.state import Studio
 
 STRIP_HTML = """<div class="strip" role="toolbar" aria-label="Layers">
 ${[["double", 0, value.double], ["single", value.double, value.num]].map(([kind, from, to]) => `

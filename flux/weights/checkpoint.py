@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import InputError
+from flux.modules import gguf_blocks
 from flux.weights import gguf
 
 MAX_HEADER = 100_000_000  # bytes, the format's own bound
@@ -120,8 +121,8 @@ class Weight:
         if torch.device(device).type == "mps" and self.kind in EIGHT_BIT:  # which has no such numbers
             return self.read("cpu").float().to(device)
         raw = self.stored.read(device)
-        if self.kind in gguf.BLOCKS:
-            return gguf.expand(raw, self.kind)
+        if self.kind in gguf_blocks.BLOCKS:
+            return gguf_blocks.expand(raw, self.kind)
         if self.scale is not None:
             return raw.float() * self.read_scale(device)
         return raw

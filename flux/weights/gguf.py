@@ -1,34 +1,15 @@
-"""GGUF: the head of such a file, and its packed numbers as plain ones, by torch alone.
-
-A packed matrix is rows of blocks. A block holds 32 or 256 numbers of few bits and, in half precision, what
-scales and shifts them. Formulae: the reference decoder of ggml's `gguf` package, to the last bit.
-"""
+"""The header of a GGUF file: its tensors' names, types, shapes and places."""
 
 import struct
-from collections.abc import Callable
 from typing import BinaryIO
 
-import torch
-from torch import Tensor
+from flux.modules.gguf_blocks import BLOCKS
 
 MAX_HEAD = 100_000_000  # bytes; real heads, tokenizers included, have a few megabytes
 MAX_DIMS = 4
 VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY, U32 = 8, 9, 4
 
-# kind -> numbers in a block, bytes of a block
-BLOCKS = {
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q2_K": (256, 84),
-    "Q3_K": (256, 110),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-}
 SIZES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), **BLOCKS}
 IDS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K",
@@ -149,93 +130,3 @@ def _placed(
 
 
 # ---- the numbers
-
-
-def expand(packed: Tensor, kind: str) -> Tensor:
-    """Packed rows, "rows bytes" of uint8 -> their numbers in float32, "rows columns"."""
-    per_block, block_bytes = BLOCKS[kind]
-    blocks = packed.unflatten(-1, (-1, block_bytes))
-    return _EXPAND[kind](blocks).reshape(*packed.shape[:-1], -1)
-
-
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """The half-precision number at that byte of each block, in float32: "... 1"."""
-    return blocks[..., at : at + 2].view(torch.float16).float()
-
-
-def _fields(x: Tensor, bits: int, groups: int = 1) -> Tensor:
-    """Bytes cut into fields of 1, 2 or 4 bits: of each group all lowest fields first, then the next ones."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=x.device)[:, None]
-    return ((x.unflatten(-1, (groups, 1, -1)) >> shifts) & (2**bits - 1)).flatten(-3)
-
-
-def _signed(x: Tensor, zero: int) -> Tensor:
-    """Small unsigned bytes with `zero` taken off."""
-    return x.view(torch.int8) - zero
-
-
-def _q4_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * _signed(_fields(b[..., 2:], 4), 8)
-
-
-def _q4_1(b: Tensor) -> Tensor:
-    return _half(b, 0) * _fields(b[..., 4:], 4) + _half(b, 2)
-
-
-def _q5_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * _signed(_fields(b[..., 6:], 4) | _fields(b[..., 2:6], 1, groups=4) << 4, 16)
-
-
-def _q5_1(b: Tensor) -> Tensor:
-    return _half(b, 0) * (_fields(b[..., 8:], 4) | _fields(b[..., 4:8], 1, groups=4) << 4) + _half(b, 2)
-
-
-def _q8_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * b[..., 2:].view(torch.int8)
-
-
-def _by_group(scales: Tensor, x: Tensor) -> Tensor:
-    """Each group's scale times its numbers: "... groups" and "... block" -> "... groups width"."""
-    return scales[..., None] * x.unflatten(-1, (scales.shape[-1], -1))
-
-
-def _q2_k(b: Tensor) -> Tensor:
-    scales = b[..., :16]
-    x = _by_group(_half(b, 80) * (scales & 15), _fields(b[..., 16:80], 2, groups=2))
-    return x - (_half(b, 82) * (scales >> 4))[..., None]
-
-
-def _q3_k(b: Tensor) -> Tensor:
-    low, high = _fields(b[..., 96:104], 4), _fields(b[..., 104:108], 2)
-    scales = _half(b, 108) * _signed(low | high << 4, 32)
-    return _by_group(scales, _signed(_fields(b[..., 32:96], 2, groups=2) | _fields(b[..., :32], 1) << 2, 4))
-
-
-def _scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight of each, in 6 bits, their upper halves spread over what the first four leave free; scaled."""
-    first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
-    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), dim=-1)
-    minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), dim=-1)
-    return _half(b, 0) * scales, _half(b, 2) * minima
-
-
-def _q4_k(b: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(b)
-    return _by_group(scales, _fields(b[..., 16:], 4, groups=4)) - minima[..., None]
-
-
-def _q5_k(b: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(b)
-    x = _fields(b[..., 48:], 4, groups=4) | _fields(b[..., 16:48], 1) << 4
-    return _by_group(scales, x) - minima[..., None]
-
-
-def _q6_k(b: Tensor) -> Tensor:
-    x = _fields(b[..., :128], 4, groups=2) | _fields(b[..., 128:192], 2, groups=2) << 4
-    return _by_group(_half(b, 208) * b[..., 192:208].view(torch.int8), _signed(x, 32))
-
-
-_EXPAND: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-}  # fmt: skip

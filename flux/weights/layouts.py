@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import InputError
-from flux.weights import gguf
+from flux.modules import gguf_blocks
 from flux.weights.checkpoint import EIGHT_BIT, Checkpoint, Weight
 
 # ---- one tensor
@@ -54,7 +54,7 @@ class Source:
         """Whether a matrix can stay as it is stored: GGUF's blocks, or 8-bit floats of one scale."""
         if self.kind in EIGHT_BIT:
             return len(self.parts) == 1 and not self.swapped
-        return self.kind in gguf.BLOCKS
+        return self.kind in gguf_blocks.BLOCKS
 
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """The whole in `dtype`."""

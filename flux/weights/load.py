@@ -1,9 +1,7 @@
 """From a model's name to its nets: find the files, read them strictly, put them on a device."""
 
-import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,127 +13,13 @@ from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.layers import timestep_embedding
 from flux.modules.linear import PackedLinear
-from flux.settings.demos import ModelSettings
-from flux.specs import ModelSpec, get_spec
+from flux.specs import ModelSpec
 from flux.weights import lora
-from flux.weights.checkpoint import EIGHT_BIT, fingerprint, json_of, open_checkpoint, short
-from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
-from flux.weights.layouts import TITLES, Source, holds, sources
+from flux.weights.checkpoint import EIGHT_BIT, json_of, open_checkpoint, short
+from flux.weights.find import ENCODERS, ModelFiles, all_loras, own_lora
+from flux.weights.layouts import TITLES, Source, sources
 
 CONTROL_INPUTS = {128: "a canny or depth model", 384: "a fill model"}
-ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where one model's nets lie. Each path is a file, or a folder in diffusers' layout.
-
-    Attributes:
-        flow, ae: the transformer and the autoencoder.
-        text: the folder that holds `TEXT_FOLDERS`; t5, clip: those encoders' weights, if they lie elsewhere.
-        loras: files of differences with the strength of each.
-    """
-
-    flow: Path
-    ae: Path
-    text: Path
-    t5: Path | None = None
-    clip: Path | None = None
-    loras: tuple[tuple[Path, float], ...] = ()
-
-    def of(self, part: str) -> Path:
-        """Where that net lies, by the name of its folder in diffusers' layout."""
-        own = {"transformer": self.flow, "vae": self.ae, "text_encoder": self.clip, "text_encoder_2": self.t5}
-        return own[part] or self.text
-
-
-def find_files(
-    name: str,
-    flow: str | None = None,
-    ae: str | None = None,
-    text: str | None = None,
-    download: bool = True,
-    t5: str | None = None,
-    clip: str | None = None,
-    loras: Sequence[tuple[str, float]] = (),
-) -> ModelFiles:
-    """The files of the model `name`; what is not on this machine is downloaded, with a progress bar.
-
-    Each file is the one given here, else the one an environment variable names (`ModelSpec.env_flow`,
-    `env_ae`), else the file of the transformer if that holds the other nets too, else the package's own or
-    the hub's. All that is local is checked before anything is downloaded.
-
-    Raises:
-        InputError: a path that holds no such net, or a download that fails.
-    """
-    spec = get_spec(name)
-    flow, ae = flow or _from_env(spec.env_flow), ae or _from_env(spec.env_ae)
-    if flow and not ae and _has(Path(flow), "vae"):
-        ae = flow
-    if flow and not text:
-        t5 = t5 or (flow if _has(Path(flow), "text_encoder_2") else None)
-        clip = clip or (flow if _has(Path(flow), "text_encoder") else None)
-        if all((Path(flow) / folder).is_dir() for folder in TEXT_FOLDERS):
-            text = flow
-    for path, part in ((flow, "transformer"), (ae, "vae"), (t5, "text_encoder_2"), (clip, "text_encoder")):
-        if path:
-            sources(open_checkpoint(Path(path), part), part, ())
-    for path, _ in loras:
-        lora.read_lora(Path(path))
-    if text:
-        _check_text_folder(Path(text), t5, clip)
-    return ModelFiles(
-        Path(flow) if flow else own_file(spec, spec.repo_flow, download),
-        Path(ae) if ae else own_file(spec, spec.repo_ae, download),
-        Path(text) if text else own_text_folder(spec, download, weights=not (t5 and clip)),
-        Path(t5) if t5 else None,
-        Path(clip) if clip else None,
-        tuple((Path(path), weight) for path, weight in loras),
-    )
-
-
-def files_of(settings: ModelSettings, download: bool = True) -> ModelFiles:
-    """The files that these settings name, as `find_files`."""
-    return find_files(
-        settings.model,
-        settings.weights,
-        settings.ae_weights,
-        settings.text_encoders,
-        download,
-        settings.t5_weights,
-        settings.clip_weights,
-        [(entry.file, entry.weight) for entry in settings.lora],
-    )
-
-
-def _from_env(names: tuple[str, ...]) -> str | None:
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
-
-
-def _has(path: Path, part: str) -> bool:
-    return (path / part).is_dir() if path.is_dir() else holds(open_checkpoint(path), part)
-
-
-def _check_text_folder(folder: Path, t5: str | None, clip: str | None) -> None:
-    missing = [name for name in TEXT_FOLDERS if not (folder / name).is_dir()]
-    if missing:
-        raise InputError(f"Got {folder} for the text encoders, but it has no folder {' or '.join(missing)}")
-    for encoder, given in (("text_encoder", clip), ("text_encoder_2", t5)):
-        if not given:
-            sources(open_checkpoint(folder / encoder), encoder, ())
-
-
-def checkpoint_of(settings: ModelSettings) -> str | None:
-    """Fingerprint of the transformer that these settings load, with what is added to it; None if a file is
-    not on this machine.
-    """
-    try:
-        files = files_of(settings, download=False)
-        own, loras = fingerprint(files.flow), _all_loras(get_spec(settings.model), files)
-        added = [f"{fingerprint(path, '')} {weight:g}" for path, weight in loras]
-    except InputError:
-        return None
-    return hashlib.sha256("\n".join([own, *added]).encode()).hexdigest()[:32] if added else own
 
 
 def read_weights(path: Path, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -240,21 +124,6 @@ def load_net(
 # ---- the nets of a model
 
 
-def _all_loras(spec: ModelSpec, files: ModelFiles) -> tuple[tuple[Path, float], ...]:
-    """The differences to add to the file of the transformer: the model's own first, then those asked for."""
-    if _own_lora(spec, files.flow) is None:
-        return files.loras
-    return ((own_file(spec, spec.lora, True), 1.0), *files.loras)
-
-
-def _own_lora(spec: ModelSpec, flow: Path) -> str | None:
-    """The difference that makes the model of another one's file; None if the file is the model itself."""
-    if spec.lora is None:
-        return None
-    made, _ = sources(open_checkpoint(flow, "transformer"), "transformer", ["guidance_in.in_layer.weight"])
-    return spec.lora if made else None
-
-
 def check_files(spec: ModelSpec, files: ModelFiles) -> None:
     """Raises InputError if a file is not this model's, with nothing loaded but heads."""
     flow_on_meta(spec, files)
@@ -266,10 +135,10 @@ def check_files(spec: ModelSpec, files: ModelFiles) -> None:
 def flow_on_meta(spec: ModelSpec, files: ModelFiles) -> tuple[Flux, dict[str, Source], list[lora.Patch]]:
     """The transformer without memory, how its tensors are made, and what is then added to them."""
     # A model made by a difference is read as the one it is made of.
-    params = replace(spec.params, guidance_embed=True) if _own_lora(spec, files.flow) else spec.params
+    params = replace(spec.params, guidance_embed=True) if own_lora(spec, files.flow) else spec.params
     net = on_meta(Flux, params)
     made = fit(net, files.flow, "transformer")
-    return net, made, _patches(_all_loras(spec, files), "transformer", net)
+    return net, made, _patches(all_loras(spec, files), "transformer", net)
 
 
 def _patches(loras: Sequence[tuple[Path, float]], part: str, net: nn.Module) -> list[lora.Patch]:
@@ -355,65 +224,3 @@ def load_text(
 
 
 # ---- upstream's calls
-
-
-def load_flow_model(
-    name: str,
-    device: str | torch.device = "cuda",
-    hf_download: bool = True,
-    verbose: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Flux:
-    """The transformer of the model `name`: upstream's call."""
-    if verbose:
-        print(f"Loading {name}")
-    spec = get_spec(name)
-    flow = Path(_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
-    return load_flow(spec, ModelFiles(flow, flow, flow), device, dtype)
-
-
-def load_ae(
-    name: str,
-    device: str | torch.device = "cuda",
-    hf_download: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> AutoEncoder:
-    """The autoencoder of the model `name`: upstream's call."""
-    spec = get_spec(name)
-    path = _from_env(spec.env_ae) or own_file(spec, spec.repo_ae, hf_download)
-    return load_net(AutoEncoder, spec.ae_params, Path(path), device, dtype)
-
-
-def load_t5(
-    device: str | torch.device = "cuda",
-    max_length: int | None = None,
-    name: str = "flux-dev",
-    folder: Path | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> HFEmbedder:
-    """The T5 encoder of the model `name`, from its repository or from `folder`: upstream's call."""
-    return _own_text("text_encoder_2", device, max_length, name, folder, dtype)
-
-
-def load_clip(
-    device: str | torch.device = "cuda",
-    name: str = "flux-dev",
-    folder: Path | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> HFEmbedder:
-    """The CLIP encoder of the model `name`, from its repository or from `folder`: upstream's call."""
-    return _own_text("text_encoder", device, None, name, folder, dtype)
-
-
-def _own_text(
-    part: str,
-    device: str | torch.device,
-    max_length: int | None,
-    name: str,
-    folder: Path | None,
-    dtype: torch.dtype,
-) -> HFEmbedder:
-    spec = get_spec(name)
-    own_length = spec.clip_length if part == "text_encoder" else spec.text_length
-    folder = folder or own_text_folder(spec, True)
-    return load_text(ModelFiles(folder, folder, folder), part, max_length or own_length, device, dtype)

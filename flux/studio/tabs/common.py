@@ -10,10 +10,11 @@ from typing import Any
 import gradio as gr
 
 from flux.settings.demos import ModelSettings
-from flux.studio.app import Studio
 from flux.studio.engine import Report
+from flux.studio.forms import texts_of
+from flux.studio.state import Studio
 from flux.studio.widgets import duration, news
-from flux.vocabulary import overlooked, unknown_words
+from flux.vocabulary import unknown_words
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 # For what may fail: gradio shows errors only of what was queued.
@@ -106,22 +107,6 @@ def words_note(studio: Studio, settings: ModelSettings) -> str:
     )
 
 
-def notices_of(studio: Studio, settings: ModelSettings, form: dict[str, Any]) -> list[str]:
-    """What a program is told besides its result: words that the model overlooks, sizes that were rounded."""
-    vocabulary = studio.spec.vocabulary
-    notices = overlooked(dict.fromkeys(texts_of(settings)), vocabulary) if vocabulary else []
-    for side in ("width", "height"):
-        if form[side] not in (None, (used := getattr(settings, side))):
-            notices.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
-    return notices
-
-
-def texts_of(settings: ModelSettings) -> list[str]:
-    """All that the model will be told."""
-    prompts = [entry.prompt for entry in getattr(settings, "entries", None) or settings.prompts]
-    return [getattr(settings, "prompt", None) or "", *prompts, settings.negative_prompt]
-
-
 def words_place() -> gr.HTML:
     """Where `words_note` goes: under the prompt, and nothing as long as all words are known."""
     return gr.HTML("", elem_classes="words")
@@ -146,15 +131,3 @@ def guidance_slider(studio: Studio) -> gr.Slider:
     return gr.Slider(
         0, 10, studio.defaults.guidance, step=0.1, label="Guidance", visible=studio.spec.params.guidance_embed
     )
-
-
-def whole(fields: dict[str, Any]) -> dict[str, Any]:
-    """Counts as integers: browsers send 20.0, and sliders 1 for 1.0."""
-    counts = ("width", "height", "num_steps", "seed", "top", "count")
-    return {
-        # A float of hundreds of digits stays one, to be refused in few letters.
-        name: int(value)
-        if name in counts and isinstance(value, float) and value.is_integer() and abs(value) < 2**63
-        else value
-        for name, value in fields.items()
-    }

@@ -11,9 +11,10 @@ from flux.editing.photo import natural_size
 from flux.errors import InputError
 from flux.settings.demos import EditSettings
 from flux.settings.doses import DEFAULT_DOSE, DOSES
-from flux.studio.app import Studio
 from flux.studio.engine import Report, Teller
+from flux.studio.forms import SAMPLING, numbers_of, text_of
 from flux.studio.sessions import Run, Visit
+from flux.studio.state import Studio
 from flux.studio.tabs.common import QUIET, connect, fill, guidance_slider, size_slider, words_place
 from flux.studio.widgets import (
     held_picture,
@@ -24,15 +25,7 @@ from flux.studio.widgets import (
     picture_input,
     strip_value,
 )
-from flux.studio.work.edit import (
-    edit_settings_of,
-    known_layers,
-    make_reference,
-    numbers_of,
-    run_edit,
-    text_of,
-)
-from flux.studio.work.generate import SAMPLING
+from flux.studio.work.edit import edit_settings_of, known_layers, make_reference, run_edit
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"

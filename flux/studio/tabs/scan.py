@@ -9,13 +9,14 @@ import gradio as gr
 
 from flux.scan.sweep import REFERENCE, layer_sets, picture_path
 from flux.settings.demos import LayerSettings, ScanSettings
-from flux.studio.app import Studio
 from flux.studio.engine import Report
+from flux.studio.forms import SAMPLING
 from flux.studio.sessions import Run, Visit
+from flux.studio.state import Studio
 from flux.studio.tabs.common import QUIET, connect, size_slider, words_place
 from flux.studio.widgets import layer_strip, news, strip_value
-from flux.studio.work.generate import SAMPLING
-from flux.studio.work.scan import film_settings_of, make_film, read_vitality, run_scan, scan_settings_of
+from flux.studio.work.film import film_settings_of, make_film
+from flux.studio.work.scan import read_vitality, run_scan, scan_settings_of
 
 PROMPT = "a cat wearing a top hat in the snow"
 PROMPTS = "a dog on the grass\nan owl in the forest\na red car on the street"

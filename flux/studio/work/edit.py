@@ -1,48 +1,23 @@
 """Edits that keep the rest: the settings, and the work on a reference that is kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
 
-from flux.editing.edit import OF_REFERENCE, edit_reference, keep_reference
+from flux.editing.edit import OF_REFERENCE, edit_reference
+from flux.editing.reference import keep_reference
 from flux.errors import InputError
-from flux.settings.demos import Edit, EditSettings
-from flux.settings.doses import DOSES
-from flux.studio.app import Studio
+from flux.settings.demos import EditSettings
 from flux.studio.engine import Engine, Report, Teller
+from flux.studio.forms import DOSED, SAMPLING, edits_of, numbers_of, whole
 from flux.studio.limits import text_in
 from flux.studio.sessions import Run, Visit
-from flux.studio.tabs.common import whole
+from flux.studio.state import Studio
 from flux.studio.widgets import layers_on
-from flux.studio.work.generate import SAMPLING
 from flux.vital_layers import PRESETS, find_vital_layers
 
 # ---- settings and work
-
-
-def edits_of(text: str) -> list[str | dict]:
-    """One edit a line; a line that begins with ">" is a further turn of the one above it."""
-    edits: list[str | dict] = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        prompt = line.lstrip("> ").strip()
-        if not line.startswith(">") or not edits:
-            edits.append(prompt)
-        elif isinstance(edits[-1], str):
-            edits[-1] = {"prompt": edits[-1], "then": [prompt]}
-        else:
-            edits[-1]["then"].append(prompt)
-    return edits
-
-
-def text_of(edits: Sequence[str | Edit]) -> str:
-    """The text that `edits_of` reads."""
-    lines = []
-    for edit in edits:
-        turns = () if isinstance(edit, str) else edit.then
-        lines.append(edit if isinstance(edit, str) else edit.prompt)
-        lines += [f"> {turn if isinstance(turn, str) else turn.prompt}" for turn in turns]
-    return "\n".join(lines)
 
 
 def edit_settings_of(studio: Studio, form: dict[str, Any]) -> EditSettings:
@@ -68,15 +43,6 @@ def edit_settings_of(studio: Studio, form: dict[str, Any]) -> EditSettings:
         "vital_layers": layers,
     }
     return studio.checked(EditSettings, fields)
-
-
-DOSED = ("weight", "inject_from", "inject_until", "falling")
-
-
-def numbers_of(dose: Any) -> dict[str, float | bool]:
-    """The numbers of the dose of that name, as the page shows them; none if there is no such dose."""
-    found = DOSES.get(dose) if isinstance(dose, str) else None
-    return {name: getattr(found, name) for name in DOSED} if found else {}
 
 
 def make_reference(
@@ -145,9 +111,9 @@ def run_edit(
 
 def known_layers(studio: Studio) -> tuple[tuple[int, ...], dict[int, float] | None]:
     """The layers that are on at first, and how vital each is, if this checkpoint has been scanned."""
-    from flux.runs.record import remembered_scan
     from flux.studio.work.scan import read_vitality
-    from flux.weights.load import checkpoint_of
+    from flux.vital_layers import remembered_scan
+    from flux.weights.find import checkpoint_of
 
     checkpoint = checkpoint_of(studio.defaults)
     scan = remembered_scan(checkpoint) if checkpoint else None

@@ -1,0 +1,31 @@
+"""The metrics by name."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from flux.errors import InputError
+from flux.metrics.base import Metric
+from flux.metrics.features import Clip, Dino, Lpips
+from flux.metrics.pixels import Psnr, Ssim
+
+METRICS: dict[str, type[Metric]] = {"dino": Dino, "psnr": Psnr, "ssim": Ssim, "lpips": Lpips, "clip": Clip}
+
+
+def load_metrics(
+    names: Sequence[str],
+    sources: Mapping[str, str] | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Metric]:
+    """The metrics of these names (of METRICS), in their order: the first is the one that selects.
+
+    Args:
+        sources: hub id or folder of the net of "dino" or "clip", where it is not the usual one.
+
+    Raises:
+        InputError: an unknown name, or as `Metric.load`.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"Got unknown metric {name!r}: expected some of {', '.join(METRICS)}")
+    return {name: METRICS[name].load((sources or {}).get(name), device) for name in names}

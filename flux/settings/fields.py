@@ -1,0 +1,133 @@
+"""The types of the settings' fields: texts, lists of layers, weights."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+MAX_SEED = 2**63 - 1
+
+
+def _expected(what: str) -> PydanticCustomError:
+    """An error that ends as "expected WHAT, got VALUE"."""
+    return PydanticCustomError("expected", "{what}", {"what": what})
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a stray surrogate: "\ud800" in a file, or a command line that is not UTF-8
+        raise _expected("text that UTF-8 can hold") from None
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise _expected("some text")
+    return text
+
+
+def _no_repeats(layers: tuple) -> tuple:
+    distinct = {frozenset(entry) if isinstance(entry, tuple) else entry for entry in layers}
+    if len(distinct) < len(layers):
+        raise _expected("each only once")
+    return layers
+
+
+def _form(layers: Any) -> str | None:
+    """Which form of a layers field is meant, so that only that form's errors are reported."""
+    if isinstance(layers, str):
+        return "word"
+    if isinstance(layers, list | tuple):
+        return "sets" if any(isinstance(entry, list | tuple) for entry in layers) else "numbers"
+    return None
+
+
+def _by_form(expected: str) -> Discriminator:
+    return Discriminator(
+        _form,
+        custom_error_type="expected",
+        custom_error_message="{what}",
+        custom_error_context={"what": expected},
+    )
+
+
+# JSON's lists become tuples, which strictness forbids: hence strict=False, on the tuple, not on its items.
+LIST = Field(strict=False, min_length=1)
+
+
+String = Annotated[str, AfterValidator(_encodable)]
+
+
+Text = Annotated[String, AfterValidator(_not_blank)]
+
+
+Texts = Annotated[tuple[Text, ...], LIST]
+
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], LIST, AfterValidator(_no_repeats)]
+
+
+Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_no_repeats)]
+
+
+Words = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+def _offload_name(value: Any) -> Any:
+    """true and false, which the field once was and the command line's --offload still is."""
+    names = {"True": "model", "False": "none"}
+    return names.get(str(value), value) if isinstance(value, bool | str) else value
+
+
+Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
+
+
+Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
+
+
+Metrics = Annotated[tuple[Metric, ...], LIST, AfterValidator(_no_repeats)]
+
+
+LayerSets = Annotated[tuple[LayerNumbers, ...], LIST, AfterValidator(_no_repeats)]
+
+
+Sweep = Annotated[
+    Annotated[Literal["all"], Tag("word")]
+    | Annotated[LayerNumbers, Tag("numbers")]
+    | Annotated[LayerSets, Tag("sets")],
+    _by_form('"all", a list of layers, or a list of lists of layers'),
+]
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _weight_form(weight: Any) -> str:
+    return "layers" if isinstance(weight, Mapping) else "number"
+
+
+# JSON's objects have texts for keys.
+_LayerKey = Annotated[int, Field(strict=False, ge=0)]
+
+
+Weight = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[dict[_LayerKey, Fraction], Tag("layers")],
+    Discriminator(_weight_form),
+]
+
+
+VitalLayers = Annotated[
+    Annotated[Text, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
+    _by_form('"auto", a list of layers, a vital_layers.json, or the name of a preset'),
+]
+
+
+class StrictModel(BaseModel):
+    # A demo uses one of these classes: with defer_build the others cost no time.
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+    __test__: ClassVar[bool] = False  # else pytest takes TestSettings for a class of tests
