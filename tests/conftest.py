@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # Kernels run by Triton's interpreter: read when Triton is imported, as torch's compiler may do.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import toy  # noqa: E402
+from helpers import tiny_models  # noqa: E402
 
 SKIPPED = {"slow": "--run-slow", "gpu": "--run-gpu"}
 
@@ -66,10 +66,10 @@ def no_gradients():
 @pytest.fixture(scope="session")
 def nano():
     """flux-nano's pipeline in float32 on the CPU."""
-    return toy.load_nano()
+    return tiny_models.load_nano()
 
 
 @pytest.fixture(scope="session")
 def nano_diffusers():
     """diffusers' FluxPipeline with flux-nano's weights, tokenizers and schedule."""
-    return toy.load_nano_in_diffusers()
+    return tiny_models.load_nano_in_diffusers()

@@ -7,14 +7,14 @@ import dataclasses
 
 import pytest
 import torch
-import toy
+from helpers import tiny_models
 from torch.testing import assert_close
 
 from flux.errors import InputError
 from flux.intervention import Intervention, check_layers
 from flux.model import Streams
 
-LAYERS = range(toy.NUM_LAYERS)
+LAYERS = range(tiny_models.NUM_LAYERS)
 VITAL = frozenset({0, 2, 3, 6})
 SIZE = (48, 80)
 TOKENS = 15
@@ -30,13 +30,13 @@ def skip_rows(*rows) -> Intervention:
 
 @pytest.fixture(scope="module")
 def model():
-    return toy.flux()
+    return tiny_models.flux()
 
 
 @pytest.fixture(scope="module")
 def given():
     """Three rows with texts, noise, noise levels and guidance of their own."""
-    return toy.inputs(3, *SIZE)
+    return tiny_models.inputs(3, *SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def shared(given):
 
 def kept_by(model, given, rows=(0,), layers=VITAL):
     velocity, found = model.observe(
-        **toy.rows_of(given, list(rows)), intervention=Intervention(keep=frozenset(layers))
+        **tiny_models.rows_of(given, list(rows)), intervention=Intervention(keep=frozenset(layers))
     )
     return velocity, found.kept
 
@@ -80,7 +80,7 @@ def test_skip_is_the_zero_gate(model, given, layer):
     """
     muted = copy.deepcopy(model)
     block = [*muted.double_blocks, *muted.single_blocks][layer]
-    mods = [block.img_mod, block.txt_mod] if layer < toy.NUM_DOUBLE else [block.modulation]
+    mods = [block.img_mod, block.txt_mod] if layer < tiny_models.NUM_DOUBLE else [block.modulation]
     for mod in mods:
         mod.lin.weight.data.zero_()
         mod.lin.bias.data.zero_()
@@ -109,12 +109,12 @@ def test_rows_with_sets_of_their_own(model, given, layer):
     """A row that bypasses a layer beside rows that do not equals the same row alone; the others do not
     notice.
     """
-    mixed = model(**given, intervention=skip_rows({layer}, (), {layer, (layer + 1) % toy.NUM_LAYERS}))
-    alone = (skip(layer), skip(), skip(layer, (layer + 1) % toy.NUM_LAYERS))
+    mixed = model(**given, intervention=skip_rows({layer}, (), {layer, (layer + 1) % tiny_models.NUM_LAYERS}))
+    alone = (skip(layer), skip(), skip(layer, (layer + 1) % tiny_models.NUM_LAYERS))
     for row, intervention in enumerate(alone):
         whole_batch = model(**given, intervention=intervention)
         assert torch.equal(mixed[row], whole_batch[row])
-        one = model(**toy.rows_of(given, [row]), intervention=intervention)
+        one = model(**tiny_models.rows_of(given, [row]), intervention=intervention)
         assert_close(mixed[row : row + 1], one, rtol=0, atol=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_a_bypass_may_start_at_its_layer(model, given, layer):
 
 def test_one_row_may_start_many(model, given):
     """The streams of one row serve a batch of it, each row with a set of its own."""
-    one, alike = toy.rows_of(given, [1]), toy.rows_of(given, [1, 1, 1])
+    one, alike = tiny_models.rows_of(given, [1]), tiny_models.rows_of(given, [1, 1, 1])
     start, rows = model.streams(**one)[2], skip_rows({2}, {5}, ())
     from_start, _ = model.observe(**alike, intervention=rows, start=start)
     assert_close(from_start, model(**alike, intervention=rows), rtol=0, atol=5e-6)
@@ -208,7 +208,7 @@ def test_keeping_changes_nothing(model, given):
 
 def test_kept_are_the_image_tokens_of_the_layers_asked_for(model, given):
     kept = model.observe(**given, intervention=Intervention(keep=VITAL))[1].kept
-    heads, size = toy.PARAMS.num_heads, toy.PARAMS.hidden_size // toy.PARAMS.num_heads
+    heads, size = tiny_models.PARAMS.num_heads, tiny_models.PARAMS.hidden_size // tiny_models.PARAMS.num_heads
     assert kept.keys() == VITAL
     for k, v in kept.values():
         assert k.shape == v.shape == (3, heads, TOKENS, size)
@@ -226,11 +226,13 @@ def test_kept_are_normalised_and_turned_keys(model, given):
     """Keys as attention sees them, and plain values, worked out by hand in the first layer."""
     kept = model.observe(**given, intervention=Intervention(keep=frozenset({0})))[1].kept
     block = model.double_blocks[0]
-    vec = torch.nn.functional.silu(toy.hand_vec(model, given))
+    vec = torch.nn.functional.silu(tiny_models.hand_vec(model, given))
     shift, scale, *_ = block.img_mod.lin(vec)[:, None].chunk(6, dim=-1)
-    qkv = block.img_attn.qkv(toy.hand_norm(model.img_in(given["img"])) * (1 + scale) + shift)
-    _, k, v = qkv.unflatten(-1, (3, toy.PARAMS.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    k = toy.hand_rotation(toy.hand_rms(k, block.img_attn.norm.key_norm.scale), given["img_ids"], toy.PARAMS)
+    qkv = block.img_attn.qkv(tiny_models.hand_norm(model.img_in(given["img"])) * (1 + scale) + shift)
+    _, k, v = qkv.unflatten(-1, (3, tiny_models.PARAMS.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    k = tiny_models.hand_rotation(
+        tiny_models.hand_rms(k, block.img_attn.norm.key_norm.scale), given["img_ids"], tiny_models.PARAMS
+    )
     assert_close(kept[0][0], k, rtol=0, atol=5e-6)
     assert_close(kept[0][1], v, rtol=0, atol=5e-6)
 
@@ -241,7 +243,7 @@ def test_taken_keys_are_what_is_kept(model, shared):
     """
     _, kept = kept_by(model, shared)
     both = Intervention(keep=VITAL, take=kept)
-    kept_again = model.observe(**toy.rows_of(shared, [1, 2]), intervention=both)[1].kept
+    kept_again = model.observe(**tiny_models.rows_of(shared, [1, 2]), intervention=both)[1].kept
     for layer, pair in kept.items():
         for first, second in zip(pair, kept_again[layer]):
             assert torch.equal(first.expand_as(second), second)
@@ -278,19 +280,19 @@ def test_take_is_writing_over_keys_and_values_by_rows(model, shared, layers):
     """The method as its paper states it: in one batch, row 0's image keys and values written over those of
     the others before the rotary embedding. Two passes with a hand-over give the same.
     """
-    by_rows = toy.hand_forward(model, shared, inject=frozenset(layers))
+    by_rows = tiny_models.hand_forward(model, shared, inject=frozenset(layers))
     reference, kept = kept_by(model, shared, layers=layers)
-    edits = model(**toy.rows_of(shared, [1, 2]), intervention=Intervention(take=kept))
-    error = toy.relative_error(torch.cat((reference, edits)), by_rows)
+    edits = model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(take=kept))
+    error = tiny_models.relative_error(torch.cat((reference, edits)), by_rows)
     assert error < 1e-6, f"relative error {error:.1e}"
-    plain = model(**toy.rows_of(shared, [1, 2]))
+    plain = model(**tiny_models.rows_of(shared, [1, 2]))
     assert (edits - plain).abs().max() > 0.1, "the injection did nothing"
 
 
 def test_text_keys_and_values_stay_the_rows_own(model, shared):
     """With another text, the rows that take from the same reference still differ."""
     _, kept = kept_by(model, shared, layers=LAYERS)
-    alike = toy.rows_of(shared, [1, 1])
+    alike = tiny_models.rows_of(shared, [1, 1])
     alike["txt"] = shared["txt"][[1, 2]]
     velocity = model(**alike, intervention=Intervention(take=kept))
     assert (velocity[0] - velocity[1]).abs().max() > 0.1
@@ -300,15 +302,15 @@ def test_projections_of_taken_keys_and_values_are_not_computed(model, shared):
     """Not-a-number in the rows of the weights that make image keys and values must not be noticed."""
     _, kept = kept_by(model, shared, layers={1})
     broken = copy.deepcopy(model)
-    broken.double_blocks[1].img_attn.qkv.weight.data[toy.PARAMS.hidden_size :] = torch.nan
-    edits, taking = toy.rows_of(shared, [1, 2]), Intervention(take=kept)
+    broken.double_blocks[1].img_attn.qkv.weight.data[tiny_models.PARAMS.hidden_size :] = torch.nan
+    edits, taking = tiny_models.rows_of(shared, [1, 2]), Intervention(take=kept)
     assert torch.equal(broken(**edits, intervention=taking), model(**edits, intervention=taking))
 
 
 def test_edits_leave_what_they_take_untouched(model, shared):
     _, kept = kept_by(model, shared)
     before = copy.deepcopy(kept)
-    model(**toy.rows_of(shared, [1, 2]), intervention=Intervention(take=kept))
+    model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(take=kept))
     for layer in VITAL:
         for now, then in zip(kept[layer], before[layer]):
             assert torch.equal(now, then)
@@ -317,7 +319,7 @@ def test_edits_leave_what_they_take_untouched(model, shared):
 def test_a_batch_of_identical_rows_stays_identical(model, shared):
     """Rows equal to the reference, taking from it, answer as the reference does."""
     reference, kept = kept_by(model, shared)
-    same = toy.rows_of(shared, [0, 0, 0])
+    same = tiny_models.rows_of(shared, [0, 0, 0])
     velocity = model(**same, intervention=Intervention(take=kept))
     assert_close(velocity, reference.expand_as(velocity), rtol=0, atol=5e-6)
 
@@ -325,31 +327,33 @@ def test_a_batch_of_identical_rows_stays_identical(model, shared):
 def test_order_and_number_of_edits_do_not_matter(model, shared):
     _, kept = kept_by(model, shared)
     taking = Intervention(take=kept)
-    edits = model(**toy.rows_of(shared, [1, 2]), intervention=taking)
-    turned = model(**toy.rows_of(shared, [2, 1]), intervention=taking)
+    edits = model(**tiny_models.rows_of(shared, [1, 2]), intervention=taking)
+    turned = model(**tiny_models.rows_of(shared, [2, 1]), intervention=taking)
     assert_close(turned.flip(0), edits, rtol=0, atol=5e-6)
-    alone = model(**toy.rows_of(shared, [2]), intervention=taking)
+    alone = model(**tiny_models.rows_of(shared, [2]), intervention=taking)
     assert_close(alone, edits[1:], rtol=0, atol=5e-6)
 
 
 def test_several_references_serve_their_own_edits(model, shared):
     """Two references, four edits: the first two take from the first, the last two from the second."""
     _, kept = kept_by(model, shared, rows=(0, 1))
-    edits = toy.rows_of(shared, [2, 1, 0, 2])
+    edits = tiny_models.rows_of(shared, [2, 1, 0, 2])
     together = model(**edits, intervention=Intervention(take=kept))
     for source, rows in ((0, [0, 1]), (1, [2, 3])):
         own = {layer: tuple(x[source : source + 1] for x in pair) for layer, pair in kept.items()}
-        alone = model(**toy.rows_of(edits, rows), intervention=Intervention(take=own))
+        alone = model(**tiny_models.rows_of(edits, rows), intervention=Intervention(take=own))
         assert_close(together[rows], alone, rtol=0, atol=5e-6)
 
 
 def test_skip_keep_and_take_together(model, shared):
     """Bypassing one layer for some rows while others take: each row as alone."""
     _, kept = kept_by(model, shared)
-    edits = toy.rows_of(shared, [1, 2])
+    edits = tiny_models.rows_of(shared, [1, 2])
     both = model(**edits, intervention=Intervention(skip=(frozenset({2}), frozenset()), take=kept))
-    first = model(**toy.rows_of(edits, [0]), intervention=Intervention(skip=frozenset({2}), take=kept))
-    second = model(**toy.rows_of(edits, [1]), intervention=Intervention(take=kept))
+    first = model(
+        **tiny_models.rows_of(edits, [0]), intervention=Intervention(skip=frozenset({2}), take=kept)
+    )
+    second = model(**tiny_models.rows_of(edits, [1]), intervention=Intervention(take=kept))
     assert_close(both, torch.cat((first, second)), rtol=0, atol=5e-6)
 
 
@@ -400,7 +404,7 @@ def test_ones_own_are_projected_only_where_something_of_them_is_left(model, give
     """A weight of 1 is the same as none named: bit for bit, and no more work."""
     whole = Intervention(take=kept_by(model, given, layers={layer})[1])
     block = [*model.double_blocks, *model.single_blocks][layer]
-    projection = block.img_attn.qkv if layer < toy.NUM_DOUBLE else block.linear1
+    projection = block.img_attn.qkv if layer < tiny_models.NUM_DOUBLE else block.linear1
     plain = model(**given, intervention=whole)
     calls = []
     handle = projection.register_forward_hook(lambda *args: calls.append(args))
@@ -494,7 +498,9 @@ def test_keys_and_values_that_do_not_belong_together(model, given):
 @pytest.mark.parametrize("layer", [0, 5])
 def test_keys_and_values_of_another_size_of_picture(model, given, layer):
     """Else double-stream blocks would attend to them without a word, and pictures would be quietly wrong."""
-    kept = model.observe(**toy.inputs(1, 64, 64), intervention=Intervention(keep=frozenset({layer})))[1].kept
+    kept = model.observe(**tiny_models.inputs(1, 64, 64), intervention=Intervention(keep=frozenset({layer})))[
+        1
+    ].kept
     with pytest.raises(InputError):
         model(**given, intervention=Intervention(take=kept))
 

@@ -5,8 +5,8 @@ softmax.
 import math
 
 import torch
-import toy
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from helpers import tiny_models
 from torch.testing import assert_close
 
 from flux.math import apply_rope, attend, attention, rope
@@ -44,10 +44,12 @@ def test_apply_rope_turns_neighbouring_channels():
     noise.
     """
     ids = torch.stack([positions(2, 5)] * 3, dim=-1)
-    pe = torch.cat([rope(ids[..., i], n, 10_000) for i, n in enumerate(toy.PARAMS.axes_dim)], dim=-3)[:, None]
+    pe = torch.cat([rope(ids[..., i], n, 10_000) for i, n in enumerate(tiny_models.PARAMS.axes_dim)], dim=-3)[
+        :, None
+    ]
     q, k = torch.randn(2, 3, 2, 5, 16, generator=torch.Generator().manual_seed(1))[:, :2]
     for got, x in zip(apply_rope(q, k, pe), (q, k)):
-        assert_close(got, toy.hand_rotation(x, ids, toy.PARAMS), rtol=0, atol=1e-6)
+        assert_close(got, tiny_models.hand_rotation(x, ids, tiny_models.PARAMS), rtol=0, atol=1e-6)
 
 
 def test_apply_rope_keeps_each_dtype():

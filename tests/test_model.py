@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy
 from diffusers.models.embeddings import get_timestep_embedding
+from helpers import tiny_models
 from torch.testing import assert_close
 
 from flux.errors import InputError
@@ -28,15 +28,17 @@ MANIFESTS = Path(__file__).parent / "manifests"
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (16, 128)], ids=str)
 def test_equals_diffusers(size, num_txt, guidance_embed):
     """Another order of modulation parts, of q, k, v, of text and image, or of rotary axes would show here."""
-    model = toy.flux(guidance_embed=guidance_embed)
-    given = toy.inputs(2, *size, num_txt=num_txt, params=model.params)
-    error = toy.relative_error(model(**given), toy.ask_diffusers(toy.diffusers_transformer(model), given))
+    model = tiny_models.flux(guidance_embed=guidance_embed)
+    given = tiny_models.inputs(2, *size, num_txt=num_txt, params=model.params)
+    error = tiny_models.relative_error(
+        model(**given), tiny_models.ask_diffusers(tiny_models.diffusers_transformer(model), given)
+    )
     assert error < 1e-6, f"relative error {error:.1e}"
 
 
 def test_every_parameter_matters():
     """The comparison above could miss a part that takes no part: moving any tensor must move the answer."""
-    model, given = toy.flux(), toy.inputs(1)
+    model, given = tiny_models.flux(), tiny_models.inputs(1)
     plain = model(**given)
     for name, parameter in model.named_parameters():
         own = parameter.data.clone()
@@ -49,21 +51,21 @@ def test_every_parameter_matters():
 @pytest.mark.parametrize("guidance_embed", [True, False])
 def test_equals_the_forward_by_hand(guidance_embed):
     """The hand-written pass is the oracle of the injection's tests; this anchors it."""
-    model = toy.flux(guidance_embed=guidance_embed)
-    given = toy.inputs(2, 48, 80, params=model.params)
-    error = toy.relative_error(toy.hand_forward(model, given), model(**given))
+    model = tiny_models.flux(guidance_embed=guidance_embed)
+    given = tiny_models.inputs(2, 48, 80, params=model.params)
+    error = tiny_models.relative_error(tiny_models.hand_forward(model, given), model(**given))
     assert error < 1e-6, f"relative error {error:.1e}"
 
 
 def test_rows_do_not_see_each_other():
-    model, given = toy.flux(), toy.inputs(3)
+    model, given = tiny_models.flux(), tiny_models.inputs(3)
     whole = model(**given)
     for row in range(3):
-        assert_close(whole[row : row + 1], model(**toy.rows_of(given, [row])), rtol=0, atol=5e-6)
+        assert_close(whole[row : row + 1], model(**tiny_models.rows_of(given, [row])), rtol=0, atol=5e-6)
 
 
 def test_text_positions_do_not_matter_but_image_positions_do():
-    model, given = toy.flux(), toy.inputs(1, 48, 80)
+    model, given = tiny_models.flux(), tiny_models.inputs(1, 48, 80)
     swapped = {**given, "img_ids": given["img_ids"][..., [0, 2, 1]]}
     assert not torch.allclose(model(**given), model(**swapped), atol=1e-2)
 
@@ -79,7 +81,7 @@ def test_bfloat16_stays_close():
     """Noise levels and guidance whose thousandfold bfloat16 can hold: then only rounding is left, 2.1 %
     here.
     """
-    model, given = toy.flux(), toy.inputs(2)
+    model, given = tiny_models.flux(), tiny_models.inputs(2)
     given |= {"timesteps": torch.tensor([0.25, 0.5]), "guidance": torch.tensor([2.0, 4.0])}
     wide = model(**given)
     narrow = model.bfloat16()(**{k: x if k.endswith("ids") else x.bfloat16() for k, x in given.items()})
@@ -91,17 +93,17 @@ def test_bfloat16_stays_close():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_of_queries_and_keys_are_computed_wide(dtype):
     """Squares of a few hundred overflow float16, and bfloat16 cannot add many of them up."""
-    norm = toy.randomized(RMSNorm(128), 0).to(dtype)
+    norm = tiny_models.randomized(RMSNorm(128), 0).to(dtype)
     x = (300 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))).to(dtype)
-    expected = toy.hand_rms(x.double(), norm.scale.double())
+    expected = tiny_models.hand_rms(x.double(), norm.scale.double())
     assert_close(norm(x).double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_parts_of_upstream_that_the_model_does_not_call():
     """`SelfAttention.forward` alone: the stream attends to itself."""
-    attn = toy.randomized(SelfAttention(32, 2, qkv_bias=True), 0)
+    attn = tiny_models.randomized(SelfAttention(32, 2, qkv_bias=True), 0)
     x = torch.randn(1, 6, 32)
-    pe = EmbedND(16, 10_000, [4, 6, 6])(toy.inputs(1, 32, 48)["img_ids"])
+    pe = EmbedND(16, 10_000, [4, 6, 6])(tiny_models.inputs(1, 32, 48)["img_ids"])
     assert pe.shape == (1, 1, 6, 8, 2, 2)
     assert attn(x, pe).shape == x.shape
 
@@ -118,13 +120,13 @@ def test_full_size_has_the_names_and_shapes_of_the_published_file(name):
 
 def test_wrong_sizes_are_told():
     with pytest.raises(ValueError, match="divisible"):
-        toy.flux(num_heads=3)
+        tiny_models.flux(num_heads=3)
     with pytest.raises(ValueError, match="axes"):
-        toy.flux(axes_dim=[4, 4, 4])
+        tiny_models.flux(axes_dim=[4, 4, 4])
 
 
 def test_wrong_inputs_are_told():
-    model, given = toy.flux(), toy.inputs(1)
+    model, given = tiny_models.flux(), tiny_models.inputs(1)
     with pytest.raises(ValueError, match="guidance"):
         model(**{**given, "guidance": None})
     with pytest.raises(ValueError, match="3 dimensions"):
@@ -142,8 +144,8 @@ def test_params_can_be_made_by_keyword():
 
 @pytest.mark.parametrize("guidance_embed", [True, False])
 def test_modulations_made_ahead_are_those_made_layer_by_layer(guidance_embed):
-    model = toy.flux(guidance_embed=guidance_embed)
-    given = toy.inputs(3, params=model.params)
+    model = tiny_models.flux(guidance_embed=guidance_embed)
+    given = tiny_models.inputs(3, params=model.params)
     rows = [given[name] for name in ("timesteps", "y", "guidance")]
     mods = model.modulations(*rows)
     assert [x.shape for x in mods] == [(3, 12 * 32)] * 3 + [(3, 3 * 32)] * 4 + [(3, 2 * 32)]
@@ -161,9 +163,9 @@ def test_modulations_made_ahead_are_those_made_layer_by_layer(guidance_embed):
 
 
 def test_streamed_blocks_make_the_same_modulations():
-    model, plain = toy.flux(), toy.flux()
+    model, plain = tiny_models.flux(), tiny_models.flux()
     net = Offloaded(model, torch.device("cpu"), [model.double_blocks, model.single_blocks], 3)
-    rows = [toy.inputs(2)[name] for name in ("timesteps", "y", "guidance")]
+    rows = [tiny_models.inputs(2)[name] for name in ("timesteps", "y", "guidance")]
     with net.at_work():
         got = model.modulations(*rows)
     assert all(torch.equal(a, b) for a, b in zip(got, plain.modulations(*rows), strict=True))
@@ -196,12 +198,12 @@ def test_a_bypass_sweep_compiles_nothing_new(graphs):
     """One graph for each kind of block, whichever layers are bypassed. Compiling the model would give one per
     set.
     """
-    model, eager = toy.flux(), toy.flux()
-    given = toy.inputs(2)
+    model, eager = tiny_models.flux(), tiny_models.flux()
+    given = tiny_models.inputs(2)
     model.compile_blocks()
     assert_close(model(**given), eager(**given), rtol=0, atol=5e-6)
     assert len(graphs) == 2
-    for layer in range(toy.NUM_LAYERS):
+    for layer in range(tiny_models.NUM_LAYERS):
         model(**given, intervention=Intervention(skip=frozenset({layer})))
         model(**given, intervention=Intervention(skip=(frozenset({layer}), frozenset())))
     assert len(graphs) == 2
@@ -209,8 +211,8 @@ def test_a_bypass_sweep_compiles_nothing_new(graphs):
 
 def test_keep_and_take_compile_once_each(graphs):
     """Plain, keeping and taking blocks of both kinds are six graphs, whichever layers keep and take."""
-    model = toy.flux()
-    given = toy.inputs(2)
+    model = tiny_models.flux()
+    given = tiny_models.inputs(2)
     model.compile_blocks()
     for vital in ({0, 5}, {1, 2, 3}, {0, 3, 6}, {4}):
         kept = model.observe(**given, intervention=Intervention(keep=frozenset(vital)))[1].kept
@@ -224,21 +226,21 @@ def test_a_session_of_edits_stays_compiled(graphs):
     """Another size and another number of edits cost graphs (none are made after the second of each), but
     never the limit of graphs for one block, beyond which fullgraph raises FailOnRecompileLimitHit.
     """
-    model, eager = toy.flux(), toy.flux()
+    model, eager = tiny_models.flux(), tiny_models.flux()
     model.compile_blocks()
     for size in ((64, 64), (48, 80), (96, 64)):
         before = len(graphs)
         keeping = Intervention(keep=frozenset({0, 5}))
-        kept = model.observe(**toy.inputs(1, *size), intervention=keeping)[1].kept
+        kept = model.observe(**tiny_models.inputs(1, *size), intervention=keeping)[1].kept
         for batch in (1, 3, 2):
-            given, taking = toy.inputs(batch, *size), Intervention(take=kept)
+            given, taking = tiny_models.inputs(batch, *size), Intervention(take=kept)
             expected = eager(**given, intervention=taking)
             assert_close(model(**given, intervention=taking), expected, rtol=0, atol=1e-5)
     assert len(graphs) == before, "the third size compiled again"
 
 
 def test_interventions_on_a_compiled_model_are_checked(graphs):
-    model = toy.flux()
+    model = tiny_models.flux()
     model.compile_blocks()
     with pytest.raises(InputError, match=r"0\.\.6"):
-        model(**toy.inputs(1), intervention=Intervention(skip=frozenset({7})))
+        model(**tiny_models.inputs(1), intervention=Intervention(skip=frozenset({7})))

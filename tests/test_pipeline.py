@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-import toy
+from helpers import tiny_models
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -76,7 +76,10 @@ def test_pictures_equal_diffusers(
 
 
 def test_four_step_pictures_equal_diffusers():
-    ours, theirs = toy.load_nano("flux-nano-schnell"), toy.load_nano_in_diffusers("flux-nano-schnell")
+    ours, theirs = (
+        tiny_models.load_nano("flux-nano-schnell"),
+        tiny_models.load_nano_in_diffusers("flux-nano-schnell"),
+    )
     how = {"width": 192, "height": 96}
     theirs_only = {"generator": torch.Generator().manual_seed(4), "max_sequence_length": 40}
     expected = theirs(CAR, num_inference_steps=4, **theirs_only, **how).images[0]
@@ -199,13 +202,13 @@ def test_a_published_model_by_its_files(monkeypatch, tmp_path):
     work.
     """
     clip_and_t5 = {"vec_in_dim": 128, "context_in_dim": 256}
-    ae = toy.autoencoder()
+    ae = tiny_models.autoencoder()
     save_file(ae.state_dict(), tmp_path / "ae.safetensors")
     for name in ("flux-dev", "flux-schnell"):
         guided = configs[name].params.guidance_embed
-        model = toy.flux(guidance_embed=guided, **clip_and_t5)
+        model = tiny_models.flux(guidance_embed=guided, **clip_and_t5)
         save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
-        spec = toy.replace(configs[name], params=model.params, ae_params=ae.params, clip_length=32)
+        spec = tiny_models.replace(configs[name], params=model.params, ae_params=ae.params, clip_length=32)
         monkeypatch.setitem(configs, name, spec)
         settings = ModelSettings(
             model=name,

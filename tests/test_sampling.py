@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import toy
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
+from helpers import tiny_models
 from torch.testing import assert_close
 
 from flux import sampling
@@ -198,7 +198,7 @@ def test_euler_converges_to_the_integral(noise, ids):
 
 def test_denoise_is_the_last_latent_of_sample():
     """Upstream's call, with upstream's names of arguments."""
-    model, given = toy.flux(), toy.inputs(2)
+    model, given = tiny_models.flux(), tiny_models.inputs(2)
     arguments = {
         "img": given["img"],
         "img_ids": given["img_ids"],
@@ -231,7 +231,9 @@ def test_true_guidance_leads_away_from_the_negative(noise, ids):
 
 def conditions(row, scale=3.5, **more):
     """Of a pass and its negative, all of them different, on the toy model."""
-    away = Conditioning(toy.inputs(1, 32, 48, seed=2)["txt"], row["txt_ids"], row["y"], row["guidance"])
+    away = Conditioning(
+        tiny_models.inputs(1, 32, 48, seed=2)["txt"], row["txt_ids"], row["y"], row["guidance"]
+    )
     return Conditioning(row["txt"], row["txt_ids"], row["y"], row["guidance"], away, scale, **more)
 
 
@@ -239,8 +241,8 @@ def conditions(row, scale=3.5, **more):
 @pytest.mark.parametrize("weight", [None, 0.3])
 def test_both_passes_as_one_batch_are_two_passes(model, row, monkeypatch, rows, weight):
     """With all that an intervention can say, and streams to start with."""
-    cond, img = conditions(row).expanded(rows), toy.inputs(rows, 32, 48, seed=5)["img"]
-    sources = [toy.inputs(1, 32, 48, seed=seed) for seed in (7, 8)]
+    cond, img = conditions(row).expanded(rows), tiny_models.inputs(rows, 32, 48, seed=5)["img"]
+    sources = [tiny_models.inputs(1, 32, 48, seed=seed) for seed in (7, 8)]
     kept = [model.observe(**x, intervention=Intervention(keep=VITAL))[1].kept for x in sources]
     weights = {} if weight is None else {1: weight, 4: torch.rand(1, 6)}
     skip = tuple(frozenset({2, row}) for row in range(rows))
@@ -304,16 +306,16 @@ def test_a_step_knows_its_latents(noise):
 
 @pytest.fixture(scope="module")
 def model():
-    return toy.flux()
+    return tiny_models.flux()
 
 
 @pytest.fixture(scope="module")
 def row():
-    return toy.inputs(1, 32, 48)
+    return tiny_models.inputs(1, 32, 48)
 
 
 def steered(row, seed=None, **more) -> Conditioning:
-    txt = row["txt"] if seed is None else toy.inputs(1, 32, 48, seed=seed)["txt"]
+    txt = row["txt"] if seed is None else tiny_models.inputs(1, 32, 48, seed=seed)["txt"]
     return Conditioning(txt, row["txt_ids"], row["y"], row["guidance"], **more)
 
 
@@ -367,7 +369,7 @@ def test_edits_beside_their_reference(model, row):
     }
     for latent, t, t_next in zip(latents, LEVELS, LEVELS[1:]):
         both["timesteps"] = torch.full((2,), t)
-        both["img"] = both["img"] + (t_next - t) * toy.hand_forward(model, both, inject=VITAL)
+        both["img"] = both["img"] + (t_next - t) * tiny_models.hand_forward(model, both, inject=VITAL)
         assert_close(latent, both["img"][1:], rtol=0, atol=2e-5)
 
 
@@ -384,7 +386,7 @@ def test_the_negative_pass_takes_from_the_references_negative_pass(model, row):
     def by_rows(cond: Conditioning, of: Conditioning) -> torch.Tensor:
         both = {name: torch.cat((x, x)) for name, x in row.items()} | {"txt": torch.cat((of.txt, cond.txt))}
         both["timesteps"] = torch.full((2,), 0.8)
-        return toy.hand_forward(model, both, inject=VITAL)[1:]
+        return tiny_models.hand_forward(model, both, inject=VITAL)[1:]
 
     away = by_rows(edit.negative, nothing)
     expected = away + 3.5 * (by_rows(edit, reference) - away)
@@ -439,7 +441,7 @@ def test_a_schedule_works_its_modulations_out_once(model, monkeypatch):
     monkeypatch.setattr(
         type(model), "modulations", lambda net, t, *rows: (made.append(len(t)), own(net, t, *rows))[1]
     )
-    given = toy.inputs(2, 32, 48)
+    given = tiny_models.inputs(2, 32, 48)
     cond = Conditioning(given["txt"], given["txt_ids"], given["y"], torch.tensor([3.0, 3.0]))
     alike = replace(cond, vec=given["y"][:1].expand(2, -1))
     for each, rows in ((cond, 2), (alike, 1), (replace(alike, guidance=torch.tensor([3.0, 2.0])), 2)):

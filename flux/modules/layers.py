@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flux.math import Exchange, KeysValues, attend, one_sequence, rope
 from flux.modules.linear import in_parts
 from flux.modules.norms import ModulationOut, QKNorm, layer_norm
+from flux.modules.norms import RMSNorm as RMSNorm  # upstream's import path
 from flux.modules.ops import has_kernel, modulated
 from flux.modules.projections import Apart, begun, blend, replaces
 

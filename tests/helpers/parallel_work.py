@@ -1,0 +1,201 @@
+"""What each process computes for test_parallel.py: passes shared out, beside the same ones undivided.
+
+torchrun parallel_work.py ERRORS.json [cases]
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flux.intervention import Intervention
+from flux.model import Flux
+from flux.modules import layers
+from flux.modules.step_cache import StepCache
+from flux.runtime.parallel import Divided, Ranks
+from flux.sampling import Conditioning, euler_step, get_schedule, sample
+from helpers import hopper_stub, tiny_models
+
+LAYERS = (1, tiny_models.NUM_DOUBLE - 1, tiny_models.NUM_DOUBLE + 1)
+Answers = list[torch.Tensor]
+CASES: dict[str, Callable[[Flux | Divided, dict], Answers]] = {}
+
+
+def case(make: Callable) -> Callable:
+    CASES[make.__name__] = make
+    return make
+
+
+def share_of(model: Flux | Divided, whole: torch.Tensor) -> torch.Tensor:
+    """Of keys or values of all image tokens, "B H I D", what this model takes."""
+    if isinstance(model, Flux):
+        return whole
+    return whole.tensor_split(model.ranks.count, dim=2)[model.ranks.rank]
+
+
+def ask(model: Flux | Divided, given: dict, intervention: Intervention = Intervention(), **more) -> Answers:
+    return [model.observe(**given, intervention=intervention, **more)[0]]
+
+
+def reference() -> dict:
+    return tiny_models.inputs(1, 48, 80, seed=7)
+
+
+@case
+def plain(model, given) -> Answers:
+    return ask(model, given)
+
+
+@case
+def with_modulations_ahead(model, given) -> Answers:
+    mods = model.modulations(given["timesteps"], given["y"], given["guidance"])
+    return ask(model, given, mods=mods)
+
+
+@case
+def layers_bypassed(model, given) -> Answers:
+    return ask(model, given, Intervention(skip=frozenset(LAYERS)))
+
+
+@case
+def layers_bypassed_in_each_row(model, given) -> Answers:
+    rows = (frozenset({0, tiny_models.NUM_DOUBLE}), frozenset({1}))
+    return ask(model, given, Intervention(skip=rows)) + ask(model, given, Intervention(skip=rows, scale=0.3))
+
+
+@case
+def keys_and_values_kept_and_taken(model, given) -> Answers:
+    velocity, found = model.observe(**reference(), intervention=Intervention(keep=frozenset(LAYERS)))
+    return [velocity, *ask(model, given, Intervention(take=found.kept))]
+
+
+@case
+def taken_in_part(model, given) -> Answers:
+    """A weight, a weight for each token, keys alone and values alone."""
+    kept = model.observe(**reference(), intervention=Intervention(keep=frozenset(LAYERS)))[1].kept
+    tokens = torch.linspace(0, 1, given["img"].shape[1])[None]
+    answers = ask(model, given, Intervention(take=kept, weights={LAYERS[0]: 0.4, LAYERS[1]: tokens}))
+    for part in (0, 1):
+        take = {n: tuple(x if i == part else None for i, x in enumerate(pair)) for n, pair in kept.items()}
+        answers += ask(model, given, Intervention(take=take, weights={LAYERS[2]: tokens > 0.5}))
+    return answers
+
+
+@case
+def what_is_kept_is_a_share(model, given) -> Answers:
+    """Kept by the undivided model, cut by hand."""
+    keep = Intervention(keep=frozenset(LAYERS))
+    whole = (model if isinstance(model, Flux) else model.model).observe(**given, intervention=keep)[1].kept
+    own = model.observe(**given, intervention=keep)[1].kept
+    take = {n: tuple(share_of(model, x) for x in pair) for n, pair in whole.items()}
+    for n, pair in own.items():
+        for x, expected in zip(pair, take[n], strict=True):
+            torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
+    return ask(model, tiny_models.inputs(2, 48, 80, seed=3), Intervention(take=take))
+
+
+@case
+def watched(model, given) -> Answers:
+    found = model.observe(**given, intervention=Intervention(watch=frozenset(LAYERS)))[1]
+    return [x for pair in found.watched.values() for x in pair]
+
+
+@case
+def equal_shares(model, given) -> Answers:
+    return ask(model, tiny_models.inputs(2, 64, 64, num_txt=4))
+
+
+@case
+def fewer_tokens_than_processes(model, given) -> Answers:
+    return ask(model, tiny_models.inputs(2, 16, 16, num_txt=1))
+
+
+def conditioning(given: dict, **more) -> Conditioning:
+    return Conditioning(given["txt"], given["txt_ids"], given["y"], given["guidance"], **more)
+
+
+@case
+def true_guidance(model, given) -> Answers:
+    """Of a reference and of what takes from it, the range brought down."""
+    own, other = reference(), tiny_models.inputs(1, 48, 80, seed=9)
+    source = conditioning(own, negative=conditioning(other), true_cfg=3.0)
+    keep = Intervention(keep=frozenset(LAYERS))
+    kept = euler_step(model, own["img"], own["img_ids"], source, 0.8, 0.6, keep)
+    take = Intervention(take=kept.kept, take_negative=kept.kept_negative)
+    negative = conditioning(tiny_models.inputs(2, 48, 80, seed=5))
+    cond = conditioning(given, negative=negative, true_cfg=3.0, mimic_scale=1.5, mimic_percentile=0.9)
+    step = euler_step(model, given["img"], given["img_ids"], cond, 0.8, 0.6, take)
+    return [kept.velocity, step.velocity]
+
+
+@case
+def spared_steps(model, given) -> Answers:
+    """The same steps are spared, in all processes."""
+    ranks = model.ranks if isinstance(model, Divided) else Ranks()
+    cache, levels = StepCache(0.7, ranks.total), get_schedule(12, 15)
+    steps = sample(model, given["img"], given["img_ids"], conditioning(given), levels, cache=cache)
+    answers = [step.latent for step in steps]
+    assert cache.full and cache.reused
+    return [*answers, torch.tensor([cache.full, cache.reused])]
+
+
+@case
+def products_with_epilogues(model, given) -> Answers:
+    """Their arithmetic, where the exchange has a product to hide behind."""
+    if isinstance(model, Flux):
+        return ask(model, given)
+    blocks = (*model.model.double_blocks, *model.model.single_blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        hopper_stub.install(patch)
+        from flux.modules.projections_hopper import Joined
+
+        patch.setattr(layers, "has_kernel", lambda x: True)
+        for block in blocks:
+            patch.setattr(block, "products", Joined)
+        return ask(model, given)
+
+
+@case
+def compiled_blocks(model, given) -> Answers:
+    """One graph each: a break would be an error."""
+    small = tiny_models.flux(depth=1, depth_single_blocks=1)
+    if isinstance(model, Flux):
+        return ask(small, given)
+    for block in (*small.double_blocks, *small.single_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    return ask(Divided(small, model.ranks), given)
+
+
+def compare(make: Callable, undivided: Flux, ranks: Ranks) -> float:
+    """The largest relative difference, of all processes; infinite where these differ among themselves."""
+    given = tiny_models.inputs(2, 48, 80)
+    answers, error = make(Divided(undivided, ranks), given), 0.0
+    for got, expected in zip(answers, make(undivided, given), strict=True):
+        first = got.clone()
+        dist.broadcast(first, 0)
+        error = max(
+            error, tiny_models.relative_error(got, expected) if torch.equal(first, got) else float("inf")
+        )
+    worst = torch.tensor(error)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.item()
+
+
+@torch.inference_mode()
+def main(path: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    undivided = tiny_models.flux()
+    errors = {name: compare(CASES[name], undivided, ranks) for name in names or CASES}
+    if ranks.rank == 0:
+        with open(path, "w") as file:
+            json.dump(errors, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,186 @@
+"""A thousand broken files, the same each time: refused in one line, or without harm and the net is the same.
+
+Never another error, never a hang, never more memory than such a small file can need.
+"""
+
+import json
+import random
+import resource
+import signal
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_models, weight_files
+
+from flux.errors import InputError
+from flux.model import Flux
+from flux.specs import NANO_FOLDER
+from flux.weights.find import ModelFiles
+from flux.weights.load import load_text
+
+PARAMS = replace(tiny_models.PARAMS, depth=1, depth_single_blocks=1)
+ROOM = 2**30  # bytes above what the process has
+SECONDS = 10  # for one file
+LENGTHS = (0, 1, 7, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+@pytest.fixture(autouse=True)
+def bounds():
+    """An absurd allocation fails here, where Linux would promise it and kill the process later."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+
+    def hang(*_):
+        raise TimeoutError("a broken file takes too long")
+
+    handler = signal.signal(signal.SIGALRM, hang)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_models.randomized(Flux(PARAMS), 0)
+
+
+def write_safetensors(model: Flux, folder: Path) -> Path:
+    return weight_files.save(model.state_dict(), folder / "m.safetensors", about="random")
+
+
+def write_scaled(model: Flux, folder: Path) -> Path:
+    return weight_files.save(weight_files.scaled_fp8(model.state_dict())[0], folder / "m.safetensors")
+
+
+def write_gguf(model: Flux, folder: Path) -> Path:
+    weight_files.save_gguf(model.state_dict(), folder / "m.gguf", "Q8_0")
+    return folder / "m.gguf"
+
+
+def write_index(model: Flux, folder: Path) -> Path:
+    tiny_models.diffusers_transformer(model).save_pretrained(folder, max_shard_size="40KB")
+    [index] = folder.glob("*.index.json")
+    return index
+
+
+def head_of(data: bytes) -> int:
+    """Bytes of the file's head: what is behind it are numbers, of which any are valid."""
+    if data.startswith(b"GGUF"):
+        return data.rindex(b"final_layer") + 60
+    return len(data) if data.startswith(b"{") else 8 + struct.unpack("<Q", data[:8])[0]
+
+
+def corrupted(data: bytes, dice: random.Random) -> bytes:
+    """Cut anywhere, with bits of the head flipped, or with an absurd length, in its place or elsewhere."""
+    head, kind = head_of(data), dice.randrange(5)
+    changed = bytearray(data)
+    if kind == 0:
+        return data[: dice.randrange(len(data))]
+    if kind == 1:
+        return data[: dice.randrange(head)]
+    if kind == 2:
+        for _ in range(dice.choice((1, 1, 2, 8))):
+            changed[dice.randrange(head)] ^= 1 << dice.randrange(8)
+    elif kind == 3:
+        length = struct.pack("<Q", dice.choice(LENGTHS))
+        at = dice.choice((0, 8, 16, 24, dice.randrange(head - 8)))
+        changed[at : at + 8] = length
+    else:
+        at = dice.choice([i for i in range(head) if chr(data[i]).isdigit()])
+        number = f"{dice.choice(LENGTHS)}{'0' * dice.choice((0, 0, 30, 5000))}".encode()
+        changed[at : at + 1] = number
+        if not data.startswith((b"GGUF", b"{")):  # the head's length stands before it
+            changed[:8] = struct.pack("<Q", head - 8 + len(number) - 1)
+    return bytes(changed)
+
+
+def outcome(load) -> str | object:
+    """The net, or the one line that says why not."""
+    signal.alarm(SECONDS)
+    try:
+        return load()
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+        return str(error)
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize(
+    "write, count",
+    [(write_safetensors, 260), (write_scaled, 260), (write_gguf, 260), (write_index, 120)],
+)
+def test_transformers(tmp_path, model, write, count):
+    path = write(model, tmp_path)
+    place = path.parent if path.suffix == ".json" else path
+    good, expected = path.read_bytes(), weight_files.load(place, PARAMS).state_dict()
+    refused = 0
+    for seed in range(count):
+        path.write_bytes(corrupted(good, random.Random(seed)))
+        found = outcome(lambda: weight_files.load(place, PARAMS))
+        if isinstance(found, str):
+            refused += 1
+            continue
+        state = found.state_dict()
+        same = all(torch.equal(state[name], x) for name, x in expected.items())
+        assert same and state.keys() == expected.keys(), f"seed {seed} was loaded as something else"
+    assert refused > 0.8 * count
+
+
+def test_differences(tmp_path, model):
+    """Read with its header's JSON and the scales of one of its pairs."""
+    base = write_safetensors(model, tmp_path)
+    about = json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})
+    file = {
+        f"transformer.single_transformer_blocks.0.attn.to_{x}.lora_A.weight": torch.randn(4, 32)
+        for x in "qkv"
+    }
+    file |= {name.replace("lora_A", "lora_B"): torch.randn(32, 4) for name in file}
+    path = weight_files.save(file, tmp_path / "lora.safetensors", lora_adapter_metadata=about)
+    good = path.read_bytes()
+    begin = good.index(b"lora_adapter_metadata") + len(about) + 40
+    for seed in range(60):
+        dice = random.Random(seed)
+        changed = bytearray(corrupted(good, dice))
+        # The alpha itself may become another number, which nothing can tell.
+        changed[:begin] = good[:begin]
+        path.write_bytes(bytes(changed))
+        outcome(lambda: weight_files.load(base, PARAMS, loras=[(path, 1.0)]))
+
+
+def test_encoders(tmp_path):
+    """A T5 whose config.json is cut short anywhere."""
+    import shutil
+
+    shutil.copytree(NANO_FOLDER / "text_encoder_2", tmp_path / "t5")
+    config = tmp_path / "t5" / "config.json"
+    good = config.read_bytes()
+    for seed in range(40):
+        config.write_bytes(good[: random.Random(seed).randrange(len(good) - 3)])
+        files = ModelFiles(tmp_path, tmp_path, NANO_FOLDER, t5=tmp_path / "t5")
+        assert isinstance(outcome(lambda: load_text(files, "text_encoder_2", 8, "cpu", torch.float32)), str)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.ckpt", "m.safetensors", "m.gguf"])
+def test_no_pickle_is_ever_loaded(tmp_path, name):
+    """Whatever its name: one that would write a file when it is loaded does not."""
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "sprung"), "w")
+
+    torch.save({"img_in.weight": Trap()}, tmp_path / name)
+    for bare in (False, True):
+        if bare:
+            (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+        message = outcome(lambda: weight_files.load(tmp_path / name))
+        assert "a pickle, never loaded since it may run code" in message
+        folder = outcome(lambda: weight_files.load(tmp_path))
+        assert isinstance(folder, str)
+    assert not (tmp_path / "sprung").exists()

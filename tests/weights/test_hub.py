@@ -1,0 +1,400 @@
+"""Downloads from a hub on this machine that does all that real ones do: drops, refuses, stalls, lies."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+
+from flux import cli
+from flux.errors import InputError
+from flux.specs import configs
+from flux.weights import hub
+from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SPEC = configs["flux-dev"]
+FLOW = save({"a": torch.arange(20_000.0)})
+FILES = {"flux1-dev.safetensors": FLOW, "ae.safetensors": FLOW[:-8] + bytes(8)}
+for folder in TEXT_FOLDERS:
+    FILES[f"{folder}/{'config.json' if 'encoder' in folder else 'tokenizer_config.json'}"] = (
+        b"{}" + folder.encode()
+    )
+    if "encoder" in folder:
+        FILES[f"{folder}/model.safetensors"] = FLOW + folder.encode()
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Its behaviour is what the test makes of these.
+
+    Attributes:
+        asked: method, path and range of every request.
+        refusals: answers to give before anything else: status, or (status, headers); the last one stays with
+            `stubborn`.
+        drop_at: break each transfer off after so many bytes, None: not.
+        damaged: how many transfers arrive with a wrong byte.
+        down_after: answer nothing but 500 after so many transfers, None: not.
+    """
+
+    def reset(self):
+        self.asked, self.refusals, self.stubborn, self.drop_at, self.damaged = [], [], False, None, 0
+        self.down_after = None
+
+    @property
+    def transfers(self) -> list[str | None]:
+        """The range asked for in each transfer of a large file."""
+        return [
+            span for method, path, span in self.asked if method == "GET" and path.endswith(".safetensors")
+        ]
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self, body=True):
+        server, path = self.server, self.path.split("?")[0]
+        server.asked.append((self.command, path, self.headers.get("Range")))
+        if server.refusals and (body or server.stubborn):
+            refusal = (
+                server.refusals[0]
+                if server.stubborn and len(server.refusals) == 1
+                else server.refusals.pop(0)
+            )
+            status, headers = refusal if isinstance(refusal, tuple) else (refusal, {})
+            return self.answer(status, b"{}", headers, body)
+        if server.down_after is not None and len(server.transfers) > server.down_after:
+            return self.answer(500, b"{}", {}, body)
+        name = path.partition(f"/resolve/{COMMIT}/")[2]
+        if path.startswith("/api/models/"):
+            siblings = [{"rfilename": name, "size": len(x), **hashes(name, x)} for name, x in FILES.items()]
+            about = {"id": SPEC.repo_id, "sha": COMMIT, "siblings": siblings}
+            return self.answer(200, json.dumps(about).encode(), {}, body)
+        if name not in FILES:
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+        content, start = FILES[name], 0
+        about = hashes(name, content)
+        tag = about["lfs"]["sha256"] if "lfs" in about else about["blobId"]
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}
+        if body and name.endswith(".safetensors"):
+            if server.damaged:
+                server.damaged -= 1
+                content = content[:-1] + b"?"
+            if self.headers.get("Range"):
+                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.answer(206 if start else 200, content[start:], headers, body, server.drop_at)
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def answer(self, status, content, headers, body, drop_at=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content[:drop_at])
+            self.close_connection = drop_at is not None
+
+    def log_message(self, *_):
+        pass
+
+
+def hashes(name: str, content: bytes) -> dict:
+    own = {"blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+    if name.endswith(".safetensors"):
+        own["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 135}
+    return own
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = Hub(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def server(running, tmp_path, monkeypatch):
+    """A hub with nothing wrong, an empty cache, and pauses that take no time."""
+    running.reset()
+    running.pauses = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    lie_at(f"http://127.0.0.1:{running.server_port}", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    monkeypatch.setattr(time, "sleep", running.pauses.append)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return running
+
+
+def lie_at(endpoint: str, monkeypatch) -> None:
+    """What HF_ENDPOINT does before the hub's client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def said(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def flow(spec=SPEC, download=True) -> Path:
+    return own_file(spec, spec.repo_flow, download)
+
+
+def partials() -> list[Path]:
+    return list(Path(constants.HF_HUB_CACHE).rglob("*.part"))
+
+
+def snapshots() -> list[Path]:
+    return [path for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*") if path.is_file()]
+
+
+# ---- what goes well
+
+
+def test_a_file_is_fetched_once(server, capsys):
+    path = flow()
+    assert path.read_bytes() == FLOW and path.is_relative_to(constants.HF_HUB_CACHE)
+    said = capsys.readouterr().out
+    assert "1 files, 0.00 GB" in said and SPEC.licence in said and SPEC.repo_id in said
+    server.asked.clear()
+    assert flow() == path and server.asked == [], "what is there needs no network"
+    assert capsys.readouterr().out == ""
+
+
+def test_the_folder_of_the_text_encoders(server):
+    folder = own_text_folder(SPEC, True)
+    for name, content in FILES.items():
+        assert not name.startswith(TEXT_FOLDERS) or (folder / name).read_bytes() == content
+    assert not (folder / "ae.safetensors").exists()
+    server.asked.clear()
+    assert own_text_folder(SPEC, True) == folder and server.asked == []
+
+
+def test_the_folder_without_weights_is_not_taken_for_whole(server):
+    folder = own_text_folder(SPEC, True, weights=False)
+    assert (folder / "tokenizer_2" / "tokenizer_config.json").exists() and server.transfers == []
+    own_text_folder(SPEC, True)
+    assert (folder / "text_encoder" / "model.safetensors").exists()
+
+
+def test_a_folder_broken_off_half_way_is_not_taken_for_whole(server, monkeypatch):
+    get = hub._get
+
+    def stops(spec, part, commit):
+        if part.name == "text_encoder/config.json":
+            raise KeyboardInterrupt
+        get(spec, part, commit)
+
+    monkeypatch.setattr(hub, "_get", stops)
+    with pytest.raises(KeyboardInterrupt):
+        own_text_folder(SPEC, True)
+    monkeypatch.setattr(hub, "_get", get)
+    assert (own_text_folder(SPEC, True) / "tokenizer_2" / "tokenizer_config.json").exists()
+
+
+def test_the_command_fetches_all_and_says_where(server, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flux", "download", "flux-dev"])
+    cli.app()
+    said = capsys.readouterr().out
+    assert f"{len(FILES)} files" in said
+    for line in said.splitlines()[2:]:
+        assert Path(line.strip()).exists()
+    assert len(said.splitlines()) == 2 + 2 + len(TEXT_FOLDERS)
+    cli.app()
+    assert "files" not in capsys.readouterr().out, "nothing is left to fetch"
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("flux-nano", "part of this package"), ("flux-dve", "did you mean")]
+)
+def test_the_command_on_other_names(server, name, expected, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flux", "download", name])
+    try:
+        cli.app()
+    except SystemExit as end:
+        assert end.code == 2
+    said = "".join(capsys.readouterr())
+    assert expected in said and server.asked == []
+
+
+# ---- what goes wrong and is mended
+
+
+def test_a_dropped_connection_goes_on_where_it_stopped(server):
+    server.drop_at = 30_000
+    assert flow().read_bytes() == FLOW
+    assert server.transfers == [None, "bytes=30000-", "bytes=60000-"]
+
+
+def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, capsys):
+    server.drop_at, server.down_after = 30_000, 1
+    with pytest.raises(InputError, match="status 500: try again later; what has come so far is kept"):
+        flow()
+    [part] = partials()
+    assert part.stat().st_size == 30_000 and snapshots() == []
+    server.reset()
+    capsys.readouterr()
+    assert flow().read_bytes() == FLOW
+    assert server.transfers == ["bytes=30000-"] and partials() == []
+    assert "0.00 GB are here already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_is_busy_is_asked_again(server, status):
+    server.refusals = [status] * 3
+    assert flow().read_bytes() == FLOW
+    assert len(server.pauses) >= 3 and server.pauses == sorted(server.pauses), "longer each time"
+
+
+def test_a_file_damaged_on_the_way_is_fetched_again(server):
+    server.damaged = 1
+    assert flow().read_bytes() == FLOW
+    assert server.transfers == [None, None]
+
+
+def test_damage_from_an_earlier_run_is_found(server):
+    """The size alone would pass."""
+    flow()
+    [blob] = Path(constants.HF_HUB_CACHE).rglob("blobs/*")
+    blob.rename(blob.with_name(f"{blob.name}.part"))
+    blob.with_name(f"{blob.name}.part").write_bytes(b"?" + FLOW[1:100])
+    for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*"):
+        path.unlink()
+    assert flow().read_bytes() == FLOW
+    assert server.transfers[-2:] == ["bytes=100-", None]
+
+
+# ---- what cannot be mended
+
+
+def test_a_file_that_is_always_damaged_takes_no_place(server):
+    server.damaged = 10
+    with pytest.raises(InputError, match="flux1-dev.safetensors .* damaged .* SHA-256"):
+        flow()
+    assert snapshots() == [] and partials() == []
+
+
+def test_a_damaged_renewal_leaves_the_good_file(server, monkeypatch):
+    path = flow()
+    newer = {**FILES, "flux1-dev.safetensors": FLOW[:-4] + b"new!"}
+    monkeypatch.setitem(globals(), "FILES", newer)
+    server.damaged = 10
+    with pytest.raises(InputError, match="SHA-256"):
+        hub.fetch(SPEC, [SPEC.repo_flow], renew=True)
+    assert flow() == path and path.read_bytes() == FLOW
+
+
+@pytest.mark.parametrize(
+    "refusal, expected",
+    [
+        (
+            (403, {"X-Error-Code": "GatedRepo"}),
+            r"accept its licence \(FLUX.1 \[dev\] non-commercial\) at http",
+        ),
+        ((401, {"X-Error-Code": "GatedRepo"}), "hf auth login"),
+        (401, "HF_TOKEN"),
+        ((401, {"X-Error-Code": "RepoNotFound"}), "HF_TOKEN"),
+        ((404, {"X-Error-Code": "RepoNotFound"}), "there is no http.*HF_TOKEN"),
+        (500, "status 500: try again later"),
+        (429, "status 429: try again later"),
+    ],
+    ids=str,
+)
+def test_refusals_say_what_to_do(server, refusal, expected):
+    server.refusals, server.stubborn = [refusal], True
+    with pytest.raises(InputError, match=expected) as error:
+        flow()
+    assert SPEC.repo_id in str(error.value) and "\n" not in str(error.value)
+    assert sum(server.pauses) == (62 if refusal in (500, 429) else 0), "patience where it may help"
+    assert snapshots() == []
+
+
+def test_schnell_has_another_licence(server):
+    server.refusals, server.stubborn = [(403, {"X-Error-Code": "GatedRepo"})], True
+    with pytest.raises(InputError, match=r"accept its licence \(Apache-2.0\)"):
+        flow(configs["flux-schnell"])
+
+
+def test_a_hub_that_does_not_answer(server, monkeypatch, capsys):
+    """As a rule it is this machine that is offline: it is told soon."""
+    lie_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(InputError, match="cannot be reached .* HF_ENDPOINT to a mirror"):
+        flow()
+    assert server.pauses == [2, 4]
+    for line, pause in zip(said(capsys), (2, 4), strict=True):
+        assert line == f"The hub does not answer (ConnectError): trying again in {pause} s"
+
+
+def test_a_file_that_the_repository_lacks(server):
+    with pytest.raises(InputError, match="nothing.safetensors in black-forest-labs/FLUX.1-dev"):
+        flow(replace(SPEC, repo_flow="nothing.safetensors"))
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(server, monkeypatch):
+    full = shutil_usage(free=1000)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(InputError, match="GB of room at .* HF_HOME"):
+        flow()
+    assert server.transfers == []
+
+
+def shutil_usage(free: int):
+    import shutil
+
+    return shutil._ntuple_diskusage(free, 0, free)
+
+
+# ---- offline
+
+
+@pytest.mark.parametrize("how", ["asked for", "by variable"])
+def test_offline_nothing_is_asked(server, how, monkeypatch):
+    path = flow()
+    server.asked.clear()
+    if how == "by variable":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    download = how == "by variable"
+    assert flow(download=download) == path
+    with pytest.raises(InputError, match="not on this machine, .* HF_HUB_OFFLINE"):
+        own_text_folder(SPEC, download)
+    with pytest.raises(InputError, match="not on this machine"):
+        hub.fetch(SPEC, ["ae.safetensors"], download, renew=True)
+    assert server.asked == []
+
+
+def test_the_variables_are_obeyed(server, tmp_path):
+    """In a process of its own, since the hub's client reads them when it is imported."""
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "FLUX_", "HUGGING"))
+    }
+    own = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": constants.ENDPOINT,
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+    def run(**more):
+        command = [sys.executable, "-m", "flux", "download", "flux-dev"]
+        return subprocess.run(command, env={**kept, **own, **more}, cwd=ROOT, capture_output=True, text=True)
+
+    refused = run(HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2 and "HF_HUB_OFFLINE" in refused.stderr and server.asked == []
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'home' / 'hub'}" in done.stdout and "8 files" in done.stdout
