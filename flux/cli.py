@@ -254,3 +254,4 @@ def app() -> None:
     if arguments[:1] == ["t2i"]:
         arguments = arguments[1:]
     fire.Fire(main, command=arguments, name="python -m flux")
+    return None

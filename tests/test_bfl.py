@@ -53,6 +53,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/delivery/"):
             return self.answer(200, self.server.picture)
         self.answer_from(self.server.polls)
+        return None
 
     def note(self, body):
         self.server.asked.append((self.command, self.path, self.headers.get("x-key"), body))
@@ -101,7 +102,8 @@ def make(name="flux-pro-1.1", **fields) -> Image.Image:
 def refused(expected: str, name="flux-pro-1.1", **fields) -> None:
     with pytest.raises(InputError, match=expected) as error:
         make(name, **fields)
-    assert "\n" not in str(error.value) and "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 # ---- what goes well
@@ -169,7 +171,7 @@ def test_without_a_key(server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "status, answer, expected",
+    ("status", "answer", "expected"),
     [
         (401, {}, "key in BFL_API_KEY is not accepted"),
         (402, {"detail": "Insufficient credits"}, "no credits are left"),
@@ -191,7 +193,7 @@ def test_refused_submissions(server, status, answer, expected):
 
 
 @pytest.mark.parametrize(
-    "status, expected",
+    ("status", "expected"),
     [
         ("Request Moderated", "prompt was refused by moderation"),
         ("Content Moderated", "withheld by moderation"),
@@ -235,7 +237,7 @@ def test_an_address_that_is_none(server, sample):
 
 
 @pytest.mark.parametrize(
-    "name, fields, expected",
+    ("name", "fields", "expected"),
     [
         (
             "flux-pro-1.1",
@@ -260,7 +262,8 @@ def test_the_command_refuses_what_only_local_models_do(server, monkeypatch, caps
         monkeypatch.setattr("sys.argv", ["flux", "--name", "flux-pro", option])
         with pytest.raises(SystemExit) as end:
             cli.app()
-        assert end.value.code == 2 and "is not run here" in capsys.readouterr().err
+        assert end.value.code == 2
+        assert "is not run here" in capsys.readouterr().err
     assert server.asked == []
 
 
@@ -271,11 +274,12 @@ def test_hooks_are_refused_with_the_reason(name):
         get_spec(name)
 
 
-@pytest.mark.parametrize("number, name", [(1, "layer"), (2, "skip"), (4, "edit")])
+@pytest.mark.parametrize(("number", "name"), [(1, "layer"), (2, "skip"), (4, "edit")])
 def test_demos_refuse_before_anything_is_loaded(number, name, monkeypatch, capsys):
     from importlib import import_module
 
     demo = import_module(f"demo_{number}_{name}")
     with pytest.raises(SystemExit) as end:
         demo.main(f"{name}.json", model="flux-pro")
-    assert end.value.code == 2 and "its layers are not here" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "its layers are not here" in capsys.readouterr().err

@@ -145,7 +145,8 @@ def test_a_program_written_for_upstream(small_dev, nano, tmp_path):
         picture = np.asarray(written.convert("RGB"), dtype=float)
     assert picture.std() > 20
     marked = embed_watermark(x.float().clamp(-1, 1))
-    assert marked.shape == x.shape and (marked - x.clamp(-1, 1)).abs().max() < 0.5
+    assert marked.shape == x.shape
+    assert (marked - x.clamp(-1, 1)).abs().max() < 0.5
     stacked = embed_watermark(x.float().clamp(-1, 1)[None])
     assert torch.equal(stacked[0], marked)
 
@@ -224,7 +225,8 @@ def test_the_command_line(tmp_path):
 def test_wrong_arguments_end_with_one_line(tmp_path, arguments):
     done = flux(*arguments, folder=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

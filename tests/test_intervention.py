@@ -62,7 +62,8 @@ def test_nothing_in_nothing_changed(model, given):
     assert torch.equal(model(**given, intervention=skip_rows((), (), ())), plain)
     velocity, found = model.observe(**given)
     kept = found.kept
-    assert torch.equal(velocity, plain) and kept == {}
+    assert torch.equal(velocity, plain)
+    assert kept == {}
 
 
 def test_it_is_a_value():
@@ -259,10 +260,12 @@ def test_watched_are_queries_and_keys_of_all_tokens(model, given):
     assert found.watched.keys() == VITAL
     num_txt = given["txt"].shape[1]
     for layer, (q, k) in found.watched.items():
-        assert q.shape == k.shape and q.shape[2] == num_txt + TOKENS
+        assert q.shape == k.shape
+        assert q.shape[2] == num_txt + TOKENS
         assert torch.equal(k[:, :, num_txt:], found.kept[layer][0])
     alone = model.observe(**given, intervention=Intervention(watch=VITAL))[1]
-    assert alone.watched.keys() == VITAL and not alone.kept
+    assert alone.watched.keys() == VITAL
+    assert not alone.kept
 
 
 # ---- take
@@ -410,7 +413,8 @@ def test_ones_own_are_projected_only_where_something_of_them_is_left(model, give
     handle = projection.register_forward_hook(lambda *args: calls.append(args))
     try:
         full = dataclasses.replace(whole, weights={layer: 1.0})
-        assert torch.equal(model(**given, intervention=full), plain) and not calls
+        assert torch.equal(model(**given, intervention=full), plain)
+        assert not calls
         model(**given, intervention=dataclasses.replace(whole, weights={layer: 0.5}))
         assert len(calls) == 1
     finally:
@@ -428,9 +432,12 @@ def test_both_passes_in_one(model, given):
         {0: (k + 1, None)},
         weights={0: weight, 3: 0.5},
     ).of_both_passes()
-    assert both.skip == (frozenset({1}), frozenset()) * 2 and both.keep == {2}
-    assert torch.equal(both.take[0][0], torch.cat((k, k + 1))) and both.take[0][1] is None
-    assert torch.equal(both.weights[0], torch.cat((weight, weight))) and both.weights[3] == 0.5
+    assert both.skip == (frozenset({1}), frozenset()) * 2
+    assert both.keep == {2}
+    assert torch.equal(both.take[0][0], torch.cat((k, k + 1)))
+    assert both.take[0][1] is None
+    assert torch.equal(both.weights[0], torch.cat((weight, weight)))
+    assert both.weights[3] == 0.5
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])

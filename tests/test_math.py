@@ -20,7 +20,8 @@ def test_rope_holds_rotation_matrices():
     """Each 2x2 matrix turns by position / theta ** (2 j / dim); far positions lose nothing to float32."""
     pos = positions(2, 5)
     matrices = rope(pos, 8, 10_000)
-    assert matrices.shape == (2, 5, 4, 2, 2) and matrices.dtype == torch.float32
+    assert matrices.shape == (2, 5, 4, 2, 2)
+    assert matrices.dtype == torch.float32
     for j in range(4):
         angle = pos.double() / 10_000 ** (2 * j / 8)
         expected = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).unflatten(
@@ -56,7 +57,8 @@ def test_apply_rope_keeps_each_dtype():
     pe = rope(positions(1, 4), 8, 10_000)[:, None]
     x = torch.randn(1, 2, 4, 8)
     q, k = apply_rope(x.bfloat16(), x, pe)
-    assert q.dtype == torch.bfloat16 and k.dtype == torch.float32
+    assert q.dtype == torch.bfloat16
+    assert k.dtype == torch.float32
 
 
 def test_attention_is_the_softmax_formula():

@@ -54,7 +54,7 @@ def test_names_and_shapes_are_the_nets(net_class, params, file):
 
 def test_autoencoder_is_16_bit():
     with safe_open(FOLDER / SPEC.repo_ae, framework="pt") as file:
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+        assert {file.get_slice(name).get_dtype() for name in file} == {"F16"}
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "dinov2"])
@@ -87,7 +87,8 @@ def test_every_known_word_is_one_token(tokenizer):
         ids = [number for number in ids if number not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
         assert len(ids) == 1 and ids != [tokenizer.unk_token_id], word
     spelled = tokenizer("xyzzy")["input_ids"]
-    assert len(spelled) > 3 and tokenizer.unk_token_id not in spelled[:-1]
+    assert len(spelled) > 3
+    assert tokenizer.unk_token_id not in spelled[:-1]
 
 
 def test_tokenizer_cuts_pads_and_lowers(tokenizer):
@@ -98,9 +99,11 @@ def test_tokenizer_cuts_pads_and_lowers(tokenizer):
     assert padded("A DOG on the Grass") == padded("a dog on the grass")
     assert padded("a dog on the grass") != padded("a cat on the grass")
     long = padded("a dog and a cat and " * 20)
-    assert len(long) == 40 and long[-1] == tokenizer.eos_token_id
+    assert len(long) == 40
+    assert long[-1] == tokenizer.eos_token_id
     short = padded("a dog")
-    assert short[-1] == tokenizer.pad_token_id and tokenizer.eos_token_id in short
+    assert short[-1] == tokenizer.pad_token_id
+    assert tokenizer.eos_token_id in short
 
 
 def test_schnell_is_a_difference_of_the_same_layers():
@@ -108,7 +111,8 @@ def test_schnell_is_a_difference_of_the_same_layers():
     with torch.device("meta"):
         names = {name.removesuffix(".weight") for name, _ in Flux(SPEC.params).named_parameters()}
     changed = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
-    assert changed and changed <= names
+    assert changed
+    assert changed <= names
     assert sum(tensor.nbytes for tensor in tensors.values()) < 2.5 * MIB
 
 
@@ -118,11 +122,14 @@ def test_schnell_is_a_difference_of_the_same_layers():
 def test_vital_layers_are_those_of_the_scan(name, file):
     """Settled, over as many prompts as the paper's; the spec has them in the order of their vitality."""
     scan = json.loads((FOLDER / file).read_text())
-    assert scan["model"] == name and scan["stable"] and scan["rows"] == 64
+    assert scan["model"] == name
+    assert scan["stable"]
+    assert scan["rows"] == 64
     assert len(scan["vitality"]) == SPEC.num_layers
     assert find_vital_layers(str(FOLDER / file), configs[name]) == configs[name].vital_layers
 
 
 def test_licence_of_the_pictures_is_there():
     text = (FOLDER / "LICENSE-fluent-emoji.txt").read_text()
-    assert text.startswith("MIT License") and "Copyright (c) Microsoft Corporation" in text
+    assert text.startswith("MIT License")
+    assert "Copyright (c) Microsoft Corporation" in text

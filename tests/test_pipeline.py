@@ -34,7 +34,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 
 @pytest.mark.parametrize(
-    "prompts, width, height, num_steps, true_cfg, negative",
+    ("prompts", "width", "height", "num_steps", "true_cfg", "negative"),
     [
         ([DOG], 256, 256, 20, 1.0, ""),
         ([DOG, CAR], 128, 192, 4, 3.5, "a cat"),
@@ -138,7 +138,8 @@ def test_a_watermark_is_a_choice(nano):
         np.asarray(extract_watermark(to_tensor(picture)[None])).ravel().tolist()
         for picture in (plain, marked)
     ]
-    assert bits[0] != list(WATERMARK_BITS) and bits[1] == list(WATERMARK_BITS)
+    assert bits[0] != list(WATERMARK_BITS)
+    assert bits[1] == list(WATERMARK_BITS)
 
 
 # ---- image-to-image
@@ -155,7 +156,8 @@ def test_strength_0_is_the_picture_again(nano, photo):
     """
     [same] = nano.generate([DOG], [1], **QUICK, image=photo, strength=0.0)
     error = np.asarray(same, dtype=float) - np.asarray(photo, dtype=float)
-    assert abs(error.mean()) < 1 and np.sqrt((error**2).mean()) < 10
+    assert abs(error.mean()) < 1
+    assert np.sqrt((error**2).mean()) < 10
 
 
 def test_strength_1_keeps_nothing(nano, photo):
@@ -184,9 +186,11 @@ def test_encode_is_the_latent_that_decode_takes(nano, photo):
 def test_the_same_text_has_the_same_features(nano):
     """To the last bit, whatever stands beside it: else rows of one prompt would drift apart."""
     cond = nano.condition([DOG, CAR, DOG], 3.5, 3.5, DOG)
-    assert torch.equal(cond.txt[0], cond.txt[2]) and torch.equal(cond.vec[0], cond.vec[2])
+    assert torch.equal(cond.txt[0], cond.txt[2])
+    assert torch.equal(cond.vec[0], cond.vec[2])
     assert torch.equal(cond.negative.txt, cond.txt[:1].expand(3, -1, -1))
-    assert cond.guidance.tolist() == [3.5] * 3 and cond.true_cfg == 3.5
+    assert cond.guidance.tolist() == [3.5] * 3
+    assert cond.true_cfg == 3.5
 
 
 def test_no_second_pass_at_guidance_1(nano):
@@ -315,7 +319,7 @@ def test_offloading_changes_nothing(nano, offload):
 
 
 @pytest.mark.parametrize(
-    "fields, bound", [({"t5": "cpu"}, 0), ({"t5": "8bit"}, 6), ({"tiled": True}, 0)], ids=str
+    ("fields", "bound"), [({"t5": "cpu"}, 0), ({"t5": "8bit"}, 6), ({"tiled": True}, 0)], ids=str
 )
 def test_smaller_forms_make_nearly_the_same_picture(nano, fields, bound):
     """Largest difference of a pixel. A picture no larger than a tile is one tile."""
@@ -333,7 +337,8 @@ def test_four_bits_come_near(nano):
         given = (nano.noise([seed], 128, 96), ids, cond, t, t - 0.1)
         exact, packed = (sampling.euler_step(p.model, *given).velocity for p in (nano, pipe))
         errors.append(float((packed - exact).norm() / exact.norm()))
-    assert 0 < min(errors) and sum(errors) / 4 < 0.25
+    assert min(errors) > 0
+    assert sum(errors) / 4 < 0.25
 
 
 def bytes_of(net) -> int:

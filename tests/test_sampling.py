@@ -27,7 +27,7 @@ VITAL = frozenset({1, 4})
 # ---- noise, packing, positions
 
 
-@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize(("height", "width"), SIZES)
 def test_noise_packing_and_positions_equal_diffusers(height, width):
     """The same seed starts the same picture in both."""
     noise = sampling.get_noise(2, height, width, "cpu", torch.float32, seed=3)
@@ -87,11 +87,13 @@ def test_prepare():
         "vec": (1, 3),
     }
     assert {name: tuple(x.shape) for name, x in one.items()} == shapes
-    assert torch.equal(one["img"], sampling.pack(noise)) and not one["txt_ids"].any()
+    assert torch.equal(one["img"], sampling.pack(noise))
+    assert not one["txt_ids"].any()
 
     two = sampling.prepare(t5, clip, noise, ["a dog", "a cat"])
     assert {name: tuple(x.shape) for name, x in two.items()} == {k: (2, *v[1:]) for k, v in shapes.items()}
-    assert torch.equal(two["img"][0], two["img"][1]) and two["vec"][1, 0] == 1
+    assert torch.equal(two["img"][0], two["img"][1])
+    assert two["vec"][1, 0] == 1
 
     same = sampling.prepare(t5, clip, noise.expand(3, -1, -1, -1), "a dog")
     assert {len(x) for x in same.values()} == {3}
@@ -101,7 +103,7 @@ def test_prepare():
 
 
 @pytest.mark.parametrize("steps", [1, 4, 15, 50])
-@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("name", list(configs))
 def test_schedule_equals_diffusers(name, height, width, steps):
     """Dynamic shifting by the number of tokens for dev, none for schnell, flux-nano's constant one."""
@@ -111,7 +113,9 @@ def test_schedule_equals_diffusers(name, height, width, steps):
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
     levels = sampling.get_schedule(steps, tokens, spec.base_shift, spec.max_shift, spec.shifted)
     assert_close(torch.tensor(levels), scheduler.sigmas, rtol=0, atol=3e-7)
-    assert levels[0] == 1 and levels[-1] == 0 and all(isinstance(t, float) for t in levels)
+    assert levels[0] == 1
+    assert levels[-1] == 0
+    assert all(isinstance(t, float) for t in levels)
 
 
 def test_schedule_defaults_are_upstreams():
@@ -258,7 +262,8 @@ def test_both_passes_as_one_batch_are_two_passes(model, row, monkeypatch, rows, 
         (together.kept_negative, apart.kept_negative),
         (together.watched, apart.watched),
     ):
-        assert found.keys() == expected.keys() and found
+        assert found.keys() == expected.keys()
+        assert found
         for layer, pair in expected.items():
             assert_close(found[layer], pair, rtol=0, atol=1e-5)
 
@@ -447,7 +452,8 @@ def test_a_schedule_works_its_modulations_out_once(model, monkeypatch):
     for each, rows in ((cond, 2), (alike, 1), (replace(alike, guidance=torch.tensor([3.0, 2.0])), 2)):
         ids = given["img_ids"]
         *_, last = sampling.sample(model, given["img"], ids, each, LEVELS)
-        assert made.pop() == rows * (len(LEVELS) - 1) and not made
+        assert made.pop() == rows * (len(LEVELS) - 1)
+        assert not made
         latent = given["img"]
         for t, t_next in zip(LEVELS, LEVELS[1:]):
             latent = sampling.euler_step(model, latent, ids, each, t, t_next).latent

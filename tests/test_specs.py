@@ -41,7 +41,7 @@ def test_flux_nano_is_what_its_files_say():
     assert (t5["d_model"], clip["hidden_size"]) == (spec.params.context_in_dim, spec.params.vec_in_dim)
     assert spec.clip_length <= clip["max_position_embeddings"]
     with safe_open(spec.folder / spec.repo_flow, "pt") as file:
-        blocks = {name.split(".")[1] for name in file.keys() if name.startswith("double_blocks")}
+        blocks = {name.split(".")[1] for name in file if name.startswith("double_blocks")}
     assert len(blocks) == spec.params.depth
 
 
@@ -51,12 +51,13 @@ def test_the_package_stays_small():
 
 
 @pytest.mark.parametrize(
-    "name, near", [("flux-dve", "flux-dev"), ("schnell", "flux-schnell"), ("Flux-Nano", "flux-nano")]
+    ("name", "near"), [("flux-dve", "flux-dev"), ("schnell", "flux-schnell"), ("Flux-Nano", "flux-nano")]
 )
 def test_an_unknown_model_is_told_with_a_near_one(name, near):
     with pytest.raises(InputError) as error:
         get_spec(name)
-    assert f"'{name}'" in str(error.value) and f"did you mean '{near}'" in str(error.value)
+    assert f"'{name}'" in str(error.value)
+    assert f"did you mean '{near}'" in str(error.value)
 
 
 def test_an_unknown_model_with_no_near_one():
@@ -88,7 +89,8 @@ def test_given_numbers_stay():
 
 def test_complete_twice_is_complete_once():
     settings = complete(TestSettings(**PROMPTS, width=1080))
-    assert complete(settings) == settings and isinstance(settings, TestSettings)
+    assert complete(settings) == settings
+    assert isinstance(settings, TestSettings)
 
 
 def test_sizes_are_rounded_down_with_a_notice(capsys):

@@ -30,9 +30,23 @@ CLEARANCE = 0.05  # what stands about keeps this much of the width away from the
 MOVED_AT_MOST = 0.2
 HAT_SCALE = 1.25
 
-_LARGE_DETAILS = set(
-    "tree pine palm house castle tower church ship island volcano tent window door cactus piano".split()
-) | {"snowy peak", "christmas tree", "circus tent"}
+_LARGE_DETAILS = {
+    "tree",
+    "pine",
+    "palm",
+    "house",
+    "castle",
+    "tower",
+    "church",
+    "ship",
+    "island",
+    "volcano",
+    "tent",
+    "window",
+    "door",
+    "cactus",
+    "piano",
+} | {"snowy peak", "christmas tree", "circus tent"}
 _IN_THE_SKY = {"cloud", "ringed planet", "comet", "satellite", "star"}
 _ON_THE_WALL = {"window", "picture frame", "bubbles", "disco ball", "masks"}
 FLOATING = [sprite.flies or sprite.name in _IN_THE_SKY | _ON_THE_WALL for sprite in SPRITES]

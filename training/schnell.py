@@ -56,7 +56,7 @@ def lora_weights(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[st
     file = {}
     for name, value in weights.items():
         stem = name.rpartition(".")[0]
-        if name.endswith(".lora_A") or name.endswith(".lora_B"):
+        if name.endswith((".lora_A", ".lora_B")):
             file[name + ".weight"] = value
         elif name.endswith(".bias"):
             file[stem + ".lora_B.bias"] = value - base[name]

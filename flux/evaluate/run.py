@@ -55,7 +55,7 @@ class EvaluateWorker:
         if pipe is None and settings.device.startswith("cuda") and shared(settings):
             # Ray shows a worker nothing but its own card, as the first.
             settings = settings.model_copy(update={"device": "cuda"})
-        self.methods: dict[str, Method | None] = {name: None for name in BASELINES}
+        self.methods: dict[str, Method | None] = dict.fromkeys(BASELINES)
         self.methods |= {method.slug: method for method in completed(settings)}
         photos = settings.references == "photo"
         pipe = pipe or Pipeline.load(complete(settings))

@@ -264,14 +264,16 @@ def test_watching_changes_no_step(nano):
     expected = []
     nano.generate([DOG], [7], **chosen.sampling(), on_step=expected.append, progress=False)
     steps, seen = watch(nano, DOG, 7, chosen, progress=False)
-    assert len(steps) == 4 and all(torch.equal(a.latent, b.latent) for a, b in zip(steps, expected))
+    assert len(steps) == 4
+    assert all(torch.equal(a.latent, b.latent) for a, b in zip(steps, expected))
     assert not any(step.watched for step in steps)
     assert [(step.index, step.t) for step in seen] == [(0, expected[0].t), (2, expected[2].t)]
     for step in seen:
         assert list(step.layers) == [3, 12]
         for found in step.layers.values():
             assert found.text.shape == found.to_words["dog"].shape == found.from_words["dog"].shape == (1, 24)
-            assert (found.padding < found.text).all() and (found.to_words["dog"] < found.text).all()
+            assert (found.padding < found.text).all()
+            assert (found.to_words["dog"] < found.text).all()
 
 
 def test_the_word_is_where_its_object_is(nano):
@@ -280,14 +282,16 @@ def test_the_word_is_where_its_object_is(nano):
     _, [first] = watch(nano, "a dog on the grass", 7, one_step, progress=False)
     words = first.layers[8].to_words
     row, column = divmod(int(words["dog"].argmax()), 16)
-    assert 9 <= row <= 14 and 2 <= column <= 8
+    assert 9 <= row <= 14
+    assert 2 <= column <= 8
     assert words["dog"].max() > max(0.1, 5 * words["the"].max())
 
 
 def test_nothing_is_watched_unasked(nano, monkeypatch):
     monkeypatch.setattr(watch_room, "look", lambda *_: pytest.fail("no layers were named"))
     steps, seen = watch(nano, DOG, 7, settings(layers=(), num_steps=2), progress=False)
-    assert len(steps) == 2 and seen == []
+    assert len(steps) == 2
+    assert seen == []
 
 
 def test_steps_to_watch():
@@ -299,7 +303,7 @@ def test_steps_to_watch():
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"layers": (3, 15)}, r"layers \[15\].* 0..14"),
         ({"at_steps": (20,)}, r"at_steps \[20\]"),
@@ -331,8 +335,10 @@ def test_heat_is_where_the_values_are():
 def test_scale_runs_upwards():
     bar = np.asarray(colour_scale(96, 96, 0.4).convert("L")).astype(int)[:, 15]
     inside = bar[11:85]
-    assert inside[0] > inside[-1] + 100 and (np.diff(inside) <= 0).all()
-    assert (bar[:11] == 255).all() and (bar[85:] == 255).all()
+    assert inside[0] > inside[-1] + 100
+    assert (np.diff(inside) <= 0).all()
+    assert (bar[:11] == 255).all()
+    assert (bar[85:] == 255).all()
 
 
 def test_percentages():

@@ -42,7 +42,8 @@ def test_full_size_at_toy_size(tmp_path, capsys):
 def test_the_full_size_is_flux_dev():
     """1080x720 is rounded down, and the shapes that would be written are those of flux1-dev.safetensors."""
     plan = full_size.full_plan()
-    assert plan.model == "flux-dev" and len(plan.layers) == 10
+    assert plan.model == "flux-dev"
+    assert len(plan.layers) == 10
     assert {(work.width, work.height) for work in plan.work} == {(1024, 1024), (1072, 720)}
     weights = random_transformer(plan.spec.params, torch.device("meta"))
     assert sum(tensor.numel() for tensor in weights.values()) == 11_901_408_320
@@ -63,7 +64,8 @@ def test_edit_photo_at_toy_size(tmp_path, capsys):
     output = tmp_path / "results.json"
     edit_photo.main(str(tmp_path), str(output), toy=True, device="cpu", num_steps=2, compiled=False)
     found = json.loads(output.read_text())["eager"]
-    assert len(found) == 9 and all(each["seconds"] > 0 and each["pass_ms"] > 0 for each in found.values())
+    assert len(found) == 9
+    assert all(each["seconds"] > 0 and each["pass_ms"] > 0 for each in found.values())
     assert found["inversion, kept in main memory"]["kept_gib"] > 0
     assert all(name in capsys.readouterr().out for name in ("edits of what is kept in device",))
 
@@ -98,7 +100,9 @@ def test_parallel_at_toy_size(tmp_path):
     assert results["cards"] == 2
     for name, found in results["steps"]["eager"].items():
         # In bfloat16, where a number more or less rounded differs by 0.004.
-        assert found["one card"]["ms"] > 0 and found["shared"]["ms"] > 0 and found["difference"] < 0.02
+        assert found["one card"]["ms"] > 0
+        assert found["shared"]["ms"] > 0
+        assert found["difference"] < 0.02
         assert done.stdout.count(f"| {name}, eager ") == 1
 
 
@@ -120,7 +124,8 @@ def test_memory_goes_on_where_it_was(tmp_path, capsys):
     output = tmp_path / "results.json"
     toy_size = {"output": str(output), "toy": True, "device": "cpu", "caps": ()}
     memory.main(**toy_size, minutes=0)
-    assert not output.exists() and "left for the next run" in capsys.readouterr().out
+    assert not output.exists()
+    assert "left for the next run" in capsys.readouterr().out
     memory.main(**toy_size, only="Q4_K")
     first = json.loads(output.read_text())
     assert list(first["cases"]) == ["GGUF Q4_K", "diffusers, GGUF Q4_K"]
@@ -135,7 +140,8 @@ def test_packed_weights_are_like_plain_ones(kind):
     """Else activations grow beyond numbers, or vanish."""
     drawn = memory.Packed.draw(kind, torch.Size((256, 1024)), 0.02, torch.device("cpu"))
     matrix = PackedLinear(drawn.rows, drawn.kind, None, drawn.scale, torch.float32).weight
-    assert matrix.shape == (256, 1024) and abs(matrix.mean()) < 0.002
+    assert matrix.shape == (256, 1024)
+    assert abs(matrix.mean()) < 0.002
     assert matrix.std().item() == pytest.approx(0.02, rel=0.05)
 
 

@@ -28,7 +28,8 @@ def test_a_part_and_the_whole():
 def test_the_edge_decides():
     """A subject that fills most of the picture, and stays, makes another place no part of it."""
     around = 1.05 - square(0.6)
-    assert around.mean() < 0.5 and all_over(around, around, 16 * SIDE, 16 * SIDE).all()
+    assert around.mean() < 0.5
+    assert all_over(around, around, 16 * SIDE, 16 * SIDE).all()
 
 
 def test_the_part_and_its_neighbours():
@@ -66,5 +67,6 @@ def test_the_subject_is_where_a_shared_word_is_looked_at():
     rim = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     rim[3:11, 3:11] = True
     subject = found("a dog in the snow")
-    assert subject[inside].all() and not subject[~rim].any()
+    assert subject[inside].all()
+    assert not subject[~rim].any()
     assert not found("cats").any(), "no word is shared"

@@ -205,7 +205,9 @@ def test_a_falling_weight(small, passes):
     assert weights == pytest.approx([0, 0.8, 0.6, 0.4, 0.2])
 
 
-@pytest.mark.parametrize("parts, there", [("k", (True, False)), ("v", (False, True)), ("kv", (True, True))])
+@pytest.mark.parametrize(
+    ("parts", "there"), [("k", (True, False)), ("v", (False, True)), ("kv", (True, True))]
+)
 def test_keys_or_values_alone(small, passes, parts, there):
     make(small, **ONE, true_cfg=1.0, parts=parts)
     assert [tuple(x is not None for x in given.take[0]) for given in passes if given.take] == [there] * STEPS
@@ -352,7 +354,8 @@ def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypa
         assert difference(picture, alone) == 0
         passes.clear()
         [short] = made([EDITS[number]], inject_until=0.25)
-        assert not holds_subject() and (difference(alone, short) > 0) == held_longer
+        assert not holds_subject()
+        assert (difference(alone, short) > 0) == held_longer
         made([EDITS[number]])
         assert holds_subject() == held_longer
 
@@ -370,7 +373,8 @@ def test_an_automatic_mask(small, passes, monkeypatch):
     plain = {"prompt": EDITS[0], "mask": "none"}
     auto = make(small, edits=[{"prompt": EDITS[0], "mask": "auto"}, plain, {"prompt": DOG, "mask": "auto"}])
     assert sum(bool(given.watch) for given in passes) == 2 * 2
-    assert 0 < found[0].sum() < TOKENS and found[1].all()
+    assert 0 < found[0].sum() < TOKENS
+    assert found[1].all()
     assert difference(auto.edits[0], auto.edits[1]) > 0
 
 
@@ -399,7 +403,7 @@ def test_the_mask_of_a_dose(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mask, message",
+    ("mask", "message"),
     [
         (Image.new("L", (WIDTH, HEIGHT)), "black all over"),
         (Image.new("L", (WIDTH, HEIGHT + 1), 255), "96x65 pixels: expected 96x64"),
@@ -427,10 +431,12 @@ def test_edits_of_a_kept_reference_are_those_in_one_go(small, more):
 def test_another_edit_of_a_kept_reference_costs_one_image_a_step(small, passes):
     wanted = settings(true_cfg=1.0)
     kept = keep_reference(small, wanted, LAYERS, progress=False)
-    assert len(passes) == STEPS and all(given.keep == set(LAYERS) for given in passes)
+    assert len(passes) == STEPS
+    assert all(given.keep == set(LAYERS) for given in passes)
     passes.clear()
     edit_reference(small, kept, EDITS[:1], wanted, progress=False)
-    assert len(passes) == STEPS and not any(given.keep for given in passes)
+    assert len(passes) == STEPS
+    assert not any(given.keep for given in passes)
 
 
 def test_fewer_layers_than_were_kept(small):
@@ -455,7 +461,8 @@ def test_where_a_reference_is_kept(small):
     width = tiny_models.PARAMS.hidden_size
     assert moment.bytes() == 2 * 2 * 2 * TOKENS * width * 4, "two layers, keys and values, both passes"
     there = moment.on(torch.device("meta"))
-    assert all(x.is_meta for pair in there.kept.values() for x in pair) and there.latent.is_cpu
+    assert all(x.is_meta for pair in there.kept.values() for x in pair)
+    assert there.latent.is_cpu
     assert reference._fits(torch.device("cpu"), 2**60)
 
 
@@ -498,8 +505,10 @@ def test_the_reference_of_a_photograph_ends_at_its_own_latent(small, photo, meth
     assert [moment.t for moment in moments] == source.levels[:-1]
     assert all(torch.equal(moment.latent, latent) for moment, latent in zip(moments, source.path))
     factor = nudging or (1.15 if method == "euler" else 1.0)
-    assert source.scale == factor and torch.equal(source.path[-1], factor * clean)
-    assert len(source.path) == 3 and torch.equal(source.start, source.path[0])
+    assert source.scale == factor
+    assert torch.equal(source.path[-1], factor * clean)
+    assert len(source.path) == 3
+    assert torch.equal(source.start, source.path[0])
 
 
 def test_a_photograph_and_its_edit(small, photo):
@@ -559,7 +568,8 @@ def test_as_published(small, photo):
     assert settings(**ONE, guidance=None, as_published=True).guidance == 3.5, "a generated reference"
     true = reference.find_source(small, settings(**ONE, inversion="euler"), photo, None, False).path
     source = reference.find_source(small, wanted, photo, None, False)
-    assert source.scale == 1.0 and source.cond.guidance.item() == 1.0
+    assert source.scale == 1.0
+    assert source.cond.guidance.item() == 1.0
     for latent, level in zip(source.path, [0, STEPS - 1, 0, 1, 2, 3], strict=True):
         assert torch.equal(latent, true[level])
     made = edit(small, wanted, LAYERS, photo, progress=False)
@@ -621,7 +631,8 @@ def test_vital_layers_by_name():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_sets_of_layers_of_dev(name):
     layers = find_vital_layers(name, configs["flux-dev"])
-    assert layers == PRESETS[name] and len(set(layers)) == len(layers)
+    assert layers == PRESETS[name]
+    assert len(set(layers)) == len(layers)
 
 
 def test_vital_layers_from_a_scan(tmp_path):

@@ -42,7 +42,7 @@ def test_all_are_exact_on_a_constant_field(method, latent, ids):
 
 
 @pytest.mark.parametrize(
-    "method, passes", [("euler", 7), ("midpoint", 14), ("fireflow", 8), ("fixed-point", 28)]
+    ("method", "passes"), [("euler", 7), ("midpoint", 14), ("fireflow", 8), ("fixed-point", 28)]
 )
 def test_evaluations(method, passes, latent, ids):
     field = Field(lambda x, t, txt: x)
@@ -51,7 +51,7 @@ def test_evaluations(method, passes, latent, ids):
 
 
 @pytest.mark.parametrize(
-    "method, order", [("euler", 1), ("midpoint", 2), ("fireflow", 2), ("fixed-point", 1)]
+    ("method", "order"), [("euler", 1), ("midpoint", 2), ("fireflow", 2), ("fixed-point", 1)]
 )
 def test_order(method, order, latent, ids):
     """dx/dt = x t climbs from x to x e^(1/2); twice the steps divide the error by 2^order."""
@@ -120,7 +120,8 @@ def test_flow_edit_walks_along_the_difference(latent, ids):
     """A field of the text alone: each edit moves by its difference, times the noise level where it begins."""
     field = Field(lambda x, t, txt: txt * torch.ones_like(x))
     steps = list(flow_edit(field, latent, ids, told(2.0), told(5.0, 1.0), LEVELS, noises()))
-    assert len(steps) == 7 and torch.equal(steps[0], latent.expand(2, -1, -1))
+    assert len(steps) == 7
+    assert torch.equal(steps[0], latent.expand(2, -1, -1))
     begin = LEVELS[1]
     for row, difference in enumerate((3.0, -1.0)):
         assert_close(steps[-1][row : row + 1], latent - begin * difference, rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    "size, expected",
+    ("size", "expected"),
     [
         ((256, 256), (256, 256)),
         ((4000, 3000), (288, 224)),
@@ -37,7 +37,7 @@ def test_natural_size(size, expected):
 
 
 @pytest.mark.parametrize(
-    "size, shape, box",
+    ("size", "shape", "box"),
     [
         ((400, 200), (64, 64), (100, 0, 300, 200)),
         ((200, 401), (64, 32), (0, 150, 200, 250)),
@@ -53,10 +53,12 @@ def test_a_photograph_there_and_back():
     """Its middle in the edit's size; put back, the rest is untouched to the last bit."""
     whole = noise(90, 50)
     photo = Photograph.of(whole, 32, 32)
-    assert photo.box == (20, 0, 70, 50) and photo.part.size == (32, 32)
+    assert photo.box == (20, 0, 70, 50)
+    assert photo.part.size == (32, 32)
     assert photo.part == whole.crop(photo.box).resize((32, 32), Image.Resampling.LANCZOS)
     back = photo.with_part(Image.new("RGB", (32, 32), "red"))
-    assert back.size == whole.size and back.crop(photo.box) == Image.new("RGB", (50, 50), "red")
+    assert back.size == whole.size
+    assert back.crop(photo.box) == Image.new("RGB", (50, 50), "red")
     for rest in ((0, 0, 20, 50), (70, 0, 90, 50)):
         assert back.crop(rest) == whole.crop(rest)
 
@@ -87,7 +89,8 @@ def test_tokens_with_any_white_may_change():
     mask.paste((120, 120, 120), (32, 0, 48, 16))
     mask.paste((140, 140, 140), (48, 0, 64, 16))
     found = token_mask(mask, [(64, 32)], 64, 32)
-    assert found.shape == (1, 8, 1) and found.dtype == torch.bool
+    assert found.shape == (1, 8, 1)
+    assert found.dtype == torch.bool
     assert found.flatten().tolist() == [False, False, False, True, False, True, False, False]
 
 
@@ -99,7 +102,7 @@ def test_a_mask_is_cut_as_its_photograph():
 
 
 @pytest.mark.parametrize(
-    "mask, message",
+    ("mask", "message"),
     [
         (Image.new("L", (64, 64)), "black all over"),
         (Image.new("L", (65, 64), 255), "65x64 pixels: expected 64x64 or 400x200"),
@@ -120,7 +123,9 @@ def test_a_mask_with_white_only_where_the_photograph_is_cut_off():
 def test_a_mask_as_a_picture():
     tokens = torch.tensor([True, False, False, False])[:, None]
     picture = np.asarray(mask_picture(tokens, 32, 32))
-    assert picture.shape == (32, 32) and picture[0, 0] == 255 and picture[31, 31] == 0
+    assert picture.shape == (32, 32)
+    assert picture[0, 0] == 255
+    assert picture[31, 31] == 0
     assert 0 < picture[8, 16] < 255, "soft edges"
 
 
@@ -139,7 +144,9 @@ def test_tokens_that_attend_most_and_their_neighbours():
     maps[0, [8, 9, 16, 17, 0, 1]] = 1.0
     maps[1] = 0.0
     found, nothing = automask.may_change(maps, 128, 96).reshape(2, 6, 8)
-    assert found[:3, :3].all() and not found[:, 5:].any() and not found[5].any()
+    assert found[:3, :3].all()
+    assert not found[:, 5:].any()
+    assert not found[5].any()
     assert nothing.all()
 
 
@@ -197,7 +204,8 @@ def captioner(tmp_path_factory):
 
 def test_a_caption(captioner):
     words = describe(noise(50, 40), captioner).split()
-    assert words and set(words) <= {"a", "dog", "cat", "on", "the", "grass", "[UNK]", "[MASK]"}
+    assert words
+    assert set(words) <= {"a", "dog", "cat", "on", "the", "grass", "[UNK]", "[MASK]"}
     assert describe(noise(50, 40), captioner).split() == words
 
 

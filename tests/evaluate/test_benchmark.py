@@ -77,7 +77,8 @@ def test_what_is_read_of_an_entry(tmp_path):
     assert item.source == "a round cake on a table"
     assert item.target == "a square cake with orange frosting on a table"
     assert item.path.read_bytes()
-    assert item.truth is None and item.asked is None
+    assert item.truth is None
+    assert item.asked is None
 
 
 def test_photo_and_mask_are_cut_and_scaled_alike(tmp_path):
@@ -120,7 +121,7 @@ def test_another_file_is_another_benchmark(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"mask": [1, 2, 3]}, "no list of starts and lengths"),
         ({"mask": [0, -1]}, "no list of starts and lengths"),

@@ -121,7 +121,7 @@ def test_shipped_files_are_sound(file):
 
 
 @pytest.mark.parametrize(
-    "methods, message",
+    ("methods", "message"),
     [
         ([{"dose": "paper"}], 'each to have a "name"'),
         ([{"name": "a b"}, {"name": "A-b"}], "names of their own, got"),
@@ -160,7 +160,8 @@ def test_a_method_the_model_cannot_do_is_told_before_any_work(benchmark, tmp_pat
         evaluate(settings_of(benchmark, tmp_path / "out", methods=methods), progress=False)
     with pytest.raises(InputError, match="judge nowhere.pt, which is not there"):
         evaluate(settings_of(benchmark, tmp_path / "out", judge="nowhere.pt"), progress=False)
-    assert not painting and not (tmp_path / "out").exists()
+    assert not painting
+    assert not (tmp_path / "out").exists()
 
 
 def test_methods_share_what_is_not_theirs(benchmark, tmp_path):
@@ -193,7 +194,8 @@ def test_what_is_written(benchmark, tmp_path, painting):
     assert read_metadata(folder / "default" / "000.png")["prompt"] == PROMPTS["replace"][1]
     assert read_image(folder / "sheet.png").width > 4 * SIDE
     summary = (folder / "summary.md").read_text()
-    assert "| Default |" in summary and "| method | replace | add |" in summary
+    assert "| Default |" in summary
+    assert "| method | replace | add |" in summary
     assert json.loads((folder / "run.json").read_text())["demo"] == "evaluate"
     assert check_settings(EvaluateSettings, json.loads((folder / "run.json").read_text())["settings"])
 
@@ -280,7 +282,8 @@ def test_other_measures_are_taken_from_the_pictures_there(benchmark, tmp_path, p
     monkeypatch.setattr(Measurer, "rows", lambda self, *given: measured.append(given) or rows(self, *given))
     for _ in range(2):
         evaluate(other, progress=False)
-    assert not painting and sum(len(items) for _, items, _ in measured) == 8
+    assert not painting
+    assert sum(len(items) for _, items, _ in measured) == 8
     after = results(tmp_path)
     assert all(float(row.pop("structure")) >= 0 for row in after)
     assert sorted(map(str, after)) == sorted(map(str, before))
@@ -328,8 +331,10 @@ def test_means_leave_out_what_was_not_measured():
     assert means(rows) == {"success": 2 / 3, "psnr": 30.0, "both": 1 / 3}
     found = by_kind(rows)
     assert list(found) == ["all", "local", "add", "time"]
-    assert found["add"]["both"] == 0.5 and found["time"]["psnr"] == 40.0
-    assert found["local"] == found["add"] and found["time"]["items"] == 2
+    assert found["add"]["both"] == 0.5
+    assert found["time"]["psnr"] == 40.0
+    assert found["local"] == found["add"]
+    assert found["time"]["items"] == 2
     assert list(by_kind(rows[:2])) == ["all", "add"]
 
 
@@ -354,7 +359,7 @@ def items(benchmark) -> list[Item]:
 
 
 @pytest.mark.parametrize(
-    "references, fields",
+    ("references", "fields"),
     [
         ("photo", {"name": "default"}),
         ("photo", {"name": "published", "as_published": True}),
@@ -400,7 +405,8 @@ def test_masks_of_a_batch_are_those_of_one_by_one(
     masks, subjects = zip(*found)
     together, *alone = subjects if all_over else masks
     assert torch.equal(together, torch.cat(alone))
-    assert 0 < together[0].sum() < 64 and not torch.equal(*together)
+    assert 0 < together[0].sum() < 64
+    assert not torch.equal(*together)
     if all_over:
         assert all(mask.all() for mask in masks)
     else:
@@ -448,6 +454,7 @@ def test_a_small_evaluation_of_the_model_itself(nano, benchmark, tmp_path):
     settings = settings_of(benchmark, tmp_path, count=2, metrics=["structure"])
     folder = evaluate(settings, pipe=nano, progress=False)
     rows = results(folder)
-    assert len(rows) == 8 and all(row[name] for row in rows for name in (*OUTSIDE, "structure"))
+    assert len(rows) == 8
+    assert all(row[name] for row in rows for name in (*OUTSIDE, "structure"))
     scores = {row["method"]: float(row["psnr"]) for row in rows}
     assert scores["autoencoder"] > scores["img2img"]

@@ -21,7 +21,8 @@ class Row(Op):
     """A number for each output channel, "L n"."""
 
     def laid_out(self, value: Tensor, acc: Tensor) -> Tensor:
-        assert value.shape == (acc.shape[0], acc.shape[2]) and value.stride(-1) == 1
+        assert value.shape == (acc.shape[0], acc.shape[2])
+        assert value.stride(-1) == 1
         return value[:, None].float()
 
 
@@ -37,7 +38,8 @@ class Rotary(Op):
     """Cosines and sines by turns, "m D", one table for the whole batch."""
 
     def laid_out(self, value: Tensor, acc: Tensor) -> Tensor:
-        assert value.shape[0] == acc.shape[1] and value.is_contiguous()
+        assert value.shape[0] == acc.shape[1]
+        assert value.is_contiguous()
         return value.float().repeat(1, acc.shape[2] // value.shape[1])[None]
 
 
@@ -65,13 +67,15 @@ class Epilogue:
 
     def gemm(self, left, right, out, stream=None, *, epi_args, post_init_attrs=(), **tiles) -> "Epilogue":
         most = {64: 256, 128: 208, 192: 128} if tiles["pingpong"] else {192: 256}
-        assert tiles["tile_N"] % 16 == 0 and tiles["tile_N"] <= most[tiles["tile_M"]]
+        assert tiles["tile_N"] % 16 == 0
+        assert tiles["tile_N"] <= most[tiles["tile_M"]]
         assert tiles["tile_N"] % 128 == 0 or not self.prepass
         run_gemm_epi_plan(self, left, right, out, stream, epi_args)
         return self
 
     def run(self, left, right, out, stream, epi_args: dict) -> None:
-        assert left.stride(-1) == right.stride(-1) == out.stride(-1) == 1 and left.dtype == right.dtype
+        assert left.stride(-1) == right.stride(-1) == out.stride(-1) == 1
+        assert left.dtype == right.dtype
         acc = left.float() @ right.float().transpose(1, 2)
         assert epi_args.keys() == self.ops.keys()
         given = {} if stream is None else {"c": stream.float()}

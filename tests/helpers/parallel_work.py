@@ -138,7 +138,8 @@ def spared_steps(model, given) -> Answers:
     cache, levels = StepCache(0.7, ranks.total), get_schedule(12, 15)
     steps = sample(model, given["img"], given["img_ids"], conditioning(given), levels, cache=cache)
     answers = [step.latent for step in steps]
-    assert cache.full and cache.reused
+    assert cache.full
+    assert cache.reused
     return [*answers, torch.tensor([cache.full, cache.reused])]
 
 

@@ -46,8 +46,10 @@ def names(folder: Path) -> list[str]:
 def test_every_level_survives():
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     x = to_tensor(Image.fromarray(levels))
-    assert x.shape == (3, 16, 16) and x.dtype == torch.float32
-    assert x.min() == -1 and x.max() == 1
+    assert x.shape == (3, 16, 16)
+    assert x.dtype == torch.float32
+    assert x.min() == -1
+    assert x.max() == 1
     assert np.array_equal(np.array(to_pil(x)), levels)
 
 
@@ -181,7 +183,8 @@ def test_camera_files_with_previews_are_read(tmp_path):
         tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=[noise()], quality=100
     )
     with Image.open(tmp_path / "camera.jpg") as image:
-        assert image.format == "MPO" and image.n_frames == 2
+        assert image.format == "MPO"
+        assert image.n_frames == 2
     assert read_image(tmp_path / "camera.jpg").size == quadrants().size
 
 
@@ -302,7 +305,8 @@ def test_png_text_is_international(tmp_path):
     """A tEXt chunk holds latin-1 only."""
     save_image(noise(), tmp_path / "a.png", METADATA)
     data = (tmp_path / "a.png").read_bytes()
-    assert b"iTXtflux\0" in data and "東京".encode() in data
+    assert b"iTXtflux\0" in data
+    assert "東京".encode() in data
 
 
 def test_nano_is_not_black_forest_labs(tmp_path):
@@ -310,7 +314,8 @@ def test_nano_is_not_black_forest_labs(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         exif = image.getexif()
     assert exif[ExifTags.Base.Model] == "flux-nano"
-    assert ExifTags.Base.Make not in exif and ExifTags.Base.ImageDescription not in exif
+    assert ExifTags.Base.Make not in exif
+    assert ExifTags.Base.ImageDescription not in exif
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -383,7 +388,8 @@ def test_full_disk_keeps_the_older_file(name, tmp_path):
     assert path.read_bytes() == b"older"
     assert names(tmp_path) == [name]
     WRITERS[name](path)
-    assert path.stat().st_size > 4096 and names(tmp_path) == [name]
+    assert path.stat().st_size > 4096
+    assert names(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -413,7 +419,8 @@ def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_text(tmp_path / "a.txt", "newer")
-    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "older"
+    assert names(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "older"
 
 
 def test_unwritable_places_are_told(tmp_path):
@@ -428,7 +435,9 @@ def test_unwritable_places_are_told(tmp_path):
 def test_json_and_text(tmp_path):
     write_json(tmp_path / "a.json", METADATA)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == METADATA and text.endswith("}\n") and "東京" in text
+    assert json.loads(text) == METADATA
+    assert text.endswith("}\n")
+    assert "東京" in text
     write_text(tmp_path / "a.txt", "zwölf\n")
     assert (tmp_path / "a.txt").read_bytes() == "zwölf\n".encode()
 
@@ -446,7 +455,9 @@ def test_animation(suffix, tmp_path):
     colours = ["red", "lime", "blue"]
     save_animation([Image.new("RGB", (40, 30), colour) for colour in colours], path, 0.25)
     with Image.open(path) as image:
-        assert image.n_frames == 3 and image.size == (40, 30) and image.info["loop"] == 0
+        assert image.n_frames == 3
+        assert image.size == (40, 30)
+        assert image.info["loop"] == 0
         for frame, colour in enumerate(colours):
             image.seek(frame)
             image.load()
@@ -493,7 +504,8 @@ def test_pictures_stand_in_rows_unchanged():
         for left, top, right, bottom in row:
             assert (right - left, bottom - top) == (128, 96)
             assert top == row[0][1]
-        assert row[0][2] < row[1][0] and row[1][2] < row[2][0] < sheet.width - 128
+        assert row[0][2] < row[1][0]
+        assert row[1][2] < row[2][0] < sheet.width - 128
     assert all(upper[0] == lower[0] and upper[3] < lower[1] for upper, lower in zip(*boxes, strict=True))
     assert not ink(sheet).any()
     texture = noise(128, 96)
@@ -531,7 +543,8 @@ def test_titles_stand_above_their_row():
     left, top, _, _ = box(sheet, "red")
     right = box(sheet, "blue")[2]
     title = written[: top - 4]
-    assert title.any(0).nonzero()[0].min() >= left and 300 < title.any(0).nonzero()[0].max() < right
+    assert title.any(0).nonzero()[0].min() >= left
+    assert 300 < title.any(0).nonzero()[0].max() < right
     assert (np.diff(title.any(1).astype(int)) == 1).sum() >= 3, "a long title wraps"
     assert not written[top - 4 : top].any()
     second = box(sheet, "yellow")[1] - box(sheet, "red")[1]
@@ -553,7 +566,8 @@ def test_wrapping_loses_no_word():
 def test_overlong_captions_end_in_an_ellipsis():
     font = sheets._font("DejaVuSans.ttf", 13)
     lines = sheets._wrap("word " * 1000, font, 300)
-    assert len(lines) == sheets.MAX_LINES and lines[-1].endswith("word…")
+    assert len(lines) == sheets.MAX_LINES
+    assert lines[-1].endswith("word…")
     assert all(font.getlength(line) <= 300 for line in lines)
 
 
@@ -568,7 +582,8 @@ def test_accents_greek_and_cyrillic_are_drawn():
 def test_empty_places_and_ragged_rows():
     sheet = grid([[plain("red"), None, plain("blue")], [plain("cyan")]], [["", "nothing here", ""], [""]])
     red, blue, cyan = (box(sheet, colour) for colour in ("red", "blue", "cyan"))
-    assert cyan[0] == red[0] and blue[0] - red[2] == 128 + 2 * red[0]
+    assert cyan[0] == red[0]
+    assert blue[0] - red[2] == 128 + 2 * red[0]
     middle = np.array(sheet)[red[1] : red[3], red[2] + 2 : blue[0] - 2]
     assert (middle == 255).all()
     assert ink(sheet)[red[3] :, red[2] : blue[0]].any()

@@ -55,10 +55,7 @@ def test_message():
     "size", [(256, 256), (1024, 768), (257, 263), (511, 301), (260, 254), (8, 8200), (9003, 11)]
 )
 def test_package_reads_the_mark_from_a_png(size, tmp_path):
-    if size[0] < size[1]:
-        x = scene(size[1], size[0]).transpose(1, 2)
-    else:
-        x = scene(*size)
+    x = scene(size[1], size[0]).transpose(1, 2) if size[0] < size[1] else scene(*size)
     save_image(to_pil(embed_watermark(x)), tmp_path / "marked.png")
     image = read_image(tmp_path / "marked.png")
     assert image.size == (x.shape[2], x.shape[1])
@@ -132,7 +129,8 @@ def test_shapes(lead):
     x = torch.stack(pictures).reshape(*lead, 3, 256, 264)
     before = x.clone()
     marked = embed_watermark(x)
-    assert marked.shape == x.shape and marked.dtype == x.dtype
+    assert marked.shape == x.shape
+    assert marked.dtype == x.dtype
     assert torch.equal(x, before)
     expected = torch.stack([embed_watermark(picture) for picture in pictures])
     assert torch.equal(marked.reshape(-1, 3, 256, 264), expected)

@@ -63,11 +63,13 @@ def test_resizes_as_pillow_does(encoder):
 def test_deterministic_and_one_for_the_same_picture(encoder):
     images = [scene(), scene(colour="purple"), scene()]
     features = encoder.embed(images)
-    assert features.shape == (3, encoder.model.config.hidden_size) and features.dtype == torch.float32
+    assert features.shape == (3, encoder.model.config.hidden_size)
+    assert features.dtype == torch.float32
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
     assert torch.equal(features, encoder.embed(images))
     same, other = similarity(features[[0, 0]], features[[2, 1]])
-    assert same == pytest.approx(1, abs=1e-6) and other < 0.99
+    assert same == pytest.approx(1, abs=1e-6)
+    assert other < 0.99
 
 
 def test_batches_do_not_mix(encoder):

@@ -20,7 +20,8 @@ def test_features_equal_diffusers(nano, nano_diffusers):
     txt, vec, _ = nano_diffusers.encode_prompt(PROMPTS, max_sequence_length=40)
     assert torch.equal(nano.t5(PROMPTS), txt)
     assert torch.equal(nano.clip(PROMPTS), vec)
-    assert txt.shape == (3, 40, 256) and vec.shape == (3, 128)
+    assert txt.shape == (3, 40, 256)
+    assert vec.shape == (3, 128)
 
 
 def test_long_prompts_are_cut(nano):
@@ -29,7 +30,8 @@ def test_long_prompts_are_cut(nano):
 
 
 def test_kinds_are_told_by_their_config(nano):
-    assert nano.clip.is_clip and not nano.t5.is_clip
+    assert nano.clip.is_clip
+    assert not nano.t5.is_clip
     assert (nano.t5.output_key, nano.clip.output_key) == ("last_hidden_state", "pooler_output")
 
 
@@ -40,7 +42,8 @@ def test_upstreams_call():
         folder, max_length=8, tokenizer=str(NANO_FOLDER / "tokenizer_2"), torch_dtype=torch.bfloat16
     )
     features = embedder(["a dog"])
-    assert features.shape == (1, 8, 256) and features.dtype == torch.bfloat16
+    assert features.shape == (1, 8, 256)
+    assert features.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in embedder.parameters())
 
 
@@ -49,7 +52,8 @@ def test_folders_within_a_repository():
     embedder = HFEmbedder(
         str(NANO_FOLDER), 32, str(NANO_FOLDER), subfolder="text_encoder", tokenizer_subfolder="tokenizer"
     )
-    assert embedder.is_clip and embedder(["a dog"]).shape == (1, 128)
+    assert embedder.is_clip
+    assert embedder(["a dog"]).shape == (1, 128)
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])

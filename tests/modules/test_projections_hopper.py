@@ -122,11 +122,12 @@ def test_other_weights_are_taken(epilogues):
     known = len(epilogues._taken)
     del model, expected
     gc.collect()
-    assert known and not epilogues._taken
+    assert known
+    assert not epilogues._taken
 
 
 @pytest.mark.parametrize(
-    "product, tokens, inner, channels, best",
+    ("product", "tokens", "inner", "channels", "best"),
     [
         ("GATED", 4608, 15360, 3072, (192, 192)),
         ("GELU", 4608, 3072, 12288, (128, 160)),
@@ -168,7 +169,8 @@ def test_a_net_on_such_a_card_takes_them(epilogues, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
     model.compile_blocks("cuda")
-    assert compiled == [model.single_blocks[0]] and model.single_blocks[0].products is Apart
+    assert compiled == [model.single_blocks[0]]
+    assert model.single_blocks[0].products is Apart
     rest = {block.products for block in (*model.double_blocks, *model.single_blocks[1:])}
     assert rest == {epilogues.Joined}
 
@@ -180,7 +182,7 @@ def test_without_a_kernel_nothing_is_joined(epilogues, monkeypatch):
     joined(tiny_models.flux(), epilogues)(**tiny_models.inputs(1, **SMALL))
 
 
-@pytest.mark.parametrize("capability, there", [((8, 9), False), ((9, 0), True), ((10, 0), False)])
+@pytest.mark.parametrize(("capability", "there"), [((8, 9), False), ((9, 0), True), ((10, 0), False)])
 def test_cards_that_have_them(epilogues, monkeypatch, capability, there):
     monkeypatch.setattr("flux.model.find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -125,7 +125,8 @@ def test_all_results_and_each_worker_loads_once(two_hosts, tmp_path):
     results = list(run_tasks(Toy, (tmp_path,), numbers(12, worker=2), 2, two_hosts.address))
     assert squares(results) == expected(12)
     workers = {path.name for path in tmp_path.glob("worker_*")}
-    assert {f"worker_{process}" for _, (_, process) in results} == workers and len(workers) == 2
+    assert {f"worker_{process}" for _, (_, process) in results} == workers
+    assert len(workers) == 2
 
 
 @slow
@@ -189,7 +190,8 @@ def test_a_task_whose_worker_died_is_done_by_another(two_hosts, tmp_path, capfd)
     tasks = numbers(10)
     tasks[4]["die_once"] = True
     assert squares(run_tasks(Toy, (tmp_path,), tasks, 2, two_hosts.address)) == expected(10)
-    assert (tmp_path / "died").exists() and len(list(tmp_path.glob("worker_*"))) >= 2
+    assert (tmp_path / "died").exists()
+    assert len(list(tmp_path.glob("worker_*"))) >= 2
     assert "was lost, others go on" in capfd.readouterr().err
 
 
@@ -209,7 +211,8 @@ def test_a_host_lost_mid_way_and_a_new_one(two_hosts, tmp_path, capfd):
     tasks = [*numbers(8, worker=2), *numbers(20_000, seconds=0.05)[8:]]
     with closing(run_tasks(Toy, (tmp_path,), tasks, 2, two_hosts.address)) as answers:
         for number, (square, process) in answers:
-            assert number not in results and square == number**2
+            assert number not in results
+            assert square == number**2
             results[number] = process
             if len(results) == 6:
                 two_hosts.remove_node(host, allow_graceful=False)
@@ -219,7 +222,8 @@ def test_a_host_lost_mid_way_and_a_new_one(two_hosts, tmp_path, capfd):
                 two_hosts.add_node(**HOST)
             if len(set(results.values())) == 3:
                 break
-    assert alone and len(set(results.values())) == 3
+    assert alone
+    assert len(set(results.values())) == 3
     # None was passed over: of those given out, only the last few were under way.
     assert set(range(len(results) - 5)) <= results.keys()
     assert capfd.readouterr().err.count("was lost, others go on") == 1
@@ -248,7 +252,8 @@ def test_an_error_of_a_task_ends_the_run(two_hosts, wrong, capfd):
     tasks[2]["wrong"] = wrong
     with pytest.raises(type(wrong)) as caught:
         list(run_tasks(Toy, (), tasks, 1, two_hosts.address))
-    assert str(caught.value) == str(wrong) and type(caught.value) is type(wrong)
+    assert str(caught.value) == str(wrong)
+    assert type(caught.value) is type(wrong)
     assert "in run" in str(caught.value.__cause__)
     assert "was lost" not in capfd.readouterr().err
 
@@ -397,7 +402,8 @@ def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
         if not found:
             two_hosts.remove_node(host, allow_graceful=False)
         found[number] = [Image.open(io.BytesIO(file)) for file in files]
-    assert len(tasks) == 4 and found.keys() == set(range(4))
+    assert len(tasks) == 4
+    assert found.keys() == set(range(4))
     for number, pictures in enumerate(wanted):
         assert len(pictures) == len(found[number])
         assert all(np.array_equal(*pair) for pair in zip(pictures, found[number]))

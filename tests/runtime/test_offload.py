@@ -95,7 +95,8 @@ def test_two_blocks_at_most_are_on_the_device(monkeypatch):
 
 
 def test_which_blocks_are_streamed():
-    assert spread(7, 7) == list(range(7)) and spread(0, 7) == []
+    assert spread(7, 7) == list(range(7))
+    assert spread(0, 7) == []
     assert spread(3, 9) == [0, 3, 6]
     model = offloaded(2).net
     streamed = [isinstance(block, Streamed) for block in (*model.double_blocks, *model.single_blocks)]

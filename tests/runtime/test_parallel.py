@@ -70,10 +70,12 @@ def test_demo_4_shared_out(tmp_path):
 
     demo_4_edit.main("edit.json", **fields, output_dir=str(tmp_path / "one"))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and "edit_0.png" in names
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert "edit_0.png" in names
     for name in ("reference.png", "edit_0.png"):
         one, two = (np.asarray(Image.open(tmp_path / way / name)).astype(int) for way in ("one", "two"))
-        assert one.std() > 10 and abs(one - two).max() <= 1
+        assert one.std() > 10
+        assert abs(one - two).max() <= 1
 
 
 def test_one_line_of_all_processes():
@@ -108,7 +110,9 @@ def test_alone(launched):
     launched(0, 1)
     assert join(settings()) is ALONE
     x = torch.arange(6).reshape(1, 6)
-    assert ALONE.share(x).equal(x) and ALONE.whole(x, 1, 2, 4).equal(x) and ALONE.total(x) is x
+    assert ALONE.share(x).equal(x)
+    assert ALONE.whole(x, 1, 2, 4).equal(x)
+    assert ALONE.total(x) is x
 
 
 def test_without_torchrun(monkeypatch):
@@ -120,7 +124,7 @@ def test_without_torchrun(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "count, fields, message",
+    ("count", "fields", "message"),
     [
         (2, {}, "Got parallel 1, but torchrun started 2 processes"),
         (2, {"parallel": 2, "device": "cuda:1"}, "Got device 'cuda:1' with parallel 2"),
@@ -180,7 +184,8 @@ def test_memory_within_reach_is_made_once(cards, monkeypatch):
         first, second, third = (parallel._within_reach(like, (n, 5)) for n in (100, 90, 110))
     assert (first.shape, first.dtype) == ((100, 5), torch.bfloat16)
     assert first.data_ptr() == second.data_ptr() != third.data_ptr()
-    assert [room.nbytes for room in made] == [1024, 2048] and not made[0].is_inference()
+    assert [room.nbytes for room in made] == [1024, 2048]
+    assert not made[0].is_inference()
 
 
 @pytest.mark.parametrize("what", ["another machine", "no way from one to the other"])
@@ -202,7 +207,7 @@ def test_shares_are_all_there_is():
 
 
 @pytest.mark.parametrize(
-    "rank, error, waits",
+    ("rank", "error", "waits"),
     [
         (0, InputError("wrong"), False),
         (1, InputError("wrong"), True),
@@ -235,4 +240,5 @@ def test_another_process_says_its_own_error(launched, monkeypatch, capsys):
     monkeypatch.setattr(errors.time, "sleep", lambda _: None)
     with pytest.raises(SystemExit) as end, exit_on_input_error(), one_voice():
         raise InputError("only mine")
-    assert end.value.code == 2 and capsys.readouterr().err == "error: only mine\n"
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: only mine\n"

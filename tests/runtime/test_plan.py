@@ -142,7 +142,8 @@ def test_sizes_that_are_known(dev):
     assert dev.ae == 2 * 83_819_683
     assert dev.t5.whole == pytest.approx(4_994_582_224 + 4_530_066_360, rel=1e-3)
     assert dev.clip == pytest.approx(246_144_352, rel=1e-3)
-    assert len(dev.flow.blocks) == 57 and len(dev.t5.blocks) == 24
+    assert len(dev.flow.blocks) == 57
+    assert len(dev.t5.blocks) == 24
 
 
 def test_what_is_streamed_leaves_room_for_two(dev):
@@ -150,7 +151,8 @@ def test_what_is_streamed_leaves_room_for_two(dev):
     assert dev.flow.streamed(57) == dev.flow.rest + 2 * double
     assert dev.flow.streamed(0) == dev.flow.whole
     half = dev.flow.streamed(28)
-    assert dev.flow.streamed(57) < half < dev.flow.whole and single < double
+    assert dev.flow.streamed(57) < half < dev.flow.whole
+    assert single < double
 
 
 def test_an_edit_holds_keys_and_values(dev):
@@ -184,7 +186,8 @@ def test_a_sweep_holds_what_enters_each_layer(nano):
 def test_more_takes_more(dev):
     assert full_size(batch_size=3).denoise > 2.5 * dev.denoise
     large = full_size(width=2048, height=2048)
-    assert large.denoise > 3 * dev.denoise and large.pictures[False] > 3.9 * dev.pictures[False]
+    assert large.denoise > 3 * dev.denoise
+    assert large.pictures[False] > 3.9 * dev.pictures[False]
     assert large.pictures[True] < dev.pictures[False]
     for bits, weights in (("8bit", 0.51), ("4bit", 0.29)):
         assert full_size(quantize=bits).flow.whole < weights * dev.flow.whole
@@ -194,7 +197,7 @@ def test_more_takes_more(dev):
 
 
 @pytest.mark.parametrize(
-    "gib, offload, streamed, t5",
+    ("gib", "offload", "streamed", "t5"),
     [
         (80, "none", 0, 0),
         (28, "model", 0, 0),
@@ -208,7 +211,8 @@ def test_what_auto_picks_for_a_card(dev, gib, offload, streamed, t5):
     """`streamed` at least, and no more than it takes."""
     plan = dev.fitting(gib * GIB)
     assert (plan.offload, plan.streamed_t5, plan.tiled) == (offload, t5, False)
-    assert plan.streamed >= streamed and plan.fits(gib * GIB)
+    assert plan.streamed >= streamed
+    assert plan.fits(gib * GIB)
     if plan.streamed:
         fewer = dev.plan("blocks", plan.streamed - 1, t5)
         assert not fewer.stage("denoise").fits(gib * GIB)
@@ -216,7 +220,8 @@ def test_what_auto_picks_for_a_card(dev, gib, offload, streamed, t5):
 
 def test_auto_tiles_only_where_it_must():
     large = full_size(width=2048, height=2048)
-    assert not large.fitting(24 * GIB).tiled and large.fitting(8 * GIB).tiled
+    assert not large.fitting(24 * GIB).tiled
+    assert large.fitting(8 * GIB).tiled
     assert full_size(tiled=True).fitting(80 * GIB).tiled
 
 
@@ -238,7 +243,9 @@ def test_too_little_memory_is_told_before_anything_loads(dev):
 
 def test_the_plan_in_a_line(dev):
     line = describe(dev.fitting(8 * GIB), dev, 8 * GIB)
-    assert "transformer blocks are streamed" in line and "T5's blocks" in line and "of 8.0 GiB" in line
+    assert "transformer blocks are streamed" in line
+    assert "T5's blocks" in line
+    assert "of 8.0 GiB" in line
     assert "all nets stay on the device" in describe(dev.plan("none"), dev, None)
 
 
@@ -246,11 +253,12 @@ def test_a_stage_fits_with_a_margin():
     stage = Stage("denoise", GIB, 100 * MIB)
     assert stage.peak == GIB + 100 * MIB
     beside = round(plan.WEIGHT_MARGIN * GIB) + 116 * MIB
-    assert not stage.fits(stage.peak) and stage.fits(beside + plan.SLACK)
+    assert not stage.fits(stage.peak)
+    assert stage.fits(beside + plan.SLACK)
 
 
 @pytest.mark.parametrize(
-    "offload, expected",
+    ("offload", "expected"),
     [("none", Plan("none", 0, 0, False)), ("model", Plan("model", 0, 0, False)),
      ("blocks", Plan("blocks", plan.ALL, plan.ALL, False))],
 )  # fmt: skip
@@ -263,7 +271,8 @@ def test_auto_says_what_it_picked(capsys):
     settings = complete(ModelSettings(device="cpu", offload="auto"))
     spec = configs["flux-nano"]
     plan = make_plan(settings, spec, files_of(settings), torch.float32, torch.float32, CPU)
-    assert plan.offload == "none" and plan.peak < GIB
+    assert plan.offload == "none"
+    assert plan.peak < GIB
     assert capsys.readouterr().out.startswith("memory: all nets stay on the device; at most 0.2 GiB")
 
 
@@ -312,7 +321,8 @@ def test_the_peak_is_as_planned(offload, quantize):
 @pytest.mark.gpu
 def test_auto_plans_for_the_card_that_is_there(capsys):
     pipe = Pipeline.load(complete(ModelSettings(device="auto", offload="auto")))
-    assert pipe.device.type == "cuda" and not pipe.offloaded
+    assert pipe.device.type == "cuda"
+    assert not pipe.offloaded
     assert re.match(
         r"memory: all nets stay on the device; at most 0\.\d of \d+\.\d GiB", capsys.readouterr().out
     )

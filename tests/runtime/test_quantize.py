@@ -30,7 +30,8 @@ def test_eight_bits_round_to_half_a_step(dtype):
     packed = QuantizedLinear(own, 8)
     step = own.weight.float().abs().amax(1, keepdim=True) / 127
     error = (packed.weight.float() - own.weight.float()).abs() / step
-    assert packed.weight.dtype == dtype and packed.packed.dtype == torch.int8
+    assert packed.weight.dtype == dtype
+    assert packed.packed.dtype == torch.int8
     assert error.max() < (0.51 if dtype == torch.float32 else 1.1)
 
 
@@ -41,7 +42,8 @@ def test_four_bits_round_to_half_a_step(dtype):
     groups = own.weight.float().view(48, 4, 64)
     step = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / 15
     error = (packed.weight.float().view(48, 4, 64) - groups).abs() / step
-    assert packed.weight.dtype == dtype and packed.packed.nbytes == 48 * 128
+    assert packed.weight.dtype == dtype
+    assert packed.packed.nbytes == 48 * 128
     assert error.max() < (0.51 if dtype == torch.float32 else 0.7)
 
 
@@ -59,7 +61,8 @@ def test_rows_of_zeros_stay_zeros(bits):
     own = linear()
     own.weight.data[3] = 0
     weight = QuantizedLinear(own, bits).weight
-    assert not weight[3].any() and weight.isfinite().all()
+    assert not weight[3].any()
+    assert weight.isfinite().all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -71,7 +74,7 @@ def test_a_layer_computes_with_its_expanded_weights(bits, bias):
     torch.testing.assert_close(project_rows(packed, x, 8, 24), packed(x)[..., 8:24])
 
 
-@pytest.mark.parametrize("bits, shape", [(8, (48, 96)), (4, (48, 96)), (4, (7, 30))])
+@pytest.mark.parametrize(("bits", "shape"), [(8, (48, 96)), (4, (48, 96)), (4, (7, 30))])
 def test_bytes_are_as_counted(bits, shape):
     packed = QuantizedLinear(linear(*shape, dtype=torch.bfloat16, bias=False), bits)
     assert sum(x.nbytes for x in packed.buffers()) == quantized_bytes(shape, bits, 2)
@@ -111,6 +114,8 @@ def test_interventions_come_near_and_offloading_changes_nothing(bits, streamed):
 
 def test_only_what_is_inside_is_replaced():
     model = quantized(4)
-    assert type(model.img_in) is nn.Linear and type(model.final_layer.linear) is nn.Linear
+    assert type(model.img_in) is nn.Linear
+    assert type(model.final_layer.linear) is nn.Linear
     kinds = {type(part) for block in model.single_blocks for part in block.modules()}
-    assert nn.Linear not in kinds and QuantizedLinear in kinds
+    assert nn.Linear not in kinds
+    assert QuantizedLinear in kinds

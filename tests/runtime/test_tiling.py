@@ -31,11 +31,14 @@ def test_what_knows_no_neighbours_is_the_same_in_tiles(small_tiles, size):
 def test_no_tile_is_larger_than_asked(small_tiles):
     seen = []
     in_tiles(lambda x: (seen.append(x.shape[-2:]), up(x))[1], torch.zeros(1, 1, 50, 70), 8)
-    assert len(seen) == 12 and set(seen) == {(24, 24)}
+    assert len(seen) == 12
+    assert set(seen) == {(24, 24)}
 
 
 def test_tiles_cover_a_side():
-    assert starts(64, 64, 16) == [0] and starts(128, 64, 16) == [0, 48, 64] and starts(10, 64, 16) == [0]
+    assert starts(64, 64, 16) == [0]
+    assert starts(128, 64, 16) == [0, 48, 64]
+    assert starts(10, 64, 16) == [0]
 
 
 def test_a_picture_decoded_in_tiles_is_nearly_the_same(nano, small_tiles):

@@ -38,7 +38,9 @@ def colour_of(bar) -> str:
     raise AssertionError(f"unknown colour {shown}")
 
 
-@pytest.mark.parametrize("num_layers, num_double, vital", [(15, 5, {0, 1, 6}), (57, 19, {0, 1, 2, 18, 53})])
+@pytest.mark.parametrize(
+    ("num_layers", "num_double", "vital"), [(15, 5, {0, 1, 6}), (57, 19, {0, 1, 2, 18, 53})]
+)
 def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
     scores = {layer: (layer * 7 % 11) / 11 for layer in reversed(range(num_layers))}
     plot_vitality(scores, num_double, vital, 0.3, tmp_path / "p.png")
@@ -60,7 +62,8 @@ def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
     with Image.open(tmp_path / "p.png") as image:
         assert image.width >= 1000
         frame = ax.figure.legends[0].get_window_extent()
-        assert 0 <= frame.x0 and frame.x1 <= image.width
+        assert frame.x0 >= 0
+        assert frame.x1 <= image.width
 
 
 def test_plot_of_layer_sets(axes, tmp_path):
@@ -78,7 +81,8 @@ def test_plot_of_layer_sets(axes, tmp_path):
     assert "together" in ax.get_xlabel()
     assert b"<svg" in (tmp_path / "p.svg").read_bytes()
     frame = ax.figure.legends[0].get_window_extent()
-    assert 0 <= frame.x0 and frame.x1 <= ax.figure.bbox.width
+    assert frame.x0 >= 0
+    assert frame.x1 <= ax.figure.bbox.width
 
 
 def test_plot_of_many_sets_turns_its_labels(axes, tmp_path):
@@ -99,11 +103,13 @@ def test_plot_of_intervals(vital, axes, tmp_path):
     drawn = {round(x): (low, high) for (x, low), (_, high) in whiskers.get_segments()}
     assert drawn == {layer: ends for (layer,), ends in intervals.items()}
     bottom, top = ax.get_ylim()
-    assert bottom < -0.1 and top > 0.75
+    assert bottom < -0.1
+    assert top > 0.75
     for line in ax.lines:
         if line.get_marker() == "*":
             stars = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
-            assert all(intervals[layer,][1] < y < top for layer, y in stars.items()) and set(stars) == vital
+            assert all(intervals[layer,][1] < y < top for layer, y in stars.items())
+            assert set(stars) == vital
     assert "95 % interval" in [text.get_text() for text in ax.figure.legends[0].get_texts()]
 
 
@@ -123,9 +129,12 @@ def test_heat_map(axes, tmp_path):
     ax = axes[0]
     (image,) = ax.images
     assert np.allclose(image.get_array(), [[0, 0.6, 0.3], [0.8, 0, 0.5]])
-    assert image.get_clim() == (0, 0.8) and image.get_cmap() == colormaps[COLOUR_MAP]
+    assert image.get_clim() == (0, 0.8)
+    assert image.get_cmap() == colormaps[COLOUR_MAP]
     names = [tick.get_text() for tick in ax.get_yticklabels()]
-    assert names[0] == prompts[0] and names[1].endswith("\N{HORIZONTAL ELLIPSIS}") and len(names[1]) < 70
+    assert names[0] == prompts[0]
+    assert names[1].endswith("\N{HORIZONTAL ELLIPSIS}")
+    assert len(names[1]) < 70
     ticks = ax.get_xticklabels()
     assert [tick.get_text() for tick in ticks] == ["0", "1", "2, 3"]
     assert [tick.get_fontweight() for tick in ticks] == ["bold", "normal", "normal"]
@@ -137,7 +146,10 @@ def test_heat_map(axes, tmp_path):
     with Image.open(tmp_path / "h.png") as picture:
         for tick in (*ticks, *ax.get_yticklabels()):
             box = tick.get_window_extent()
-            assert 0 <= box.x0 and box.x1 <= picture.width and 0 <= box.y0 and box.y1 <= picture.height
+            assert box.x0 >= 0
+            assert box.x1 <= picture.width
+            assert box.y0 >= 0
+            assert box.y1 <= picture.height
 
 
 def test_heat_map_without_any_change(axes, tmp_path):

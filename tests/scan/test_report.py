@@ -126,7 +126,8 @@ def test_everything_is_there_with_its_scores(page, sweep):
             assert thumbnail.size == (THUMBNAIL, THUMBNAIL * 3 // 4)
             assert np.allclose(thumbnail.getpixel((50, 50)), original.getpixel((50, 50)), atol=6)
         assert (attributes["width"], attributes["height"]) == (str(THUMBNAIL), str(THUMBNAIL * 3 // 4))
-        assert attributes["loading"] == "lazy" and attributes["alt"]
+        assert attributes["loading"] == "lazy"
+        assert attributes["alt"]
     assert shown[0]["alt"] == f"reference: {HOSTILE}"
     assert shown[1]["alt"] == "layer 0 bypassed, double-stream"
 
@@ -148,9 +149,9 @@ def test_protocol(page):
 
 def test_texts_of_the_user_stay_texts(page):
     elements = Elements(page)
-    assert (
-        len(elements.of("script")) == 1 and not elements.of("b")[0] and not elements.of("i")[0].get("onclick")
-    )
+    assert len(elements.of("script")) == 1
+    assert not elements.of("b")[0]
+    assert not elements.of("i")[0].get("onclick")
     assert HOSTILE in elements.text
     assert [a["title"] for a in elements.of("th") if "title" in a][0] == f"prompt 0, seed 7: {HOSTILE}"
     assert "<script>document" not in page
@@ -173,7 +174,9 @@ def test_names_and_numbers_are_unique(page):
 
 def test_without_intervals_and_vital_layers(sweep, tmp_path):
     page = report(sweep, tmp_path / "r.html", intervals=None, vital=[])
-    assert "95 %" not in page and "\N{BLACK STAR}" not in page and "none" in page
+    assert "95 %" not in page
+    assert "\N{BLACK STAR}" not in page
+    assert "none" in page
     assert not any("vital" in (a.get("class") or "") for a in Elements(page).of("li", "th", "tr"))
 
 
@@ -208,11 +211,19 @@ def test_thumbnails_of_busy_pictures_are_small(tmp_path):
 # The browser
 
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
-    "--window-size=1700,1000"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--window-size=1700,1000",
+]
 
 
 PROBE = """<script>
@@ -339,7 +350,8 @@ def test_keyboard(browse):
     change = "change 0.000, similarity 1.000"
     assert cell == ["td", "heat-prompt-1", 1, f"{change}\n{layer}\nprompt 1, seed 1: a dog"]
     assert picture == ["li", "prompt-1", 1, f"{change}\n{layer}"]
-    assert after == [1, 1, 1, True] and escaped is False
+    assert after == [1, 1, 1, True]
+    assert escaped is False
 
 
 @in_browser
@@ -371,7 +383,8 @@ def test_pointer(browse):
     """
     text, within, visible, title = browse(script, width=500)
     assert text.splitlines()[-1] == f"prompt 0, seed 7: {HOSTILE}"
-    assert within and not visible
+    assert within
+    assert not visible
     assert title == "Vital layers of flux-<b>"
 
 
@@ -388,8 +401,11 @@ def test_width(width, browse):
             all("img").every(e => e.complete && e.naturalWidth > 0)];
     """
     window, content, font, picture, loaded = browse(script, width=width)
-    assert window == width and content <= window
-    assert font >= 12 and picture >= 80 and loaded
+    assert window == width
+    assert content <= window
+    assert font >= 12
+    assert picture >= 80
+    assert loaded
 
 
 @in_browser

@@ -217,7 +217,8 @@ def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, numbers_only, 
         {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")}
         for name in ("whole", "again")
     )
-    assert whole == again and len([name for name in whole if name.suffix == ".png"]) == 9 * 4 + 1
+    assert whole == again
+    assert len([name for name in whole if name.suffix == ".png"]) == 9 * 4 + 1
     csvs = [(tmp_path / name / "similarity.csv").read_text() for name in ("whole", "again")]
     assert csvs[0] == csvs[1]
 
@@ -294,7 +295,8 @@ def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypat
     file.write_text(json.dumps(fields(tmp_path / "scan", prompts=MANY)))
     with pytest.raises(SystemExit) as stopped:
         main(str(file))
-    assert stopped.value.code == 130 and len(scored) < 4
+    assert stopped.value.code == 130
+    assert len(scored) < 4
     assert capsys.readouterr().err.endswith("\nstopped; what was already written stays\n")
 
 
@@ -343,16 +345,19 @@ def test_demo_3_is_remembered_as_well(tmp_path, numbers_only, monkeypatch):
 def test_what_cannot_stand_for_a_checkpoint_is_not_remembered(tmp_path, numbers_only, changes):
     """Too few prompts, not all layers, not bypassed, or nothing vital found."""
     scan(settings(tmp_path / "scan", **{**WHOLE, **changes}), progress=False)
-    assert not (tmp_path / "cache").exists() and auto() == NANO.vital_layers
+    assert not (tmp_path / "cache").exists()
+    assert auto() == NANO.vital_layers
 
 
 def test_other_weights_are_not_served(tmp_path, numbers_only):
     """Neither the other's scan to this checkpoint nor this one's to the other."""
     other = str(other_weights(tmp_path / "other.safetensors"))
     scan(settings(tmp_path / "other", weights=other, **WHOLE), progress=False)
-    assert auto() == NANO.vital_layers and auto(weights=other) == (14, 13)
+    assert auto() == NANO.vital_layers
+    assert auto(weights=other) == (14, 13)
     scan(settings(tmp_path / "own", **{**WHOLE, "top": 1}), progress=False)
-    assert auto() == (14,) and auto(weights=other) == (14, 13)
+    assert auto() == (14,)
+    assert auto(weights=other) == (14, 13)
     # By content, not by name.
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes((NANO.folder / NANO.repo_flow).read_bytes())
@@ -363,7 +368,8 @@ def test_a_cache_that_cannot_be_written(tmp_path, numbers_only, capsys):
     """The scan is there all the same."""
     (tmp_path / "cache").write_text("in the way")
     assert scan(settings(tmp_path / "scan", **WHOLE), progress=False) == [13, 14]
-    assert "not remembered" in capsys.readouterr().out and written(tmp_path / "scan")
+    assert "not remembered" in capsys.readouterr().out
+    assert written(tmp_path / "scan")
 
 
 def test_a_sweep_of_demo_2_is_a_scans(tmp_path, numbers_only):

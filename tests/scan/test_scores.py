@@ -171,7 +171,8 @@ def test_lpips_is_turned_into_a_similarity(monkeypatch):
 
     class Net(torch.nn.Module):
         def forward(self, a, b):
-            assert a.min() == -1 and a.max() == 1
+            assert a.min() == -1
+            assert a.max() == 1
             return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True) / 4
 
     def make(net, verbose):
@@ -259,7 +260,7 @@ def test_of_equally_vital_layers_the_first_come_first():
 
 
 @pytest.mark.parametrize(
-    "vitalities, vital",
+    ("vitalities", "vital"),
     [
         ([0.1, 0.9, 0.2, 0.8], [1, 3]),
         ([0.9, 0.8, 0.1], [0, 1]),  # the widest gap may leave out one layer only
@@ -375,13 +376,15 @@ def test_membership_is_how_often_a_layer_is_chosen():
     """A coin's toss between layers 1 and 2; 0 is always in, 3 never."""
     scores = scattered([0.9, 0.5, 0.5, 0.1], 40, 0.1)
     share = scores.membership(Rule(top=2))
-    assert share[0] == 1 and share[3] == 0
+    assert share[0] == 1
+    assert share[3] == 0
     assert share[1] + share[2] == pytest.approx(1)
     ahead = scores.tables["dino"][:, 2] - scores.tables["dino"][:, 1]
     z = ahead.mean() / (ahead.std() / np.sqrt(40))
     assert share[1] == pytest.approx(0.5 * (1 + torch.erf(torch.tensor(z / 2**0.5)).item()), abs=0.03)
     assert not stable(scores, Rule(top=2))
-    assert stable(scores, Rule(top=1)) and stable(scores, Rule(top=3))
+    assert stable(scores, Rule(top=1))
+    assert stable(scores, Rule(top=3))
 
 
 def test_membership_is_of_candidates_by_their_number():
@@ -396,7 +399,8 @@ def test_a_set_settles_when_there_are_enough_prompts():
     close = scattered([0.5, 0.45], 64, 0.1)
     count = stable_after(close, rule)
     assert 8 < count < 64
-    assert stable(close.part(range(count)), rule) and not stable(close.part(range(count - 1)), rule)
+    assert stable(close.part(range(count)), rule)
+    assert not stable(close.part(range(count - 1)), rule)
     both_ways = np.concatenate((close.tables["dino"], close.tables["dino"][:, ::-1]))
     assert not stable(Scores(close.sets, {"dino": both_ways}), rule)
 
@@ -405,7 +409,8 @@ def test_a_part_of_the_rows():
     scores = scattered([0.2, 0.4], 4, 0.1, prompts=list("abcd"))
     part = scores.part([2, 0])
     assert np.array_equal(part.tables["dino"], scores.tables["dino"][[2, 0]])
-    assert part.prompts == ["c", "a"] and part.num_rows == 2
+    assert part.prompts == ["c", "a"]
+    assert part.num_rows == 2
 
 
 # ---- folders and files
@@ -413,7 +418,8 @@ def test_a_part_of_the_rows():
 
 def test_the_table_as_csv():
     rows = list(csv.DictReader(io.StringIO(TABLE.csv())))
-    assert list(rows[0]) == ["prompt", "layers", "metric", "similarity"] and len(rows) == 2 * 4 * 2
+    assert list(rows[0]) == ["prompt", "layers", "metric", "similarity"]
+    assert len(rows) == 2 * 4 * 2
     assert rows[2] == {"prompt": "0", "layers": "01-02", "metric": "dino", "similarity": "0.100000"}
     assert rows[9] == {"prompt": "1", "layers": "00", "metric": "psnr", "similarity": "40.000000"}
 
@@ -432,14 +438,17 @@ def test_files_of_the_scores(tmp_path):
     data = write(tmp_path / "new", scores, Rule(gap=True), sources={"dino": "facebook/dinov2-giant"})
     assert (tmp_path / "new" / "similarity.csv").read_text() == scores.csv()
     assert (data["model"], data["checkpoint"]) == ("flux-nano", "sha256:12ab")
-    assert data["rule"] == {"metric": "dino", "gap": True} and data["rows"] == 10
-    assert data["stable"] is True and data["stable_after"] == 8
+    assert data["rule"] == {"metric": "dino", "gap": True}
+    assert data["rows"] == 10
+    assert data["stable"] is True
+    assert data["stable_after"] == 8
     low, high = scores.intervals()[(0,)]
     vitality = scores.vitality()[(0,)]
     assert data["vitality"]["00"] == {"vitality": vitality, "low": low, "high": high, "membership": 1.0}
     assert data["vitality"]["00-02"].keys() == {"vitality", "low", "high"}
     assert data["vitality_by_other_metrics"]["psnr"]["02"] == scores.vitality("psnr")[(2,)]
-    assert data["agreement"] == {"dino": {"psnr": 1.0}} and data["nets"] == {"dino": "facebook/dinov2-giant"}
+    assert data["agreement"] == {"dino": {"psnr": 1.0}}
+    assert data["nets"] == {"dino": "facebook/dinov2-giant"}
     assert data["protocol"]["prompts"] == ["é"] * 64
     assert find_vital_layers(str(tmp_path / "new" / "vital_layers.json"), configs["flux-nano"]) == (0,)
 
@@ -447,7 +456,8 @@ def test_files_of_the_scores(tmp_path):
 def test_few_prompts_say_no_more_than_they_can(tmp_path):
     data = write(tmp_path, TABLE, Rule(threshold=0.15))
     assert data["vitality"]["00"] == {"vitality": 0.2}
-    assert data["stable"] is False and data["stable_after"] is None
+    assert data["stable"] is False
+    assert data["stable_after"] is None
 
 
 def test_a_person_can_read_the_file(tmp_path):
@@ -480,17 +490,20 @@ def test_scores_of_a_folder(folder, monkeypatch):
     for chunk in (32, 1):
         monkeypatch.setattr("flux.scan.scores.CHUNK", chunk)
         scores = score(folder, load_metrics(["psnr", "ssim"]), progress=False)
-        assert scores.sets == [(3,), (0,)] and scores.prompts == ["a", "b"]
+        assert scores.sets == [(3,), (0,)]
+        assert scores.prompts == ["a", "b"]
         assert scores.tables["psnr"].tolist() == [[round(20 * np.log10(5), 6), 100], [100, 100]]
         assert scores.vitality() == {(3,): 0.1, (0,): 0}
-        assert scores.tables["ssim"].argmin() == 0 and scores.tables["ssim"][1].tolist() == [1, 1]
+        assert scores.tables["ssim"].argmin() == 0
+        assert scores.tables["ssim"][1].tolist() == [1, 1]
 
 
 def test_rows_of_one_prompt_are_known_as_such(folder):
     settings = complete(SkipSettings(**{**SETTINGS, "prompts": ["a"], "seeds": 2, "output_dir": str(folder)}))
     (folder / "run.json").write_text(json.dumps(run_record(settings)))
     scores = score(folder, load_metrics(["psnr"]), progress=False)
-    assert scores.prompts == ["a", "a"] and scores.num_rows == 2
+    assert scores.prompts == ["a", "a"]
+    assert scores.num_rows == 2
 
 
 def test_pictures_of_unequal_size(folder):

@@ -151,7 +151,8 @@ def test_rows_of_a_batch_are_pictures_of_their_own(nano, tmp_path, way):
         assert difference(row, full(nano, given, layers)) <= 1
     others = batch((6,), (1,), (12,), (14,))
     changed = [difference(row, other) for row, other in zip(rows, others)]
-    assert changed[1] == changed[2] == 0 and changed[0] > 5 < changed[3]
+    assert changed[1] == changed[2] == 0
+    assert changed[0] > 5 < changed[3]
 
 
 def test_a_text_is_encoded_once_for_all_its_layers(nano, tmp_path, monkeypatch):
@@ -188,8 +189,10 @@ def test_files_of_a_sweep(swept):
     expected = {f"prompt_{number:03d}/{name}" for number in (0, 1) for name in each}
     assert names(swept) == expected | {"grid.png", "run.json"}
     record = json.loads((swept / "run.json").read_text())
-    assert record["demo"] == "skip" and record["settings"]["layers"] == [0, 12, 5]
-    assert record["settings"]["prompts"] == PROMPTS and record["rows"] == 2
+    assert record["demo"] == "skip"
+    assert record["settings"]["layers"] == [0, 12, 5]
+    assert record["settings"]["prompts"] == PROMPTS
+    assert record["rows"] == 2
     assert record["checkpoint"] == fingerprint(NANO.folder / NANO.repo_flow)
     about = read_metadata(swept / "prompt_001" / "skip_05.png")
     assert (about["prompt"], about["seed"], about["bypassed"]) == ("a red car on the street", 9, [5])
@@ -211,7 +214,8 @@ def test_two_seeds_of_each_prompt(nano, swept, tmp_path):
     """prompt_000 and prompt_001 are the first prompt's two seeds, prompt_002 the second prompt's first."""
     folder = run(nano, tmp_path, seeds=2, layers=[12])
     _, sets, entries = check_sweep(folder)
-    assert sets == [(12,)] and [entry.seed for entry in entries] == [3, 4, 9, 10]
+    assert sets == [(12,)]
+    assert [entry.seed for entry in entries] == [3, 4, 9, 10]
     for there, here in ((0, 0), (1, 2)):
         a, b = (picture_path(*of, (12,)) for of in ((swept, there), (folder, here)))
         assert difference(read_image(a), read_image(b)) == 0
@@ -236,14 +240,18 @@ def test_each_finished_reference_is_told_in_order(nano, swept, tmp_path, made):
     given = settings(tmp_path, prompts=["a dog", "a cat", "a car", "a bus"], layers=[3], num_steps=1)
     sweep(given, nano, enough, progress=False)
     first = names(tmp_path)
-    assert told == [0, 1] and len(pictures(tmp_path)) == 4
+    assert told == [0, 1]
+    assert len(pictures(tmp_path)) == 4
     assert [entry.prompt for entry in check_sweep(tmp_path)[2]] == ["a dog", "a cat"]
     made.clear()
     sweep(given, None, enough, progress=False)
-    assert told == [0, 1, 0, 1] and not made and names(tmp_path) == first
+    assert told == [0, 1, 0, 1]
+    assert not made
+    assert names(tmp_path) == first
     # Told that nothing is ever enough, it goes on.
     run(nano, tmp_path, prompts=["a dog", "a cat", "a car", "a bus"], layers=[3], num_steps=1)
-    assert len(made) == 4 and len(check_sweep(tmp_path)[2]) == 4
+    assert len(made) == 4
+    assert len(check_sweep(tmp_path)[2]) == 4
 
 
 # ---- decoding beside the steps
@@ -387,7 +395,7 @@ def wait_for_pictures(process: subprocess.Popen, folder: Path, more_than: int) -
     assert len(pictures(folder)) > more_than
 
 
-@pytest.mark.parametrize("size, kills", [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("size", "kills"), [(1, 2), (2, 1)])
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(nano, undisturbed, start, tmp_path, size, kills):
     chance, folder = random.Random(size), tmp_path / "out"
     for _ in range(kills):
@@ -411,7 +419,8 @@ def test_ctrl_c_ends_in_one_line_and_loses_nothing(nano, undisturbed, start, tmp
     wait_for_pictures(process, folder, 1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == 130
+    assert "Traceback" not in err
     assert err.endswith("\nstopped; what was already written stays\n")
     assert not list(folder.rglob("*.tmp"))
     there = pictures(folder)
@@ -449,7 +458,7 @@ def test_a_full_disk(nano, swept, tmp_path, monkeypatch, room):
 
 
 @pytest.mark.parametrize(
-    "changes, field",
+    ("changes", "field"),
     [
         ({"num_steps": 4}, "num_steps"),
         ({"prompts": PROMPTS[:1]}, "prompts"),
@@ -519,7 +528,9 @@ def test_a_folder_without_a_sweep(tmp_path, content):
         check_sweep(tmp_path)
 
 
-@pytest.mark.parametrize("layers, name", [((5,), "prompt_001/skip_05.png"), ((), "prompt_001/reference.png")])
+@pytest.mark.parametrize(
+    ("layers", "name"), [((5,), "prompt_001/skip_05.png"), ((), "prompt_001/reference.png")]
+)
 def test_an_unfinished_sweep(copy, layers, name):
     picture_path(copy, 1, layers).unlink()
     with pytest.raises(InputError, match=f"lacks 1 of its 8 pictures.*{name}.*demo_2_skip.py finish it"):
@@ -527,7 +538,7 @@ def test_an_unfinished_sweep(copy, layers, name):
 
 
 @pytest.mark.parametrize(
-    "layers, told",
+    ("layers", "told"),
     [
         ([0, 15], r"Got layers \[15\], but this model numbers its layers 0..14"),
         ([[2, 15]], r"Got layers \[15\]"),
@@ -548,5 +559,8 @@ def test_layers_out_of_range_or_repeated(tmp_path, monkeypatch, capsys, layers, 
     with pytest.raises(SystemExit) as stopped:
         demo_2_skip.main(str(path))
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert re.search(told, err) and not (tmp_path / "out").exists()
+    assert stopped.value.code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(told, err)
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ def test_weights_of_layers():
     assert [by_layer.of_layer(layer) for layer in range(3)] == [0.25, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("falling, expected", [(False, [1, 1, 1, 1]), (True, [1, 0.75, 0.5, 0.25])])
+@pytest.mark.parametrize(("falling", "expected"), [(False, [1, 1, 1, 1]), (True, [1, 0.75, 0.5, 0.25])])
 def test_shares_of_steps(falling, expected):
     """Falling, it is whole in the first step, and would be nothing in the one after the last."""
     assert Dose(falling=falling).shares(range(3, 7)) == expected

@@ -423,12 +423,13 @@ def test_wrong_prompts_file(read, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, read_as",
+    ("given", "read_as"),
     [(True, "model"), (False, "none"), ("auto", "auto"), ("blocks", "blocks"), ("True", "model")],
 )
 def test_offload_was_once_true_or_false(tmp_path, given, read_as):
     """In older run.json files it still is, and on the command line, where --offload alone means True."""
     (tmp_path / "run.json").write_text(json.dumps({"demo": "edit", "settings": EDIT | {"offload": given}}))
     settings = read_settings(EditSettings, tmp_path / "run.json")
-    assert settings.offload == read_as and settings.to_json()["offload"] == read_as
+    assert settings.offload == read_as
+    assert settings.to_json()["offload"] == read_as
     assert read_settings(EditSettings, tmp_path / "run.json", {"offload": True}).offload == "model"

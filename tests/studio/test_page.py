@@ -127,7 +127,8 @@ def test_generate_and_what_is_saved(page, tmp_path):
     picture = download(page, lambda: page.get_by_role("button", name="Picture", exact=True).first.click())
     shutil.copy(picture, tmp_path / "saved.png")
     about = read_metadata(tmp_path / "saved.png")
-    assert about["prompt"] == "a red car" and about["settings"]["num_steps"] == 2
+    assert about["prompt"] == "a red car"
+    assert about["settings"]["num_steps"] == 2
     archive = download(page, lambda: page.locator("#zip").click())
     assert archive.read_bytes()[:2] == b"PK"
 
@@ -193,7 +194,8 @@ def test_edit_with_two_layers_off_and_a_mask(page, studio):
     page.locator("#edit-slider img").first.wait_for()
     [folder] = sorted(studio.visits.folder.rglob("*_edit"), key=lambda path: path.stat().st_mtime)[-1:]
     settings = json.loads((folder / "run.json").read_text())["settings"]
-    assert settings["vital_layers"] == [0, 2, 4] and settings["mask"] == "mask.png"
+    assert settings["vital_layers"] == [0, 2, 4]
+    assert settings["mask"] == "mask.png"
     mask = np.asarray(Image.open(folder / "mask.png"))
     assert 0 < (mask > 0).mean() < 0.9
     page.locator("#edit-gallery button").nth(1).click()
@@ -254,7 +256,8 @@ def test_scan_of_three_layers_sent_to_edit(page):
     page.locator("#scan-send").click()
     page.locator("#edit-layers .cell").first.wait_for()
     on = page.locator("#edit-layers [aria-pressed=true]").all_inner_texts()
-    assert 1 <= len(on) <= 3 and set(on) <= {"2", "7", "11"}
+    assert 1 <= len(on) <= 3
+    assert set(on) <= {"2", "7", "11"}
     assert "vitality" in page.locator("#edit-layers [data-layer='7']").get_attribute("aria-label")
 
 
@@ -287,7 +290,8 @@ def test_mistakes_are_told_in_a_line(page, tmp_path):
     page.locator("#generate-start button").first.click()
     page.locator("#generate-image input[type=file]").set_input_files(tmp_path / "no.png")
     page.get_by_text("not a picture that can be read").wait_for()
-    assert str(tmp_path) not in page.inner_text("body") and "served" not in page.inner_text("body")
+    assert str(tmp_path) not in page.inner_text("body")
+    assert "served" not in page.inner_text("body")
     page.get_by_role("tab", name="Edit").click()
     page.locator("#edit-go").click()
     page.get_by_text("Got no edit").wait_for()
@@ -349,13 +353,14 @@ def test_client_example(url, capsys):
 def test_warnings_come_back(client):
     how = {"num_steps": 1, "height": 64, "api_name": "/generate"}
     *_, warned = client.predict("an elefant", width=70, **how)
-    assert "'elefant' (near: elephant" in warned[0] and warned[1:] == [
-        "width 70 is rounded down to 64, a multiple of 16"
-    ]
+    assert "'elefant' (near: elephant" in warned[0]
+    assert warned[1:] == ["width 70 is rounded down to 64, a multiple of 16"]
     *_, warned = client.predict("a dog", ["a catt"], width=64, **{**how, "num_steps": 2, "api_name": "/edit"})
-    assert len(warned) == 1 and "catt" in warned[0]
+    assert len(warned) == 1
+    assert "catt" in warned[0]
     *_, warned = client.predict(["a dogg"], layers=[0], width=64, **{**how, "api_name": "/scan"})
-    assert len(warned) == 1 and "dogg" in warned[0]
+    assert len(warned) == 1
+    assert "dogg" in warned[0]
     assert client.predict("an elephant", width=64, **how)[2] == []
 
 

@@ -19,13 +19,30 @@ ABSURD = ["", "x", "\ud800", float("nan"), -1, 1e300, 10**30, True, [1, 2], {"a"
 SIZE = {"width": 64, "height": 64, "num_steps": 2, "guidance": 3, "true_cfg": 1}
 ENDPOINTS = {
     "generate": {
-        **{"prompt": "a dog", "seed": 0, "count": 1, **SIZE},
-        **{"negative_prompt": "", "image": None, "strength": 0.8},
+        "prompt": "a dog",
+        "seed": 0,
+        "count": 1,
+        **SIZE,
+        "negative_prompt": "",
+        "image": None,
+        "strength": 0.8,
     },
     "edit": {
-        **{"prompt": "a dog", "edits": ["a cat"], "seed": 0, "layers": [0], "photo": None, "mask": None},
-        **{"dose": None, "weight": None, "inject_from": None, "inject_until": None, "parts": None},
-        **{"inversion": "midpoint", "paste_back": False, **SIZE, "negative_prompt": ""},
+        "prompt": "a dog",
+        "edits": ["a cat"],
+        "seed": 0,
+        "layers": [0],
+        "photo": None,
+        "mask": None,
+        "dose": None,
+        "weight": None,
+        "inject_from": None,
+        "inject_until": None,
+        "parts": None,
+        "inversion": "midpoint",
+        "paste_back": False,
+        **SIZE,
+        "negative_prompt": "",
     },
     "scan": {"prompts": ["a dog"], "seed": 0, "layers": [0], "top": 1, **SIZE},
 }
@@ -89,7 +106,7 @@ def test_events_of_the_page(page):
     """Each field of each event, so also of /film: what a browser does not send, a program may."""
     for event in page.fns.values():
         fields = [
-            part for part in event.inputs if event.fn and event.name and not event.api_visibility == "public"
+            part for part in event.inputs if event.fn and event.name and event.api_visibility != "public"
         ]
         usual = [part.value if hasattr(part, "value") else None for part in fields]
         for place, part in enumerate(fields):

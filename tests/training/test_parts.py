@@ -56,9 +56,8 @@ def test_folding_the_scale_keeps_the_pictures():
     fold_scale(dict(ae.named_parameters()), mean, spread, ae.scale_factor, ae.shift_factor)
     after, log_variance = ae.encoder(images).chunk(2, dim=1)
     unit = ae.scale_factor * (after - ae.shift_factor)
-    assert unit.mean().item() == pytest.approx(0, abs=1e-4) and unit.std().item() == pytest.approx(
-        1, abs=1e-4
-    )
+    assert unit.mean().item() == pytest.approx(0, abs=1e-4)
+    assert unit.std().item() == pytest.approx(1, abs=1e-4)
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
     torch.testing.assert_close(ae.decoder.conv_in(after)[inner], stem[inner], atol=1e-4, rtol=1e-4)
     ratio = 2 * math.log(spread * ae.scale_factor)
@@ -113,7 +112,8 @@ def test_scaled_fp8_reads_back(tmp_path):
 def test_orthogonalized_matrices_have_like_singular_values():
     for shape in ((3, 16, 40), (3, 40, 16)):
         values = torch.linalg.svdvals(orthogonalized(torch.randn(shape)).float())
-        assert values.min() > 0.3 and values.max() < 1.5
+        assert values.min() > 0.3
+        assert values.max() < 1.5
 
 
 def test_muon_moves_each_matrix_as_if_it_were_alone():
@@ -134,15 +134,16 @@ def test_muon_moves_each_matrix_as_if_it_were_alone():
 
 def test_learning_rate_over_a_stage():
     schedule = Schedule(seconds=100, decay=0.5)
-    assert schedule.factor(0, 0) < 0.01 and schedule.factor(1000, 40) == 1
-    assert schedule.factor(1000, 75) == pytest.approx(0.5) and schedule.factor(1000, 100) == pytest.approx(
-        0.01
-    )
+    assert schedule.factor(0, 0) < 0.01
+    assert schedule.factor(1000, 40) == 1
+    assert schedule.factor(1000, 75) == pytest.approx(0.5)
+    assert schedule.factor(1000, 100) == pytest.approx(0.01)
 
 
 def test_noise_levels_follow_the_samplers_shift():
     t = noise_levels(20_000, shift_for(256), torch.device("cpu"))
-    assert 0 < t.min() and t.max() < 1
+    assert t.min() > 0
+    assert t.max() < 1
     middle = get_schedule(2, 256)[1]
     assert t.median().item() == pytest.approx(middle, abs=0.01)
     assert shift_for(128) == 1
@@ -186,4 +187,5 @@ def test_nothing_to_begin_with_is_told_in_a_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["training", "text", "--begin", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         parse()
-    assert stop.value.code == 2 and f"no exported files in {tmp_path}" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"no exported files in {tmp_path}" in capsys.readouterr().err

@@ -58,12 +58,12 @@ def test_no_detail_looks_like_a_word_of_the_vocabulary():
 
 
 def test_grammar():
-    assert (
-        with_article("owl") == "an owl" and with_article("ufo") == "a ufo" and with_article("dog") == "a dog"
-    )
-    assert (
-        plural("bus") == "buses" and plural("mouse") == "mice" and plural("cup of coffee") == "cups of coffee"
-    )
+    assert with_article("owl") == "an owl"
+    assert with_article("ufo") == "a ufo"
+    assert with_article("dog") == "a dog"
+    assert plural("bus") == "buses"
+    assert plural("mouse") == "mice"
+    assert plural("cup of coffee") == "cups of coffee"
 
 
 def test_captions_use_known_words_only():
@@ -158,17 +158,21 @@ def test_pairs_differ_in_what_the_edit_names(edit):
         before, after = pair.before, pair.after
         assert before.caption != after.caption
         if edit in ("background", "time"):
-            assert before.things == after.things and pair.changed == ()
+            assert before.things == after.things
+            assert pair.changed == ()
         else:
-            assert before.template == after.template and before.details == after.details
+            assert before.template == after.template
+            assert before.details == after.details
         if edit in ("replace", "hat", "recolour"):
             (one,), (other,) = before.things, after.things
             assert (one.x, one.foot, one.size) == pytest.approx((other.x, other.foot, other.size), abs=0.35)
             assert (one.sprite == other.sprite) == (edit != "replace")
         if edit == "add":
-            assert before.things == after.things[:1] and len(after.things) == 2
+            assert before.things == after.things[:1]
+            assert len(after.things) == 2
         if edit == "remove":
-            assert after.things == before.things[:1] and len(before.things) == 2
+            assert after.things == before.things[:1]
+            assert len(before.things) == 2
 
 
 def test_an_edit_a_content_does_not_allow_is_refused():
@@ -184,7 +188,8 @@ def test_an_edit_a_content_does_not_allow_is_refused():
 
 def test_editable_keeps_all_other_words():
     before, after = editable(random.Random(4), "recolour")
-    assert before.place_words == after.place_words and before.prefix == after.prefix
+    assert before.place_words == after.place_words
+    assert before.prefix == after.prefix
 
 
 def test_wide_pictures_keep_subjects_inside():
@@ -192,10 +197,12 @@ def test_wide_pictures_keep_subjects_inside():
     for _ in range(100):
         for thing in sample(rng, shape).things:
             left, _, right, _ = extent(thing, shape)
-            assert left > -0.15 and right < 1.15
+            assert left > -0.15
+            assert right < 1.15
     assert Shape.of(256, 256) == SQUARE
 
 
 def test_renderer_finds_hats_after_the_objects():
     assert [OBJECTS[Renderer.first_hat + number].name for number in range(len(HATS))] == HATS
-    assert FIRST_THING < COLUMNS and INDEX["dog"] == 0
+    assert FIRST_THING < COLUMNS
+    assert INDEX["dog"] == 0

@@ -40,9 +40,13 @@ def work(tokenizers, tmp_path_factory) -> Work:
     (folder / "tokenizers").symlink_to(tokenizers)
     work = replace(Work.toy(Cluster.join(), folder, Budget(60, time.time())), plan=MOMENT, side=32)
     assert train_autoencoder(work)
-    assert train_text(work) and train_flow(work, "flow128") and train_flow(work, "flow256")
-    assert train_guidance(work) and train_schnell(work)
-    assert train_dinov2(work) and train_measuring(work)
+    assert train_text(work)
+    assert train_flow(work, "flow128")
+    assert train_flow(work, "flow256")
+    assert train_guidance(work)
+    assert train_schnell(work)
+    assert train_dinov2(work)
+    assert train_measuring(work)
     assert export(work)
     return work
 
@@ -61,7 +65,8 @@ def test_exported_files_load_as_the_package_loads_them(work):
     )
     assert t5(["a dog", ""]).shape == (2, T5_LENGTH, work.sizes.flux.context_in_dim)
     features = clip(["a dog", "a cat"])
-    assert features.shape == (2, work.sizes.flux.vec_in_dim) and not torch.equal(features[0], features[1])
+    assert features.shape == (2, work.sizes.flux.vec_in_dim)
+    assert not torch.equal(features[0], features[1])
 
 
 def test_exported_files_are_trained_further(work, tmp_path):
@@ -75,8 +80,10 @@ def test_exported_files_are_trained_further(work, tmp_path):
     with torch.no_grad():
         guided = nets.flux("nano")(x, ids, cond.txt, txt_ids, t, cond.vec, cond.guidance)
         torch.testing.assert_close(begun.flux(x, ids, cond.txt, txt_ids, t, cond.vec), guided)
-    assert train_text(further) and train_flow(further, "flow256")
-    assert (tmp_path / "flow128.done").exists() and not (tmp_path / "flow128.pt").exists()
+    assert train_text(further)
+    assert train_flow(further, "flow256")
+    assert (tmp_path / "flow128.done").exists()
+    assert not (tmp_path / "flow128.pt").exists()
 
 
 def test_the_perceptual_encoder_loads_as_the_package_loads_it(work):
@@ -111,7 +118,8 @@ def test_a_stage_stops_at_its_budget_and_goes_on(work, tmp_path):
     saved = torch.load(tmp_path / "dinov2.state.pt", weights_only=True)["progress"]
     assert train_dinov2(replace(early, budget=Budget(60, time.time())))
     done = torch.load(tmp_path / "dinov2.state.pt", weights_only=True)["progress"]
-    assert done[0] > saved[0] and done[2] >= 0.6
+    assert done[0] > saved[0]
+    assert done[2] >= 0.6
 
 
 def test_samples_are_scored(work, tmp_path):
@@ -122,7 +130,9 @@ def test_samples_are_scored(work, tmp_path):
     assert (tmp_path / "samples_nano.png").exists()
     assert "| background |" in table(result)
     images = generate(nets, nets.flux("schnell"), "schnell", ["a dog", "a cat"], work.side, 4)
-    assert images.shape == (2, 3, work.side, work.side) and 0 <= images.min() and images.max() <= 1
+    assert images.shape == (2, 3, work.side, work.side)
+    assert images.min() >= 0
+    assert images.max() <= 1
 
 
 def perfect(scenes) -> Seen:

@@ -21,7 +21,8 @@ def test_numbers_are_the_references_to_the_last_bit(kind):
     packed = weight_files.random_blocks(24, 2 * 256, kind)
     expected = reference.dequantize(packed, reference.GGMLQuantizationType[kind])
     found = expand(torch.from_numpy(packed), kind).numpy()
-    assert found.dtype == np.float32 and found.shape == (24, 512)
+    assert found.dtype == np.float32
+    assert found.shape == (24, 512)
     assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
@@ -48,7 +49,8 @@ def test_packed_weights_take_the_room_they_have_in_the_file(tmp_path):
     weight_files.save_gguf(weight_files.wide().state_dict(), tmp_path / "m.gguf", "Q4_K")
     model = weight_files.load(tmp_path / "m.gguf", weight_files.WIDE, torch.bfloat16)
     linear = model.double_blocks[0].img_mlp[0]
-    assert linear.packed.dtype == torch.uint8 and linear.packed.numel() * 8 == 512 * 256 * 4.5
+    assert linear.packed.dtype == torch.uint8
+    assert linear.packed.numel() * 8 == 512 * 256 * 4.5
     assert linear.weight.dtype == torch.bfloat16
 
 
@@ -115,7 +117,7 @@ def test_the_whole_file_is_read(file):
 
 
 @pytest.mark.parametrize(
-    "offset, value, message",
+    ("offset", "value", "message"),
     [
         (4, 99, "version 99, expected 2 or 3"),
         (8, 2**60, "cut short"),  # tensors

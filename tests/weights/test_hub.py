@@ -92,6 +92,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
                 start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.answer(206 if start else 200, content[start:], headers, body, server.drop_at)
+        return None
 
     def do_HEAD(self):
         self.do_GET(body=False)
@@ -168,9 +169,12 @@ def snapshots() -> list[Path]:
 
 def test_a_file_is_fetched_once(server, capsys):
     path = flow()
-    assert path.read_bytes() == FLOW and path.is_relative_to(constants.HF_HUB_CACHE)
+    assert path.read_bytes() == FLOW
+    assert path.is_relative_to(constants.HF_HUB_CACHE)
     said = capsys.readouterr().out
-    assert "1 files, 0.00 GB" in said and SPEC.licence in said and SPEC.repo_id in said
+    assert "1 files, 0.00 GB" in said
+    assert SPEC.licence in said
+    assert SPEC.repo_id in said
     server.asked.clear()
     assert flow() == path and server.asked == [], "what is there needs no network"
     assert capsys.readouterr().out == ""
@@ -182,12 +186,14 @@ def test_the_folder_of_the_text_encoders(server):
         assert not name.startswith(TEXT_FOLDERS) or (folder / name).read_bytes() == content
     assert not (folder / "ae.safetensors").exists()
     server.asked.clear()
-    assert own_text_folder(SPEC, True) == folder and server.asked == []
+    assert own_text_folder(SPEC, True) == folder
+    assert server.asked == []
 
 
 def test_the_folder_without_weights_is_not_taken_for_whole(server):
     folder = own_text_folder(SPEC, True, weights=False)
-    assert (folder / "tokenizer_2" / "tokenizer_config.json").exists() and server.transfers == []
+    assert (folder / "tokenizer_2" / "tokenizer_config.json").exists()
+    assert server.transfers == []
     own_text_folder(SPEC, True)
     assert (folder / "text_encoder" / "model.safetensors").exists()
 
@@ -220,7 +226,7 @@ def test_the_command_fetches_all_and_says_where(server, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, expected", [("flux-nano", "part of this package"), ("flux-dve", "did you mean")]
+    ("name", "expected"), [("flux-nano", "part of this package"), ("flux-dve", "did you mean")]
 )
 def test_the_command_on_other_names(server, name, expected, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["flux", "download", name])
@@ -229,7 +235,8 @@ def test_the_command_on_other_names(server, name, expected, capsys, monkeypatch)
     except SystemExit as end:
         assert end.code == 2
     said = "".join(capsys.readouterr())
-    assert expected in said and server.asked == []
+    assert expected in said
+    assert server.asked == []
 
 
 # ---- what goes wrong and is mended
@@ -246,11 +253,13 @@ def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, capsys):
     with pytest.raises(InputError, match="status 500: try again later; what has come so far is kept"):
         flow()
     [part] = partials()
-    assert part.stat().st_size == 30_000 and snapshots() == []
+    assert part.stat().st_size == 30_000
+    assert snapshots() == []
     server.reset()
     capsys.readouterr()
     assert flow().read_bytes() == FLOW
-    assert server.transfers == ["bytes=30000-"] and partials() == []
+    assert server.transfers == ["bytes=30000-"]
+    assert partials() == []
     assert "0.00 GB are here already" in capsys.readouterr().out
 
 
@@ -286,7 +295,8 @@ def test_a_file_that_is_always_damaged_takes_no_place(server):
     server.damaged = 10
     with pytest.raises(InputError, match="flux1-dev.safetensors .* damaged .* SHA-256"):
         flow()
-    assert snapshots() == [] and partials() == []
+    assert snapshots() == []
+    assert partials() == []
 
 
 def test_a_damaged_renewal_leaves_the_good_file(server, monkeypatch):
@@ -296,11 +306,12 @@ def test_a_damaged_renewal_leaves_the_good_file(server, monkeypatch):
     server.damaged = 10
     with pytest.raises(InputError, match="SHA-256"):
         hub.fetch(SPEC, [SPEC.repo_flow], renew=True)
-    assert flow() == path and path.read_bytes() == FLOW
+    assert flow() == path
+    assert path.read_bytes() == FLOW
 
 
 @pytest.mark.parametrize(
-    "refusal, expected",
+    ("refusal", "expected"),
     [
         (
             (403, {"X-Error-Code": "GatedRepo"}),
@@ -319,7 +330,8 @@ def test_refusals_say_what_to_do(server, refusal, expected):
     server.refusals, server.stubborn = [refusal], True
     with pytest.raises(InputError, match=expected) as error:
         flow()
-    assert SPEC.repo_id in str(error.value) and "\n" not in str(error.value)
+    assert SPEC.repo_id in str(error.value)
+    assert "\n" not in str(error.value)
     assert sum(server.pauses) == (62 if refusal in (500, 429) else 0), "patience where it may help"
     assert snapshots() == []
 
@@ -394,7 +406,10 @@ def test_the_variables_are_obeyed(server, tmp_path):
         return subprocess.run(command, env={**kept, **own, **more}, cwd=ROOT, capture_output=True, text=True)
 
     refused = run(HF_HUB_OFFLINE="1")
-    assert refused.returncode == 2 and "HF_HUB_OFFLINE" in refused.stderr and server.asked == []
+    assert refused.returncode == 2
+    assert "HF_HUB_OFFLINE" in refused.stderr
+    assert server.asked == []
     done = run()
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'home' / 'hub'}" in done.stdout and "8 files" in done.stdout
+    assert f"{tmp_path / 'home' / 'hub'}" in done.stdout
+    assert "8 files" in done.stdout

@@ -222,7 +222,8 @@ def test_t5_gguf(tmp_path, encoders, expected, kind):
         for name, x in encoders[T5].items()
         if name != "encoder.embed_tokens.weight"
     }
-    assert len({name.partition(".")[0] for name in file}) == 2 and len(T5_IN_GGUF) == 10
+    assert len({name.partition(".")[0] for name in file}) == 2
+    assert len(T5_IN_GGUF) == 10
 
     def pack(name, x):
         return kind != "F32" and x.ndim == 2 and "rel_b" not in name
@@ -258,7 +259,7 @@ def test_an_encoder_in_8_bit_floats(tmp_path, encoders):
     assert torch.equal(scaled(TEXTS), features(T5, weight_files.save(meant, tmp_path / "meant"))(TEXTS))
 
 
-@pytest.mark.parametrize("part, other", [(T5, CLIP), (CLIP, T5)])
+@pytest.mark.parametrize(("part", "other"), [(T5, CLIP), (CLIP, T5)])
 def test_the_other_encoder(tmp_path, encoders, part, other):
     with pytest.raises(InputError, match="an encoder of kind .* expected"):
         features(part, NANO_FOLDER / other)
@@ -293,7 +294,8 @@ def test_all_in_one(tmp_path, nano_parts):
     path = weight_files.save(nano_parts | extra, tmp_path / "all.safetensors")
     settings = ModelSettings(weights=str(path), device="cpu", dtype="float32")
     files = files_of(settings)
-    assert (files.flow, files.ae, files.t5, files.clip) == (path,) * 4 and files.text == NANO_FOLDER
+    assert (files.flow, files.ae, files.t5, files.clip) == (path,) * 4
+    assert files.text == NANO_FOLDER
     pipe = Pipeline.load(complete(settings))
     plain = Pipeline.load(complete(ModelSettings(device="cpu", dtype="float32")))
     for net in ("t5", "clip"):
@@ -344,7 +346,8 @@ def test_files_of_other_nets_are_named(tmp_path, what):
     with pytest.raises(InputError) as error:
         weight_files.load(path)
     message = str(error.value)
-    assert f"which is {what}" in message and message.endswith("expected a FLUX.1 transformer")
+    assert f"which is {what}" in message
+    assert message.endswith("expected a FLUX.1 transformer")
     assert "\n" not in message
 
 
@@ -353,7 +356,7 @@ def test_nothing_at_all():
 
 
 @pytest.mark.parametrize(
-    "name, what",
+    ("name", "what"),
     [
         ("img_in.weight.quant_state.bitsandbytes__nf4", "bitsandbytes 4-bit"),
         ("single_blocks.0.linear1.wscales", "Nunchaku"),
@@ -366,7 +369,7 @@ def test_forms_that_are_not_supported_are_named(tmp_path, weights, name, what):
         weight_files.load(path)
 
 
-@pytest.mark.parametrize("columns, what", [(128, "canny or depth"), (384, "fill")])
+@pytest.mark.parametrize(("columns", "what"), [(128, "canny or depth"), (384, "fill")])
 def test_models_with_more_inputs_are_named(tmp_path, weights, columns, what):
     path = weight_files.save(
         {**weights, "img_in.weight": torch.zeros(32, columns)}, tmp_path / "m.safetensors"
@@ -415,7 +418,7 @@ def test_shards(tmp_path, source):
 
 
 @pytest.mark.parametrize(
-    "files, message",
+    ("files", "message"),
     [
         ([], "is a folder and holds no .safetensors file"),
         (["pytorch_model.bin"], "a pickle, never loaded"),

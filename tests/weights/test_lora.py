@@ -337,7 +337,7 @@ def test_what_is_not_low_rank_is_merged_into_the_expanded_matrix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part, prefix", [("text_encoder", "lora_te1_text_model_"), ("text_encoder_2", "lora_te3_")]
+    ("part", "prefix"), [("text_encoder", "lora_te1_text_model_"), ("text_encoder_2", "lora_te3_")]
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_text_encoders(tmp_path, part, prefix, packed):
@@ -396,7 +396,8 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     expected["time_in.out_layer.bias"] = weights["time_in.out_layer.bias"] + bias + folded
     expected = {name: x for name, x in expected.items() if "guidance_in" not in name}
     assert close(model, expected, schnell)
-    assert not model.params.guidance_embed and model.state_dict().keys() == expected.keys()
+    assert not model.params.guidance_embed
+    assert model.state_dict().keys() == expected.keys()
 
     # One file that is the model already needs no difference.
     merged = weight_files.save(expected, tmp_path / "merged.safetensors")
@@ -416,7 +417,8 @@ def refused(tmp_path, base, file, message, **metadata):
     path = weight_files.save(file, tmp_path / "lora.safetensors", **metadata)
     with pytest.raises(InputError, match=message) as error:
         weight_files.load(base, loras=[(path, 1.0)])
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def test_tensors_that_nothing_takes_are_listed(tmp_path, weights, base):
@@ -474,7 +476,9 @@ def test_a_scan_with_a_lora_is_another_checkpoints(tmp_path):
         return checkpoint_of(ModelSettings(lora=[{"file": str(path), "weight": weight} for weight in loras]))
 
     found = [checkpoint(), checkpoint(1.0), checkpoint(0.5), checkpoint(1.0, 0.5)]
-    assert None not in found and len(set(found)) == 4 and checkpoint(1.0) == found[1]
+    assert None not in found
+    assert len(set(found)) == 4
+    assert checkpoint(1.0) == found[1]
 
 
 def test_the_module_names_of_a_file(tmp_path):
