@@ -20,7 +20,7 @@ def main(file: str = "test.json", **overrides) -> None:
     settings = read_settings(TestSettings, file, overrides)
 
     from flux.files import write_json
-    from flux.images.io import fit, read_image, save_image
+    from flux.images.io import crop_to_fit, read_image, save_image
     from flux.images.sheets import grid
     from flux.pipeline import Pipeline
     from flux.runs.record import about, run_record
@@ -29,7 +29,7 @@ def main(file: str = "test.json", **overrides) -> None:
 
     ranks = join(settings)
     settings = complete(settings)
-    image = fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
+    image = crop_to_fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
     pipe = Pipeline.load(settings, ranks)
     folder, pictures = Path(settings.output_dir), []
     for start in range(0, len(settings.prompts), settings.batch_size):

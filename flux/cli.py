@@ -178,7 +178,7 @@ def _run(
     if not prompts:
         raise InputError("Got an empty prompt: say what to show")
 
-    from flux.images.io import fit, read_image, save_image
+    from flux.images.io import crop_to_fit, read_image, save_image
 
     image = read_image(init_image) if init_image else None
     started = {"init_image": init_image, "strength": strength} if init_image else {}
@@ -195,7 +195,7 @@ def _run(
         for text in prompts:
             seed = options.seed if options.seed is not None else time.time_ns() % 2**32
             begin = time.perf_counter()
-            start = fit(image, settings.width, settings.height) if image else None
+            start = crop_to_fit(image, settings.width, settings.height) if image else None
             [picture] = pipe.generate([text], [seed], image=start, strength=strength, **settings.sampling())
             path = output_dir / f"img_{index}.jpg"
             about = {"model": settings.model, "prompt": text, "seed": seed, **settings.sampling(), **started}

@@ -1,7 +1,6 @@
-"""Pictures in and out: reading and writing with metadata, sheets of pictures with captions.
+"""Images in and out: conversion to tensors, reading, scaling, writing with metadata.
 
-Outside the nets a picture is a PIL image of mode RGB; inside it is a float tensor `C H W` in -1..1. Every
-file is written whole or not at all: its bytes go to a hidden file beside it, which then takes its name.
+Outside the models an image is a PIL image of mode RGB. Inside it is a float tensor `C H W` in -1..1.
 """
 
 import json
@@ -23,79 +22,86 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Tensors
+# ---- tensors
 
 
 def to_uint8(x: "Tensor") -> np.ndarray:
-    """Tensor `... C H W` in -1..1 -> array `... H W C` of 0..255, rounded to the nearest; values beyond are
-    cut.
+    """Converts a tensor `... C H W` in -1..1 to an array `... H W C` of levels 0..255.
 
-    Raises InputError if a value is not a number, the usual outcome of an overflow in float16.
+    Values are rounded to the nearest level; values outside -1..1 are clipped.
+
+    Raises:
+        InputError: a value is NaN, the usual result of an overflow in float16.
     """
     x = x.detach().float()
     if x.isnan().any():
-        raise InputError("Got pictures full of NaN: the nets overflowed, choose dtype bfloat16 or float32")
+        raise InputError("Got images full of NaN: the models overflowed, choose dtype bfloat16 or float32")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def to_pil(x: "Tensor") -> Image.Image:
-    """Tensor `3 H W` in -1..1 -> RGB picture."""
+    """Converts a tensor `3 H W` in -1..1 to an RGB image."""
     return Image.fromarray(to_uint8(x))
 
 
 def to_tensor(image: Image.Image) -> "Tensor":
-    """Picture -> float32 tensor `3 H W` in -1..1; `to_pil` gives exactly the same picture back."""
+    """Converts an image to a float32 tensor `3 H W` in -1..1; `to_pil` restores the same image exactly."""
     import torch
 
     levels = torch.from_numpy(np.array(image.convert("RGB")))
     return (levels.float() / 127.5 - 1).permute(2, 0, 1)
 
 
-# Reading
+# ---- reading
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The picture in a file, as RGB and upright (EXIF orientation applied), free of metadata.
+    """Reads an image file as RGB and upright (EXIF orientation applied), without its metadata.
 
-    Transparent parts lie on white; 16-bit greys are scaled to 8. Raises InputError, naming the file, if it is
-    missing, not a picture, damaged or cut short, an animation, or of more pixels than pillow deems safe
-    (PIL.Image.MAX_IMAGE_PIXELS).
+    Transparent parts become white; 16-bit greys are scaled to 8 bits.
+
+    Raises:
+        InputError: the file is missing, not an image, damaged or cut short, an animation, or has more pixels
+            than pillow considers safe (PIL.Image.MAX_IMAGE_PIXELS). The message names the file.
     """
     with _opened(path) as image:
-        # MPO is a JPEG of a camera or phone: what follows its first picture are previews and depth maps of it
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        # MPO is the JPEG of a camera or phone. After its first image come previews and depth maps.
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":
             raise InputError(
-                f"Got {path}, which holds {image.n_frames} pictures (animation or pages), but expected one: "
+                f"Got {path}, which holds {frames} images (animation or pages), but expected one: "
                 "save the one you mean as PNG or JPEG"
             )
         image.load()
-        with suppress(Exception):  # a picture with garbage for EXIF is still a picture
-            image = ImageOps.exif_transpose(image)
-        image = _as_rgb(image)
-    image.info.clear()
-    return image
+        upright: Image.Image = image
+        with suppress(Exception):  # an image with broken EXIF is still an image
+            upright = ImageOps.exif_transpose(image)
+        rgb = _as_rgb(upright)
+    rgb.info.clear()
+    return rgb
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `save_image` was given as metadata, or None if the picture has none.
+    """Reads the metadata that `save_image` wrote. Returns None if the image has none.
 
-    Raises InputError where there is no picture to be read.
+    Raises:
+        InputError: the file is not a readable image.
     """
     with _opened(path) as image:
         chunk, comment = image.info.get("flux"), image.info.get("comment")
     try:
         data = json.loads(chunk) if chunk else json.loads(comment)["flux"]
     except (TypeError, ValueError, KeyError):
-        return None  # there is nothing, or it is another program's
+        return None  # no metadata, or another program's
     return data if isinstance(data, dict) else None
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The picture in a file, not yet decoded; whatever turns out to be wrong with it raises InputError."""
+    """Opens an image file without decoding it. Any problem with the file raises InputError."""
     if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "is not there"
-        raise InputError(f"Got the picture {path}, which {what}: expected a PNG, JPEG or WebP file")
+        problem = "is a folder" if os.path.isdir(path) else "is not there"
+        raise InputError(f"Got the image {path}, which {problem}: expected a PNG, JPEG or WebP file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -105,13 +111,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise InputError(f"Got the picture {path} of more than {limit}: scale it down first") from error
+        limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels"
+        raise InputError(f"Got the image {path} of more than {limit}: scale it down first") from error
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"Got {path}, not a picture that can be read: expected PNG, JPEG or WebP") from error
+        raise InputError(f"Got {path}, not a readable image: expected PNG, JPEG or WebP") from error
     except Exception as error:  # damage makes pillow raise OSError, SyntaxError, struct.error and more
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"Cannot read the picture {path} ({reason}): expected an undamaged file") from error
+        raise InputError(f"Cannot read the image {path} ({reason}): expected an undamaged file") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -125,25 +131,42 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture scaled until it covers width x height pixels, and its middle cut out."""
+# ---- scaling
+
+
+def crop_to_fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scales an image until it covers width x height pixels, and cuts out its middle."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-# Writing
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """Returns a copy of an image, scaled down if a side is longer than `side` pixels."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    return small
+
+
+# ---- writing
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-    """Writes a PNG or JPEG (by the name's suffix), making its folder if need be.
+    """Writes a PNG or JPEG, by the name's suffix. Missing folders are created.
 
-    `metadata` (anything that JSON can say) goes in whole, for `read_metadata`: in a PNG as the text chunk
-    "flux", in a JPEG as the comment. As upstream does, EXIF tells that the picture is generated, with the
-    "model" and the "prompt" found in it. Without metadata nothing of the kind is written. Raises InputError
-    for another suffix and where the file cannot be written; the older file of that name then stays.
+    The file is written whole or not at all. If writing fails, an older file of that name stays.
+
+    Args:
+        image: an RGB image.
+        path: file name, ending in .png, .jpg or .jpeg.
+        metadata: any JSON object, to be read by `read_metadata`. It becomes the text chunk "flux" of a PNG and
+            the comment of a JPEG. As in upstream, EXIF then says that the image is generated, with the "model"
+            and "prompt" found in the metadata. If None, neither is written.
+
+    Raises:
+        InputError: another suffix, or the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
-        raise InputError(f"Got {path} as the name of a picture: expected it to end in .png, .jpg or .jpeg")
+        raise InputError(f"Got {path} as the name of an image: expected it to end in .png, .jpg or .jpeg")
     options: dict[str, Any] = {} if metadata is None else {"exif": _exif(metadata)}
     if suffix == ".png":
         options["format"] = "PNG"
@@ -151,7 +174,7 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | 
             options["pnginfo"] = PngImagePlugin.PngInfo()
             options["pnginfo"].add_itxt("flux", json.dumps(metadata, ensure_ascii=False))
     else:
-        # full colour resolution: upstream's numbers, and the watermark lives in the colour channels
+        # Full colour resolution, as upstream has it: the watermark is in the colour channels.
         options |= {"format": "JPEG", "quality": 95, "subsampling": 0}
         if metadata is not None:
             options["comment"] = json.dumps({"flux": metadata}, ensure_ascii=False).encode()
@@ -174,8 +197,11 @@ def _exif(metadata: dict[str, Any]) -> Image.Exif:
 
 
 def save_animation(images: Sequence[Image.Image], path: str | Path, seconds_per_frame: float) -> None:
-    """Writes pictures of one size as an endless GIF or WebP (by the name's suffix). Raises InputError as
-    `save_image`."""
+    """Writes images of one size as an endless GIF or WebP, by the name's suffix.
+
+    Raises:
+        InputError: another suffix, or the file cannot be written.
+    """
     formats = {".gif": "GIF", ".webp": "WEBP"}
     suffix = Path(path).suffix.lower()
     if suffix not in formats:
@@ -191,6 +217,3 @@ def save_animation(images: Sequence[Image.Image], path: str | Path, seconds_per_
         quality=90,
     )
     write_bytes(path, buffer.getvalue())
-
-
-# Sheets

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageFont, PngImagePlugin
 from flux.errors import InputError
 from flux.files import write_json, write_text
 from flux.images import sheets
-from flux.images.io import fit, read_image, read_metadata, save_animation, save_image, to_pil, to_tensor
+from flux.images.io import crop_to_fit, read_image, read_metadata, save_animation, save_image, to_pil, to_tensor
 from flux.images.sheets import grid
 from flux.scan.plots import plot_vitality
 
@@ -174,7 +174,7 @@ def test_float_colours_are_refused(tmp_path):
 def test_animations_and_pages_are_refused(suffix, tmp_path):
     path = tmp_path / f"moving.{suffix}"
     noise().save(path, save_all=True, append_images=[noise(seed=1), noise(seed=2)])
-    with pytest.raises(InputError, match=rf"moving\.{suffix}.*3 pictures"):
+    with pytest.raises(InputError, match=rf"moving\.{suffix}.*3 images"):
         read_image(path)
 
 
@@ -249,7 +249,7 @@ def test_metadata_of_a_photograph_is_left_behind(tmp_path):
 
 @pytest.mark.parametrize("size", [(40, 20), (10, 10), (64, 16), (16, 64), (1, 1)])
 def test_fit_covers_and_centres(size):
-    image = fit(quadrants(400, 300), *size)
+    image = crop_to_fit(quadrants(400, 300), *size)
     assert image.size == size
     if min(size) >= 10:
         w, h = size
@@ -259,7 +259,7 @@ def test_fit_covers_and_centres(size):
 
 def test_fit_crops_the_middle():
     stripes = Image.fromarray(np.arange(90, dtype=np.uint8).repeat(3).reshape(1, 90, 3).repeat(30, axis=0))
-    assert np.array(fit(stripes, 30, 30))[0, :, 0].tolist() == list(range(30, 60))
+    assert np.array(crop_to_fit(stripes, 30, 30))[0, :, 0].tolist() == list(range(30, 60))
 
 
 # Writing

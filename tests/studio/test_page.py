@@ -289,7 +289,7 @@ def test_mistakes_are_told_in_a_line(page, tmp_path):
     (tmp_path / "no.png").write_text("no picture <b>at all</b>")
     page.locator("#generate-start button").first.click()
     page.locator("#generate-image input[type=file]").set_input_files(tmp_path / "no.png")
-    page.get_by_text("not a picture that can be read").wait_for()
+    page.get_by_text("not a readable image").wait_for()
     assert str(tmp_path) not in page.inner_text("body")
     assert "served" not in page.inner_text("body")
     page.get_by_role("tab", name="Edit").click()

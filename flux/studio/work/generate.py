@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from flux.errors import InputError
-from flux.images.io import fit
+from flux.images.io import crop_to_fit
 from flux.settings.demos import TestSettings
 from flux.studio.engine import Engine, Teller
 from flux.studio.forms import SAMPLING, whole
@@ -36,7 +36,7 @@ def make(engine: Engine, settings: TestSettings, tell: Teller, image: Image.Imag
     start = {}
     if image is not None:
         engine.check(image)
-        start = {"image": fit(image, *size), "strength": settings.strength}
+        start = {"image": crop_to_fit(image, *size), "strength": settings.strength}
         steps -= round((1 - settings.strength) * steps)
     tell.begin("drawing", steps * len(settings.prompts), *size)
     for number, entry in enumerate(settings.prompts):
