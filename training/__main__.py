@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from training.plan import STAGES
+from training.loop.plan import STAGES
 
 
 def parse() -> argparse.Namespace:
@@ -45,16 +45,16 @@ def main() -> None:
     import torch
 
     from flux.modules import ops
-    from training.autoencoder import train_autoencoder
-    from training.cluster import Cluster
-    from training.export import export, take_over
-    from training.flow import train_flow, train_guidance
-    from training.looking import train_dinov2, train_measuring
-    from training.plan import Work
-    from training.reading import train_text
-    from training.schnell import train_schnell
-    from training.tokenizers import write_tokenizers
-    from training.trainer import Budget
+    from training.loop.cluster import Cluster
+    from training.loop.plan import Work
+    from training.loop.trainer import Budget
+    from training.stages.autoencoder import train_autoencoder
+    from training.stages.export import export, take_over
+    from training.stages.flow import train_flow, train_guidance
+    from training.stages.schnell import train_schnell
+    from training.stages.text import train_text
+    from training.stages.tokenizers import write_tokenizers
+    from training.stages.vision import train_dinov2, train_measuring
 
     def tokenizers(work: Work) -> bool:
         if work.cluster.first:

@@ -14,8 +14,8 @@ from pathlib import Path
 from flux.evaluate.benchmark import KINDS, PICTURES, encode_mask, write_benchmark
 from flux.images.io import save_image, to_pil
 from training.judge import asked
-from training.render import Renderer
-from training.scenes import Pair, sample_pair
+from training.scenes.compose import Pair, sample_pair
+from training.scenes.render import Renderer
 
 # In turn: the benchmark's kinds, and the edits that make them.
 EDITS = {

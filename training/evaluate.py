@@ -23,19 +23,19 @@ from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
 from flux.weights.load import read_weights
-from training.autoencoder import psnr as round_trip_psnr
-from training.cluster import Cluster
-from training.flow import GUIDANCE, without_guidance
-from training.labels import labels_of
-from training.looking import MeasuringNet, Seen, load_measuring
-from training.nets import DINO_SIDE, build_autoencoder
-from training.plan import Work
-from training.render import Renderer
-from training.scenes import Content, Scene, sample
-from training.schnell import merged
-from training.tokenizers import CLIP_LENGTH, T5_LENGTH
-from training.trainer import Budget
-from training.vocabulary import INDEX
+from training.loop.cluster import Cluster
+from training.loop.nets import DINO_SIDE, build_autoencoder
+from training.loop.plan import Work
+from training.loop.trainer import Budget
+from training.scenes.compose import Content, Scene, sample
+from training.scenes.labels import labels_of
+from training.scenes.render import Renderer
+from training.scenes.vocabulary import INDEX
+from training.stages.autoencoder import psnr as round_trip_psnr
+from training.stages.flow import GUIDANCE, without_guidance
+from training.stages.schnell import merged
+from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
+from training.stages.vision import MeasuringNet, Seen, load_measuring
 
 HELD_OUT_SEED = 987_654
 

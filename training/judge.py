@@ -19,10 +19,10 @@ from PIL import Image
 from flux.errors import InputError
 from flux.images.io import to_tensor
 from training.evaluate import look
-from training.looking import MeasuringNet, Seen
-from training.nets import NANO
-from training.scenes import Content
-from training.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
+from training.loop.nets import NANO
+from training.scenes.compose import Content
+from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
+from training.stages.vision import MeasuringNet, Seen
 
 # The logit from which on an object is there. One of ninety is seldom there, so the net is slow to name the
 # second of two: on rendered edits this errs least, on pictures after an edit and before it alike.
@@ -30,7 +30,7 @@ THERE = -3.0
 
 
 def asked(edit: str, before: Content, after: Content) -> dict:
-    """What `edit` (one of `training.scenes.EDITS`) asks for; the subject is to be there always."""
+    """What `edit` (one of `training.scenes.compose.EDITS`) asks for; the subject is to be there always."""
     asked = {"objects": [subject.name for subject in after.subjects]}
     kept = set(asked["objects"])
     asked["gone"] = [subject.name for subject in before.subjects if subject.name not in kept]

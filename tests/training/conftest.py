@@ -16,7 +16,7 @@ def no_gradients():
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> Path:
-    from training.tokenizers import write_tokenizers
+    from training.stages.tokenizers import write_tokenizers
 
     folder = tmp_path_factory.mktemp("tokenizers")
     write_tokenizers(folder)

@@ -12,9 +12,9 @@ from flux.evaluate.benchmark import read_benchmark
 from flux.images.io import read_image
 from training.benchmark import EDITS, draw, marked, write
 from training.judge import Judge, asked, may_change, overlap, shows
-from training.labels import labels_of
-from training.looking import MeasuringNet, Seen
-from training.nets import TOY
+from training.loop.nets import TOY
+from training.scenes.labels import labels_of
+from training.stages.vision import MeasuringNet, Seen
 
 SIDE, COUNT = 64, 14
 

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from flux.model import Flux
 from flux.sampling import get_schedule, image_ids
 from flux.weights.load import read_weights
-from training.autoencoder import fold_scale
-from training.data import positions
-from training.export import scaled_fp8
-from training.flow import noise_levels, noised, shift_for, without_guidance
-from training.labels import labels_of
-from training.nets import TOY, build_autoencoder, build_flux
-from training.optimizer import Muon, orthogonalized
-from training.scenes import compose, sample_content
-from training.schnell import LEVELS, add_lora, lora_weights, merged
-from training.trainer import Schedule
-from training.vocabulary import COLOUR_NAMES, INDEX
+from training.loop.data import positions
+from training.loop.nets import TOY, build_autoencoder, build_flux
+from training.loop.optimizer import Muon, orthogonalized
+from training.loop.trainer import Schedule
+from training.scenes.compose import compose, sample_content
+from training.scenes.labels import labels_of
+from training.scenes.vocabulary import COLOUR_NAMES, INDEX
+from training.stages.autoencoder import fold_scale
+from training.stages.export import scaled_fp8
+from training.stages.flow import noise_levels, noised, shift_for, without_guidance
+from training.stages.schnell import LEVELS, add_lora, lora_weights, merged
 
 
 def randomized(flux: Flux) -> Flux:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from training.reading import reading_loss
-from training.scenes import Content, Scene, compose, sample_content
-from training.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, SPRITES, TIME_NAMES
+from training.scenes.compose import Content, Scene, compose, sample_content
+from training.scenes.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, SPRITES, TIME_NAMES
+from training.stages.text import reading_loss
 
 
 def all_knowing(scenes: list[Scene]):

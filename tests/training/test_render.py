@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from training.habits import TEMPLATES, Thing
-from training.render import Renderer
-from training.scenes import EDITS, Content, Scene, Shape, Subject, sample, sample_pair
-from training.vocabulary import COLOUR_NAMES, INDEX, PLACES, TIME_NAMES
+from training.scenes.compose import EDITS, Content, Scene, Shape, Subject, sample, sample_pair
+from training.scenes.habits import TEMPLATES, Thing
+from training.scenes.render import Renderer
+from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACES, TIME_NAMES
 
 SIDE = 64
 

@@ -4,19 +4,7 @@ import random
 
 import pytest
 
-from training.habits import (
-    CLEARANCE,
-    SQUARE,
-    STYLES,
-    TEMPLATES,
-    Shape,
-    Thing,
-    extent,
-    standing_beside,
-    style_of,
-)
-from training.render import Renderer
-from training.scenes import (
+from training.scenes.compose import (
     ALONE_FIRST,
     ALONE_FIRST_ON_A_SIDE,
     COLUMNS,
@@ -28,7 +16,19 @@ from training.scenes import (
     sample_content,
     sample_pair,
 )
-from training.vocabulary import (
+from training.scenes.habits import (
+    CLEARANCE,
+    SQUARE,
+    STYLES,
+    TEMPLATES,
+    Shape,
+    Thing,
+    extent,
+    standing_beside,
+    style_of,
+)
+from training.scenes.render import Renderer
+from training.scenes.vocabulary import (
     ANIMALS,
     DETAILS,
     HATS,
@@ -176,7 +176,7 @@ def test_pairs_differ_in_what_the_edit_names(edit):
 
 
 def test_an_edit_a_content_does_not_allow_is_refused():
-    from training.scenes import edited
+    from training.scenes.compose import edited
 
     rng = random.Random(2)
     content = next(

@@ -15,19 +15,19 @@ import torch
 from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.weights.load import read_weights
-from training.autoencoder import train_autoencoder
-from training.cluster import Cluster
 from training.evaluate import Nets, evaluate_samples, generate, score_samples, table
-from training.export import export, take_over
-from training.flow import first_generator, train_flow, train_guidance, without_guidance
-from training.labels import labels_of
-from training.looking import Seen, load_measuring, normalized, train_dinov2, train_measuring
-from training.nets import DINO_SIDE
-from training.plan import TOY_PLAN, Work
-from training.reading import train_text
-from training.schnell import merged, train_schnell
-from training.tokenizers import CLIP_LENGTH, T5_LENGTH
-from training.trainer import Budget
+from training.loop.cluster import Cluster
+from training.loop.nets import DINO_SIDE
+from training.loop.plan import TOY_PLAN, Work
+from training.loop.trainer import Budget
+from training.scenes.labels import labels_of
+from training.stages.autoencoder import train_autoencoder
+from training.stages.export import export, take_over
+from training.stages.flow import first_generator, train_flow, train_guidance, without_guidance
+from training.stages.schnell import merged, train_schnell
+from training.stages.text import train_text
+from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
+from training.stages.vision import Seen, load_measuring, normalized, train_dinov2, train_measuring
 
 ROOT = Path(__file__).parents[2]
 MOMENT = {name: replace(stage, seconds=0.01) for name, stage in TOY_PLAN.items()}
@@ -149,7 +149,7 @@ def perfect(scenes) -> Seen:
 def test_perfect_sight_scores_one():
     import random
 
-    from training.scenes import sample
+    from training.scenes.compose import sample
 
     scenes = [sample(random.Random(seed)) for seed in range(300)]
     assert set(score_samples(perfect(scenes), scenes).values()) == {1.0}

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from training.data import CaptionEncoder
-from training.scenes import sample
-from training.tokenizers import CLIP_LENGTH, T5_LENGTH, write_tokenizers
-from training.vocabulary import all_words
+from training.loop.data import CaptionEncoder
+from training.scenes.compose import sample
+from training.scenes.vocabulary import all_words
+from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH, write_tokenizers
 
 
 @pytest.fixture(scope="module")

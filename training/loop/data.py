@@ -16,10 +16,10 @@ from torch import Tensor
 
 from flux.modules.autoencoder import AutoEncoder
 from flux.sampling import image_ids, pack
-from training.habits import Shape
-from training.render import Renderer
-from training.scenes import COLUMNS, sample
-from training.tokenizers import CLIP_LENGTH, T5_LENGTH
+from training.scenes.compose import COLUMNS, sample
+from training.scenes.habits import Shape
+from training.scenes.render import Renderer
+from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
 
 NOISE_WORDS = 0.05  # share of captions with one unknown word, for the model to overlook
 CHUNK = 256  # scenes rendered at once

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.scenes import FIRST_THING, SLOT_WIDTH, THING_SLOTS
-from training.vocabulary import COLOUR_NAMES, OBJECTS, PLACES, TIME_NAMES
+from training.scenes.compose import FIRST_THING, SLOT_WIDTH, THING_SLOTS
+from training.scenes.vocabulary import COLOUR_NAMES, OBJECTS, PLACES, TIME_NAMES
 
 NUM_OBJECTS, NUM_COLOURS, NUM_PLACES, NUM_TIMES = (
     len(OBJECTS),

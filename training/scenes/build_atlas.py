@@ -1,7 +1,7 @@
 """Build atlas.webp from the npm package of Fluent 3D emoji. Needed only to add or change sprites.
 
 npm pack @lobehub/fluent-emoji-3d@1.1.0
-python -m training.build_atlas lobehub-fluent-emoji-3d-1.1.0.tgz
+python -m training.scenes.build_atlas lobehub-fluent-emoji-3d-1.1.0.tgz
 """
 
 import io
@@ -10,8 +10,8 @@ import tarfile
 
 from PIL import Image
 
-from training.atlas import ATLAS_FILE, CELL, COLUMNS
-from training.vocabulary import SPRITES
+from training.scenes.atlas import ATLAS_FILE, CELL, COLUMNS
+from training.scenes.vocabulary import SPRITES
 
 # A worn helmet's chin strap would hang in front of the face: only what is above this part of the picture is
 # kept.

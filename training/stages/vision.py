@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.export import export_dinov2
-from training.flow import autocast
-from training.labels import MOST, NUM_COLOURS, NUM_OBJECTS, NUM_PLACES, NUM_TIMES, Labels, labels_of
-from training.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD, Sizes, build_dinov2
-from training.optimizer import Optimizers, convolution_optimizers
-from training.plan import Work
-from training.render import Renderer
-from training.trainer import Schedule, Trainer, save_atomically
+from training.loop.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD, Sizes, build_dinov2
+from training.loop.optimizer import Optimizers, convolution_optimizers
+from training.loop.plan import Work
+from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.scenes.labels import MOST, NUM_COLOURS, NUM_OBJECTS, NUM_PLACES, NUM_TIMES, Labels, labels_of
+from training.scenes.render import Renderer
+from training.stages.export import export_dinov2
+from training.stages.flow import autocast
 
 _HEADS = {
     "objects": NUM_OBJECTS, "worn": NUM_OBJECTS, "colours": NUM_COLOURS, "place": NUM_PLACES,

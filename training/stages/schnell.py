@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.model import Flux
-from training.autoencoder import load_autoencoder
-from training.data import positions
-from training.flow import autocast, load_generator, make_latents, noised, without_guidance
-from training.nets import Sizes, build_flux, text_ids
-from training.optimizer import Optimizers
-from training.plan import Work
-from training.trainer import Schedule, Trainer, save_atomically
+from training.loop.data import positions
+from training.loop.nets import Sizes, build_flux, text_ids
+from training.loop.optimizer import Optimizers
+from training.loop.plan import Work
+from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.stages.autoencoder import load_autoencoder
+from training.stages.flow import autocast, load_generator, make_latents, noised, without_guidance
 
 LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
 TEACHER_STEPS = (6, 5, 4, 4)  # in each quarter, the noisiest first

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flux.weights.load import read_weights
-from training.autoencoder import load_autoencoder
-from training.flow import load_generator
-from training.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
-from training.plan import Work
-from training.trainer import save_atomically
-from training.vocabulary import all_words
+from training.loop.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
+from training.loop.plan import Work
+from training.loop.trainer import save_atomically
+from training.scenes.vocabulary import all_words
+from training.stages.autoencoder import load_autoencoder
+from training.stages.flow import load_generator
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 

@@ -11,8 +11,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from training.scenes import sample
-from training.vocabulary import all_words
+from training.scenes.compose import sample
+from training.scenes.vocabulary import all_words
 
 T5_LENGTH, CLIP_LENGTH = 40, 40
 T5_PIECES = 400  # an upper bound

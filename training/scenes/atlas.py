@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.vocabulary import SPRITES
+from training.scenes.vocabulary import SPRITES
 
 ATLAS_FILE = Path(__file__).with_name("atlas.webp")
 CELL = 160

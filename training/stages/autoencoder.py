@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux.modules.autoencoder import AutoEncoder
-from training.nets import build_autoencoder
-from training.optimizer import convolution_optimizers
-from training.plan import Work
-from training.render import Renderer
-from training.trainer import Schedule, Trainer, save_atomically
+from training.loop.nets import build_autoencoder
+from training.loop.optimizer import convolution_optimizers
+from training.loop.plan import Work
+from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.scenes.render import Renderer
 
 KL, EDGES, SQUARED = 1e-3, 0.5, 0.7
 FOLD_AT = 0.75

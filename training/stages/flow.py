@@ -15,13 +15,13 @@ from flux.modules.autoencoder import AutoEncoder
 from flux.modules.layers import timestep_embedding
 from flux.sampling import get_lin_function
 from flux.weights.load import read_weights
-from training.autoencoder import load_autoencoder
-from training.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
-from training.nets import Generator, compile_blocks, load_text_encoders, text_ids
-from training.optimizer import flow_optimizers
-from training.plan import Work
-from training.render import Renderer
-from training.trainer import Schedule, Trainer, save_atomically
+from training.loop.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
+from training.loop.nets import Generator, compile_blocks, load_text_encoders, text_ids
+from training.loop.optimizer import flow_optimizers
+from training.loop.plan import Work
+from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.scenes.render import Renderer
+from training.stages.autoencoder import load_autoencoder
 
 GUIDANCE, GUIDANCE_RANGE = 3.5, (1.0, 5.0)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.cluster import Cluster
-from training.optimizer import Optimizers
+from training.loop.cluster import Cluster
+from training.loop.optimizer import Optimizers
 
 WARM_UP = 200  # iterations
 SHARE_EVERY = 500  # iterations; bfloat16 gradients let the processes' weights drift apart by rounding

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.flow import autocast, first_generator
-from training.labels import things_of
-from training.optimizer import Optimizers
-from training.plan import Work
-from training.trainer import Schedule, Trainer, save_atomically
-from training.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, TIME_NAMES
+from training.loop.optimizer import Optimizers
+from training.loop.plan import Work
+from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.scenes.labels import things_of
+from training.scenes.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, TIME_NAMES
+from training.stages.flow import autocast, first_generator
 
 _HAT_SPRITES = [INDEX[hat] for hat in HATS]
 _ANSWERS = {"there": 1, "colour": 1 + len(COLOUR_NAMES), "hat": 1 + len(HATS), "where": 3}

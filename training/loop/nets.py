@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.modules.layers import Modulation
-from training.tokenizers import CLIP_LENGTH, T5_LENGTH
+from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
 
 
 @dataclass(frozen=True)

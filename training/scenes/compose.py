@@ -1,6 +1,6 @@
 """Captioned scenes: what a picture shows (`Content`), how it is said, where things stand (`Scene`).
 
-A scene becomes one row of numbers, which `training.render` turns into a picture, thousands at a time.
+A scene becomes one row of numbers, which `training.scenes.render` turns into a picture, thousands at a time.
 
     scene = sample(random.Random(0))
     print(scene.caption)
@@ -10,7 +10,7 @@ A scene becomes one row of numbers, which `training.render` turns into a picture
 import random
 from dataclasses import dataclass, field, replace
 
-from training.habits import (
+from training.scenes.habits import (
     HABIT,
     OBJECT_FOOT,
     OBJECT_SHIFT,
@@ -27,7 +27,7 @@ from training.habits import (
     style_of,
     template,
 )
-from training.vocabulary import (
+from training.scenes.vocabulary import (
     COLOUR_NAMES,
     HATS,
     INDEX,
@@ -42,7 +42,7 @@ from training.vocabulary import (
     plural,
     with_article,
 )
-from training.vocabulary import STYLES as PREFIXES
+from training.scenes.vocabulary import STYLES as PREFIXES
 
 EDITS = ("replace", "hat", "add", "remove", "recolour", "background", "time")
 KINDS = {"one": 46, "two": 38, "top": 6, "count": 10}

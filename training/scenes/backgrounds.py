@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.vocabulary import COLOURS
+from training.scenes.vocabulary import COLOURS
 
 Painter = Callable[["Canvas"], Tensor]
 

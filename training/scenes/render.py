@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.atlas import CELL, boxes, sprites
-from training.backgrounds import PAINTERS, Canvas, palette
-from training.habits import FLOATING, hat_placement
-from training.scenes import (
+from training.scenes.atlas import CELL, boxes, sprites
+from training.scenes.backgrounds import PAINTERS, Canvas, palette
+from training.scenes.compose import (
     DETAIL_SLOTS,
     FIRST_DETAIL,
     FIRST_THING,
@@ -21,7 +20,8 @@ from training.scenes import (
     THING_SLOTS,
     Pair,
 )
-from training.vocabulary import OBJECTS, PLACES, SPRITES
+from training.scenes.habits import FLOATING, hat_placement
+from training.scenes.vocabulary import OBJECTS, PLACES, SPRITES
 
 NIGHT_LIGHT, SUNSET_LIGHT = (0.68, 0.73, 0.92), (1.0, 0.87, 0.78)
 LEVELS = 3  # the atlas at full, half and quarter size, so that small things do not glitter

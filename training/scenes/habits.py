@@ -11,8 +11,8 @@ Lengths are fractions of the picture: x of its width, y and feet of its height, 
 import random
 from dataclasses import dataclass, replace
 
-from training.atlas import boxes
-from training.vocabulary import (
+from training.scenes.atlas import boxes
+from training.scenes.vocabulary import (
     COLOUR_NAMES,
     HATS,
     INDEX,

@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from training.cluster import Cluster
-from training.data import Pool, draw_pool
-from training.nets import NANO, TOY, Sizes
-from training.trainer import Budget
+from training.loop.cluster import Cluster
+from training.loop.data import Pool, draw_pool
+from training.loop.nets import NANO, TOY, Sizes
+from training.loop.trainer import Budget
 
 
 @dataclass(frozen=True)
