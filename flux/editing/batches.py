@@ -16,7 +16,7 @@ from flux.model import Flux
 from flux.pipeline import Pipeline
 from flux.sampling import Conditioning, Step, euler_step, step_at, window
 from flux.settings.demos import EditSettings, Turn
-from flux.settings.doses import Dose, dose_of
+from flux.settings.doses import Dose
 
 AUTO_MASK_AT = 0.25  # of the steps: by then the layout stands, and little has drifted
 
@@ -104,7 +104,7 @@ def batches_of(
     groups: list[tuple[tuple, list[int]]] = []
     entries = settings.entries
     for place, (entry, mask) in enumerate(zip(entries, masks)):
-        dose = dose_of(entry)
+        dose = entry.effective_dose()
         dose = replace(dose, mask="auto" if mask is None and dose.mask == "auto" else None)
         key = (dose, entry.parts, mask is None)
         members = next((members for other, members in groups if other == key), None)
@@ -126,7 +126,7 @@ def batches_of(
             if masks[places[0]]:
                 mask = torch.cat([masks[place][1] for place in places]).to(pipe.device)
             shares, latent = dict(zip(steps, dose.shares(steps))), source.start.expand(len(places), -1, -1)
-            own, sources = tuple(layers[: dose.top]), [source.prompt] * len(places)
+            own, sources = tuple(layers[: dose.top]), source.prompts * (len(places) // len(source.prompts))
             batches.append(Batch(places, sources, chosen, dose, own, shares, longer, cond, latent, mask))
     return batches
 

@@ -66,15 +66,17 @@ class Source:
     """Where edits begin and what they follow, before any of its keys and values are known.
 
     Attributes:
-        prompt, settings: of the reference; the settings are complete ones.
+        prompts: what each reference shows: one for all edits, or one for each edit of a single batch.
+        settings: of the reference; complete ones.
         cond: steers its passes; conds of photographs have guidance 1, at which inversions are faithful.
         path: the latents that its passes see, and the last one after them; None: it is sampled from `start`.
-        start: the noise of reference and edits, "1 I 64".
+        start: the noise of reference and edits, "R I 64"; without inversion the clean latent.
         scale: what latents are divided by before they are decoded.
         photo: None for a generated reference.
+        inversion_free: whether edits walk from the clean latent by FlowEdit.
     """
 
-    prompt: str
+    prompts: list[str]
     settings: EditSettings
     levels: list[float]
     cond: Conditioning
@@ -82,6 +84,7 @@ class Source:
     path: list[Tensor] | None = None
     scale: float = 1.0
     photo: Photograph | None = None
+    inversion_free: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -92,14 +95,9 @@ class Source:
         return self.settings.width, self.settings.height
 
     @property
-    def inversion_free(self) -> bool:
-        """Whether edits walk from the clean latent, `start`, by FlowEdit."""
-        return self.photo is not None and self.path is None
-
-    @property
     def inverted_steps(self) -> int:
         """How many steps the inversion took."""
-        return self.num_steps if self.photo and self.path else 0
+        return 0 if self.path is None else self.num_steps
 
     def placed(self, picture: Image.Image, mask: Image.Image | None = None) -> Image.Image:
         """A decoded picture, put into the whole photograph where that is asked for."""
@@ -224,23 +222,58 @@ def ahead(moments: Sequence[Moment], device: torch.device) -> Iterator[Moment]:
 def find_source(
     pipe: Pipeline, settings: EditSettings, image: Image.Image | None, on_step: OnStep | None, progress: bool
 ) -> Source:
-    """The reference's conditioning and start; of a photograph its whole path."""
-    width, height, prompt = settings.width, settings.height, settings.prompt
-    levels = pipe.schedule(settings.num_steps, width, height)
-    steered = steering(settings)
+    """Finds the one reference that the settings describe: generated, or the photograph `image`.
+
+    A photograph without a prompt is described by `caption_model`.
+    """
     if image is None:
-        cond = pipe.condition([prompt], settings.guidance, **steered)
-        return Source(prompt, settings, levels, cond, pipe.noise([settings.seed], width, height))
-    photo = Photograph.of(image, width, height)
+        return generated_source(pipe, settings, [settings.prompt], [settings.seed])
+    photo = Photograph.of(image, settings.width, settings.height)
+    prompt = settings.prompt
     if prompt is None:
         prompt = describe(photo.part, settings.caption_model, str(pipe.device))
-    clean = pipe.encode(photo.part)
-    flow = settings.inversion == "none" and not settings.as_published
-    cond = pipe.condition([prompt], FLOW_EDIT_GUIDANCE if flow else 1.0, **steered)
-    if flow:
-        return Source(prompt, settings, levels, cond, clean, photo=photo)
+    return photo_source(pipe, settings, [prompt], pipe.encode(photo.part), photo, on_step, progress)
+
+
+def generated_source(
+    pipe: Pipeline, settings: EditSettings, prompts: Sequence[str], seeds: Sequence[int]
+) -> Source:
+    """Prepares references to be generated, one row for each prompt and seed."""
+    size = settings.width, settings.height
+    cond = pipe.condition(list(prompts), settings.guidance, **steering(settings))
+    levels = pipe.schedule(settings.num_steps, *size)
+    return Source(list(prompts), settings, levels, cond, pipe.noise(list(seeds), *size))
+
+
+def photo_source(
+    pipe: Pipeline,
+    settings: EditSettings,
+    prompts: Sequence[str],
+    clean: Tensor,
+    photo: Photograph | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = False,
+) -> Source:
+    """Inverts photographs, one row each. With inversion "none" edits start at their latents.
+
+    Args:
+        pipe: the models.
+        settings: complete settings of the edits.
+        prompts: what each photograph shows.
+        clean: latents of the photographs, "B I 64".
+        photo: the photograph itself, if edits are to be put back into it.
+        on_step: called with each step of the inversion, its number and how many steps reference and
+            inversion have. An exception from it ends the run.
+        progress: whether to show a progress bar.
+    """
+    levels = pipe.schedule(settings.num_steps, settings.width, settings.height)
+    inversion_free = settings.inversion == "none" and not settings.as_published
+    guidance = FLOW_EDIT_GUIDANCE if inversion_free else 1.0
+    cond = pipe.condition(list(prompts), guidance, **steering(settings))
+    if inversion_free:
+        return Source(list(prompts), settings, levels, cond, clean, photo=photo, inversion_free=True)
     path, scale = replayed(pipe, settings, cond, clean, levels, on_step, progress)
-    return Source(prompt, settings, levels, cond, path[0], path, scale, photo)
+    return Source(list(prompts), settings, levels, cond, path[0], path, scale, photo)
 
 
 def replayed(
