@@ -10,14 +10,14 @@ from pathlib import Path
 import fire
 
 from flux.errors import exit_on_input_error, one_voice
-from flux.settings.demos import TestSettings
+from flux.settings.demos import GenerateSettings
 from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
 @one_voice()
 def main(file: str = "test.json", **overrides) -> None:
-    settings = read_settings(TestSettings, file, overrides)
+    settings = read_settings(GenerateSettings, file, overrides)
 
     from flux.files import write_json
     from flux.images.io import crop_to_fit, read_image, save_image
@@ -25,10 +25,10 @@ def main(file: str = "test.json", **overrides) -> None:
     from flux.pipeline import Pipeline
     from flux.runs.record import about, run_record
     from flux.runtime.parallel import join
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
 
     ranks = join(settings)
-    settings = complete(settings)
+    settings = resolve(settings)
     image = crop_to_fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
     pipe = Pipeline.load(settings, ranks)
     folder, pictures = Path(settings.output_dir), []

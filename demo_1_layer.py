@@ -30,10 +30,10 @@ def main(file: str = "layer.json", **overrides) -> None:
     from flux.pipeline import Pipeline
     from flux.runs.record import about, run_record
     from flux.runtime.parallel import join
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
 
     ranks = join(settings)
-    settings = complete(settings)
+    settings = resolve(settings)
     check_watch(settings)
     pipe = Pipeline.load(settings, ranks)
     out = Path(settings.output_dir)

@@ -18,9 +18,9 @@ def main(file: str = "skip.json", **overrides) -> None:
     settings = read_settings(SkipSettings, file, overrides)
 
     from flux.scan.sweep import sweep
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
 
-    print(sweep(complete(settings)) / "grid.png")
+    print(sweep(resolve(settings)) / "grid.png")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main(file: str = "edit.json", **overrides) -> None:
     from flux.runs.record import about, run_record
     from flux.runtime.devices import pick_device
     from flux.runtime.parallel import join
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
     from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
     from flux.weights.find import checkpoint_of
@@ -41,7 +41,7 @@ def main(file: str = "edit.json", **overrides) -> None:
     if photo and settings.width is None and settings.height is None:
         width, height = natural_size(photo, spec.size)
         settings = settings.model_copy(update={"width": width, "height": height})
-    settings = complete(settings)
+    settings = resolve(settings)
     layers = find_vital_layers(settings.vital_layers, spec, checkpoint_of(settings))
     check_edits(settings, layers, photo)
     if photo:

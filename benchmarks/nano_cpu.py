@@ -50,14 +50,14 @@ def main(
     from flux.editing.edit import edit
     from flux.files import write_json
     from flux.pipeline import Pipeline
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
     from flux.settings.demos import EditSettings
     from flux.settings.files import read_settings
     from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
 
     wanted = {"model": model, "num_steps": num_steps, "width": size, "height": size, "device": "cpu"}
-    settings = complete(read_settings(EditSettings, "edit.json", wanted))
+    settings = resolve(read_settings(EditSettings, "edit.json", wanted))
     settings = settings.model_copy(update={"edits": settings.edits[:3]})
     layers = find_vital_layers(settings.vital_layers, get_spec(settings.model))
     same = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")

@@ -83,7 +83,7 @@ def main(
     from flux.metrics.pixels import psnr
     from flux.pipeline import Pipeline
     from flux.sampling import euler_step, sample
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
     from flux.settings.demos import EditSettings
     from flux.settings.files import read_settings
     from flux.specs import get_spec
@@ -93,7 +93,7 @@ def main(
     from flux.weights.load import load_flow, read_weights
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
-    settings = complete(read_settings(EditSettings, "edit.json", wanted))
+    settings = resolve(read_settings(EditSettings, "edit.json", wanted))
     spec = get_spec(settings.model)
     settings = settings.model_copy(update={"edits": settings.edits[:edits]})
     layers = find_vital_layers(settings.vital_layers, spec)

@@ -28,10 +28,10 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
     from flux.modules.step_cache import StepCache
     from flux.pipeline import Pipeline
     from flux.runtime.quantize import to_fp8
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
     from flux.settings.demos import ModelSettings
 
-    settings = complete(ModelSettings(device=device, width=size, height=size, num_steps=num_steps))
+    settings = resolve(ModelSettings(device=device, width=size, height=size, num_steps=num_steps))
     pipe = Pipeline.load(settings)
     fp8 = Flux(pipe.spec.params).to(pipe.device, pipe.dtype).eval().requires_grad_(False)
     fp8.load_state_dict(pipe.model.state_dict())

@@ -28,7 +28,7 @@ from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.run import scan
 from flux.scan.sweep import REFERENCE, Bypasser, SweepWorker, Task
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings
 from flux.specs import configs
 
@@ -42,12 +42,12 @@ def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) 
     """The protocol's settings, on stand-ins for flux-dev or, as a toy, on flux-nano."""
     common = {"prompts": ({"prompt": PROMPT, "seed": 0},), "watermark": False, "compile": compiled, "top": 1}
     if toy:
-        return complete(ScanSettings(**common, width=64, height=64, num_steps=2))
+        return resolve(ScanSettings(**common, width=64, height=64, num_steps=2))
     files = write_stand_ins(folder, configs["flux-dev"], set(PROMPT.split()), device)
     paths = {"weights": files.flow, "ae_weights": files.ae, "text_encoders": files.text}
     paths = {name: str(path) for name, path in paths.items()}
     paths["encoder"] = str(write_dinov2(folder / "dinov2", device))
-    return complete(ScanSettings(model="flux-dev", **common, **paths, num_steps=15, guidance=3.5))
+    return resolve(ScanSettings(model="flux-dev", **common, **paths, num_steps=15, guidance=3.5))
 
 
 def seconds(bypasser: Bypasser, layers: tuple[int, ...], repeats: int = 1) -> float:

@@ -165,9 +165,9 @@ def _run(
         fields = ("width", "height", "num_steps", "guidance")
         if hosted:
             return HostedSettings(model["model"], **{field: getattr(options, field) for field in fields})
-        from flux.settings.complete import complete
+        from flux.settings.complete import resolve
 
-        return complete(
+        return resolve(
             check_settings(ModelSettings, {**model, **steering, **{f: getattr(options, f) for f in fields}})
         )
 

@@ -15,7 +15,7 @@ from flux import pipeline, sampling
 from flux.errors import InputError
 from flux.pipeline import Pipeline, counted
 from flux.runtime.devices import pick_device, pick_dtype
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
 from flux.specs import NANO_FOLDER, configs
@@ -225,7 +225,7 @@ def test_a_published_model_by_its_files(monkeypatch, tmp_path):
             height=48,
             num_steps=2,
         )
-        settings = complete(settings)
+        settings = resolve(settings)
         pipe = Pipeline.load(settings)
         low, high = (
             pipe.generate([DOG], [1], width=64, height=48, num_steps=2, guidance=g, progress=False)[0]
@@ -245,7 +245,7 @@ def no_text_encoders(monkeypatch):
 @pytest.mark.parametrize("field", ["weights", "ae_weights", "text_encoders"])
 def test_wrong_paths_are_told_before_anything_loads(no_text_encoders, field):
     with pytest.raises(InputError, match="/nowhere"):
-        Pipeline.load(complete(ModelSettings(device="cpu", **{field: "/nowhere"})))
+        Pipeline.load(resolve(ModelSettings(device="cpu", **{field: "/nowhere"})))
 
 
 @pytest.mark.parametrize("field", ["weights", "ae_weights"])
@@ -253,7 +253,7 @@ def test_weights_of_another_model_are_told_before_anything_loads(no_text_encoder
     """Names and shapes stand in the file's head: no need to read gigabytes of text encoder first."""
     save_file({"img_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="is not this model's|expected an autoencoder"):
-        Pipeline.load(complete(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
+        Pipeline.load(resolve(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
 
 
 def test_a_device_that_is_not_here():
@@ -292,7 +292,7 @@ def test_dtypes():
 
 def test_bfloat16_makes_nearly_the_same_picture(nano):
     """Same noise and steps in both; drawn in its own dtype, the noise of a seed would differ."""
-    narrow = Pipeline.load(complete(ModelSettings(device="cpu", dtype="bfloat16")))
+    narrow = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="bfloat16")))
     latent = nano.noise([1], 128, 96)
     pictures = []
     for pipe in (nano, narrow):
@@ -310,7 +310,7 @@ def test_bfloat16_makes_nearly_the_same_picture(nano):
 def test_offloading_changes_nothing(nano, offload):
     """On a CPU it moves weights from there to there; the pictures must not notice, the second one neither."""
     fields = {"device": "cpu", "dtype": "float32", "offload": offload}
-    settings = complete(check_settings(ModelSettings, fields))
+    settings = resolve(check_settings(ModelSettings, fields))
     offloaded = Pipeline.load(settings)
     [a] = nano.generate([DOG], [1], **QUICK)
     for _ in range(2):
@@ -323,13 +323,13 @@ def test_offloading_changes_nothing(nano, offload):
 )
 def test_smaller_forms_make_nearly_the_same_picture(nano, fields, bound):
     """Largest difference of a pixel. A picture no larger than a tile is one tile."""
-    settings = complete(ModelSettings(device="cpu", dtype="float32", **fields))
+    settings = resolve(ModelSettings(device="cpu", dtype="float32", **fields))
     [a], [b] = (pipe.generate([DOG], [1], **QUICK) for pipe in (nano, Pipeline.load(settings)))
     assert difference(a, b) <= bound
 
 
 def test_four_bits_come_near(nano):
-    settings = complete(ModelSettings(device="cpu", dtype="float32", quantize="4bit"))
+    settings = resolve(ModelSettings(device="cpu", dtype="float32", quantize="4bit"))
     pipe = Pipeline.load(settings)
     assert bytes_of(pipe.model) < bytes_of(nano.model) / 4
     cond, ids, errors = nano.condition([DOG], 3.5), nano.image_ids(1, 128, 96), []

@@ -6,8 +6,8 @@ import pytest
 from safetensors import safe_open
 
 from flux.errors import InputError
-from flux.settings.complete import complete
-from flux.settings.demos import EditSettings, LayerSettings, ModelSettings, SkipSettings, TestSettings
+from flux.settings.complete import resolve
+from flux.settings.demos import EditSettings, GenerateSettings, LayerSettings, ModelSettings, SkipSettings
 from flux.specs import configs, get_spec
 
 PROMPTS = {"prompts": ["a dog"]}
@@ -41,7 +41,8 @@ def test_flux_nano_is_what_its_files_say():
     assert (t5["d_model"], clip["hidden_size"]) == (spec.params.context_in_dim, spec.params.vec_in_dim)
     assert spec.clip_length <= clip["max_position_embeddings"]
     with safe_open(spec.folder / spec.repo_flow, "pt") as file:
-        blocks = {name.split(".")[1] for name in file if name.startswith("double_blocks")}
+        names = file.keys()
+    blocks = {name.split(".")[1] for name in names if name.startswith("double_blocks")}
     assert len(blocks) == spec.params.depth
 
 
@@ -70,9 +71,9 @@ def test_an_unknown_model_with_no_near_one():
 
 
 def test_missing_numbers_come_from_the_model():
-    settings = complete(ModelSettings(model="flux-schnell"))
+    settings = resolve(ModelSettings(model="flux-schnell"))
     assert (settings.width, settings.height, settings.num_steps, settings.true_cfg) == (1024, 1024, 4, 1.0)
-    settings = complete(ModelSettings())
+    settings = resolve(ModelSettings())
     assert (settings.model, settings.width, settings.num_steps, settings.true_cfg) == (
         "flux-nano",
         256,
@@ -83,18 +84,18 @@ def test_missing_numbers_come_from_the_model():
 
 def test_given_numbers_stay():
     """Among them those that are false in Python."""
-    settings = complete(ModelSettings(model="flux-dev", guidance=0.0, num_steps=7, width=512))
+    settings = resolve(ModelSettings(model="flux-dev", guidance=0.0, num_steps=7, width=512))
     assert (settings.guidance, settings.num_steps, settings.width, settings.height) == (0.0, 7, 512, 1024)
 
 
 def test_complete_twice_is_complete_once():
-    settings = complete(TestSettings(**PROMPTS, width=1080))
-    assert complete(settings) == settings
-    assert isinstance(settings, TestSettings)
+    settings = resolve(GenerateSettings(**PROMPTS, width=1080))
+    assert resolve(settings) == settings
+    assert isinstance(settings, GenerateSettings)
 
 
 def test_sizes_are_rounded_down_with_a_notice(capsys):
-    settings = complete(ModelSettings(model="flux-dev", width=1080, height=1024))
+    settings = resolve(ModelSettings(model="flux-dev", width=1080, height=1024))
     assert (settings.width, settings.height) == (1072, 1024)
     assert capsys.readouterr().out == "width 1080 is rounded down to 1072, a multiple of 16\n"
 
@@ -110,7 +111,7 @@ def test_sizes_are_rounded_down_with_a_notice(capsys):
 )
 def test_layer_57_is_told(settings):
     with pytest.raises(InputError, match=r"Got layers \[57\], but this model numbers its layers 0\.\.56"):
-        complete(settings)
+        resolve(settings)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +127,9 @@ def test_layer_57_is_told(settings):
     ids=repr,
 )
 def test_right_layers_pass(settings):
-    assert complete(settings).num_steps == 20
+    assert resolve(settings).num_steps == 20
 
 
 def test_an_unknown_model_in_settings():
     with pytest.raises(InputError, match="unknown model"):
-        complete(ModelSettings(model="flux-max"))
+        resolve(ModelSettings(model="flux-max"))

@@ -182,7 +182,7 @@ def evaluate_speed() -> dict[str, float]:
     """Seconds on this machine's CPU of what the card promises, through the package as a user runs it."""
     from flux.editing.edit import edit
     from flux.pipeline import Pipeline
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
     from flux.settings.demos import EditSettings
     from flux.specs import configs
     from flux.vital_layers import find_vital_layers
@@ -190,7 +190,7 @@ def evaluate_speed() -> dict[str, float]:
     seconds = {}
     prompt, edits = "a dog on the grass", ["a cat on the grass"] * 3
     for name in [name for name in ("flux-nano", "flux-nano-schnell") if name in configs]:
-        settings = complete(EditSettings(prompt=prompt, edits=edits, model=name, device="cpu", batch_size=3))
+        settings = resolve(EditSettings(prompt=prompt, edits=edits, model=name, device="cpu", batch_size=3))
         begin = time.perf_counter()
         pipe = Pipeline.load(settings)
         seconds[f"{name}: load"] = time.perf_counter() - begin

@@ -58,7 +58,7 @@ def watch(
     watched step lie in memory until they have been looked at: at 1024x1024 in bfloat16, 57 MB a layer.
 
     Args:
-        settings: complete ones (`flux.settings.complete.complete`).
+        settings: complete ones (`flux.settings.complete.resolve`).
         on_step: called with each step as soon as it is taken; an exception from it ends the run.
 
     Raises:

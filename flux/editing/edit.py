@@ -22,8 +22,8 @@ from flux.images.io import read_image
 from flux.pipeline import Pipeline
 from flux.sampling import Step, window
 from flux.settings.demos import Edit, EditSettings
-from flux.settings.doses import dose_of
 from flux.settings.files import check_settings
+from flux.settings.resolved import ResolvedEdit
 
 # What edits of a kept reference may not change.
 OF_REFERENCE = (
@@ -61,7 +61,7 @@ def check_edits(
     sizes = [photo.size, size] if photo else [size]
     found, read = [], {}
     for entry in settings.entries:
-        dose = dose_of(entry)
+        dose = entry.effective_dose()
         window(settings.num_steps, dose.inject_from, dose.inject_until)
         if isinstance(dose.weight, dict) and (others := sorted(dose.weight.keys() - set(layers))):
             raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
@@ -115,7 +115,7 @@ def edit_reference(
     Raises:
         InputError: as `check_edits`, layers that were not kept, or settings that ask for another reference.
     """
-    settings = check_settings(EditSettings, {**settings.model_dump(), "edits": edits})
+    settings = check_settings(ResolvedEdit, {**settings.model_dump(), "edits": edits})
     source = reference.source
     other = [name for name in OF_REFERENCE if getattr(settings, name) != getattr(source.settings, name)]
     if other:

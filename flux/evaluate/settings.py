@@ -1,4 +1,4 @@
-"""What an evaluation's JSON file may say, and the methods it compares."""
+"""Settings of an evaluation: the fields of its JSON file, and the methods that it compares."""
 
 import re
 from dataclasses import dataclass
@@ -11,20 +11,21 @@ from flux.settings.demos import EditSettings, ModelSettings
 from flux.settings.fields import Seed, Text, Words
 from flux.settings.files import check_settings
 
-# Of a method: what the benchmark says, what all methods share, and what an evaluation has no use for.
+# Fields that all methods share.
 SHARED = (
     "model", "weights", "ae_weights", "text_encoders", "device", "dtype", "offload", "compile", "width",
     "height", "watermark",
 )  # fmt: skip
-NOT_OF_A_METHOD = {
+# Fields that a method cannot have: shared ones, those that the benchmark says, and those without a use here.
+FOREIGN_TO_METHODS = {
     *SHARED, "prompt", "edits", "photo", "seed", "paste_back", "caption_model", "batch_size", "metadata",
     "output_dir",
 }  # fmt: skip
 Fields = dict[str, Any]
 
 
-class EvaluateSettings(ModelSettings):
-    """Methods compared on a benchmark. A number such as num_steps is every method's that names none."""
+class EvaluateSettings(ModelSettings, frozen=True):
+    """Settings of an evaluation. A field such as num_steps holds for every method that does not name its own."""
 
     demo: ClassVar[str] = "evaluate"
     benchmark: Text = Field(description="folder in PIE-Bench's layout")
@@ -35,19 +36,19 @@ class EvaluateSettings(ModelSettings):
         "photo", description="edit the benchmark's photographs, or pictures generated from their prompts"
     )
     reconstruct: bool = Field(False, description="each photo's own prompt instead of the edit's")
-    kinds: Words = Field((), description="only edits of these kinds; none: of all")
-    count: int | None = Field(None, ge=1, description="only so many edits, of each kind its share")
+    kinds: Words = Field((), description="only edits of these kinds; empty: all kinds")
+    count: int | None = Field(None, ge=1, description="only so many edits, the kinds in their original proportions")
     seed: Seed = Field(0, description="added to the seed of each edit")
     metrics: Annotated[tuple[Literal["structure", "lpips", "clip"], ...], Field(strict=False)] = Field(
-        ("structure",), description="what is measured with nets"
+        ("structure",), description="measures that need a model"
     )
-    encoder: Text | None = Field(None, description="DINO of structure: hub id, folder; None: the model's own")
-    clip: Text = Field("openai/clip-vit-large-patch14", description="the CLIP: a hub id or a folder")
-    judge: Text | None = Field(None, description="measuring.pt of training/, which tells what succeeded")
+    encoder: Text | None = Field(None, description="DINO of structure: hub id or folder; by default the model's own")
+    clip: Text = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
+    judge: Text | None = Field(None, description="measuring.pt, which says whether edits succeeded; needs python -m training.evaluate_edits")
     batch_size: int = Field(16, ge=1, description="edits made at once")
-    workers: int = Field(1, ge=1, description="processes that share the work through Ray, one on each GPU")
+    workers: int = Field(1, ge=1, description="processes that share the work through Ray, one per GPU")
     ray_address: Text | None = Field(None, description='a Ray cluster: "auto", or its head\'s address')
-    output_dir: Text = Field("output/evaluate", description="folder to write to, or to go on with")
+    output_dir: Text = Field("output/evaluate", description="folder to write to, or to resume")
 
     @field_validator("methods")
     @classmethod
@@ -70,8 +71,8 @@ class EvaluateSettings(ModelSettings):
         return self
 
 
-# Rows that every comparison of photographs has: what the autoencoder alone makes of the photograph, and the
-# finished edit where the benchmark knows it.
+# Rows that every comparison of photographs has: the photograph encoded and decoded by the autoencoder, and the
+# finished edit if the benchmark has it.
 BASELINES = ("autoencoder", "truth")
 
 
@@ -80,9 +81,9 @@ class Method:
     """One way to edit.
 
     Attributes:
-        name: as in the file; slug names its folder.
-        settings: of the edit, its prompts and picture left open. Its mask may be "given": the benchmark's.
-        strength: of image-to-image, which then is the method; None: it is not.
+        name: The name in the file. `slug` names its folder.
+        settings: The settings of the edit without its prompts and image. The mask "given" is the benchmark's.
+        strength: The strength of image-to-image. If None, the method is another one.
     """
 
     name: str
@@ -91,31 +92,37 @@ class Method:
 
     @property
     def slug(self) -> str:
+        """The name as a folder's."""
         return slug(self.name)
 
 
 def slug(name: str) -> str:
+    """Turns a name into lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def methods_of(settings: EvaluateSettings) -> list[Method]:
-    """The methods, in the file's order. Raises InputError for a field that no edit has, or a wrong value."""
+    """Reads the methods, in the file's order.
+
+    Raises:
+        InputError: a field that no edit has, or a wrong value.
+    """
     names = (*SHARED, "num_steps", "guidance", "true_cfg", "negative_prompt")
     shared = {name: getattr(settings, name) for name in names}
-    # What stands open must be there, since the settings of an edit want it.
-    open_fields = {"prompt": "the photo", "edits": ["the edit"]}
+    # Settings of an edit need these; the benchmark replaces them.
+    placeholders = {"prompt": "the photo", "edits": ["the edit"]}
     if settings.references == "photo":
-        open_fields["photo"] = "photo"
+        placeholders["photo"] = "photo"
     methods = []
     for number, fields in enumerate(settings.methods):
         own = {name: value for name, value in fields.items() if name not in ("name", "strength")}
         where, strength = f"methods[{number}]", fields.get("strength")
-        if foreign := sorted(NOT_OF_A_METHOD & own.keys()):
+        if foreign := sorted(FOREIGN_TO_METHODS & own.keys()):
             raise InputError(f"{where}: got {', '.join(foreign)}, which all methods share or the edits say")
         if strength is not None and (
             settings.references != "photo" or type(strength) not in (int, float) or not 0 < strength <= 1
         ):
             raise InputError(f"{where}: expected a strength in 0..1, and photos, got {strength!r}")
-        edit = check_settings(EditSettings, {**shared, **own, **open_fields}, where)
+        edit = check_settings(EditSettings, {**shared, **own, **placeholders}, where)
         methods.append(Method(fields["name"], edit, strength))
     return methods

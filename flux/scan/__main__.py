@@ -15,9 +15,9 @@ from flux.settings.files import read_settings
 
 @exit_on_input_error()
 def main(file: str = "scan.json", **overrides) -> None:
-    from flux.settings.complete import complete
+    from flux.settings.complete import resolve
 
-    settings = complete(read_settings(ScanSettings, file, overrides))
+    settings = resolve(read_settings(ScanSettings, file, overrides))
     vital = scan(settings)
     print(f"vital layers: {vital}\n{Path(settings.output_dir) / 'report.html'}")
 

@@ -24,7 +24,7 @@ def scan(settings: ScanSettings, progress: bool = True, pipe: Pipeline | None = 
     (`flux.scan.scores.stable`): the last one is still being scored while the next is made.
 
     Args:
-        settings: complete ones (`flux.settings.complete.complete`).
+        settings: complete ones (`flux.settings.complete.resolve`).
         pipe: the model; None: loaded if there is anything left to do.
 
     Raises:

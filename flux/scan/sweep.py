@@ -232,7 +232,7 @@ def sweep(
     one worker or a Ray address, the work is shared through `flux.runs.workers`.
 
     Args:
-        settings: complete ones (`flux.settings.complete.complete`).
+        settings: complete ones (`flux.settings.complete.resolve`).
         pipe: the model; None: loaded if there is anything left to do.
         on_row: told, in order, each reference whose pictures are all there; if it says True, that was the
             last one.

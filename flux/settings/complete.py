@@ -1,47 +1,84 @@
-"""Settings with every None filled in from the spec of their model."""
+"""From the settings that the user wrote to those that run."""
 
-from typing import TypeVar
+from typing import overload
 
 from flux.intervention import check_layers
-from flux.settings.demos import ModelSettings, SkipSettings
+from flux.settings.demos import (
+    EditSettings,
+    GenerateSettings,
+    LayerSettings,
+    ModelSettings,
+    ScanSettings,
+    SkipSettings,
+)
+from flux.settings.resolved import (
+    ResolvedEdit,
+    ResolvedGenerate,
+    ResolvedLayer,
+    ResolvedModel,
+    ResolvedScan,
+    ResolvedSkip,
+)
 from flux.specs import get_spec
 
-PUBLISHED_GUIDANCE = 3.0
-"""Of the edits of a photograph in Stable Flow's public code."""
+RESOLVED: dict[type[ModelSettings], type[ResolvedModel]] = {
+    GenerateSettings: ResolvedGenerate,
+    LayerSettings: ResolvedLayer,
+    SkipSettings: ResolvedSkip,
+    ScanSettings: ResolvedScan,
+    EditSettings: ResolvedEdit,
+    ModelSettings: ResolvedModel,
+}
 
 
-Settings = TypeVar("Settings", bound=ModelSettings)
+@overload
+def resolve(settings: GenerateSettings) -> ResolvedGenerate: ...
+@overload
+def resolve(settings: LayerSettings) -> ResolvedLayer: ...
+@overload
+def resolve(settings: ScanSettings) -> ResolvedScan: ...
+@overload
+def resolve(settings: SkipSettings) -> ResolvedSkip: ...
+@overload
+def resolve(settings: EditSettings) -> ResolvedEdit: ...
+@overload
+def resolve(settings: ModelSettings) -> ResolvedModel: ...
+def resolve(settings: ModelSettings) -> ResolvedModel:
+    """Fill every None from the model's spec and round the size down to whole tokens.
 
+    Args:
+        settings: As the user wrote them. Resolved settings are returned as they are.
 
-def complete(settings: Settings) -> Settings:
-    """The settings with every None filled from the model's spec and the size brought to whole tokens.
+    Returns:
+        The resolved settings of the same demo, or the model's part of them for settings of another kind.
 
     Raises:
-        InputError: an unknown model, or layers that it does not have.
+        InputError: The model is unknown, or the settings name layers that it does not have.
     """
     spec = get_spec(settings.model)
-    published = getattr(settings, "as_published", False) and settings.photo
-    filled = {
+    given = {
+        name: getattr(settings, name) for name in ("width", "height", "num_steps", "true_cfg", "watermark")
+    }
+    given["guidance"] = settings.own_guidance
+    usual = {
         "width": spec.size,
         "height": spec.size,
         "num_steps": spec.num_steps,
-        "guidance": PUBLISHED_GUIDANCE if published else spec.guidance,
         "true_cfg": spec.true_cfg,
         "watermark": spec.watermark,
+        "guidance": spec.guidance,
     }
-    filled.update({name: value for name in filled if (value := getattr(settings, name)) is not None})
+    values = {name: usual[name] if value is None else value for name, value in given.items()}
     for side in ("width", "height"):
-        filled[side] = whole_tokens(filled[side], side)
-    settings = settings.model_copy(update=filled)
-    layers = getattr(settings, "layers" if isinstance(settings, SkipSettings) else "vital_layers", ())
-    if not isinstance(layers, str):
-        for layer in layers:
-            check_layers([layer] if isinstance(layer, int) else layer, spec.num_layers)
-    return settings
+        values[side] = whole_tokens(values[side], side)
+    check_layers(settings.named_layers, spec.num_layers)
+    cls = next(RESOLVED[base] for base in type(settings).__mro__ if base in RESOLVED)
+    # Everything else has been validated already.
+    return cls.model_construct(**{name: getattr(settings, name) for name in cls.model_fields} | values)
 
 
 def whole_tokens(side: int, name: str) -> int:
-    """The side in pixels, rounded down to a multiple of 16, with a printed notice if that changes it."""
+    """Round a side in pixels down to a multiple of 16; print a notice if that changes it."""
     rounded = side // 16 * 16
     if rounded != side:
         print(f"{name} {side} is rounded down to {rounded}, a multiple of 16")

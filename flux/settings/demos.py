@@ -1,9 +1,10 @@
 """What each demo's JSON file may say.
 
-None in a field means "as the model's spec says" and is filled in later: no model is known here, hence no
-highest layer.
+None in a field means "as the model's spec says", to be filled in by `flux.settings.complete.resolve`. No model
+is known here, hence no highest layer.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -16,30 +17,30 @@ from pydantic import (
     model_validator,
 )
 
-from flux.settings.doses import DEFAULT_DOSE, DOSES
+from flux.settings.doses import DEFAULT_DOSE, DOSES, PUBLISHED_GUIDANCE, Dose, DoseName
 from flux.settings.fields import (
     LIST,
     Fraction,
+    Guidance,
     Metrics,
     Numbers,
     Offload,
     Seed,
+    Side,
+    Steps,
     StrictModel,
     String,
     Sweep,
     Text,
+    TrueCfg,
     VitalLayers,
     Weight,
     Words,
 )
-
-# ---- kinds of values
-
-
-# ---- the settings of each demo
+from flux.settings.workload import Workload
 
 
-class Prompt(StrictModel):
+class Prompt(StrictModel, frozen=True):
     """One image to be made: what it shows, and the seed of its noise."""
 
     prompt: String = Field(description="what the image shows")
@@ -49,8 +50,8 @@ class Prompt(StrictModel):
 Prompts = Annotated[tuple[Prompt, ...], LIST]
 
 
-class Settings(StrictModel):
-    """What all settings share: the demo they belong to, and fields of which exactly one is to be given."""
+class Settings(StrictModel, frozen=True):
+    """The base of all settings: the demo they belong to, and fields of which exactly one must be given."""
 
     demo: ClassVar[str]
     either: ClassVar[tuple[str, ...]] = ()
@@ -64,19 +65,19 @@ class Settings(StrictModel):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """What `read_settings` reads back to equal settings, in JSON's types."""
+        """Return the fields in JSON's types; `read_settings` reads them back to equal settings."""
         return self.model_dump(mode="json")
 
 
-class Lora(StrictModel):
-    """A difference to add to the model."""
+class Lora(StrictModel, frozen=True):
+    """A LoRA to add to the model."""
 
     file: Text = Field(description="file of the LoRA")
-    weight: float = Field(1.0, description="how much of it is added")
+    weight: float = Field(default=1.0, description="how much of it is added")
 
 
 def _as_loras(entries: Any) -> Any:
-    """A plain name stands for a file at full weight."""
+    """Write a plain name as a file at full weight."""
     if not isinstance(entries, list | tuple):
         return entries
     return [{"file": entry} if isinstance(entry, str) else entry for entry in entries]
@@ -85,52 +86,82 @@ def _as_loras(entries: Any) -> Any:
 Loras = Annotated[tuple[Lora, ...], Field(strict=False), BeforeValidator(_as_loras)]
 
 
-class ModelSettings(Settings):
+class ModelSettings(Settings, frozen=True):
     """The model, where it runs, and how it samples."""
 
-    model: Text = Field("flux-nano", description="name of the model, one of flux.specs.configs")
-    weights: Text | None = Field(None, description="file or folder of the transformer, or of the whole model")
-    ae_weights: Text | None = Field(None, description="file or folder of the autoencoder's weights")
-    t5_weights: Text | None = Field(None, description="file or folder of the T5 encoder's weights")
-    clip_weights: Text | None = Field(None, description="file or folder of the CLIP encoder's weights")
-    text_encoders: Text | None = Field(
-        None, description="folder that holds text_encoder, text_encoder_2, tokenizer and tokenizer_2"
+    model: Text = Field(default="flux-nano", description="name of the model, one of flux.specs.configs")
+    weights: Text | None = Field(
+        default=None, description="file or folder of the transformer, or of the whole model"
     )
-    lora: Loras = Field((), description='LoRA files to add, each a name or {"file": ..., "weight": 0.8}')
-    device: Text = Field("auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the nets' numbers")
+    ae_weights: Text | None = Field(default=None, description="file or folder of the autoencoder's weights")
+    t5_weights: Text | None = Field(default=None, description="file or folder of the T5 encoder's weights")
+    clip_weights: Text | None = Field(
+        default=None, description="file or folder of the CLIP encoder's weights"
+    )
+    text_encoders: Text | None = Field(
+        default=None, description="folder that holds text_encoder, text_encoder_2, tokenizer and tokenizer_2"
+    )
+    lora: Loras = Field(
+        default=(), description='LoRA files to add, each a name or {"file": ..., "weight": 0.8}'
+    )
+    device: Text = Field(default="auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="number format of the models"
+    )
     offload: Offload = Field(
-        "none",
-        description='what waits in main memory: "none" of the nets, each "model" that is not at work, all '
-        'transformer "blocks" but two, or "auto": what free memory asks for',
+        default="none",
+        description='what waits in main memory: "none" of the models, each "model" that is not in use, all '
+        'transformer "blocks" but two, or "auto": as free memory requires',
     )
     quantize: Literal["none", "8bit", "4bit", "fp8"] = Field(
-        "none", description="the transformer in fewer bits; only with fp8 it also computes in them"
+        default="none", description="the transformer in fewer bits; with fp8 it also computes in them"
     )
-    t5: Literal["same", "8bit", "cpu"] = Field("same", description="T5 in fewer bits, or on the CPU")
-    tiled: bool = Field(False, description="decode in tiles: nearly the same pixels in less memory")
-    compile: bool = Field(False, description="compile the transformer's blocks: slower start, faster steps")
-    width: int | None = Field(None, ge=16, description="width of the images in pixels")
-    height: int | None = Field(None, ge=16, description="height of the images in pixels")
-    num_steps: int | None = Field(None, ge=1, description="number of denoising steps")
-    guidance: float | None = Field(None, ge=0, description="distilled guidance, a number fed to the model")
-    true_cfg: float | None = Field(None, ge=1, description="two-pass guidance; 1 means off")
-    negative_prompt: String = Field("", description="what two-pass guidance leads away from")
-    batch_size: int = Field(1, ge=1, description="images sampled at once")
-    watermark: bool | None = Field(None, description="put the invisible watermark into the images")
-    metadata: bool = Field(True, description="write prompt, seed and settings into the image files")
-    output_dir: Text = Field("output", description="folder to write to")
+    t5: Literal["same", "8bit", "cpu"] = Field(
+        default="same", description="T5 as the other models, in fewer bits, or on the CPU"
+    )
+    tiled: bool = Field(default=False, description="decode in tiles: nearly the same pixels in less memory")
+    compile: bool = Field(
+        default=False, description="compile the transformer's blocks: slower start, faster steps"
+    )
+    width: Side | None = Field(default=None, description="width of the images in pixels")
+    height: Side | None = Field(default=None, description="height of the images in pixels")
+    num_steps: Steps | None = Field(default=None, description="number of denoising steps")
+    guidance: Guidance | None = Field(
+        default=None, description="distilled guidance, a number given to the model"
+    )
+    true_cfg: TrueCfg | None = Field(
+        default=None, description="true CFG: guidance by two passes; 1 means off"
+    )
+    negative_prompt: String = Field(default="", description="what true CFG leads away from")
+    batch_size: int = Field(default=1, ge=1, description="images sampled at once")
+    watermark: bool | None = Field(default=None, description="put the invisible watermark into the images")
+    metadata: bool = Field(default=True, description="write prompt, seed and settings into the image files")
+    output_dir: Text = Field(default="output", description="folder to write to")
+
+    @property
+    def named_layers(self) -> tuple[int, ...]:
+        """All layers that these settings name by number, to be checked against the model."""
+        return ()
+
+    @property
+    def own_guidance(self) -> float | None:
+        """The guidance that these settings imply. If None, the model's own is used."""
+        return self.guidance
 
     def sampling(self) -> dict[str, Any]:
-        """What a pipeline wants to know of how to make a picture, by the names of its arguments."""
+        """Return the fields that `flux.pipeline.Pipeline.generate` takes, by the names of its arguments."""
         names = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt", "watermark")
         return {name: getattr(self, name) for name in names}
 
+    def workload(self) -> Workload:
+        """Return the demands that decide how much memory the run needs."""
+        return Workload(self.batch_size)
 
-class PromptSettings(ModelSettings):
-    """A model and the prompts to run it on; a prompt without seed gets `seed` plus its place in the list."""
 
-    seed: Seed = Field(0, description="seed of the first prompt; each later one's is one higher")
+class PromptSettings(ModelSettings, frozen=True):
+    """A model and the prompts to run it on. A prompt without a seed gets `seed` plus its number."""
+
+    seed: Seed = Field(default=0, description="seed of the first prompt; each later one's is one higher")
     prompts: Prompts = Field(description="list of prompts, each with or without its seed, or a file of them")
 
     @field_validator("prompts", mode="before")
@@ -139,7 +170,7 @@ class PromptSettings(ModelSettings):
         if not isinstance(prompts, list | tuple):
             return prompts
         numbered = []
-        # `seed` is not there if it is itself wrong, which is reported anyway.
+        # `seed` is missing if it is wrong itself, which is reported anyway.
         for seed, entry in enumerate(prompts, start=info.data.get("seed", 0)):
             if isinstance(entry, str):
                 entry = {"prompt": entry}
@@ -147,55 +178,78 @@ class PromptSettings(ModelSettings):
         return numbered
 
 
-class Divisible(ModelSettings):
-    """Work of which each picture can be shared out."""
+class Divisible(ModelSettings, frozen=True):
+    """Work in which several GPUs can share each image."""
 
     parallel: int = Field(
-        1, ge=1, description="cards that share each picture, one for each process that torchrun started"
+        default=1, ge=1, description="GPUs that share each image, one for each process that torchrun started"
     )
 
 
-class TestSettings(Divisible, PromptSettings):
+class GenerateSettings(Divisible, PromptSettings, frozen=True):
     """Demo 0: one image per prompt."""
 
     demo: ClassVar[str] = "test"
-    image: Text | None = Field(None, description="start from this picture: image-to-image")
-    strength: float = Field(0.8, gt=0, le=1, description="how much of the schedule then runs")
+    image: Text | None = Field(default=None, description="start from this image: image-to-image")
+    strength: float = Field(default=0.8, gt=0, le=1, description="how much of the schedule then runs")
     cache: float | None = Field(
-        None, gt=0, description="spare steps at which the first layer changes by less than this, 0.08 for one"
+        default=None,
+        gt=0,
+        description="spare steps at which the first layer changes by less than this, for example 0.08",
     )
-    output_dir: Text = Field("output/test", description="folder to write to")
+    output_dir: Text = Field(default="output/test", description="folder to write to")
 
 
-class LayerSettings(Divisible, PromptSettings):
-    """Demo 1: a prompt's way from noise to image. Once read, `prompt` is None and stands in `prompts`."""
+class LayerSettings(Divisible, PromptSettings, frozen=True):
+    """Demo 1: a prompt's way from noise to image. After reading, `prompt` has moved to `prompts`."""
 
     demo: ClassVar[str] = "layer"
     either: ClassVar[tuple[str, ...]] = ("prompt", "prompts")
-    prompt: String | None = Field(None, description="the one prompt to follow")
-    prompts: Prompts = Field((), description="instead of prompt: several, as a list or a file")
-    layers: Numbers = Field((), description="layers whose attention is shown")
-    at_steps: Numbers = Field((), description="steps to show it at; none: first, middle and last")
-    words: Words = Field((), description="words of the prompt to show it of; none: all of them")
-    output_dir: Text = Field("output/layer", description="folder to write to")
+    prompt: String | None = Field(default=None, description="the one prompt to follow")
+    prompts: Prompts = Field(default=(), description="instead of prompt: several, as a list or a file")
+    layers: Numbers = Field(default=(), description="layers whose attention is shown")
+    at_steps: Numbers = Field(
+        default=(), description="steps to show it at; if none, the first, the middle and the last"
+    )
+    words: Words = Field(default=(), description="words of the prompt to show it for; if none, all of them")
+    output_dir: Text = Field(default="output/layer", description="folder to write to")
 
     @model_validator(mode="after")
     def _move_prompt(self) -> "LayerSettings":
         if self.prompt is not None:
-            self.__dict__.update(prompt=None, prompts=(Prompt(prompt=self.prompt, seed=self.seed),))
+            prompts = (Prompt(prompt=self.prompt, seed=self.seed),)
+            # Past the lock of a frozen model. Moved before validation, its errors would name `prompts`.
+            object.__setattr__(self, "prompts", prompts)
+            object.__setattr__(self, "prompt", None)
         return self
 
 
-class SkipSettings(PromptSettings):
-    """Demo 2: the same images with layers bypassed, a list one by one, a list of lists in sets."""
+class SkipSettings(PromptSettings, frozen=True):
+    """Demo 2: the same images with layers skipped: a list one by one, a list of lists in sets."""
 
     demo: ClassVar[str] = "skip"
-    layers: Sweep = Field("all", description='what to bypass: "all" one by one, a list, or a list of sets')
-    scale: float = Field(0.0, ge=0, lt=1, description="what is left of a bypassed layer's output")
-    seeds: int = Field(1, ge=1, description="images of each prompt, each with a seed one higher")
-    workers: int = Field(1, ge=1, description="processes that share the work through Ray, one on each GPU")
-    ray_address: Text | None = Field(None, description='a Ray cluster: "auto", or its head\'s address')
-    output_dir: Text = Field("output/skip", description="folder to write to, or to go on with")
+    layers: Sweep = Field(
+        default="all", description='what to skip: "all" one by one, a list, or a list of sets'
+    )
+    scale: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of a skipped layer's output that is kept"
+    )
+    seeds: int = Field(default=1, ge=1, description="images of each prompt, each with a seed one higher")
+    workers: int = Field(
+        default=1, ge=1, description="processes that share the work through Ray, one on each GPU"
+    )
+    ray_address: Text | None = Field(
+        default=None, description='a Ray cluster: "auto", or its head\'s address'
+    )
+    output_dir: Text = Field(default="output/skip", description="folder to write to, or to resume in")
+
+    @property
+    def named_layers(self) -> tuple[int, ...]:
+        """All layers to skip, of every set."""
+        if isinstance(self.layers, str):
+            return ()
+        sets = ((entry,) if isinstance(entry, int) else entry for entry in self.layers)
+        return tuple(layer for each in sets for layer in each)
 
     @property
     def entries(self) -> tuple[Prompt, ...]:
@@ -203,56 +257,80 @@ class SkipSettings(PromptSettings):
         extras = range(self.seeds)
         return tuple(Prompt(prompt=p.prompt, seed=p.seed + extra) for p in self.prompts for extra in extras)
 
+    def workload(self) -> Workload:
+        """Return the demands of a sweep, which keeps streams and decodes images during the next ones."""
+        return Workload(self.batch_size, keeps_streams=True, decodes_alongside=True)
 
-class SelectionSettings(Settings):
+
+class SelectionSettings(Settings, frozen=True):
     """How layers are scored, and which of them count as vital."""
 
     either: ClassVar[tuple[str, ...]] = ("top", "threshold", "gap")
-    metrics: Metrics = Field(("dino",), description="how images are compared; the first tells what is vital")
-    top: int | None = Field(None, ge=1, description="vital are this many layers, the most vital ones")
-    threshold: float | None = Field(None, ge=0, le=2, description="vital are layers of this vitality or more")
-    gap: Literal[True] | None = Field(None, description="vital are the layers above the largest gap")
+    metrics: Metrics = Field(
+        default=("dino",), description="how images are compared; the first decides what is vital"
+    )
+    top: int | None = Field(default=None, ge=1, description="vital are this many layers, the most vital ones")
+    threshold: float | None = Field(
+        default=None, ge=0, le=2, description="vital are layers of this vitality or more"
+    )
+    gap: Literal[True] | None = Field(default=None, description="vital are the layers above the largest gap")
 
 
-class DinoSettings(SelectionSettings):
-    """Demo 3: how much each bypassed layer matters, and which ones are vital."""
+class DinoSettings(SelectionSettings, frozen=True):
+    """Demo 3: how much each skipped layer matters, and which ones are vital."""
 
     demo: ClassVar[str] = "dino"
     input_dir: Text = Field(description="folder that demo 2 wrote")
-    output_dir: Text | None = Field(None, description="folder to write to; None means input_dir")
-    model: Text = Field("flux-nano", description="the DINOv2: that of a model of ours, a hub id or a folder")
-    device: Text = Field("auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
+    output_dir: Text | None = Field(default=None, description="folder to write to; if None, input_dir")
+    model: Text = Field(
+        default="flux-nano", description="the DINOv2: that of one of our models, a hub id or a folder"
+    )
+    device: Text = Field(default="auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
 
 
-class ScanSettings(SkipSettings, SelectionSettings):
-    """Demos 2 and 3 in a row: bypass, score, report."""
+class ScanSettings(SkipSettings, SelectionSettings, frozen=True):
+    """Demos 2 and 3 in a row: skip, score, report."""
 
     demo: ClassVar[str] = "scan"
-    encoder: Text | None = Field(None, description="the DINOv2: a hub id or a folder; None: the model's own")
-    stop_when: Literal["never", "stable"] = Field(
-        "never", description="stable: once the vital set is settled"
+    encoder: Text | None = Field(
+        default=None, description="the DINOv2: a hub id or a folder; if None, the model's own"
     )
-    output_dir: Text = Field("output/scan", description="folder to write to, or to go on with")
+    stop_when: Literal["never", "stable"] = Field(
+        default="never", description="stable: once the vital set is settled"
+    )
+    output_dir: Text = Field(default="output/scan", description="folder to write to, or to resume in")
 
 
-class Dosage(StrictModel):
-    """How much of the reference an edit takes over, and where. None: as the named dose says."""
+class DoseSettings(StrictModel, frozen=True):
+    """How much of the reference an edit injects, and where. If None, as the named dose says."""
 
-    dose: Literal[tuple(DOSES)] | None = Field(
-        None, description="named choice, used for those of the next five, and the mask, that are not given"
+    dose: DoseName | None = Field(
+        default=None,
+        description="named choice, used for those of the next five, and the mask, that are not given",
     )
     weight: Weight | None = Field(
-        None, description="what the reference counts, 0..1, in all vital layers or in each: {layer: weight}"
+        default=None,
+        description="how much the reference counts, 0..1, in all vital layers or in each: {layer: weight}",
     )
-    inject_from: Fraction | None = Field(None, description="fraction of the steps where injection starts")
-    inject_until: Fraction | None = Field(None, description="fraction of the steps where injection ends")
-    falling: bool | None = Field(None, description="the weight falls to zero over these steps")
-    top: int | None = Field(None, ge=1, description="only so many of the vital layers, the most vital ones")
-    parts: Literal["kv", "k", "v"] | None = Field(None, description="keys, values or both are taken over")
-    mask: Text | None = Field(None, description='picture, white where the edit may change; "auto"; "none"')
+    inject_from: Fraction | None = Field(
+        default=None, description="fraction of the steps where injection starts"
+    )
+    inject_until: Fraction | None = Field(
+        default=None, description="fraction of the steps where injection ends"
+    )
+    falling: bool | None = Field(default=None, description="the weight falls to zero over these steps")
+    top: int | None = Field(
+        default=None, ge=1, description="only so many of the vital layers, the most vital ones"
+    )
+    parts: Literal["kv", "k", "v"] | None = Field(
+        default=None, description="what is injected: keys, values or both"
+    )
+    mask: Text | None = Field(
+        default=None, description='image, white where the edit may change; "auto"; "none"'
+    )
 
     @model_validator(mode="after")
-    def _window(self):
+    def _window(self) -> "DoseSettings":
         start, stop = self.inject_from, self.inject_until
         if start is not None and stop is not None and start >= stop:
             got = f"got inject_from {start:g} and inject_until {stop:g}"
@@ -260,64 +338,90 @@ class Dosage(StrictModel):
         return self
 
 
-class Turn(Dosage):
+class Turn(DoseSettings, frozen=True):
     """One edit. What is None is as in the turn before it, or as the settings of all edits say."""
 
     prompt: Text = Field(description="what the edited image shows")
-    guidance: float | None = Field(None, ge=0, description="distilled guidance of this edit")
+    guidance: Guidance | None = Field(default=None, description="distilled guidance of this edit")
+
+    def effective_dose(self) -> Dose:
+        """Return the named dose, with the numbers that this edit gives itself in place of the dose's own."""
+        names = (*DOSE_NUMBERS, "mask")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        dose = replace(DOSES[self.dose or DEFAULT_DOSE], **given)
+        return replace(dose, all_over_until=None) if "inject_until" in given else dose
 
 
-def _either(tag: str, model: type[Turn]) -> Any:
-    """A prompt alone, or one with numbers of its own."""
-    form = Discriminator(lambda entry: tag if isinstance(entry, dict | Turn) else "text")
-    return Annotated[Annotated[Text, Tag("text")] | Annotated[model, Tag(tag)], form]
+def _prompt_form(entry: Any) -> str:
+    return "fields" if isinstance(entry, dict | Turn) else "text"
 
 
-class Edit(Turn):
+TurnEntry = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[Turn, Tag("fields")], Discriminator(_prompt_form)
+]
+
+
+class Edit(Turn, frozen=True):
     """An edit and its further turns."""
 
-    then: Annotated[tuple[_either("turn", Turn), ...], Field(strict=False)] = Field(
-        (), description="further turns, each from the first source's keys and values as well"
+    then: Annotated[tuple[TurnEntry, ...], Field(strict=False)] = Field(
+        default=(), description="further turns, each of which injects the first source's kv too"
     )
 
 
-class EditSettings(Dosage, Divisible):
+EditEntry = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[Edit, Tag("fields")], Discriminator(_prompt_form)
+]
+
+
+class EditSettings(DoseSettings, Divisible, frozen=True):
     """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
 
     demo: ClassVar[str] = "edit"
-    prompt: String | None = Field(None, description="what the reference shows, or what is on the photo")
-    seed: Seed = Field(0, description="seed of the noise that reference and edits share")
-    edits: Annotated[tuple[_either("edit", Edit), ...], LIST] = Field(
+    prompt: String | None = Field(
+        default=None, description="what the reference shows, or what is on the photo"
+    )
+    seed: Seed = Field(default=0, description="seed of the noise that reference and edits share")
+    edits: Annotated[tuple[EditEntry, ...], LIST] = Field(
         description="list of prompts, one for each edited image, or of prompts with numbers of their own"
     )
-    vital_layers: VitalLayers = Field("auto", description='"auto", a list, a vital_layers.json or a preset')
-    dose: Literal[tuple(DOSES)] = Field(DEFAULT_DOSE, description=Dosage.model_fields["dose"].description)
-    parts: Literal["kv", "k", "v"] = Field("kv", description=Dosage.model_fields["parts"].description)
-    photo: Text | None = Field(None, description="image file to edit instead of a generated reference")
-    paste_back: bool = Field(False, description="give edits of a photo back in its own full size")
+    vital_layers: VitalLayers = Field(
+        default="auto", description='"auto", a list, a vital_layers.json or a preset'
+    )
+    dose: DoseName = Field(default=DEFAULT_DOSE, description=DoseSettings.model_fields["dose"].description)
+    parts: Literal["kv", "k", "v"] = Field(
+        default="kv", description=DoseSettings.model_fields["parts"].description
+    )
+    photo: Text | None = Field(
+        default=None, description="image file to edit instead of a generated reference"
+    )
+    paste_back: bool = Field(default=False, description="return edits of a photo in the photo's full size")
     caption_model: Text | None = Field(
-        None, description="hub id or folder of a model that writes the prompt for a photo that has none"
+        default=None, description="hub id or folder of a model that writes the prompt for a photo without one"
     )
     inversion: Literal["euler", "midpoint", "fireflow", "fixed-point", "none"] = Field(
-        "midpoint", description="how a photo becomes noise; none: not at all, it is edited by FlowEdit"
+        default="midpoint", description="how a photo becomes noise; with none, FlowEdit edits it instead"
     )
     nudging: float | None = Field(
-        None, gt=0, description="factor on a photo's latent before inversion; None: 1.15 for euler, else 1"
+        default=None,
+        gt=0,
+        description="factor on a photo's latent before inversion; if None, 1.15 for euler, else 1",
     )
     correct_drift: bool = Field(
-        True, description="add to each step of a photo's edits what the photo's own step misses of its path"
+        default=True,
+        description="add to each step of a photo's edits what the photo's own step misses of its path",
     )
     as_published: bool = Field(
-        False, description="photos as by the method's public code, whose reference lags behind"
+        default=False, description="edit photos as the method's public code does, whose reference lags behind"
     )
-    cfg_from: Fraction = Field(0.0, description="fraction of the steps where two-pass guidance starts")
+    cfg_from: Fraction = Field(default=0.0, description="fraction of the steps where true CFG starts")
     mimic_scale: float | None = Field(
-        None, ge=1, description="bring two-pass guidance down to the range that this scale would have"
+        default=None, ge=1, description="bring true CFG down to the range that this scale would have"
     )
     mimic_percentile: float = Field(
-        0.995, gt=0, le=1, description="share of values that the mimicked range is to hold"
+        default=0.995, gt=0, le=1, description="share of values that the mimicked range holds"
     )
-    output_dir: Text = Field("output/edit", description="folder to write to")
+    output_dir: Text = Field(default="output/edit", description="folder to write to")
 
     @model_validator(mode="after")
     def _prompt_given(self) -> "EditSettings":
@@ -327,20 +431,42 @@ class EditSettings(Dosage, Divisible):
         return self
 
     @property
+    def named_layers(self) -> tuple[int, ...]:
+        """The vital layers, if they are listed."""
+        return () if isinstance(self.vital_layers, str) else self.vital_layers
+
+    @property
+    def own_guidance(self) -> float | None:
+        """The given guidance, or that of the method's public code where it is asked for."""
+        if self.guidance is None and self.as_published and self.photo:
+            return PUBLISHED_GUIDANCE
+        return self.guidance
+
+    @property
     def entries(self) -> tuple[Turn, ...]:
-        """All edits and their turns in the order of reading, each with what it inherits filled in."""
-        found, shared = [], {name: getattr(self, name) for name in _INHERITED}
+        """All edits and their turns in reading order, each with what it inherits filled in."""
+        found = []
+        shared = {name: getattr(self, name) for name in INHERITED}
         for edit in self.edits:
             edit, inherited = Edit(prompt=edit) if isinstance(edit, str) else edit, shared
             for turn in (edit, *edit.then):
                 turn = Turn(prompt=turn) if isinstance(turn, str) else turn
-                # A dose of its own stands for all the numbers that were given before it.
-                passed = {n: value for n, value in inherited.items() if not (turn.dose and n in _DOSED)}
-                own = {n: value for n in _INHERITED if (value := getattr(turn, n)) is not None}
+                # A dose that a turn names itself replaces all numbers that were given before it.
+                passed = {n: value for n, value in inherited.items() if not (turn.dose and n in DOSE_NUMBERS)}
+                own = {n: value for n in INHERITED if (value := getattr(turn, n)) is not None}
                 inherited = {**passed, **own}
                 found.append(Turn(prompt=turn.prompt, **inherited))
         return tuple(found)
 
+    def workload(self) -> Workload:
+        """Return the demands of edits, for which a reference keeps the kv of its vital layers."""
+        return Workload(
+            self.batch_size,
+            kept_layers=None if isinstance(self.vital_layers, str) else len(self.vital_layers),
+            finds_masks=any(entry.effective_dose().mask == "auto" for entry in self.entries),
+            encodes=bool(self.photo),
+        )
 
-_DOSED = ("weight", "inject_from", "inject_until", "falling", "top")
-_INHERITED = (*Dosage.model_fields, "guidance")
+
+DOSE_NUMBERS = ("weight", "inject_from", "inject_until", "falling", "top")
+INHERITED = (*DoseSettings.model_fields, "guidance")

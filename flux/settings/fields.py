@@ -1,7 +1,7 @@
 """The types of the settings' fields: texts, lists of layers, weights."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -79,7 +79,7 @@ Words = Annotated[tuple[Text, ...], Field(strict=False)]
 
 
 def _offload_name(value: Any) -> Any:
-    """true and false, which the field once was and the command line's --offload still is."""
+    """Read true and false, which the field once was and the command line's --offload still is."""
     names = {"True": "model", "False": "none"}
     return names.get(str(value), value) if isinstance(value, bool | str) else value
 
@@ -107,6 +107,18 @@ Sweep = Annotated[
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+Side = Annotated[int, Field(ge=16)]
+
+
+Steps = Annotated[int, Field(ge=1)]
+
+
+Guidance = Annotated[float, Field(ge=0)]
+
+
+TrueCfg = Annotated[float, Field(ge=1)]
+
+
 def _weight_form(weight: Any) -> str:
     return "layers" if isinstance(weight, Mapping) else "number"
 
@@ -127,7 +139,11 @@ VitalLayers = Annotated[
 ]
 
 
-class StrictModel(BaseModel):
-    # A demo uses one of these classes: with defer_build the others cost no time.
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
-    __test__: ClassVar[bool] = False  # else pytest takes TestSettings for a class of tests
+class StrictModel(BaseModel, frozen=True):
+    """The base of all models of settings: no conversions, no unknown fields, no changes.
+
+    Subclasses repeat `frozen=True` for type checkers: only then may a subclass narrow the type of a field.
+    """
+
+    # A program uses few of these classes: with defer_build the others cost no time.
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)

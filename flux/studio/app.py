@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from flux.errors import InputError
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import get_spec
 from flux.studio.content_filter import DEFAULT, ContentFilter
@@ -39,7 +39,7 @@ def open_studio(
     from flux.pipeline import Pipeline
     from flux.runtime.devices import pick_device
 
-    settings = complete(settings)
+    settings = resolve(settings)
     spec = get_spec(settings.model)
     if content_filter == "auto":
         # The small model has seen no people.

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from flux.errors import InputError
-from flux.settings.demos import EditSettings, LayerSettings, TestSettings
+from flux.settings.demos import EditSettings, LayerSettings, GenerateSettings
 from flux.studio.endpoints import add_endpoints
 from flux.studio.hardening import Page
 from flux.studio.sessions import Run, Visit, read_back
@@ -150,7 +150,7 @@ def build(studio: Studio) -> gr.Blocks:
         history.wire(
             tabs,
             {
-                TestSettings: ("generate", generate),
+                GenerateSettings: ("generate", generate),
                 EditSettings: ("edit", edit),
                 LayerSettings: ("look", look),
             },

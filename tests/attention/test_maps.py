@@ -23,7 +23,7 @@ from flux.attention.tokens import TextTokens, find_word, prompt_words, text_toke
 from flux.attention.watch import check_watch, steps_to_watch, watch
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import LayerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ TOKENS = TextTokens(padding=mask(3, 4), words={"dog": mask(1), "top hat": mask(0
 
 def settings(**fields) -> LayerSettings:
     small = {"prompt": DOG, "seed": 7, "width": 96, "height": 64, "num_steps": 4, "layers": (3, 12)}
-    return complete(LayerSettings(**{**small, **fields}))
+    return resolve(LayerSettings(**{**small, **fields}))
 
 
 # ---- the numbers, in a toy net

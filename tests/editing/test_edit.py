@@ -19,7 +19,7 @@ from flux.editing.photo import Photograph
 from flux.editing.reference import keep_reference
 from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import EditSettings
 from flux.settings.doses import DEFAULT_DOSE, DOSES
 from flux.settings.files import check_settings
@@ -47,7 +47,7 @@ def settings(**changes) -> EditSettings:
     """Small and quick, with two passes; the paper's dose unless another is named."""
     given = {"prompt": DOG, "edits": EDITS, "dose": "paper", "width": WIDTH, "height": HEIGHT, "seed": 3}
     given |= {"num_steps": STEPS, "guidance": 3.5, "true_cfg": 2.5, "device": "cpu"}
-    return complete(check_settings(EditSettings, given | changes))
+    return resolve(check_settings(EditSettings, given | changes))
 
 
 def make(pipe, photo=None, layers=LAYERS, mask=None, on_step=None, **changes):

@@ -25,7 +25,7 @@ from flux.evaluate.store import Store
 from flux.evaluate.summary import by_kind, markdown, means
 from flux.images.io import read_image, read_metadata, save_image
 from flux.metrics.edits import OUTSIDE
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.files import check_settings, read_settings
 from flux.specs import configs
 
@@ -116,7 +116,7 @@ def results(folder) -> list[dict]:
 def test_shipped_files_are_sound(file):
     settings = read_settings(EvaluateSettings, f"{file}.json")
     for method in methods_of(settings):
-        assert complete(method.settings).num_steps
+        assert resolve(method.settings).num_steps
     assert check_settings(EvaluateSettings, settings.to_json()) == settings
 
 

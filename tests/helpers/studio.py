@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import configs
 from flux.studio.engine import Engine
@@ -17,7 +17,7 @@ SMALL = {"width": 64, "height": 64, "num_steps": 2}
 
 def make_studio(nano, folder: Path) -> Studio:
     """A studio whose pictures are small, with all that it writes in that folder."""
-    settings = complete(ModelSettings(device="cpu", dtype="float32", **SMALL))
+    settings = resolve(ModelSettings(device="cpu", dtype="float32", **SMALL))
     return Studio(Engine(settings, nano), Limits.of(configs["flux-nano"]), Visits(folder / "visits"), folder)
 
 

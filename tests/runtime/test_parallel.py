@@ -20,7 +20,7 @@ from flux import errors
 from flux.errors import InputError, exit_on_input_error, one_voice
 from flux.runtime import parallel
 from flux.runtime.parallel import ALONE, Ranks, join
-from flux.settings.demos import TestSettings
+from flux.settings.demos import GenerateSettings
 from flux.settings.files import check_settings
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +101,8 @@ def launched(monkeypatch):
     return as_process
 
 
-def settings(**fields) -> TestSettings:
-    return check_settings(TestSettings, {"prompts": ["a dog"], **fields})
+def settings(**fields) -> GenerateSettings:
+    return check_settings(GenerateSettings, {"prompts": ["a dog"], **fields})
 
 
 def test_alone(launched):

@@ -21,7 +21,7 @@ from flux.metrics.base import Metric
 from flux.scan.__main__ import main
 from flux.scan.run import scan
 from flux.scan.sweep import Bypasser, check_sweep
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import EditSettings, ScanSettings, SkipSettings
 from flux.vital_layers import find_vital_layers, remembered_scan
 from flux.weights.checkpoint import fingerprint
@@ -33,7 +33,7 @@ MANY = [f"picture number {number}" for number in range(14)]
 
 
 def settings(folder, **changes) -> ScanSettings:
-    return complete(ScanSettings(**fields(folder, **changes)))
+    return resolve(ScanSettings(**fields(folder, **changes)))
 
 
 def fields(folder, **changes) -> dict:
@@ -307,7 +307,7 @@ WHOLE = {"layers": "all", "prompts": MANY[:8], "top": 2}
 
 def auto(**changes) -> tuple[int, ...]:
     """The layers that demo 4 takes, left alone: the most vital first."""
-    given = complete(EditSettings(prompt="a dog", edits=["a cat"], device="cpu", **changes))
+    given = resolve(EditSettings(prompt="a dog", edits=["a cat"], device="cpu", **changes))
     return find_vital_layers(given.vital_layers, NANO, checkpoint_of(given))
 
 
@@ -378,6 +378,6 @@ def test_a_sweep_of_demo_2_is_a_scans(tmp_path, numbers_only):
 
     given = fields(tmp_path / "scan")
     given.pop("top")
-    sweep(complete(SkipSettings(**given)), progress=False)
+    sweep(resolve(SkipSettings(**given)), progress=False)
     assert scan(settings(tmp_path / "scan"), progress=False) == [5]
     assert [entry.model_dump() for entry in check_sweep(tmp_path / "scan")[2]] == PROMPTS

@@ -20,7 +20,7 @@ from flux.metrics.table import METRICS, load_metrics
 from flux.runs.record import run_record
 from flux.scan.scores import Rule, Scores, score, spearman, stable, stable_after, write_scores
 from flux.scan.sweep import picture_path
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import DinoSettings, SkipSettings
 from flux.specs import configs
 from flux.vital_layers import find_vital_layers
@@ -476,7 +476,7 @@ def folder(tmp_path):
     """A finished sweep: the first prompt's reference with noise of 0 and 1/5 of the range, the other's
     pictures equal.
     """
-    settings = complete(SkipSettings(**{**SETTINGS, "output_dir": str(tmp_path)}))
+    settings = resolve(SkipSettings(**{**SETTINGS, "output_dir": str(tmp_path)}))
     for number in (0, 1):
         (tmp_path / f"prompt_{number:03d}").mkdir()
         for layers, value in (((), 0), ((3,), 51 * (1 - number)), ((0,), 0)):
@@ -499,7 +499,7 @@ def test_scores_of_a_folder(folder, monkeypatch):
 
 
 def test_rows_of_one_prompt_are_known_as_such(folder):
-    settings = complete(SkipSettings(**{**SETTINGS, "prompts": ["a"], "seeds": 2, "output_dir": str(folder)}))
+    settings = resolve(SkipSettings(**{**SETTINGS, "prompts": ["a"], "seeds": 2, "output_dir": str(folder)}))
     (folder / "run.json").write_text(json.dumps(run_record(settings)))
     scores = score(folder, load_metrics(["psnr"]), progress=False)
     assert scores.prompts == ["a", "a"]

@@ -27,13 +27,13 @@ from flux.pipeline import Pipeline
 from flux.sampling import sample
 from flux.scan.scores import score
 from flux.scan.sweep import Bypasser, Task, check_sweep, layer_sets, open_sweep, picture_path, plan, sweep
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import SkipSettings
 from flux.weights.checkpoint import fingerprint
 
 
 def settings(folder, **changes) -> SkipSettings:
-    return complete(SkipSettings(**{**SETTINGS, "output_dir": str(folder), **changes}))
+    return resolve(SkipSettings(**{**SETTINGS, "output_dir": str(folder), **changes}))
 
 
 def run(pipe, folder, **changes):

@@ -8,10 +8,19 @@ import pytest
 
 from flux.errors import InputError
 from flux.settings import files as module
-from flux.settings.demos import DinoSettings, EditSettings, LayerSettings, Prompt, SkipSettings, TestSettings
+from flux.settings.demos import (
+    DinoSettings,
+    EditSettings,
+    GenerateSettings,
+    LayerSettings,
+    Prompt,
+    SkipSettings,
+)
 from flux.settings.files import CONFIGS, check_settings, read_settings
 
-CLASSES = {cls.demo: cls for cls in (TestSettings, LayerSettings, SkipSettings, DinoSettings, EditSettings)}
+CLASSES = {
+    cls.demo: cls for cls in (GenerateSettings, LayerSettings, SkipSettings, DinoSettings, EditSettings)
+}
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 DINO = {"input_dir": "output/skip"}
 
@@ -60,7 +69,7 @@ def test_demo_3_reads_what_demo_2_writes():
 
 @pytest.mark.parametrize(("file", "count"), [("prompts.json", 64), ("prompts_nano.json", 64)])
 def test_shipped_prompts_are_distinct(file, count):
-    prompts = read_settings(TestSettings, "test.json", {"prompts": file}).prompts
+    prompts = read_settings(GenerateSettings, "test.json", {"prompts": file}).prompts
     assert len({each.prompt for each in prompts}) == len({each.seed for each in prompts}) == count
 
 
@@ -94,7 +103,7 @@ def test_settings_are_frozen(read):
 def test_prompts_get_seeds(read):
     """A plain text, or an object without a seed, counts on from `seed` by its place in the list."""
     prompts = ["a", {"prompt": "b", "seed": 99}, {"prompt": "c"}, "d"]
-    settings = read(TestSettings, {"seed": 5, "prompts": prompts})
+    settings = read(GenerateSettings, {"seed": 5, "prompts": prompts})
     assert [(each.prompt, each.seed) for each in settings.prompts] == [
         ("a", 5),
         ("b", 99),
@@ -109,7 +118,7 @@ def test_prompts_file(read, tmp_path, folder):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "test.json").write_text('{"prompts": "list.json"}')
     (tmp_path / folder / "list.json").write_text('["a", "b"]')
-    assert read_settings(TestSettings, "deep/test.json").prompts == (
+    assert read_settings(GenerateSettings, "deep/test.json").prompts == (
         Prompt(prompt="a", seed=0),
         Prompt(prompt="b", seed=1),
     )
@@ -136,7 +145,7 @@ def test_vital_layers(read, layers):
 @pytest.mark.parametrize(
     ("cls", "data"),
     [
-        (TestSettings, {"prompts": ["a", "ä 猫"], "seed": 2**63 - 2, "guidance": 0.1}),
+        (GenerateSettings, {"prompts": ["a", "ä 猫"], "seed": 2**63 - 2, "guidance": 0.1}),
         (LayerSettings, {"prompt": "a", "seed": 3}),
         (SkipSettings, {"prompts": ["a"], "layers": [[0, 1], [2]]}),
         (DinoSettings, DINO | {"threshold": 0.1}),
@@ -191,14 +200,14 @@ def test_check_settings():
         (LayerSettings, {"prompt": "a"}, {"prompts": ["b"]}, {"prompts": (Prompt(prompt="b", seed=0),)}),
         (LayerSettings, {"prompts": ["a", "b"]}, {"prompt": "c"}, {"prompts": (Prompt(prompt="c", seed=0),)}),
         (
-            TestSettings,
+            GenerateSettings,
             {"prompts": ["a"]},
             {"prompts": {"prompt": "b"}},
             {"prompts": (Prompt(prompt="b", seed=0),)},
         ),
         # seeds given by the user replace those in the file
         (
-            TestSettings,
+            GenerateSettings,
             {"prompts": [{"prompt": "a", "seed": 70}, "b"]},
             {"seed": 4},
             {"prompts": (Prompt(prompt="a", seed=4), Prompt(prompt="b", seed=5))},
@@ -314,43 +323,47 @@ WRONG = [
         "layers: expected each only once, got [[1, 2], ",
     ),
     (SkipSettings, {"prompts": ["a"], "layers": [[1, True]]}, "layers[0][1]: expected an integer, got true"),
-    (TestSettings, {}, "missing field 'prompts': list of prompts"),
-    (TestSettings, {"promts": ["a"]}, "unknown field 'promts', did you mean 'prompts'?"),
-    (TestSettings, {"prompts": []}, "prompts: expected at least one entry, got []"),
+    (GenerateSettings, {}, "missing field 'prompts': list of prompts"),
+    (GenerateSettings, {"promts": ["a"]}, "unknown field 'promts', did you mean 'prompts'?"),
+    (GenerateSettings, {"prompts": []}, "prompts: expected at least one entry, got []"),
     (
-        TestSettings,
+        GenerateSettings,
         {"prompts": ["a", 5]},
         'prompts[1]: expected a string or {"prompt": "...", "seed": 0}, got 5',
     ),
-    (TestSettings, {"prompts": [{"prompt": 5}]}, "prompts[0].prompt: expected a string, got 5"),
-    (TestSettings, {"prompts": [{"seed": 5}]}, "prompts[0]: missing field 'prompt': what the image shows"),
+    (GenerateSettings, {"prompts": [{"prompt": 5}]}, "prompts[0].prompt: expected a string, got 5"),
     (
-        TestSettings,
+        GenerateSettings,
+        {"prompts": [{"seed": 5}]},
+        "prompts[0]: missing field 'prompt': what the image shows",
+    ),
+    (
+        GenerateSettings,
         {"prompts": [{"prompt": "a", "sed": 1}]},
         "prompts[0]: unknown field 'sed', did you mean 'seed'?",
     ),
     (
-        TestSettings,
+        GenerateSettings,
         {"prompts": [{"prompt": "a", "seed": -1}]},
         "prompts[0].seed: expected at least 0, got -1",
     ),
     (
-        TestSettings,
+        GenerateSettings,
         {"prompts": ["a", "b"], "seed": 2**63 - 1},
         "prompts[1]: expected at most 9223372036854775807",
     ),
-    (TestSettings, {"prompts": ["a"], "seed": "x"}, 'seed: expected an integer, got "x"'),
+    (GenerateSettings, {"prompts": ["a"], "seed": "x"}, 'seed: expected an integer, got "x"'),
     (
-        TestSettings,
+        GenerateSettings,
         {"prompts": ["\ud800"]},
         r'prompts[0]: expected text that UTF-8 can hold, got "\ud800"',
     ),
     (
-        TestSettings,
+        GenerateSettings,
         {"prompts": "none.json"},
         'file.json: prompts: no file "none.json", looked in the current folder',
     ),
-    (TestSettings, {"prompts": "a dog " * 99}, 'a prompt itself is written as a list: ["..."]'),
+    (GenerateSettings, {"prompts": "a dog " * 99}, 'a prompt itself is written as a list: ["..."]'),
     (LayerSettings, {}, "expected exactly one of prompt, prompts, got none of them"),
     (
         LayerSettings,
@@ -415,9 +428,11 @@ def test_wrong_prompts_file(read, tmp_path):
     """What is wrong in a list of prompts is reported under that file's name."""
     (tmp_path / "list.json").write_text('["a", {"prompt": "b", "seed": "c"}]')
     data = {"prompts": "list.json"}
-    assert message_of(read, TestSettings, data) == 'list.json: prompts[1].seed: expected an integer, got "c"'
+    assert (
+        message_of(read, GenerateSettings, data) == 'list.json: prompts[1].seed: expected an integer, got "c"'
+    )
     (tmp_path / "list.json").write_text('{"prompts": ["a"]}')
-    assert message_of(read, TestSettings, data).startswith(
+    assert message_of(read, GenerateSettings, data).startswith(
         "list.json: expected a list of prompts [...], got {"
     )
 

@@ -15,7 +15,7 @@ from flux.errors import InputError
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.linear import PackedLinear
 from flux.pipeline import Pipeline
-from flux.settings.complete import complete
+from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER, configs
 from flux.weights.find import ModelFiles, files_of
@@ -296,8 +296,8 @@ def test_all_in_one(tmp_path, nano_parts):
     files = files_of(settings)
     assert (files.flow, files.ae, files.t5, files.clip) == (path,) * 4
     assert files.text == NANO_FOLDER
-    pipe = Pipeline.load(complete(settings))
-    plain = Pipeline.load(complete(ModelSettings(device="cpu", dtype="float32")))
+    pipe = Pipeline.load(resolve(settings))
+    plain = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="float32")))
     for net in ("t5", "clip"):
         assert torch.equal(getattr(pipe, net)(TEXTS), getattr(plain, net)(TEXTS))
     assert all(

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from flux.settings.demos import TestSettings
+from flux.settings.demos import GenerateSettings
 from flux.studio.engine import Report
 from flux.studio.forms import SAMPLING
 from flux.studio.sessions import Run, Visit
@@ -116,7 +116,7 @@ class GenerateTab:
     def wire(self, history: Any) -> None:
         """What happens on a click; `history` is told of each new picture."""
 
-        def check(*values: Any) -> TestSettings:
+        def check(*values: Any) -> GenerateSettings:
             return settings_of(self.studio, dict(zip(self.form, values)))
 
         def work(visit: Visit, *values: Any) -> Iterator[tuple[Any, dict]]:
@@ -163,7 +163,7 @@ class GenerateTab:
             self.record: gr.update(value=str(run.record), interactive=True),
         }
 
-    def restored(self, settings: TestSettings, about: dict[str, Any], image: Path | None = None) -> dict:
+    def restored(self, settings: GenerateSettings, about: dict[str, Any], image: Path | None = None) -> dict:
         """The form filled as for the picture that `about` speaks of."""
         first = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING}

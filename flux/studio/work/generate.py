@@ -7,7 +7,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import crop_to_fit
-from flux.settings.demos import TestSettings
+from flux.settings.demos import GenerateSettings
 from flux.studio.engine import Engine, Teller
 from flux.studio.forms import SAMPLING, whole
 from flux.studio.limits import text_in
@@ -17,7 +17,7 @@ from flux.studio.state import Studio
 # ---- settings and work
 
 
-def settings_of(studio: Studio, form: dict[str, Any]) -> TestSettings:
+def settings_of(studio: Studio, form: dict[str, Any]) -> GenerateSettings:
     """What a filled form asks for. Raises InputError where it cannot be had."""
     fields = whole({name: form.get(name) for name in (*SAMPLING, "seed", "count", "strength")})
     count = fields.pop("count")
@@ -27,10 +27,10 @@ def settings_of(studio: Studio, form: dict[str, Any]) -> TestSettings:
         raise InputError(f"count: expected an integer from 1 to {studio.limits.images}, got {count!r:.60}")
     prompt = text_in(form, "prompt")
     studio.limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
-    return studio.checked(TestSettings, {**fields, "prompts": [prompt] * count})
+    return studio.checked(GenerateSettings, {**fields, "prompts": [prompt] * count})
 
 
-def make(engine: Engine, settings: TestSettings, tell: Teller, image: Image.Image | None = None) -> None:
+def make(engine: Engine, settings: GenerateSettings, tell: Teller, image: Image.Image | None = None) -> None:
     """Makes and tells the pictures one by one, as demo 0 does."""
     size, steps = (settings.width, settings.height), settings.num_steps
     start = {}
@@ -47,7 +47,7 @@ def make(engine: Engine, settings: TestSettings, tell: Teller, image: Image.Imag
 
 
 def run_generate(
-    studio: Studio, visit: Visit, settings: TestSettings, image: Image.Image | None = None
+    studio: Studio, visit: Visit, settings: GenerateSettings, image: Image.Image | None = None
 ) -> Iterator[tuple[Any, Run]]:
     """Makes the pictures, and yields each report with the run whose folder they go to."""
     inputs = {"image": image} if image is not None else {}

@@ -1,0 +1,50 @@
+"""Settings that run: what may be None in `flux.settings.demos` has a value here.
+
+`flux.settings.complete.resolve` makes them. Each one can stand wherever the settings that it was made of can.
+"""
+
+from flux.settings.demos import (
+    EditSettings,
+    GenerateSettings,
+    LayerSettings,
+    ModelSettings,
+    ScanSettings,
+    SkipSettings,
+)
+from flux.settings.fields import Guidance, Side, Steps, StrictModel, Text, TrueCfg
+
+
+class FilledIn(StrictModel, frozen=True):
+    """The fields that are never None once settings are resolved. `width` and `height` are multiples of 16."""
+
+    width: Side
+    height: Side
+    num_steps: Steps
+    guidance: Guidance
+    true_cfg: TrueCfg
+    watermark: bool
+    output_dir: Text
+
+
+class ResolvedModel(FilledIn, ModelSettings, frozen=True):
+    """A model's settings with the numbers of its spec filled in."""
+
+
+class ResolvedGenerate(ResolvedModel, GenerateSettings, frozen=True):
+    """The settings that demo 0 runs with."""
+
+
+class ResolvedLayer(ResolvedModel, LayerSettings, frozen=True):
+    """The settings that demo 1 runs with."""
+
+
+class ResolvedSkip(ResolvedModel, SkipSettings, frozen=True):
+    """The settings that demo 2 runs with."""
+
+
+class ResolvedScan(ResolvedSkip, ScanSettings, frozen=True):
+    """The settings that a scan runs with."""
+
+
+class ResolvedEdit(ResolvedModel, EditSettings, frozen=True):
+    """The settings that demo 4 runs with."""
