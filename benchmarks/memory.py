@@ -43,7 +43,8 @@ from flux.modules.conditioner import HFEmbedder
 from flux.modules.linear import EIGHT_BIT, PackedLinear
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
-from flux.runtime.plan import Accounts, Plan, free_memory
+from flux.runtime.estimate import MemoryEstimator
+from flux.runtime.plan import Plan, free_memory
 from flux.settings.demos import EditSettings
 from flux.specs import ModelSpec, configs
 from flux.weights.checkpoint import Stored, Weight
@@ -224,13 +225,14 @@ def run_case(nets: Nets, case: Case, settings: EditSettings, device: torch.devic
     clean(device)
     limit(device, case.cap)
     settings = settings.model_copy(update={"offload": case.offload, "quantize": case.quantize, "t5": case.t5})
-    accounts = Accounts(settings, nets.spec, nets.made, nets.dtype, nets.dtype, device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    estimate = MemoryEstimator(settings, nets.spec, nets.made, nets.dtype, nets.dtype, on_gpu)
     if case.offload == "auto":
         free = free_memory(device)
-        plan = accounts.plan("none") if free is None else accounts.fitting(free)
+        plan = Plan.of(estimate, "none") if free is None else Plan.fitting(estimate, free)
     else:
-        counts = (len(net.blocks) * (case.offload == "blocks") for net in (accounts.flow, accounts.t5))
-        plan = accounts.plan(case.offload, *counts)
+        counts = (len(net.blocks) * (case.offload == "blocks") for net in (estimate.transformer, estimate.t5))
+        plan = Plan.of(estimate, case.offload, *counts)
     begin = time.perf_counter()
     pipe = nets.pipeline(settings, plan, device)
     found = {"place_s": time.perf_counter() - begin, "offload": plan.offload, "streamed": plan.streamed}

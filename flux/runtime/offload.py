@@ -149,7 +149,7 @@ class Streamed(nn.Module):
         return self.block(*args, **kwargs)
 
 
-def spread(count: int, total: int) -> list[int]:
+def evenly_spaced(count: int, total: int) -> list[int]:
     """Which `count` of `total` blocks are streamed. Evenly: each has the time of those between to come."""
     return [number * total // count for number in range(count)]
 
@@ -169,7 +169,7 @@ class Offloaded:
         places = [(stack, index) for stack in stacks for index in range(len(stack))]
         streamed = min(streamed, len(places))
         if streamed:
-            chosen = [places[number] for number in spread(streamed, len(places))]
+            chosen = [places[number] for number in evenly_spaced(streamed, len(places))]
             self.feed = Feed([stack[index] for stack, index in chosen], device)
             for number, (stack, index) in enumerate(chosen):
                 stack[index] = Streamed(stack[index], self.feed, number)

@@ -15,10 +15,10 @@ from flux.modules.linear import Fp8Linear, PackedLinear, QuantizedLinear, group_
 BITS = {"none": 16, "8bit": 8, "4bit": 4, "fp8": 8}
 
 
-def quantized_bytes(shape: tuple[int, int], bits: int, itemsize: int) -> int:
-    """Bytes of a matrix "out in" once quantised, its scales in numbers of `itemsize` bytes."""
-    weights = shape[0] * shape[1]
-    return weights * bits // 8 + itemsize * (shape[0] if bits == 8 else 2 * weights // group_size(shape[1]))
+def quantized_bytes(rows: int, columns: int, bits: int, itemsize: int) -> int:
+    """Returns the bytes of a quantised matrix whose scales are numbers of `itemsize` bytes."""
+    weights = rows * columns
+    return weights * bits // 8 + itemsize * (rows if bits == 8 else 2 * weights // group_size(columns))
 
 
 def quantize_linears(

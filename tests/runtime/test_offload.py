@@ -8,8 +8,8 @@ from PIL import Image
 from flux.editing.edit import edit
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
-from flux.runtime.offload import Feed, Offloaded, Streamed, spread
-from flux.settings.complete import complete
+from flux.runtime.offload import Feed, Offloaded, Streamed, evenly_spaced
+from flux.settings.complete import resolve
 from flux.settings.demos import EditSettings
 
 CPU = torch.device("cpu")
@@ -95,9 +95,9 @@ def test_two_blocks_at_most_are_on_the_device(monkeypatch):
 
 
 def test_which_blocks_are_streamed():
-    assert spread(7, 7) == list(range(7))
-    assert spread(0, 7) == []
-    assert spread(3, 9) == [0, 3, 6]
+    assert evenly_spaced(7, 7) == list(range(7))
+    assert evenly_spaced(0, 7) == []
+    assert evenly_spaced(3, 9) == [0, 3, 6]
     model = offloaded(2).net
     streamed = [isinstance(block, Streamed) for block in (*model.double_blocks, *model.single_blocks)]
     assert streamed == [True, False, False, True, False, False, False]
@@ -130,8 +130,8 @@ def test_a_photograph_is_edited_as_without(nano, offload):
     )  # fmt: skip
     photo = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
     pictures = []
-    for pipe in (nano, Pipeline.load(complete(settings))):
-        edits = edit(pipe, complete(settings), settings.vital_layers, photo=photo, progress=False)
+    for pipe in (nano, Pipeline.load(resolve(settings))):
+        edits = edit(pipe, resolve(settings), settings.vital_layers, photo=photo, progress=False)
         pictures.append([image.tobytes() for image in (edits.reference, *edits.edits)])
     assert pictures[0] == pictures[1]
 

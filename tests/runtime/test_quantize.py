@@ -77,7 +77,7 @@ def test_a_layer_computes_with_its_expanded_weights(bits, bias):
 @pytest.mark.parametrize(("bits", "shape"), [(8, (48, 96)), (4, (48, 96)), (4, (7, 30))])
 def test_bytes_are_as_counted(bits, shape):
     packed = QuantizedLinear(linear(*shape, dtype=torch.bfloat16, bias=False), bits)
-    assert sum(x.nbytes for x in packed.buffers()) == quantized_bytes(shape, bits, 2)
+    assert sum(x.nbytes for x in packed.buffers()) == quantized_bytes(*shape, bits, 2)
 
 
 def test_group_sizes():

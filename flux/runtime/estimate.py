@@ -1,0 +1,302 @@
+"""Estimate how much device memory a run needs, before any weight is loaded.
+
+Weights are counted from their shapes. Activations are measured by running the models on torch's meta device,
+which allocates nothing: the transformer at full width, but with one block of each kind.
+"""
+
+import math
+import re
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flux.model import Flux, FluxParams
+from flux.modules.autoencoder import AutoEncoder
+from flux.modules.linear import EIGHT_BIT, PackedLinear
+from flux.runtime.offload import evenly_spaced
+from flux.runtime.quantize import BITS, quantize_linears, quantized_bytes, to_fp8
+from flux.runtime.tiling import TILE
+from flux.settings.demos import ModelSettings
+from flux.specs import ModelSpec
+from flux.weights.layouts import TensorSource
+from flux.weights.load import on_meta
+
+CUBLAS_WORKSPACE = 32 * 2**20  # bytes that cuBLAS allocates for itself
+BLOCK = r"(double_blocks|single_blocks|encoder\.block)\.(\d+)\."
+T5_HEAD = 64  # channels of an attention head of T5-XXL
+T5_WIDENING = 2.5  # width of T5-XXL's MLP, divided by the width of the model
+
+
+# ---- activations
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of new tensors while the mode is active.
+
+    Args:
+        known: tensors that exist already. They are not counted.
+
+    Attributes:
+        current: bytes of the new tensors that are alive now.
+        peak: the largest value that `current` had.
+    """
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.seen = {x.untyped_storage()._cdata for x in known}
+        self.current = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.seen:
+                self._add(x.untyped_storage())
+        if (
+            func is torch.ops.aten.conv2d.default
+        ):  # inference mode dispatches composite operations as they are
+            # cuDNN copies its input and its output into the memory layout that it prefers.
+            self.peak = max(self.peak, self.current + args[0].nbytes + result.nbytes)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.seen.add(storage._cdata)
+        self.current += storage.nbytes()
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, storage_id: int, nbytes: int) -> None:
+        self.seen.discard(storage_id)
+        self.current -= nbytes
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Makes attention allocate its result only, as the fused kernels of a GPU do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def live_bytes(run: Callable[[], object], known: list[Tensor]) -> int:
+    """Return the most bytes that tensors made by `run` occupy at the same time.
+
+    Args:
+        run: the computation.
+        known: tensors that exist before it. They are not counted.
+    """
+    with torch.inference_mode(), LiveBytes(known) as live, _FusedAttention():
+        run()
+    return live.peak
+
+
+# ---- weights
+
+
+@dataclass(frozen=True)
+class ModuleSize:
+    """The bytes of a model's weights.
+
+    Attributes:
+        blocks: bytes of each block, in the order in which they compute.
+        rest: bytes of all other weights.
+    """
+
+    blocks: tuple[int, ...]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.blocks) + self.rest
+
+    def on_device(self, streamed: int) -> int:
+        """Bytes on the device while `streamed` blocks are streamed: the other weights and two buffers."""
+        if not streamed:
+            return self.total
+        chosen = [self.blocks[number] for number in evenly_spaced(streamed, len(self.blocks))]
+        return self.total - sum(chosen) + 2 * max(chosen)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored on the device. Matrices that a file packs stay packed, others have `dtype`.
+
+    Attributes:
+        dtype: type of all numbers that are not packed.
+        bits: bits per weight of the matrices inside blocks. With 8, a file's 8-bit floats stay packed too.
+        fp8: whether the 8 bits are floats. Modulations then keep `dtype`.
+    """
+
+    dtype: torch.dtype
+    bits: int = 16
+    fp8: bool = False
+
+    def keeps_packed(self, source: TensorSource) -> bool:
+        """Return whether a matrix stays as its file packs it."""
+        return source.is_packed and (self.bits == 8 or source.kind not in EIGHT_BIT)
+
+    def nbytes(self, source: TensorSource, quantized: bool) -> int:
+        """Return the bytes of one tensor. `quantized` tells whether `bits` applies to it."""
+        if len(source.shape) == 2:
+            if self.keeps_packed(source):
+                return sum(part.stored.size for part in source.parts)
+            if quantized and self.bits < 16:
+                return quantized_bytes(*source.shape, self.bits, self.dtype.itemsize)
+        return math.prod(source.shape) * self.dtype.itemsize
+
+    def size_of(self, sources: Mapping[str, TensorSource]) -> ModuleSize:
+        """Return the size of the model whose tensors have these sources, by name."""
+        blocks: dict[tuple[str, int], int] = {}
+        rest = 0
+        for name, source in sources.items():
+            block = re.match(BLOCK, name)
+            if block:
+                key = (block[1], int(block[2]))
+                quantized = not (self.fp8 and re.search(r"mod(ulation)?\.lin\.", name))
+                blocks[key] = blocks.get(key, 0) + self.nbytes(source, quantized)
+            else:
+                rest += self.nbytes(source, quantized=False)
+        return ModuleSize(tuple(blocks[key] for key in sorted(blocks)), rest)
+
+
+def one_block_model(
+    params: FluxParams, sources: Mapping[str, TensorSource], weight_format: WeightFormat
+) -> Flux:
+    """Build the transformer on the meta device with one block of each kind and weights in that format."""
+    with torch.device("meta"):
+        model = Flux(replace(params, depth=1, depth_single_blocks=1)).to(weight_format.dtype)
+        for name, module in list(model.named_modules()):
+            source = sources.get(f"{name}.weight")
+            if source and isinstance(module, nn.Linear) and weight_format.keeps_packed(source):
+                row_bytes = sum(part.stored.size for part in source.parts) // source.shape[0]
+                packed = torch.empty(source.shape[0], row_bytes, dtype=torch.uint8)
+                scale = torch.empty(()) if source.kind in EIGHT_BIT else None
+                parent, _, own = name.rpartition(".")
+                linear = PackedLinear(packed, source.kind, module.bias, scale, weight_format.dtype)
+                setattr(model.get_submodule(parent), own, linear)
+        if weight_format.fp8:
+            to_fp8([model.double_blocks, model.single_blocks])
+        elif weight_format.bits < 16:
+            quantize_linears([model.double_blocks, model.single_blocks], weight_format.bits)
+    return model
+
+
+# ---- a run
+
+
+class MemoryEstimator:
+    """Estimates the bytes that a run with these settings needs, wherever its models are placed.
+
+    Args:
+        settings: the run.
+        spec: its model.
+        sources: the source of each tensor, for "transformer", "vae", "text_encoder" and "text_encoder_2".
+        dtype: type of the transformer and the autoencoder.
+        text_dtype: type of the text encoders.
+        on_gpu: whether CUDA libraries allocate workspaces.
+
+    Attributes:
+        transformer: size of the transformer's weights.
+        t5: size of T5's weights on the device. Zero if T5 stays on the CPU.
+        clip: bytes of CLIP's weights.
+        autoencoder: bytes of the autoencoder's weights.
+        text: bytes of activations while prompts are encoded.
+        denoise: bytes of activations while images are denoised, kept kv included.
+        decode: bytes of activations while images are decoded or encoded. The key tells whether this is done
+            in tiles.
+        streams: bytes of the streams that enter each layer in the first step of the reference.
+        workspace: bytes that CUDA libraries allocate.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        spec: ModelSpec,
+        sources: Mapping[str, Mapping[str, TensorSource]],
+        dtype: torch.dtype,
+        text_dtype: torch.dtype,
+        on_gpu: bool,
+    ):
+        self.settings, self.spec, self.dtype = settings, spec, dtype
+        self.workload = settings.workload()
+        self.width, self.height = (side or spec.size for side in (settings.width, settings.height))
+        self.image_tokens = self.height // 16 * (self.width // 16)
+        self.passes = 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
+        self.workspace = CUBLAS_WORKSPACE if on_gpu else 0
+
+        weight_format = WeightFormat(dtype, BITS[settings.quantize], settings.quantize == "fp8")
+        text_format = WeightFormat(text_dtype)
+        t5_format = WeightFormat(text_dtype, 8) if settings.t5 == "8bit" else text_format
+        self.transformer = weight_format.size_of(sources["transformer"])
+        self.autoencoder = WeightFormat(dtype).size_of(sources["vae"]).total
+        self.clip = text_format.size_of(sources["text_encoder"]).total
+        on_cpu = settings.t5 == "cpu"
+        self.t5 = ModuleSize((), 0) if on_cpu else t5_format.size_of(sources["text_encoder_2"])
+
+        self.text = self._text(text_dtype.itemsize)
+        self.denoise = self._denoise(one_block_model(spec.params, sources["transformer"], weight_format))
+        autoencoder = on_meta(AutoEncoder, spec.ae_params).to(dtype)
+        self.decode = {tiled: self._decode(autoencoder, tiled) for tiled in (False, True)}
+        tokens = self.image_tokens + spec.text_length
+        self.streams = self.passes * spec.num_layers * tokens * spec.params.hidden_size * dtype.itemsize
+
+    def _text(self, itemsize: int) -> int:
+        """Bytes of T5's attention scores (as they are, with their bias, and as float32) and of its MLP."""
+        prompts, tokens = self.workload.batch + self.passes - 1, self.spec.text_length
+        width = self.spec.params.context_in_dim
+        scores = width // T5_HEAD * tokens**2
+        return prompts * (scores * (3 * itemsize + 4) + round(3 * T5_WIDENING * width) * tokens * itemsize)
+
+    def _denoise(self, model: Flux) -> int:
+        """Bytes of one forward pass and of all that is kept from step to step."""
+        spec, params, batch = self.spec, self.spec.params, self.workload.batch
+        channel_bytes = params.hidden_size * self.dtype.itemsize
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        inputs = {
+            "img": empty(batch, self.image_tokens, params.in_channels),
+            "img_ids": empty(batch, self.image_tokens, 3, dtype=torch.float32),
+            "txt": empty(batch, spec.text_length, params.context_in_dim),
+            "txt_ids": empty(batch, spec.text_length, 3, dtype=torch.float32),
+            "timesteps": empty(batch),
+            "y": empty(batch, params.vec_in_dim),
+            "guidance": empty(batch),
+        }
+        known = [*model.parameters(), *model.buffers(), *inputs.values()]
+        nbytes = live_bytes(lambda: model(**inputs), known)
+        kept_layers = self.workload.kept_layers
+        if kept_layers is None:
+            kept_layers = len(spec.vital_layers or ())
+        nbytes += self.passes * kept_layers * 2 * self.image_tokens * channel_bytes
+        if self.workload.finds_masks:
+            # Queries and keys of all tokens, of the edits and of their sources.
+            tokens = 2 * batch * (self.image_tokens + spec.text_length)
+            nbytes += len(params.around_the_joint) * 2 * tokens * channel_bytes
+        # Modulations of the whole schedule. In the worst case they differ from row to row.
+        modulations = 12 * params.depth + 3 * params.depth_single_blocks + 2
+        steps = self.settings.num_steps or spec.num_steps
+        return nbytes + steps * batch * modulations * channel_bytes
+
+    def _decode(self, autoencoder: AutoEncoder, tiled: bool) -> int:
+        """Bytes of decoding or encoding one image while the finished images of the batch wait as float32."""
+        params = autoencoder.params
+        height, width = self.height // 8, self.width // 8
+        if tiled:
+            height, width = min(height, TILE), min(width, TILE)
+        latent = torch.empty(1, params.z_channels, height, width, dtype=self.dtype, device="meta")
+        image = torch.empty(1, params.in_channels, 8 * height, 8 * width, dtype=self.dtype, device="meta")
+        known = [*autoencoder.parameters(), latent, image]
+        nbytes = live_bytes(lambda: autoencoder.decode(latent), known)
+        if self.workload.encodes:
+            nbytes = max(nbytes, live_bytes(lambda: autoencoder.encode(image), known))
+        finished = 4 * params.out_ch * self.height * self.width
+        return nbytes + (self.workload.batch + 2 * tiled) * finished
