@@ -25,7 +25,7 @@ def main(file: str = "edit.json", **overrides) -> None:
     from flux.files import write_json
     from flux.images.io import read_image, save_image
     from flux.images.sheets import grid
-    from flux.metrics.pixels import psnr
+    from flux.metrics.pixels import psnr_or_none
     from flux.pipeline import Pipeline, counted
     from flux.runs.record import about, run_record
     from flux.runtime.devices import pick_device
@@ -64,7 +64,7 @@ def main(file: str = "edit.json", **overrides) -> None:
     for name, prompt, picture in zip(names, prompts, pictures):
         save_image(picture, folder / name, about(settings, prompt, settings.seed, layers=layers))
     save_image(grid([pictures], [prompts]), folder / "comparison.png")
-    scores = [{"psnr_to_reference": psnr(made.reference, picture)} for picture in made.edits]
+    scores = [{"psnr_to_reference": psnr_or_none(made.reference, picture)} for picture in made.edits]
     cost = {"timings": pipe.timings, "evaluations": evaluations()}
     write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, **cost))
     print(folder / "comparison.png")

@@ -80,7 +80,7 @@ def main(
     from benchmarks.report import machine, markdown
     from flux.editing.edit import edit
     from flux.files import write_json, write_text
-    from flux.metrics.pixels import psnr
+    from flux.metrics.pixels import psnr_or_none
     from flux.pipeline import Pipeline
     from flux.sampling import euler_step, sample
     from flux.settings.complete import resolve
@@ -127,7 +127,7 @@ def main(
             share = (write_fp8 if "fp8" in kind else write_gguf)(weights, path, kind)
             files = ModelFiles(path, path, path)
             model = load_flow(spec, files, pipe.device, torch.float32, keep_8bit=True)
-            reference, *others = (psnr(*pair) for pair in zip(own, run(model)))
+            reference, *others = (psnr_or_none(*pair) for pair in zip(own, run(model)))
             found = {"kind": kind, "bytes": path.stat().st_size, "share": share, "reference_psnr": reference}
             found |= {"edits_psnr": others, "velocity_error": velocity_error(model)}
             results.append(found)

@@ -23,7 +23,7 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
     from benchmarks.report import machine, markdown
     from flux import sampling
     from flux.files import write_json
-    from flux.metrics.pixels import psnr
+    from flux.metrics.pixels import psnr_or_none
     from flux.model import Flux
     from flux.modules.step_cache import StepCache
     from flux.pipeline import Pipeline
@@ -58,11 +58,11 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
         steps, own = run(pipe.model, prompt, seed)
         near = found.setdefault("fp8", {"psnr": [], "velocity_error": []})
         near["velocity_error"].append(velocity_error(steps, prompt))
-        near["psnr"].append(psnr(own, run(fp8, prompt, seed)[1]))
+        near["psnr"].append(psnr_or_none(own, run(fp8, prompt, seed)[1]))
         for threshold in THRESHOLDS:
             cache = StepCache(threshold)
             entry = found.setdefault(f"cache {threshold}", {"psnr": [], "spared": []})
-            entry["psnr"].append(psnr(own, run(pipe.model, prompt, seed, cache)[1]))
+            entry["psnr"].append(psnr_or_none(own, run(pipe.model, prompt, seed, cache)[1]))
             entry["spared"].append(cache.reused / num_steps)
 
     def shown(entry: dict, name: str, form: str) -> str:

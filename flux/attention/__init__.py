@@ -1,0 +1,1 @@
+"""Attention between words and image: watched, measured, drawn."""

@@ -1,0 +1,1 @@
+"""Images in and out, sheets of images, the watermark."""

@@ -90,7 +90,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     with _opened(path) as image:
         chunk, comment = image.info.get("flux"), image.info.get("comment")
     try:
-        data = json.loads(chunk) if chunk else json.loads(comment)["flux"]
+        data = json.loads(chunk) if chunk else json.loads(comment or "")["flux"]
     except (TypeError, ValueError, KeyError):
         return None  # no metadata, or another program's
     return data if isinstance(data, dict) else None
@@ -157,9 +157,9 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | 
     Args:
         image: an RGB image.
         path: file name, ending in .png, .jpg or .jpeg.
-        metadata: any JSON object, to be read by `read_metadata`. It becomes the text chunk "flux" of a PNG and
-            the comment of a JPEG. As in upstream, EXIF then says that the image is generated, with the "model"
-            and "prompt" found in the metadata. If None, neither is written.
+        metadata: any JSON object, to be read by `read_metadata`. It becomes the text chunk "flux" of a PNG
+            and the comment of a JPEG. As in upstream, EXIF then says that the image is generated, with the
+            "model" and "prompt" found in the metadata. If None, neither is written.
 
     Raises:
         InputError: another suffix, or the file cannot be written.

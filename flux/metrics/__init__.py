@@ -1,0 +1,1 @@
+"""Similarity of images: pixels, features, and measures of edits."""

@@ -1,5 +1,6 @@
-"""How alike two pictures are, by several measures, each loaded only when asked for."""
+"""The interface of metrics that compare two images."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,25 +8,32 @@ import torch
 from PIL.Image import Image
 
 
-class Metric:
-    """How alike pictures are to their references."""
+class Metric(ABC):
+    """A measure of how similar images are to their references."""
 
     @classmethod
+    @abstractmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Metric":
-        """The metric, ready for work; `source` is the hub id or folder of its net, None the usual one.
+        """Loads the metric.
+
+        Args:
+            source: hub id or folder of its model. If None, the usual one.
+            device: where the model computes.
 
         Raises:
-            InputError: a package or weights that are not there.
+            InputError: a package or the model's weights are missing.
         """
-        return cls()
 
-    def of(self, references: Sequence[Image], pictures: Sequence[Image]) -> list[float]:
-        """The similarity of each picture to the reference at its place, of the same size; more is more
-        alike.
+    @abstractmethod
+    def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
+        """Returns each image's similarity to the reference at its place; more is more similar.
+
+        Args:
+            references: one for each image, of the same size.
+            images: the images to compare.
         """
-        raise NotImplementedError
 
     @staticmethod
     def change(values: np.ndarray) -> np.ndarray:
-        """Similarities -> how much each picture changed: 0 if not at all, more if less alike."""
+        """Converts similarities to changes: 0 for an equal image, larger for a less similar one."""
         return 1 - values

@@ -1,37 +1,44 @@
-"""How well edits keep what they should keep and follow their prompts: the measures of PIE-Bench (Ju et al.
-2023, arXiv 2310.01506, section 5.1) and the direction in CLIP's space (StyleGAN-NADA, arXiv 2108.00946).
+"""Measures of edits: how well they keep what they should, and how well they follow their prompts.
 
-A mask is an array of booleans "H W", true where an edit may change its picture. What an item has no mask for,
-or a mask that leaves nothing outside, is None.
+They are those of PIE-Bench (Ju et al. 2023, arXiv 2310.01506, section 5.1) and the direction in CLIP's space
+(StyleGAN-NADA, arXiv 2108.00946).
+
+A mask is an array of booleans "H W", true where an edit may change its image.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.errors import InputError
-from flux.metrics.features import CHUNK, Clip, Lpips
-from flux.metrics.pixels import MAX_PSNR, Ssim
+from flux.metrics.features import CHUNK, DINOV2, Clip, Lpips, VisionKind, load_vision
+from flux.metrics.pixels import MAX_PSNR, Ssim, decibels, mean_squared_error
 
-Scores = dict[str, float | None]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EditScores = dict[str, float | None]
+"""The scores of one edit by name. None where it has no mask, or a mask that leaves nothing to measure."""
 
 OUTSIDE = ("psnr", "mse", "pie_psnr", "pie_mse", "ssim")
+"""Names of the scores that need no model."""
 NETS = {
     "structure": ("structure",),
     "lpips": ("lpips",),
     "clip": ("clip", "clip_edited", "clip_direction"),
 }
+"""Models to measure with, and the names of the scores of each."""
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
-    """What is measured: a picture before and after, what of it may change, and both prompts."""
+class MeasuredEdit:
+    """An image before and after its edit, the mask, if any, and both prompts."""
 
     before: Image.Image
     after: Image.Image
@@ -41,17 +48,19 @@ class Edit:
 
 
 class EditMetrics:
-    """The measures of edits, those without a net and the ones that are asked for.
+    """The measures of edits: those without a model, and those of the models that are given.
 
-    Always: `psnr` (dB, at most MAX_PSNR) and `mse` (of colours in 0..1) over the pixels outside the mask;
-    `pie_psnr`, `pie_mse` and `ssim` as PIE-Bench's own evaluation has them, of whole pictures whose masked
-    part is made black in both, so that its size counts as kept without error.
+    Always measured, outside the mask:
+        psnr: in dB, capped at MAX_PSNR; mse: of colours in 0..1. Both over the pixels outside the mask.
+        pie_psnr, pie_mse, ssim: as in PIE-Bench's own evaluation, over whole images whose masked part is
+            made black in both. The masked part thus counts as kept without error.
 
     Args:
-        structure, lpips, clip: the nets; None: not measured. `structure` is DINO's self-similarity distance.
-            `lpips`: of the blackened pictures. `clip`: 100 times the cosine of the edit and its prompt,
-            `clip_edited` that of what is inside the mask, `clip_direction` the cosine of how the picture
-            moved and how the prompt did.
+        structure: measures `structure`, the distance of self-similarities.
+        lpips: measures `lpips`, the distance of the blackened images.
+        clip: measures `clip`, 100 times the cosine of edit and prompt; `clip_edited`, the same inside the
+            mask; `clip_direction`, the cosine between the image's change and the prompt's.
+        device: where SSIM computes.
     """
 
     def __init__(
@@ -68,109 +77,101 @@ class EditMetrics:
     def load(
         cls, names: Sequence[str], encoder: str, clip: str, device: str | torch.device = "cpu"
     ) -> "EditMetrics":
-        """With the nets of these names (of NETS): the DINO and the CLIP by hub id or folder; LPIPS on
-        SqueezeNet, as in PIE-Bench's tables.
+        """Loads the measures with the models of some names.
+
+        Args:
+            names: keys of NETS.
+            encoder: hub id or folder of the DINO for "structure".
+            clip: hub id or folder of the CLIP for "clip".
+            device: where the models compute.
 
         Raises:
-            InputError: a package or weights that are not there.
+            InputError: a package or weights are missing.
         """
         return cls(
             Structure.load(encoder, device) if "structure" in names else None,
-            Lpips.load("squeeze", device) if "lpips" in names else None,
+            Lpips.load("squeeze", device) if "lpips" in names else None,  # as PIE-Bench's tables
             ClipText.load(clip, device) if "clip" in names else None,
             device,
         )
 
-    def of(self, edits: Sequence[Edit]) -> list[Scores]:
-        """The scores of each edit, by name."""
-        scores: list[Scores] = [dict.fromkeys(OUTSIDE) for _ in edits]
-        outside = [(own, edit) for own, edit in zip(scores, edits) if _has_outside(edit.mask)]
-        dark = [_blackened(edit, ~edit.mask) for _, edit in outside]
-        befores, afters = [list(side) for side in zip(*dark)] or [[], []]
-        similar = self.ssim.of(befores, afters)
-        for (own, edit), (before, after), ssim in zip(outside, dark, similar):
-            difference = np.asarray(before, np.float64) - np.asarray(after, np.float64)
-            whole = float(np.square(difference / 255).mean())
-            mse = whole / float((~edit.mask).mean())
-            own |= {"psnr": _decibel(mse), "mse": mse, "pie_psnr": _decibel(whole), "pie_mse": whole}
-            own["ssim"] = ssim
+    def measure(self, edits: Sequence[MeasuredEdit]) -> list[EditScores]:
+        """Returns the scores of each edit."""
+        all_scores: list[EditScores] = [dict.fromkeys(OUTSIDE) for _ in edits]
+        measured: list[tuple[EditScores, float]] = []
+        befores, afters = [], []
+        for scores, edit in zip(all_scores, edits):
+            if edit.mask is not None and not edit.mask.all():
+                dark = _black_except(edit, ~edit.mask)
+                befores.append(dark.before)
+                afters.append(dark.after)
+                measured.append((scores, float((~edit.mask).mean())))
+        similarities = self.ssim.compare(befores, afters)
+        for (scores, share), before, after, ssim in zip(measured, befores, afters, similarities):
+            whole = mean_squared_error(before, after)
+            mse = whole / share
+            scores |= {"psnr": min(MAX_PSNR, decibels(mse)), "mse": mse}
+            scores |= {"pie_psnr": min(MAX_PSNR, decibels(whole)), "pie_mse": whole, "ssim": ssim}
         if self.structure:
-            _add(scores, "structure", self.structure.of(edits))
+            for scores, distance in zip(all_scores, self.structure.distances(edits), strict=True):
+                scores["structure"] = distance
         if self.lpips:
-            for own in scores:
-                own["lpips"] = None
-            kept = self.lpips.of(befores, afters)
-            _add([own for own, _ in outside], "lpips", [1 - value for value in kept])
+            for scores in all_scores:
+                scores["lpips"] = None
+            for (scores, _), kept in zip(measured, self.lpips.compare(befores, afters), strict=True):
+                scores["lpips"] = 1 - kept
         if self.clip:
-            for own, values in zip(scores, self.clip.of(edits)):
-                own |= values
-        return scores
+            for scores, values in zip(all_scores, self.clip.measure(edits), strict=True):
+                scores |= values
+        return all_scores
 
 
-def _add(scores: Sequence[Scores], name: str, values: Sequence[float]) -> None:
-    for own, value in zip(scores, values, strict=True):
-        own[name] = value
+def _black_except(edit: MeasuredEdit, keep: np.ndarray) -> MeasuredEdit:
+    """Makes both images black wherever `keep` is false."""
+    before, after = (
+        Image.fromarray((np.asarray(image) * keep[..., None]).astype(np.uint8))
+        for image in (edit.before, edit.after)
+    )
+    return replace(edit, before=before, after=after)
 
 
-def _has_outside(mask: np.ndarray | None) -> bool:
-    return mask is not None and not mask.all()
-
-
-def _blackened(edit: Edit, keep: np.ndarray) -> tuple[Image.Image, Image.Image]:
-    """Both pictures with everything black but where `keep` is true."""
-    pictures = (np.asarray(picture) * keep[..., None] for picture in (edit.before, edit.after))
-    return tuple(Image.fromarray(picture.astype(np.uint8)) for picture in pictures)
-
-
-def _decibel(mse: float) -> float:
-    return min(MAX_PSNR, float(-10 * np.log10(mse))) if mse else MAX_PSNR
+DINO = VisionKind(
+    "DINO",
+    "for the structure distance",
+    "give a folder or a hub id of a DINO or DINOv2, such as facebook/dino-vitb8",
+    {"vit": "ViTImageProcessorPil", **DINOV2.processors},
+)
 
 
 class Structure:
-    """Distance of what is where: mean squared difference of the pictures' self-similarities, the cosines
-    between the keys of all tokens in the last layer of a DINO (Tumanyan et al. 2022, arXiv 2201.00424,
-    equation 4). PIE-Bench's tables have it on "facebook/dino-vitb8", times 1000.
+    """The structure distance: the mean squared difference of two images' self-similarities.
+
+    A self-similarity holds the cosines between the keys of all tokens in the last layer of a DINO (Tumanyan
+    et al. 2022, arXiv 2201.00424, equation 4). PIE-Bench's tables use "facebook/dino-vitb8" and show the
+    distance times 1000.
     """
 
-    def __init__(self, model, processor):
-        self.model = model.float().eval().requires_grad_(False)
-        self.processor = processor
-        # Releases of transformers and kinds of DINO differ in its name and its parents.
+    def __init__(self, model: "PreTrainedModel", processor: Any):
+        self.model, self.processor = model, processor
+        # Releases of transformers and kinds of DINO differ in the layer's name and its parents.
         names = [name for name, _ in model.named_modules() if name.split(".")[-1] in ("key", "k_proj")]
-        self._key_layer = model.get_submodule(names[-1])
+        self._key_layer: nn.Module = model.get_submodule(names[-1])
 
     @classmethod
     def load(cls, source: str, device: str | torch.device = "cpu") -> "Structure":
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModel, BitImageProcessorPil, ViTImageProcessorPil
-
-        processors = {"vit": ViTImageProcessorPil, "dinov2": BitImageProcessorPil}
-        processors["dinov2_with_registers"] = BitImageProcessorPil
-        try:
-            kind = AutoConfig.from_pretrained(source).model_type
-            if kind not in processors:
-                raise InputError(
-                    f"Got {source} for the structure distance, which is a {kind}: give a DINO or DINOv2, "
-                    "such as facebook/dino-vitb8"
-                )
-            processor = processors[kind].from_pretrained(source)
-            model = AutoModel.from_pretrained(source, dtype=torch.float32)
-        except InputError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            if Path(source).is_dir():
-                problem = "a folder without a whole DINO in it"
-            else:
-                problem = "no folder here, and the hub did not give it: give a folder or a hub id"
-            raise InputError(f"Got {source} for the structure distance, which is {problem}") from error
-        return cls(model.to(device), processor)
+        """Loads the DINO or DINOv2 `source`; raises InputError as `load_vision`."""
+        return cls(*load_vision(DINO, source, device))
 
     @torch.no_grad()
-    def self_similarity(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """ "B T T", T all of the DINO's tokens."""
-        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
-        keys = []
-        handle = self._key_layer.register_forward_hook(lambda _, __, output: keys.append(output))
+    def self_similarity(self, images: Sequence[Image.Image]) -> Tensor:
+        """Returns the self-similarities of images, "B T T" for the T tokens of the DINO."""
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
+        keys: list[Tensor] = []
+
+        def keep(_layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            keys.append(output)
+
+        handle = self._key_layer.register_forward_hook(keep)
         try:
             self.model(pixel_values=pixels)
         finally:
@@ -179,27 +180,31 @@ class Structure:
         unit = F.normalize(found, dim=-1)
         return unit @ unit.mT
 
-    def of(self, edits: Sequence[Edit]) -> list[float]:
+    def distances(self, edits: Sequence[MeasuredEdit]) -> list[float]:
+        """Returns the distance between before and after of each edit, CHUNK edits at a time."""
         distances = []
         for start in range(0, len(edits), CHUNK):
             part = edits[start : start + CHUNK]
-            before, after = (
-                self.self_similarity(pictures)
-                for pictures in ([edit.before for edit in part], [edit.after for edit in part])
-            )
+            before = self.self_similarity([edit.before for edit in part])
+            after = self.self_similarity([edit.after for edit in part])
             distances += (before - after).square().mean((1, 2)).tolist()
         return distances
 
 
 class ClipText:
-    """A CLIP with its texts: how well pictures go with prompts."""
+    """A CLIP with its text encoder: how well images match prompts."""
 
-    def __init__(self, vision: Clip, text_model, tokenizer):
+    def __init__(self, vision: Clip, text_model: "PreTrainedModel", tokenizer: Any):
         self.vision, self.tokenizer = vision, tokenizer
         self.text_model = text_model.float().eval().requires_grad_(False)
 
     @classmethod
     def load(cls, source: str, device: str | torch.device = "cpu") -> "ClipText":
+        """Loads the CLIP `source` (hub id or folder).
+
+        Raises:
+            InputError: the vision model, the text model or the tokenizer cannot be loaded.
+        """
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
         vision = Clip.load(source, device)
@@ -208,30 +213,35 @@ class ClipText:
             tokenizer = CLIPTokenizer.from_pretrained(source)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"Got metric clip with {source} as its net, whose text model or tokenizer is not there: give "
-                "a whole CLIP, such as openai/clip-vit-large-patch14, or leave clip out"
+                f"Got {source} as the model of metric clip, whose text model or tokenizer is missing: give a "
+                "whole CLIP, such as openai/clip-vit-large-patch14, or leave clip out"
             ) from error
-        return cls(vision, text.to(device), tokenizer)
+        # transformers wraps Module.to in a way that loses its type
+        return cls(vision, text.to(device), tokenizer)  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
-    def _texts(self, prompts: list[str]) -> Tensor:
+    def _embed_texts(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         return self.text_model(**tokens.to(self.text_model.device)).text_embeds
 
-    def of(self, edits: Sequence[Edit]) -> list[Scores]:
-        before, after = ([getattr(edit, side) for edit in edits] for side in ("before", "after"))
-        before, after = (F.normalize(self.vision.embed(pictures), dim=-1) for pictures in (before, after))
-        source, target = ([getattr(edit, side) for edit in edits] for side in ("source", "target"))
-        source, target = (F.normalize(self._texts(prompts), dim=-1) for prompts in (source, target))
+    def measure(self, edits: Sequence[MeasuredEdit]) -> list[EditScores]:
+        """Returns `clip`, `clip_edited` and `clip_direction` of each edit (see `EditMetrics`)."""
+        before = F.normalize(self.vision.embed([edit.before for edit in edits]), dim=-1)
+        after = F.normalize(self.vision.embed([edit.after for edit in edits]), dim=-1)
+        source = F.normalize(self._embed_texts([edit.source for edit in edits]), dim=-1)
+        target = F.normalize(self._embed_texts([edit.target for edit in edits]), dim=-1)
         whole = 100 * F.cosine_similarity(after, target)
         direction = F.cosine_similarity(after - before, target - source)
-        scores: list[Scores] = [
+        scores: list[EditScores] = [
             {"clip": w, "clip_edited": None, "clip_direction": d}
             for w, d in zip(whole.tolist(), direction.tolist())
         ]
-        masked = [n for n, edit in enumerate(edits) if edit.mask is not None]
-        if masked:
-            parts = self.vision.embed([_blackened(edits[n], edits[n].mask)[1] for n in masked])
-            for n, value in zip(masked, (100 * F.cosine_similarity(parts, target[masked])).tolist()):
+        parts = {
+            n: _black_except(edit, edit.mask).after for n, edit in enumerate(edits) if edit.mask is not None
+        }
+        if parts:
+            inside = self.vision.embed(list(parts.values()))
+            values = 100 * F.cosine_similarity(inside, target[list(parts)])
+            for n, value in zip(parts, values.tolist()):
                 scores[n]["clip_edited"] = value
         return scores

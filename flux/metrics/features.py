@@ -1,8 +1,12 @@
-"""How alike pictures look to DINOv2: the measure of a layer's vitality (Stable Flow, arXiv 2411.14430)."""
+"""Similarity of images by a model's features: DINOv2, CLIP, LPIPS.
 
-from collections.abc import Callable, Sequence
+DINOv2's is the measure of a layer's vitality (Stable Flow, arXiv 2411.14430, section 3.1).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,174 +18,231 @@ from flux.images.io import to_tensor
 from flux.metrics.base import Metric
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers import PreTrainedModel
 
+CHUNK = 32  # images in memory at once, and in a batch of a metric's model
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 
+# ---- loading
+
+
+@dataclass(frozen=True)
+class VisionKind:
+    """A kind of vision model, and how error messages speak of it.
+
+    Attributes:
+        name: what the model is called.
+        role: what it is wanted for, as in "Got SOURCE as the DINOv2".
+        advice: what to do instead, said after a colon.
+        processors: the model types of transformers that are accepted, and the image processor of each. All
+            use Pillow, whether or not torchvision is installed, so results do not depend on it.
+        model: the class of transformers that loads it.
+        all_weights: whether every weight must be in the file. transformers fills missing ones with random
+            numbers.
+    """
+
+    name: str
+    role: str
+    advice: str
+    processors: Mapping[str, str]
+    model: str = "AutoModel"
+    all_weights: bool = False
+
+
+DINOV2 = VisionKind(
+    "DINOv2",
+    "as the DINOv2",
+    "give a folder or a hub id, such as facebook/dinov2-giant",
+    {"dinov2": "BitImageProcessorPil", "dinov2_with_registers": "BitImageProcessorPil"},
+)
+CLIP = VisionKind(
+    "CLIP vision model",
+    "as the model of metric clip",
+    "give a folder or a hub id, such as openai/clip-vit-large-patch14, or leave clip out",
+    {"clip": "CLIPImageProcessorPil", "clip_vision_model": "CLIPImageProcessorPil"},
+    model="CLIPVisionModelWithProjection",
+    all_weights=True,
+)
+
+
+def load_vision(
+    kind: VisionKind, source: str | Path, device: str | torch.device = "cpu"
+) -> tuple["PreTrainedModel", Any]:
+    """Loads a vision model of transformers in float32, ready for inference, with its image processor.
+
+    Args:
+        kind: what is expected.
+        source: hub id, or folder in the form of `save_pretrained`.
+        device: where the model computes.
+
+    Raises:
+        InputError: there is no such folder or hub model, a file is missing or damaged, or the model is of
+            another kind.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    source = str(source)
+    got = f"Got {source} {kind.role}, which is"
+    try:
+        found = transformers.AutoConfig.from_pretrained(source).model_type
+        if found not in kind.processors:
+            raise InputError(f"{got} a {found} and no whole {kind.name}: {kind.advice}")
+        processor = getattr(transformers, kind.processors[found]).from_pretrained(source)
+        model, report = getattr(transformers, kind.model).from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if Path(source).is_dir():
+            problem = f"a folder without a whole {kind.name} in it ({', '.join(FILES)})"
+            raise InputError(f"{got} {problem}: {kind.advice}") from error
+        raise InputError(f"{got} no folder here, and the hub did not give it: {kind.advice}") from error
+    if kind.all_weights and report["missing_keys"]:
+        missing = min(report["missing_keys"])
+        raise InputError(f"{got} no whole {kind.name}: {missing} is missing, {kind.advice}")
+    return model.eval().requires_grad_(False).to(torch.device(device)), processor
+
+
+# ---- DINOv2
+
+
 class PerceptualEncoder:
-    """A DINOv2 of transformers in float32, with the preparation of pixels that belongs to it.
+    """A DINOv2 of transformers in float32, with its own preparation of pixels.
 
     Args:
         model: a Dinov2Model, or one with registers.
-        processor: turns pictures into its normalised pixels.
+        processor: turns images into the model's normalised pixels.
     """
 
-    def __init__(self, model: "PreTrainedModel", processor: "BaseImageProcessor"):
-        self.model = model.float().eval().requires_grad_(False)
-        self.processor = processor
+    def __init__(self, model: "PreTrainedModel", processor: Any):
+        self.model, self.processor = model, processor
 
     @classmethod
-    def load(cls, name_or_folder: str | Path, device: str | torch.device = "cpu") -> "PerceptualEncoder":
-        """Loads a hub id such as "facebook/dinov2-giant", or a folder in the form of `save_pretrained`.
-
-        Raises:
-            InputError: no such folder or hub model, a folder that lacks a file, or a model of another kind.
-        """
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModel, BitImageProcessorPil
-
-        name = str(name_or_folder)
-        try:
-            kind = AutoConfig.from_pretrained(name).model_type
-            if not kind.startswith("dinov2"):
-                raise InputError(f"Got {name} as the DINOv2, which is a {kind}: try facebook/dinov2-giant")
-            # Pillow prepares, whether or not torchvision is installed: scores do not depend on it.
-            processor = BitImageProcessorPil.from_pretrained(name)
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
-        except InputError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            if Path(name).is_dir():
-                problem = f"a folder without a whole DINOv2 in it ({', '.join(FILES)})"
-            else:
-                problem = "no folder here, and the hub did not give it: give a folder or a hub id"
-            raise InputError(f"Got {name} as the DINOv2, which is {problem}") from error
-        return cls(model.to(device), processor)
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "PerceptualEncoder":
+        """Loads a hub id such as "facebook/dinov2-giant", or a folder; raises InputError as `load_vision`."""
+        return cls(*load_vision(DINOV2, source, device))
 
     @torch.no_grad()
-    def embed(self, images: "list[Image]", batch_size: int = 16) -> Tensor:
-        """Pictures of any sizes -> "B C": of each the class token after the last norm, at length 1."""
+    def embed(self, images: Sequence[Image], batch_size: int = 16) -> Tensor:
+        """Embeds images of any sizes as "B C": their class tokens after the last norm, of length 1."""
         features = torch.empty(len(images), self.model.config.hidden_size, device=self.model.device)
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            pixels = self.processor(images[rows], return_tensors="pt")["pixel_values"]
+            pixels = self.processor(list(images[rows]), return_tensors="pt")["pixel_values"]
             hidden = self.model(pixel_values=pixels.to(self.model.device)).last_hidden_state
             features[rows] = F.normalize(hidden[:, 0], dim=-1)
         return features
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine between the rows of two batches of features, "B C", "B C" -> "B", in -1..1."""
+    """Returns the cosines between the rows of two batches of features, "B C", "B C" -> "B", in -1..1."""
     return F.cosine_similarity(a, b, dim=-1)
 
 
-CHUNK = 32  # pictures in memory at once, and in a batch of a metric's net
-
-
 class Dino(Metric):
-    """Cosine of DINOv2's CLS features, in -1..1; the paper's measure, with the ViT-g/14 (appendix A.2)."""
+    """Cosine of DINOv2's class tokens, in -1..1; the paper uses the ViT-g/14 (appendix A.2)."""
 
     def __init__(self, encoder: PerceptualEncoder):
         self.encoder = encoder
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Dino":
+        """Loads the DINOv2 `source`, by default the paper's; raises InputError as `load_vision`."""
         return cls(PerceptualEncoder.load(source or "facebook/dinov2-giant", device))
 
-    def of(self, references: Sequence[Image], pictures: Sequence[Image]) -> list[float]:
-        return _cosines(self.encoder.embed, references, pictures)
+    def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
+        """Returns the cosine of each image and its reference."""
+        return _cosines(self.encoder.embed, references, images)
+
+
+# ---- CLIP
 
 
 class Clip(Metric):
-    """Cosine of CLIP's image embeddings, after the projection; the paper's appendix B.2, with the
-    ViT-L/14.
-    """
+    """Cosine of CLIP's projected image embeddings; the paper uses the ViT-L/14 (appendix B.2)."""
 
-    def __init__(self, model, processor):
-        self.model = model.float().eval().requires_grad_(False)
-        self.processor = processor
+    def __init__(self, model: "PreTrainedModel", processor: Any):
+        self.model, self.processor = model, processor
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Clip":
-        from safetensors import SafetensorError
-        from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
-
-        name = source or "openai/clip-vit-large-patch14"
-        problem = f"Got metric clip with {name} as its net, which is"
-        try:
-            processor = CLIPImageProcessorPil.from_pretrained(name)
-            model, report = CLIPVisionModelWithProjection.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if Path(name).is_dir():
-                raise InputError(f"{problem} a folder without a whole CLIP vision model in it") from error
-            raise InputError(
-                f"{problem} no folder here, and the hub did not give it: give a folder or a hub id, or leave "
-                "clip out"
-            ) from error
-        # transformers fills what a file lacks with random numbers.
-        if report["missing_keys"]:
-            raise InputError(
-                f"{problem} no whole CLIP vision model: {min(report['missing_keys'])} is missing"
-            )
-        return cls(model.to(device), processor)
+        """Loads the CLIP `source`, by default the paper's; raises InputError as `load_vision`."""
+        return cls(*load_vision(CLIP, source or "openai/clip-vit-large-patch14", device))
 
     @torch.no_grad()
-    def embed(self, images: list[Image]) -> Tensor:
-        """Pictures of any sizes -> "B C"."""
+    def embed(self, images: Sequence[Image]) -> Tensor:
+        """Embeds images of any sizes as "B C"."""
         features = []
         for start in range(0, len(images), CHUNK):
-            pixels = self.processor(images[start : start + CHUNK], return_tensors="pt")["pixel_values"]
+            pixels = self.processor(list(images[start : start + CHUNK]), return_tensors="pt")["pixel_values"]
             features.append(self.model(pixel_values=pixels.to(self.model.device)).image_embeds)
         return torch.cat(features)
 
-    def of(self, references: Sequence[Image], pictures: Sequence[Image]) -> list[float]:
-        return _cosines(self.embed, references, pictures)
+    def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
+        """Returns the cosine of each image and its reference."""
+        return _cosines(self.embed, references, images)
+
+
+# ---- LPIPS
 
 
 class Lpips(Metric):
-    """1 minus LPIPS 0.1 (Zhang et al. 2018) on AlexNet, its authors' package's default, or on the net that
-    `source` names ("squeeze" for SqueezeNet); a change is thus the LPIPS distance itself.
+    """1 minus LPIPS 0.1 (Zhang et al. 2018); a change is thus the LPIPS distance itself.
+
+    Args:
+        model: the package's model: images "1 3 H W" in -1..1, twice, to their distance.
+        device: where the model computes.
     """
 
-    def __init__(self, net: Callable[[Tensor, Tensor], Tensor], device: str | torch.device = "cpu"):
-        self.net, self.device = net, device
+    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], device: str | torch.device = "cpu"):
+        self.model, self.device = model, device
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Lpips":
+        """Loads the model of the package lpips.
+
+        Args:
+            source: "alex" for AlexNet, the package's default, or "squeeze" for SqueezeNet.
+            device: where the model computes.
+
+        Raises:
+            InputError: the package is not installed, or torchvision cannot download the model.
+        """
         try:
-            import lpips
+            import lpips  # pyright: ignore[reportMissingImports] - an optional package
         except (ImportError, RuntimeError) as error:  # the latter from a torchvision for another torch
             raise InputError(
                 f"Got metric lpips, whose package cannot be imported ({error}): pip install lpips, or leave "
                 "lpips out"
             ) from error
         try:
-            net = lpips.LPIPS(net=source or "alex", verbose=False)
+            model = lpips.LPIPS(net=source or "alex", verbose=False)
         except (OSError, RuntimeError) as error:
             file = "squeezenet1_1-b8a52dc0.pth" if source == "squeeze" else "alexnet-owt-7be5be79.pth"
             raise InputError(
-                f"Got metric lpips, whose net torchvision could not download ({error}): put "
+                f"Got metric lpips, whose model torchvision could not download ({error}): put "
                 f"{file} into {torch.hub.get_dir()}/checkpoints, or leave lpips out"
             ) from error
-        return cls(net.to(device).requires_grad_(False), device)
+        return cls(model.to(device).requires_grad_(False), device)
 
     @torch.no_grad()
-    def of(self, references: Sequence[Image], pictures: Sequence[Image]) -> list[float]:
+    def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
+        """Returns 1 minus the LPIPS distance of each image and its reference."""
         distances = [
-            self.net(*(to_tensor(picture)[None].to(self.device) for picture in pair)).item()
-            for pair in zip(references, pictures, strict=True)
+            self.model(to_tensor(a)[None].to(self.device), to_tensor(b)[None].to(self.device)).item()
+            for a, b in zip(references, images, strict=True)
         ]
         return [1 - distance for distance in distances]
 
 
 def _cosines(
-    embed: Callable[[list[Image]], Tensor], references: Sequence[Image], pictures: Sequence[Image]
+    embed: Callable[[Sequence[Image]], Tensor], references: Sequence[Image], images: Sequence[Image]
 ) -> list[float]:
-    distinct = {id(picture): picture for picture in (*references, *pictures)}
+    """Embeds each distinct image once and returns the cosine of each pair."""
+    distinct = {id(image): image for image in (*references, *images)}
     features = dict(zip(distinct, embed(list(distinct.values()))))
-    a, b = (torch.stack([features[id(picture)] for picture in side]) for side in (references, pictures))
+    a, b = (torch.stack([features[id(image)] for image in side]) for side in (references, images))
     return similarity(a, b).tolist()

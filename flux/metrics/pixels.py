@@ -1,5 +1,6 @@
-"""How far images are apart, pixel by pixel: PSNR and SSIM."""
+"""Pixel-wise similarity of images: PSNR and SSIM."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,40 +11,59 @@ from flux.errors import InputError
 from flux.images.io import to_tensor
 from flux.metrics.base import Metric
 
-
-def psnr(a: Image, b: Image) -> float | None:
-    """Peak signal-to-noise ratio between two pictures of one size, in dB; None if they are equal."""
-    error = np.square(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).mean()
-    return round(float(10 * np.log10(255**2 / error)), 3) if error else None
+MAX_PSNR = 100.0  # dB; where an infinite PSNR cannot be written or averaged, equal images count as this
 
 
-MAX_PSNR = 100.0  # dB, that of equal pictures
+def mean_squared_error(a: Image, b: Image) -> float:
+    """Returns the mean squared difference of two images of one size, colours in 0..1."""
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    return float(np.square(difference / 255).mean())
+
+
+def decibels(error: float) -> float:
+    """Converts a mean squared error of colours in 0..1 to PSNR in dB; infinite for an error of 0."""
+    return float(-10 * np.log10(error)) if error else math.inf
+
+
+def psnr(a: Image, b: Image) -> float:
+    """Returns the peak signal-to-noise ratio of two images of one size in dB; infinite for equal images."""
+    return decibels(mean_squared_error(a, b))
+
+
+def psnr_or_none(a: Image, b: Image) -> float | None:
+    """Returns `psnr` rounded for JSON, which knows no infinity. For equal images returns None."""
+    value = psnr(a, b)
+    return round(value, 3) if math.isfinite(value) else None
 
 
 class Psnr(Metric):
-    """10 log10(255^2 / mean squared error) in dB, at most MAX_PSNR, which equal pictures have.
+    """PSNR in dB, at most MAX_PSNR.
 
-    Its change is the root mean square error as a fraction of the range of the pixels, 10^(-dB / 20): it falls
-    as the dB rise, and is in 0..1, so that one nearly unchanged picture does not rule the mean.
+    Its change is the root mean square error, colours in 0..1: 10^(-dB / 20). This falls as the dB rise and
+    is bounded, so one nearly unchanged image does not dominate a mean.
     """
 
-    def of(self, references: Sequence[Image], pictures: Sequence[Image]) -> list[float]:
-        values = []
-        for pair in zip(references, pictures, strict=True):
-            a, b = (np.asarray(picture, dtype=np.float64) for picture in pair)
-            error = np.square(a - b).mean()
-            values.append(min(MAX_PSNR, float(10 * np.log10(255**2 / error))) if error else MAX_PSNR)
-        return values
+    @classmethod
+    def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Psnr":  # noqa: ARG003 - the signature of Metric.load
+        """Returns the metric, which needs no model: `source` and `device` are those of `Metric.load`."""
+        return cls()
+
+    def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
+        """Returns the PSNR of each image and its reference in dB, capped at MAX_PSNR."""
+        return [min(MAX_PSNR, psnr(*pair)) for pair in zip(references, images, strict=True)]
 
     @staticmethod
     def change(values: np.ndarray) -> np.ndarray:
+        """Converts dB to root mean square errors; MAX_PSNR to 0."""
         return np.where(values >= MAX_PSNR, 0, 10 ** (-values / 20))
 
 
 class Ssim(Metric):
-    """Structural similarity (Wang et al. 2004, "Image Quality Assessment", equation 13): means, variances and
-    covariance under a gaussian window of 11 x 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03; the mean over
-    all windows that lie in the picture and over red, green and blue.
+    """Structural similarity (Wang et al. 2004, "Image Quality Assessment", equation 13).
+
+    Means, variances and covariance are taken under a gaussian window of 11 x 11 pixels and sigma 1.5, with
+    K1 = 0.01 and K2 = 0.03. The result is the mean over all windows inside the image and over red, green and
+    blue.
     """
 
     def __init__(self, device: str | torch.device = "cpu"):
@@ -53,18 +73,24 @@ class Ssim(Metric):
         self.window = (window / window.sum()).tolist()
 
     @classmethod
-    def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Ssim":
+    def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Ssim":  # noqa: ARG003 - the signature of Metric.load
+        """Returns the metric, which needs no model: `source` is that of `Metric.load`."""
         return cls(device)
 
-    def of(self, references: Sequence[Image], pictures: Sequence[Image]) -> list[float]:
-        return [self._of_pair(*pair) for pair in zip(references, pictures, strict=True)]
+    def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
+        """Returns the SSIM of each image and its reference, at most 1.
 
-    def _of_pair(self, reference: Image, picture: Image) -> float:
-        if min(picture.size) < len(self.window):
+        Raises:
+            InputError: images smaller than the window.
+        """
+        return [self._compare_pair(*pair) for pair in zip(references, images, strict=True)]
+
+    def _compare_pair(self, reference: Image, image: Image) -> float:
+        if min(image.size) < len(self.window):
             raise InputError(
-                f"Got a picture of {picture.width}x{picture.height} for ssim: expected 11x11 at least"
+                f"Got an image of {image.width}x{image.height} for ssim: expected 11x11 at least"
             )
-        x, y = (to_tensor(image).to(self.device, torch.float64) / 2 + 0.5 for image in (reference, picture))
+        x, y = (to_tensor(side).to(self.device, torch.float64) / 2 + 0.5 for side in (reference, image))
         moments = torch.stack((x, y, x * x, y * y, x * y))
         for dim in (-1, -2):
             places = moments.shape[dim] - len(self.window) + 1

@@ -17,13 +17,15 @@ def load_metrics(
     sources: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Metric]:
-    """The metrics of these names (of METRICS), in their order: the first is the one that selects.
+    """Loads metrics by name, and only these.
 
     Args:
-        sources: hub id or folder of the net of "dino" or "clip", where it is not the usual one.
+        names: keys of METRICS. The result has their order; the first one selects the vital layers.
+        sources: hub id or folder of the model of "dino" or "clip", if not the usual one.
+        device: where the models compute.
 
     Raises:
-        InputError: an unknown name, or as `Metric.load`.
+        InputError: an unknown name, or a metric that cannot be loaded (see `Metric.load`).
     """
     for name in names:
         if name not in METRICS:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from flux.errors import InputError
-from flux.metrics.edits import ClipText, Edit, EditMetrics, Structure
+from flux.metrics.edits import ClipText, EditMetrics, MeasuredEdit, Structure
 from flux.metrics.pixels import MAX_PSNR, Ssim
 from flux.specs import configs
 
@@ -27,14 +27,14 @@ def left_half(side: int = 32) -> np.ndarray:
     return mask
 
 
-def an_edit(before=None, after=None, mask=None, source="a cat", target="a dog") -> Edit:
-    return Edit(before or noise(), after or noise(), mask, source, target)
+def an_edit(before=None, after=None, mask=None, source="a cat", target="a dog") -> MeasuredEdit:
+    return MeasuredEdit(before or noise(), after or noise(), mask, source, target)
 
 
 def test_outside_the_mask_by_hand():
     """A tenth of the range off everywhere: only the right half counts, and to PIE-Bench half of it does."""
     before, after = Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), (51, 0, 0))
-    [scores] = EditMetrics().of([an_edit(before, after, left_half())])
+    [scores] = EditMetrics().measure([an_edit(before, after, left_half())])
     mse = 0.2**2 / 3
     assert scores["mse"] == pytest.approx(mse)
     assert scores["psnr"] == pytest.approx(-10 * np.log10(mse))
@@ -46,7 +46,7 @@ def test_what_changes_inside_does_not_count():
     before = noise()
     pixels = np.array(before)
     pixels[:, :16] = 7
-    [scores] = EditMetrics().of([an_edit(before, Image.fromarray(pixels), left_half())])
+    [scores] = EditMetrics().measure([an_edit(before, Image.fromarray(pixels), left_half())])
     assert scores["psnr"] == scores["pie_psnr"] == MAX_PSNR
     assert scores["mse"] == 0
     assert scores["ssim"] == pytest.approx(1)
@@ -59,13 +59,13 @@ def test_ssim_is_that_of_blackened_pictures():
         pixels = np.array(picture)
         pixels[:, :16] = 0
         dark.append(Image.fromarray(pixels))
-    [scores] = EditMetrics().of([edit])
-    assert scores["ssim"] == pytest.approx(Ssim().of(dark[:1], dark[1:])[0])
+    [scores] = EditMetrics().measure([edit])
+    assert scores["ssim"] == pytest.approx(Ssim().compare(dark[:1], dark[1:])[0])
 
 
 def test_no_outside_no_score():
     for mask in (None, np.ones((32, 32), dtype=bool)):
-        scores = EditMetrics().of([an_edit(mask=mask), an_edit(mask=left_half())])
+        scores = EditMetrics().measure([an_edit(mask=mask), an_edit(mask=left_half())])
         assert set(scores[0].values()) == {None}
         assert None not in scores[1].values()
 
@@ -107,9 +107,9 @@ def test_structure_is_the_distance_of_self_similarities(kind, dino_v1):
             unit = keys / keys.norm(dim=-1, keepdim=True)
             maps.append(unit @ unit.T)
         expected.append(float((maps[0] - maps[1]).square().mean()))
-    assert structure.of(edits) == pytest.approx(expected, rel=1e-4)
+    assert structure.distances(edits) == pytest.approx(expected, rel=1e-4)
     same = noise(128)
-    assert structure.of([an_edit(same, same)]) == [0]
+    assert structure.distances([an_edit(same, same)]) == [0]
 
 
 def test_structure_of_what_is_no_dino(tmp_path):
@@ -140,7 +140,7 @@ def test_lpips_sees_blackened_pictures(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=make))
     metrics = EditMetrics.load(["lpips"], "", "")
-    scores = metrics.of([an_edit(), an_edit(mask=left_half())])
+    scores = metrics.measure([an_edit(), an_edit(mask=left_half())])
     assert made["net"] == "squeeze"
     assert all((side[..., :16] == -1).all() and (side[..., 16:] != -1).any() for side in made["seen"])
     assert scores[0]["lpips"] is None
@@ -176,7 +176,7 @@ def test_clip_scores_are_those_of_the_whole_model(clip_folder):
     from transformers import CLIPModel, CLIPTokenizer
 
     edits = [an_edit(), an_edit(mask=left_half(), target="a red car on the street")]
-    scores = ClipText.load(clip_folder).of(edits)
+    scores = ClipText.load(clip_folder).measure(edits)
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
     processor = ClipText.load(clip_folder).vision.processor
 

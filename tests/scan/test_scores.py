@@ -51,7 +51,7 @@ def scattered(truth, rows: int, spread: float, sets=None, prompts=None) -> Score
 def test_psnr_by_hand():
     """A fifth of the range off everywhere: 20 log10(5) dB, and a fifth is the change."""
     black, grey = Image.new("RGB", (20, 16)), Image.new("RGB", (20, 16), (51, 51, 51))
-    values = Psnr().of([black, black], [grey, black])
+    values = Psnr().compare([black, black], [grey, black])
     assert values == pytest.approx([20 * np.log10(5), MAX_PSNR])
     assert Psnr.change(np.array(values)) == pytest.approx([0.2, 0])
 
@@ -59,7 +59,7 @@ def test_psnr_by_hand():
 def test_psnr_of_nearly_equal_pictures_is_below_that_of_equal_ones():
     black, dot = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))
     dot.putpixel((3, 3), (1, 0, 0))
-    assert Psnr().of([black], [dot]) == pytest.approx([10 * np.log10(255**2 * 64 * 64 * 3)])
+    assert Psnr().compare([black], [dot]) == pytest.approx([10 * np.log10(255**2 * 64 * 64 * 3)])
 
 
 def literal_ssim(a: Image.Image, b: Image.Image) -> float:
@@ -83,7 +83,7 @@ def test_ssim_is_its_definition():
     """Of unrelated and of related pictures, one flat, which is where rounding would show."""
     a, flat = noise(), Image.new("RGB", (32, 24), (250, 3, 128))
     pairs = [(a, noise()), (a, Image.blend(a, noise(), 0.3)), (flat, Image.blend(flat, a, 0.02)), (a, a)]
-    values = Ssim.load().of(*zip(*pairs))
+    values = Ssim.load().compare(*zip(*pairs))
     assert values == pytest.approx([literal_ssim(*pair) for pair in pairs], abs=1e-7)
     assert values[-1] == pytest.approx(1)
 
@@ -91,7 +91,7 @@ def test_ssim_is_its_definition():
 def test_ssim_needs_a_whole_window():
     tiny = Image.new("RGB", (30, 10))
     with pytest.raises(InputError, match="30x10.*11x11"):
-        Ssim().of([tiny], [tiny])
+        Ssim().compare([tiny], [tiny])
 
 
 def test_dino_is_the_cosine_and_embeds_a_reference_once(monkeypatch):
@@ -100,7 +100,7 @@ def test_dino_is_the_cosine_and_embeds_a_reference_once(monkeypatch):
     features = metric.encoder.embed([reference, *others])
     embed, embedded = metric.encoder.embed, []
     monkeypatch.setattr(metric.encoder, "embed", lambda images: embedded.extend(images) or embed(images))
-    values = metric.of([reference] * 3, [*others, reference])
+    values = metric.compare([reference] * 3, [*others, reference])
     assert values == pytest.approx([*(features[1:] @ features[0]).tolist(), 1], abs=1e-5)
     assert len(embedded) == 3
 
@@ -138,7 +138,7 @@ def test_clip_is_the_cosine_of_its_image_embeddings(clip_folder):
     pixels = torch.from_numpy(pixels).float().permute(0, 3, 1, 2)
     a, *others = model(pixel_values=pixels).image_embeds
     expected = [torch.cosine_similarity(a, b, dim=0).item() for b in others]
-    values = Clip.load(str(clip_folder)).of([pictures[0]] * 2, pictures[1:])
+    values = Clip.load(str(clip_folder)).compare([pictures[0]] * 2, pictures[1:])
     assert values == pytest.approx(expected, abs=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_lpips_is_turned_into_a_similarity(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=make))
     half = Image.new("RGB", (16, 16))
     half.paste("white", (0, 0, 16, 8))
-    values = Lpips.load().of([half, half], [half, half.rotate(180)])
+    values = Lpips.load().compare([half, half], [half, half.rotate(180)])
     assert values == pytest.approx([1, 0.5])
     assert Lpips.change(np.array(values)) == pytest.approx([0, 0.5])
 
