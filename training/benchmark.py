@@ -11,10 +11,10 @@ import random
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from flux.evaluate.benchmark import KINDS, PICTURES, encode_mask, write_benchmark
+from flux.evaluate.benchmark import IMAGES, KINDS, encode_mask, write_benchmark
 from flux.images.io import save_image, to_pil
-from training.judge import asked
-from training.scenes.compose import Pair, sample_pair
+from training.judge import asked_for
+from training.scenes.edits import Pair, sample_pair
 from training.scenes.render import Renderer
 
 # In turn: the benchmark's kinds, and the edits that make them.
@@ -55,7 +55,7 @@ def write(folder: Path, count: int, side: int = 256) -> None:
         before, after, mask = renderer.pairs([pair], side, side, seed=number)
         names = [f"{kind}/{number:04d}{part}.png" for part in ("", "_target")]
         for name, picture in zip(names, (before, after)):
-            save_image(to_pil(2 * picture[0] - 1), folder / PICTURES / name)
+            save_image(to_pil(2 * picture[0] - 1), folder / IMAGES / name)
         source, target = pair.before.caption, pair.after.caption
         entry = {
             "image_path": names[0],
@@ -68,7 +68,7 @@ def write(folder: Path, count: int, side: int = 256) -> None:
             "mask": encode_mask(mask[0, 0].numpy()),
             "kind": kind,
             "seed": number,
-            "asked": asked(pair.edit, pair.before.content, pair.after.content),
+            "asked": asked_for(pair.edit, pair.before.content, pair.after.content),
         }
         entries.append((f"{number:012d}", entry))
     write_benchmark(folder, entries)

@@ -4,7 +4,7 @@
     python -m training.evaluate speed                  # on the CPU, with the files in flux/assets/nano
 
 Writes evaluation.json, table.md and samples_*.png into FOLDER/evaluation. Edits are measured by
-`python -m flux.evaluate` on `training.benchmark`'s scenes.
+`training.evaluate_edits` on `training.benchmark`'s scenes.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flux.model import Flux
@@ -24,10 +23,11 @@ from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
 from flux.weights.load import read_weights
 from training.loop.cluster import Cluster
-from training.loop.nets import DINO_SIDE, build_autoencoder
+from training.loop.models import build_autoencoder
 from training.loop.plan import Work
 from training.loop.trainer import Budget
-from training.scenes.compose import Content, Scene, sample
+from training.scenes.compose import Scene, sample
+from training.scenes.content import Content
 from training.scenes.labels import labels_of
 from training.scenes.render import Renderer
 from training.scenes.vocabulary import INDEX
@@ -35,7 +35,7 @@ from training.stages.autoencoder import psnr as round_trip_psnr
 from training.stages.flow import GUIDANCE, without_guidance
 from training.stages.schnell import merged
 from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
-from training.stages.vision import MeasuringNet, Seen, load_measuring
+from training.stages.vision import MeasuringModel, Recognition, load_measuring, recognize
 
 HELD_OUT_SEED = 987_654
 
@@ -111,24 +111,10 @@ def generate(
     return torch.cat(pictures)
 
 
-@torch.no_grad()
-def look(net: MeasuringNet, images: Tensor) -> tuple[Seen, Tensor]:
-    """What the measuring net reads off pictures, and the subjects' masks at their size, "B 1 H W" of
-    booleans.
-    """
-    small = F.interpolate(images, size=(DINO_SIDE, DINO_SIDE), mode="bilinear", antialias=True)
-    parts = [net(part) for part in small.split(128)]
-    seen = Seen(
-        *(torch.cat([getattr(part[0], name) for part in parts]) for name in Seen.__dataclass_fields__)
-    )
-    masks = F.interpolate(torch.cat([part[1] for part in parts]), size=images.shape[-2:], mode="bilinear")
-    return seen, masks > 0
-
-
 # ----- samples
 
 
-def score_samples(seen: Seen, scenes: Sequence[Scene]) -> dict[str, float]:
+def score_samples(seen: Recognition, scenes: Sequence[Scene]) -> dict[str, float]:
     """The rows of the card's table, each 0..1."""
     labels = labels_of(torch.tensor([scene.row() for scene in scenes]), seen.objects.device)
     every = torch.arange(len(scenes), device=seen.objects.device)
@@ -158,7 +144,9 @@ def _on_its_side(x: Tensor, content: Content) -> bool:
     return bool(first < second) == ("left" in content.relation)
 
 
-def evaluate_samples(nets: Nets, net: MeasuringNet, folder: Path, count: int, side: int, steps: int) -> dict:
+def evaluate_samples(
+    nets: Nets, net: MeasuringModel, folder: Path, count: int, side: int, steps: int
+) -> dict:
     """Scores of real renders and of both models on held-out captions, and the autoencoder's round trip."""
     rng = random.Random(HELD_OUT_SEED)
     scenes = [sample(rng) for _ in range(count)]
@@ -166,11 +154,11 @@ def evaluate_samples(nets: Nets, net: MeasuringNet, folder: Path, count: int, si
     rows = torch.tensor([scene.row() for scene in scenes])
     renderer = Renderer(nets.device)
     real = torch.cat([renderer(part, side, side, seed=7) for part in rows.split(64)])
-    result = {"real renders": score_samples(look(net, real)[0], scenes)}
+    result = {"real renders": score_samples(recognize(net, real)[0], scenes)}
     result["autoencoder, dB"] = round(round_trip_psnr(nets.ae, (real[:128] * 255).round().byte()), 2)
     for name, model_steps in (("nano", steps), ("schnell", 4)):
         images = generate(nets, nets.flux(name), name, captions, side, model_steps)
-        result[name] = score_samples(look(net, images)[0], scenes)
+        result[name] = score_samples(recognize(net, images)[0], scenes)
         save_sheet(folder / f"samples_{name}.png", images[:64], captions[:64], columns=8)
     return result
 

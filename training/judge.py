@@ -1,15 +1,16 @@
-"""The measuring net as a judge of edits: does a picture show what was asked for, and where is its subject?
+"""Judges edits with the measuring model: does an image show what was asked for, and where are its subjects?
 
-What is asked for is a plain dictionary, which a benchmark's file can hold:
+What was asked for is a plain dictionary, so that a benchmark's file can hold it:
 
-    objects, gone   names of objects that are to be there, and not to be there
-    worn            the hat that is to be worn
-    colour, place, time
+    objects, gone          names of objects that must be there, and that must not
+    worn                   the hat that must be worn
+    colour, place, time    the colour of the subject, the place, the time of day
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +18,27 @@ import torch.nn.functional as F
 from PIL import Image
 
 from flux.errors import InputError
+from flux.evaluate.judge import Verdict
 from flux.images.io import to_tensor
-from training.evaluate import look
-from training.loop.nets import NANO
-from training.scenes.compose import Content
+from training.loop.models import NANO
+from training.scenes.content import Content
 from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
-from training.stages.vision import MeasuringNet, Seen
+from training.stages.vision import MeasuringModel, Recognition, recognize
 
-# The logit from which on an object is there. One of ninety is seldom there, so the net is slow to name the
-# second of two: on rendered edits this errs least, on pictures after an edit and before it alike.
-THERE = -3.0
+# An object counts as shown from this logit on. Each of ninety objects is rarely there, so the model is slow to
+# name the second of two. On rendered edits this threshold errs least, after an edit and before it alike.
+SHOWN_FROM = -3.0
 
 
-def asked(edit: str, before: Content, after: Content) -> dict:
-    """What `edit` (one of `training.scenes.compose.EDITS`) asks for; the subject is to be there always."""
-    asked = {"objects": [subject.name for subject in after.subjects]}
+def asked_for(edit: str, before: Content, after: Content) -> dict[str, Any]:
+    """Says what an edit asks for. The subjects must always be there.
+
+    Args:
+        edit: One of `training.scenes.edits.EDITS`.
+        before: The content before the edit.
+        after: The content after it.
+    """
+    asked: dict[str, Any] = {"objects": [subject.name for subject in after.subjects]}
     kept = set(asked["objects"])
     asked["gone"] = [subject.name for subject in before.subjects if subject.name not in kept]
     subject = after.subjects[0]
@@ -45,51 +52,36 @@ def asked(edit: str, before: Content, after: Content) -> dict:
     return asked
 
 
-def shows(seen: Seen, row: int, asked: dict) -> bool:
-    """Whether picture number `row` shows all that was asked for."""
-    there, colours = seen.objects[row] > THERE, seen.colours[row]
-    good = all(there[INDEX[name]] for name in asked["objects"])
-    good = good and not any(there[INDEX[name]] for name in asked["gone"])
+def shows(recognition: Recognition, row: int, asked: Mapping[str, Any]) -> bool:
+    """Whether image number `row` shows everything that was asked for."""
+    shown, colours = recognition.objects[row] > SHOWN_FROM, recognition.colours[row]
+    good = all(shown[INDEX[name]] for name in asked["objects"])
+    good = good and not any(shown[INDEX[name]] for name in asked["gone"])
     if "worn" in asked:
-        good = good and seen.worn[row, INDEX[asked["worn"]]] > 0
+        good = good and recognition.worn[row, INDEX[asked["worn"]]] > 0
     if "colour" in asked:
         colour = COLOUR_NAMES.index(asked["colour"])
-        # Where no colour is worth a word, one of the negative numbers is still the largest.
+        # If no colour is recognized, one of the negative logits is still the largest.
         good = good and colours.argmax() == colour and colours[colour] > 0
     if "place" in asked:
-        good = good and seen.place[row].argmax() == PLACE_INDEX[asked["place"]]
+        good = good and recognition.place[row].argmax() == PLACE_INDEX[asked["place"]]
     if "time" in asked:
-        good = good and seen.time[row].argmax() == TIME_NAMES.index(asked["time"])
+        good = good and recognition.time[row].argmax() == TIME_NAMES.index(asked["time"])
     return bool(good)
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """Of one edit.
+class MeasuringJudge:
+    """Judges edits by what the measuring model recognizes in them. It is a `flux.evaluate.judge.Judge`."""
 
-    Attributes:
-        success: whether it shows all that was asked for.
-        overlap: of the subjects before and after.
-        mask: what it may have changed, booleans "H W", where nothing else says so.
-    """
-
-    success: bool
-    overlap: float
-    mask: np.ndarray
-
-
-class Judge:
-    """A measuring net, ready to look at pictures."""
-
-    def __init__(self, net: MeasuringNet, device: str | torch.device = "cpu"):
-        self.net, self.device = net.float().to(device).eval().requires_grad_(False), device
+    def __init__(self, model: MeasuringModel, device: str | torch.device = "cpu"):
+        self.model, self.device = model.float().to(device).eval().requires_grad_(False), device
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Judge":
-        """The net that the stage "measuring" wrote, measuring.pt.
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MeasuringJudge":
+        """Loads measuring.pt, which the stage "measuring" writes.
 
         Raises:
-            InputError: no such file, or none of a measuring net.
+            InputError: the file is missing, or holds no measuring model.
         """
         if not Path(path).is_file():
             raise InputError(
@@ -97,27 +89,30 @@ class Judge:
             )
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            net = MeasuringNet(replace(NANO, measuring_width=len(weights["first.weight"])))
-            net.load_state_dict(weights)
+            model = MeasuringModel(replace(NANO, measuring_width=len(weights["first.weight"])))
+            model.load_state_dict(weights)
         except Exception as error:
-            raise InputError(f"Got the judge {path}, which holds no measuring net: {error}") from error
-        return cls(net, device)
+            raise InputError(f"Got the judge {path}, which holds no measuring model: {error}") from error
+        return cls(model, device)
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[Image.Image]) -> tuple[Seen, np.ndarray]:
-        """What pictures of one size show, and where their subjects are, booleans "B H W"."""
-        images = torch.stack([to_tensor(picture) for picture in pictures]).to(self.device)
-        seen, masks = look(self.net, (images + 1) / 2)
-        # At once, since every look at a single number waits for the device.
-        return Seen(*(value.cpu() for value in vars(seen).values())), masks[:, 0].cpu().numpy()
+    def see(self, images: Sequence[Image.Image]) -> tuple[Recognition, np.ndarray]:
+        """Recognizes what images of one size show, and where their subjects are, booleans `B H W`."""
+        tensors = torch.stack([to_tensor(image) for image in images]).to(self.device)
+        recognition, masks = recognize(self.model, (tensors + 1) / 2)
+        # All at once, since reading a single number waits for the device.
+        return Recognition(*(value.cpu() for value in vars(recognition).values())), masks[:, 0].cpu().numpy()
 
-    def of(
-        self, before: Sequence[Image.Image], after: Sequence[Image.Image], asked: Sequence[dict]
+    def judge(
+        self,
+        before: Sequence[Image.Image],
+        after: Sequence[Image.Image],
+        asked: Sequence[Mapping[str, Any]],
     ) -> list[Verdict]:
-        """Of each edit, from the picture before it."""
-        (_, old), (seen, new) = self.see(before), self.see(after)
+        """Judges each edit by the image before it, the edit itself, and what was asked for."""
+        (_, old), (recognition, new) = self.see(before), self.see(after)
         return [
-            Verdict(shows(seen, row, each), overlap(*masks), may_change(*masks, each))
+            Verdict(shows(recognition, row, each), overlap(*masks), changeable(*masks, each))
             for row, (each, *masks) in enumerate(zip(asked, old, new))
         ]
 
@@ -127,9 +122,11 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
 
 
-def may_change(old: np.ndarray, new: np.ndarray, asked: dict) -> np.ndarray:
-    """What an edit with subjects there before and after may change: they and 7 pixels around them, or, if
-    the scene is to be another, all but what is subject in both.
+def changeable(old: np.ndarray, new: np.ndarray, asked: Mapping[str, Any]) -> np.ndarray:
+    """Finds what an edit may change, from the masks of the subjects before and after, booleans `H W`.
+
+    That is the subjects and 7 pixels around them. If another place or time was asked for, it is everything
+    but what belongs to a subject both before and after.
     """
     if "place" in asked or "time" in asked:
         return ~(old & new)

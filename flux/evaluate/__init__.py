@@ -1,0 +1,1 @@
+"""Compares editing methods on a benchmark."""

@@ -1,12 +1,13 @@
-"""PIE-Bench's layout (Ju et al. 2023, arXiv 2310.01506): photographs to edit, prompts before and after, and
-masks of what may change.
+"""Reads and writes edit benchmarks in PIE-Bench's layout (Ju et al. 2023, arXiv 2310.01506).
 
-    FOLDER/mapping_file.json             what is to be done with each picture, by its number
-    FOLDER/annotation_images/...         the pictures
+A benchmark is a set of photographs with a prompt before and after the edit, and a mask of what may change:
 
-`training.benchmark` writes the same layout for flux-nano. It adds to an entry its `kind`, the `seed` of its
-noise, the finished edit (`target_image_path`, also under annotation_images) and what a judge is to look for
-(`asked`); PIE-Bench itself has none of these.
+    FOLDER/mapping_file.json             the edits, by their key
+    FOLDER/annotation_images/...         the images
+
+`training.benchmark` writes the same layout for flux-nano. Its entries have four more fields: `kind`, the
+`seed` of the noise, the finished edit (`target_image_path`, also under annotation_images) and what a judge
+checks (`asked`).
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from flux.errors import InputError
 from flux.files import write_json
 from flux.images.io import read_image
 
-MAPPING, PICTURES = "mapping_file.json", "annotation_images"
+MAPPING, IMAGES = "mapping_file.json", "annotation_images"
 KINDS = {
     "0": "random",
     "1": "replace",
@@ -41,17 +42,18 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One edit to be made.
+    """One edit of a benchmark.
 
     Attributes:
-        key: its number in the benchmark.
-        path: file of the photograph.
-        source, target: what the photograph shows and what it is to show.
-        kind: of the edit.
-        runs: the mask of what may change, see `decode_mask`.
-        seed: of the noise, where there is any.
-        truth: file of the finished edit, if the benchmark knows it.
-        asked: what a judge is to look for in the edit.
+        key: The edit's key in the benchmark's file.
+        path: The file of the photograph.
+        source: The prompt that describes the photograph.
+        target: The prompt that describes the edit.
+        kind: The kind of edit.
+        runs: The mask of what may change, see `decode_mask`.
+        seed: The seed of the noise, for methods that draw any.
+        truth: The file of the finished edit, if the benchmark has it.
+        asked: What a judge checks in the edit, if the benchmark says so.
     """
 
     key: str
@@ -65,20 +67,25 @@ class Item:
     asked: dict[str, Any] | None = None
 
     def photo(self, width: int, height: int) -> Image.Image:
-        """The part of the photograph that is edited, in that size. Raises InputError as `read_image`."""
+        """Crops and scales the photograph to `width` x `height` pixels. Raises InputError as `read_image`."""
         return Photograph.of(read_image(self.path), width, height).part
 
     def mask(self, width: int, height: int) -> Image.Image:
-        """What may change of that part, white on black (mode "1"), in the same size."""
+        """Cuts the mask like the photograph: an image of mode "1", white where pixels may change."""
         mask = Image.fromarray(decode_mask(self.runs, *read_image(self.path).size))
         return mask.resize((width, height), Image.Resampling.NEAREST, middle(mask.size, width, height))
 
 
 def decode_mask(runs: Sequence[int], width: int, height: int) -> np.ndarray:
-    """The mask as booleans "H W" from its runs of true pixels, a start and a length in turn, row after row.
+    """Decodes a run-length coded mask to booleans `height width`.
 
-    What lies beyond the picture is cut off, and the outermost pixels are true always, as in the benchmark's
-    own evaluation, which calls it a guard against inexact annotation.
+    Pixels are numbered row by row. Runs beyond the last pixel are cut off. The outermost pixels are always
+    true, as in the benchmark's own evaluation, which calls it a guard against inexact annotation.
+
+    Args:
+        runs: Start and length of each run of true pixels, in turn.
+        width: The width in pixels.
+        height: The height in pixels.
     """
     mask = np.zeros(height * width, dtype=bool)
     for start, length in zip(runs[::2], runs[1::2]):
@@ -89,17 +96,17 @@ def decode_mask(runs: Sequence[int], width: int, height: int) -> np.ndarray:
 
 
 def encode_mask(mask: np.ndarray) -> list[int]:
-    """The runs of a mask "H W", of which `decode_mask` makes it again (but for the outermost pixels)."""
+    """Encodes a mask of booleans `H W` as runs. `decode_mask` restores all but the outermost pixels."""
     edges = np.diff(mask.reshape(-1).astype(np.int8), prepend=0, append=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     return np.stack((starts, ends - starts), axis=1).reshape(-1).tolist()
 
 
 def read_benchmark(folder: str | Path) -> list[Item]:
-    """The edits of a benchmark's folder, in the order of its file.
+    """Reads the edits of a benchmark's folder, in the order of its file.
 
     Raises:
-        InputError: no benchmark there, an entry that lacks something, or a picture that is not there.
+        InputError: the folder holds no benchmark, an entry lacks a field, or an image is missing.
     """
     path = Path(folder) / MAPPING
     if not path.is_file():
@@ -113,54 +120,61 @@ def read_benchmark(folder: str | Path) -> list[Item]:
         raise InputError(f"Got {path}, which cannot be read as JSON: {error}") from error
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"Got {path}, which holds no edits: expected an object with one entry for each")
-    return [_item(Path(folder), str(key), entry) for key, entry in entries.items()]
+    return [_read_item(Path(folder), str(key), entry) for key, entry in entries.items()]
 
 
-def _item(folder: Path, key: str, entry: Any) -> Item:
+def _read_item(folder: Path, key: str, entry: Any) -> Item:
     where = f"Got the edit {key!r} of {folder / MAPPING}"
     if not isinstance(entry, dict):
         raise InputError(f"{where}, which is no object")
     for name in ("image_path", "original_prompt", "editing_prompt"):
         if not isinstance(entry.get(name), str):
             raise InputError(f"{where}, which has no text {name!r}")
-    runs, kind = entry.get("mask"), KINDS.get(str(entry.get("editing_type_id")), "random")
+    runs = entry.get("mask")
     if not isinstance(runs, list) or len(runs) % 2 or not all(type(n) is int and n >= 0 for n in runs):
         raise InputError(f"{where}, whose mask is no list of starts and lengths")
-    # The number alone names the files of results, so it must not lead out of their folder.
+    # The key names the files of results, so it must not lead out of their folder.
     if not key.replace("_", "").replace("-", "").isalnum():
         raise InputError(f"{where}: expected its name to be made of letters, digits, - and _")
-    paths = [folder / PICTURES / entry[name] for name in ("image_path", "target_image_path") if name in entry]
+    paths = [folder / IMAGES / entry[name] for name in ("image_path", "target_image_path") if name in entry]
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{where}, whose picture {path} is not there")
+            raise InputError(f"{where}, whose image {path} is not there")
     return Item(
-        key,
-        paths[0],
-        _plain(entry["original_prompt"]),
-        _plain(entry["editing_prompt"]),
-        entry.get("kind", kind),
-        tuple(runs),
-        entry.get("seed", 0),
-        paths[1] if len(paths) > 1 else None,
-        entry.get("asked"),
+        key=key,
+        path=paths[0],
+        source=_without_brackets(entry["original_prompt"]),
+        target=_without_brackets(entry["editing_prompt"]),
+        kind=entry.get("kind", KINDS.get(str(entry.get("editing_type_id")), "random")),
+        runs=tuple(runs),
+        seed=entry.get("seed", 0),
+        truth=paths[1] if len(paths) > 1 else None,
+        asked=entry.get("asked"),
     )
 
 
-def _plain(prompt: str) -> str:
-    """Without the brackets that mark the words that differ."""
+def _without_brackets(prompt: str) -> str:
+    """Removes the brackets that mark the words in which the two prompts differ."""
     return prompt.replace("[", "").replace("]", "")
 
 
-def of_kinds(items: Sequence[Item], kinds: Sequence[str]) -> list[Item]:
-    """The items of these kinds, or all if none is named. Raises InputError for a kind that none is of."""
-    there = dict.fromkeys(item.kind for item in items)
-    if unknown := [kind for kind in kinds if kind not in there]:
-        raise InputError(f"Got the kinds {', '.join(unknown)}, but the benchmark has {', '.join(there)}")
+def select_kinds(items: Sequence[Item], kinds: Sequence[str]) -> list[Item]:
+    """Selects the items of the named kinds, or all items if `kinds` is empty.
+
+    Raises:
+        InputError: no item is of one of the kinds.
+    """
+    known = dict.fromkeys(item.kind for item in items)
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise InputError(f"Got the kinds {', '.join(unknown)}, but the benchmark has {', '.join(known)}")
     return [item for item in items if not kinds or item.kind in kinds]
 
 
-def spread(items: Sequence[Item], count: int | None) -> list[Item]:
-    """`count` of the items, of each kind about its share; all if there are fewer."""
+def select_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
+    """Selects `count` items with the kinds in their original proportions, or all items if there are fewer.
+
+    A smaller selection is a part of a larger one.
+    """
     if count is None or count >= len(items):
         return list(items)
     kinds = list(dict.fromkeys(item.kind for item in items))
@@ -171,11 +185,11 @@ def spread(items: Sequence[Item], count: int | None) -> list[Item]:
     return [item for item in items if item.key in chosen]
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Of the benchmark's file: another one, another set of edits."""
+def benchmark_fingerprint(folder: str | Path) -> str:
+    """Hashes the benchmark's file, so that another set of edits is noticed."""
     return hashlib.sha256((Path(folder) / MAPPING).read_bytes()).hexdigest()[:16]
 
 
 def write_benchmark(folder: str | Path, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Writes the file that `read_benchmark` reads; the pictures are the caller's to write."""
+    """Writes the file that `read_benchmark` reads. The caller writes the images."""
     write_json(Path(folder) / MAPPING, dict(entries))

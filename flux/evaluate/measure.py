@@ -1,78 +1,74 @@
-"""What is measured of each edit."""
+"""Measures edits: how well each keeps what it should keep, and follows its prompt."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
-from flux.errors import InputError
 from flux.evaluate.benchmark import Item
-from flux.evaluate.methods import Made
-from flux.evaluate.settings import EvaluateSettings
-from flux.evaluate.store import Row
-from flux.metrics.edits import Edit, EditMetrics
+from flux.evaluate.judge import Judge, Verdict
+from flux.evaluate.methods import EditResult
+from flux.evaluate.resolve import ResolvedEvaluate
+from flux.evaluate.summary import Row
+from flux.metrics.edits import EditMetrics, MeasuredEdit
 from flux.runtime.devices import pick_device
 from flux.specs import encoder_of
 
 
 class Measurer:
-    """What is known of an edit once it is made.
+    """Measures edits with metrics and, if there is one, a judge.
 
     Raises:
-        InputError: as `EditMetrics.load`, or a judge that is not there.
+        InputError: as `EditMetrics.load`.
     """
 
-    def __init__(self, settings: EvaluateSettings):
+    def __init__(self, settings: ResolvedEvaluate, judge: Judge | None = None):
         device = pick_device(settings.device)
         encoder = encoder_of(settings.encoder or settings.model)
         self.metrics = EditMetrics.load(settings.metrics, encoder, settings.clip, device)
-        self.judge, self.settings = _load_judge(settings.judge, device), settings
-        # Where the next edits are made meanwhile, each look at a number would wait for these.
+        self.settings, self.judge = settings, judge
+        # The next edits are made meanwhile. On their stream, reading a number would wait for them.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
-    def rows(self, method: str, items: Sequence[Item], made: Sequence[Made]) -> list[Row]:
-        """The rows of results.csv for some items that one method edited."""
+    def rows(self, method: str, items: Sequence[Item], results: Sequence[EditResult]) -> list[Row]:
+        """Measures one method's edits of some items: the rows of results.csv."""
         with torch.cuda.stream(self.stream):
-            return self._rows(method, items, made)
+            size = self.settings.size
+            before = [result.reference or item.photo(*size) for item, result in zip(items, results)]
+            after = [result.image for result in results]
+            verdicts = self._verdicts(items, before, after)
+            edits = [self._edit(*each) for each in zip(items, before, after, verdicts)]
+            rows = []
+            for item, result, verdict, scores in zip(items, results, verdicts, self.metrics.measure(edits)):
+                if verdict:
+                    scores |= {"success": float(verdict.success), "overlap": verdict.overlap}
+                scores |= {"seconds": result.seconds, "evaluations": result.evaluations}
+                rows.append(Row(item.key, item.kind, method, scores))
+            return rows
 
-    def _rows(self, method: str, items: Sequence[Item], made: Sequence[Made]) -> list[Row]:
-        size = self.settings.width, self.settings.height
-        befores = [m.reference or item.photo(*size) for item, m in zip(items, made)]
-        afters = [m.picture for m in made]
-        generated = self.settings.references == "generated"
-        judged, verdicts = [n for n, item in enumerate(items) if self.judge and item.asked], {}
-        if judged:
-            sides = ([pictures[n] for n in judged] for pictures in (befores, afters))
-            verdicts = dict(zip(judged, self.judge.of(*sides, [items[n].asked for n in judged])))
-        edits = []
-        for n, (item, before, after) in enumerate(zip(items, befores, afters)):
-            if self.settings.reconstruct:
-                mask, target = np.zeros(size[::-1], dtype=bool), item.source
-            elif generated:
-                # Only a judge knows where its subjects are.
-                mask, target = verdicts[n].mask if n in verdicts else None, item.target
-            else:
-                mask, target = np.asarray(item.mask(*size)), item.target
-            edits.append(Edit(before, after, mask, item.source, target))
-        rows = []
-        for n, (item, m, scores) in enumerate(zip(items, made, self.metrics.of(edits))):
-            row: Row = {"item": item.key, "kind": item.kind, "method": method, **scores}
-            if n in verdicts:
-                row |= {"success": float(verdicts[n].success), "overlap": verdicts[n].overlap}
-            rows.append(row | {"seconds": m.seconds, "evaluations": m.evaluations})
-        return rows
+    def _verdicts(
+        self, items: Sequence[Item], before: Sequence[Image.Image], after: Sequence[Image.Image]
+    ) -> list[Verdict | None]:
+        """Asks the judge about the items that say what to check. The verdict on the others is None."""
+        verdicts: list[Verdict | None] = [None] * len(items)
+        asked = {n: item.asked for n, item in enumerate(items) if item.asked}
+        if self.judge and asked:
+            own_before, own_after = ([images[n] for n in asked] for images in (before, after))
+            for n, verdict in zip(asked, self.judge.judge(own_before, own_after, list(asked.values()))):
+                verdicts[n] = verdict
+        return verdicts
 
-
-def _load_judge(path: str | None, device):
-    if path is None:
-        return None
-    try:
-        from training.judge import Judge
-    except ImportError as error:
-        raise InputError(
-            f"Got the judge {path}, which takes the folder training/ of the repository: start there, or "
-            "leave judge out"
-        ) from error
-    return Judge.load(path, device)
+    def _edit(self, item: Item, before: Image.Image, after: Image.Image, verdict: Verdict | None) -> MeasuredEdit:
+        size = self.settings.size
+        target = item.target
+        if self.settings.reconstruct:
+            mask, target = np.zeros(size[::-1], dtype=bool), item.source
+        elif self.settings.references == "generated":
+            # Only a judge knows where the subjects of generated references are.
+            mask = verdict.mask if verdict else None
+        else:
+            mask = np.asarray(item.mask(*size))
+        return MeasuredEdit(before, after, mask, item.source, target)

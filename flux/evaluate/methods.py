@@ -1,4 +1,4 @@
-"""Edits of a benchmark made by one method, several at once."""
+"""Runs one editing method on several items of a benchmark, as one batch."""
 
 import time
 from collections.abc import Sequence
@@ -8,40 +8,41 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.editing.batches import batches_of, flow, follow
-from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
+from flux.editing.batches import Mask, batches_of, flow, follow
 from flux.editing.photo import token_mask
-from flux.editing.reference import Source, replayed, steering
+from flux.editing.reference import generated_source, photo_source, steering
 from flux.evaluate.benchmark import Item
-from flux.evaluate.settings import Method
+from flux.evaluate.resolve import ResolvedMethod
 from flux.pipeline import Pipeline, counted
 from flux.sampling import Step, sample
-from flux.settings.demos import EditSettings
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """An edit, and the generated reference it was made from, if any.
+class EditResult:
+    """A method's edit of one item.
 
     Attributes:
-        seconds: its share of the time that its batch took, everything included.
-        evaluations: of the transformer, on one picture each.
+        image: The edit.
+        reference: The reference it was made from, if that was generated.
+        seconds: The edit's share of its batch's whole time. None if it was not recorded.
+        evaluations: The edit's share of the transformer's evaluations, counted per image.
     """
 
-    picture: Image.Image
+    image: Image.Image
     reference: Image.Image | None
-    seconds: float
-    evaluations: float
+    seconds: float | None
+    evaluations: float | None
 
 
-class Maker:
+class MethodRunner:
     """Makes edits with one loaded model.
 
     Args:
-        size: width and height of the edits.
-        seed: added to that of each item.
-        photos: whether the photographs are edited, or pictures generated from their prompts.
-        reconstruct: whether each photograph's own prompt takes the place of the edit's.
+        pipe: The model.
+        size: Width and height of the edits in pixels.
+        seed: Added to the seed of each item.
+        photos: Whether to edit the photographs. If False, the references are generated from the prompts.
+        reconstruct: Whether to use each photograph's own prompt instead of the edit's.
     """
 
     def __init__(
@@ -55,22 +56,23 @@ class Maker:
         self.pipe, self.size, self.seed, self.photos = pipe, size, seed, photos
         self.reconstruct = reconstruct
 
-    def make(self, method: Method | None, items: Sequence[Item]) -> list[Made]:
-        """The items' edits by the method, as one batch; None: the autoencoder's round trip alone.
+    def run(self, method: ResolvedMethod | None, items: Sequence[Item]) -> list[EditResult]:
+        """Edits the items as one batch. If `method` is None, the autoencoder encodes and decodes them.
 
         Raises:
             InputError: as `flux.editing.edit.edit`.
         """
         begin = time.perf_counter()
+        references: Sequence[Image.Image | None] = [None] * len(items)
         with counted(self.pipe) as evaluations, torch.inference_mode():
             if method is None:
-                pictures, references = self._decoded(self._encoded(items)), None
+                images = self._decoded(self._encoded(items))
             elif method.strength is not None:
-                pictures, references = self._image_to_image(method, items), None
+                images = self._image_to_image(method, method.strength, items)
             else:
-                pictures, references = self._edited(method, items)
+                images, references = self._edited(method, items)
         shares = ((time.perf_counter() - begin) / len(items), evaluations() / len(items))
-        return [Made(*pair, *shares) for pair in zip(pictures, references or [None] * len(items))]
+        return [EditResult(*pair, *shares) for pair in zip(images, references)]
 
     def _encoded(self, items: Sequence[Item]) -> Tensor:
         return torch.cat([self.pipe.encode(item.photo(*self.size)) for item in items])
@@ -81,13 +83,18 @@ class Maker:
     def _targets(self, items: Sequence[Item]) -> list[str]:
         return [item.source if self.reconstruct else item.target for item in items]
 
-    def _image_to_image(self, method: Method, items: Sequence[Item]) -> list[Image.Image]:
-        """SDEdit (arXiv 2108.01073): noise of that strength, and from there to the new prompt."""
+    def _seeds(self, items: Sequence[Item]) -> list[int]:
+        return [self.seed + item.seed for item in items]
+
+    def _image_to_image(
+        self, method: ResolvedMethod, strength: float, items: Sequence[Item]
+    ) -> list[Image.Image]:
+        """SDEdit (arXiv 2108.01073): adds noise to the photograph and denoises it with the new prompt."""
         settings, pipe = method.settings, self.pipe
         cond = pipe.condition(self._targets(items), settings.guidance, **steering(settings))
         levels = pipe.schedule(settings.num_steps, *self.size)
-        levels = levels[round((1 - method.strength) * settings.num_steps) :]
-        noise = pipe.noise([self.seed + item.seed for item in items], *self.size)
+        levels = levels[round((1 - strength) * settings.num_steps) :]
+        noise = pipe.noise(self._seeds(items), *self.size)
         latent = levels[0] * noise + (1 - levels[0]) * self._encoded(items)
         with pipe.denoising() as model:
             for step in sample(model, latent, pipe.image_ids(1, *self.size), cond, levels):
@@ -95,16 +102,18 @@ class Maker:
         return self._decoded(latent)
 
     def _edited(
-        self, method: Method, items: Sequence[Item]
-    ) -> tuple[list[Image.Image], list[Image.Image] | None]:
-        """What `flux.editing.edit.edit` makes of each item, its references and edits in rows of one batch; the
-        edits, and the references if they were generated.
+        self, method: ResolvedMethod, items: Sequence[Item]
+    ) -> tuple[list[Image.Image], Sequence[Image.Image | None]]:
+        """Edits each item as `flux.editing.edit.edit` does, but with all items in the rows of one batch.
+
+        Returns:
+            The edits, and the references if they were generated, else None for each.
         """
-        pipe, settings = self.pipe, method.settings
-        masks = [None] * len(items)
+        pipe, settings, prompts = self.pipe, method.settings, [item.source for item in items]
+        masks: list[Mask | None] = [None] * len(items)
         if settings.mask == "given":
-            pictures = [item.mask(*self.size) for item in items]
-            masks = [(picture, token_mask(picture, [self.size], *self.size)) for picture in pictures]
+            images = [item.mask(*self.size) for item in items]
+            masks = [(image, token_mask(image, [self.size], *self.size)) for image in images]
         settings = settings.model_copy(
             update={
                 "edits": tuple(self._targets(items)),
@@ -113,33 +122,21 @@ class Maker:
                 "seed": self.seed,
             }
         )
-        source = self._source(settings, items)
-        [batch] = batches_of(pipe, source, settings, settings.vital_layers, masks)
-        batch.sources = [item.source for item in items]
+        if self.photos:
+            source = photo_source(pipe, settings, prompts, self._encoded(items))
+        else:
+            source = generated_source(pipe, settings, prompts, self._seeds(items))
+        [batch] = batches_of(pipe, source, settings, method.layers, masks)
         with pipe.denoising() as model:
-            if source.path is None and self.photos:
-                flow(pipe, model, source, [batch], _unseen)
+            if source.inversion_free:
+                flow(pipe, model, source, [batch], _ignore)
+                latent = source.start
             else:
                 moments = source.moments(model, pipe.image_ids(1, *self.size), batch.takes)
-                latent = follow(pipe, model, source, moments, [batch], _unseen)
+                latent = follow(pipe, model, source, moments, [batch], _ignore)
         edits = self._decoded(batch.latent / source.scale)
-        return edits, None if self.photos else self._decoded(latent)
-
-    def _source(self, settings: EditSettings, items: Sequence[Item]) -> Source:
-        """What `flux.editing.reference.find_source` finds for each item, in rows of one batch."""
-        pipe, prompts = self.pipe, [item.source for item in items]
-        levels = pipe.schedule(settings.num_steps, *self.size)
-        common = (prompts[0], settings, levels)
-        if not self.photos:
-            cond = pipe.condition(prompts, settings.guidance, **steering(settings))
-            return Source(*common, cond, pipe.noise([self.seed + item.seed for item in items], *self.size))
-        clean = self._encoded(items)
-        if settings.inversion == "none" and not settings.as_published:
-            return Source(*common, pipe.condition(prompts, FLOW_EDIT_GUIDANCE, **steering(settings)), clean)
-        cond = pipe.condition(prompts, 1.0, **steering(settings))
-        path, scale = replayed(pipe, settings, cond, clean, levels)
-        return Source(*common, cond, path[0], path, scale)
+        return edits, [None] * len(items) if self.photos else self._decoded(latent)
 
 
-def _unseen(step: Step, index: int) -> None:
-    """No one watches the steps."""
+def _ignore(step: Step, index: int) -> None:
+    """Does nothing with a step. No one watches it."""

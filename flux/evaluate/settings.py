@@ -25,7 +25,7 @@ Fields = dict[str, Any]
 
 
 class EvaluateSettings(ModelSettings, frozen=True):
-    """Settings of an evaluation. A field such as num_steps holds for every method that does not name its own."""
+    """Settings of an evaluation. A field such as num_steps is for all methods that do not name their own."""
 
     demo: ClassVar[str] = "evaluate"
     benchmark: Text = Field(description="folder in PIE-Bench's layout")
@@ -37,14 +37,21 @@ class EvaluateSettings(ModelSettings, frozen=True):
     )
     reconstruct: bool = Field(False, description="each photo's own prompt instead of the edit's")
     kinds: Words = Field((), description="only edits of these kinds; empty: all kinds")
-    count: int | None = Field(None, ge=1, description="only so many edits, the kinds in their original proportions")
+    count: int | None = Field(
+        None, ge=1, description="only so many edits, the kinds in their original proportions"
+    )
     seed: Seed = Field(0, description="added to the seed of each edit")
     metrics: Annotated[tuple[Literal["structure", "lpips", "clip"], ...], Field(strict=False)] = Field(
         ("structure",), description="measures that need a model"
     )
-    encoder: Text | None = Field(None, description="DINO of structure: hub id or folder; by default the model's own")
+    encoder: Text | None = Field(
+        None, description="DINO of structure: hub id or folder; by default the model's own"
+    )
     clip: Text = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
-    judge: Text | None = Field(None, description="measuring.pt, which says whether edits succeeded; needs python -m training.evaluate_edits")
+    judge: Text | None = Field(
+        None,
+        description="measuring.pt, to tell which edits succeed; for python -m training.evaluate_edits",
+    )
     batch_size: int = Field(16, ge=1, description="edits made at once")
     workers: int = Field(1, ge=1, description="processes that share the work through Ray, one per GPU")
     ray_address: Text | None = Field(None, description='a Ray cluster: "auto", or its head\'s address')
@@ -71,8 +78,8 @@ class EvaluateSettings(ModelSettings, frozen=True):
         return self
 
 
-# Rows that every comparison of photographs has: the photograph encoded and decoded by the autoencoder, and the
-# finished edit if the benchmark has it.
+# Every comparison of photographs has these rows: the photograph encoded and decoded by the autoencoder, and
+# the finished edit if the benchmark has it.
 BASELINES = ("autoencoder", "truth")
 
 

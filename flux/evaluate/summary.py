@@ -1,20 +1,21 @@
-"""The outcome of an evaluation as tables: summary.csv with the mean of every measure for each method and kind
-of edit, summary.md with what tells most.
+"""Sums an evaluation up in tables.
+
+summary.csv has the mean of every measure for each method and kind of edit. summary.md shows the important
+ones.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from flux.files import write_text
 
-Row = Mapping[str, str | float | None]
-
-SCENE = ("background", "time", "style")  # kinds of edits that change all of a picture, the others a part
-KEPT = 25.0  # dB outside the mask: from there on, what an edit should keep looks kept
-CELL = ("success", "psnr", "both", "overlap")  # of the table by kind
-# In summary.md: title, factor (those of PIE-Bench's tables), digits.
+SCENE = ("background", "time", "style")  # kinds of edits that change the whole image
+KEPT = 25.0  # dB outside the mask: from here on, what an edit should keep looks kept
+CELL = ("success", "psnr", "both", "overlap")  # the measures in the table by kind
+# The columns of summary.md: title, factor (those of PIE-Bench's tables), digits.
 SHOWN = {
     "success": ("success", 1, 2),
     "both": (f"and {KEPT:g} dB", 1, 2),
@@ -38,66 +39,94 @@ share of its batch. Local: edits of a part of the picture, not of its place, tim
 """
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of results.csv: the measures of one method's edit of one item.
+
+    Attributes:
+        item: The item's key in the benchmark.
+        kind: The kind of edit.
+        method: The method's slug.
+        scores: The measures by name. A score is None if the measure does not apply.
+    """
+
+    item: str
+    kind: str
+    method: str
+    scores: Mapping[str, float | None]
+
+
 def means(rows: Sequence[Row]) -> dict[str, float]:
-    """The mean of each measure over the rows that have it; those that none has are left out."""
+    """Averages each measure over the rows that have it. A measure that no row has is left out."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        row = dict(row)
-        if row.get("success") is not None and row["psnr"] is not None:
-            row["both"] = float(row["success"] and row["psnr"] >= KEPT)
-        for name, value in row.items():
-            if isinstance(value, int | float):
+        for name, value in row.scores.items():
+            if value is not None:
                 values.setdefault(name, []).append(value)
+        success, psnr = row.scores.get("success"), row.scores.get("psnr")
+        if success is not None and psnr is not None:
+            values.setdefault("both", []).append(float(success > 0 and psnr >= KEPT))
     return {name: sum(each) / len(each) for name, each in values.items()}
 
 
-def by_kind(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """The means of "all" edits, of the "local" ones if there are others, and of each kind, in the order in
-    which the kinds come; with the number of edits as "items".
+def means_by_kind(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Averages the measures of each kind of edit, in the order in which the kinds come.
+
+    The first entries are "all" and, if some kinds change the whole image, "local": the edits of other kinds.
+    Each entry has the number of edits as "items".
     """
     groups: dict[str, list[Row]] = {"all": list(rows)}
-    if any(row["kind"] in SCENE for row in rows):
-        groups["local"] = [row for row in rows if row["kind"] not in SCENE]
+    if any(row.kind in SCENE for row in rows):
+        groups["local"] = [row for row in rows if row.kind not in SCENE]
     for row in rows:
-        groups.setdefault(row["kind"], []).append(row)
-    return {kind: {"items": len(own)} | means(own) for kind, own in groups.items() if own}
+        groups.setdefault(row.kind, []).append(row)
+    return {kind: {"items": len(group)} | means(group) for kind, group in groups.items() if group}
 
 
-def write_standings(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Writes summary.csv and summary.md of each method's rows. Raises InputError as `write_text`."""
-    found = {method: by_kind(own) for method, own in rows.items()}
-    names = [name for name in SHOWN if any(name in kinds["all"] for kinds in found.values())]
-    extra = dict.fromkeys(name for kinds in found.values() for name in kinds["all"] if name not in SHOWN)
+def write_summary(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Writes summary.csv and summary.md from the rows of each method, by its name.
+
+    Raises:
+        InputError: as `write_text`.
+    """
+    tables = {method: means_by_kind(own) for method, own in rows.items()}
+    names = [name for name in SHOWN if any(name in kinds["all"] for kinds in tables.values())]
+    others = dict.fromkeys(name for kinds in tables.values() for name in kinds["all"] if name not in SHOWN)
     text = StringIO()
-    columns = dict.fromkeys(["method", "kind", "items", *names, *extra])
+    columns = dict.fromkeys(["method", "kind", "items", *names, *others])
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
-    for method, kinds in found.items():
+    for method, kinds in tables.items():
         writer.writerows({"method": method, "kind": kind, **values} for kind, values in kinds.items())
     write_text(folder / "summary.csv", text.getvalue())
-    write_text(folder / "summary.md", markdown(found, names))
+    write_text(folder / "summary.md", markdown(tables, names))
 
 
-def markdown(found: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequence[str]) -> str:
-    """One table of all measures, one of the most telling by kind of edit."""
+def markdown(tables: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequence[str]) -> str:
+    """Formats one table of the named measures and one of the important ones by kind of edit.
+
+    Args:
+        tables: The means of `means_by_kind`, by the method's name.
+        names: The measures to show, out of `SHOWN`.
+    """
 
     def cell(values: Mapping[str, float], name: str) -> str:
         _, factor, digits = SHOWN[name]
         return f"{factor * values[name]:.{digits}f}" if name in values else ""
 
-    lines = _row("method", *(SHOWN[name][0] for name in names)) + _row(*["---"] * (len(names) + 1))
-    for method, kinds in found.items():
-        lines += _row(method, *(cell(kinds["all"], name) for name in names))
-    kinds = [kind for kind in next(iter(found.values())) if kind != "all"]
-    telling = [name for name in CELL if name in names]
-    if len(kinds) > 1 and telling:
-        lines += f"\n{' / '.join(SHOWN[name][0] for name in telling)} by kind of edit:\n\n"
-        lines += _row("method", *kinds) + _row(*["---"] * (len(kinds) + 1))
-        for method, own in found.items():
-            cells = (" / ".join(cell(own[kind], name) or "-" for name in telling) for kind in kinds)
-            lines += _row(method, *cells)
+    lines = _line("method", *(SHOWN[name][0] for name in names)) + _line(*["---"] * (len(names) + 1))
+    for method, kinds in tables.items():
+        lines += _line(method, *(cell(kinds["all"], name) for name in names))
+    kinds = [kind for kind in next(iter(tables.values())) if kind != "all"]
+    important = [name for name in CELL if name in names]
+    if len(kinds) > 1 and important:
+        lines += f"\n{' / '.join(SHOWN[name][0] for name in important)} by kind of edit:\n\n"
+        lines += _line("method", *kinds) + _line(*["---"] * (len(kinds) + 1))
+        for method, own in tables.items():
+            cells = (" / ".join(cell(own[kind], name) or "-" for name in important) for kind in kinds)
+            lines += _line(method, *cells)
     return f"{lines}\n{NOTES}"
 
 
-def _row(*cells: str) -> str:
+def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |\n"

@@ -8,12 +8,12 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.evaluate.benchmark import (
+    benchmark_fingerprint,
     decode_mask,
     encode_mask,
-    fingerprint,
-    of_kinds,
     read_benchmark,
-    spread,
+    select_evenly,
+    select_kinds,
     write_benchmark,
 )
 from flux.images.io import save_image
@@ -101,23 +101,23 @@ def test_photo_and_mask_are_cut_and_scaled_alike(tmp_path):
 def test_spread_takes_each_kind_evenly(tmp_path):
     kinds = ["1"] * 8 + ["2"] * 4
     items = read_benchmark(write(tmp_path, *(entry(n, editing_type_id=kind) for n, kind in enumerate(kinds))))
-    chosen = spread(items, 6)
+    chosen = select_evenly(items, 6)
     assert [item.kind for item in chosen] == ["replace"] * 4 + ["add"] * 2
-    assert {item.key for item in spread(items, 3)} < {item.key for item in chosen}
-    assert spread(items, 100) == spread(items, None) == items
+    assert {item.key for item in select_evenly(items, 3)} < {item.key for item in chosen}
+    assert select_evenly(items, 100) == select_evenly(items, None) == items
 
 
 def test_kinds_are_chosen_by_name(tmp_path):
     items = read_benchmark(write(tmp_path, entry(0), entry(1, editing_type_id="9")))
-    assert of_kinds(items, ["style"]) == items[1:]
-    assert of_kinds(items, []) == items
+    assert select_kinds(items, ["style"]) == items[1:]
+    assert select_kinds(items, []) == items
     with pytest.raises(InputError, match="kinds colours, but the benchmark has colour, style"):
-        of_kinds(items, ["colours", "style"])
+        select_kinds(items, ["colours", "style"])
 
 
 def test_another_file_is_another_benchmark(tmp_path):
-    first = fingerprint(write(tmp_path, entry()))
-    assert first != fingerprint(write(tmp_path, entry(seed=1)))
+    first = benchmark_fingerprint(write(tmp_path, entry()))
+    assert first != benchmark_fingerprint(write(tmp_path, entry(seed=1)))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_number_that_leads_elsewhere(tmp_path):
 
 
 def test_no_benchmark(tmp_path):
-    with pytest.raises(InputError, match="holds no mapping_file.json.*training.benchmark"):
+    with pytest.raises(InputError, match=r"holds no mapping_file\.json.*training\.benchmark"):
         read_benchmark(tmp_path)
     for text in ("[]", "{}", "no", json.dumps({"one": 1})):
         (tmp_path / "mapping_file.json").write_text(text)

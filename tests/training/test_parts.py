@@ -11,10 +11,11 @@ from flux.model import Flux
 from flux.sampling import get_schedule, image_ids
 from flux.weights.load import read_weights
 from training.loop.data import positions
-from training.loop.nets import TOY, build_autoencoder, build_flux
+from training.loop.models import TOY, build_autoencoder, build_flux
 from training.loop.optimizer import Muon, orthogonalized
 from training.loop.trainer import Schedule
-from training.scenes.compose import compose, sample_content
+from training.scenes.compose import compose
+from training.scenes.content import sample_content
 from training.scenes.labels import labels_of
 from training.scenes.vocabulary import COLOUR_NAMES, INDEX
 from training.stages.autoencoder import fold_scale

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from training.scenes.compose import Content, Scene, compose, sample_content
+from training.scenes.compose import Scene, compose
+from training.scenes.content import Content, sample_content
 from training.scenes.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, SPRITES, TIME_NAMES
 from training.stages.text import reading_loss
 

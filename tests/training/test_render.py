@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from training.scenes.compose import EDITS, Content, Scene, Shape, Subject, sample, sample_pair
+from training.scenes.compose import Scene, Shape, sample
+from training.scenes.content import Content, Subject
+from training.scenes.edits import EDITS, sample_pair
 from training.scenes.habits import TEMPLATES, Thing
 from training.scenes.render import Renderer
 from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACES, TIME_NAMES

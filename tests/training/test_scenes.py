@@ -4,18 +4,9 @@ import random
 
 import pytest
 
-from training.scenes.compose import (
-    ALONE_FIRST,
-    ALONE_FIRST_ON_A_SIDE,
-    COLUMNS,
-    EDITS,
-    FIRST_THING,
-    compose,
-    editable,
-    sample,
-    sample_content,
-    sample_pair,
-)
+from training.scenes.compose import ALONE_FIRST, ALONE_FIRST_ON_A_SIDE, COLUMNS, FIRST_THING, compose, sample
+from training.scenes.content import sample_content
+from training.scenes.edits import EDITS, editable, sample_pair
 from training.scenes.habits import (
     CLEARANCE,
     SQUARE,
@@ -176,7 +167,7 @@ def test_pairs_differ_in_what_the_edit_names(edit):
 
 
 def test_an_edit_a_content_does_not_allow_is_refused():
-    from training.scenes.compose import edited
+    from training.scenes.edits import edited
 
     rng = random.Random(2)
     content = next(

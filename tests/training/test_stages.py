@@ -17,7 +17,7 @@ from flux.modules.conditioner import HFEmbedder
 from flux.weights.load import read_weights
 from training.evaluate import Nets, evaluate_samples, generate, score_samples, table
 from training.loop.cluster import Cluster
-from training.loop.nets import DINO_SIDE
+from training.loop.models import DINO_SIDE
 from training.loop.plan import TOY_PLAN, Work
 from training.loop.trainer import Budget
 from training.scenes.labels import labels_of
@@ -27,7 +27,7 @@ from training.stages.flow import first_generator, train_flow, train_guidance, wi
 from training.stages.schnell import merged, train_schnell
 from training.stages.text import train_text
 from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
-from training.stages.vision import Seen, load_measuring, normalized, train_dinov2, train_measuring
+from training.stages.vision import Recognition, load_measuring, normalized, train_dinov2, train_measuring
 
 ROOT = Path(__file__).parents[2]
 MOMENT = {name: replace(stage, seconds=0.01) for name, stage in TOY_PLAN.items()}
@@ -135,11 +135,11 @@ def test_samples_are_scored(work, tmp_path):
     assert images.max() <= 1
 
 
-def perfect(scenes) -> Seen:
+def perfect(scenes) -> Recognition:
     """What a net that makes no mistakes sees."""
     labels = labels_of(torch.tensor([scene.row() for scene in scenes]))
     one_hot = torch.nn.functional.one_hot
-    return Seen(
+    return Recognition(
         20 * labels.objects - 10, 20 * labels.worn - 10, 20 * labels.colours - 10,
         one_hot(labels.place, 16).float(), one_hot(labels.time, 3).float(), one_hot(labels.count, 4).float(),
         labels.x,
@@ -153,7 +153,7 @@ def test_perfect_sight_scores_one():
 
     scenes = [sample(random.Random(seed)) for seed in range(300)]
     assert set(score_samples(perfect(scenes), scenes).values()) == {1.0}
-    blind = Seen(*(torch.zeros_like(value) for value in vars(perfect(scenes)).values()))
+    blind = Recognition(*(torch.zeros_like(value) for value in vars(perfect(scenes)).values()))
     assert score_samples(blind, scenes)["objects, recall"] == 0
 
 

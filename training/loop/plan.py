@@ -6,7 +6,7 @@ from pathlib import Path
 
 from training.loop.cluster import Cluster
 from training.loop.data import Pool, draw_pool
-from training.loop.nets import NANO, TOY, Sizes
+from training.loop.models import NANO, TOY, Sizes
 from training.loop.trainer import Budget
 
 

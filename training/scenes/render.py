@@ -12,14 +12,8 @@ from torch import Tensor
 
 from training.scenes.atlas import CELL, boxes, sprites
 from training.scenes.backgrounds import PAINTERS, Canvas, palette
-from training.scenes.compose import (
-    DETAIL_SLOTS,
-    FIRST_DETAIL,
-    FIRST_THING,
-    SLOT_WIDTH,
-    THING_SLOTS,
-    Pair,
-)
+from training.scenes.compose import DETAIL_SLOTS, FIRST_DETAIL, FIRST_THING, SLOT_WIDTH, THING_SLOTS
+from training.scenes.edits import Pair
 from training.scenes.habits import FLOATING, hat_placement
 from training.scenes.vocabulary import OBJECTS, PLACES, SPRITES
 

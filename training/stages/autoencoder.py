@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux.modules.autoencoder import AutoEncoder
-from training.loop.nets import build_autoencoder
+from training.loop.models import build_autoencoder
 from training.loop.optimizer import convolution_optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically

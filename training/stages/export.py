@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.weights.load import read_weights
-from training.loop.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
+from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
 from training.loop.plan import Work
 from training.loop.trainer import save_atomically
 from training.scenes.vocabulary import all_words

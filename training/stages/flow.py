@@ -16,7 +16,7 @@ from flux.modules.layers import timestep_embedding
 from flux.sampling import get_lin_function
 from flux.weights.load import read_weights
 from training.loop.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
-from training.loop.nets import Generator, compile_blocks, load_text_encoders, text_ids
+from training.loop.models import Generator, compile_blocks, load_text_encoders, text_ids
 from training.loop.optimizer import flow_optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically

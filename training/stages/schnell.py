@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flux.model import Flux
 from training.loop.data import positions
-from training.loop.nets import Sizes, build_flux, text_ids
+from training.loop.models import Sizes, build_flux, text_ids
 from training.loop.optimizer import Optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.loop.nets import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD, Sizes, build_dinov2
+from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD, Sizes, build_dinov2
 from training.loop.optimizer import Optimizers, convolution_optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically
@@ -26,7 +26,7 @@ _HEADS = {
 
 
 @dataclass
-class Seen:
+class Recognition:
     """What a net reads off pictures: logits, and where objects stand (0..1 of the width). Shapes as in
     `Labels`.
     """
@@ -41,18 +41,18 @@ class Seen:
 
 
 class Heads(nn.Module):
-    """One linear layer from features to everything in `Seen`."""
+    """One linear layer from features to everything in `Recognition`."""
 
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, sum(_HEADS.values()))
 
-    def forward(self, features: Tensor) -> Seen:
+    def forward(self, features: Tensor) -> Recognition:
         parts = self.linear(features).float().split(list(_HEADS.values()), dim=-1)
-        return Seen(*parts[:-1], x=0.5 + parts[-1])
+        return Recognition(*parts[:-1], x=0.5 + parts[-1])
 
 
-def looking_loss(seen: Seen, labels: Labels) -> Tensor:
+def recognition_loss(seen: Recognition, labels: Labels) -> Tensor:
     """Sum of what each head gets wrong, brought to like sizes."""
     binary = F.binary_cross_entropy_with_logits
     off = (
@@ -83,7 +83,7 @@ class DinoClassifier(nn.Module):
         self.dinov2 = build_dinov2(sizes)
         self.heads = Heads(sizes.dino_width)
 
-    def forward(self, images: Tensor) -> Seen:
+    def forward(self, images: Tensor) -> Recognition:
         return self.heads(self.dinov2(pixel_values=normalized(images)).pooler_output)
 
 
@@ -101,7 +101,7 @@ class Residual(nn.Module):
         return F.relu(self.short(x) + h)
 
 
-class MeasuringNet(nn.Module):
+class MeasuringModel(nn.Module):
     """Pictures "B 3 128 128" in 0..1 -> what they show, and logits of the subjects' mask, "B 1 32 32"."""
 
     def __init__(self, sizes: Sizes):
@@ -117,7 +117,7 @@ class MeasuringNet(nn.Module):
         self.heads = Heads(512)
         self.mask = nn.Sequential(nn.Conv2d(10 * w, 2 * w, 3, 1, 1), nn.ReLU(), nn.Conv2d(2 * w, 1, 3, 1, 1))
 
-    def forward(self, images: Tensor) -> tuple[Seen, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Recognition, Tensor]:
         fine = self.fine(F.relu(self.first((images - 0.5) / 0.25)))
         middle = self.middle(fine)
         coarse = self.coarse(middle)
@@ -125,6 +125,17 @@ class MeasuringNet(nn.Module):
         seen = self.heads(F.relu(self.hidden(torch.cat(features, dim=1))))
         levels = [F.interpolate(level, size=fine.shape[-2:]) for level in (fine, middle, coarse)]
         return seen, self.mask(torch.cat(levels, dim=1)).float()
+
+
+@torch.no_grad()
+def recognize(model: MeasuringModel, images: Tensor) -> tuple[Recognition, Tensor]:
+    """Recognizes what images "B 3 H W" in 0..1 show, and masks their subjects: booleans "B 1 H W"."""
+    small = F.interpolate(images, size=(DINO_SIDE, DINO_SIDE), mode="bilinear", antialias=True)
+    parts = [model(part) for part in small.split(128)]
+    names = Recognition.__dataclass_fields__
+    recognition = Recognition(*(torch.cat([getattr(part[0], name) for part in parts]) for name in names))
+    masks = F.interpolate(torch.cat([part[1] for part in parts]), size=images.shape[-2:], mode="bilinear")
+    return recognition, masks > 0
 
 
 def roughened(images: Tensor) -> Tensor:
@@ -158,7 +169,7 @@ def train_dinov2(work: Work) -> bool:
             images = roughened(renderer(rows, DINO_SIDE, DINO_SIDE))
         with autocast(device):
             seen = net(images)
-        return looking_loss(seen, labels_of(rows, device))
+        return recognition_loss(seen, labels_of(rows, device))
 
     if not trainer.run(loss, plan.batch):
         return False
@@ -172,7 +183,7 @@ def train_measuring(work: Work) -> bool:
     """Trains the measuring net; False if the call's budget ran out first."""
     plan, device = work.of("measuring"), work.cluster.device
     torch.manual_seed(4)
-    net = MeasuringNet(work.sizes).to(device, memory_format=torch.channels_last)
+    net = MeasuringModel(work.sizes).to(device, memory_format=torch.channels_last)
     optimizers = convolution_optimizers(net, plan.lr, fused=device.type == "cuda")
     trainer = Trainer(
         "measuring",
@@ -193,7 +204,7 @@ def train_measuring(work: Work) -> bool:
             mask = F.avg_pool2d(opacity.amax(dim=1, keepdim=True), 4)
         with autocast(device):
             seen, logits = net(images)
-        return looking_loss(seen, labels_of(rows, device)) + 3 * F.binary_cross_entropy_with_logits(
+        return recognition_loss(seen, labels_of(rows, device)) + 3 * F.binary_cross_entropy_with_logits(
             logits, mask
         )
 
@@ -205,7 +216,7 @@ def train_measuring(work: Work) -> bool:
     return True
 
 
-def load_measuring(work: Work) -> MeasuringNet:
-    net = MeasuringNet(work.sizes)
+def load_measuring(work: Work) -> MeasuringModel:
+    net = MeasuringModel(work.sizes)
     net.load_state_dict(torch.load(work.result("measuring"), map_location="cpu"))
     return net.to(work.cluster.device).eval().requires_grad_(False)

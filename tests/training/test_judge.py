@@ -1,0 +1,71 @@
+"""The judge asks for what an edit changes, and sees it in the image after the edit alone."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.evaluation import SIDE
+
+from flux.errors import InputError
+from flux.evaluate.benchmark import read_benchmark
+from flux.images.io import read_image
+from training.benchmark import draw
+from training.judge import MeasuringJudge, asked_for, changeable, overlap, shows
+from training.scenes.labels import labels_of
+from training.stages.vision import Recognition
+
+
+def as_seen(scene) -> Recognition:
+    """What a faultless net would see."""
+    labels = labels_of(torch.tensor([scene.row()]))
+    onehot = torch.nn.functional.one_hot
+    return Recognition(
+        objects=8 * labels.objects - 4,
+        worn=8 * labels.worn - 4,
+        colours=labels.colours - 0.5,
+        place=onehot(labels.place, 32).float(),
+        time=onehot(labels.time, 3).float(),
+        count=onehot(labels.count, 4).float(),
+        x=labels.x,
+    )
+
+
+def test_what_is_asked_is_in_the_scene_after_and_not_before():
+    for number in range(120):
+        _, pair = draw(number)
+        want = asked_for(pair.edit, pair.before.content, pair.after.content)
+        assert shows(as_seen(pair.after), 0, want), (pair.edit, pair.after.caption)
+        assert not shows(as_seen(pair.before), 0, want), (pair.edit, pair.before.caption)
+
+
+def test_what_may_change_of_generated_pictures():
+    old, new = np.zeros((40, 40), dtype=bool), np.zeros((40, 40), dtype=bool)
+    old[20, 10], new[20, 20] = True, True
+    local = changeable(old, new, {"objects": ["dog"]})
+    assert np.argwhere(local).min(0).tolist() == [13, 3]
+    assert np.argwhere(local).max(0).tolist() == [27, 27]
+    scene = changeable(old | new, new, {"place": "beach"})
+    assert np.argwhere(~scene).tolist() == [[20, 20]]
+    assert overlap(old | new, new) == 0.5
+    assert overlap(old, old & new) == 0
+
+
+def test_a_judge_from_its_file(rendered_edits, judge_file):
+    judge = MeasuringJudge.load(judge_file)
+    items = read_benchmark(rendered_edits)[:3]
+    pictures = [read_image(item.path) for item in items]
+    wanted = [item.asked for item in items]
+    verdicts = judge.judge(pictures, pictures, wanted)
+    assert all(verdict.overlap in (0, 1) for verdict in verdicts)
+    assert all(verdict.mask.shape == (SIDE, SIDE) for verdict in verdicts)
+    seen, _ = judge.see(pictures)
+    assert [verdict.success for verdict in verdicts] == [
+        shows(seen, n, each) for n, each in enumerate(wanted)
+    ]
+
+
+def test_what_is_no_judge(tmp_path):
+    with pytest.raises(InputError, match="not there: python -m training measuring"):
+        MeasuringJudge.load(tmp_path / "measuring.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="holds no measuring model"):
+        MeasuringJudge.load(tmp_path / "other.pt")

@@ -1,0 +1,43 @@
+"""Compares editing methods on flux-nano's benchmark, with a judge that tells which edits succeed.
+
+    python -m training.evaluate_edits evaluate.json --judge measuring.pt [any other field of the file]
+
+Writes what `python -m flux.evaluate` writes, with the judge's verdicts in further columns.
+"""
+
+from flux.errors import InputError, exit_on_input_error
+from flux.evaluate.settings import EvaluateSettings
+from flux.settings.files import read_settings
+from training.judge import MeasuringJudge
+
+
+def load_judge(settings: EvaluateSettings) -> MeasuringJudge:
+    """Loads the judge that the settings name.
+
+    Raises:
+        InputError: they name none, or the file is missing or holds something else.
+    """
+    from flux.runtime.devices import pick_device
+
+    if settings.judge is None:
+        raise InputError("Got no judge: give --judge measuring.pt, or start python -m flux.evaluate")
+    return MeasuringJudge.load(settings.judge, pick_device(settings.device))
+
+
+@exit_on_input_error()
+def main(file: str = "evaluate.json", **overrides) -> None:
+    """Runs the command."""
+    settings = read_settings(EvaluateSettings, file, overrides)
+    judge = load_judge(settings)
+
+    from flux.evaluate.run import evaluate
+
+    folder = evaluate(settings, judge=judge)
+    print((folder / "summary.md").read_text(encoding="utf-8"))
+    print(folder / "summary.md")
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(main)
