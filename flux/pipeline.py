@@ -21,14 +21,14 @@ from flux.runtime.devices import pick_device, pick_dtype
 from flux.runtime.offload import Offloaded
 from flux.runtime.parallel import ALONE, Divided, Ranks
 from flux.runtime.plan import Plan, make_plan
-from flux.runtime.quantize import BITS, check_device, quantize_linears, to_fp8
+from flux.runtime.quantize import BITS, check_fp8_support, quantize_linears, to_fp8
 from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.vocabulary import warn_of_unknown_words
-from flux.weights.find import files_of
-from flux.weights.load import check_files, load_flow, load_net, load_text
+from flux.weights.find import find_model
+from flux.weights.open_model import OpenModel
 
 
 @dataclass
@@ -56,73 +56,65 @@ class Pipeline:
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, settings: ModelSettings, ranks: Ranks = ALONE) -> "Pipeline":
-        """Finds, downloads and loads what the settings name. Raises InputError before the first net is
-        loaded.
+    def load(
+        cls, settings: ModelSettings, ranks: Ranks = ALONE, opened: OpenModel | None = None
+    ) -> "Pipeline":
+        """Find, download, check and load what the settings name.
 
         Args:
-            ranks: what `flux.runtime.parallel.join` said.
+            settings: The model and how it runs.
+            ranks: The processes that share each image, see `flux.runtime.parallel.join`.
+            opened: The model's files, if they are open already, see `flux.weights.find.local_model`.
+
+        Raises:
+            InputError: Something does not fit. It is raised before the first model is loaded.
         """
         spec = get_spec(settings.model)
         device = ranks.device or pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
         if settings.quantize == "fp8":
-            check_device(device, dtype)
-        files = files_of(settings)
-        check_files(spec, files)
+            check_fp8_support(device, dtype)
+        opened = opened or find_model(settings)
+        opened.check()
         # T5 overflows in float16.
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-        plan = make_plan(settings, spec, files, dtype, text_dtype, device)
+        plan = make_plan(settings, opened, dtype, text_dtype, device)
 
         begin = time.perf_counter()
         cpu = torch.device("cpu")
         home = device if plan.offload == "none" else cpu
-        # What is yet to be packed comes to the device matrix by matrix.
-        keep_8bit = {"transformer": BITS[settings.quantize] == 8, "t5": settings.t5 == "8bit"}
+        # What `place` quantises is moved to the device matrix by matrix.
+        transformer_home = home if settings.quantize == "none" else cpu
         t5_home = home if settings.t5 == "same" else cpu
-        t5 = load_text(files, "text_encoder_2", spec.text_length, t5_home, text_dtype, keep_8bit["t5"])
-        clip = load_text(files, "text_encoder", spec.clip_length, home, text_dtype)
-        flow_home = home if settings.quantize == "none" else cpu
-        model = load_flow(spec, files, flow_home, dtype, keep_8bit["transformer"])
-        ae = load_net(AutoEncoder, spec.ae_params, files.ae, home, dtype)
-        pipe = cls.of(spec, model, ae, t5, clip, settings, plan, device, dtype)
-        pipe.ranks = ranks
+        t5 = opened.load_text_encoder("text_encoder_2", t5_home, text_dtype, settings.t5 == "8bit")
+        clip = opened.load_text_encoder("text_encoder", home, text_dtype)
+        model = opened.load_transformer(transformer_home, dtype, BITS[settings.quantize] == 8)
+        ae = opened.load_autoencoder(home, dtype)
+        pipe = cls(spec, model, ae, t5, clip, device, dtype, ranks=ranks)
+        pipe.place(settings, plan)
         pipe.timings["load"] = time.perf_counter() - begin
         return pipe
 
-    @classmethod
-    def of(
-        cls,
-        spec: ModelSpec,
-        model: Flux,
-        ae: AutoEncoder,
-        t5: HFEmbedder,
-        clip: HFEmbedder,
-        settings: ModelSettings,
-        plan: Plan,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> "Pipeline":
-        """Nets that are loaded already, wherever they lie, packed and placed as settings and plan say."""
-        home = device if plan.offload == "none" else torch.device("cpu")
-        stacks, t5_stacks = [model.double_blocks, model.single_blocks], [t5.hf_module.encoder.block]
+    def place(self, settings: ModelSettings, plan: Plan) -> None:
+        """Quantise, move and compile the loaded models as the settings and the plan say. Called once."""
+        device, home = self.device, self.device if plan.offload == "none" else torch.device("cpu")
+        blocks, t5_blocks = [self.model.double_blocks, self.model.single_blocks], [self.t5.hf_module.encoder.block]
         if settings.quantize == "fp8":
-            to_fp8(stacks, device, home)
+            to_fp8(blocks, device, home)
         elif settings.quantize != "none":
-            quantize_linears(stacks, BITS[settings.quantize], device, home)
+            quantize_linears(blocks, BITS[settings.quantize], device, home)
         if settings.t5 == "8bit":
-            quantize_linears(t5_stacks, 8, device, home)
-        for net in (model, ae, clip, *[t5] * (settings.t5 != "cpu")):
-            net.to(home)
+            quantize_linears(t5_blocks, 8, device, home)
+        for module in (self.model, self.ae, self.clip, *[self.t5] * (settings.t5 != "cpu")):
+            module.to(home)
         if settings.compile:
-            model.compile_blocks(device)
-        offloaded = {}
+            self.model.compile_blocks(device)
+        self.tiled = plan.tiled
         if plan.offload != "none":
-            offloaded = {net: Offloaded(net, device) for net in (clip, ae)}
-            offloaded[model] = Offloaded(model, device, stacks, plan.streamed)
+            self.offloaded = {module: Offloaded(module, device) for module in (self.clip, self.ae)}
+            self.offloaded[self.model] = Offloaded(self.model, device, blocks, plan.streamed)
             if settings.t5 != "cpu":
-                offloaded[t5] = Offloaded(t5, device, t5_stacks, plan.streamed_t5)
-        return cls(spec, model, ae, t5, clip, device, dtype, plan.tiled, offloaded)
+                self.offloaded[self.t5] = Offloaded(self.t5, device, t5_blocks, plan.streamed_t5)
 
     @contextmanager
     def _at_work(self, what: str, *nets: nn.Module) -> Iterator[None]:
@@ -131,7 +123,7 @@ class Pipeline:
         with torch.inference_mode(), ExitStack() as stack:
             for net in nets:
                 if net in self.offloaded:
-                    stack.enter_context(self.offloaded[net].at_work())
+                    stack.enter_context(self.offloaded[net].on_device())
             yield
         if self.device.type == "cuda":
             # Not the whole device: another thread may be at work on a stream of its own.

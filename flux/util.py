@@ -1,4 +1,4 @@
-"""Upstream's import path. Everything here lives elsewhere."""
+"""Upstream's import path: its loading functions, and the names that live elsewhere in this package."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.specs import ModelSpec, configs, get_spec
-from flux.weights.find import ModelFiles, path_from_env
+from flux.weights.find import path_from_env
 from flux.weights.hub import own_file, own_text_folder
-from flux.weights.load import load_flow, load_net, load_text
+from flux.weights.open_model import ModelFiles, OpenModel
 
 __all__ = [
     "ModelSpec",
@@ -35,12 +35,23 @@ def load_flow_model(
     verbose: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Flux:
-    """The transformer of the model `name`: upstream's call."""
+    """Load the transformer of the model `name`.
+
+    Args:
+        name: One of `flux.specs.configs`.
+        device: Where it is put.
+        hf_download: Whether a missing file may be downloaded.
+        verbose: Whether to print the name.
+        dtype: What it computes in.
+
+    Raises:
+        InputError: The name is unknown, or the file is missing or another model's.
+    """
     if verbose:
         print(f"Loading {name}")
     spec = get_spec(name)
-    flow = Path(path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
-    return load_flow(spec, ModelFiles(flow, flow, flow), device, dtype)
+    path = path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download)
+    return _opened(spec, Path(path)).load_transformer(device, dtype)
 
 
 def load_ae(
@@ -49,10 +60,10 @@ def load_ae(
     hf_download: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> AutoEncoder:
-    """The autoencoder of the model `name`: upstream's call."""
+    """Load the autoencoder of the model `name`. The arguments and errors are those of `load_flow_model`."""
     spec = get_spec(name)
     path = path_from_env(spec.env_ae) or own_file(spec, spec.repo_ae, hf_download)
-    return load_net(AutoEncoder, spec.ae_params, Path(path), device, dtype)
+    return _opened(spec, Path(path)).load_autoencoder(device, dtype)
 
 
 def load_t5(
@@ -62,8 +73,21 @@ def load_t5(
     folder: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> HFEmbedder:
-    """The T5 encoder of the model `name`, from its repository or from `folder`: upstream's call."""
-    return _own_text("text_encoder_2", device, max_length, name, folder, dtype)
+    """Load the T5 encoder of a model.
+
+    Args:
+        device: Where it is put.
+        max_length: Tokens that a prompt is padded or cut to. If None, as the model's spec says.
+        name: One of `flux.specs.configs`.
+        folder: Folder with the text encoders and tokenizers. If None, the model's repository.
+        dtype: What it computes in.
+
+    Raises:
+        InputError: The name is unknown, or a file is missing or another encoder's.
+    """
+    spec = get_spec(name)
+    model = _opened(spec, folder or own_text_folder(spec, True))
+    return model.load_text_encoder("text_encoder_2", device, dtype, max_length=max_length)
 
 
 def load_clip(
@@ -72,19 +96,12 @@ def load_clip(
     folder: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> HFEmbedder:
-    """The CLIP encoder of the model `name`, from its repository or from `folder`: upstream's call."""
-    return _own_text("text_encoder", device, None, name, folder, dtype)
-
-
-def _own_text(
-    part: str,
-    device: str | torch.device,
-    max_length: int | None,
-    name: str,
-    folder: Path | None,
-    dtype: torch.dtype,
-) -> HFEmbedder:
+    """Load the CLIP encoder of a model. The arguments and errors are those of `load_t5`."""
     spec = get_spec(name)
-    own_length = spec.clip_length if part == "text_encoder" else spec.text_length
-    folder = folder or own_text_folder(spec, True)
-    return load_text(ModelFiles(folder, folder, folder), part, max_length or own_length, device, dtype)
+    model = _opened(spec, folder or own_text_folder(spec, True))
+    return model.load_text_encoder("text_encoder", device, dtype)
+
+
+def _opened(spec: ModelSpec, path: Path) -> OpenModel:
+    """The model's files, of which only those at `path` are going to be opened."""
+    return OpenModel(spec, ModelFiles(path, path, path))

@@ -11,7 +11,7 @@ from helpers import tiny_models
 from PIL import Image
 from safetensors.torch import save_file
 
-from flux import pipeline, sampling
+from flux import sampling
 from flux.errors import InputError
 from flux.pipeline import Pipeline, counted
 from flux.runtime.devices import pick_device, pick_dtype
@@ -19,6 +19,7 @@ from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
 from flux.specs import NANO_FOLDER, configs
+from flux.weights.open_model import OpenModel
 
 DOG = "a dog wearing a top hat on the grass"
 CAR = "a red car on the street"
@@ -239,7 +240,7 @@ def test_a_published_model_by_its_files(monkeypatch, tmp_path):
 @pytest.fixture
 def no_text_encoders(monkeypatch):
     """Loading one is what must not happen."""
-    monkeypatch.setattr(pipeline, "load_text", lambda *_: pytest.fail("a text encoder was loaded"))
+    monkeypatch.setattr(OpenModel, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
 
 
 @pytest.mark.parametrize("field", ["weights", "ae_weights", "text_encoders"])

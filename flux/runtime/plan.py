@@ -7,13 +7,9 @@ from typing import Literal
 import torch
 
 from flux.errors import InputError
-from flux.modules.autoencoder import AutoEncoder
 from flux.runtime.estimate import MemoryEstimator
 from flux.settings.demos import ModelSettings
-from flux.specs import ModelSpec
-from flux.weights.find import ModelFiles
-from flux.weights.layouts import TensorSource
-from flux.weights.load import fit, flow_on_meta, on_meta, text_on_meta
+from flux.weights.open_model import OpenModel
 
 MIB, GIB = 2**20, 2**30
 # Free memory that a stage must leave: for what kernels allocate on the side, and for fragments too small for
@@ -154,19 +150,9 @@ class Plan:
         return max(stage.peak for stage in self.stages)
 
 
-def sources_of(spec: ModelSpec, files: ModelFiles) -> dict[str, dict[str, TensorSource]]:
-    """Return the source of each tensor of each model, from the headers of its files."""
-    return {
-        "transformer": flow_on_meta(spec, files)[1],
-        "vae": fit(on_meta(AutoEncoder, spec.ae_params), files.ae, "vae"),
-        **{part: text_on_meta(files, part)[1] for part in ("text_encoder", "text_encoder_2")},
-    }
-
-
 def make_plan(
     settings: ModelSettings,
-    spec: ModelSpec,
-    files: ModelFiles,
+    model: OpenModel,
     dtype: torch.dtype,
     text_dtype: torch.dtype,
     device: torch.device,
@@ -180,7 +166,7 @@ def make_plan(
         streamed = ALL_BLOCKS if settings.offload == "blocks" else 0
         return Plan(settings.offload, streamed, streamed, settings.tiled)
     on_gpu = device.type == "cuda"
-    estimate = MemoryEstimator(settings, spec, sources_of(spec, files), dtype, text_dtype, on_gpu)
+    estimate = MemoryEstimator(settings, model.spec, model.sources(), dtype, text_dtype, on_gpu)
     free = free_memory(device)
     # A device without memory of its own shares the host's: offloading saves none.
     on_device = Plan.of(estimate, "none", tiled=settings.tiled)

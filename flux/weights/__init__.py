@@ -1,0 +1,1 @@
+"""From names and paths to models with their weights."""

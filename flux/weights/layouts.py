@@ -1,43 +1,49 @@
-"""The names of each net's tensors in the layouts that files come in, and what a file holds by its names.
+"""Names of the models' tensors in the layouts that files come in, and how each of ours is made of a file's.
 
 The layouts differ in names, in which projections are one matrix, and in the order of the last modulation's
-halves. Each `Source` says how one tensor of ours is made of a file's.
+halves.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flux.errors import InputError
 from flux.modules import gguf_blocks
-from flux.weights.checkpoint import EIGHT_BIT, Checkpoint, Weight
+from flux.weights.checkpoint import Checkpoint
+from flux.weights.scales import EIGHT_BIT_FLOATS, ScaledTensor
+
+Part = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
+"""A network of a model, by its folder in diffusers' layout: CLIP is "text_encoder", T5 "text_encoder_2"."""
 
 # ---- one tensor
 
 
 @dataclass(frozen=True)
-class Source:
-    """How a tensor of ours is made: these, one below the other.
+class TensorSource:
+    """How one of our tensors is made: these tensors of a file, concatenated along their rows.
 
     Attributes:
-        swapped: the two halves of the rows stand the other way round in the file.
-        pointwise: the file has the matrix of a 1x1 convolution without its two last axes.
+        parts: The file's tensors.
+        swapped: Whether the file has the two halves of the rows in the other order.
+        pointwise: Whether the file has a 1x1 convolution as a matrix, without the two last axes.
     """
 
-    parts: tuple[Weight, ...]
+    parts: tuple[ScaledTensor, ...]
     swapped: bool = False
     pointwise: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole; empty if the parts do not go together."""
+        """The shape of the result; empty if the parts' shapes do not match."""
         first, *others = (part.shape for part in self.parts)
         if others and (not first or any(shape[1:] != first[1:] for shape in others)):
             return ()
-        # Queries, keys and values are of one size; what else is below them may have another.
+        # Queries, keys and values have equally many rows; a fourth part may have another number.
         if any(shape[:1] != first[:1] for shape in others[:2]):
             return ()
         rows = first[:1] and (sum(part.shape[0] for part in self.parts),)
@@ -45,27 +51,26 @@ class Source:
 
     @property
     def kind(self) -> str | None:
-        """The kind all parts are of, None if they are of several."""
+        """The number format of all parts; None if they differ."""
         kinds = {part.kind for part in self.parts}
         return kinds.pop() if len(kinds) == 1 else None
 
     @property
     def is_packed(self) -> bool:
-        """Whether a matrix can stay as it is stored: GGUF's blocks, or 8-bit floats of one scale."""
-        if self.kind in EIGHT_BIT:
+        """Whether a matrix can stay as it is stored: GGUF blocks, or 8-bit floats from one tensor."""
+        if self.kind in EIGHT_BIT_FLOATS:
             return len(self.parts) == 1 and not self.swapped
         return self.kind in gguf_blocks.BLOCKS
 
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The whole in `dtype`."""
+        """Read the tensor in `dtype`."""
         whole = self._joined([part.read(device).to(dtype) for part in self.parts])
         return whole[..., None, None] if self.pointwise else whole
 
     def read_packed(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-        """The whole as bytes, "rows bytes", and its scale."""
+        """Read a packed matrix as uint8, "rows bytes", and its scale, if it has one."""
         whole = self._joined([part.stored.read(device) for part in self.parts]).view(torch.uint8)
-        first = self.parts[0]
-        return whole, None if first.scale is None else first.read_scale(device)
+        return whole, self.parts[0].read_scale(device)
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -74,7 +79,7 @@ class Source:
 
 # ---- the transformer in diffusers
 
-TOP = {
+DIFFUSERS_TOP = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in": "time_text_embed.timestep_embedder",
@@ -83,8 +88,8 @@ TOP = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-EMBEDDER_LAYERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
-BLOCKS = {
+DIFFUSERS_EMBEDDER = {"in_layer": "linear_1", "out_layer": "linear_2"}
+DIFFUSERS_BLOCKS = {
     "double": (
         "transformer_blocks",
         {
@@ -116,19 +121,19 @@ BLOCKS = {
     ),
 }
 SWAPPED = "final_layer.adaLN_modulation.1"
-"""Its rows are shift, then scale; diffusers has scale, then shift."""
+"""A module whose rows are shift, then scale; diffusers has scale, then shift."""
 
 
 def diffusers_modules(module: str) -> tuple[str, ...]:
-    """The modules of diffusers' FluxTransformer2DModel that make up this one of `Flux`, in order of rows."""
+    """The modules of diffusers' FluxTransformer2DModel that make up this module of `Flux`, in row order."""
     found = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
     if found:
-        stack, own = BLOCKS[found[1]]
+        stack, own = DIFFUSERS_BLOCKS[found[1]]
         return tuple(f"{stack}.{found[2]}.{name}" for name in own[found[3]])
-    if module in TOP:
-        return (TOP[module],)
+    if module in DIFFUSERS_TOP:
+        return (DIFFUSERS_TOP[module],)
     embedder, _, layer = module.rpartition(".")
-    return (f"{TOP[embedder]}.{EMBEDDER_LAYERS[layer]}",)
+    return (f"{DIFFUSERS_TOP[embedder]}.{DIFFUSERS_EMBEDDER[layer]}",)
 
 
 def _transformer_in_diffusers(name: str) -> tuple[str, ...]:
@@ -136,7 +141,7 @@ def _transformer_in_diffusers(name: str) -> tuple[str, ...]:
     return tuple(f"{their}.{leaf.replace('scale', 'weight')}" for their in diffusers_modules(module))
 
 
-# ---- the other nets
+# ---- the autoencoder and T5
 
 AE_IN_DIFFUSERS = (
     (r"norm_out", "conv_norm_out"),
@@ -156,7 +161,7 @@ def _ae_in_diffusers(name: str) -> tuple[str, ...]:
     for pattern, theirs in AE_IN_DIFFUSERS:
         name = re.sub(pattern, theirs, name)
     up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)(.*)", name)
-    if up:  # numbered by resolution here, in the order they run there
+    if up:  # we number levels by resolution, diffusers in the order in which they run
         part = "resnets" if up[2] == "block" else "upsamplers.0"
         name = f"decoder.up_blocks.{AE_LEVELS - 1 - int(up[1])}.{part}{up[3]}"
     return (name,)
@@ -191,24 +196,26 @@ def _same(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name a net's tensors.
+    """One way to name a model's tensors.
 
     Attributes:
-        signs: names of which a file in this layout has one, after one of the prefixes.
-        names: a name of ours -> the names there.
-        others: names that may be there too and are of no use.
+        signs: Names that identify the layout: a file has at least one of them, after one of the prefixes.
+        prefixes: What may stand before all names; longer ones are those of all-in-one files.
+        names: Maps a name of ours to the file's names.
+        unused: A pattern of further names that the file may have.
+        is_diffusers: Whether rows of `SWAPPED` and 1x1 convolutions are stored as diffusers does.
     """
 
     signs: tuple[str, ...]
     prefixes: tuple[str, ...] = ("",)
     names: Callable[[str], tuple[str, ...]] = _same
-    others: str = r"(?!)"
+    unused: str = r"(?!)"
+    is_diffusers: bool = False
 
 
-# The prefixes are those of all-in-one files.
-T5_OTHERS = r"decoder\..*|(lm_head|encoder\.embed_tokens|shared)\.weight|spiece_model|logit_scale"
-CLIP_OTHERS = r"embeddings\.position_ids|text_projection\.weight|logit_scale|vision_model\..*"
-LAYOUTS = {
+T5_UNUSED = r"decoder\..*|(lm_head|encoder\.embed_tokens|shared)\.weight|spiece_model|logit_scale"
+CLIP_UNUSED = r"embeddings\.position_ids|text_projection\.weight|logit_scale|vision_model\..*"
+LAYOUTS: dict[Part, tuple[Layout, ...]] = {
     "transformer": (
         Layout(
             ("img_in.weight", "txt_in.weight", "double_blocks.0.img_attn.qkv.weight"),
@@ -218,6 +225,7 @@ LAYOUTS = {
             ("single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
             ("", "transformer."),
             _transformer_in_diffusers,
+            is_diffusers=True,
         ),
     ),
     "vae": (
@@ -229,13 +237,14 @@ LAYOUTS = {
             ("decoder.mid_block.attentions.0.to_q.weight", "encoder.mid_block.attentions.0.to_q.weight"),
             ("", "vae."),
             _ae_in_diffusers,
+            is_diffusers=True,
         ),
     ),
     "text_encoder_2": (
         Layout(
             ("encoder.block.0.layer.0.SelfAttention.k.weight", "encoder.final_layer_norm.weight"),
             ("", "text_encoders.t5xxl.transformer."),
-            others=T5_OTHERS,
+            unused=T5_UNUSED,
         ),
         Layout(("enc.blk.0.attn_q.weight", "enc.output_norm.weight"), names=_t5_in_gguf),
     ),
@@ -248,18 +257,18 @@ LAYOUTS = {
                 "text_encoders.clip_l.transformer.text_model.",
                 "text_encoders.clip_l.transformer.",
             ),
-            others=CLIP_OTHERS,
+            unused=CLIP_UNUSED,
         ),
     ),
 }
-TITLES = {
+TITLES: dict[Part, str] = {
     "transformer": "a FLUX.1 transformer",
     "vae": "an autoencoder",
     "text_encoder_2": "a T5 encoder",
     "text_encoder": "a CLIP text encoder",
 }
-# Other nets, by a name each of them has, wherever it stands in the file's own names.
-FOREIGN = (
+# Other models, each by a pattern that one of its tensors' names matches.
+OTHER_MODELS = (
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma transformer"),
     (r"(^|\.)double_stream_modulation_img\.", "a FLUX.2 transformer"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo transformer"),
@@ -271,30 +280,30 @@ FOREIGN = (
 ADAPTER = r"(^|[._])(lora|lokr|hada)_|\.processor\.|\.lora\."
 
 
-def holds(checkpoint: Checkpoint, part: str) -> bool:
-    """Whether the file has this net, by the name of its folder in diffusers' layout."""
-    return _find(checkpoint.weights, part) is not None
+def holds_part(checkpoint: Checkpoint, part: Part) -> bool:
+    """Whether a checkpoint holds this network."""
+    return _find_layout(checkpoint.tensors, part) is not None
 
 
-def describe(names: Iterable[str]) -> str:
-    """What a file with tensors of these names is, in words."""
+def describe_file(names: Iterable[str]) -> str:
+    """Describe a file with tensors of these names, for a message."""
     names = list(names)
-    for pattern, title in FOREIGN:
+    for pattern, title in OTHER_MODELS:
         if any(re.search(pattern, name) for name in names):
             return title
-    parts = [TITLES[part] for part in LAYOUTS if _find(names, part)]
-    if parts:
-        return " and ".join(parts)
+    titles = [TITLES[part] for part in LAYOUTS if _find_layout(names, part)]
+    if titles:
+        return " and ".join(titles)
     if any(re.search(ADAPTER, name) for name in names):
         return "a LoRA or another adapter (give it as lora, beside the model)"
     example = f" (it begins with {names[0][:60]!r})" if names else ""
     return f"{len(names)} tensors of a net not known here{example}"
 
 
-def _find(names: Iterable[str], part: str) -> tuple[Layout, str] | None:
-    """The layout of this net in a file, and the prefix of its names there."""
+def _find_layout(names: Iterable[str], part: Part) -> tuple[Layout, str] | None:
+    """The layout of this network among a file's names, and the prefix of its names."""
     names = set(names)
-    if part == "transformer" and any(re.search(pattern, name) for pattern, _ in FOREIGN for name in names):
+    if part == "transformer" and any(re.search(sign, name) for sign, _ in OTHER_MODELS for name in names):
         return None
     return next(
         (
@@ -307,38 +316,50 @@ def _find(names: Iterable[str], part: str) -> tuple[Layout, str] | None:
     )
 
 
-def sources(checkpoint: Checkpoint, part: str, names: Iterable[str]) -> tuple[dict[str, Source], list[str]]:
-    """How each of a net's tensors is made of a file's.
-
-    Args:
-        part: "transformer", "vae", "text_encoder" (CLIP) or "text_encoder_2" (T5).
-        names: of the net's tensors.
-
-    Returns:
-        A source for each name for which the file has all that is needed; and the names in the file that are
-        the net's by their prefix, and of no use to it.
+def require_part(checkpoint: Checkpoint, part: Part) -> tuple[Layout, str]:
+    """The layout and prefix of this network's names in a checkpoint.
 
     Raises:
-        InputError: the file does not hold such a net; the message says what it holds.
+        InputError: The checkpoint does not hold the network. The message says what it holds.
     """
-    found = _find(checkpoint.weights, part)
+    found = _find_layout(checkpoint.tensors, part)
     if found is None:
-        what = describe(checkpoint.weights)
-        raise InputError(f"Got {checkpoint.path}, which is {what}; expected {TITLES[part]}")
-    layout, prefix = found
-    left = {name for name in checkpoint.weights if name.startswith(prefix)}
-    made = {}
+        holds = describe_file(checkpoint.tensors)
+        raise InputError(f"Got {checkpoint.path}, which is {holds}; expected {TITLES[part]}")
+    return found
+
+
+def find_sources(
+    checkpoint: Checkpoint, part: Part, names: Iterable[str]
+) -> tuple[dict[str, TensorSource], list[str]]:
+    """Find how each of a network's tensors is made of a checkpoint's.
+
+    Args:
+        checkpoint: The opened file or folder.
+        part: The network.
+        names: Names of the network's tensors.
+
+    Returns:
+        A source for each name that the checkpoint has all parts of; and the names in the checkpoint that
+        belong to the network by their prefix but are not used.
+
+    Raises:
+        InputError: The checkpoint does not hold the network. The message says what it holds.
+    """
+    layout, prefix = require_part(checkpoint, part)
+    left = {name for name in checkpoint.tensors if name.startswith(prefix)}
+    sources = {}
     for name in names:
         theirs = [prefix + their for their in layout.names(name)]
         # T5's one embedding has two names; a file may have either.
         if name == "shared.weight" and theirs[0] not in left:
             theirs = [prefix + "encoder.embed_tokens.weight"]
         if all(their in left for their in theirs):
-            diffusers = layout.names in (_transformer_in_diffusers, _ae_in_diffusers)
-            made[name] = Source(
-                tuple(checkpoint.weights[their] for their in theirs),
-                swapped=diffusers and name.startswith(SWAPPED),
-                pointwise=diffusers and bool(re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", name)),
+            sources[name] = TensorSource(
+                tuple(checkpoint.tensors[their] for their in theirs),
+                swapped=layout.is_diffusers and name.startswith(SWAPPED),
+                pointwise=layout.is_diffusers
+                and bool(re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", name)),
             )
             left -= set(theirs)
-    return made, sorted(name for name in left if not re.fullmatch(layout.others, name[len(prefix) :]))
+    return sources, sorted(name for name in left if not re.fullmatch(layout.unused, name[len(prefix) :]))

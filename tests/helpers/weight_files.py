@@ -12,8 +12,7 @@ from torch import Tensor
 from flux.model import Flux
 from flux.modules.gguf_blocks import BLOCKS
 from flux.specs import configs
-from flux.weights.find import ModelFiles
-from flux.weights.load import load_flow
+from flux.weights.open_model import ModelFiles, OpenModel
 from helpers import tiny_models
 
 # Half-precision fields in a block of each kind: where each begins.
@@ -48,7 +47,7 @@ def load(
 ) -> Flux:
     """The transformer of that file."""
     files = ModelFiles(path, path, path, loras=tuple(loras))
-    return load_flow(spec(params, **changes), files, "cpu", dtype, keep_8bit)
+    return OpenModel(spec(params, **changes), files).load_transformer("cpu", dtype, keep_8bit)
 
 
 def velocity(model: Flux, **more) -> Tensor:

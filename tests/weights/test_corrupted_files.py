@@ -17,9 +17,8 @@ from helpers import tiny_models, weight_files
 
 from flux.errors import InputError
 from flux.model import Flux
-from flux.specs import NANO_FOLDER
-from flux.weights.find import ModelFiles
-from flux.weights.load import load_text
+from flux.specs import NANO_FOLDER, configs
+from flux.weights.open_model import ModelFiles, OpenModel
 
 PARAMS = replace(tiny_models.PARAMS, depth=1, depth_single_blocks=1)
 ROOM = 2**30  # bytes above what the process has
@@ -164,7 +163,9 @@ def test_encoders(tmp_path):
     for seed in range(40):
         config.write_bytes(good[: random.Random(seed).randrange(len(good) - 3)])
         files = ModelFiles(tmp_path, tmp_path, NANO_FOLDER, t5=tmp_path / "t5")
-        assert isinstance(outcome(lambda: load_text(files, "text_encoder_2", 8, "cpu", torch.float32)), str)
+        model = OpenModel(configs["flux-nano"], files)
+        found = outcome(lambda: model.load_text_encoder("text_encoder_2", "cpu", torch.float32))
+        assert isinstance(found, str)
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.ckpt", "m.safetensors", "m.gguf"])

@@ -91,7 +91,7 @@ def test_packed_blocks_are_streamed(tmp_path):
     )
     before = weight_files.velocity(model)
     offloaded = Offloaded(model, device, [model.double_blocks, model.single_blocks], 3)
-    with offloaded.at_work():
+    with offloaded.on_device():
         assert torch.equal(weight_files.velocity(model), before)
 
 
@@ -105,7 +105,7 @@ def file(tmp_path) -> Path:
 
 
 def test_the_whole_file_is_read(file):
-    weights = open_checkpoint(file).weights
+    weights = open_checkpoint(file).tensors
     assert weights["double_blocks.0.img_attn.qkv.weight"].kind == "Q8_0"
     reader = reference.GGUFReader(file)
     assert {tensor.name: tensor.n_bytes for tensor in reader.tensors} == {

@@ -18,9 +18,9 @@ from flux.pipeline import Pipeline
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER, configs
-from flux.weights.find import ModelFiles, files_of
-from flux.weights.layouts import T5_IN_GGUF, describe
-from flux.weights.load import check_files, load_net, load_text
+from flux.weights.find import find_model
+from flux.weights.layouts import T5_IN_GGUF, describe_file
+from flux.weights.open_model import ModelFiles, OpenModel
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -152,7 +152,8 @@ def test_autoencoder_folders(tmp_path, inside):
 
 
 def check_autoencoder(own: AutoEncoder, path) -> None:
-    net = load_net(AutoEncoder, tiny_models.AE_PARAMS, path, "cpu", torch.float32)
+    files = ModelFiles(path, path, path)
+    net = OpenModel(weight_files.spec(), files).load_autoencoder("cpu", torch.float32)
     picture = torch.rand(1, 3, 32, 32)
     assert torch.equal(net(picture), own(picture))
 
@@ -176,7 +177,8 @@ def encoders():
 
 def features(part: str, path=None):
     files = ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, **{"t5" if part == T5 else "clip": path})
-    return load_text(files, part, 32, "cpu", torch.float32)
+    model = OpenModel(configs["flux-nano"], files)
+    return model.load_text_encoder(part, "cpu", torch.float32, max_length=32)
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +295,7 @@ def test_all_in_one(tmp_path, nano_parts):
     }
     path = weight_files.save(nano_parts | extra, tmp_path / "all.safetensors")
     settings = ModelSettings(weights=str(path), device="cpu", dtype="float32")
-    files = files_of(settings)
+    files = find_model(settings).files
     assert (files.flow, files.ae, files.t5, files.clip) == (path,) * 4
     assert files.text == NANO_FOLDER
     pipe = Pipeline.load(resolve(settings))
@@ -314,9 +316,9 @@ def test_a_whole_folder(tmp_path, source, monkeypatch):
     (tmp_path / "model_index.json").write_text("{}")
     spec = weight_files.spec()
     monkeypatch.setitem(configs, "flux-dev", spec)
-    files = files_of(ModelSettings(model="flux-dev", weights=str(tmp_path)))
-    assert {files.of(part) for part in ("transformer", "vae", T5, CLIP)} == {tmp_path}
-    check_files(spec, files)
+    model = find_model(ModelSettings(model="flux-dev", weights=str(tmp_path)))
+    assert {model.files.of(part) for part in ("transformer", "vae", T5, CLIP)} == {tmp_path}
+    model.check()
 
 
 # ---- files of other nets
@@ -352,7 +354,7 @@ def test_files_of_other_nets_are_named(tmp_path, what):
 
 
 def test_nothing_at_all():
-    assert describe([]) == "0 tensors of a net not known here"
+    assert describe_file([]) == "0 tensors of a net not known here"
 
 
 @pytest.mark.parametrize(

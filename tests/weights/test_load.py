@@ -13,12 +13,16 @@ from helpers import tiny_models
 from safetensors.torch import save_file
 
 from flux.errors import InputError
+from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER, configs
 from flux.util import load_ae, load_clip, load_flow_model, load_t5
-from flux.weights import find as loading
+from flux.weights import find
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.find import find_files
+from flux.weights.find import find_model
+from flux.weights.headers import StoredTensor
+from flux.weights.hub import TEXT_FOLDERS
 from flux.weights.load import read_weights
+from flux.weights.open_model import ModelFiles, OpenModel
 
 
 @pytest.fixture
@@ -247,6 +251,10 @@ def test_paths_that_are_no_files(tmp_path):
 # ---- where files come from
 
 
+def files_of(model: str, **paths: str) -> ModelFiles:
+    return find_model(ModelSettings(model=model, **paths)).files
+
+
 def test_each_way_to_name_a_file(small, tmp_path, monkeypatch):
     """An argument wins over the model's own variable, which wins over the one for all models."""
     flows = {name: tmp_path / f"{name}.safetensors" for name in ("argument", "own", "general")}
@@ -256,39 +264,42 @@ def test_each_way_to_name_a_file(small, tmp_path, monkeypatch):
         save_file({"decoder.mid.attn_1.q.weight": torch.zeros(1)}, aes[name])
     ae, text = str(aes["own"]), str(NANO_FOLDER)
     monkeypatch.setenv("FLUX_MODEL", str(flows["general"]))
-    assert find_files("flux-dev", ae=ae, text=text).flow == flows["general"]
+    assert files_of("flux-dev", ae_weights=ae, text_encoders=text).flow == flows["general"]
     monkeypatch.setenv("FLUX_DEV", str(flows["own"]))
-    assert find_files("flux-dev", ae=ae, text=text).flow == flows["own"]
-    assert find_files("flux-schnell", ae=ae, text=text).flow == flows["general"]
-    assert find_files("flux-dev", str(flows["argument"]), ae, text).flow == flows["argument"]
+    assert files_of("flux-dev", ae_weights=ae, text_encoders=text).flow == flows["own"]
+    assert files_of("flux-schnell", ae_weights=ae, text_encoders=text).flow == flows["general"]
+    assert (
+        files_of("flux-dev", weights=str(flows["argument"]), ae_weights=ae, text_encoders=text).flow
+        == flows["argument"]
+    )
     monkeypatch.setenv("AE", str(aes["general"]))
-    assert find_files("flux-dev", text=text).ae == aes["general"]
+    assert files_of("flux-dev", text_encoders=text).ae == aes["general"]
     monkeypatch.setenv("FLUX_AE", str(aes["own"]))
-    assert find_files("flux-dev", text=text).ae == aes["own"]
-    assert find_files("flux-dev", text=text).text == NANO_FOLDER
+    assert files_of("flux-dev", text_encoders=text).ae == aes["own"]
+    assert files_of("flux-dev", text_encoders=text).text == NANO_FOLDER
 
 
 @pytest.mark.parametrize("variable", ["FLUX_MODEL", "FLUX_DEV", "FLUX_AE", "AE", "FLUX_SCHNELL"])
 def test_flux_nano_ignores_the_variables(monkeypatch, variable):
     monkeypatch.setenv(variable, "/nowhere.safetensors")
-    files = find_files("flux-nano")
+    files = files_of("flux-nano")
     assert (files.flow.parent, files.ae.parent, files.text) == (NANO_FOLDER,) * 3
 
 
 @pytest.mark.parametrize("variable", ["FLUX_DEV", "FLUX_MODEL", "AE", "FLUX_AE"])
 def test_a_wrong_path_is_told_before_anything_is_downloaded(monkeypatch, variable):
-    monkeypatch.setattr(loading, "own_file", lambda *_: pytest.fail("went to the hub"))
-    monkeypatch.setattr(loading, "own_text_folder", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr(find, "own_file", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr(find, "own_text_folder", lambda *_: pytest.fail("went to the hub"))
     monkeypatch.setenv(variable, "/nowhere.safetensors")
     with pytest.raises(InputError, match="/nowhere.safetensors, which does not exist"):
-        find_files("flux-dev")
+        files_of("flux-dev")
 
 
 def test_a_text_folder_that_lacks_something(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(InputError, match="no folder text_encoder_2 or tokenizer_2"):
-        find_files("flux-nano", text=str(tmp_path))
+        files_of("flux-nano", text_encoders=str(tmp_path))
 
 
 @pytest.fixture
@@ -296,13 +307,13 @@ def text_folder(tmp_path):
     """The small model's text encoders in a folder of one's own, to be damaged."""
     import shutil
 
-    for name in loading.TEXT_FOLDERS:
+    for name in TEXT_FOLDERS:
         shutil.copytree(NANO_FOLDER / name, tmp_path / name)
     return tmp_path
 
 
 def load_texts(folder: Path) -> None:
-    files = find_files("flux-nano", text=str(folder))
+    files = files_of("flux-nano", text_encoders=str(folder))
     load_t5("cpu", folder=files.text)
     load_clip("cpu", folder=files.text)
 
@@ -366,13 +377,9 @@ def test_host_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, dev):
     """Whatever is read is handed on before the next one is."""
     import weakref
 
-    from flux.weights.checkpoint import Stored
-    from flux.weights.find import ModelFiles
-    from flux.weights.load import load_flow
-
     path = tmp_path / "m.safetensors"
     save_file(dev, path)
-    read, alive, most = Stored.read, set(), 0
+    read, alive, most = StoredTensor.read, set(), 0
 
     def watched(self, device="cpu"):
         nonlocal most
@@ -382,9 +389,9 @@ def test_host_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, dev):
         most = max(most, len(alive))
         return raw
 
-    monkeypatch.setattr(Stored, "read", watched)
+    monkeypatch.setattr(StoredTensor, "read", watched)
     spec = replace(configs["flux-dev"], params=tiny_models.PARAMS)
-    load_flow(spec, ModelFiles(path, path, path), "cpu", torch.bfloat16)
+    OpenModel(spec, ModelFiles(path, path, path)).load_transformer("cpu", torch.bfloat16)
     assert most <= 2
 
 
@@ -402,4 +409,4 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch, what):
     else:
         path.write_bytes(WHOLE[:-8])
     with pytest.raises(InputError, match="Permission denied|ends too early"):
-        checkpoint.weights["a"].read()
+        checkpoint.tensors["a"].read()

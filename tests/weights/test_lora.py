@@ -15,9 +15,10 @@ from flux.modules.linear import LowRankLinear
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
 from flux.specs import NANO_FOLDER, configs
-from flux.weights.find import ModelFiles, checkpoint_of
-from flux.weights.load import load_text
+from flux.weights.checkpoint import open_checkpoint
+from flux.weights.find import checkpoint_of
 from flux.weights.lora import read_lora
+from flux.weights.open_model import ModelFiles, OpenModel
 
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.7
 # A few modules of each kind, in the model's own names.
@@ -341,8 +342,12 @@ def test_what_is_not_low_rank_is_merged_into_the_expanded_matrix(tmp_path):
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_text_encoders(tmp_path, part, prefix, packed):
-    files = ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER)
-    plain = load_text(files, part, 32, "cpu", torch.float32)
+
+    def load(**files):
+        model = OpenModel(configs["flux-nano"], ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, **files))
+        return model.load_text_encoder(part, "cpu", torch.float32, max_length=32)
+
+    plain = load()
     module = (
         "encoder.layers.0.self_attn.q_proj"
         if part == "text_encoder"
@@ -353,7 +358,7 @@ def test_text_encoders(tmp_path, part, prefix, packed):
     path = weight_files.save(
         file_of(chosen, lambda m: prefix + m.replace(".", "_"), ALPHA), tmp_path / "lora"
     )
-    files = ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, loras=((path, STRENGTH),))
+    where = {}
     if packed:
         own = {name: x for name, x in plain.hf_module.state_dict().items() if "embed_tokens" not in name}
 
@@ -362,11 +367,8 @@ def test_text_encoders(tmp_path, part, prefix, packed):
 
         weight_files.save_gguf(own, tmp_path / "m.gguf", "Q8_0", pack=pack)
         where = {"clip" if part == "text_encoder" else "t5": tmp_path / "m.gguf"}
-        plain = load_text(
-            ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, **where), part, 32, "cpu", torch.float32
-        )
-        files = ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, loras=((path, STRENGTH),), **where)
-    changed = load_text(files, part, 32, "cpu", torch.float32)
+        plain = load(**where)
+    changed = load(loras=((path, STRENGTH),), **where)
     down, up = chosen[module]
     expected = plain.hf_module.get_submodule(module).weight + STRENGTH * ALPHA / RANK * (up @ down)
     assert torch.allclose(changed.hf_module.get_submodule(module).weight, expected, atol=1e-6)
@@ -388,7 +390,8 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     schnell = weight_files.replace(tiny_models.PARAMS, guidance_embed=False)
     model = weight_files.load(base, schnell, **changes)
 
-    read = {name: weight.read() for name, weight in read_weights_of(tmp_path / "difference.safetensors")}
+    difference = open_checkpoint(tmp_path / "difference.safetensors").tensors
+    read = {name: weight.read() for name, weight in difference.items()}
     again = {m: (read[f"{m}.lora_A.weight"], read[f"{m}.lora_B.weight"]) for m in MODULES}
     expected = added(weights, again, 1.0)
     own = tiny_models.flux()
@@ -402,12 +405,6 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     # One file that is the model already needs no difference.
     merged = weight_files.save(expected, tmp_path / "merged.safetensors")
     assert close(weight_files.load(merged, schnell, **changes), expected, schnell)
-
-
-def read_weights_of(path):
-    from flux.weights.checkpoint import open_checkpoint
-
-    return open_checkpoint(path).weights.items()
 
 
 # ---- refusals
@@ -485,6 +482,6 @@ def test_the_module_names_of_a_file(tmp_path):
     path = weight_files.save(
         {"a.lora_A.default.weight": torch.zeros(1, 1), "a.alpha": torch.ones(())}, tmp_path / "lora"
     )
-    assert {module: set(fields) for module, fields in read_lora(path).modules.items()} == {
+    assert {module: set(fields) for module, fields in read_lora(open_checkpoint(path)).modules.items()} == {
         "a": {"down", "alpha"}
     }

@@ -1,0 +1,226 @@
+"""Headers of weight files: which tensors a safetensors or GGUF file holds, and where.
+
+The format is told by content, not by name. All reading is plain: some file systems refuse to map files into
+memory (OSError 19). No pickle is ever loaded.
+"""
+
+import json
+import math
+import operator
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux.errors import InputError
+from flux.weights.gguf import parse_gguf_header
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+READ_BYTES = 64 * 2**20  # read at once
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NO_PICKLE = "a pickle, never loaded since it may run code: convert it to .safetensors, or take such a file"
+OTHER_FORMATS = {
+    b"PK\x03\x04": NO_PICKLE,
+    b"\x80": NO_PICKLE,
+    b"<": "a web page: the download went wrong, fetch it again",
+}
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a file stores it.
+
+    Attributes:
+        path: The file.
+        kind: The number format by the name that the file format uses: "BF16", "F8_E4M3", "Q4_K", ...
+        shape: The tensor's shape; for packed kinds the shape of the expanded tensor.
+        offset: Where its bytes begin in the file.
+        size: How many bytes it has.
+    """
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """Read the tensor in its stored dtype; a packed kind as uint8, "rows bytes".
+
+        Raises:
+            InputError: The file cannot be read or ends too early.
+        """
+        # A copy to a GPU is several times as fast from pinned memory.
+        pinned = torch.device(device).type == "cuda"
+        raw = torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned)
+        view, done = memoryview(raw.numpy()), 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while done < self.size:
+                    count = file.readinto(view[done : done + READ_BYTES])
+                    if not count:
+                        raise InputError(f"Got {self.path}, which ends too early: fetch it again")
+                    done += count
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        if self.kind in DTYPES:
+            return raw.view(DTYPES[self.kind]).reshape(self.shape).to(device)
+        return raw.reshape(*self.shape[:-1], -1).to(device)
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """The parsed header of one file.
+
+    Attributes:
+        path: The file.
+        size: Bytes of the whole file.
+        span: Where the header's bytes begin and end.
+        tensors: The file's tensors by name.
+        metadata: Free text entries; empty for GGUF.
+    """
+
+    path: Path
+    size: int
+    span: tuple[int, int]
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> FileHeader:
+    """Read the header of one file.
+
+    Raises:
+        InputError: The file is not a complete safetensors or GGUF file. The message says what it is instead.
+    """
+    try:
+        size = os.stat(path).st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise InputError(
+            f"Got {path}, which does not exist: give the path of a .safetensors or .gguf file"
+        ) from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if start.startswith(LFS_POINTER):
+        true_size = re.search(rb"\nsize (\d+)", start)
+        target = f" to {int(true_size[1])} bytes" if true_size else ""
+        raise InputError(
+            f"Got {path}, which is a Git-LFS pointer{target} and not the file itself: run `git lfs pull`"
+        )
+    if start.startswith(b"GGUF"):
+        return _gguf_header(path, size)
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if start[8:9] == b"{" and 2 <= length <= MAX_HEADER_BYTES:
+        return _safetensors_header(path, size, length)
+    raise InputError(f"Got {path}, which is {_other_format(start, size)}")
+
+
+def _other_format(start: bytes, size: int) -> str:
+    for magic, name in OTHER_FORMATS.items():
+        if start.startswith(magic):
+            return name
+    if size and not any(start):
+        return "full of zeros: the download was cut short, fetch it again"
+    return f"no safetensors or GGUF file ({size} bytes): it may be cut short, or of another format"
+
+
+def _gguf_header(path: Path, size: int) -> FileHeader:
+    try:
+        with path.open("rb") as file:
+            end, entries = parse_gguf_header(file, size)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:  # UnicodeDecodeError too
+        raise InputError(f"Got {path}, a GGUF file, but {error}") from error
+    return FileHeader(
+        path, size, (0, end), {name: StoredTensor(path, *entry) for name, entry in entries.items()}
+    )
+
+
+def _safetensors_header(path: Path, size: int, length: int) -> FileHeader:
+    broken = f"Got {path}, whose header is broken: it may be cut short, fetch it again"
+    if 8 + length > size:
+        raise InputError(f"{broken} ({size} bytes, expected more than {8 + length})")
+    with path.open("rb") as file:
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError
+        tensors = {name: _safetensors_entry(path, entry, 8 + length) for name, entry in header.items()}
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(broken) from error
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset != end:
+            raise InputError(broken)
+        end += tensor.size
+    if size != end:
+        raise InputError(
+            f"Got {path} with {size} bytes, expected {end}: the download did not finish, fetch it again"
+        )
+    return FileHeader(path, size, (8, 8 + length), tensors, metadata)
+
+
+def _safetensors_entry(path: Path, entry: dict[str, Any], data_begin: int) -> StoredTensor:
+    shape = tuple(map(operator.index, entry["shape"]))
+    begin, end = map(operator.index, entry["data_offsets"])
+    if entry["dtype"] not in DTYPES:
+        kind = str(entry["dtype"])[:20]
+        raise InputError(f"Got {path}, whose header has numbers of kind {kind!r}, not known here")
+    size = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != size:
+        raise ValueError("shape and size differ")
+    return StoredTensor(path, entry["dtype"], shape, data_begin + begin, end - begin)
+
+
+# ---- shared by the readers of other files
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """The error for a file that the operating system refuses to read."""
+    return InputError(f"Got {path}, which cannot be read: {error.strerror}")
+
+
+def short_name(name: str) -> str:
+    """A tensor's or file's name from a file, made printable and short enough for a message."""
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return shown if len(shown) <= 80 else f"{shown[:60]} ... {shown[-15:]}"
+
+
+def parse_json(text: str | bytes, source: Path) -> dict[str, Any]:
+    """Parse a JSON text that holds an object.
+
+    Raises:
+        InputError: The text is broken, holds something else, or repeats a key.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_unique_keys)
+        if not isinstance(data, dict):
+            raise ValueError
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"Got {source}, whose JSON is broken: fetch it again") from error
+    return data
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key is repeated")
+    return dict(pairs)

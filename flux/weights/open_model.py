@@ -1,0 +1,292 @@
+"""One model's files, each opened once: what is checked, planned, fingerprinted and loaded."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from flux.errors import InputError
+from flux.model import Flux
+from flux.modules.autoencoder import AutoEncoder
+from flux.modules.conditioner import HFEmbedder
+from flux.modules.layers import timestep_embedding
+from flux.specs import ModelSpec
+from flux.weights.checkpoint import Checkpoint, open_checkpoint
+from flux.weights.headers import parse_json
+from flux.weights.hub import own_file
+from flux.weights.layouts import TITLES, Part, TensorSource, find_sources
+from flux.weights.load import load_into, match_names, on_meta
+from flux.weights.lora import LoraFile, match_patches, read_lora
+from flux.weights.lora_formats import Patch, apply_patches
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+M = TypeVar("M", bound=nn.Module)
+TOKENIZERS: dict[Part, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where one model's files are. Each path is a file, or a folder in diffusers' layout.
+
+    Attributes:
+        flow: The transformer.
+        ae: The autoencoder.
+        text: The folder with `flux.weights.hub.TEXT_FOLDERS`: text encoders and tokenizers.
+        t5: The T5 encoder's weights. If None, they are in `text`.
+        clip: The CLIP encoder's weights. If None, they are in `text`.
+        loras: LoRA files, each with its strength.
+    """
+
+    flow: Path
+    ae: Path
+    text: Path
+    t5: Path | None = None
+    clip: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+
+    def of(self, part: Part) -> Path:
+        """The path of one of the networks."""
+        own = {"transformer": self.flow, "vae": self.ae, "text_encoder": self.clip, "text_encoder_2": self.t5}
+        return own[part] or self.text
+
+
+class OpenFiles:
+    """Checkpoints by their path; each is opened when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Checkpoint] = {}
+
+    def open(self, path: Path, subfolder: str = "") -> Checkpoint:
+        """Open a checkpoint, see `open_checkpoint`, unless it has been opened before."""
+        place = path / subfolder if (path / subfolder).is_dir() else path
+        if place not in self._opened:
+            self._opened[place] = open_checkpoint(path, subfolder)
+        return self._opened[place]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenPart(Generic[M]):
+    """One network, ready to be loaded.
+
+    Attributes:
+        build: Makes it without memory.
+        sources: How each of its tensors is made of a file's.
+        patches: What LoRA files change in it.
+    """
+
+    build: Callable[[], M]
+    sources: dict[str, TensorSource]
+    patches: list[Patch]
+
+    def load(self, device: torch.device | str, dtype: torch.dtype, keep_8bit: bool) -> M:
+        """Load the network, see `load_into`, and apply the LoRA files."""
+        module = self.build()
+        load_into(module, self.sources, device, dtype, keep_8bit)
+        apply_patches(module, self.patches, dtype)
+        return module
+
+
+class OpenModel:
+    """The opened files of one model.
+
+    Headers are read and names are matched when they are first needed, and only once.
+
+    Args:
+        spec: The model.
+        files: Where its files are.
+        opened: Those of its checkpoints that are open already.
+    """
+
+    def __init__(self, spec: ModelSpec, files: ModelFiles, opened: OpenFiles | None = None):
+        self.spec, self.files = spec, files
+        self._opened = opened or OpenFiles()
+
+    def checkpoint(self, part: Part) -> Checkpoint:
+        """The opened checkpoint of a network.
+
+        Raises:
+            InputError: No complete weight file is there.
+        """
+        return self._opened.open(self.files.of(part), part)
+
+    def check(self) -> None:
+        """Check that all files are this model's. Reads headers only.
+
+        Raises:
+            InputError: A file is missing, broken, or another model's.
+        """
+        self.sources()
+
+    def sources(self) -> dict[Part, dict[str, TensorSource]]:
+        """How each tensor of each network is made of a file's.
+
+        Raises:
+            InputError: As `check`.
+        """
+        return {
+            "transformer": self.transformer.sources,
+            "vae": self.autoencoder.sources,
+            "text_encoder": self.text_encoder("text_encoder").sources,
+            "text_encoder_2": self.text_encoder("text_encoder_2").sources,
+        }
+
+    def fingerprint(self) -> str:
+        """Identify the transformer that these files make, with its LoRAs. See `Checkpoint.fingerprint`."""
+        own = self.checkpoint("transformer").fingerprint()
+        added = [f"{lora.checkpoint.fingerprint()} {lora.strength:g}" for lora in self.transformer_loras]
+        return hashlib.sha256("\n".join([own, *added]).encode()).hexdigest()[:32] if added else own
+
+    # ---- the networks
+
+    @cached_property
+    def _is_distilled_base(self) -> bool:
+        """Whether the transformer's file is the model that `spec.lora` turns into this one."""
+        if self.spec.lora is None:
+            return False
+        sources, _ = find_sources(
+            self.checkpoint("transformer"), "transformer", ["guidance_in.in_layer.weight"]
+        )
+        return bool(sources)
+
+    @cached_property
+    def loras(self) -> list[LoraFile]:
+        """The LoRA files that the user asked for."""
+        return [read_lora(self._opened.open(path), strength) for path, strength in self.files.loras]
+
+    @cached_property
+    def transformer_loras(self) -> list[LoraFile]:
+        """The LoRA files that change the transformer, the model's own first."""
+        if self.spec.lora is None or not self._is_distilled_base:
+            return self.loras
+        return [read_lora(self._opened.open(own_file(self.spec, self.spec.lora, True))), *self.loras]
+
+    @cached_property
+    def transformer(self) -> OpenPart[Flux]:
+        """The transformer, with the guidance input of the file that it is read from."""
+        params = self.spec.params
+        if self._is_distilled_base:
+            params = replace(params, guidance_embed=True)
+        return self._open("transformer", lambda: on_meta(Flux, params), self.transformer_loras)
+
+    @cached_property
+    def autoencoder(self) -> OpenPart[AutoEncoder]:
+        """The autoencoder."""
+        return self._open("vae", lambda: on_meta(AutoEncoder, self.spec.ae_params), [])
+
+    def text_encoder(self, part: Part) -> OpenPart[nn.Module]:
+        """The text encoder of that part, "text_encoder" (CLIP) or "text_encoder_2" (T5)."""
+        return self._t5 if part == "text_encoder_2" else self._clip
+
+    @cached_property
+    def _t5(self) -> OpenPart[nn.Module]:
+        from transformers import T5EncoderModel
+
+        config = self._text_config("text_encoder_2", "t5")
+        return self._open("text_encoder_2", lambda: on_meta(T5EncoderModel, config), self.loras)
+
+    @cached_property
+    def _clip(self) -> OpenPart[nn.Module]:
+        from transformers import CLIPTextModel
+
+        # A CLIP checkpoint with its vision half says "clip", the text half alone "clip_text_model".
+        config = self._text_config("text_encoder", "clip")
+        own = config.text_config if config.model_type == "clip" else config
+        return self._open("text_encoder", lambda: on_meta(CLIPTextModel, own), self.loras)
+
+    def _open(self, part: Part, build: Callable[[], M], loras: list[LoraFile]) -> OpenPart[M]:
+        module = build()
+        sources = match_names(module, self.checkpoint(part), part)
+        return OpenPart(build, sources, match_patches(loras, part, module))
+
+    def _text_config(self, part: Part, kind: str) -> "PretrainedConfig":
+        from transformers import AutoConfig
+
+        path = self.files.of(part)
+        folder = path / part if (path / part).is_dir() else path
+        if not (folder / "config.json").is_file():
+            folder = self.files.text / part
+        if not (folder / "config.json").is_file():
+            raise InputError(f"Got {folder}, which has no config.json: expected the folder of an encoder")
+        parse_json((folder / "config.json").read_bytes(), folder / "config.json")
+        try:
+            config = AutoConfig.from_pretrained(str(folder))
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise InputError(f"Got {folder}, whose config.json is no encoder's: fetch it again") from error
+        if not config.model_type.startswith(kind):
+            raise InputError(f"Got {folder}, an encoder of kind {config.model_type}; expected {TITLES[part]}")
+        return config
+
+    # ---- loading
+
+    def load_transformer(
+        self, device: torch.device | str, dtype: torch.dtype, keep_8bit: bool = False
+    ) -> Flux:
+        """Load the transformer, with all LoRA files in it or beside it.
+
+        Args:
+            device: Where it is put.
+            dtype: What it computes in.
+            keep_8bit: Whether matrices of 8-bit floats stay as they are stored and are expanded at each use.
+
+        Raises:
+            InputError: As `check`, for the transformer's files.
+        """
+        model = self.transformer.load(device, dtype, keep_8bit)
+        if model.params.guidance_embed and not self.spec.params.guidance_embed:
+            _fold_guidance(model, self.spec)
+        return model
+
+    def load_autoencoder(self, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder:
+        """Load the autoencoder.
+
+        Raises:
+            InputError: As `check`, for the autoencoder's file.
+        """
+        return self.autoencoder.load(device, dtype, keep_8bit=False)
+
+    def load_text_encoder(
+        self,
+        part: Part,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        keep_8bit: bool = False,
+        max_length: int | None = None,
+    ) -> HFEmbedder:
+        """Load a text encoder and its tokenizer.
+
+        Args:
+            part: "text_encoder" (CLIP) or "text_encoder_2" (T5).
+            device: Where it is put.
+            dtype: What it computes in.
+            keep_8bit: As for `load_transformer`.
+            max_length: Tokens that a prompt is padded or cut to. If None, as the model's spec says.
+
+        Raises:
+            InputError: As `check`, for the encoder's files.
+        """
+        module = self.text_encoder(part).load(device, dtype, keep_8bit)
+        if part == "text_encoder_2":
+            module.encoder.embed_tokens = module.shared
+        for name, buffer in module.named_buffers():
+            # The only buffer of either encoder; files do not hold it.
+            owner, _, leaf = name.rpartition(".")
+            positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            module.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
+        length = self.spec.text_length if part == "text_encoder_2" else self.spec.clip_length
+        return HFEmbedder.around(module, max_length or length, str(self.files.text / TOKENIZERS[part]))
+
+
+def _fold_guidance(model: Flux, spec: ModelSpec) -> None:
+    """Add one guidance scale's embedding to the time embedder's last bias, and drop the guidance input."""
+    bias = model.time_in.out_layer.bias
+    scale = torch.tensor([spec.guidance], device=bias.device)
+    added = model.guidance_in.float()(timestep_embedding(scale, 256))[0]
+    model.time_in.out_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
+    model.guidance_in, model.params = nn.Identity(), spec.params

@@ -1,0 +1,153 @@
+"""Quantised weights in checkpoints: which matrices have scales, and which formats are not supported.
+
+Two dialects of scaled 8-bit floats are read. Beside a matrix `X.weight`,
+
+* "scaled_fp8" has `X.scale_weight`, a marker tensor `scaled_fp8`, and `X.scale_input` for other programs;
+* the newer one has `X.weight_scale`, and for other programs `X.input_scale` and a JSON text `X.comfy_quant`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux.errors import InputError
+from flux.modules import gguf_blocks
+from flux.weights.headers import StoredTensor, parse_json, short_name
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2")
+MARKER = "scaled_fp8"
+SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # the first one that a matrix has is used
+UNUSED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")  # beside a matrix with a scale
+UNSUPPORTED_ENDINGS = {
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit (nf4)",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes 4-bit (fp4)",
+    ".wscales": "Nunchaku (SVDQuant) 4-bit",
+    "._data": "quanto",
+}
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """A stored tensor and, for 8-bit floats that have one, the scale to multiply it by."""
+
+    stored: StoredTensor
+    scale: StoredTensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the expanded tensor."""
+        return self.stored.shape
+
+    @property
+    def kind(self) -> str:
+        """The stored number format, see `StoredTensor`."""
+        return self.stored.kind
+
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """Read the tensor: packed or scaled kinds expanded to float32, others in their stored dtype."""
+        if torch.device(device).type == "mps" and self.kind in EIGHT_BIT_FLOATS:  # MPS has no 8-bit floats
+            return self.read("cpu").float().to(device)
+        raw = self.stored.read(device)
+        if self.kind in gguf_blocks.BLOCKS:
+            return gguf_blocks.expand(raw, self.kind)
+        scale = self.read_scale(device)
+        return raw if scale is None else raw.float() * scale
+
+    def read_scale(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """Read the scale in float32: one number, or one for each row, "rows 1". None if there is none."""
+        if self.scale is None:
+            return None
+        scale = self.scale.read(device).float()
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
+
+
+def pair_with_scales(
+    path: Path, stored: Mapping[str, StoredTensor], declared: Iterable[Mapping[str, Any]]
+) -> dict[str, ScaledTensor]:
+    """Join each matrix of 8-bit floats with its scale; leave out what only other programs need.
+
+    A scale that fits no matrix is kept under its own name. No model has such a tensor, so that loading
+    fails: without its scale the matrix would only make noise.
+
+    Args:
+        path: The checkpoint, for messages.
+        stored: The files' tensors by name.
+        declared: The files' `_quantization_metadata`.
+
+    Raises:
+        InputError: The checkpoint uses a quantisation that is not supported.
+    """
+    _refuse_unsupported(path, stored)
+    _check_declared(path, declared)
+    scales = {name: scale for name in stored if (scale := _scale_of(name, stored)) is not None}
+    _check_comfy_quant(path, scales, stored)
+    left_out = {*scales.values(), *_scaled_fp8_extras(stored), *_extras_of_scaled(scales)}
+    return {
+        name: ScaledTensor(tensor, stored[scales[name]] if name in scales else None)
+        for name, tensor in stored.items()
+        if name not in left_out
+    }
+
+
+def _scale_of(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
+    """The name of the scale of this tensor, if it is a matrix of 8-bit floats that has a fitting one."""
+    if not name.endswith(".weight") or stored[name].kind not in EIGHT_BIT_FLOATS:
+        return None
+    stem, rows = name.removesuffix(".weight"), stored[name].shape[:1]
+    scale = next((stem + ending for ending in SCALE_ENDINGS if stem + ending in stored), None)
+    if scale is None or stored[scale].kind not in FLOATS:
+        return None
+    shape = stored[scale].shape
+    return scale if math.prod(shape) == 1 or shape in (rows, (*rows, 1)) else None
+
+
+def _scaled_fp8_extras(stored: Mapping[str, StoredTensor]) -> set[str]:
+    """The marker and the activations' scales of the "scaled_fp8" dialect."""
+    return {name for name in stored if name == MARKER or name.endswith((f".{MARKER}", ".scale_input"))}
+
+
+def _extras_of_scaled(scales: Iterable[str]) -> set[str]:
+    """What stands beside matrices that have a scale."""
+    return {name.removesuffix(".weight") + ending for name in scales for ending in UNUSED_ENDINGS}
+
+
+# ---- formats that are not supported
+
+
+def _refuse_unsupported(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        for ending, title in UNSUPPORTED_ENDINGS.items():
+            if name.endswith(ending):
+                raise InputError(f"Got {path}, which is {title}: not supported, take a GGUF or fp8 file")
+
+
+def _check_declared(path: Path, declared: Iterable[Mapping[str, Any]]) -> None:
+    """Check the formats that a file's header declares for its layers."""
+    for metadata in declared:
+        layers = metadata.get("layers")
+        if isinstance(layers, dict):
+            for name, layer in layers.items():
+                _check_format(path, name, layer)
+
+
+def _check_comfy_quant(path: Path, scaled: Iterable[str], stored: Mapping[str, StoredTensor]) -> None:
+    """Check the format that a JSON text declares for each matrix that has a scale."""
+    for name in scaled:
+        stem = name.removesuffix(".weight")
+        text = stored.get(stem + ".comfy_quant")
+        if text is not None:
+            is_text = text.kind == "U8" and text.size < 10_000
+            _check_format(path, stem, parse_json(text.read().numpy().tobytes() if is_text else b"", path))
+
+
+def _check_format(path: Path, name: str, layer: object) -> None:
+    declared = layer.get("format") if isinstance(layer, dict) else None
+    if declared not in ("float8_e4m3fn", "float8_e5m2"):
+        what = f"{short_name(name)} is quantised as {str(declared)[:40]!r}"
+        raise InputError(f"Got {path}, where {what}: not supported, take a GGUF or fp8 file")
