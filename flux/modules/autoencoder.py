@@ -1,6 +1,7 @@
-"""The convolutional autoencoder between pictures and latents of an eighth of their side."""
+"""The convolutional autoencoder: images to latents of an eighth of their side, and back."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AutoEncoderParams:
+    """The size of an autoencoder.
+
+    Attributes:
+        resolution: side of the images it was trained on. Unused.
+        in_channels: channels of an input image.
+        ch: channels at full resolution.
+        out_ch: channels of a decoded image.
+        ch_mult: factors on `ch`, one per resolution. Each resolution has half the side of the one before it.
+        num_res_blocks: residual blocks per resolution in the encoder. The decoder has one more.
+        z_channels: channels of a latent.
+        scale_factor: factor that brings latents to about unit variance.
+        shift_factor: mean of the latents, subtracted before scaling.
+        num_groups: groups of each group normalisation.
+    """
+
     resolution: int
     in_channels: int
     ch: int
@@ -23,15 +39,17 @@ class AutoEncoderParams:
 
 
 def group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
+    """Return the group normalisation used everywhere in the autoencoder."""
     return nn.GroupNorm(num_groups, channels, eps=1e-6, affine=True)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps the size."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
 class AttnBlock(nn.Module):
-    """Attention of every place to every other, one head, added to the input."""
+    """Self-attention over all positions with one head, added to the input."""
 
     def __init__(self, in_channels: int, num_groups: int = 32):
         super().__init__()
@@ -41,9 +59,10 @@ class AttnBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map "B C h w" to the same shape."""
         height = x.shape[-2]
         normed = self.norm(x)
-        # Contiguous: only then do CUDA's kernels do without a matrix of all places by all places.
+        # CUDA's fused kernels, which store no attention matrix, need contiguous inputs.
         q, k, v = (
             rearrange(project(normed), "b c h w -> b 1 (h w) c").contiguous()
             for project in (self.q, self.k, self.v)
@@ -53,7 +72,7 @@ class AttnBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions, added to the input."""
+    """Two normalised convolutions, added to the input, which a 1x1 convolution adapts to new channels."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int = 32):
         super().__init__()
@@ -61,39 +80,42 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels)
         self.norm2 = group_norm(out_channels, num_groups)
         self.conv2 = conv3x3(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        changes = in_channels != out_channels
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map "B in_channels h w" to "B out_channels h w"."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class Downsample(nn.Module):
-    """Half the side. One row and column of zeros at the far edges, none at the near ones."""
+    """Halve the side. The input is padded with zeros at the right and bottom edges only."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map "B C 2h 2w" to "B C h w"."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Twice the side."""
+    """Double the side."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map "B C h w" to "B C 2h 2w"."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Middle(nn.Module):
-    """What encoder and decoder have at their lowest resolution."""
+    """The blocks of encoder and decoder at the lowest resolution."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
@@ -102,83 +124,98 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map "B C h w" to the same shape."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Level(nn.Module):
-    """The blocks of one resolution. A change of resolution, where there is one, is added by its owner."""
+    """The blocks of one resolution.
+
+    Attributes:
+        downsample: The change to the next resolution. Encoders set and call it, except for their last level.
+        upsample: The same for a decoder.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, num_groups: int):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, num_groups) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b, num_groups) for a, b in pairwise(widths))
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map "B in_channels h w" to "B out_channels h w"."""
         for block in self.block:
             x = block(x)
         return x
 
 
 class Encoder(nn.Module):
-    """Pictures "B 3 8h 8w" -> mean and log-variance of their latents, "B 2z h w" (with four levels)."""
+    """Images "B 3 8h 8w" to mean and log-variance of their latents, "B 2z h w" (with four levels)."""
 
     def __init__(self, params: AutoEncoderParams):
         super().__init__()
         widths = [params.ch * mult for mult in (1, *params.ch_mult)]
         self.conv_in = conv3x3(params.in_channels, params.ch)
-        self.down = nn.ModuleList(
-            Level(a, b, params.num_res_blocks, params.num_groups) for a, b in zip(widths, widths[1:])
-        )
-        for level in self.down[:-1]:
-            level.downsample = Downsample(level.block[-1].conv2.out_channels)
+        levels = [Level(a, b, params.num_res_blocks, params.num_groups) for a, b in pairwise(widths)]
+        for level, width in zip(levels[:-1], widths[1:], strict=False):
+            level.downsample = Downsample(width)
+        self.down = nn.ModuleList(levels)
         self.mid = Middle(widths[-1], params.num_groups)
         self.norm_out = group_norm(widths[-1], params.num_groups)
         self.conv_out = conv3x3(widths[-1], 2 * params.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images to the moments of their latents."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
+            if isinstance(level.downsample, Downsample):
                 x = level.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """Latents "B z h w" -> pictures "B 3 8h 8w" (with four levels)."""
+    """Latents "B z h w" to images "B 3 8h 8w" (with four levels)."""
 
     def __init__(self, params: AutoEncoderParams):
         super().__init__()
         widths = [params.ch * mult for mult in (*params.ch_mult, params.ch_mult[-1])]
         self.conv_in = conv3x3(params.z_channels, widths[-1])
         self.mid = Middle(widths[-1], params.num_groups)
-        # Numbered like the encoder's levels, by resolution, and run from the last to the first.
-        self.up = nn.ModuleList(
-            Level(below, own, params.num_res_blocks + 1, params.num_groups)
-            for own, below in zip(widths, widths[1:])
-        )
-        for level in self.up[1:]:
-            level.upsample = Upsample(level.block[-1].conv2.out_channels)
+        # Numbered by resolution as in the encoder, and computed from the last to the first.
+        levels = [Level(b, a, params.num_res_blocks + 1, params.num_groups) for a, b in pairwise(widths)]
+        for level, width in zip(levels[1:], widths[1:], strict=False):
+            level.upsample = Upsample(width)
+        self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(widths[0], params.num_groups)
         self.conv_out = conv3x3(widths[0], params.out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Map latents to images."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-            if hasattr(level, "upsample"):
+            # Called here and not by the level, so that the level's input can be freed before.
+            if isinstance(level.upsample, Upsample):
                 x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class DiagonalGaussian(nn.Module):
-    """The mean of an encoding, or a draw from it."""
+    """The mean of a normal distribution, or a sample of it.
+
+    Args:
+        sample: whether to sample.
+        chunk_dim: dimension along which mean and log-variance are concatenated.
+    """
 
     def __init__(self, sample: bool = True, chunk_dim: int = 1):
         super().__init__()
         self.sample, self.chunk_dim = sample, chunk_dim
 
     def forward(self, moments: Tensor) -> Tensor:
+        """Map mean and log-variance, "B 2z h w", to "B z h w"."""
         mean, log_variance = moments.chunk(2, dim=self.chunk_dim)
         if not self.sample:
             return mean
@@ -186,8 +223,11 @@ class DiagonalGaussian(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Pictures in -1..1, "B 3 8h 8w", to and from latents shifted and scaled to about unit variance, "B z h
-    w".
+    """Maps images "B 3 8h 8w" in -1..1 to latents "B z h w" of about unit variance, and back.
+
+    Args:
+        params: the size.
+        sample_z: whether `encode` samples a latent. If not, it returns the mean.
     """
 
     def __init__(self, params: AutoEncoderParams, sample_z: bool = False):
@@ -198,10 +238,13 @@ class AutoEncoder(nn.Module):
         self.reg = DiagonalGaussian(sample_z)
 
     def encode(self, x: Tensor) -> Tensor:
+        """Map images to latents, shifted and scaled."""
         return self.scale_factor * (self.reg(self.encoder(x)) - self.shift_factor)
 
     def decode(self, z: Tensor) -> Tensor:
+        """Map latents to images."""
         return self.decoder(z / self.scale_factor + self.shift_factor)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode and decode images."""
         return self.decode(self.encode(x))

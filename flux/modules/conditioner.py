@@ -1,4 +1,6 @@
-"""Text encoders: T5 for the token features, CLIP for the pooled vector."""
+"""Text encoders: T5 for the features of each token, CLIP for one pooled vector."""
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -6,14 +8,18 @@ from flux.errors import InputError
 
 
 class HFEmbedder(nn.Module):
-    """A tokenizer and a text encoder of transformers behind one call.
+    """A tokenizer and a text encoder of the transformers library behind one call.
 
     Args:
         version: hub id or folder of the encoder.
-        max_length: tokens a prompt is padded or cut to.
-        tokenizer: hub id or folder of the tokenizer; None: the encoder's own.
-        subfolder, tokenizer_subfolder: folders within those.
-        hf_kwargs: handed to the encoder's `from_pretrained` (dtype, ...).
+        max_length: number of tokens to which a prompt is padded or truncated.
+        tokenizer: hub id or folder of the tokenizer. If None, `version`.
+        subfolder: folder of the encoder within `version`.
+        tokenizer_subfolder: folder of the tokenizer within `tokenizer`.
+        **hf_kwargs: passed to the encoder's `from_pretrained` (dtype, ...).
+
+    Raises:
+        InputError: if the files lack weights or their shapes do not match.
     """
 
     def __init__(
@@ -26,44 +32,52 @@ class HFEmbedder(nn.Module):
         **hf_kwargs,
     ):
         super().__init__()
-        from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers import AutoConfig, CLIPTextModel, T5EncoderModel
 
-        # A CLIP checkpoint with its vision half says "clip", the text half alone "clip_text_model".
+        # A whole CLIP model has the type "clip", its text encoder alone "clip_text_model".
         model_type = AutoConfig.from_pretrained(version, subfolder=subfolder).model_type
-        self.is_clip = model_type.startswith("clip")
-        self.max_length = max_length
-        self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or version, subfolder=tokenizer_subfolder)
-        encoder = CLIPTextModel if self.is_clip else T5EncoderModel
-        self.hf_module, found = encoder.from_pretrained(
+        encoder_class = CLIPTextModel if model_type.startswith("clip") else T5EncoderModel
+        # The library's annotation leaves out that `output_loading_info` makes it return a pair.
+        pair: Any = encoder_class.from_pretrained(
             version, subfolder=subfolder, output_loading_info=True, **hf_kwargs
         )
-        # transformers would draw what is missing at random and only warn.
-        wrong = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+        encoder, info = pair
+        # transformers would initialise missing weights at random, with only a warning.
+        wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         if wrong:
             raise InputError(
-                f"{version} is no whole {encoder.__name__}: missing or misshapen {', '.join(wrong[:3])}"
+                f"{version} is no whole {encoder_class.__name__}: missing or misshapen {', '.join(wrong[:3])}"
             )
-        self.hf_module.eval().requires_grad_(False)
+        encoder.eval().requires_grad_(False)
+        self._set_up(encoder, max_length, tokenizer or version, tokenizer_subfolder)
 
     @classmethod
-    def around(cls, encoder: nn.Module, max_length: int, tokenizer: str) -> "HFEmbedder":
-        """An encoder that is loaded already, and the tokenizer of that folder."""
-        from transformers import AutoTokenizer, CLIPTextModel
+    def from_encoder(cls, encoder: nn.Module, max_length: int, tokenizer: str) -> "HFEmbedder":
+        """Wrap an encoder that is already loaded.
 
+        Args:
+            encoder: a `CLIPTextModel` or a `T5EncoderModel`.
+            max_length: number of tokens to which a prompt is padded or truncated.
+            tokenizer: folder of the tokenizer.
+        """
         embedder = cls.__new__(cls)
         nn.Module.__init__(embedder)
-        embedder.is_clip = isinstance(encoder, CLIPTextModel)
-        embedder.max_length = max_length
-        embedder.output_key = "pooler_output" if embedder.is_clip else "last_hidden_state"
-        embedder.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        embedder.hf_module = encoder
+        embedder._set_up(encoder, max_length, tokenizer)
         return embedder
 
+    def _set_up(self, encoder: nn.Module, max_length: int, tokenizer: str, subfolder: str = "") -> None:
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        self.is_clip = isinstance(encoder, CLIPTextModel)
+        self.max_length = max_length
+        self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, subfolder=subfolder)
+        self.hf_module = encoder
+
     def forward(self, text: list[str]) -> Tensor:
-        """Prompts -> "B T features" (T5, T = max_length) or "B features" (CLIP)."""
+        """Encode prompts: "B T features" for T5, with T = max_length, "B features" for CLIP."""
         tokens = self.tokenizer(
             text, truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
         )
-        # Without a mask, as the transformer was trained: padding takes part in the attention.
+        # The transformer was trained with features of padding tokens, encoded without an attention mask.
         return self.hf_module(input_ids=tokens["input_ids"].to(self.hf_module.device))[self.output_key]

@@ -1,7 +1,7 @@
-"""GGUF's packed numbers as plain ones, by torch alone.
+"""Expand GGUF's packed matrices with torch.
 
-A packed matrix is rows of blocks. A block holds 32 or 256 numbers of few bits and, in half precision, their
-scales and shifts. Formulae: the reference decoder of ggml's `gguf` package, to the last bit.
+A packed matrix has rows of blocks. A block holds 32 or 256 numbers of a few bits each, and their scales and
+minima in half precision. Results equal those of the reference decoder, ggml's `gguf` package, bit for bit.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# kind -> numbers in a block, bytes of a block
+# Numbers in a block and bytes of a block, by kind.
 BLOCKS = {
     "Q4_0": (32, 18),
     "Q4_1": (32, 20),
@@ -25,25 +25,30 @@ BLOCKS = {
 
 
 def expand(packed: Tensor, kind: str) -> Tensor:
-    """Packed rows, "rows bytes" of uint8 -> their numbers in float32, "rows columns"."""
-    per_block, block_bytes = BLOCKS[kind]
+    """Expand packed rows, "rows bytes" in uint8, to float32, "rows columns".
+
+    Args:
+        packed: whole rows of blocks.
+        kind: one of `BLOCKS`.
+    """
+    _, block_bytes = BLOCKS[kind]
     blocks = packed.unflatten(-1, (-1, block_bytes))
     return _EXPAND[kind](blocks).reshape(*packed.shape[:-1], -1)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
-    """The half-precision number at that byte of each block, in float32: "... 1"."""
+    """The half-precision number at byte `at` of each block, as float32, "... 1"."""
     return blocks[..., at : at + 2].view(torch.float16).float()
 
 
 def _fields(x: Tensor, bits: int, groups: int = 1) -> Tensor:
-    """Bytes cut into fields of 1, 2 or 4 bits: of each group all lowest fields first, then the next ones."""
+    """Cut bytes into fields of 1, 2 or 4 bits. In each group the lowest fields of all bytes come first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=x.device)[:, None]
     return ((x.unflatten(-1, (groups, 1, -1)) >> shifts) & (2**bits - 1)).flatten(-3)
 
 
 def _signed(x: Tensor, zero: int) -> Tensor:
-    """Small unsigned bytes with `zero` taken off."""
+    """Subtract `zero` from small unsigned numbers."""
     return x.view(torch.int8) - zero
 
 
@@ -68,7 +73,7 @@ def _q8_0(b: Tensor) -> Tensor:
 
 
 def _by_group(scales: Tensor, x: Tensor) -> Tensor:
-    """Each group's scale times its numbers: "... groups" and "... block" -> "... groups width"."""
+    """Multiply each group by its scale: "... groups" times "... block" gives "... groups width"."""
     return scales[..., None] * x.unflatten(-1, (scales.shape[-1], -1))
 
 
@@ -85,7 +90,7 @@ def _q3_k(b: Tensor) -> Tensor:
 
 
 def _scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight of each, in 6 bits, their upper halves spread over what the first four leave free; scaled."""
+    """The scales and minima of eight groups, 6 bits each. The last four use spare bits of the others."""
     first, second, third = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), dim=-1)
     minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), dim=-1)
@@ -109,6 +114,14 @@ def _q6_k(b: Tensor) -> Tensor:
 
 
 _EXPAND: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-}  # fmt: skip
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}

@@ -1,5 +1,6 @@
-"""Linear layers whose weights stay as a file packs them, those that compute in 8-bit floats, and low-rank
-differences beside any linear layer.
+"""Linear layers whose weights are not one plain matrix.
+
+They are packed by a file, quantised here, in 8-bit floats, or have a low-rank branch.
 """
 
 import math
@@ -9,20 +10,65 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.modules import gguf_blocks
-from flux.modules.ops import E4M3, Rounded, rounded
+from flux.modules.float8 import E4M3, EIGHT_BIT_FLOATS
+from flux.modules.ops import Rounded, rounded
 
-EIGHT_BIT = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+class CustomLinear(nn.Module):
+    """A linear layer that is not an `nn.Linear`: a base class.
+
+    Attributes:
+        takes_rounded: whether the input may also be `Rounded`.
+    """
+
+    takes_rounded = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, "out_features in_features", in the dtype of the computation."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map "... in_features" to "... out_features"."""
+        return self.project(x)
+
+    def project(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Compute only the output channels start..stop."""
+        raise NotImplementedError
+
+    def can_project_rows(self) -> bool:
+        """Return whether `project` can compute some output channels without the others."""
+        return True
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose matrix is expanded anew each time it is used.
+AnyLinear = nn.Linear | CustomLinear
+
+
+def can_project_rows(linear: AnyLinear) -> bool:
+    """Return whether `project_rows` works for this layer."""
+    return isinstance(linear, nn.Linear) or linear.can_project_rows()
+
+
+def project_rows(linear: AnyLinear, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Compute only the output channels start..stop of a linear layer of any kind."""
+    if isinstance(linear, CustomLinear):
+        return linear.project(x, start, stop)
+    return F.linear(x, linear.weight[start:stop], _rows(linear.bias, start, stop))
+
+
+def _rows(bias: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    return None if bias is None else bias[start:stop]
+
+
+class PackedLinear(CustomLinear):
+    """A linear layer whose matrix stays as a file packs it and is expanded at each use.
 
     Args:
         packed: the matrix as bytes, "out_features bytes".
-        kind: of its numbers: one of `flux.modules.gguf_blocks.BLOCKS`, or "F8_E4M3" or "F8_E5M2".
+        kind: number format: one of `flux.modules.gguf_blocks.BLOCKS` or of `EIGHT_BIT_FLOATS`.
         bias: "out_features" or None.
-        scale: of 8-bit floats: a number, or one for each row, "out_features 1".
-        dtype: what it computes in.
+        scale: factor of 8-bit floats: one number, or one per row, "out_features 1".
+        dtype: type of the computation.
     """
 
     def __init__(
@@ -41,88 +87,93 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, "out_features in_features"."""
+        """The whole matrix, expanded."""
         return self._expand(0, None)
 
     def _expand(self, start: int, stop: int | None) -> Tensor:
         rows = self.packed[start:stop]
         if self.kind in gguf_blocks.BLOCKS:
             return gguf_blocks.expand(rows, self.kind).to(self.dtype)
-        plain = rows.view(EIGHT_BIT[self.kind])
+        numbers = rows.view(EIGHT_BIT_FLOATS[self.kind])
         if self.scale is None:
-            return plain.to(self.dtype)
+            return numbers.to(self.dtype)
         scale = self.scale[start:stop] if self.scale.ndim else self.scale
-        return (plain.float() * scale).to(self.dtype)
+        return (numbers.float() * scale).to(self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def project(self, x: Tensor, start: int, stop: int | None) -> Tensor:
-        """Only the output channels start..stop."""
-        bias = None if self.bias is None else self.bias[start:stop]
-        return F.linear(x, self._expand(start, stop), bias)
+    def project(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Compute only the output channels start..stop."""
+        return F.linear(x, self._expand(start, stop), _rows(self.bias, start, stop))
 
 
-class Fp8Linear(nn.Module):
-    """A linear layer with weights and activations in e4m3, a scale for each row of either; sums are wider.
+class Fp8Linear(CustomLinear):
+    """A linear layer that multiplies e4m3 weights and e4m3 activations, each row with its own scale.
 
-    Made of a file's e4m3 numbers, whatever their scales, it keeps them as they are.
+    Products are summed in higher precision. The numbers of a `PackedLinear` in e4m3 are kept as they are.
+
+    Args:
+        linear: the layer to convert.
+        device: where it is converted. If None, where it is.
     """
 
     takes_rounded = True
+    packed: Tensor  # "out_features in_features"
+    scale: Tensor  # "out_features 1", or "1 1" if the file has a single scale
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear | PackedLinear, device: torch.device | str | None = None):
         super().__init__()
         if isinstance(linear, PackedLinear):
             packed = linear.packed.detach().to(device).view(E4M3)
-            own = torch.ones(()) if linear.scale is None else linear.scale.detach().float()
-            scale = own.to(packed.device).view(-1, 1)
+            stored = torch.ones(()) if linear.scale is None else linear.scale.detach().float()
+            scale = stored.to(packed.device).view(-1, 1)
             self.dtype = linear.dtype
         else:
             packed, scale = rounded(linear.weight.detach().to(device))
             self.dtype = linear.weight.dtype
         self.out_features, self.in_features = packed.shape
         self.register_buffer("packed", packed)
-        # One for each row, or one for all, "1 1", as the file has it.
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(packed.device))
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, "out_features in_features"."""
+        """The whole matrix, scaled."""
         return (self.packed.float() * self.scale).to(self.dtype)
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
-        return self._product(x, slice(None))
+        """Map "... in_features" to "... out_features"."""
+        return self.project(x)
 
-    def project(self, x: Tensor | Rounded, start: int, stop: int | None) -> Tensor:
-        """Only the output channels start..stop."""
-        return self._product(x, slice(start, stop))
-
-    def _product(self, x: Tensor | Rounded, rows: slice) -> Tensor:
-        own = x if isinstance(x, Rounded) else Rounded.of(x)
-        made = torch._scaled_mm(
-            own.packed.flatten(0, -2),
-            self.packed[rows].T,
-            scale_a=own.scale.flatten(0, -2),
-            scale_b=self.scale.expand(self.out_features, 1)[rows].T.contiguous(),
-            bias=None if self.bias is None else self.bias[rows],
-            out_dtype=own.dtype,
-            # An eighth faster on an H200, and no further from bfloat16: the numbers are rounded by more.
-            use_fast_accum=own.packed.is_cuda,
+    def project(self, x: Tensor | Rounded, start: int = 0, stop: int | None = None) -> Tensor:
+        """Compute only the output channels start..stop."""
+        x = x if isinstance(x, Rounded) else Rounded.of(x)
+        y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]  # public only since torch 2.10
+            x.packed.flatten(0, -2),
+            self.packed[start:stop].T,
+            scale_a=x.scale.flatten(0, -2),
+            scale_b=self.scale.expand(self.out_features, 1)[start:stop].T.contiguous(),
+            bias=_rows(self.bias, start, stop),
+            out_dtype=x.dtype,
+            # An eighth faster on an H200, and no less exact: rounding to e4m3 loses more.
+            use_fast_accum=x.packed.is_cuda,
         )
-        return made.view(*own.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1)
+
+    def can_project_rows(self) -> bool:
+        """Return False in compiled code: torch 2.11's compiler fails to slice the matrix on GPUs."""
+        return not torch.compiler.is_compiling()
 
 
-class LowRankLinear(nn.Module):
-    """A linear layer and a low-rank difference kept apart from it (LoRA, arXiv 2106.09685).
+class LowRankLinear(CustomLinear):
+    """A linear layer with a low-rank branch beside it (LoRA, arXiv 2106.09685).
 
     Args:
         base: the layer.
-        down: "rank in_features"; up: "out_features rank", strength and alpha / rank multiplied in.
+        down: first matrix of the branch, "rank in_features".
+        up: second matrix, "out_features rank", with the strength and alpha / rank multiplied in.
     """
 
-    def __init__(self, base: nn.Module, down: Tensor, up: Tensor):
+    def __init__(self, base: AnyLinear, down: Tensor, up: Tensor):
         super().__init__()
         self.base = base
         self.down = nn.Parameter(down, requires_grad=False)
@@ -130,55 +181,42 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix with the difference in it."""
+        """The matrix of the layer with the product of the branch added."""
         weight = self.base.weight
         return (weight + self.up @ self.down).to(weight.dtype)
 
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
+    def project(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Compute only the output channels start..stop."""
+        branch = F.linear(F.linear(x, self.down), self.up[start:stop])
+        return project_rows(self.base, x, start, stop) + branch
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.down), self.up)
-
-    def project(self, x: Tensor, start: int, stop: int | None) -> Tensor:
-        """Only the output channels start..stop."""
-        difference = F.linear(F.linear(x, self.down), self.up[start:stop])
-        return project_rows(self.base, x, start, stop) + difference
+    def can_project_rows(self) -> bool:
+        """Return whether the layer can do it."""
+        return can_project_rows(self.base)
 
 
-def in_parts(linear: nn.Module) -> bool:
-    """Whether some of a linear layer's output channels can be computed without the others."""
-    # torch 2.11's compiler fails over an 8-bit product with a part of the matrix, on cards alone.
-    return not (isinstance(getattr(linear, "base", linear), Fp8Linear) and torch.compiler.is_compiling())
+class QuantizedLinear(CustomLinear):
+    """A linear layer with weights in 8 or 4 bits. It computes in the dtype that it was made from.
 
+    8 bits: one scale per output channel, weight = scale * q with q in -127..127.
 
-def project_rows(linear: nn.Module, x: Tensor, start: int, stop: int | None = None) -> Tensor:
-    """Only the output channels start..stop of a linear layer of any kind, the others not computed."""
-    if not isinstance(linear, nn.Linear):
-        return linear.project(x, start, stop)
-    bias = None if linear.bias is None else linear.bias[start:stop]
-    return F.linear(x, linear.weight[start:stop], bias)
+    4 bits: a scale and a minimum per group of 64 inputs (fewer if 128 does not divide the inputs), weight =
+    minimum + scale * q with q in 0..15. That is 4.5 bits per weight in a 16-bit dtype. A byte holds a weight
+    of the first half of a row and one of the second.
 
-
-GROUP = 64  # weights that share a scale and a minimum in 4 bits, at most
-
-
-def group_size(columns: int) -> int:
-    """Inputs that share a scale in 4 bits: the halves of a row must hold whole groups."""
-    return math.gcd(columns // 2, GROUP)
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weights are kept in 8 or 4 bits; it computes in the dtype it was made from.
-
-    8 bits: one scale for each output channel, weight = scale * q with q in -127..127. 4 bits: a scale and a
-    minimum for each group of 64 inputs (fewer where 128 does not divide the inputs), weight = minimum + scale
-    * q with q in 0..15: 4.5 bits a weight with numbers of 16 bits. Two halves of a row share its bytes.
+    Args:
+        linear: the layer to convert.
+        bits: 8 or 4.
+        device: where it is converted. If None, where it is.
 
     Raises:
-        ValueError: bits that are neither 8 nor 4.
+        ValueError: if `bits` is neither 8 nor 4.
     """
+
+    packed: Tensor
+    scale: Tensor
+    minimum: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, bits: int, device: torch.device | str | None = None):
         super().__init__()
@@ -194,23 +232,28 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All weights, expanded, "out in"."""
-        return self._expand(slice(None))
+        """The whole matrix, expanded."""
+        return self._expand(0, None)
 
-    def _expand(self, rows: slice) -> Tensor:
-        packed, scale = self.packed[rows], self.scale[rows]
-        if self.bits == 8:
+    def _expand(self, start: int, stop: int | None) -> Tensor:
+        packed, scale = self.packed[start:stop], self.scale[start:stop]
+        if self.minimum is None:
             return packed * scale
-        halves = zip(self.minimum[rows].chunk(2, dim=1), (packed & 15, packed >> 4), scale.chunk(2, dim=1))
-        return torch.cat([torch.addcmul(*parts) for parts in halves], dim=1).flatten(1)
+        minima = self.minimum[start:stop].chunk(2, dim=1)
+        halves = zip(minima, (packed & 15, packed >> 4), scale.chunk(2, dim=1), strict=True)
+        return torch.cat([torch.addcmul(*half) for half in halves], dim=1).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def project(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Compute only the output channels start..stop."""
+        return F.linear(x, self._expand(start, stop), _rows(self.bias, start, stop))
 
-    def project(self, x: Tensor, start: int, stop: int | None) -> Tensor:
-        """Only the output channels start..stop."""
-        rows = slice(start, stop)
-        return F.linear(x, self._expand(rows), None if self.bias is None else self.bias[rows])
+
+LARGEST_GROUP = 64
+
+
+def group_size(columns: int) -> int:
+    """Return the number of inputs that share a scale in 4 bits. Half a row is a whole number of groups."""
+    return math.gcd(columns // 2, LARGEST_GROUP)
 
 
 def _pack_8(weight: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -230,5 +273,5 @@ def _pack_4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """Where all weights of a row or a group are equal, their scale is zero."""
+    """Replace the zero scale of a row or group of equal weights."""
     return scale.float().clamp(min=torch.finfo(scale.dtype).tiny)

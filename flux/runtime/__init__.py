@@ -1,0 +1,1 @@
+"""Where and how models run: devices, memory, offloading, quantisation, several GPUs."""

@@ -1,4 +1,4 @@
-"""Device and dtype by name."""
+"""Devices and dtypes by name."""
 
 import os
 import sys
@@ -10,11 +10,15 @@ from flux.specs import ModelSpec
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": the first of a CUDA GPU, an Apple GPU and the CPU that is there."""
+    """Return the device of that name. "auto" prefers a CUDA GPU, then an Apple GPU, then the CPU.
+
+    Raises:
+        InputError: if the device does not exist.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    # What passes through a card comes in many sizes; segments that can grow leave fewer gaps, so that plans
-    # hold under tight caps. Torch reads this when a card is first used; a user's own choice stays.
+    # Tensors have many sizes. Segments that can grow leave fewer gaps, so that a tight plan fits.
+    # torch reads this variable when it first uses a GPU. A value that the user has set is kept.
     if name.startswith("cuda") and sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
@@ -28,7 +32,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, spec: ModelSpec) -> torch.dtype:
-    """The dtype of that name; "auto": bfloat16, but float32 for the package's small model on a CPU."""
+    """Return the dtype of that name. "auto" is float32 for the bundled model on a CPU, otherwise bfloat16."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" and spec.folder else torch.bfloat16
     return getattr(torch, name)

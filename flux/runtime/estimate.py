@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
-from flux.modules.linear import EIGHT_BIT, PackedLinear
+from flux.modules.float8 import EIGHT_BIT_FLOATS
+from flux.modules.linear import PackedLinear
 from flux.runtime.offload import evenly_spaced
 from flux.runtime.quantize import BITS, quantize_linears, quantized_bytes, to_fp8
 from flux.runtime.tiling import TILE
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec
-from flux.weights.layouts import TensorSource
+from flux.weights.layouts import Part, TensorSource
 from flux.weights.load import on_meta
 
 CUBLAS_WORKSPACE = 32 * 2**20  # bytes that cuBLAS allocates for itself
@@ -54,14 +55,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, list | tuple) else [result]:
+        results = result if isinstance(result, list | tuple) else [result]
+        for x in results:
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.seen:
                 self._add(x.untyped_storage())
         if (
             func is torch.ops.aten.conv2d.default
         ):  # inference mode dispatches composite operations as they are
             # cuDNN copies its input and its output into the memory layout that it prefers.
-            self.peak = max(self.peak, self.current + args[0].nbytes + result.nbytes)
+            self.peak = max(self.peak, self.current + args[0].nbytes + results[0].nbytes)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -140,7 +142,7 @@ class WeightFormat:
 
     def keeps_packed(self, source: TensorSource) -> bool:
         """Return whether a matrix stays as its file packs it."""
-        return source.is_packed and (self.bits == 8 or source.kind not in EIGHT_BIT)
+        return source.is_packed and (self.bits == 8 or source.kind not in EIGHT_BIT_FLOATS)
 
     def nbytes(self, source: TensorSource, quantized: bool) -> int:
         """Return the bytes of one tensor. `quantized` tells whether `bits` applies to it."""
@@ -174,13 +176,14 @@ def one_block_model(
         model = Flux(replace(params, depth=1, depth_single_blocks=1)).to(weight_format.dtype)
         for name, module in list(model.named_modules()):
             source = sources.get(f"{name}.weight")
-            if source and isinstance(module, nn.Linear) and weight_format.keeps_packed(source):
+            kind = source.kind if source and weight_format.keeps_packed(source) else None
+            if source and kind and isinstance(module, nn.Linear):
                 row_bytes = sum(part.stored.size for part in source.parts) // source.shape[0]
                 packed = torch.empty(source.shape[0], row_bytes, dtype=torch.uint8)
-                scale = torch.empty(()) if source.kind in EIGHT_BIT else None
-                parent, _, own = name.rpartition(".")
-                linear = PackedLinear(packed, source.kind, module.bias, scale, weight_format.dtype)
-                setattr(model.get_submodule(parent), own, linear)
+                scale = torch.empty(()) if kind in EIGHT_BIT_FLOATS else None
+                parent, _, attribute = name.rpartition(".")
+                linear = PackedLinear(packed, kind, module.bias, scale, weight_format.dtype)
+                setattr(model.get_submodule(parent), attribute, linear)
         if weight_format.fp8:
             to_fp8([model.double_blocks, model.single_blocks])
         elif weight_format.bits < 16:
@@ -219,7 +222,7 @@ class MemoryEstimator:
         self,
         settings: ModelSettings,
         spec: ModelSpec,
-        sources: Mapping[str, Mapping[str, TensorSource]],
+        sources: Mapping[Part, Mapping[str, TensorSource]],
         dtype: torch.dtype,
         text_dtype: torch.dtype,
         on_gpu: bool,
@@ -280,7 +283,7 @@ class MemoryEstimator:
         if self.workload.finds_masks:
             # Queries and keys of all tokens, of the edits and of their sources.
             tokens = 2 * batch * (self.image_tokens + spec.text_length)
-            nbytes += len(params.around_the_joint) * 2 * tokens * channel_bytes
+            nbytes += len(params.junction_layers) * 2 * tokens * channel_bytes
         # Modulations of the whole schedule. In the worst case they differ from row to row.
         modulations = 12 * params.depth + 3 * params.depth_single_blocks + 2
         steps = self.settings.num_steps or spec.num_steps

@@ -1,42 +1,56 @@
-"""Nets whose weights lie in host memory, and come to the device for as long as they compute: whole, or block
-by block, the next block on its way while this one computes.
+"""CPU offloading: models stay in host memory and are copied to the GPU while they compute.
+
+A model is copied whole, or some of its blocks are streamed: each is copied while the one before it computes.
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 256  # bytes, that of CUDA's own allocations
+ALIGNMENT = 256  # bytes, as CUDA aligns its own allocations
 
 
-class _Tensors:
-    """The parameters and buffers that some modules hold, tied ones in several places."""
+class _TensorSlots:
+    """The parameters and buffers of some modules, and where they are used. Tied tensors are listed once.
+
+    Attributes:
+        values: the tensors.
+        slots: the dictionary of a module, the name in it and the index in `values`, for each use.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]):
-        stores = [store for module in modules for store in (module._parameters, module._buffers)]
+        stores: list[dict[str, Any]] = [
+            store for module in modules for store in (module._parameters, module._buffers)
+        ]
         held = [(store, name, x) for store in stores for name, x in store.items() if x is not None]
         self.values = list({id(x): x for _, _, x in held}.values())
-        numbers = {id(x): number for number, x in enumerate(self.values)}
-        self.places = [(store, name, numbers[id(x)]) for store, name, x in held]
+        indices = {id(x): index for index, x in enumerate(self.values)}
+        self.slots = [(store, name, indices[id(x)]) for store, name, x in held]
         self.are_parameters = [isinstance(x, nn.Parameter) for x in self.values]
 
-    def hold(self, values: Sequence[Tensor]) -> None:
-        """The modules hold these from now on, in the order of `values`."""
-        # A new Parameter, not `.data`: tensors made in inference mode refuse that.
+    def assign(self, values: Sequence[Tensor]) -> None:
+        """Make the modules use these tensors, given in the order of `self.values`."""
+        # A new Parameter, because `.data` of a tensor made in inference mode cannot be set.
         pairs = zip(values, self.are_parameters, strict=True)
         values = [nn.Parameter(x, False) if is_parameter else x for x, is_parameter in pairs]
-        for store, name, number in self.places:
-            store[name] = values[number]
+        for store, name, index in self.slots:
+            store[name] = values[index]
 
 
-class _Block:
-    """A block whose tensors lie behind one another in host memory, so that a single copy brings them all."""
+class _HostBlock:
+    """A block whose tensors are adjacent in host memory, so that a single copy transfers all of them.
+
+    Attributes:
+        host: the bytes of all tensors.
+        nbytes: their number.
+    """
 
     def __init__(self, module: nn.Module, pinned: bool):
-        self.tensors = _Tensors(list(module.modules()))
+        self.tensors = _TensorSlots(list(module.modules()))
         self.layout, self.nbytes = [], 0
         for x in self.tensors.values:
             self.layout.append((slice(self.nbytes, self.nbytes + x.nbytes), x.dtype, x.shape))
@@ -44,152 +58,178 @@ class _Block:
         self.host = torch.empty(self.nbytes, dtype=torch.uint8)
         if pinned:
             self._pin()
-        for own, view in zip(self.tensors.values, self._views(self.host)):
-            view.copy_(own)
-        self.tensors.values = []  # so that what it was made of may go
-        self.lie_in(self.host)
+        for original, view in zip(self.tensors.values, self._views(self.host), strict=True):
+            view.copy_(original)
+        self.tensors.values = []  # frees the originals
+        self.rebind(self.host)
 
     def _pin(self) -> None:
-        """Locks the memory in its place: it is then copied at the bus's full speed, beside the computation.
+        """Pin the memory, so that it is copied at full speed while the GPU computes.
 
-        In place, for torch's own pinned memory comes in powers of two, up to twice as much. Where the system
-        refuses, only the speed suffers.
+        It is pinned in place, because torch rounds its own pinned memory up to powers of two. If the system
+        refuses, copies are slower.
         """
-        runtime, address = torch.cuda.cudart(), self.host.data_ptr()
+        runtime: Any = torch.cuda.cudart()  # a module that torch does not annotate
+        address = self.host.data_ptr()
         if int(runtime.cudaHostRegister(address, self.host.nbytes, 0)) == 0:
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
             return
-        try:
-            # The next operation, whichever it is, is told of the refusal and forgets it.
+        # CUDA reports the refusal once more, to the next operation.
+        with suppress(RuntimeError):
             torch.zeros(1, device="cuda")
-        except RuntimeError:
-            pass
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        return [flat[where].view(dtype).view(shape) for where, dtype, shape in self.layout]
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        return [buffer[where].view(dtype).view(shape) for where, dtype, shape in self.layout]
 
-    def lie_in(self, flat: Tensor) -> None:
-        """The module's tensors are views of these bytes, which are those of `host`."""
-        self.tensors.hold(self._views(flat))
+    def rebind(self, buffer: Tensor) -> None:
+        """Make the block's tensors views of `buffer`, which holds the bytes of `host`."""
+        self.tensors.assign(self._views(buffer))
 
 
-class Feed:
-    """Brings blocks to the device in turn. Two of them have room there: the one at work and the next.
+class BlockStreamer:
+    """Copies blocks to the device in turn, into two buffers: for the computing block and for the next one.
 
-    On a CPU the same happens without streams, and without any gain.
+    On a CPU the copies are made too, without CUDA streams and without any benefit.
+
+    Attributes:
+        buffers: the two buffers on the device. Empty while the streamer is closed.
+        resident: the number of the block in each buffer.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
-        self.blocks = [_Block(block, self.on_gpu) for block in blocks]
-        self.rooms: list[Tensor] = []
+        self.blocks = [_HostBlock(block, self.on_gpu) for block in blocks]
+        self.buffers: list[Tensor] = []
+        self.resident: list[int | None] = [None, None]
+        self.stream: torch.cuda.Stream | None = None
 
     def open(self) -> None:
-        """Takes room for two blocks on the device, and sends the first one there."""
+        """Allocate the buffers and start copying the first block."""
         size = max(block.nbytes for block in self.blocks)
-        self.rooms = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.guests: list[int | None] = [None, None]
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.resident = [None, None]
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self._send(0, room=0)
+        self.copy(0, buffer=0)
 
-    def bring(self, number: int) -> None:
-        """This block's tensors are on the device when what is launched next runs, and the next block follows.
+    def ensure_on_device(self, number: int) -> None:
+        """Make a block's tensors available to the kernels launched next, and start copying the next block.
 
-        Blocks may come in any order; only their own order is without waiting.
+        Blocks may be requested in any order. Only in their own order is there no waiting.
         """
-        if number not in self.guests:
-            self._send(number, room=0)
-        room = self.guests.index(number)
+        if number not in self.resident:
+            self.copy(number, buffer=0)
+        buffer = self.resident.index(number)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.blocks[number].lie_in(self.rooms[room])
+        self.blocks[number].rebind(self.buffers[buffer])
         following = (number + 1) % len(self.blocks)
-        if following not in self.guests:
-            self._send(following, 1 - room)
+        if following not in self.resident:
+            self.copy(following, 1 - buffer)
 
-    def _send(self, number: int, room: int) -> None:
-        guest, block = self.guests[room], self.blocks[number]
-        if guest is not None:
-            self.blocks[guest].lie_in(self.blocks[guest].host)
-        self.guests[room] = number
+    def copy(self, number: int, buffer: int) -> None:
+        """Start copying a block into a buffer. The block that was there goes back to host memory."""
+        self._rebind_to_host(buffer)
+        block = self.blocks[number]
+        self.resident[buffer] = number
         if self.stream is None:
-            self.rooms[room][: block.nbytes].copy_(block.host)
+            self.buffers[buffer][: block.nbytes].copy_(block.host)
             return
-        # What is computing in this room was launched before.
+        # Kernels that still read this buffer were launched before.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.rooms[room][: block.nbytes].copy_(block.host, non_blocking=True)
+            self.buffers[buffer][: block.nbytes].copy_(block.host, non_blocking=True)
+
+    def _rebind_to_host(self, buffer: int) -> None:
+        number = self.resident[buffer]
+        if number is not None:
+            self.blocks[number].rebind(self.blocks[number].host)
 
     def close(self) -> None:
-        """Gives the room back."""
+        """Free the buffers."""
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        for guest in self.guests:
-            if guest is not None:
-                self.blocks[guest].lie_in(self.blocks[guest].host)
-        self.rooms = []
+        for buffer in range(2):
+            self._rebind_to_host(buffer)
+        self.buffers = []
 
 
-class Streamed(nn.Module):
-    """Stands in for a block, and has its weights brought when it is called."""
+class StreamedBlock(nn.Module):
+    """Replaces a block in its stack and has the weights copied to the device when it is called."""
 
-    def __init__(self, block: nn.Module, feed: Feed, number: int):
+    block: Any  # of Flux, or of T5, which has neither `modulate` nor `run`
+
+    def __init__(self, block: nn.Module, streamer: BlockStreamer, number: int):
         super().__init__()
-        self.block, self.feed, self.number = block, feed, number
+        self.block, self.streamer, self.number = block, streamer, number
 
     def modulate(self, vec: Tensor) -> Tensor:
-        """The block's own: brought once more for a schedule, so that pictures stay those of nets that are not
-        streamed, to the last bit.
-        """
-        self.feed.bring(self.number)
+        """Call the block's `modulate`. It takes one more copy per schedule, and keeps results bit-equal."""
+        self.streamer.ensure_on_device(self.number)
         return self.block.modulate(vec)
 
-    def forward(self, *args, **kwargs):
-        self.feed.bring(self.number)
+    def run(self, *args, **kwargs) -> Any:
+        """Call the block's `run`."""
+        self.streamer.ensure_on_device(self.number)
+        return self.block.run(*args, **kwargs)
+
+    def forward(self, *args, **kwargs) -> Any:
+        """Call the block."""
+        self.streamer.ensure_on_device(self.number)
         return self.block(*args, **kwargs)
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
-    """Which `count` of `total` blocks are streamed. Evenly: each has the time of those between to come."""
+    """Return `count` of the numbers below `total`, at equal distances: the blocks that are streamed.
+
+    The blocks between two streamed ones compute while the second is copied.
+    """
     return [number * total // count for number in range(count)]
 
 
 class Offloaded:
-    """A net that lies in host memory while it has nothing to do.
+    """A model that stays in host memory while it does not compute.
 
     Args:
-        stacks: the net's lists of blocks, in the order in which they compute.
-        streamed: how many of those blocks, at most, are brought one by one; the rest comes and goes whole.
+        module: the model.
+        device: where it computes.
+        stacks: the model's lists of blocks, in the order in which they compute.
+        streamed: how many of those blocks, at most, are streamed. The rest is copied as a whole.
     """
 
     def __init__(
-        self, net: nn.Module, device: torch.device, stacks: Sequence[nn.ModuleList] = (), streamed: int = 0
+        self,
+        module: nn.Module,
+        device: torch.device,
+        stacks: Sequence[nn.ModuleList] = (),
+        streamed: int = 0,
     ):
-        self.net, self.device, self.feed = net, device, None
+        self.module, self.device = module, device
+        self.streamer: BlockStreamer | None = None
         places = [(stack, index) for stack in stacks for index in range(len(stack))]
         streamed = min(streamed, len(places))
         if streamed:
             chosen = [places[number] for number in evenly_spaced(streamed, len(places))]
-            self.feed = Feed([stack[index] for stack, index in chosen], device)
+            self.streamer = BlockStreamer([stack[index] for stack, index in chosen], device)
             for number, (stack, index) in enumerate(chosen):
-                stack[index] = Streamed(stack[index], self.feed, number)
-        self.tensors = _Tensors(_unstreamed(net))
+                stack[index] = StreamedBlock(stack[index], self.streamer, number)
+        self.tensors = _TensorSlots(_unstreamed(module))
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The net is on the device for as long as the block lasts."""
-        self.tensors.hold([x.to(self.device) for x in self.tensors.values])
+    def on_device(self) -> Iterator[None]:
+        """Keep the model on the device inside a `with` statement."""
+        self.tensors.assign([x.to(self.device) for x in self.tensors.values])
         try:
-            if self.feed:
-                self.feed.open()
+            if self.streamer:
+                self.streamer.open()
             yield
         finally:
-            if self.feed:
-                self.feed.close()
-            self.tensors.hold(self.tensors.values)
+            if self.streamer:
+                self.streamer.close()
+            self.tensors.assign(self.tensors.values)
 
 
 def _unstreamed(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, Streamed):
+    """The module and all modules inside it, except streamed blocks."""
+    if isinstance(module, StreamedBlock):
         return []
     return [module, *(part for child in module.children() for part in _unstreamed(child))]

@@ -1,9 +1,6 @@
-"""Weights in 8 or 4 bits, expanded layer by layer while the net computes: a half or a quarter of the memory.
+"""Quantises the linear layers of a model's blocks, to 8 or 4 bits or to 8-bit floats."""
 
-Plain torch, so that it runs wherever the net does and its weights move and stream as any others do.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,63 +10,76 @@ from flux.modules.layers import Modulation
 from flux.modules.linear import Fp8Linear, PackedLinear, QuantizedLinear, group_size
 
 BITS = {"none": 16, "8bit": 8, "4bit": 4, "fp8": 8}
+FP8_CAPABILITY = (8, 9)  # CUDA compute capability of Ada and Hopper
+
+Device = torch.device | str | None
 
 
 def quantized_bytes(rows: int, columns: int, bits: int, itemsize: int) -> int:
-    """Returns the bytes of a quantised matrix whose scales are numbers of `itemsize` bytes."""
+    """Return the bytes of a quantised matrix whose scales are numbers of `itemsize` bytes."""
     weights = rows * columns
     return weights * bits // 8 + itemsize * (rows if bits == 8 else 2 * weights // group_size(columns))
 
 
 def quantize_linears(
-    modules: Iterable[nn.Module],
-    bits: int,
-    device: torch.device | str | None = None,
-    home: torch.device | str | None = None,
+    modules: Iterable[nn.Module], bits: int, device: Device = None, home: Device = None
 ) -> None:
-    """Replaces every linear layer inside the modules, one after the other, so that memory holds one of them.
+    """Replace every plain linear layer inside the modules by one with weights in 8 or 4 bits.
+
+    Weights are expanded while a layer computes. Layers are replaced one by one, to save memory.
 
     Args:
-        device: where each is worked out; None: where it is.
-        home: where each is kept then; None: where it was worked out.
+        modules: the modules.
+        bits: 8 or 4.
+        device: where each layer is quantised. If None, where it is.
+        home: where it is then kept. If None, where it was quantised.
     """
+    for parent, name, child in _children(modules):
+        if type(child) is nn.Linear:
+            setattr(parent, name, QuantizedLinear(child, bits, device).to(home))
+
+
+def to_fp8(modules: Iterable[nn.Module], device: Device = None, home: Device = None) -> None:
+    """Replace linear layers inside the modules, plain or packed in e4m3, by ones that compute in e4m3.
+
+    Modulations stay as they are, because a product of few rows would gain nothing.
+
+    Args:
+        modules: the modules.
+        device: where each layer is converted. If None, where it is.
+        home: where it is then kept. If None, where it was converted.
+    """
+    for parent, name, child in _children(modules):
+        if isinstance(parent, Modulation):
+            continue
+        if type(child) is nn.Linear or (isinstance(child, PackedLinear) and child.kind == "F8_E4M3"):
+            setattr(parent, name, Fp8Linear(child, device).to(home))
+
+
+def _children(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every parent, name and child inside the modules. The child may be replaced meanwhile."""
     for module in modules:
-        for part in list(module.modules()):
-            for name, child in list(part.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(part, name, QuantizedLinear(child, bits, device).to(home))
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                yield parent, name, child
 
 
-FIRST_FP8_CARD = (8, 9)  # CUDA compute capability: Ada, Hopper and later
+def check_fp8_support(device: torch.device, dtype: torch.dtype) -> None:
+    """Check that a device can multiply 8-bit floats.
 
+    Args:
+        device: where the model computes.
+        dtype: type of its activations.
 
-def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises InputError where products of 8-bit floats are not to be had."""
+    Raises:
+        InputError: if it cannot.
+    """
     if device.type == "cuda":
-        able = torch.cuda.get_device_capability(device) >= FIRST_FP8_CARD and dtype == torch.bfloat16
+        supported = torch.cuda.get_device_capability(device) >= FP8_CAPABILITY and dtype == torch.bfloat16
     else:
-        able = device.type == "cpu"
-    if not able:
+        supported = device.type == "cpu"
+    if not supported:
         raise InputError(
             f'Got quantize "fp8" with {str(dtype).split(".")[1]} on {device}, expected bfloat16 on a '
-            'CUDA card of capability 8.9 or later, or a CPU: give quantize "8bit"'
+            'CUDA GPU of capability 8.9 or later, or a CPU: give quantize "8bit"'
         )
-
-
-def to_fp8(
-    modules: Iterable[nn.Module],
-    device: torch.device | str | None = None,
-    home: torch.device | str | None = None,
-) -> None:
-    """Replaces the linear layers inside the modules that are plain or packed in e4m3, one after the other,
-    but for those of modulations, whose few rows would gain nothing.
-
-    Args:
-        device, home: as for `flux.runtime.quantize.quantize_linears`.
-    """
-    for module in modules:
-        for part in list(module.modules()):
-            for name, child in list(part.named_children()):
-                packed = isinstance(child, PackedLinear) and child.kind == "F8_E4M3"
-                if (type(child) is nn.Linear or packed) and not isinstance(part, Modulation):
-                    setattr(part, name, Fp8Linear(child, device).to(home))
