@@ -1,4 +1,4 @@
-"""One picture for each prompt: is everything installed, and what does the model draw?
+"""One image for each prompt: is everything installed, and what does the model draw?
 
     python demo_0_test.py test.json [--num_steps 30] [any other field of the file]
 
@@ -6,17 +6,23 @@ Writes 000.png, 001.png, ..., grid.png and run.json to the file's output_dir.
 """
 
 from pathlib import Path
+from typing import Any
 
-import fire
-
-from flux.errors import exit_on_input_error, one_voice
+from flux.errors import exit_on_input_error, only_rank_zero_prints
+from flux.settings.command_line import run
 from flux.settings.demos import GenerateSettings
 from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
-@one_voice()
-def main(file: str = "test.json", **overrides) -> None:
+@only_rank_zero_prints()
+def main(file: str = "test.json", **overrides: Any) -> None:
+    """Run demo 0 with the settings of a JSON file.
+
+    Args:
+        file: JSON file of settings, looked for as given, then in configs/
+        overrides: fields of the settings, in place of those of the file
+    """
     settings = read_settings(GenerateSettings, file, overrides)
 
     from flux.files import write_json
@@ -27,9 +33,11 @@ def main(file: str = "test.json", **overrides) -> None:
     from flux.runtime.parallel import join
     from flux.settings.complete import resolve
 
-    ranks = join(settings)
+    ranks = join(settings.parallel, settings.device)
     settings = resolve(settings)
-    image = crop_to_fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
+    image = (
+        crop_to_fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
+    )
     pipe = Pipeline.load(settings, ranks)
     folder, pictures = Path(settings.output_dir), []
     for start in range(0, len(settings.prompts), settings.batch_size):
@@ -60,4 +68,4 @@ def main(file: str = "test.json", **overrides) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__, GenerateSettings.model_fields, positional="file")

@@ -9,18 +9,23 @@ layer).
 """
 
 from pathlib import Path
+from typing import Any
 
-import fire
-
-from flux.errors import exit_on_input_error, one_voice
+from flux.errors import exit_on_input_error, only_rank_zero_prints
+from flux.settings.command_line import run
 from flux.settings.demos import LayerSettings
 from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
-@one_voice()
-def main(file: str = "layer.json", **overrides) -> None:
-    """Runs the demo with the settings of a JSON file."""
+@only_rank_zero_prints()
+def main(file: str = "layer.json", **overrides: Any) -> None:
+    """Run demo 1 with the settings of a JSON file.
+
+    Args:
+        file: JSON file of settings, looked for as given, then in configs/
+        overrides: fields of the settings, in place of those of the file
+    """
     settings = read_settings(LayerSettings, file, overrides)
 
     from flux.attention.film import Film
@@ -32,7 +37,7 @@ def main(file: str = "layer.json", **overrides) -> None:
     from flux.runtime.parallel import join
     from flux.settings.complete import resolve
 
-    ranks = join(settings)
+    ranks = join(settings.parallel, settings.device)
     settings = resolve(settings)
     check_watch(settings)
     pipe = Pipeline.load(settings, ranks)
@@ -58,4 +63,4 @@ def main(file: str = "layer.json", **overrides) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__, LayerSettings.model_fields, positional="file")

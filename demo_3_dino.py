@@ -1,28 +1,35 @@
-"""How much each layer matters: DINOv2 similarity of demo 2's bypassed pictures to their references.
+"""How much each layer matters: DINOv2 similarity of demo 2's images to their references.
 
     python demo_3_dino.py dino.json [--top 5] [--threshold 0.1] [any other field of the file]
 
 Reads the folder that demo_2_skip.py wrote. Writes similarity.csv, vitality.png, heat_map.png, report.html and
-vital_layers.json to the file's output_dir; demo_4_edit.py takes the last as "vital_layers".
+vital_layers.json to the file's output_dir. demo_4_edit.py reads the last one as "vital_layers".
 """
 
 from pathlib import Path
-
-import fire
+from typing import Any
 
 from flux.errors import exit_on_input_error
+from flux.settings.command_line import run
 from flux.settings.demos import DinoSettings
 from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
-def main(file: str = "dino.json", **overrides) -> None:
+def main(file: str = "dino.json", **overrides: Any) -> None:
+    """Run demo 3 with the settings of a JSON file.
+
+    Args:
+        file: JSON file of settings, looked for as given, then in configs/
+        overrides: fields of the settings, in place of those of the file
+    """
     settings = read_settings(DinoSettings, file, overrides)
 
     from flux.metrics.table import load_metrics
     from flux.runtime.devices import pick_device
-    from flux.scan.run import publish
-    from flux.scan.scores import Rule, score
+    from flux.scan.publish import publish
+    from flux.scan.scores import Rule
+    from flux.scan.similarity import score
     from flux.scan.sweep import check_sweep
     from flux.specs import encoder_of
 
@@ -36,4 +43,4 @@ def main(file: str = "dino.json", **overrides) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__, DinoSettings.model_fields, positional="file")

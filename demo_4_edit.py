@@ -1,4 +1,4 @@
-"""A reference picture and its edits, which keep what the prompt does not change.
+"""A reference image and its edits, which keep what the prompt does not change.
 
     python demo_4_edit.py edit.json [--seed 7] [--num_steps 30] [any other field of the file]
 
@@ -6,17 +6,23 @@ Writes reference.png, edit_0.png, edit_1.png, ..., comparison.png and run.json t
 """
 
 from pathlib import Path
+from typing import Any
 
-import fire
-
-from flux.errors import exit_on_input_error, one_voice
+from flux.errors import exit_on_input_error, only_rank_zero_prints
+from flux.settings.command_line import run
 from flux.settings.demos import EditSettings
 from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
-@one_voice()
-def main(file: str = "edit.json", **overrides) -> None:
+@only_rank_zero_prints()
+def main(file: str = "edit.json", **overrides: Any) -> None:
+    """Run demo 4 with the settings of a JSON file.
+
+    Args:
+        file: JSON file of settings, looked for as given, then in configs/
+        overrides: fields of the settings, in place of those of the file
+    """
     settings = read_settings(EditSettings, file, overrides)
 
     from flux.editing.caption import describe
@@ -26,23 +32,25 @@ def main(file: str = "edit.json", **overrides) -> None:
     from flux.images.io import read_image, save_image
     from flux.images.sheets import grid
     from flux.metrics.pixels import psnr_or_none
-    from flux.pipeline import Pipeline, counted
+    from flux.pipeline import Pipeline, count_evaluations
     from flux.runs.record import about, run_record
     from flux.runtime.devices import pick_device
     from flux.runtime.parallel import join
     from flux.settings.complete import resolve
     from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
-    from flux.weights.find import checkpoint_of
+    from flux.weights.find import local_model
 
-    ranks = join(settings)
+    ranks = join(settings.parallel, settings.device)
     spec = get_spec(settings.model)
     photo = read_image(settings.photo) if settings.photo else None
     if photo and settings.width is None and settings.height is None:
         width, height = natural_size(photo, spec.size)
         settings = settings.model_copy(update={"width": width, "height": height})
     settings = resolve(settings)
-    layers = find_vital_layers(settings.vital_layers, spec, checkpoint_of(settings))
+    opened = local_model(settings)
+    checkpoint = opened.fingerprint() if opened else None
+    layers = find_vital_layers(settings.vital_layers, spec, checkpoint)
     check_edits(settings, layers, photo)
     if photo:
         part = Photograph.of(photo, settings.width, settings.height).part
@@ -51,8 +59,8 @@ def main(file: str = "edit.json", **overrides) -> None:
             settings = settings.model_copy(update={"prompt": prompt})
     # So that run.json repeats this run also when other layers are "auto" one day.
     settings = settings.model_copy(update={"vital_layers": layers})
-    pipe = Pipeline.load(settings, ranks)
-    with counted(pipe) as evaluations:
+    pipe = Pipeline.load(settings, ranks, opened)
+    with count_evaluations(pipe) as evaluations:
         made = edit(pipe, settings, layers, photo)
 
     if ranks.rank:  # Of several processes the first one writes.
@@ -71,4 +79,4 @@ def main(file: str = "edit.json", **overrides) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__, EditSettings.model_fields, positional="file")

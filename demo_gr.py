@@ -3,13 +3,14 @@
     python demo_gr.py [--name flux-nano] [--device auto] [--offload] [--share] [--host 0.0.0.0] [--port 7860]
         [--auth user:password] [--track_usage] [--content_filter auto|off|NAME] [--output_dir output/studio]
 
-Any other field of a demo's model (--weights, --dtype, ...) may be given too. What the page makes is written
-to output_dir, a folder for each visit. `flux.studio` says how programs use it over HTTP.
+Any other field of a demo's model (--weights, --dtype, ...) may be given too. The page writes its images to
+output_dir, into a folder for each session. `flux.studio` describes how programs use it over HTTP.
 """
 
-import fire
+from typing import Any
 
 from flux.errors import exit_on_input_error
+from flux.settings.command_line import run
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
 
@@ -18,7 +19,7 @@ from flux.settings.files import check_settings
 def main(
     name: str = "flux-nano",
     device: str = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     share: bool = False,
     host: str | None = None,
     port: int | None = None,
@@ -26,8 +27,23 @@ def main(
     track_usage: bool = False,
     content_filter: str = "auto",
     output_dir: str = "output/studio",
-    **model,
+    **model: Any,
 ) -> None:
+    """Serve the studio until it is stopped.
+
+    Args:
+        name: the model, one of flux.specs.configs
+        device: where to run: "auto", "cpu", "cuda", "cuda:1", "mps"
+        offload: keep each model in main memory until it is used; or "blocks", "auto", as in the demos
+        share: make a public link through gradio's servers
+        host: address to listen at; if not set, only this machine can open the page
+        port: port to listen at; if not set, a free one from 7860 on
+        auth: "user:password" that the page asks for
+        track_usage: report each image to BFL, for licensed users (key in BFL_API_KEY)
+        content_filter: image classifier that refuses images: "auto", "off", a hub id or a folder
+        output_dir: folder to write to
+        model: more fields of a model's settings
+    """
     settings = check_settings(ModelSettings, {"model": name, "device": device, "offload": offload, **model})
 
     from flux.studio.app import check_address, open_studio, serve
@@ -38,4 +54,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    # `name` and `output_dir` stand for the fields "model" and "output_dir".
+    run(main, __doc__, {name: field for name, field in ModelSettings.model_fields.items() if name != "model"})

@@ -1,58 +1,33 @@
-"""Models that only Black Forest Labs runs: pictures through its HTTP interface. Nothing else can be asked of
-them: their layers are not here to be bypassed, watched or injected into.
+"""Models that only Black Forest Labs (BFL) runs: images through its HTTP interface.
+
+Their layers are not here, so they cannot be skipped, watched or injected into. The environment variable
+BFL_API_KEY holds the key, BFL_API_ENDPOINT may name another server.
 """
 
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flux.errors import InputError
+from flux.specs import HOSTED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BUSY = {429, 500, 503}  # answers that another attempt may change
+BUSY = {429, 500, 503}  # status codes that another attempt may change
 ATTEMPTS, FIRST_WAIT = 5, 1.0  # seconds, doubled from one attempt to the next
 POLL_EVERY, GIVE_UP_AFTER, ANSWER_WITHIN = 0.5, 600.0, 60.0  # seconds
-NOT_YET_KNOWN = 5  # times a task may be unknown right after it was given
-LARGEST = 2**26  # bytes of a picture
-
-
-@dataclass(frozen=True)
-class HostedModel:
-    """What one of the models takes. Sides in pixels.
-
-    Attributes:
-        steps, guidance: their bounds; None: the model chooses for itself.
-    """
-
-    largest_side: int = 1440
-    steps: tuple[int, int] | None = None
-    guidance: tuple[float, float] | None = None
-    shape_only: bool = False  # of width and height only their ratio counts
-
-
-HOSTED = {
-    "flux-pro": HostedModel(steps=(1, 50), guidance=(1.5, 5)),
-    "flux-pro-1.1": HostedModel(),
-    "flux-pro-1.1-ultra": HostedModel(shape_only=True),
-    "flux-kontext-pro": HostedModel(shape_only=True),
-    "flux-kontext-max": HostedModel(shape_only=True),
-    "flux-2-pro": HostedModel(largest_side=2048),
-    "flux-2-max": HostedModel(largest_side=2048),
-    "flux-2-flex": HostedModel(largest_side=2048, steps=(1, 50), guidance=(1.5, 10)),
-}
+NOT_YET_KNOWN = 5  # times that a new task may be unknown
+LARGEST = 2**26  # bytes of an answer
 SMALLEST_SIDE, SIDE_STEP, LONGEST_SHAPE = 256, 32, 21 / 9
+
 ENDINGS = {
     "Request Moderated": "the prompt was refused by moderation: word it otherwise",
-    "Content Moderated": "the picture was withheld by moderation: take another prompt or seed",
+    "Content Moderated": "the image was withheld by moderation: use another prompt or seed",
     "Task not found": "the task is not known any more: try again",
     "Error": "the task failed there: try again",
 }
@@ -62,22 +37,15 @@ REFUSALS = {
     403: "the key in BFL_API_KEY may not use this model: look it up at https://api.bfl.ai",
     404: "it is not known there: it may be retired",
 }
-
-
-def refusal(name: str) -> str:
-    """Why a hosted model cannot do what is asked of a model here."""
-    return (
-        f"Got model {name!r}, which only Black Forest Labs runs: its layers are not here, so nothing can be "
-        f"bypassed, injected, watched or edited in it. It makes pictures: python -m flux --name {name}"
-    )
+USAGE_NAMES = {"flux-dev": "flux-1-dev", "flux-dev-krea": "flux-1-krea-dev"}
 
 
 @dataclass(frozen=True)
 class HostedSettings:
-    """A request to a hosted model; None: as the model likes it.
+    """A request to a hosted model. Where a field is None, the model chooses.
 
     Raises:
-        InputError: something that the model does not take.
+        InputError: The model does not take one of the values.
     """
 
     model: str
@@ -88,35 +56,38 @@ class HostedSettings:
 
     def __post_init__(self):
         takes = HOSTED[self.model]
-        bounds = {"num_steps": takes.steps, "guidance": takes.guidance}
-        for name, value in ((name, getattr(self, name)) for name in bounds):
-            if value is not None and bounds[name] is None:
+        for name, value, bounds in (
+            ("num_steps", self.num_steps, takes.steps),
+            ("guidance", self.guidance, takes.guidance),
+        ):
+            if value is None:
+                continue
+            if bounds is None:
                 raise InputError(
                     f"Got {name} {value} for {self.model}, which chooses for itself: leave it out"
                 )
-            if value is not None and not bounds[name][0] <= value <= bounds[name][1]:
-                low, high = bounds[name]
+            low, high = bounds
+            if not low <= value <= high:
                 raise InputError(f"Got {name} {value}, expected {low} to {high} for {self.model}")
-        if (self.width is None) != (self.height is None):
-            raise InputError(f"Got only one of width and height for {self.model}: give both or none")
-        if self.width is None:
+        if self.width is None and self.height is None:
             return
+        if self.width is None or self.height is None:
+            raise InputError(f"Got only one of width and height for {self.model}: give both or none")
         if takes.shape_only:
             if max(self.width / self.height, self.height / self.width) > LONGEST_SHAPE:
                 raise InputError(f"Got {self.width}x{self.height}, expected no longer a shape than 21:9")
             return
-        for name in ("width", "height"):
-            side, largest = getattr(self, name), takes.largest_side
-            if not SMALLEST_SIDE <= side <= largest or side % SIDE_STEP:
-                bounds = f"a multiple of {SIDE_STEP} from {SMALLEST_SIDE} to {largest}"
+        for name, side in (("width", self.width), ("height", self.height)):
+            if not SMALLEST_SIDE <= side <= takes.largest_side or side % SIDE_STEP:
+                bounds = f"a multiple of {SIDE_STEP} from {SMALLEST_SIDE} to {takes.largest_side}"
                 raise InputError(f"Got {name} {side}, expected {bounds} for {self.model}")
 
-    def sampling(self) -> dict:
-        """What was asked for beside prompt and seed, for the picture's metadata."""
+    def sampling(self) -> dict[str, Any]:
+        """Return the given fields except the model's name, for the image's metadata."""
         return {name: value for name, value in asdict(self).items() if name != "model" and value is not None}
 
-    def request(self, prompt: str, seed: int) -> dict:
-        """The body of the request."""
+    def request(self, prompt: str, seed: int) -> dict[str, Any]:
+        """Return the body of the request."""
         body = {"prompt": prompt, "seed": seed, "output_format": "png"}
         if self.width is not None and HOSTED[self.model].shape_only:
             body["aspect_ratio"] = f"{self.width}:{self.height}"
@@ -127,30 +98,51 @@ class HostedSettings:
 
 
 def generate(settings: HostedSettings, prompt: str, seed: int) -> "Image":
-    """A picture by a hosted model. The key is in BFL_API_KEY, BFL_API_ENDPOINT names another server.
+    """Return one image by a hosted model.
 
     Raises:
-        InputError: no key, no credits, a refusal, or no answer in time; the message says what to do.
+        InputError: There is no key or no credit, the request was refused, or no answer came in time. The
+            message says what to do.
     """
-    base = os.environ.get("BFL_API_ENDPOINT", "https://api.bfl.ai").rstrip("/")
-    task = _api(f"{base}/v1/{settings.model}", settings.request(prompt, seed))
-    begin = time.monotonic()
-    where, unknown = str(task.get("polling_url")), 0
-    if urlsplit(where).netloc != urlsplit(base).netloc and not _is_bfl(where):
-        raise InputError(f"Got a task at {where[:100]} from {base}: the key in BFL_API_KEY is not sent there")
+    task = _ask_for_object(f"{_server()}/v1/{settings.model}", settings.request(prompt, seed))
+    task_url = str(task.get("polling_url"))
+    if urlsplit(task_url).netloc != urlsplit(_server()).netloc and not _is_bfl(task_url):
+        raise InputError(
+            f"Got a task at {task_url[:100]} from {_server()}: the key in BFL_API_KEY is not sent there"
+        )
+    begin, unknown = time.monotonic(), 0
     while True:
-        answer = _api(where)
+        answer = _ask_for_object(task_url)
         status = answer.get("status")
         if status == "Ready":
-            return _picture(str(answer.get("result", {}).get("sample")))
+            return _fetch(str(answer.get("result", {}).get("sample")))
         unknown += status == "Task not found"
         if status in ENDINGS and (status != "Task not found" or unknown > NOT_YET_KNOWN):
-            raise InputError(f"No picture by {settings.model}: {ENDINGS[status]}")
+            raise InputError(f"No image by {settings.model}: {ENDINGS[status]}")
         if time.monotonic() - begin > GIVE_UP_AFTER:
             raise InputError(
-                f"No picture by {settings.model} after {GIVE_UP_AFTER:.0f} seconds: try again later"
+                f"No image by {settings.model} after {GIVE_UP_AFTER:.0f} seconds: try again later"
             )
         time.sleep(POLL_EVERY)
+
+
+def track_usage_via_api(name: str, n: int = 1) -> None:
+    """Report `n` generations of the model `name` to BFL, as its commercial licences require.
+
+    Raises:
+        InputError: There is no key, or the report was refused.
+    """
+    if name not in USAGE_NAMES:
+        print(f"{name} needs no usage report")
+        return
+    _ask(f"{_server()}/v1/licenses/models/{USAGE_NAMES[name]}/usage", {"number_of_generations": n})
+
+
+# ---- HTTP
+
+
+def _server() -> str:
+    return os.environ.get("BFL_API_ENDPOINT", "https://api.bfl.ai").rstrip("/")
 
 
 def _is_bfl(url: str) -> bool:
@@ -158,113 +150,88 @@ def _is_bfl(url: str) -> bool:
     return parts.scheme == "https" and (parts.hostname or "").endswith(".bfl.ai")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes nowhere but where it is meant to go."""
+def _ask(url: str, body: dict[str, Any] | None = None) -> bytes:
+    """Return the interface's answer; ask again while it is busy.
 
-    def redirect_request(self, *_):
-        return None
-
-
-def _api(url: str, body: dict | None = None) -> dict:
-    """The answer of the interface, an object, asked again while it is busy."""
-    key = os.environ.get("BFL_API_KEY")
-    if not key:
-        raise InputError("Hosted models need a key: get one at https://api.bfl.ai and set BFL_API_KEY")
-    headers = {"x-key": key, "Content-Type": "application/json", "Accept": "application/json"}
-    data = None if body is None else json.dumps(body).encode()
-    opener = urllib.request.build_opener(_NoRedirect)
+    Raises:
+        InputError: There is no key, the request was refused, or the interface cannot be reached.
+    """
+    key, host, status = os.environ.get("BFL_API_KEY", "").strip(), urlsplit(url).netloc, 0
+    if not (key and key.isascii() and key.isprintable()):
+        raise InputError("BFL's interface needs a key: get one at https://api.bfl.ai and set BFL_API_KEY")
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
         try:
-            with opener.open(urllib.request.Request(url, data, headers), timeout=ANSWER_WITHIN) as answer:
-                return _object(answer.read(LARGEST), url)
-        except urllib.error.HTTPError as error:
-            if error.code == 404 and body is None:
-                return {"status": "Task not found"}
-            if error.code not in BUSY:
-                raise InputError(f"Refused by {urlsplit(url).netloc}: {_reason(error)}") from error
-            status = error.code
+            status, meaning, content = _send(url, body, key)
         except OSError as error:
-            reason = getattr(error, "reason", error)
+            raise InputError(f"{host} cannot be reached ({error}): try again later") from error
+        if 200 <= status < 300:
+            return content
+        if status == 404 and body is None:
+            return b'{"status": "Task not found"}'
+        if status not in BUSY:
             raise InputError(
-                f"{urlsplit(url).netloc} cannot be reached ({reason}): try again later"
-            ) from error
+                f"Refused by {host}: {REFUSALS.get(status) or _reason(status, meaning, content)}"
+            )
     busy = "too many tasks at once" if status == 429 else f"status {status}"
-    raise InputError(f"{urlsplit(url).netloc} is busy ({busy}), {ATTEMPTS} times in a row: try again later")
+    raise InputError(f"{host} is busy ({busy}), {ATTEMPTS} times in a row: try again later")
 
 
-def _object(text: bytes, url: str) -> dict:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+def _ask_for_object(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    answer = _parsed(_ask(url, body))
+    if not isinstance(answer, dict):
         raise InputError(f"Got no JSON object from {urlsplit(url).netloc}: is BFL_API_ENDPOINT right?")
-    return found
+    return answer
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
-    if error.code in REFUSALS:
-        return REFUSALS[error.code]
-    try:
-        detail = json.loads(error.read(LARGEST)).get("detail")
-    except (ValueError, AttributeError, OSError):
-        detail = None
-    if isinstance(detail, list):
-        detail = "; ".join(str(entry.get("msg")) for entry in detail if isinstance(entry, dict))
-    told = " ".join(str(detail or error.reason).split())
-    return f"status {error.code}, {told[:300]}"
-
-
-def _picture(url: str) -> "Image":
+def _fetch(url: str) -> "Image":
+    """Return the finished image at an address that needs no key."""
     from PIL import Image
 
     try:
-        if urlsplit(url).scheme not in ("https", "http"):
-            raise ValueError(f"no address of a picture: {url[:100]!r}")
-        with urllib.request.urlopen(url, timeout=ANSWER_WITHIN) as answer:
-            return Image.open(BytesIO(answer.read(LARGEST))).convert("RGB")
-    except (OSError, HTTPException, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"The picture was made but could not be fetched ({error}): try again") from error
+        status, meaning, content = _send(url)
+        if status != 200:
+            raise OSError(f"status {status}, {meaning}")
+        return Image.open(BytesIO(content)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"The image was made but could not be fetched ({error}): try again") from error
 
 
-class Hosted:
-    """A hosted model behind the call that `flux.pipeline.Pipeline` has."""
+def _send(url: str, body: dict[str, Any] | None = None, key: str | None = None) -> tuple[int, str, bytes]:
+    """Send a request, a POST if it has a body; return the status code, its meaning and the content.
 
-    def __init__(self, name: str):
-        self.name = name
-
-    def generate(
-        self, prompts: list[str], seeds: list[int], *, image: None = None, strength: float = 1.0, **sampling
-    ) -> list["Image"]:
-        """One picture for each prompt and seed, always from noise alone."""
-        settings = HostedSettings(self.name, **sampling)
-        return [generate(settings, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-
-
-SLUGS = {"flux-dev": "flux-1-dev", "flux-dev-krea": "flux-1-krea-dev"}
-
-
-def track_usage_via_api(name: str, n: int = 1) -> None:
-    """Reports n generations of the model `name` to BFL's interface, with the key in BFL_API_KEY.
+    Redirects are followed only without a key, so that the key goes nowhere else.
 
     Raises:
-        InputError: no key, or the report was refused.
+        OSError: The server cannot be reached, or sends more than `LARGEST` bytes.
     """
-    if name not in SLUGS:
-        print(f"{name} needs no usage report")
-        return
-    key = os.environ.get("BFL_API_KEY")
-    if not key:
-        raise InputError("Usage can only be reported with a key: set BFL_API_KEY")
-    base = os.environ.get("BFL_API_ENDPOINT", "https://api.bfl.ai")
-    request = urllib.request.Request(
-        f"{base}/v1/licenses/models/{SLUGS[name]}/usage",
-        data=json.dumps({"number_of_generations": n}).encode(),
-        headers={"x-key": key, "Content-Type": "application/json"},
-    )
+    import httpx
+
+    how = {"headers": {"x-key": key} if key else {}, "follow_redirects": not key, "timeout": ANSWER_WITHIN}
+    content = b""
     try:
-        urllib.request.urlopen(request, timeout=30).close()
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise InputError(f"The usage report for {name} was not accepted: {error}") from error
+        with httpx.stream("GET" if body is None else "POST", url, json=body, **how) as answer:
+            for piece in answer.iter_bytes():
+                content += piece
+                if len(content) > LARGEST:
+                    raise OSError(f"more than {LARGEST} bytes")
+            return answer.status_code, answer.reason_phrase, content
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def _reason(status: int, meaning: str, content: bytes) -> str:
+    answer = _parsed(content)
+    detail = answer.get("detail") if isinstance(answer, dict) else None
+    if isinstance(detail, list):
+        detail = "; ".join(str(entry.get("msg")) for entry in detail if isinstance(entry, dict))
+    text = " ".join(str(detail or meaning).split())
+    return f"status {status}, {text[:300]}"

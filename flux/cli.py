@@ -1,16 +1,24 @@
-"""`python -m flux`: pictures from prompts, once or in a loop, as upstream's command line does it."""
+"""Images from prompts, once or in a loop, with the options of upstream's command line.
+
+    python -m flux [--name flux-dev] [--prompt "a dog|a cat"] [--width 1024] [--height 1024] [--loop] [...]
+    python -m flux download NAME
+
+The first form writes img_0.jpg, img_1.jpg, ... to output_dir. The second one fetches a model's files in
+advance.
+"""
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flux.bfl import track_usage_via_api
 from flux.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 DEFAULT_PROMPT = "a dog wearing a top hat on the grass"
@@ -18,27 +26,33 @@ DEFAULT_PROMPT = "a dog wearing a top hat on the grass"
 
 @dataclass
 class SamplingOptions:
-    """One picture to be made. Sizes in pixels; a seed of None is drawn anew for each picture."""
+    """One image to be made, with sizes in pixels.
+
+    If the seed is None, each image gets a new one. If another number is None, the model's own is used.
+    """
 
     prompt: str
-    width: int
-    height: int
-    num_steps: int
-    guidance: float
+    width: int | None
+    height: int | None
+    num_steps: int | None
+    guidance: float | None
     seed: int | None
 
 
-HELP = """Type a prompt and press Enter. Beside that:
+HELP = """Type a prompt and press Enter. The commands are:
   /w N   width      /h N   height     /n N   steps
   /g X   guidance   /s N   seed (without a number: a new one each time)
   /q     quit       an empty line repeats the last prompt"""
 
 
 def read_command(line: str, options: SamplingOptions) -> tuple[SamplingOptions, str | None]:
-    """The options after one line typed in the loop, and what to tell the user if the line was no prompt.
+    """Read one line typed in the loop.
+
+    Returns:
+        The options after it, and the answer if the line was a command. If that is None, it was a prompt.
 
     Raises:
-        InputError: an unknown command, or a value that is no number.
+        InputError: The command is unknown, or its value is not a number.
     """
     if not line.startswith("/"):
         return (replace(options, prompt=line) if line else options), None
@@ -61,7 +75,7 @@ def read_command(line: str, options: SamplingOptions) -> tuple[SamplingOptions, 
 
 
 def next_index(folder: Path) -> int:
-    """One more than the highest number of the pictures img_N.jpg in a folder."""
+    """Return one more than the highest number of the images img_N.jpg in a folder."""
     numbers = [
         int(match[1])
         for path in folder.glob("img_*.*")
@@ -74,27 +88,34 @@ def save_sample(
     nsfw_classifier: Callable | None, name: str, output_name: str, idx: int, x: "Tensor",
     add_sampling_metadata: bool, prompt: str, track_usage: bool = False,
 ) -> int:  # fmt: skip
-    """Marks a picture, "1 3 h w" in -1..1, and saves it: upstream's `save_image`.
+    """Watermark an image and save it, as upstream's `save_image` does.
 
     Args:
-        nsfw_classifier: called with the picture, returns scores with "label" and "score"; None: nothing is
-            checked. A picture it finds unsafe is not saved.
-        output_name: path with {idx} in it.
+        nsfw_classifier: Called with the image, returns scores with "label" and "score". An image that it
+            finds unsafe is not saved. If None, nothing is checked.
+        name: Name of the model.
+        output_name: Path with {idx} in it.
+        idx: Number of the image.
+        x: The image, "1 3 h w" in -1..1.
+        add_sampling_metadata: Whether model and prompt are written into the file.
+        prompt: The prompt.
+        track_usage: Whether the image is reported to BFL.
 
     Returns:
-        The next index: idx + 1 if the picture was saved, else idx.
+        The next index: idx + 1 if the image was saved, else idx.
     """
+    from flux.bfl import track_usage_via_api
     from flux.images.io import save_image, to_pil
     from flux.images.watermark import embed_watermark
 
-    picture = to_pil(embed_watermark(x.float().clamp(-1, 1))[0])
+    image = to_pil(embed_watermark(x.float().clamp(-1, 1))[0])
     if nsfw_classifier is not None:
-        scores = {entry["label"]: entry["score"] for entry in nsfw_classifier(picture)}
+        scores = {entry["label"]: entry["score"] for entry in nsfw_classifier(image)}
         if scores.get("nsfw", 0.0) >= 0.85:
-            print("The picture may be unsafe for work and was not saved")
+            print("The image may be unsafe for work and was not saved")
             return idx
     path = Path(output_name.format(idx=idx))
-    save_image(picture, path, {"model": name, "prompt": prompt} if add_sampling_metadata else None)
+    save_image(image, path, {"model": name, "prompt": prompt} if add_sampling_metadata else None)
     if track_usage:
         track_usage_via_api(name, 1)
     return idx + 1
@@ -108,114 +129,206 @@ def main(
     init_image: str | None = None, strength: float = 0.8,
     true_cfg: float | None = None, negative_prompt: str = "",
 ) -> None:  # fmt: skip
-    """Makes pictures and saves them as img_0.jpg, img_1.jpg, ... in a folder.
+    """Make images and save them as img_0.jpg, img_1.jpg, ... in a folder.
 
     Args:
-        name: the model, one of `flux.util.configs`, or of `flux.bfl.HOSTED` (key in BFL_API_KEY).
-        width: in pixels, rounded down to a multiple of 16; the model's own by default, like height,
-            num_steps, guidance.
-        seed: of the first picture, each further one's is one higher; drawn anew if not given.
-        prompt: what to show; several, with | between them, make several pictures.
-        loop: ask for further prompts on the terminal.
-        offload: keep each net in host memory until its turn comes; or "blocks", "auto", see flux.settings.demos.
-        add_sampling_metadata: write prompt and model into the file.
-        track_usage: report each picture to BFL (licensed users; key in BFL_API_KEY).
-        init_image: start from this picture: image-to-image. It is scaled and cropped to width and height.
-        strength: how much of the schedule then runs, above 0 and at most 1; 1 keeps nothing of the picture.
-        true_cfg: two-pass guidance away from negative_prompt, above 1.
+        name: the model, one of flux.util.configs, or of flux.specs.HOSTED (key in BFL_API_KEY)
+        width: width in pixels, rounded down to a multiple of 16; if not set, the model's own
+        height: height in pixels, likewise
+        seed: seed of the first image, each later one's is one higher; if not set, each image gets a new one
+        prompt: what to show; several prompts, with | between them, make several images
+        device: where to run: "auto", "cpu", "cuda", "cuda:1", "mps"
+        num_steps: number of denoising steps; if not set, the model's own
+        loop: ask for further prompts on the terminal
+        guidance: distilled guidance; if not set, the model's own
+        offload: keep each model in main memory until it is used; or "blocks", "auto" as in the demos
+        output_dir: folder to write to
+        add_sampling_metadata: write prompt and model into the files
+        track_usage: report each image to BFL, for licensed users (key in BFL_API_KEY)
+        init_image: start from this image: image-to-image; it is scaled and cropped to width and height
+        strength: how much of the schedule then runs, above 0 and at most 1; 1 keeps nothing of the image
+        true_cfg: true CFG away from negative_prompt, above 1
+        negative_prompt: what true CFG leads away from
     """
     with exit_on_input_error():
-        _run(
-            SamplingOptions(str(prompt), width, height, num_steps, guidance, seed),
-            loop=loop,
-            output_dir=Path(output_dir),
-            metadata=add_sampling_metadata,
-            track_usage=track_usage,
-            init_image=init_image,
-            strength=strength,
-            model={"model": name, "device": device, "offload": offload},
-            steering={"true_cfg": true_cfg, "negative_prompt": str(negative_prompt)},
-        )
+        from flux.specs import HOSTED
+
+        options = SamplingOptions(prompt, width, height, num_steps, guidance, seed)
+        saving = Path(output_dir), add_sampling_metadata, track_usage
+        if name not in HOSTED:
+            model = {"model": name, "device": device, "offload": offload}
+            model |= {"true_cfg": true_cfg, "negative_prompt": negative_prompt}
+            LocalSession(name, *saving, model, init_image, strength).run(options, loop)
+        elif init_image or true_cfg or negative_prompt or track_usage:
+            raise InputError(
+                f"Got init_image, true_cfg, negative_prompt or track_usage for {name}, which is not run "
+                "here: it takes prompt, seed, width and height, some models num_steps and guidance too"
+            )
+        else:
+            HostedSession(name, *saving).run(options, loop)
 
 
-def _run(
-    options: SamplingOptions,
-    *,
-    loop: bool,
-    output_dir: Path,
-    metadata: bool,
-    track_usage: bool,
-    init_image: str | None,
-    strength: float,
-    model: dict,
-    steering: dict,
-) -> None:
-    from flux.bfl import HOSTED, Hosted, HostedSettings
-    from flux.settings.demos import ModelSettings
-    from flux.settings.files import check_settings
+class Session:
+    """Makes one image after another by one model and saves them as img_N.jpg.
 
-    hosted = model["model"] in HOSTED
-    if hosted and (init_image or steering["true_cfg"] or steering["negative_prompt"] or track_usage):
-        raise InputError(
-            f"Got init_image, true_cfg, negative_prompt or track_usage for {model['model']}, which is not "
-            "run here: it takes prompt, seed, width and height, some models num_steps and guidance too"
-        )
+    Args:
+        name: Name of the model.
+        output_dir: Folder to write to.
+        metadata: Whether the prompt and the settings are written into the files.
+        track_usage: Whether each image is reported to BFL.
+    """
 
-    def checked(options: SamplingOptions) -> ModelSettings | HostedSettings:
-        fields = ("width", "height", "num_steps", "guidance")
-        if hosted:
-            return HostedSettings(model["model"], **{field: getattr(options, field) for field in fields})
+    def __init__(self, name: str, output_dir: Path, metadata: bool, track_usage: bool):
+        self.name, self.output_dir, self.metadata, self.track_usage = name, output_dir, metadata, track_usage
+        self.seed: int | None = None
+
+    def run(self, options: SamplingOptions, loop: bool) -> None:
+        """Make an image of each prompt in the options, and in a loop of each one typed after them.
+
+        Raises:
+            InputError: An option cannot be used.
+        """
+        self.use(options)
+        prompts = [text.strip() for text in options.prompt.split("|") if text.strip()]
+        if not prompts:
+            raise InputError("Got an empty prompt: say what to show")
+        self.load()
+        if loop:
+            print(HELP)
+        while True:
+            for prompt in prompts:
+                self.generate(prompt)
+            answer = ask(replace(options, prompt=prompts[-1], seed=self.seed)) if loop else None
+            if answer is None:
+                return
+            self.use(answer)
+            options, prompts = answer, [answer.prompt]
+
+    def generate(self, prompt: str) -> None:
+        """Make, save and report one image; the next one's seed is one higher."""
+        from flux.bfl import track_usage_via_api
+        from flux.images.io import save_image
+
+        seed = self.seed if self.seed is not None else time.time_ns() % 2**32
+        begin = time.perf_counter()
+        image = self.draw(prompt, seed)
+        path = self.output_dir / f"img_{next_index(self.output_dir)}.jpg"
+        about = {"model": self.name, "prompt": prompt, "seed": seed, **self.about()}
+        save_image(image, path, about if self.metadata else None)
+        if self.track_usage:
+            track_usage_via_api(self.name, 1)
+        print(f"{path}  seed {seed}  {time.perf_counter() - begin:.1f} s")
+        if self.seed is not None:
+            self.seed += 1
+
+    def use(self, options: SamplingOptions) -> None:
+        """Make the next images with these options. Raises InputError if the model cannot use them."""
+        self.seed = options.seed
+
+    def load(self) -> None:
+        """Prepare the model for the options in use."""
+
+    def draw(self, prompt: str, seed: int) -> "Image":
+        """Return one image with the options in use."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """Return the numbers in use, for the image's metadata."""
+        raise NotImplementedError
+
+
+class LocalSession(Session):
+    """A session with a model that runs here.
+
+    Args:
+        name: Name of the model.
+        output_dir: Folder to write to.
+        metadata: Whether the prompt and the settings are written into the files.
+        track_usage: Whether each image is reported to BFL.
+        model: Fields of `flux.settings.ModelSettings` that do not change within the session.
+        init_image: File of an image to start from.
+        strength: How much of the schedule then runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        output_dir: Path,
+        metadata: bool,
+        track_usage: bool,
+        model: dict[str, Any],
+        init_image: str | None,
+        strength: float,
+    ):
+        super().__init__(name, output_dir, metadata, track_usage)
+        self.model, self.init_image, self.strength = model, init_image, strength
+
+    def use(self, options: SamplingOptions) -> None:
+        """Make the next images with these options. Raises InputError if the model cannot use them."""
         from flux.settings.complete import resolve
+        from flux.settings.demos import ModelSettings
+        from flux.settings.files import check_settings
 
-        return resolve(
-            check_settings(ModelSettings, {**model, **steering, **{f: getattr(options, f) for f in fields}})
-        )
+        super().use(options)
+        self.settings = resolve(check_settings(ModelSettings, {**self.model, **numbers_of(options)}))
+        if not 0 < self.strength <= 1:
+            raise InputError(f"Got strength {self.strength}, expected a number above 0 and at most 1")
 
-    settings = checked(options)
-    if not 0 < strength <= 1:
-        raise InputError(f"Got strength {strength}, expected a number above 0 and at most 1")
-    prompts = [text.strip() for text in options.prompt.split("|") if text.strip()]
-    if not prompts:
-        raise InputError("Got an empty prompt: say what to show")
-
-    from flux.images.io import crop_to_fit, read_image, save_image
-
-    image = read_image(init_image) if init_image else None
-    started = {"init_image": init_image, "strength": strength} if init_image else {}
-    if hosted:
-        pipe = Hosted(settings.model)
-    else:
+    def load(self) -> None:
+        """Read the image to start from and load the model."""
+        from flux.images.io import read_image
         from flux.pipeline import Pipeline
 
-        pipe = Pipeline.load(settings)
-    index = next_index(output_dir)
-    if loop:
-        print(HELP)
-    while True:
-        for text in prompts:
-            seed = options.seed if options.seed is not None else time.time_ns() % 2**32
-            begin = time.perf_counter()
-            start = crop_to_fit(image, settings.width, settings.height) if image else None
-            [picture] = pipe.generate([text], [seed], image=start, strength=strength, **settings.sampling())
-            path = output_dir / f"img_{index}.jpg"
-            about = {"model": settings.model, "prompt": text, "seed": seed, **settings.sampling(), **started}
-            save_image(picture, path, about if metadata else None)
-            if track_usage:
-                track_usage_via_api(settings.model, 1)
-            print(f"{path}  seed {seed}  {time.perf_counter() - begin:.1f} s")
-            index += 1
-            if options.seed is not None:
-                options = replace(options, seed=options.seed + 1)
-        if not loop:
-            return
-        answer = ask(replace(options, prompt=prompts[-1]))
-        if answer is None:
-            return
-        options, settings, prompts = answer, checked(answer), [answer.prompt]
+        self.image = read_image(self.init_image) if self.init_image else None
+        self.pipe = Pipeline.load(self.settings)
+
+    def draw(self, prompt: str, seed: int) -> "Image":
+        """Return one image with the options in use."""
+        from flux.images.io import crop_to_fit
+
+        settings = self.settings
+        start = crop_to_fit(self.image, settings.width, settings.height) if self.image else None
+        sampling = {"image": start, "strength": self.strength, **settings.sampling()}
+        return self.pipe.generate([prompt], [seed], **sampling)[0]
+
+    def about(self) -> dict[str, Any]:
+        """Return the numbers in use, for the image's metadata."""
+        start = {"init_image": self.init_image, "strength": self.strength} if self.init_image else {}
+        return {**self.settings.sampling(), **start}
+
+
+class HostedSession(Session):
+    """A session with a model that only Black Forest Labs runs."""
+
+    def use(self, options: SamplingOptions) -> None:
+        """Make the next images with these options. Raises InputError if the model cannot use them."""
+        from flux.bfl import HostedSettings
+
+        super().use(options)
+        self.settings = HostedSettings(self.name, **numbers_of(options))
+
+    def draw(self, prompt: str, seed: int) -> "Image":
+        """Return one image with the options in use."""
+        from flux.bfl import generate
+
+        return generate(self.settings, prompt, seed)
+
+    def about(self) -> dict[str, Any]:
+        """Return the numbers in use, for the image's metadata."""
+        return self.settings.sampling()
+
+
+def numbers_of(options: SamplingOptions) -> dict[str, Any]:
+    """Return the options that are fields of a model's settings."""
+    return {name: getattr(options, name) for name in ("width", "height", "num_steps", "guidance")}
 
 
 def ask(options: SamplingOptions) -> SamplingOptions | None:
-    """The options for the next picture, from the terminal; None: the user has had enough."""
+    """Ask for the next prompt on the terminal, and answer the commands before it.
+
+    Returns:
+        The options for the next image. If None, the user has quit.
+    """
     while True:
         try:
             line = input("prompt> ").strip()
@@ -233,7 +346,11 @@ def ask(options: SamplingOptions) -> SamplingOptions | None:
 
 
 def fetch_model(name: str) -> None:
-    """Fetches a model's files ahead of its first use, and says where they lie."""
+    """Fetch a model's files in advance and print where they are.
+
+    Args:
+        name: the model, one of flux.util.configs
+    """
     with exit_on_input_error():
         from flux.weights.hub import download
 
@@ -241,17 +358,11 @@ def fetch_model(name: str) -> None:
 
 
 def app() -> None:
-    """Entry point of `python -m flux` and of the `flux` command; upstream's sub-command t2i may be named or
-    left out.
-    """
-    import sys
+    """Run `python -m flux` and the `flux` command. Upstream's sub-command t2i may be named or left out."""
+    from flux.settings.command_line import run
 
-    import fire
-
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["download"]:
-        return fire.Fire(fetch_model, command=arguments[1:], name="python -m flux download")
-    if arguments[:1] == ["t2i"]:
-        arguments = arguments[1:]
-    fire.Fire(main, command=arguments, name="python -m flux")
-    return None
+    first = sys.argv[1:2]
+    if first == ["download"]:
+        run(fetch_model, __doc__, positional="name", arguments=sys.argv[2:])
+    else:
+        run(main, __doc__, arguments=sys.argv[2:] if first == ["t2i"] else sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and how a program ends on it."""
+"""Errors that the user can mend, and how a program ends on one."""
 
 import os
 import sys
@@ -6,20 +6,21 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
-PATIENCE = 5.0  # seconds in which torchrun ends a process that another one's error has left alone
+TORCHRUN_GRACE_S = 5.0
+"""Seconds within which torchrun ends a process after another one has failed."""
 
 
 class InputError(ValueError):
     """Wrong input. The message is one line: what we got, what we expected, what to do."""
 
 
-class Stopped(Exception):
-    """Raised from a callback to end a run that its user no longer wants; no fault of anyone."""
+class Stopped(Exception):  # noqa: N818  # a cancelled run is not an error
+    """Raised by a callback to end a run that its user has cancelled."""
 
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Ends the program with one line instead of a traceback: status 2 for an `InputError`, 130 for Ctrl-C."""
+    """End the program with one line instead of a traceback: status 2 for an `InputError`, 130 for Ctrl-C."""
     try:
         yield
     except InputError as error:
@@ -31,32 +32,32 @@ def exit_on_input_error() -> Iterator[None]:
 
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """Of the processes that torchrun starts, only the first one is heard, unless an error is another's alone.
+def only_rank_zero_prints() -> Iterator[None]:
+    """Under torchrun, silence all processes but the first, except for an error that only they raise.
 
-    Whichever fails, torchrun ends the others.
+    Once one process has failed, torchrun ends the others. A process whose error another one reports waits for
+    that instead of reporting it again.
     """
     if not launched():
         yield
         return
-    rank = int(os.environ["RANK"])
+    is_first = os.environ["RANK"] == "0"
     try:
         with ExitStack() as stack:
-            if rank:
+            if not is_first:
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
             yield
     except (Exception, KeyboardInterrupt) as error:
-        # The first one says what all fail of, and one that another's end cut off, as gloo then reports, has
-        # nothing to say: torchrun ends these meanwhile.
-        if rank or "gloo" in str(error):
-            time.sleep(PATIENCE)
+        # The first process reports what all raise. gloo's complaint only means that another one has ended.
+        if not is_first or "gloo" in str(error):
+            time.sleep(TORCHRUN_GRACE_S)
         raise
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_initialized():

@@ -4,7 +4,6 @@ import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flux.bfl import HOSTED, refusal
 from flux.errors import InputError
 from flux.model import FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
@@ -20,18 +19,29 @@ class ModelSpec:
     """One model.
 
     Attributes:
-        repo_id: repository on the hub; None: the files are in `folder`, part of this package.
-        repo_flow, repo_ae: file of the transformer and of the autoencoder in that repository or folder.
-        lora: file of a difference, beside `repo_flow`, that makes this model of the one in that file.
-        env_flow, env_ae: environment variables that name a local file instead, the first that is set wins.
-        text_length: T5 tokens a prompt is padded or cut to; clip_length the same for CLIP.
-        num_steps, guidance, true_cfg, size: defaults; size is a side in pixels.
-        shifted, base_shift, max_shift: its schedule, as in `flux.sampling.get_schedule`.
-        vital_layers: its known vital layers, the most vital first; None: nobody has published any.
-        dinov2: the encoder that scores its pictures, a hub id or a folder.
-        licence: what a download of it is bound to.
-        watermark: whether its pictures are marked by default.
-        vocabulary: file of the words it was trained on, one a line; None: a language's own.
+        params: Sizes of the transformer.
+        ae_params: Sizes of the autoencoder.
+        repo_id: Repository on the hub. If None, the files are in `folder`, part of this package.
+        repo_flow: File of the transformer in that repository or folder.
+        repo_ae: File of the autoencoder in that repository or folder.
+        folder: Folder of the files, for models of this package.
+        lora: File of a LoRA, beside `repo_flow`, that turns the model in that file into this one.
+        env_flow: Environment variables that name a local file of the transformer; the first that is set wins.
+        env_ae: Environment variables that name a local file of the autoencoder, likewise.
+        text_length: Number of T5 tokens that a prompt is padded or cut to.
+        clip_length: Number of CLIP tokens that a prompt is padded or cut to.
+        num_steps: Default number of steps.
+        guidance: Default distilled guidance.
+        true_cfg: Default of true CFG; 1 means off.
+        size: Default width and height in pixels.
+        shifted: Whether its schedule is shifted, see `flux.sampling.get_schedule`.
+        base_shift: Shift of its schedule at 256 image tokens.
+        max_shift: Shift of its schedule at 4096 image tokens.
+        vital_layers: Its known vital layers, the most vital first. If None, nobody has published any.
+        dinov2: The encoder that scores its images: a hub id or a folder.
+        licence: The licence of a download.
+        watermark: Whether its images get the invisible watermark by default.
+        vocabulary: File of the words it was trained on, one a line. If None, it knows a whole language.
     """
 
     params: FluxParams
@@ -60,6 +70,7 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
+        """Number of layers, which are numbered from 0: double-stream blocks first."""
         return self.params.depth + self.params.depth_single_blocks
 
 
@@ -82,7 +93,7 @@ _NANO = ModelSpec(
     repo_id=None,
     repo_flow="transformer.safetensors",
     folder=NANO_FOLDER,
-    # The small models are part of the package: variables set for the large ones leave them alone.
+    # The small models are part of the package: variables set for the large ones must not change them.
     env_ae=(),
     text_length=40,
     clip_length=40,
@@ -91,7 +102,7 @@ _NANO = ModelSpec(
     vital_layers=(4, 0),  # the most vital first, like every such set
     dinov2=str(NANO_FOLDER / "dinov2"),
     licence="Apache-2.0",
-    # Nobody takes its pictures for photographs, and at this size the mark shows in plain skies.
+    # Its images cannot be mistaken for photographs, and at this size the mark shows in plain skies.
     watermark=False,
     vocabulary=NANO_FOLDER / "vocabulary.txt",
 )  # fmt: skip
@@ -136,10 +147,46 @@ configs: dict[str, ModelSpec] = {
 }
 
 
+@dataclass(frozen=True)
+class HostedModel:
+    """A model that only Black Forest Labs runs, see `flux.bfl`.
+
+    Attributes:
+        largest_side: Largest width and height in pixels.
+        steps: Smallest and largest number of steps. If None, the model chooses.
+        guidance: Smallest and largest guidance. If None, the model chooses.
+        shape_only: Whether only the ratio of width and height counts.
+    """
+
+    largest_side: int = 1440
+    steps: tuple[int, int] | None = None
+    guidance: tuple[float, float] | None = None
+    shape_only: bool = False
+
+
+HOSTED = {
+    "flux-pro": HostedModel(steps=(1, 50), guidance=(1.5, 5)),
+    "flux-pro-1.1": HostedModel(),
+    "flux-pro-1.1-ultra": HostedModel(shape_only=True),
+    "flux-kontext-pro": HostedModel(shape_only=True),
+    "flux-kontext-max": HostedModel(shape_only=True),
+    "flux-2-pro": HostedModel(largest_side=2048),
+    "flux-2-max": HostedModel(largest_side=2048),
+    "flux-2-flex": HostedModel(largest_side=2048, steps=(1, 50), guidance=(1.5, 10)),
+}
+
+
 def get_spec(name: str) -> ModelSpec:
-    """The model of that name. Raises InputError, naming near ones, if there is none."""
+    """Return the model of that name.
+
+    Raises:
+        InputError: The name is unknown, with the nearest known one, or belongs to a hosted model.
+    """
     if name in HOSTED:
-        raise InputError(refusal(name))
+        raise InputError(
+            f"Got model {name!r}, which only Black Forest Labs runs: its layers are not here, so nothing can "
+            f"be skipped, injected, watched or edited in it. It makes images: python -m flux --name {name}"
+        )
     if name not in configs:
         near = difflib.get_close_matches(name, configs, n=1)
         hint = f", did you mean {near[0]!r}?" if near else "."
@@ -148,5 +195,5 @@ def get_spec(name: str) -> ModelSpec:
 
 
 def encoder_of(model: str) -> str:
-    """The DINOv2 of one of our models, or the hub id or folder that was given instead."""
+    """Return the DINOv2 of one of our models. Any other name is a hub id or a folder and stays as it is."""
     return configs[model].dinov2 if model in configs else model

@@ -10,21 +10,23 @@ import pytest
 from PIL import Image
 
 from flux import bfl, cli
-from flux.bfl import HOSTED, HostedSettings, generate
+from flux.bfl import HostedSettings, generate, track_usage_via_api
 from flux.errors import InputError
-from flux.specs import configs, get_spec
+from flux.specs import HOSTED, configs, get_spec
 
 PICTURE = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
 READY = {"status": "Ready", "result": {"sample": "{base}/delivery/picture.png"}}
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """
+    """Answers as it is told to.
+
     Attributes:
         asked: method, path, key and body of each request.
-        submissions, polls: what to answer, in this order, the last one again and again: an object, or a
+        submissions: what to answer to POST, in this order, the last one again and again: an object, or a
             status with one.
-        picture: what lies at the picture's address.
+        polls: what to answer to GET, likewise.
+        picture: the content of the picture's address.
     """
 
     def reset(self):
@@ -52,6 +54,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.note(None)
         if self.path.startswith("/delivery/"):
             return self.answer(200, self.server.picture)
+        if self.path.startswith("/moved/"):
+            return self.answer(302, b"")
         self.answer_from(self.server.polls)
         return None
 
@@ -67,7 +71,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def answer(self, status, content):
         self.send_response(status)
         if status == 302:
-            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+            moved = self.path.startswith("/moved/")
+            self.send_header("Location", "/delivery/picture.png" if moved else "http://127.0.0.1:9/elsewhere")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -161,13 +166,58 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
     assert about == {"model": "flux-pro", "prompt": "a cat", "seed": 4, "num_steps": 20}
 
 
+def test_a_delivery_elsewhere_is_followed_without_the_key(server):
+    server.polls = [{"status": "Ready", "result": {"sample": "{base}/moved/picture.png"}}]
+    assert make().tobytes() == PICTURE.tobytes()
+    assert [(path, key) for _, path, key, _ in server.asked[2:]] == [
+        ("/moved/picture.png", None),
+        ("/delivery/picture.png", None),
+    ]
+
+
+# ---- usage
+
+
+def test_a_usage_report(server):
+    server.submissions = [(503, {}), (200, "")]
+    track_usage_via_api("flux-dev", 3)
+    report = ("POST", "/v1/licenses/models/flux-1-dev/usage", "secret", {"number_of_generations": 3})
+    assert server.asked == [report] * 2
+
+
+def test_models_without_usage_reports(server, capsys):
+    track_usage_via_api("flux-schnell")
+    assert capsys.readouterr().out == "flux-schnell needs no usage report\n"
+    assert server.asked == []
+
+
+def test_a_refused_usage_report(server):
+    server.submissions = [(403, {})]
+    with pytest.raises(InputError, match="may not use this model"):
+        track_usage_via_api("flux-dev")
+
+
 # ---- what goes wrong
 
 
 def test_without_a_key(server, monkeypatch):
     monkeypatch.delenv("BFL_API_KEY")
     refused("set BFL_API_KEY")
+    with pytest.raises(InputError, match="set BFL_API_KEY"):
+        track_usage_via_api("flux-dev")
     assert server.asked == []
+
+
+@pytest.mark.parametrize("key", ["sec\nret", "secret\u00e9", " "])
+def test_a_broken_key(server, monkeypatch, key):
+    monkeypatch.setenv("BFL_API_KEY", key)
+    refused("set BFL_API_KEY")
+    assert server.asked == []
+
+
+def test_too_much(server, monkeypatch):
+    monkeypatch.setattr(bfl, "LARGEST", 100)
+    refused("could not be fetched .more than 100 bytes")
 
 
 @pytest.mark.parametrize(
@@ -225,13 +275,13 @@ def test_the_key_goes_to_nobody_else(server, place):
 
 
 @pytest.mark.parametrize("picture", [b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(100)])
-def test_a_picture_that_is_none(server, picture):
+def test_a_broken_picture(server, picture):
     server.picture = picture
     refused("could not be fetched")
 
 
 @pytest.mark.parametrize("sample", ["file:///etc/passwd", "", 7])
-def test_an_address_that_is_none(server, sample):
+def test_a_wrong_address(server, sample):
     server.polls = [{"status": "Ready", "result": {"sample": sample}}]
     refused("could not be fetched")
 
@@ -268,7 +318,7 @@ def test_the_command_refuses_what_only_local_models_do(server, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", HOSTED)
-def test_hooks_are_refused_with_the_reason(name):
+def test_work_on_layers_is_refused_with_the_reason(name):
     assert name not in configs
     with pytest.raises(InputError, match=f"only Black Forest Labs runs: .* python -m flux --name {name}"):
         get_spec(name)

@@ -178,7 +178,7 @@ def test_weights_are_read_when_asked_for(monkeypatch, tmp_path):
     from flux.util import load_flow_model
 
     monkeypatch.setenv("FLUX_DEV", str(tmp_path / "gone.safetensors"))
-    with pytest.raises(InputError, match="gone.safetensors"):
+    with pytest.raises(InputError, match=r"gone\.safetensors"):
         load_flow_model("flux-dev", device="cpu")
 
 
@@ -243,7 +243,10 @@ def test_import_is_silent_and_light():
 
 def test_nothing_heavy_where_nothing_is_loaded():
     """transformers, the compiler, cv2 and matplotlib take seconds; importing every module must not pay."""
-    modules = "flux.cli, flux.util, flux.pipeline, flux.editing.edit, flux.scan.sweep, flux.weights.load, flux.images.io"
+    modules = (
+        "flux.cli, flux.util, flux.pipeline, flux.editing.edit, flux.scan.sweep, flux.weights.load, "
+        "flux.images.io"
+    )
     heavy = "{'transformers', 'diffusers', 'torch._dynamo', 'matplotlib', 'cv2', 'gradio'}"
     script = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(

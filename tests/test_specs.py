@@ -1,4 +1,4 @@
-"""What is known of each model, and settings filled in from it."""
+"""The table of models."""
 
 import json
 
@@ -6,11 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from flux.errors import InputError
-from flux.settings.complete import resolve
-from flux.settings.demos import EditSettings, GenerateSettings, LayerSettings, ModelSettings, SkipSettings
 from flux.specs import configs, get_spec
-
-PROMPTS = {"prompts": ["a dog"]}
 
 
 @pytest.mark.parametrize("name", list(configs))
@@ -65,71 +61,3 @@ def test_an_unknown_model_with_no_near_one():
     with pytest.raises(InputError) as error:
         get_spec("stable-diffusion")
     assert str(error.value).startswith("Got unknown model 'stable-diffusion'. Known are flux-dev, ")
-
-
-# ---- complete
-
-
-def test_missing_numbers_come_from_the_model():
-    settings = resolve(ModelSettings(model="flux-schnell"))
-    assert (settings.width, settings.height, settings.num_steps, settings.true_cfg) == (1024, 1024, 4, 1.0)
-    settings = resolve(ModelSettings())
-    assert (settings.model, settings.width, settings.num_steps, settings.true_cfg) == (
-        "flux-nano",
-        256,
-        20,
-        1.0,
-    )
-
-
-def test_given_numbers_stay():
-    """Among them those that are false in Python."""
-    settings = resolve(ModelSettings(model="flux-dev", guidance=0.0, num_steps=7, width=512))
-    assert (settings.guidance, settings.num_steps, settings.width, settings.height) == (0.0, 7, 512, 1024)
-
-
-def test_complete_twice_is_complete_once():
-    settings = resolve(GenerateSettings(**PROMPTS, width=1080))
-    assert resolve(settings) == settings
-    assert isinstance(settings, GenerateSettings)
-
-
-def test_sizes_are_rounded_down_with_a_notice(capsys):
-    settings = resolve(ModelSettings(model="flux-dev", width=1080, height=1024))
-    assert (settings.width, settings.height) == (1072, 1024)
-    assert capsys.readouterr().out == "width 1080 is rounded down to 1072, a multiple of 16\n"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        SkipSettings(**PROMPTS, model="flux-dev", layers=[3, 57]),
-        SkipSettings(**PROMPTS, model="flux-dev", layers=[[0, 1], [2, 57]]),
-        EditSettings(prompt="a dog", edits=["a cat"], model="flux-dev", vital_layers=[57]),
-    ],
-    ids=["layers", "sets of layers", "vital layers"],
-)
-def test_layer_57_is_told(settings):
-    with pytest.raises(InputError, match=r"Got layers \[57\], but this model numbers its layers 0\.\.56"):
-        resolve(settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        SkipSettings(**PROMPTS, layers="all"),
-        SkipSettings(**PROMPTS, layers=[0, 14]),
-        SkipSettings(**PROMPTS, layers=[[0, 14]]),
-        EditSettings(prompt="a dog", edits=["a cat"]),
-        EditSettings(prompt="a dog", edits=["a cat"], vital_layers=[14]),
-        LayerSettings(prompt="a dog"),
-    ],
-    ids=repr,
-)
-def test_right_layers_pass(settings):
-    assert resolve(settings).num_steps == 20
-
-
-def test_an_unknown_model_in_settings():
-    with pytest.raises(InputError, match="unknown model"):
-        resolve(ModelSettings(model="flux-max"))

@@ -1,18 +1,27 @@
-"""Methods of editing compared on a benchmark.
+"""Compare editing methods on a benchmark.
 
     python -m flux.evaluate evaluate.json [--count 60] [--judge measuring.pt] [any other field of the file]
 
-Writes results.csv, summary.md, summary.csv, sheet.png and the edits to the file's output_dir, and goes on
-where it was if it is started again. Methods that the file gains are added to what is there.
+Writes results.csv, summary.md, summary.csv, sheet.png and the edits to the file's output_dir. Started again,
+it resumes; methods that the file has gained are added.
 """
+
+from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.evaluate.settings import EvaluateSettings
+from flux.settings.command_line import run
 from flux.settings.files import read_settings
 
 
 @exit_on_input_error()
-def main(file: str = "evaluate.json", **overrides) -> None:
+def main(file: str = "evaluate.json", **overrides: Any) -> None:
+    """Run a comparison with the settings of a JSON file.
+
+    Args:
+        file: JSON file of settings, looked for as given, then in configs/
+        overrides: fields of the settings, in place of those of the file
+    """
     settings = read_settings(EvaluateSettings, file, overrides)
 
     from flux.evaluate.run import evaluate
@@ -23,6 +32,4 @@ def main(file: str = "evaluate.json", **overrides) -> None:
 
 
 if __name__ == "__main__":
-    import fire
-
-    fire.Fire(main)
+    run(main, __doc__, EvaluateSettings.model_fields, positional="file")

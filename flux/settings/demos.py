@@ -1,7 +1,7 @@
 """What each demo's JSON file may say.
 
-None in a field means "as the model's spec says", to be filled in by `flux.settings.complete.resolve`. No model
-is known here, hence no highest layer.
+None in a field means "as the model's spec says". No model is known here, hence no highest layer:
+`flux.settings.complete.resolve` fills such fields in and checks the layers.
 """
 
 from dataclasses import replace
@@ -51,10 +51,11 @@ Prompts = Annotated[tuple[Prompt, ...], LIST]
 
 
 class Settings(StrictModel, frozen=True):
-    """The base of all settings: the demo they belong to, and fields of which exactly one must be given."""
+    """The base of all settings: their demo, fields of which exactly one must be given, and renamed fields."""
 
     demo: ClassVar[str]
     either: ClassVar[tuple[str, ...]] = ()
+    renamed: ClassVar[dict[str, str]] = {}  # former names of fields, still read from files
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Settings":
@@ -78,6 +79,7 @@ class Lora(StrictModel, frozen=True):
 
 def _as_loras(entries: Any) -> Any:
     """Write a plain name as a file at full weight."""
+    entries = [entries] if isinstance(entries, str) else entries
     if not isinstance(entries, list | tuple):
         return entries
     return [{"file": entry} if isinstance(entry, str) else entry for entry in entries]

@@ -1,0 +1,82 @@
+"""Errors of settings in one line: the field's path, what was expected there, and the nearest known name."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from flux.settings.demos import Edit, Lora, Prompt
+
+# pydantic's name of an error -> what was expected; braces are filled from the error's context
+EXPECTED = {
+    "expected": "{what}",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": 'a string or {{"prompt": "...", "seed": 0}}',
+    "literal_error": "{expected}",
+    "too_short": "at least one entry",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le}",
+}
+ENTRIES: dict[str | int, type[BaseModel]] = {"edits": Edit, "lora": Lora}
+
+
+def describe(error: ValidationError, cls: type[BaseModel], data: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the top-level field of the first problem, and a line about it that counts the others."""
+    problems = error.errors(include_url=False)
+    # A misspelt field goes first: it explains the missing one.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+    kind, loc, context = problem["type"], problem["loc"], problem.get("ctx", {})
+    if kind in ("extra_forbidden", "missing"):
+        *loc, name = loc
+        fields = (ENTRIES.get(loc[0], Prompt) if loc else cls).model_fields
+        missing = f"missing field {name!r}"
+        message = (
+            f"{missing}: {fields[str(name)].description}"
+            if kind == "missing"
+            else unknown_field(str(name), fields)
+        )
+    elif kind == "value_error":
+        message = str(context["error"])
+    else:
+        expected = EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
+        message = f"expected {expected}, got {show(problem['input'])}"
+    path = path_of(loc, data)
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    field = str(problem["loc"][0]) if problem["loc"] else None
+    return field, (f"{path}: " if path else "") + message + others
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """Return a message about an unknown field, with the nearest known name or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"unknown field {name!r}, {hint}"
+
+
+def path_of(loc: Iterable[str | int], data: Any) -> str:
+    """Return pydantic's path as the user would write it: ("layers", "sets", 1, 0) -> "layers[1][0]"."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int) and isinstance(data, list | tuple):
+            path, data = f"{path}[{part}]", data[part]
+        elif isinstance(part, str) and isinstance(data, Mapping) and part in data:
+            path, data = f"{path}.{part}" if path else part, data.get(part)
+        # Otherwise the user did not write it: the tag of a union's branch, the "prompt" of a plain text.
+    return path
+
+
+def show(value: Any) -> str:
+    """Return `value` as JSON, on one line of at most 80 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 80 else f"{text[:40]} ... {text[-35:]}"
