@@ -26,8 +26,9 @@ from flux.files import write_json
 from flux.model import Flux
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
+from flux.scan.layers import REFERENCE
 from flux.scan.run import scan
-from flux.scan.sweep import REFERENCE, Bypasser, SweepWorker, Task
+from flux.scan.sweep import LayerSkipper, Task
 from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings
 from flux.specs import configs
@@ -50,12 +51,12 @@ def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) 
     return resolve(ScanSettings(model="flux-dev", **common, **paths, num_steps=15, guidance=3.5))
 
 
-def seconds(bypasser: Bypasser, layers: tuple[int, ...], repeats: int = 1) -> float:
+def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) -> float:
     """Median time of one picture with `layers` bypassed."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        bypasser.make(Task(0, PROMPT, 0, (layers,)))
+        skipper.make(Task(0, PROMPT, 0, (layers,)))
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
@@ -87,14 +88,14 @@ def one_process(settings: ScanSettings) -> dict:
     """Times of plain and bypassed pictures, the whole scan's projected from them, and `waiting`."""
     begin = time.perf_counter()
     pipe = Pipeline.load(settings)
-    bypasser = Bypasser(pipe, settings)
+    skipper = LayerSkipper(settings, pipe)
     load = time.perf_counter() - begin
     for layers in (REFERENCE, (0,)):
-        seconds(bypasser, layers)
+        seconds(skipper, layers)
     num_layers = configs[settings.model].num_layers
-    plain = seconds(bypasser, REFERENCE, repeats=3)
+    plain = seconds(skipper, REFERENCE, repeats=3)
     chosen = [round(i * (num_layers - 1) / 6) for i in range(7)]
-    bypassed = {layer: seconds(bypasser, (layer,)) for layer in chosen}
+    bypassed = {layer: seconds(skipper, (layer,)) for layer in chosen}
     mean = statistics.mean(bypassed.values())
     return {
         "load_s": load,
@@ -108,14 +109,16 @@ def one_process(settings: ScanSettings) -> dict:
 
 def shared(settings: ScanSettings, workers: int) -> dict:
     """Pictures a second of so many workers, from the moment when each has delivered its first."""
-    from flux.runs.workers import gpus_per_worker, run_tasks
+    from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks
 
     num_layers = configs[settings.model].num_layers
     count = workers * (1 + TASKS_EACH)
     # Of one prompt and the same few layers for every worker, so that all numbers of workers do equal work.
     tasks = [Task(0, PROMPT, 0, ((i // workers * 4 % num_layers,),)) for i in range(count)]
     begin, times = time.perf_counter(), []
-    for _ in run_tasks(SweepWorker, (settings,), tasks, workers, None, gpus_per_worker(settings.device)):
+    gpus = gpus_per_worker(settings.device)
+    results = run_tasks(LayerSkipper, (settings,), tasks, workers, None, gpus)
+    for _ in finish_beside(results, lambda _, decode: decode()):
         times.append(time.perf_counter())
     measured = times[-1] - times[workers - 1]
     return {"start_s": times[0] - begin, "pictures_per_s": (count - workers) / measured}

@@ -81,8 +81,9 @@ class ResumableFolder:
     def refuse(self, differences: Collection[str]) -> None:
         """Raises InputError if there are differences: results of two different runs must not mix."""
         if differences:
+            names = ", ".join(sorted(differences))
             raise InputError(
-                f"Got {self.path}, which holds {self.kind} made with another {', '.join(sorted(differences))}: "
+                f"Got {self.path}, which holds {self.kind} made with another {names}: "
                 "give another output_dir, or delete it"
             )
 

@@ -1,102 +1,188 @@
-"""A scan: skip layers, score beside, select the vital ones and publish them."""
+"""A whole scan: skip each layer, score the images, choose the vital layers and publish them."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from flux.metrics.base import Metric
 from flux.metrics.table import METRICS, load_metrics
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
-from flux.scan.plots import plot_heat_map, plot_vitality
-from flux.scan.report import write_report
-from flux.scan.scores import Rule, Scores, gather, score_prompt, stable, write_scores
-from flux.scan.sweep import check_sweep, layer_sets, open_sweep, picture_path, sweep
-from flux.settings.demos import ScanSettings
+from flux.scan.layers import REFERENCE, LayerSet
+from flux.scan.plots import plot_vitality
+from flux.scan.publish import publish
+from flux.scan.scores import Rule, Scores, is_settled
+from flux.scan.similarity import gather, score_row
+from flux.scan.sweep import Sweep, Task, image_path
+from flux.settings.resolved import ResolvedScan
 from flux.specs import encoder_of, get_spec
-from flux.vital_layers import remember_scan
+
+REDRAW_SECONDS = 2.0  # between two drawings of a growing vitality.png
+
+Row = Mapping[str, Sequence[float]]  # for each metric, the similarities of one reference's images
 
 
-def scan(settings: ScanSettings, progress: bool = True, pipe: Pipeline | None = None) -> list[int]:
-    """Runs the sweep and scores it beside; returns the vital layers.
+@dataclass(frozen=True)
+class ScanProgress:
+    """A report of a running scan.
 
-    With `stop_when` "stable", the sweep ends once the references before the last one settle the vital set
-    (`flux.scan.scores.stable`): the last one is still being scored while the next is made.
+    Attributes:
+        done: The number of images that are there.
+        total: The number of images of the whole scan.
+        new_images: The paths of the images since the last report.
+        vitality: The mean change of each set of layers over the images scored so far, by the first metric.
+        plot: The path of vitality.png if these vitalities were drawn just now, else None.
+    """
+
+    done: int
+    total: int
+    new_images: list[Path]
+    vitality: dict[LayerSet, float]
+    plot: Path | None
+
+
+def scan(
+    settings: ResolvedScan,
+    pipe: Pipeline | None = None,
+    *,
+    progress: bool = True,
+    on_progress: Callable[[ScanProgress], None] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    shown_settings: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Makes the images of a sweep, scores them, and publishes the result in the same folder.
+
+    If `stop_when` is "stable", the scan ends once the references before the last one settle the vital set
+    (`flux.scan.scores.is_settled`): the last one is still being scored while the next is made.
 
     Args:
-        settings: complete ones (`flux.settings.complete.resolve`).
-        pipe: the model; None: loaded if there is anything left to do.
+        settings: The settings of the scan.
+        pipe: The model. If None, it is loaded once there is something to make.
+        progress: Whether to show a progress bar.
+        on_progress: Called after each batch of images. An exception from it ends the scan. Images are then
+            scored batch by batch, between the batches of the sweep. Without it, they are scored reference by
+            reference in a thread, which is faster.
+        metrics: The metrics by name. If None, those that the settings name are loaded.
+        shown_settings: As for `publish`.
+
+    Returns:
+        The vital layers.
 
     Raises:
-        InputError: as `sweep`, `load_metrics` and `score_prompt`.
+        InputError: As `Sweep`, `load_metrics`, `score_row` and `publish`.
     """
-    folder, rule = open_sweep(settings), Rule.of(settings)
+    sweep, rule = Sweep(settings), Rule.of(settings)
     sources = {"dino": encoder_of(settings.encoder or settings.model)}
-    metrics = load_metrics(settings.metrics, sources, pick_device(settings.device))
-    sets = layer_sets(settings.layers, get_spec(settings.model).num_layers)
-    prompts = [entry.prompt for entry in settings.entries]
-    rows: list[Future] = []
+    if metrics is None:
+        metrics = load_metrics(settings.metrics, sources, pick_device(settings.device))
 
-    def scored(count: int) -> Scores:
-        return gather(sets, [row.result() for row in rows[:count]], prompts[:count])
+    def may_stop(row: int, rows_before: Callable[[], Sequence[Row]]) -> bool:
+        if settings.stop_when == "never" or row == 0 or not is_settled(_scores(sweep, rows_before()), rule):
+            return False
+        print(f"the vital layers are settled after {row} references")
+        return True
 
+    if on_progress:
+        rows = _score_batches(sweep, pipe, metrics, may_stop, on_progress, progress)
+    else:
+        rows = _score_rows(sweep, pipe, metrics, may_stop, progress)
+    return publish(sweep.folder, sweep.folder, _scores(sweep, rows), rule, sources, shown_settings)
+
+
+MayStop = Callable[[int, Callable[[], Sequence[Row]]], bool]
+
+
+def _score_rows(
+    sweep: Sweep, pipe: Pipeline | None, metrics: Mapping[str, Metric], may_stop: MayStop, progress: bool
+) -> list[Row]:
+    """Runs the sweep, and scores each finished reference in a thread while the next ones are made."""
+    rows: list[Future[dict[str, list[float]]]] = []
     with ThreadPoolExecutor(1) as scorer:
 
-        def on_row(number: int) -> bool:
-            for row in rows:
-                if row.done():
-                    row.result()  # raises now, not after hours, what went wrong with it
-            rows.append(scorer.submit(score_prompt, folder, number, sets, metrics))
-            settled = settings.stop_when == "stable" and number > 0 and stable(scored(number), rule)
-            if settled:
-                print(f"the vital layers are settled after {number} references")
-            return settled
+        def on_row(row: int) -> bool:
+            for scored in rows:
+                if scored.done():
+                    scored.result()  # raises its error now, not after hours
+            rows.append(scorer.submit(score_row, sweep.folder, row, sweep.layer_sets, metrics))
+            return may_stop(row, lambda: [scored.result() for scored in rows[:row]])
 
         try:
-            sweep(settings, pipe, on_row, progress)
+            sweep.run(pipe, on_row, progress=progress)
         except BaseException:
             scorer.shutdown(wait=False, cancel_futures=True)
             raise
-        return publish(folder, folder, scored(len(rows)), rule, sources)
+        sweep.finish()
+        return [scored.result() for scored in rows]
 
 
-def publish(
-    folder: Path,
-    out: Path,
-    scores: Scores,
-    rule: Rule,
-    sources: Mapping[str, str],
-    told: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Writes what a scored sweep in `folder` says to `out`: similarity.csv, vital_layers.json, vitality.png,
-    heat_map.png and report.html. Returns the vital layers.
+def _score_batches(
+    sweep: Sweep,
+    pipe: Pipeline | None,
+    metrics: Mapping[str, Metric],
+    may_stop: MayStop,
+    on_progress: Callable[[ScanProgress], None],
+    progress: bool,
+) -> list[Row]:
+    """Runs the sweep, scores each batch once it is written, and reports the vitalities so far."""
+    batches = _BatchScorer(sweep, metrics, on_progress)
+    sweep.run(pipe, lambda row: may_stop(row, lambda: batches.rows(row)), batches.add, progress)
+    sweep.finish()
+    return batches.rows(sweep.rows_done)
 
-    Args:
-        told: the sweep's settings as these files tell them; None: as its run.json does.
-    """
-    record, sets, entries = check_sweep(folder)
-    if told is not None:
-        record["settings"] = dict(told)
-    settings, num_double = record["settings"], get_spec(record["settings"]["model"]).params.depth
-    about = {"model": settings["model"], "checkpoint": record.get("checkpoint"), "protocol": settings}
-    vital = scores.vital(rule)
-    change, intervals = scores.vitality(), scores.intervals() or None
-    # Whatever the metric's own scale, the pictures show its change.
-    table = 1 - METRICS[scores.metrics[0]].change(scores.tables[scores.metrics[0]])
-    plot_vitality(change, num_double, set(vital), rule.threshold, out / "vitality.png", intervals)
-    prompts = [entry.prompt for entry in entries]
-    plot_heat_map(table, sets, prompts, num_double, set(vital), out / "heat_map.png")
-    write_report(
-        out / "report.html",
-        record,
-        lambda row, layers: picture_path(folder, row, layers),
-        sets,
-        table,
-        change,
-        intervals,
-        vital,
-        num_double,
-    )
-    write_scores(out, scores, rule, **about, sources=sources)
-    remember_scan(out / "vital_layers.json")
-    return vital
+
+class _BatchScorer:
+    """The similarities of a running sweep, batch by batch."""
+
+    def __init__(
+        self, sweep: Sweep, metrics: Mapping[str, Metric], on_progress: Callable[[ScanProgress], None]
+    ):
+        self.sweep, self.metrics, self.on_progress = sweep, metrics, on_progress
+        self.num_double = get_spec(sweep.settings.model).params.depth
+        self.similarities: list[dict[str, dict[LayerSet, float]]] = [
+            {name: {} for name in metrics} for _ in sweep.settings.entries
+        ]
+        self.done = 0
+        self.drawn = 0.0  # when vitality.png was last drawn
+
+    def add(self, task: Task) -> None:
+        """Scores the images of a task and reports them."""
+        folder = self.sweep.folder
+        skipped = [layers for layers in task.layer_sets if layers != REFERENCE]
+        if skipped:
+            for name, values in score_row(folder, task.row, skipped, self.metrics).items():
+                self.similarities[task.row][name].update(zip(skipped, values))
+        self.done += len(task.layer_sets)
+        vitality, plot = self.vitality(), None
+        if vitality and time.perf_counter() - self.drawn > REDRAW_SECONDS:
+            plot = folder / "vitality.png"
+            plot_vitality(vitality, self.num_double, set(), None, plot)
+            self.drawn = time.perf_counter()
+        images = [image_path(folder, task.row, layers) for layers in task.layer_sets]
+        self.on_progress(ScanProgress(self.done, self.sweep.num_images, images, vitality, plot))
+
+    def vitality(self) -> dict[LayerSet, float]:
+        """Returns the mean change of each set that has been scored so far."""
+        first = next(iter(self.metrics))
+        known = {
+            layers: [row[first][layers] for row in self.similarities if layers in row[first]]
+            for layers in self.sweep.layer_sets
+        }
+        change = METRICS[first].change
+        return {layers: float(change(np.array(values)).mean()) for layers, values in known.items() if values}
+
+    def rows(self, count: int) -> list[Row]:
+        """Returns the similarities of the first references, which must be complete."""
+        return [
+            {name: [values[layers] for layers in self.sweep.layer_sets] for name, values in row.items()}
+            for row in self.similarities[:count]
+        ]
+
+
+def _scores(sweep: Sweep, rows: Sequence[Row]) -> Scores:
+    prompts = [entry.prompt for entry in sweep.settings.entries[: len(rows)]]
+    return gather(sweep.layer_sets, rows, prompts)

@@ -1,19 +1,22 @@
-"""Which layers matter: the sweep that bypasses each during sampling (Stable Flow, section 3.1), and its
-folder.
+"""The sweep: every reference image again with layers skipped (Stable Flow, section 3.1), in one folder.
 
-`sweep` writes a folder of pictures, and may be stopped at any moment and started again. `flux.scan.scores` reads
-them.
+    OUTPUT/run.json                        settings, versions, checkpoint
+    OUTPUT/prompt_000/reference.png        the first reference
+    OUTPUT/prompt_000/skip_05.png          the same with layer 5 skipped; skip_05-07.png: layers 5 and 7
+    OUTPUT/grid.png                        an overview of the first references
+
+A sweep may be stopped at any moment; started again, it resumes. `flux.scan.similarity` scores its images.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,361 +24,438 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux.errors import InputError
-from flux.files import write_json
 from flux.images.io import read_image, save_image
 from flux.images.sheets import grid
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
-from flux.runs.record import about, run_record
-from flux.sampling import Conditioning, Streams, euler_step, sample, streams
+from flux.runs.folder import ResumableFolder
+from flux.runs.record import about
+from flux.runs.workers import device_on_worker, finish_beside, gpus_per_worker, run_tasks, uses_ray
+from flux.sampling import Conditioning, Passes, Streams, euler_step, sample, streams
+from flux.scan.layers import REFERENCE, LayerSet, layer_sets, layers_text
 from flux.settings.demos import Prompt, SkipSettings
 from flux.settings.files import check_settings
+from flux.settings.resolved import ResolvedSkip
 from flux.specs import get_spec
 from flux.weights.find import checkpoint_of
 
-LayerSet = tuple[int, ...]
-REFERENCE: LayerSet = ()
-
-# These may change between the starts of one sweep: they do not change its pictures.
+# These may differ between the starts of one sweep, since they do not change its images.
 FREE_FIELDS = {"output_dir", "batch_size", "device", "offload", "compile", "workers", "ray_address"}
 OVERVIEW_ROWS, OVERVIEW_SIDE = 8, 256
 
 
-def layer_sets(layers: str | Sequence[int] | Sequence[Sequence[int]], num_layers: int) -> list[LayerSet]:
-    """The sets to bypass: "all" layers one by one, those of a list one by one, or each list of a list."""
-    if layers == "all":
-        layers = range(num_layers)
-    return [(entry,) if isinstance(entry, int) else tuple(sorted(entry)) for entry in layers]
-
-
-def layers_text(layers: LayerSet) -> str:
-    """ "05-07" for layers 5 and 7, as in file names."""
-    return "-".join(f"{layer:02d}" for layer in layers)
-
-
-def picture_path(folder: Path, row: int, layers: LayerSet) -> Path:
-    """Where a sweep keeps the picture of its reference number `row` with `layers` bypassed."""
-    name = f"skip_{layers_text(layers)}.png" if layers else "reference.png"
-    return folder / f"prompt_{row:03d}" / name
+# ---- the plan
 
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures that are made as one batch: one prompt and seed, a set of layers bypassed in each row.
+    """Images that are made as one batch: one prompt and seed, and in each row another set of skipped layers.
 
-    The pictures depend on the task and the settings alone, not on what was made before or by whom: a batch
-    that was only half written is made again as a whole.
+    The images depend on the task and the settings alone, not on what was made before or by which worker. If
+    only some images of a batch are there, the whole batch is made again.
+
+    Attributes:
+        row: The number of the reference.
+        prompt: Its prompt.
+        seed: Its seed.
+        layer_sets: The layers to skip in each row of the batch. `REFERENCE` skips none.
     """
 
     row: int
     prompt: str
     seed: int
-    sets: tuple[LayerSet, ...]
+    layer_sets: tuple[LayerSet, ...]
 
 
 def plan(settings: SkipSettings, num_layers: int) -> list[Task]:
-    """All tasks of a sweep, reference by reference."""
-    sets = [REFERENCE, *layer_sets(settings.layers, num_layers)]
+    """Lists the tasks of a sweep, reference by reference."""
+    all_sets = [REFERENCE, *layer_sets(settings.layers, num_layers)]
     size = settings.batch_size
     return [
-        Task(row, entry.prompt, entry.seed, tuple(sets[start : start + size]))
+        Task(row, entry.prompt, entry.seed, tuple(all_sets[start : start + size]))
         for row, entry in enumerate(settings.entries)
-        for start in range(0, len(sets), size)
+        for start in range(0, len(all_sets), size)
     ]
 
 
-class Bypasser:
-    """Makes the pictures of tasks, and remembers for one prompt and seed what its tasks have in common."""
+def image_path(folder: Path, row: int, layers: LayerSet) -> Path:
+    """Returns the path of the image of reference number `row` with `layers` skipped."""
+    name = f"skip_{layers_text(layers)}.png" if layers else "reference.png"
+    return folder / f"prompt_{row:03d}" / name
 
-    def __init__(self, pipe: Pipeline, settings: SkipSettings):
-        self.pipe, self.settings = pipe, settings
-        self.beside = decodes_beside(pipe)
-        # On the stream of the steps, a picture would wait for those of the next ones.
-        own = self.beside and pipe.device.type == "cuda"
-        self._stream = torch.cuda.Stream(pipe.device) if own else None
-        self._key: tuple[str, int] | None = None
-        self._cond: Conditioning | None = None
-        self._streams: list[tuple[Streams, Streams | None]] = []
+
+# ---- making images
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The parts of one reference's first step that its images with skipped layers share.
+
+    Attributes:
+        key: The prompt and the seed.
+        cond: The conditioning, with the modulations of all steps.
+        streams: The streams that enter each layer in the first step, for both passes of true CFG.
+    """
+
+    key: tuple[str, int]
+    cond: Conditioning
+    streams: list[Passes[Streams]]
+
+
+class LayerSkipper:
+    """Makes the images of tasks. The work of `flux.runs.workers.run_tasks`.
+
+    It keeps what the tasks of one reference share, so tasks of one reference should follow one another.
+
+    Args:
+        settings: The settings of the sweep.
+        pipe: The model. If None, it is loaded.
+
+    Attributes:
+        reference: The kept parts of the last task's reference.
+
+    Raises:
+        InputError: As `Pipeline.load`.
+    """
+
+    def __init__(self, settings: ResolvedSkip, pipe: Pipeline | None = None):
+        self.settings, self.pipe = settings, pipe or Pipeline.load(settings)
+        self.decodes_beside = decodes_beside(self.pipe)
+        # On the stream of the steps, decoding would wait for the steps of the next images.
+        has_stream = self.decodes_beside and self.pipe.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.pipe.device) if has_stream else None
+        self.reference: _Reference | None = None
 
     def make(self, task: Task) -> list[Image.Image]:
-        """The task's pictures, in the order of its sets."""
-        return self.denoise(task)()
+        """Makes the task's images, in the order of its sets."""
+        return self.run(task)()
 
-    def denoise(self, task: Task) -> Callable[[], list[Image.Image]]:
-        """Takes the task's steps. What it returns gives the pictures, and may be called in another thread,
-        while the next task is denoised.
+    def run(self, task: Task) -> Callable[[], list[Image.Image]]:
+        """Takes the task's steps.
+
+        Returns:
+            A function that returns the images. It may be called in another thread while the next task runs.
         """
-        decode = partial(self._decode, self._denoise(task))
-        if self.beside:
+        decode = partial(self.decode, self.denoise(task))
+        if self.decodes_beside:
             return decode
-        pictures = decode()
-        return lambda: pictures
+        images = decode()
+        return lambda: images
 
-    def _denoise(self, task: Task) -> Tensor:
+    @staticmethod
+    def pack(decode: Callable[[], list[Image.Image]]) -> list[bytes]:
+        """Turns the result of `run` into PNG files, to travel between processes."""
+        files = []
+        for image in decode():
+            buffer = BytesIO()
+            # Six times as fast as Pillow's default. The files are a sixth larger, but only travel.
+            image.save(buffer, "PNG", compress_level=1)
+            files.append(buffer.getvalue())
+        return files
+
+    @staticmethod
+    def unpack(files: list[bytes]) -> Callable[[], list[Image.Image]]:
+        """Turns what `pack` made into a result of `run` again."""
+        return lambda: [Image.open(BytesIO(file)).convert("RGB") for file in files]
+
+    def denoise(self, task: Task) -> Tensor:
+        """Returns the task's final latents, "B I 64"."""
         pipe, settings = self.pipe, self.settings
-        width, height, batch = settings.width, settings.height, len(task.sets)
+        width, height, batch = settings.width, settings.height, len(task.layer_sets)
         levels = pipe.schedule(settings.num_steps, width, height)
         noise = pipe.noise([task.seed], width, height)
-        if self._key != (task.prompt, task.seed):
-            self._begin(task, noise, levels)
-        cond, latent = self._cond.expanded(batch), noise.expand(batch, -1, -1)
+        reference = self._reference_of(task, noise, levels)
+        cond, latent = reference.cond.expanded(batch), noise.expand(batch, -1, -1)
         ids = pipe.image_ids(batch, width, height)
-        skip = tuple(frozenset(layers) for layers in task.sets)
-        intervention = Intervention(skip=skip, scale=settings.scale)
+        skip = tuple(frozenset(layers) for layers in task.layer_sets)
+        intervention = Intervention(skip=skip, skip_scale=settings.scale)
         with pipe.denoising() as model:
-            # Below the first bypassed layer, the first step is the reference's own.
-            start = self._streams[min((min(layers) for layers in task.sets if layers), default=0)]
-            latent = euler_step(model, latent, ids, cond, *levels[:2], intervention, start).latent
+            # Below the first skipped layer, the first step is the reference's own.
+            first_layer = min((min(layers) for layers in task.layer_sets if layers), default=0)
+            start = reference.streams[first_layer]
+            step = euler_step(
+                model, latent, ids, cond, levels[0], levels[1], intervention=intervention, start=start
+            )
+            latent = step.latent
             for step in sample(model, latent, ids, cond, levels[1:], intervention):
                 latent = step.latent
         return latent
 
-    def _decode(self, latents: Tensor) -> list[Image.Image]:
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Decodes final latents, on a CUDA stream of their own if the next task runs meanwhile."""
         settings = self.settings
         with torch.cuda.stream(self._stream):
             return self.pipe.decode(latents, settings.width, settings.height, settings.watermark)
 
-    def _begin(self, task: Task, noise, levels: list[float]) -> None:
+    def _reference_of(self, task: Task, noise: Tensor, levels: list[float]) -> _Reference:
+        key = (task.prompt, task.seed)
+        if self.reference and self.reference.key == key:
+            return self.reference
+        self.reference = None  # frees the last reference's streams first: those of all layers are large
         settings = self.settings
-        # The last prompt's streams make room first: those of all layers are many.
-        self._key, self._streams = None, []
         cond = self.pipe.condition(
             [task.prompt], settings.guidance, settings.true_cfg, settings.negative_prompt
         )
         ids = self.pipe.image_ids(1, settings.width, settings.height)
         with self.pipe.denoising() as model:
-            self._cond = cond.scheduled(model, levels[:-1])
-            self._streams = streams(model, noise, ids, self._cond, levels[0])
-        self._key = (task.prompt, task.seed)
+            cond = cond.scheduled(model, levels[:-1])
+            self.reference = _Reference(key, cond, streams(model, noise, ids, cond, levels[0]))
+        return self.reference
 
 
 def decodes_beside(pipe: Pipeline) -> bool:
-    """Whether pictures are decoded while the next ones are denoised: on a GPU with room for all nets.
+    """Whether images are decoded while the next ones are denoised: on a GPU with room for all models.
 
-    On two CPU cores, of which each net takes both, a sweep would take a third longer.
+    On two CPU cores, which each model uses fully, a sweep would take a third longer.
     """
     return pipe.device.type == "cuda" and not pipe.offloaded
 
 
-class SweepWorker:
-    """A `Bypasser` for `flux.runs.workers.run_tasks`: its pictures travel as PNG files.
-
-    Raises:
-        InputError: as `Pipeline.load`.
-    """
-
-    def __init__(self, settings: SkipSettings):
-        if settings.device.startswith("cuda"):
-            # Ray shows a worker nothing but its own card, as the first.
-            settings = settings.model_copy(update={"device": "cuda"})
-        self.bypasser = Bypasser(Pipeline.load(settings), settings)
-
-    def run(self, task: Task) -> Callable[[], list[Image.Image]]:
-        return self.bypasser.denoise(task)
-
-    @staticmethod
-    def pack(decode: Callable[[], list[Image.Image]]) -> list[bytes]:
-        pictures = decode()
-        files = [BytesIO() for _ in pictures]
-        for picture, file in zip(pictures, files):
-            # Six times as fast as pillow's default, for files a sixth larger, which only travel.
-            picture.save(file, "PNG", compress_level=1)
-        return [file.getvalue() for file in files]
-
-    @staticmethod
-    def unpack(files: list[bytes]) -> list[Image.Image]:
-        return [Image.open(BytesIO(file)).convert("RGB") for file in files]
+# ---- the sweep
 
 
-def open_sweep(settings: SkipSettings) -> Path:
-    """The folder of a sweep, its settings left in it as run.json if it is new.
-
-    Raises:
-        InputError: the folder holds a sweep made with other settings or other weights.
-    """
-    folder, checkpoint = Path(settings.output_dir), checkpoint_of(settings)
-    if not (folder / "run.json").exists():
-        write_json(folder / "run.json", run_record(sweep_part(settings), checkpoint=checkpoint))
-        return folder
-    record = read_sweep(folder)
-    own, there = sweep_part(settings).to_json(), record["settings"]
-    names = (own.keys() | there.keys()) - FREE_FIELDS
-    differ = {name for name in names if own.get(name) != there.get(name)}
-    # The same name may stand for another file by now.
-    known = record.get("checkpoint")
-    if checkpoint and known and checkpoint != known:
-        differ.add("weights")
-    if differ:
-        raise InputError(
-            f"Got {folder}, which holds a sweep made with another {', '.join(sorted(differ))}: "
-            "give another output_dir, or delete it"
-        )
-    return folder
-
-
-def sweep_part(settings: SkipSettings) -> SkipSettings:
-    """The settings of demo 2 alone, where more are given."""
-    return SkipSettings(**{name: getattr(settings, name) for name in SkipSettings.model_fields})
-
-
-def sweep(
-    settings: SkipSettings,
-    pipe: Pipeline | None = None,
-    on_row: Callable[[int], bool] | None = None,
-    progress: bool = True,
-    on_task: Callable[[Task], None] | None = None,
-) -> Path:
-    """Writes each reference and a picture of it for each set of layers bypassed. Returns the folder.
-
-    Pictures that are there already are kept, so that a sweep that was stopped goes on where it was. Pictures
-    are written, and on a GPU decoded, beside the denoiser, in a thread, one batch at a time. With more than
-    one worker or a Ray address, the work is shared through `flux.runs.workers`.
+class Sweep:
+    """A sweep and its folder. The images that are there already are kept.
 
     Args:
-        settings: complete ones (`flux.settings.complete.resolve`).
-        pipe: the model; None: loaded if there is anything left to do.
-        on_row: told, in order, each reference whose pictures are all there; if it says True, that was the
-            last one.
-        on_task: told each task whose pictures have just been written; an exception from it ends the sweep.
+        settings: The settings of the sweep, or of a scan.
+
+    Attributes:
+        settings: The same settings.
+        folder: The folder that the images are written to.
+        layer_sets: The sets of layers to skip.
+        tasks: All tasks, whether their images are there or not.
+        rows_done: The number of references, from the first one on, of which all images are there.
 
     Raises:
-        InputError: as `open_sweep`, or a picture cannot be written.
+        InputError: As `open_sweep`.
     """
-    begin, folder = time.perf_counter(), open_sweep(settings)
-    for leftover in folder.rglob(".flux-*.tmp"):  # of a start that was killed while it wrote
-        leftover.unlink(missing_ok=True)
-    num_layers = get_spec(settings.model).num_layers
-    tasks = plan(settings, num_layers)
-    todo = [task for task in tasks if _missing(folder, task)]
-    left = [sum(task.row == row for task in todo) for row in range(len(settings.entries))]
-    rows_done = 0
 
-    def rows_told() -> bool:
-        """Tells `on_row` of rows that are complete now; whether it has had enough."""
-        nonlocal rows_done
-        while rows_done < len(left) and left[rows_done] == 0:
-            rows_done += 1
-            if on_row and on_row(rows_done - 1):
-                return True
-        return False
+    def __init__(self, settings: ResolvedSkip):
+        self.settings, self.folder = settings, open_sweep(settings)
+        num_layers = get_spec(settings.model).num_layers
+        self.layer_sets = layer_sets(settings.layers, num_layers)
+        self.tasks = plan(settings, num_layers)
+        self.rows_done = 0
+        self._started, self._made_any = time.perf_counter(), False
 
-    total = sum(len(task.sets) for task in tasks)
-    begun = total - sum(len(task.sets) for task in todo)
-    with tqdm(total=total, initial=begun, desc="bypass", unit="image", disable=not progress) as bar:
-        enough = rows_told()
-        with closing(_finished(settings, pipe, [] if enough else todo, folder)) as finished:
-            for task in finished:
+    @property
+    def num_images(self) -> int:
+        """The number of images of the whole sweep."""
+        return sum(len(task.layer_sets) for task in self.tasks)
+
+    def pending(self) -> list[Task]:
+        """Lists the tasks of which images are missing."""
+        return [task for task in self.tasks if self._missing(task)]
+
+    def run(
+        self,
+        pipe: Pipeline | None = None,
+        on_row: Callable[[int], bool] | None = None,
+        on_task: Callable[[Task], None] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Makes the missing images.
+
+        On a GPU, images are decoded while the next ones are denoised. They are written in a thread, one batch
+        at a time. With more than one worker or a Ray address, Ray shares the work.
+
+        Args:
+            pipe: The model. If None, it is loaded once there is something to make.
+            on_row: Called in order with the number of each reference whose images are all there. If it
+                returns True, the sweep ends.
+            on_task: Called with each task whose images are there: with those of earlier starts first, then
+                with each as soon as its images are written. An exception from it ends the sweep.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            InputError: An image cannot be written, or as `LayerSkipper` or `run_tasks`.
+        """
+        _folder_of(self.folder).remove_leftovers()
+        pending = self.pending()
+        left = Counter(task.row for task in pending)
+        total = self.num_images
+        missing = sum(len(task.layer_sets) for task in pending)
+        if on_task:
+            still_missing = set(pending)
+            for task in self.tasks:
+                if task not in still_missing:
+                    on_task(task)
+        with (
+            tqdm(
+                total=total, initial=total - missing, desc="skip", unit="image", disable=not progress
+            ) as bar,
+            closing(self._written(pending, pipe)) as written,
+        ):
+            if self._report_rows(left, on_row):
+                return
+            for task in written:
+                self._made_any = True
                 left[task.row] -= 1
                 if on_task:
                     on_task(task)
-                bar.update(len(task.sets))
-                if rows_told():
-                    break
-    rows = min(rows_done, OVERVIEW_ROWS)
-    save_image(
-        _overview(folder, settings, layer_sets(settings.layers, num_layers), rows), folder / "grid.png"
-    )
-    # Of the last start that made anything.
-    timings = (
-        {"last_start": time.perf_counter() - begin} if bar.n > begun else read_sweep(folder).get("timings")
-    )
-    more = {"rows": rows_done, "checkpoint": checkpoint_of(settings), "timings": timings}
-    write_json(folder / "run.json", run_record(sweep_part(settings), **more))
-    return folder
+                bar.update(len(task.layer_sets))
+                if self._report_rows(left, on_row):
+                    return
+
+    def finish(self) -> None:
+        """Writes grid.png, and run.json with the number of references and the time of this start."""
+        rows = min(self.rows_done, OVERVIEW_ROWS)
+        save_image(_overview(self.folder, self.settings, self.layer_sets, rows), self.folder / "grid.png")
+        folder = _folder_of(self.folder)
+        # The time is that of the last start that made an image.
+        timings = (
+            {"last_start": time.perf_counter() - self._started}
+            if self._made_any
+            else folder.record().get("timings")
+        )
+        checkpoint = checkpoint_of(self.settings)
+        folder.write_record(
+            sweep_settings(self.settings), rows=self.rows_done, checkpoint=checkpoint, timings=timings
+        )
+
+    def _missing(self, task: Task) -> list[int]:
+        """Lists the places in the task's batch of the images that are not there yet."""
+        paths = [image_path(self.folder, task.row, layers) for layers in task.layer_sets]
+        return [place for place, path in enumerate(paths) if not path.exists()]
+
+    def _report_rows(self, left: Counter[int], on_row: Callable[[int], bool] | None) -> bool:
+        """Reports the references that are complete now, and returns whether the sweep is to end."""
+        while self.rows_done < len(self.settings.entries) and left[self.rows_done] == 0:
+            self.rows_done += 1
+            if on_row and on_row(self.rows_done - 1):
+                return True
+        return False
+
+    def _written(self, pending: Sequence[Task], pipe: Pipeline | None) -> Generator[Task, None, None]:
+        """Yields each of these tasks once its images are written."""
+        settings = self.settings
+        by_ray = uses_ray(settings.workers, settings.ray_address)
+        # A Ray worker loads its own model.
+        on_worker = settings.model_copy(update={"device": device_on_worker(settings.device)})
+        results = run_tasks(
+            LayerSkipper,
+            (on_worker,) if by_ray else (settings, pipe),
+            pending,
+            settings.workers,
+            settings.ray_address,
+            gpus_per_worker(settings.device) if by_ray else 0,
+        )
+
+        def write(number: int, decode: Callable[[], list[Image.Image]]) -> Task:
+            task, images = pending[number], decode()
+            for place in self._missing(task):
+                layers = task.layer_sets[place]
+                metadata = about(sweep_settings(settings), task.prompt, task.seed, bypassed=layers)
+                save_image(images[place], image_path(self.folder, task.row, layers), metadata)
+            return task
+
+        return finish_beside(results, write)
 
 
-def _missing(folder: Path, task: Task) -> list[int]:
-    """Which of the task's pictures are not there yet."""
-    return [i for i, layers in enumerate(task.sets) if not picture_path(folder, task.row, layers).exists()]
+def sweep(
+    settings: ResolvedSkip,
+    pipe: Pipeline | None = None,
+    on_row: Callable[[int], bool] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Makes each reference image, and one image for each set of skipped layers. Returns the folder.
+
+    Args:
+        settings: The settings of the sweep, or of a scan.
+        pipe: As for `Sweep.run`.
+        on_row: As for `Sweep.run`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: As `open_sweep` and `Sweep.run`.
+    """
+    whole = Sweep(settings)
+    whole.run(pipe, on_row, progress=progress)
+    whole.finish()
+    return whole.folder
 
 
-def _finished(
-    settings: SkipSettings, pipe: Pipeline | None, todo: list[Task], folder: Path
-) -> Iterator[Task]:
-    """Yields each task when its pictures have been written."""
-
-    def write(task: Task, decode: Callable[[], list[Image.Image]]) -> Task:
-        pictures = decode()
-        for i in _missing(folder, task):
-            more = about(sweep_part(settings), task.prompt, task.seed, bypassed=task.sets[i])
-            save_image(pictures[i], picture_path(folder, task.row, task.sets[i]), more)
-        return task
-
-    if not todo:
-        return
-    if settings.workers > 1 or settings.ray_address:
-        from flux.runs.workers import gpus_per_worker, run_tasks
-
-        shared = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
-        with closing(run_tasks(SweepWorker, (settings,), todo, *shared)) as results:
-            for index, files in results:
-                yield write(todo[index], partial(SweepWorker.unpack, files))
-        return
-    bypasser = Bypasser(pipe or Pipeline.load(settings), settings)
-    with ThreadPoolExecutor(1) as beside:
-        finishing: Future | None = None
-        for task in todo:
-            decode = bypasser.denoise(task)
-            if finishing:
-                yield finishing.result()
-            finishing = beside.submit(write, task, decode)
-        yield finishing.result()
+def sweep_settings(settings: SkipSettings) -> SkipSettings:
+    """Returns the settings of demo 2 alone, without those that a scan has besides."""
+    return SkipSettings(**{name: getattr(settings, name) for name in SkipSettings.model_fields})
 
 
-def _overview(folder: Path, settings: SkipSettings, sets: list[LayerSet], rows: int) -> Image.Image:
-    """A row of small pictures for each of the first references."""
-    titles = ["reference", *(f"without {layers_text(layers)}" for layers in sets)]
-    pictures = [
-        [_small(picture_path(folder, row, layers)) for layers in (REFERENCE, *sets)] for row in range(rows)
+def _overview(folder: Path, settings: SkipSettings, layer_sets: list[LayerSet], rows: int) -> Image.Image:
+    """Draws a row of small images for each of the first references."""
+    titles = ["reference", *(f"skip {layers_text(layers)}" for layers in layer_sets)]
+    images = [
+        [_small(image_path(folder, row, layers)) for layers in (REFERENCE, *layer_sets)]
+        for row in range(rows)
     ]
-    return grid(pictures, [titles] * rows, [entry.prompt for entry in settings.entries[:rows]])
+    return grid(images, [titles] * rows, [entry.prompt for entry in settings.entries[:rows]])
 
 
 def _small(path: Path) -> Image.Image:
-    picture = read_image(path)
-    picture.thumbnail((OVERVIEW_SIDE, OVERVIEW_SIDE))
-    return picture
+    image = read_image(path)
+    image.thumbnail((OVERVIEW_SIDE, OVERVIEW_SIDE))
+    return image
 
 
-def read_sweep(folder: Path) -> dict:
-    """The run.json of a sweep's folder. Raises InputError if it has none."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise InputError(
-            f"Got {folder}, which holds no run.json of demo_2_skip.py: give the folder that it wrote"
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["demo"] != SkipSettings.demo:
-            raise InputError(
-                f"Got {folder}, which demo {record['demo']!r} wrote: give a folder of demo_2_skip.py"
-            )
-        record["settings"]["prompts"], record["settings"]["layers"]
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"Got {path}, which cannot be read as a sweep's: {error}") from error
-    return record
+# ---- the folder
 
 
-def check_sweep(folder: Path) -> tuple[dict, list[LayerSet], list[Prompt]]:
-    """A finished sweep's run.json, its sets of layers, and the references it has pictures of.
+class SweepFolder(NamedTuple):
+    """The contents of a finished sweep's folder.
+
+    Attributes:
+        record: The run.json.
+        layer_sets: The sets of layers that were skipped.
+        entries: The references that have all their images.
+    """
+
+    record: dict[str, Any]
+    layer_sets: list[LayerSet]
+    entries: list[Prompt]
+
+
+def open_sweep(settings: SkipSettings) -> Path:
+    """Returns the folder of a sweep. If it is new, its settings are left in it as run.json.
 
     Raises:
-        InputError: no sweep, or one that lacks pictures.
+        InputError: The folder holds a sweep that was made with other settings or other weights.
     """
-    record = read_sweep(folder)
+    folder, checkpoint = _folder_of(Path(settings.output_dir)), checkpoint_of(settings)
+    own = sweep_settings(settings)
+    if not folder.started:
+        folder.write_record(own, checkpoint=checkpoint)
+        return folder.path
+    differences = folder.differences(own, FREE_FIELDS)
+    # The same name may stand for another file by now.
+    known = folder.record().get("checkpoint")
+    if checkpoint and known and checkpoint != known:
+        differences.add("weights")
+    folder.refuse(differences)
+    return folder.path
+
+
+def check_sweep(folder: Path) -> SweepFolder:
+    """Reads the folder of a finished sweep.
+
+    Raises:
+        InputError: The folder holds no sweep, or one that lacks images.
+    """
+    record = _folder_of(folder).record()
     settings = check_settings(SkipSettings, record["settings"], folder / "run.json")
-    sets = layer_sets(settings.layers, get_spec(settings.model).num_layers)
-    # A sweep that was told to stop early is whole with the rows it has.
+    skipped = layer_sets(settings.layers, get_spec(settings.model).num_layers)
+    # A sweep that a scan ended early is complete with the rows it has.
     entries = list(settings.entries)[: record.get("rows") or len(settings.entries)]
     paths = [
-        picture_path(folder, row, layers) for row in range(len(entries)) for layers in (REFERENCE, *sets)
+        image_path(folder, row, layers) for row in range(len(entries)) for layers in (REFERENCE, *skipped)
     ]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
-            f"Got {folder}, which lacks {len(missing)} of its {len(paths)} pictures "
+            f"Got {folder}, which lacks {len(missing)} of its {len(paths)} images "
             f"(the first: {missing[0].relative_to(folder)}): let demo_2_skip.py finish it"
         )
-    return record, sets, entries
+    return SweepFolder(record, skipped, entries)
+
+
+def _folder_of(path: Path) -> ResumableFolder:
+    return ResumableFolder(path, SkipSettings.demo, "a sweep", "demo_2_skip.py")

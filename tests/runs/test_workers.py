@@ -283,13 +283,13 @@ def test_a_cluster_that_others_use(two_hosts, monkeypatch):
     """A run that finds no room for a single worker gives up."""
     import ray
 
-    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    monkeypatch.setattr(workers, "NO_WORKER_SECONDS", 1.0)
     ray.init(address=two_hosts.address, log_to_driver=False, logging_level="ERROR")
     try:
         others = [ray.remote(num_cpus=1)(Toy).remote() for _ in range(2)]
         ray.get([other.run.remote({"number": 1}) for other in others])
         with pytest.raises(InputError, match="No worker is left.*no room for one .all are in use"):
-            list(run_tasks(Toy, (), numbers(2), 1))
+            list(run_tasks(Toy, (), numbers(2), 2))
         assert ray.is_initialized()  # it was connected before, so it stays
     finally:
         ray.shutdown()
@@ -305,7 +305,7 @@ def test_addresses_without_a_cluster(monkeypatch):
     """Found out before Ray is asked, which would take minutes and then end the program."""
     import ray
 
-    monkeypatch.setattr(workers, "CONNECT", 1.0)
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1.0)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked Ray"))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -346,7 +346,7 @@ def test_a_ray_of_its_own_and_ctrl_c(tmp_path):
                 return os.getpid()
 
         if __name__ == "__main__":
-            with exit_on_input_error(), closing(run_tasks(Sleeper, (), [0, 60, 60], 1)) as results:
+            with exit_on_input_error(), closing(run_tasks(Sleeper, (), [0, 60, 60], 2)) as results:
                 for _, process in results:
                     print(process, flush=True)
         """)
@@ -388,17 +388,17 @@ def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
     import numpy as np
     from PIL import Image
 
-    from flux.scan.sweep import Bypasser, SweepWorker, plan
-    from flux.settings.complete import complete
+    from flux.scan.sweep import LayerSkipper, plan
+    from flux.settings.complete import resolve
     from flux.settings.demos import SkipSettings
 
-    settings = complete(SkipSettings(**SWEEP))
+    settings = resolve(SkipSettings(**SWEEP))
     tasks = plan(settings, nano.spec.num_layers)
-    bypasser = Bypasser(nano, settings)
-    wanted = [bypasser.make(task) for task in tasks]
+    skipper = LayerSkipper(settings, nano)
+    wanted = [skipper.make(task) for task in tasks]
     [host] = two_hosts.worker_nodes
     found = {}
-    for number, files in run_tasks(SweepWorker, (settings,), tasks, 2, two_hosts.address):
+    for number, files in run_tasks(LayerSkipper, (settings,), tasks, 2, two_hosts.address):
         if not found:
             two_hosts.remove_node(host, allow_graceful=False)
         found[number] = [Image.open(io.BytesIO(file)) for file in files]

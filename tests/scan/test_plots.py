@@ -42,16 +42,16 @@ def colour_of(bar) -> str:
     ("num_layers", "num_double", "vital"), [(15, 5, {0, 1, 6}), (57, 19, {0, 1, 2, 18, 53})]
 )
 def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
-    scores = {layer: (layer * 7 % 11) / 11 for layer in reversed(range(num_layers))}
+    scores = {(layer,): (layer * 7 % 11) / 11 for layer in reversed(range(num_layers))}
     plot_vitality(scores, num_double, vital, 0.3, tmp_path / "p.png")
     (ax,) = axes
-    assert [bar.get_height() for bar in ax.patches] == [scores[layer] for layer in range(num_layers)]
+    assert [bar.get_height() for bar in ax.patches] == [scores[layer,] for layer in range(num_layers)]
     for layer, bar in enumerate(ax.patches):
         kind = "double-stream" if layer < num_double else "single-stream"
         assert colour_of(bar) == (kind if layer in vital else f"pale {kind}")
     stars = next(line for line in ax.lines if line.get_marker() == "*")
     assert stars.get_xdata().tolist() == sorted(vital)
-    assert all(y > scores[layer] for layer, y in zip(sorted(vital), stars.get_ydata(), strict=True))
+    assert all(y > scores[layer,] for layer, y in zip(sorted(vital), stars.get_ydata(), strict=True))
     assert max(stars.get_ydata()) < ax.get_ylim()[1]
     assert any(np.allclose(line.get_ydata(), 0.3) for line in ax.lines)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [str(layer) for layer in range(num_layers)]
@@ -67,7 +67,7 @@ def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
 
 
 def test_plot_of_layer_sets(axes, tmp_path):
-    scores = {(5, 7): 0.3, (0, 1, 2, 4): 0.6, (3, 6, 5): -0.1, 9: 0.2}
+    scores = {(5, 7): 0.3, (0, 1, 2, 4): 0.6, (3, 6, 5): -0.1, (9,): 0.2}
     plot_vitality(scores, 5, {5, 7, 9}, 0.25, tmp_path / "p.svg")
     (ax,) = axes
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0–2, 4", "3, 5, 6", "5, 7", "9"]
@@ -114,7 +114,7 @@ def test_plot_of_intervals(vital, axes, tmp_path):
 
 
 def test_plot_of_one_score_or_none(axes, tmp_path):
-    plot_vitality({3: 0.0}, 5, set(), None, tmp_path / "p.png")
+    plot_vitality({(3,): 0.0}, 5, set(), None, tmp_path / "p.png")
     (bar,) = axes[0].patches
     left, right = axes[0].get_xlim()
     assert bar.get_width() < (right - left) / 8

@@ -20,14 +20,14 @@ from flux.images.io import read_image
 from flux.metrics.base import Metric
 from flux.scan.__main__ import main
 from flux.scan.run import scan
-from flux.scan.sweep import Bypasser, check_sweep
+from flux.scan.sweep import LayerSkipper, check_sweep
 from flux.settings.complete import resolve
 from flux.settings.demos import EditSettings, ScanSettings, SkipSettings
 from flux.vital_layers import find_vital_layers, remembered_scan
-from flux.weights.checkpoint import fingerprint
+from flux.weights.checkpoint import open_checkpoint
 from flux.weights.find import checkpoint_of
 
-OWN = fingerprint(NANO.folder / NANO.repo_flow)
+OWN = open_checkpoint(NANO.folder / NANO.repo_flow).fingerprint()
 FILES = {"similarity.csv", "vital_layers.json", "vitality.png", "heat_map.png", "report.html", "grid.png"}
 MANY = [f"picture number {number}" for number in range(14)]
 
@@ -56,13 +56,21 @@ def small_model(monkeypatch, nano):
 def plain_pictures(monkeypatch):
     """Pictures made at once, of a grey that tells their seed."""
 
-    def make(bypasser, task):
-        return lambda: [Image.new("RGB", (96, 64), (task.seed % 256,) * 3)] * len(task.sets)
+    def make(skipper, task):
+        return lambda: [Image.new("RGB", (96, 64), (task.seed % 256,) * 3)] * len(task.layer_sets)
 
-    monkeypatch.setattr(Bypasser, "denoise", make)
+    monkeypatch.setattr(LayerSkipper, "run", make)
 
 
-class Synthetic(Metric):
+class MadeByHand(Metric):
+    """A metric that needs no loading."""
+
+    @classmethod
+    def load(cls, source=None, device="cpu"):
+        return cls()
+
+
+class Synthetic(MadeByHand):
     """A similarity for each layer, lower for later ones, give or take what the reference says. More `noise`
     than the steps between layers leaves their order open.
     """
@@ -70,10 +78,10 @@ class Synthetic(Metric):
     def __init__(self, noise: float = 0.001):
         self.noise = noise
 
-    def of(self, references, pictures):
+    def compare(self, references, images):
         draw = np.random.default_rng(zlib.crc32(references[0].tobytes()))
-        values = 0.9 - 0.05 * np.arange(len(pictures))
-        return (values + self.noise * draw.standard_normal(len(pictures))).tolist()
+        values = 0.9 - 0.05 * np.arange(len(images))
+        return (values + self.noise * draw.standard_normal(len(images))).tolist()
 
 
 @pytest.fixture
@@ -92,7 +100,7 @@ def synthetic(monkeypatch):
 def numbers_only(plain_pictures, synthetic, monkeypatch):
     """Nothing is painted that the test does not look at."""
     for name in ("plot_heat_map", "plot_vitality", "write_report"):
-        monkeypatch.setattr(f"flux.scan.run.{name}", lambda *given: None)
+        monkeypatch.setattr(f"flux.scan.publish.{name}", lambda *given: None)
 
 
 def demo_3(monkeypatch, folder, **more) -> None:
@@ -145,7 +153,7 @@ def test_a_scan_writes_everything_and_demo_3_reads_it(tmp_path, monkeypatch, cap
     assert written(folder)["vital_layers"] == [0, 5, 12]
     assert (folder / "similarity.csv").read_bytes() == first["similarity.csv"]
     # A second scan makes no pictures, and says the same as the first.
-    monkeypatch.setattr(Bypasser, "denoise", lambda *_: pytest.fail("made pictures again"))
+    monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made pictures again"))
     main(str(file), num_steps=2)
     for name in ("similarity.csv", "vital_layers.json"):
         assert (folder / name).read_bytes() == first[name]
@@ -184,7 +192,7 @@ def test_a_settled_scan_stops(tmp_path, synthetic, monkeypatch, capsys):
     assert len((folder / "similarity.csv").read_text().splitlines()) == 1 + 9 * 3
     assert check_sweep(folder)[0]["rows"] == 9
 
-    monkeypatch.setattr(Bypasser, "denoise", lambda *_: pytest.fail("made pictures again"))
+    monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made pictures again"))
     assert scan(given, progress=False) == [5]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
     demo_3(monkeypatch, folder, output_dir=str(tmp_path / "dino"))
@@ -196,16 +204,16 @@ def test_a_scan_that_was_killed_stops_at_the_same_place(tmp_path, numbers_only, 
     """Wherever it was stopped before."""
     given = {"prompts": MANY, "stop_when": "stable"}
     scan(settings(tmp_path / "whole", **given), progress=False)
-    make, made = Bypasser.denoise, []
+    make, made = LayerSkipper.run, []
 
     def stop_at(count):
-        def counted(bypasser, task):
+        def counted(skipper, task):
             if len(made) == count:
                 raise KeyboardInterrupt
             made.append(task)
-            return make(bypasser, task)
+            return make(skipper, task)
 
-        monkeypatch.setattr(Bypasser, "denoise", counted)
+        monkeypatch.setattr(LayerSkipper, "run", counted)
 
     for count in (1, 14, 35):
         stop_at(count)
@@ -243,8 +251,8 @@ def test_never_means_never(tmp_path, numbers_only):
 def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_pictures, monkeypatch):
     """Not after all prompts: 64 of them may take a day."""
 
-    class Failing(Metric):
-        def of(self, references, pictures):
+    class Failing(MadeByHand):
+        def compare(self, references, images):
             raise InputError("Got a picture that is too small")
 
     monkeypatch.setattr("flux.scan.run.load_metrics", lambda *_: {"dino": Failing()})
@@ -260,7 +268,7 @@ def test_pictures_of_unequal_size(tmp_path, plain_pictures, monkeypatch, synthet
         scan(settings(tmp_path / "scan"), progress=False)
     with pytest.raises(SystemExit):
         demo_3(monkeypatch, tmp_path / "scan")
-    assert re.search(r"error: Got pictures of unequal size: .*\n", capsys.readouterr().err)
+    assert re.search(r"error: Got images of unequal size: .*\n", capsys.readouterr().err)
 
 
 def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_pictures, monkeypatch, synthetic, capsys):
@@ -268,7 +276,7 @@ def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_pictures, monkeypatc
     scan(settings(tmp_path / "scan"), progress=False)
     (tmp_path / "scan" / "prompt_001" / "reference.png").unlink()
     (tmp_path / "empty").mkdir()
-    for name, told in (("scan", "lacks 1 of its 8 pictures .*prompt_001/reference.png"), ("empty", "no run")):
+    for name, told in (("scan", "lacks 1 of its 8 images .*prompt_001/reference.png"), ("empty", "no run")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             demo_3(monkeypatch, tmp_path / name)
@@ -280,12 +288,12 @@ def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypat
     """A scan that goes on finds many rows to score at once; those that wait are dropped."""
     scored = []
 
-    class Slow(Metric):
-        def of(self, references, pictures):
+    class Slow(MadeByHand):
+        def compare(self, references, images):
             scored.append(threading.current_thread())
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait(0.2)
-            return [0.5] * len(pictures)
+            return [0.5] * len(images)
 
     monkeypatch.setattr("flux.scan.run.load_metrics", lambda *_: {"dino": Slow()})
     # Started in the background, a program ignores Ctrl-C, and so would this test.

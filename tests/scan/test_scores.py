@@ -18,8 +18,10 @@ from flux.metrics.features import Clip, Dino, Lpips
 from flux.metrics.pixels import MAX_PSNR, Psnr, Ssim
 from flux.metrics.table import METRICS, load_metrics
 from flux.runs.record import run_record
-from flux.scan.scores import Rule, Scores, score, spearman, stable, stable_after, write_scores
-from flux.scan.sweep import picture_path
+from flux.scan.publish import write_scores
+from flux.scan.scores import Rule, Scores, is_settled, settled_after, spearman
+from flux.scan.similarity import score
+from flux.scan.sweep import image_path
 from flux.settings.complete import resolve
 from flux.settings.demos import DinoSettings, SkipSettings
 from flux.specs import configs
@@ -245,7 +247,7 @@ def test_only_single_layers_are_candidates():
     pairs = Scores([(0, 1), (1, 2)], {"dino": np.full((9, 2), 0.5)})
     for rule in (Rule(top=1), Rule(threshold=0.1), Rule(gap=True)):
         assert pairs.vital(rule) == []
-        assert not stable(pairs, rule)
+        assert not is_settled(pairs, rule)
 
 
 def test_a_layer_that_just_reaches_the_threshold_is_vital():
@@ -358,16 +360,16 @@ def test_prompts_are_drawn_with_all_their_seeds():
     once = scattered([0.2, 0.3], 12, 0.1)
     names = [f"prompt {number:02d}" for number in range(12)]
     similarities = np.repeat(once.tables["dino"], 4, axis=0)
-    again = Scores(once.sets, {"dino": similarities}, [name for name in names for _ in range(4)])
+    again = Scores(once.layer_sets, {"dino": similarities}, [name for name in names for _ in range(4)])
     assert again.intervals() == once.intervals()
-    taken_apart = Scores(once.sets, {"dino": similarities})
+    taken_apart = Scores(once.layer_sets, {"dino": similarities})
     assert np.diff(taken_apart.intervals()[(0,)]) < 0.6 * np.diff(once.intervals()[(0,)])
 
 
 def test_too_few_prompts_have_no_interval():
     few = scattered([0.2, 0.9], 7, 0.01)
     assert few.intervals() == few.membership(Rule(top=1)) == {}
-    assert not stable(few, Rule(top=1))
+    assert not is_settled(few, Rule(top=1))
     one = scattered([0.2, 0.9], 64, 0.01, prompts=["a dog"] * 64)
     assert one.intervals() == {}
 
@@ -382,9 +384,9 @@ def test_membership_is_how_often_a_layer_is_chosen():
     ahead = scores.tables["dino"][:, 2] - scores.tables["dino"][:, 1]
     z = ahead.mean() / (ahead.std() / np.sqrt(40))
     assert share[1] == pytest.approx(0.5 * (1 + torch.erf(torch.tensor(z / 2**0.5)).item()), abs=0.03)
-    assert not stable(scores, Rule(top=2))
-    assert stable(scores, Rule(top=1))
-    assert stable(scores, Rule(top=3))
+    assert not is_settled(scores, Rule(top=2))
+    assert is_settled(scores, Rule(top=1))
+    assert is_settled(scores, Rule(top=3))
 
 
 def test_membership_is_of_candidates_by_their_number():
@@ -395,14 +397,14 @@ def test_membership_is_of_candidates_by_their_number():
 def test_a_set_settles_when_there_are_enough_prompts():
     """At once for what is clear, later the closer the layers are, never for what is equal."""
     rule = Rule(top=1)
-    assert stable_after(scattered([0.9, 0.1], 64, 0.05), rule) == 8
+    assert settled_after(scattered([0.9, 0.1], 64, 0.05), rule) == 8
     close = scattered([0.5, 0.45], 64, 0.1)
-    count = stable_after(close, rule)
+    count = settled_after(close, rule)
     assert 8 < count < 64
-    assert stable(close.part(range(count)), rule)
-    assert not stable(close.part(range(count - 1)), rule)
+    assert is_settled(close.part(range(count)), rule)
+    assert not is_settled(close.part(range(count - 1)), rule)
     both_ways = np.concatenate((close.tables["dino"], close.tables["dino"][:, ::-1]))
-    assert not stable(Scores(close.sets, {"dino": both_ways}), rule)
+    assert not is_settled(Scores(close.layer_sets, {"dino": both_ways}), rule)
 
 
 def test_a_part_of_the_rows():
@@ -480,7 +482,7 @@ def folder(tmp_path):
     for number in (0, 1):
         (tmp_path / f"prompt_{number:03d}").mkdir()
         for layers, value in (((), 0), ((3,), 51 * (1 - number)), ((0,), 0)):
-            Image.new("RGB", (32, 32), (value,) * 3).save(picture_path(tmp_path, number, layers))
+            Image.new("RGB", (32, 32), (value,) * 3).save(image_path(tmp_path, number, layers))
     (tmp_path / "run.json").write_text(json.dumps(run_record(settings)))
     return tmp_path
 
@@ -488,9 +490,9 @@ def folder(tmp_path):
 def test_scores_of_a_folder(folder, monkeypatch):
     """In the order of the sets, whatever the number of pictures in memory at once."""
     for chunk in (32, 1):
-        monkeypatch.setattr("flux.scan.scores.CHUNK", chunk)
+        monkeypatch.setattr("flux.scan.similarity.CHUNK", chunk)
         scores = score(folder, load_metrics(["psnr", "ssim"]), progress=False)
-        assert scores.sets == [(3,), (0,)]
+        assert scores.layer_sets == [(3,), (0,)]
         assert scores.prompts == ["a", "b"]
         assert scores.tables["psnr"].tolist() == [[round(20 * np.log10(5), 6), 100], [100, 100]]
         assert scores.vitality() == {(3,): 0.1, (0,): 0}
@@ -507,12 +509,12 @@ def test_rows_of_one_prompt_are_known_as_such(folder):
 
 
 def test_pictures_of_unequal_size(folder):
-    Image.new("RGB", (16, 48)).save(picture_path(folder, 1, (0,)))
+    Image.new("RGB", (16, 48)).save(image_path(folder, 1, (0,)))
     with pytest.raises(InputError, match="unequal size: .*prompt_001.*skip_00.png has 16x48.*32x32"):
         score(folder, load_metrics(["psnr"]), progress=False)
 
 
 def test_an_unfinished_sweep_is_not_scored(folder):
-    picture_path(folder, 1, (0,)).unlink()
-    with pytest.raises(InputError, match="lacks 1 of its 6 pictures.*skip_00.png"):
+    image_path(folder, 1, (0,)).unlink()
+    with pytest.raises(InputError, match="lacks 1 of its 6 images.*skip_00.png"):
         score(folder, load_metrics(["psnr"]), progress=False)

@@ -25,11 +25,12 @@ from flux.intervention import Intervention
 from flux.metrics.table import load_metrics
 from flux.pipeline import Pipeline
 from flux.sampling import sample
-from flux.scan.scores import score
-from flux.scan.sweep import Bypasser, Task, check_sweep, layer_sets, open_sweep, picture_path, plan, sweep
+from flux.scan.similarity import score
+from flux.scan.layers import layer_sets
+from flux.scan.sweep import LayerSkipper, Task, check_sweep, image_path, open_sweep, plan, sweep
 from flux.settings.complete import resolve
 from flux.settings.demos import SkipSettings
-from flux.weights.checkpoint import fingerprint
+from flux.weights.checkpoint import open_checkpoint
 
 
 def settings(folder, **changes) -> SkipSettings:
@@ -54,8 +55,8 @@ def copy(swept, tmp_path):
 @pytest.fixture
 def made(monkeypatch):
     """The tasks whose pictures are made from here on."""
-    tasks, make = [], Bypasser.denoise
-    monkeypatch.setattr(Bypasser, "denoise", lambda self, task: tasks.append(task) or make(self, task))
+    tasks, make = [], LayerSkipper.run
+    monkeypatch.setattr(LayerSkipper, "run", lambda self, task: tasks.append(task) or make(self, task))
     return tasks
 
 
@@ -87,7 +88,7 @@ def full(pipe, given: SkipSettings, layers: tuple[int, ...]) -> Image.Image:
     prompt, size = given.prompts[0], (given.width, given.height)
     cond = pipe.condition([prompt.prompt], given.guidance, given.true_cfg, given.negative_prompt)
     levels = pipe.schedule(given.num_steps, *size)
-    skipping = Intervention(skip=frozenset(layers), scale=given.scale)
+    skipping = Intervention(skip=frozenset(layers), skip_scale=given.scale)
     *_, last = sample(
         pipe.model, pipe.noise([prompt.seed], *size), pipe.image_ids(1, *size), cond, levels, skipping
     )
@@ -108,9 +109,9 @@ SETS = [(), (0,), (4,), (5,), (14,), (2, 9), (13, 14)]
 def test_the_first_steps_shortcut_changes_no_bit(nano, tmp_path, way):
     """What enters the first bypassed layer in the first step is the reference's own."""
     given = settings(tmp_path, **WAYS[way])
-    bypasser, found = Bypasser(nano, given), []
+    skipper, found = LayerSkipper(given, nano), []
     for layers in SETS:
-        [picture] = bypasser.make(Task(0, *PROMPTS[0].values(), (layers,)))
+        [picture] = skipper.make(Task(0, *PROMPTS[0].values(), (layers,)))
         assert difference(picture, full(nano, given, layers)) == 0, layers
         found.append(picture.tobytes())
     assert len(set(found)) == len(SETS)
@@ -129,11 +130,11 @@ def test_the_shortcut_spares_the_layers_below(nano, tmp_path, monkeypatch):
             return forward(*given, **more)
 
         monkeypatch.setattr(block, "forward", counted)
-    bypasser, expected = Bypasser(nano, settings(tmp_path, num_steps=1)), {(14,): [], (12,): [13, 14]}
-    bypasser.make(Task(0, "a dog", 0, ((0,),)))
+    skipper, expected = LayerSkipper(settings(tmp_path, num_steps=1), nano), {(14,): [], (12,): [13, 14]}
+    skipper.make(Task(0, "a dog", 0, ((0,),)))
     for layers, layers_above in expected.items():
         computed.clear()
-        bypasser.make(Task(0, "a dog", 0, (layers,)))
+        skipper.make(Task(0, "a dog", 0, (layers,)))
         assert computed == layers_above
 
 
@@ -141,10 +142,10 @@ def test_the_shortcut_spares_the_layers_below(nano, tmp_path, monkeypatch):
 def test_rows_of_a_batch_are_pictures_of_their_own(nano, tmp_path, way):
     """As one by one but for rounding; and whatever another row bypasses, not a bit of this row changes."""
     given = settings(tmp_path, **WAYS[way])
-    bypasser = Bypasser(nano, given)
+    skipper = LayerSkipper(given, nano)
 
     def batch(*sets):
-        return bypasser.make(Task(0, *PROMPTS[0].values(), sets))
+        return skipper.make(Task(0, *PROMPTS[0].values(), sets))
 
     rows = batch((), (1,), (12,), (3, 8))
     for layers, row in zip([(), (1,), (12,), (3, 8)], rows):
@@ -171,7 +172,7 @@ def test_tasks_of_a_sweep(tmp_path):
     tasks = plan(given, 15)
     assert [task.row for task in tasks] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [task.seed for task in tasks[::2]] == [3, 4, 9, 10]
-    assert [task.sets for task in tasks[:2]] == [((), (4,)), ((7,),)]
+    assert [task.layer_sets for task in tasks[:2]] == [((), (4,)), ((7,),)]
 
 
 def test_all_layers_one_by_one():
@@ -193,7 +194,7 @@ def test_files_of_a_sweep(swept):
     assert record["settings"]["layers"] == [0, 12, 5]
     assert record["settings"]["prompts"] == PROMPTS
     assert record["rows"] == 2
-    assert record["checkpoint"] == fingerprint(NANO.folder / NANO.repo_flow)
+    assert record["checkpoint"] == open_checkpoint(NANO.folder / NANO.repo_flow).fingerprint()
     about = read_metadata(swept / "prompt_001" / "skip_05.png")
     assert (about["prompt"], about["seed"], about["bypassed"]) == ("a red car on the street", 9, [5])
 
@@ -217,9 +218,9 @@ def test_two_seeds_of_each_prompt(nano, swept, tmp_path):
     assert sets == [(12,)]
     assert [entry.seed for entry in entries] == [3, 4, 9, 10]
     for there, here in ((0, 0), (1, 2)):
-        a, b = (picture_path(*of, (12,)) for of in ((swept, there), (folder, here)))
+        a, b = (image_path(*of, (12,)) for of in ((swept, there), (folder, here)))
         assert difference(read_image(a), read_image(b)) == 0
-    seconds = read_metadata(picture_path(folder, 3, ()))
+    seconds = read_metadata(image_path(folder, 3, ()))
     assert (seconds["prompt"], seconds["seed"]) == ("a red car on the street", 10)
 
 
@@ -266,23 +267,23 @@ def beside(monkeypatch):
 def test_steps_do_not_wait_for_the_last_pictures(nano, swept, tmp_path, monkeypatch, beside):
     """Here a task is decoded only when the next one has been denoised; and no third one is begun."""
     waiting, decoded = [], []
-    denoise, decode = Bypasser._denoise, Bypasser._decode
+    denoise, decode = LayerSkipper.denoise, LayerSkipper.decode
 
-    def denoised(bypasser, task):
-        latents = denoise(bypasser, task)
+    def denoised(skipper, task):
+        latents = denoise(skipper, task)
         waiting.append(len(waiting) + 1 - len(decoded))
         return latents
 
-    def decode_late(bypasser, latents):
+    def decode_late(skipper, latents):
         end = time.monotonic() + 60
         while len(waiting) < min(len(decoded) + 2, 8):
             assert time.monotonic() < end, "the steps wait"
             time.sleep(0.005)
         decoded.append(1)
-        return decode(bypasser, latents)
+        return decode(skipper, latents)
 
-    monkeypatch.setattr(Bypasser, "_denoise", denoised)
-    monkeypatch.setattr(Bypasser, "_decode", decode_late)
+    monkeypatch.setattr(LayerSkipper, "denoise", denoised)
+    monkeypatch.setattr(LayerSkipper, "decode", decode_late)
     assert same_sweeps(swept, run(nano, tmp_path))
     assert waiting == [1, *[2] * 7]
 
@@ -290,16 +291,16 @@ def test_steps_do_not_wait_for_the_last_pictures(nano, swept, tmp_path, monkeypa
 @pytest.mark.parametrize("error", [InputError("Got pictures full of NaN"), KeyboardInterrupt()], ids=repr)
 def test_what_stops_the_thread_stops_the_sweep(nano, swept, tmp_path, monkeypatch, beside, error):
     """At the next task; started again, it ends as if undisturbed."""
-    begun, decode = [], Bypasser._decode
+    begun, decode = [], LayerSkipper.decode
 
-    def failing(bypasser, latents):
+    def failing(skipper, latents):
         begun.append(1)
         if len(begun) == 3:
             raise error
-        return decode(bypasser, latents)
+        return decode(skipper, latents)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bypasser, "_decode", failing)
+        patch.setattr(LayerSkipper, "decode", failing)
         with pytest.raises(type(error)):
             run(nano, tmp_path)
     assert len(pictures(tmp_path)) == 2
@@ -310,7 +311,7 @@ def test_what_stops_the_thread_stops_the_sweep(nano, swept, tmp_path, monkeypatc
 def test_decoding_on_a_stream_of_its_own_changes_no_bit(tmp_path, monkeypatch):
     given = settings(tmp_path / "beside", device="cuda", layers=list(range(12)), batch_size=2)
     pipe = Pipeline.load(given)
-    assert Bypasser(pipe, given).beside
+    assert LayerSkipper(given, pipe).decodes_beside
     folder = sweep(given, pipe, progress=False)
     monkeypatch.setattr(vitality, "decodes_beside", lambda pipe: False)
     other = sweep(given.model_copy(update={"output_dir": str(tmp_path / "other")}), pipe, progress=False)
@@ -334,11 +335,11 @@ def test_only_what_is_missing_is_made(nano, swept, tmp_path, made, size):
     folder = run(nano, tmp_path / "whole", batch_size=size)
     again = shutil.copytree(folder, tmp_path / "again")
     for layers in ((0,), (5,)):
-        picture_path(again, 1, layers).unlink()
+        image_path(again, 1, layers).unlink()
     before = {name: (again / name).stat().st_mtime_ns for name in pictures(again)}
     made.clear()
     run(nano, again, batch_size=size)
-    assert [task.sets for task in made] == {1: [((0,),), ((5,),)], 3: [((), (0,), (12,)), ((5,),)]}[size]
+    assert [task.layer_sets for task in made] == {1: [((0,),), ((5,),)], 3: [((), (0,), (12,)), ((5,),)]}[size]
     assert before.items() <= {name: (again / name).stat().st_mtime_ns for name in pictures(again)}.items()
     assert same_sweeps(folder, again)
 
@@ -532,8 +533,8 @@ def test_a_folder_without_a_sweep(tmp_path, content):
     ("layers", "name"), [((5,), "prompt_001/skip_05.png"), ((), "prompt_001/reference.png")]
 )
 def test_an_unfinished_sweep(copy, layers, name):
-    picture_path(copy, 1, layers).unlink()
-    with pytest.raises(InputError, match=f"lacks 1 of its 8 pictures.*{name}.*demo_2_skip.py finish it"):
+    image_path(copy, 1, layers).unlink()
+    with pytest.raises(InputError, match=f"lacks 1 of its 8 images.*{name}.*demo_2_skip.py finish it"):
         check_sweep(copy)
 
 

@@ -1,0 +1,148 @@
+"""The files that a scan or demo 3 writes about a scored sweep."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flux.files import write_text
+from flux.metrics.table import METRICS
+from flux.scan.layers import layers_text
+from flux.scan.plots import plot_heat_map, plot_vitality
+from flux.scan.report import write_report
+from flux.scan.scores import Rule, Scores, is_settled, settled_after
+from flux.scan.sweep import check_sweep, image_path
+from flux.specs import get_spec
+from flux.vital_layers import remember_scan
+
+
+def publish(
+    folder: Path,
+    out: Path,
+    scores: Scores,
+    rule: Rule,
+    sources: Mapping[str, str],
+    shown_settings: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Writes similarity.csv, vital_layers.json, vitality.png, heat_map.png and report.html.
+
+    Args:
+        folder: The folder of the sweep.
+        out: The folder to write to.
+        scores: The scores of the sweep.
+        rule: The rule that chooses the vital layers.
+        sources: For each metric that loads a model, its hub id or folder.
+        shown_settings: The sweep's settings as these files show them. If None, those in its run.json.
+
+    Returns:
+        The vital layers.
+
+    Raises:
+        InputError: The sweep is unfinished, an image cannot be read, or a file cannot be written.
+    """
+    record, layer_sets, entries = check_sweep(folder)
+    if shown_settings is not None:
+        record["settings"] = dict(shown_settings)
+    settings, num_double = record["settings"], get_spec(record["settings"]["model"]).params.depth
+    vital, vitality, intervals = scores.vital(rule), scores.vitality(), scores.intervals() or None
+    # Plots show changes on the scale of dino, whatever the metric's own scale.
+    first = scores.metrics[0]
+    similarity = 1 - METRICS[first].change(scores.tables[first])
+    plot_vitality(vitality, num_double, set(vital), rule.threshold, out / "vitality.png", intervals)
+    prompts = [entry.prompt for entry in entries]
+    plot_heat_map(similarity, layer_sets, prompts, num_double, set(vital), out / "heat_map.png")
+    write_report(
+        out / "report.html",
+        record,
+        lambda row, layers: image_path(folder, row, layers),
+        layer_sets,
+        similarity,
+        vitality,
+        intervals,
+        vital,
+        num_double,
+    )
+    write_scores(
+        out,
+        scores,
+        rule,
+        model=settings["model"],
+        checkpoint=record.get("checkpoint"),
+        protocol=settings,
+        sources=sources,
+    )
+    remember_scan(out / "vital_layers.json")
+    return vital
+
+
+def write_scores(
+    folder: Path,
+    scores: Scores,
+    rule: Rule,
+    *,
+    model: str,
+    checkpoint: str | None,
+    protocol: Mapping[str, Any],
+    sources: Mapping[str, str] | None = None,
+) -> list[int]:
+    """Writes similarity.csv and vital_layers.json.
+
+    Args:
+        folder: The folder to write to.
+        scores: The scores of the sweep.
+        rule: The rule that chooses the vital layers.
+        model: The name of the model that was scanned.
+        checkpoint: The fingerprint of its weights.
+        protocol: The settings of the sweep.
+        sources: For each metric that loads a model, its hub id or folder.
+
+    Returns:
+        The vital layers by the first metric.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    layers = scores.vital(rule)
+    intervals, membership = scores.intervals(), scores.membership(rule)
+    vitality = {}
+    for entry, value in scores.vitality().items():
+        numbers = {"vitality": value}
+        if entry in intervals:
+            numbers["low"], numbers["high"] = intervals[entry]
+        if len(entry) == 1 and membership:
+            numbers["membership"] = membership[entry[0]]
+        vitality[layers_text(entry)] = numbers
+    others = {
+        metric: {layers_text(entry): value for entry, value in scores.vitality(metric).items()}
+        for metric in scores.metrics[1:]
+    }
+    data = {
+        "model": model,
+        "checkpoint": checkpoint,
+        "vital_layers": layers,
+        "rule": {"metric": scores.metrics[0], **rule.to_json()},
+        "stable": is_settled(scores, rule),
+        "stable_after": settled_after(scores, rule),
+        "rows": scores.num_rows,
+        "vitality": vitality,
+        "vitality_by_other_metrics": others,
+        "agreement": scores.agreement(),
+        "nets": dict(sources or {}),
+        "protocol": dict(protocol),
+    }
+    write_text(folder / "similarity.csv", scores.csv())
+    write_text(folder / "vital_layers.json", _readable(data) + "\n")
+    return layers
+
+
+def _readable(value: Any, indent: int = 0) -> str:
+    """Formats indented JSON, with each list and object of at most 90 characters on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if (indent and len(line) <= 90) or not isinstance(value, dict | list | tuple):
+        return line
+    inner = indent + 2
+    if isinstance(value, dict):
+        ends, items = "{}", [f"{json.dumps(key)}: {_readable(item, inner)}" for key, item in value.items()]
+    else:
+        ends, items = "[]", [_readable(item, inner) for item in value]
+    return f"{ends[0]}\n" + ",\n".join(" " * inner + item for item in items) + f"\n{' ' * indent}{ends[1]}"
