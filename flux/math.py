@@ -1,10 +1,11 @@
-"""Attention and the rotary embedding of positions.
+"""Attention, the rotary embedding of positions, and what an intervention changes in one layer's attention.
 
-One legend of shapes for the whole package: B batch, T text tokens, I image tokens, N = T + I, H heads, D head
-    size, C = H D channels.
+Shapes, here and in the whole package: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size,
+C = H D channels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -12,10 +13,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys (after QK-norm and rotary embedding) and values of the image tokens in one layer, "B H I D" each."""
+"""Keys (after QK-norm and rotary embedding) and values of some tokens in one layer, "B H n D" each."""
+PartialKeysValues = tuple[Tensor | None, Tensor | None]
+"""Keys and values, of which either may be missing."""
+QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
+"""Queries and keys (after QK-norm and rotary embedding) and values of all tokens in one layer, "B H N D" each."""
 Exchange = Callable[[Tensor, Tensor], Callable[[], KeysValues]]
-"""Where tokens are shared out: begins to bring together keys and values, "B H n D" each of one's own tokens,
-and returns what waits for those of all, "B H N D" each.
+"""Where processes share the tokens: starts to gather keys and values, and returns a function that waits for them.
+
+Keys and values are "B H n D" of this process's tokens on the way in, "B H N D" of all tokens on the way out.
 """
 
 
@@ -23,8 +29,9 @@ def rope(pos: Tensor, dim: int, theta: int) -> Tensor:
     """Rotation matrices of the positions along one axis (RoFormer, arXiv 2104.09864, section 3.2).
 
     Args:
-        pos: positions, "B N".
-        dim: even number of channels that this axis turns; channel pair j turns by pos / theta ** (2 j / dim).
+        pos: Positions, "B N".
+        dim: Even number of channels that this axis rotates.
+        theta: Base of the frequencies. Channel pair j rotates by pos / theta ** (2 j / dim).
 
     Returns:
         float32, "B N dim/2 2 2".
@@ -39,31 +46,88 @@ def rope(pos: Tensor, dim: int, theta: int) -> Tensor:
 
 
 def apply_rope(q: Tensor, k: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns queries and keys ("B H N D") by the rotations `pe` ("B 1 N D/2 2 2"); shapes and dtypes stay."""
+    """Rotate queries and keys ("B H N D") by `pe` ("B 1 N D/2 2 2"). Shapes and dtypes stay."""
     return rotate(q, pe), rotate(k, pe)
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """One tensor of `apply_rope`."""
+    """Rotate one tensor, "B H N D", by `pe`, "B 1 N D/2 2 2"."""
     pairs = x.float().unflatten(-1, (-1, 1, 2))
-    turned = pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]
-    return turned.flatten(-2).type_as(x)
+    rotated = pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]
+    return rotated.flatten(-2).type_as(x)
 
 
-def one_sequence(txt: Tensor, img: Tensor) -> Tensor:
-    """Heads of both streams, "B H T D" and "B H I D", as "B H N D".
+def join_streams(txt: Tensor, img: Tensor) -> Tensor:
+    """Join the heads of both streams, "B H T D" and "B H I D", to one sequence, "B H N D", text first.
 
-    In memory "B N H D", as projections leave them, so that long runs are copied.
+    In memory it is "B N H D", as projections leave it, so that long runs are copied.
     """
     return torch.cat((txt.transpose(1, 2), img.transpose(1, 2)), dim=1).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-    """Softmax attention over all tokens: "B H N D" three times -> "B N C", in `out` if that is given."""
-    mixed = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-    return mixed if out is None else out.copy_(mixed)
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over all tokens: three times "B H N D" -> "B N C"."""
+    return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """`attend` after turning queries and keys by `pe`: "B H N D" three times -> "B N C"."""
+    """Rotate queries and keys by `pe`, then attend: three times "B H N D" -> "B N C"."""
     return attend(*apply_rope(q, k, pe), v)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionEdit:
+    """What an intervention changes in one layer's attention. The empty edit changes nothing.
+
+    Attributes:
+        kv: Image keys and values to inject, "B H I D" each. If one of them is None, the layer's own stay.
+        kv_weight: How far these replace the layer's own, 0..1, in a shape that broadcasts to "B H I D". If
+            None, they replace them wholly.
+        record: Whether the block returns the queries, keys and values that it used.
+        exchange: Gathers the keys and values of all tokens, if processes share them.
+    """
+
+    kv: PartialKeysValues | None = None
+    kv_weight: Tensor | None = None
+    record: bool = False
+    exchange: Exchange | None = None
+
+    @property
+    def whole_kv(self) -> KeysValues | None:
+        """The injected keys and values, if nothing of the layer's own is left; otherwise None."""
+        if self.kv is None or self.kv_weight is not None:
+            return None
+        k, v = self.kv
+        return None if k is None or v is None else (k, v)
+
+    @property
+    def splits_qkv(self) -> bool:
+        """Whether queries are projected apart from keys and values.
+
+        Keys and values may not be needed at all, or early, so that their exchange runs beside the queries.
+        """
+        return self.exchange is not None or self.whole_kv is not None
+
+    def inject(self, k: Tensor, v: Tensor) -> KeysValues:
+        """Move the layer's own image keys and values to the injected ones (Stable Flow, section 3.2).
+
+        own + weight * (injected - own), "B H I D" each.
+        """
+        if self.kv is None:
+            return k, v
+        return self._blend(k, self.kv[0]), self._blend(v, self.kv[1])
+
+    def _blend(self, own: Tensor, injected: Tensor | None) -> Tensor:
+        if injected is None:
+            return own
+        return injected if self.kv_weight is None else torch.lerp(own, injected, self.kv_weight)
+
+    def start_exchange(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
+        """Start to gather the keys and values of all tokens; return a function that waits for them.
+
+        If no processes share the tokens, `k` and `v` are those of all tokens already.
+        """
+        return self.exchange(k, v) if self.exchange else lambda: (k, v)
+
+
+PLAIN = AttentionEdit()

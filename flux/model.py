@@ -1,7 +1,7 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from flux.intervention import NOTHING, Findings, Intervention
+from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import Exchange
 from flux.modules import layers, ops
 from flux.modules.step_cache import StepCache
@@ -32,12 +32,42 @@ class FluxParams:
     guidance_embed: bool
 
     @property
-    def around_the_joint(self) -> frozenset[int]:
-        """The two layers on either side of where the streams join: what the tokens stand for is settled
-        there.
-        """
+    def junction_layers(self) -> frozenset[int]:
+        """The last two double and the first two single blocks, where token semantics are most stable."""
         first, last = max(0, self.depth - 2), self.depth + min(2, self.depth_single_blocks)
         return frozenset(range(first, last))
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The inputs of the transformer.
+
+    Attributes:
+        img: Packed latent, "B I channels".
+        img_ids: Position of each image token, "B I 3".
+        txt: T5 features, "B T features".
+        txt_ids: Position of each text token, "B T 3".
+        timesteps: Noise level 0..1 of each row, "B".
+        y: Pooled CLIP features, "B features".
+        guidance: Distilled guidance scale of each row, "B". Needed by models with `guidance_embed`.
+
+    Raises:
+        ValueError: `img` or `txt` has another rank.
+    """
+
+    img: Tensor
+    img_ids: Tensor
+    txt: Tensor
+    txt_ids: Tensor
+    timesteps: Tensor
+    y: Tensor
+    guidance: Tensor | None = None
+
+    def __post_init__(self):
+        if self.img.ndim != 3 or self.txt.ndim != 3:
+            raise ValueError(
+                f"Input img and txt tensors must have 3 dimensions, got {self.img.ndim} and {self.txt.ndim}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,28 +79,27 @@ class Streams:
     txt: Tensor
 
     def expanded(self, batch: int) -> "Streams":
-        """A single row made to serve the whole batch."""
+        """Expand a single row to the whole batch, without a copy."""
         return Streams(self.layer, self.img.expand(batch, -1, -1), self.txt.expand(batch, -1, -1))
 
-    def stacked(self, other: "Streams", batch: int) -> "Streams":
-        """These streams and another pass's, each brought to the batch's number of rows, as one batch."""
-        one, two = self.expanded(batch), other.expanded(batch)
-        return Streams(self.layer, torch.cat((one.img, two.img)), torch.cat((one.txt, two.txt)))
+    def stacked(self, other: "Streams") -> "Streams":
+        """These rows, then those of `other`, as one batch."""
+        return Streams(self.layer, torch.cat((self.img, other.img)), torch.cat((self.txt, other.txt)))
 
 
-HOPPER = 9  # CUDA compute capability, its first number
-PACKAGES = ("quack", "flash_attn")
+HOPPER = 9  # first number of the CUDA compute capability
+HOPPER_PACKAGES = ("quack", "flash_attn")
 
 
-def with_epilogues(device: torch.device) -> ModuleType | None:
-    """`flux.modules.projections_hopper`, where its kernels run: on a Hopper card, its packages installed."""
+def hopper_kernels(device: torch.device) -> ModuleType | None:
+    """`flux.modules.projections_hopper`, if the device is a Hopper GPU and the packages are installed."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return None
-    if not all(find_spec(name) for name in PACKAGES):
+    if not all(find_spec(name) for name in HOPPER_PACKAGES):
         return None
     try:
         from flux.modules import projections_hopper
-    except Exception as error:  # whatever young packages stumble over
+    except Exception as error:  # young packages may fail in any way
         line = f"quack-kernels and flash-attn-4 do not start ({error}): torch compiles the blocks instead"
         warnings.warn(line, stacklevel=2)
         return None
@@ -116,25 +145,32 @@ class Flux(nn.Module):
         self.final_layer = layers.LastLayer(width, 1, params.out_channels)
 
     @property
+    def blocks(self) -> list[layers.DoubleStreamBlock | layers.SingleStreamBlock]:
+        """All blocks, in the order of their layer numbers."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    @property
     def num_layers(self) -> int:
+        """The number of blocks of both kinds."""
         return len(self.double_blocks) + len(self.single_blocks)
 
     def compile_blocks(self, device: torch.device | str | None = None) -> None:
-        """Makes each block faster by itself, so that which layers are bypassed or injected never changes
-        anything: by products that do what follows them (`flux.modules.projections_hopper`) where those are to be had,
-        otherwise by torch's compiler.
+        """Make each block faster by itself, so that any layer can be skipped or injected without recompiling.
+
+        Hopper GPUs get blocks with fused kernels (`flux.modules.projections_hopper`), if the packages are
+        installed and serve the block. All others are compiled by torch.
 
         Args:
-            device: what the blocks compute on; None: where they are.
+            device: Device on which the blocks compute. If None, the one they are on.
         """
-        # One graph for each kind of pass (plain, keeping, taking) and each new shape: the default of 8 is
-        # soon used up, and the next would be an error.
+        # One graph for each kind of pass (plain, recording, injecting) and each new shape: the default of 8
+        # is soon used up, and the next would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         ops.prepare_compiling()
-        hopper = with_epilogues(torch.device(device or self.img_in.weight.device))
-        for block in (*self.double_blocks, *self.single_blocks):
+        hopper = hopper_kernels(torch.device(device or self.img_in.weight.device))
+        for block in self.blocks:
             if hopper and hopper.serves(block):
-                block.products = hopper.Joined
+                hopper.use_hopper(block)
             else:
                 block.compile(fullgraph=True)
 
@@ -149,111 +185,73 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         intervention: Intervention = NOTHING,
     ) -> Tensor:
-        """The velocity of `observe` alone, "B I channels"."""
-        return self.observe(img, img_ids, txt, txt_ids, timesteps, y, guidance, intervention)[0]
+        """The velocity alone, "B I channels", as upstream calls it: see `observe`."""
+        return self.observe(Inputs(img, img_ids, txt, txt_ids, timesteps, y, guidance), intervention)[0]
 
     def observe(
         self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
+        inputs: Inputs,
         intervention: Intervention = NOTHING,
+        *,
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
         cache: StepCache | None = None,
         exchange: Exchange | None = None,
-    ) -> tuple[Tensor, Findings]:
-        """The velocity, and what the intervention keeps and watches.
+    ) -> tuple[Tensor, Recorded]:
+        """The velocity, "B I channels", and what the intervention keeps and watches.
 
         Args:
-            img: packed latent, "B I channels".
-            img_ids: position of each image token, "B I 3"; txt_ids the same for text, "B T 3".
-            txt: T5 features, "B T features".
-            timesteps: noise level 0..1 of each row, "B".
-            y: pooled CLIP features, "B features".
-            guidance: distilled guidance scale of each row, "B"; needed by models with `guidance_embed`.
-            start: begin with these streams at their layer, the layers before it not computed. Their rows, B
-                or 1, must be what those layers make of the same inputs.
-            mods: what `modulations` made of the same noise levels, y and guidance, of B rows or 1; None: made
-                layer by layer.
-            cache: spares a plain pass its layers after the first where that changes little.
-            exchange: for tokens that are a share of all, see `flux.runtime.parallel`.
+            inputs: Latent, text and conditioning.
+            intervention: Layers to skip, keep, watch or inject.
+            start: Streams to begin with at their layer, B rows or 1; the layers before are not computed. They
+                must be what those layers make of the same inputs.
+            mods: What `modulations` returned for the same noise levels, y and guidance, of B rows or 1. If
+                None, each layer's modulations are computed when they are needed.
+            cache: Spares a plain pass its layers after the first where these change little.
+            exchange: Gathers keys and values, if processes share the tokens: see `flux.runtime.parallel`.
 
         Raises:
-            ValueError: tensors of another rank, or no guidance where the model needs one.
-            InputError: an intervention that does not fit the model or the batch.
+            ValueError: The model needs a guidance scale and got none.
+            InputError: The intervention does not fit the model or the batch.
         """
-        streams, vec, pe, mods = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, mods)
-        intervention.check(self.num_layers, *img.shape[:2])
-        if start is not None:
-            streams = start.expanded(img.shape[0])
-        findings = Findings()
-        passing = self._layers(streams, vec, pe, intervention, findings, mods, exchange)
-        if cache is None or start is not None or not intervention.is_plain:
-            for streams in passing:
+        batch, num_img = inputs.img.shape[:2]
+        intervention.check(self.num_layers, batch, num_img)
+        modulation = self._modulation(inputs) if mods is None else mods.__getitem__
+        streams = self._embed(inputs) if start is None else start.expanded(batch)
+        recorded = Recorded()
+        passing = self._layers(streams, self._rotations(inputs), modulation, intervention, recorded, exchange)
+        images = (streams.img for streams in passing)
+        if cache is not None and start is None and intervention.is_plain:
+            img = cache.image_out(streams.img, images)
+        else:
+            img = streams.img
+            for img in images:  # noqa: B007  (only the last one matters)
                 pass
-            return self.final_layer(streams.img, vec, mods[-1]), findings
-        after_first = next(passing).img
-        first = after_first - streams.img
-        rest = cache.rest(first)
-        if rest is not None:
-            return self.final_layer(after_first + rest, vec, mods[-1]), findings
-        for streams in passing:
-            pass
-        cache.remember(first, streams.img - after_first)
-        return self.final_layer(streams.img, vec, mods[-1]), findings
-
-    def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
-        """The modulation of each layer and of the last one, "B 12C", "B 3C" or "B 2C", for any rows, those
-        of a whole schedule for instance: a quarter of all weights is then read once and not at every step.
-
-        At full size a row has 2.1 MB in bfloat16.
-        """
-        vec = self._conditioning(timesteps, y, guidance)
-        parts = (*self.double_blocks, *self.single_blocks, self.final_layer)
-        return [part.modulate(vec) for part in parts]
+        return self.final_layer(img, mod=modulation(self.num_layers)), recorded
 
     def streams(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
-        mods: Sequence[Tensor] | None = None,
+        self, inputs: Inputs, mods: Sequence[Tensor] | None = None, exchange: Exchange | None = None
     ) -> list[Streams]:
-        """Both streams on their way into each layer, as `observe` takes them for a start."""
-        streams, vec, pe, mods = self._embed(img, img_ids, txt, txt_ids, timesteps, y, guidance, mods)
-        return [streams, *self._layers(streams, vec, pe, NOTHING, Findings(), mods)][: self.num_layers]
+        """Both streams on their way into each layer of a plain pass, as `observe` takes them for a start."""
+        modulation = self._modulation(inputs) if mods is None else mods.__getitem__
+        first = self._embed(inputs)
+        passing = self._layers(first, self._rotations(inputs), modulation, NOTHING, Recorded(), exchange)
+        return [first, *passing][: self.num_layers]
 
-    def _embed(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None,
-        mods: Sequence[Tensor] | None,
-    ) -> tuple[Streams, Tensor | None, Tensor, Sequence[Tensor | None]]:
-        """The streams into layer 0, the vector that modulations are made of ("B C"; None with all of them
-        given), the rotations of all positions, and each layer's modulation, as far as it is given.
+    def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
+        """The modulations of each layer and of the last one, "B 12C", "B 3C" or "B 2C".
+
+        With the rows of a whole schedule, a quarter of all weights is read once and not in every step. At
+        full size, a row has 2.1 MB in bfloat16.
         """
-        if img.ndim != 3 or txt.ndim != 3:
-            raise ValueError(
-                f"Input img and txt tensors must have 3 dimensions, got {img.ndim} and {txt.ndim}"
-            )
-        pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
-        vec = None if mods else self._conditioning(timesteps, y, guidance)
-        mods = mods or [None] * (self.num_layers + 1)
-        return Streams(0, self.img_in(img), self.txt_in(txt)), vec, pe, mods
+        vec = self._conditioning(timesteps, y, guidance)
+        return [part.modulate(vec) for part in (*self.blocks, self.final_layer)]
+
+    def _modulation(self, inputs: Inputs) -> Callable[[int], Tensor]:
+        """A function that computes the modulations of one layer, or of the last one by the number after."""
+        vec = self._conditioning(inputs.timesteps, inputs.y, inputs.guidance)
+        parts = (*self.blocks, self.final_layer)
+        return lambda layer: parts[layer].modulate(vec)
 
     def _conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The vector that all modulations are made of, "B C"."""
@@ -264,44 +262,45 @@ class Flux(nn.Module):
             raise ValueError("This model is guidance-distilled: give a guidance scale for each row")
         return vec + self.guidance_in(layers.timestep_embedding(guidance, 256))
 
+    def _embed(self, inputs: Inputs) -> Streams:
+        """The streams into layer 0."""
+        return Streams(0, self.img_in(inputs.img), self.txt_in(inputs.txt))
+
+    def _rotations(self, inputs: Inputs) -> Tensor:
+        """The rotary embedding of all positions, text first, "B 1 N D/2 2 2"."""
+        return self.pe_embedder(torch.cat((inputs.txt_ids, inputs.img_ids), dim=1))
+
     def _layers(
         self,
         streams: Streams,
-        vec: Tensor | None,
         pe: Tensor,
+        modulation: Callable[[int], Tensor],
         intervention: Intervention,
-        findings: Findings,
-        mods: Sequence[Tensor | None],
+        recorded: Recorded,
         exchange: Exchange | None = None,
     ) -> Iterator[Streams]:
-        """Yields the streams out of each layer, from the one that `streams` enters; fills `findings`."""
+        """Yield the streams out of each layer, from the one that `streams` enter; fill `recorded`."""
         img, txt = streams.img, streams.txt
         batch, num_txt, num_double = img.shape[0], txt.shape[1], len(self.double_blocks)
 
         for layer in range(streams.layer, num_double):
-            bypass = intervention.bypass(layer, img.device)
-            if not bypass.whole:
-                block, (given, weight) = self.double_blocks[layer], intervention.given(layer, batch)
-                more = {"weight": weight, "mod": mods[layer], "exchange": exchange}
-                if intervention.looks_into(layer):
-                    new_img, new_txt, heads = block(img, txt, vec, pe, given, keep=True, **more)
-                    findings.add(intervention, layer, num_txt, *heads)
-                else:
-                    new_img, new_txt = block(img, txt, vec, pe, given, **more)
-                img, txt = bypass.of(img, new_img), bypass.of(txt, new_txt)
+            skip = intervention.skip_at(layer, img.device)
+            if not skip.everywhere:
+                block, edit = self.double_blocks[layer], intervention.edit_at(layer, batch, exchange)
+                new_img, new_txt, qkv = block.run(img, txt, modulation(layer), pe, edit)
+                recorded.add(intervention, layer, num_txt, qkv)
+                img, txt = skip.apply(img, new_img), skip.apply(txt, new_txt)
             yield Streams(layer + 1, img, txt)
 
         x = torch.cat((txt, img), dim=1)
         for layer in range(max(streams.layer, num_double), self.num_layers):
-            bypass = intervention.bypass(layer, img.device)
-            if not bypass.whole:
-                block = self.single_blocks[layer - num_double]
-                given, weight = intervention.given(layer, batch)
-                more = {"num_txt": num_txt, "weight": weight, "mod": mods[layer], "exchange": exchange}
-                if intervention.looks_into(layer):
-                    new_x, heads = block(x, vec, pe, given, keep=True, **more)
-                    findings.add(intervention, layer, num_txt, *heads)
-                else:
-                    new_x = block(x, vec, pe, given, **more)
-                x = bypass.of(x, new_x)
+            skip = intervention.skip_at(layer, img.device)
+            if not skip.everywhere:
+                block, edit = (
+                    self.single_blocks[layer - num_double],
+                    intervention.edit_at(layer, batch, exchange),
+                )
+                new_x, qkv = block.run(x, modulation(layer), pe, num_txt, edit)
+                recorded.add(intervention, layer, num_txt, qkv)
+                x = skip.apply(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])

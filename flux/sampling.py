@@ -5,10 +5,11 @@ A latent is "B 16 h w" with h and w an eighth of the picture's sides; packed, 2x
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import repeat
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from einops import rearrange
@@ -16,9 +17,9 @@ from einops import repeat as tile
 from torch import Tensor
 
 from flux.errors import InputError
-from flux.intervention import NOTHING, Intervention
+from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import KeysValues
-from flux.model import Flux, Streams
+from flux.model import Inputs, Streams
 from flux.modules.step_cache import StepCache
 
 
@@ -105,20 +106,52 @@ def get_schedule(
 
 
 @dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What steers the rows of a batch.
+class Modulations:
+    """The modulations of all layers in each step of a schedule.
 
     Attributes:
-        txt: T5 features, "B T features"; txt_ids their positions, "B T 3".
-        vec: pooled CLIP features, "B features".
-        guidance: distilled guidance scale of each row, "B"; None for models without.
-        negative: steers the second pass of true classifier-free guidance; None: there is none.
-        true_cfg: scale of that guidance, 1 or more.
-        mimic_scale: bring what true guidance gives down to the range that this smaller scale would have, see
-            `guided`; None: as it is.
-        mimic_percentile: the share of values, 0..1, that this range holds at least.
-        mods: by noise level, what `flux.model.Flux.modulations` makes of it and these rows, or of one of them
-            that stands for all; see `scheduled`.
+        levels: Noise level of each step.
+        layers: What `flux.model.Flux.modulations` returns for all of them, one tensor for each layer, "S R
+            channels": S steps, R rows of the batch, or a single row that stands for all of them.
+    """
+
+    levels: tuple[float, ...]
+    layers: list[Tensor]
+
+    @classmethod
+    def of(cls, model: "VelocityModel", levels: Sequence[float], cond: "Conditioning") -> "Modulations":
+        """Compute them in one go. Rows with the same prompt and guidance share one row."""
+        rows = [cond.vec] if cond.guidance is None else [cond.vec, cond.guidance]
+        if all(bool((x == x[:1]).all()) for x in rows):
+            rows = [x[:1] for x in rows]
+        steps, count = len(levels), len(rows[0])
+        t = torch.tensor(levels, dtype=cond.vec.dtype, device=cond.vec.device).repeat_interleave(count)
+        made = model.modulations(t, *(x.repeat(steps, *[1] * (x.ndim - 1)) for x in rows))
+        return cls(tuple(levels), [x.unflatten(0, (steps, count)) for x in made])
+
+    def at(self, t: float) -> list[Tensor] | None:
+        """Each layer's modulations in the step at noise level t. None if it is not of this schedule."""
+        if t not in self.levels:
+            return None
+        step = self.levels.index(t)
+        return [layer[step] for layer in self.layers]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """The prompts and guidance that steer the rows of a batch.
+
+    Attributes:
+        txt: T5 features, "B T features".
+        txt_ids: Positions of the text tokens, "B T 3".
+        vec: Pooled CLIP features, "B features".
+        guidance: Distilled guidance scale of each row, "B". None for models without.
+        negative: Steers the second pass of true classifier-free guidance. If None, there is no such pass.
+        true_cfg: Scale of true guidance, 1 or more.
+        mimic_scale: Smaller scale to whose range the result of true guidance is brought down, see `guided`.
+            If None, it stays as it is.
+        mimic_percentile: Share of values, 0..1, that this range holds at least.
+        modulations: Modulations that were computed in advance, see `scheduled`.
     """
 
     txt: Tensor
@@ -129,63 +162,83 @@ class Conditioning:
     true_cfg: float = 1.0
     mimic_scale: float | None = None
     mimic_percentile: float = 0.995
-    mods: Mapping[float, list[Tensor]] = field(default_factory=dict)
+    modulations: Modulations | None = None
 
-    def scheduled(self, model: Flux, timesteps: Iterable[float]) -> "Conditioning":
-        """With the modulations of all these noise levels worked out at once, so that no step does it.
+    def scheduled(self, model: "VelocityModel", timesteps: Sequence[float]) -> "Conditioning":
+        """The same with the modulations at all these noise levels, so that no step computes its own.
 
-        Rows of the same prompt and guidance share them. With a negative pass, whose rows come and go with the
-        steps, nothing is worked out. For this model only: leave the result where the model is at work.
+        With a negative pass, which may begin in a later step, the conditioning is returned as it is. The
+        result is for this model only; do not move it to another device.
         """
-        levels = [t for t in dict.fromkeys(timesteps) if t not in self.mods]
-        if self.negative is not None or not levels:
+        known = () if self.modulations is None else self.modulations.levels
+        if self.negative is not None or all(t in known for t in timesteps):
             return self
-        rows = [self.vec] if self.guidance is None else [self.vec, self.guidance]
-        if all(bool((x == x[:1]).all()) for x in rows):
-            rows = [x[:1] for x in rows]
-        t = torch.tensor(levels, dtype=self.vec.dtype, device=self.vec.device)
-        made = model.modulations(
-            t.repeat_interleave(len(rows[0])), *(x.repeat(len(levels), *[1] * (x.ndim - 1)) for x in rows)
-        )
-        by_level = zip(*(x.split(len(rows[0])) for x in made))
-        return replace(self, mods={**self.mods, **dict(zip(levels, map(list, by_level)))})
+        return replace(self, modulations=Modulations.of(model, timesteps, self))
 
     def expanded(self, batch: int) -> "Conditioning":
-        """One row made to steer the whole batch."""
-        txt, txt_ids = (x.expand(batch, -1, -1) for x in (self.txt, self.txt_ids))
-        guidance = None if self.guidance is None else self.guidance.expand(batch)
-        negative = self.negative and self.negative.expanded(batch)
-        rows = {"txt": txt, "txt_ids": txt_ids, "vec": self.vec.expand(batch, -1), "guidance": guidance}
-        return replace(self, **rows, negative=negative)
+        """Expand a single row to the whole batch."""
+        return replace(
+            self,
+            txt=self.txt.expand(batch, -1, -1),
+            txt_ids=self.txt_ids.expand(batch, -1, -1),
+            vec=self.vec.expand(batch, -1),
+            guidance=None if self.guidance is None else self.guidance.expand(batch),
+            negative=None if self.negative is None else self.negative.expanded(batch),
+        )
 
-    def with_negative(self) -> "Conditioning":
-        """Both passes as one batch: these rows, then those of the negative pass."""
+    def stacked(self, other: "Conditioning") -> "Conditioning":
+        """These rows, then those of `other`, as one batch of a single pass."""
+        guidance = None
+        if self.guidance is not None and other.guidance is not None:
+            guidance = torch.cat((self.guidance, other.guidance))
+        txt, txt_ids = torch.cat((self.txt, other.txt)), torch.cat((self.txt_ids, other.txt_ids))
+        return Conditioning(txt, txt_ids, torch.cat((self.vec, other.vec)), guidance)
 
-        def both(name: str) -> Tensor | None:
-            own = getattr(self, name)
-            return None if own is None else torch.cat((own, getattr(self.negative, name)))
 
-        return Conditioning(*map(both, ("txt", "txt_ids", "vec", "guidance")))
+T, U = TypeVar("T"), TypeVar("U")
+
+
+@dataclass(frozen=True, eq=False)
+class Passes(Generic[T]):
+    """One value for each pass of a step.
+
+    Attributes:
+        positive: The value of the prompt's pass.
+        negative: The value of the negative prompt's pass, the second one of true guidance. If None, there is
+            no such pass.
+    """
+
+    positive: T
+    negative: T | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        yield self.positive
+        if self.negative is not None:
+            yield self.negative
+
+    def map(self, function: Callable[[T], U]) -> "Passes[U]":
+        """The results of `function` for the value of each pass."""
+        return Passes(*map(function, self))
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One Euler step from noise level `t` to `t_next`; latents packed, "B I 64".
+    """One Euler step from noise level `t` to `t_next`.
 
     Attributes:
-        noisy: the latent that entered.
-        velocity: the model's answer to it.
-        kept: image keys and values of the layers the intervention kept; kept_negative: those of the negative
-            pass.
-        watched: queries and keys of the layers the intervention watched.
+        t: Noise level at the start.
+        t_next: Noise level at the end.
+        noisy: Packed latent at `t`, "B I 64".
+        velocity: The model's answer to it, "B I 64".
+        kept: Image keys and values of the layers that the intervention kept, for each pass.
+        watched: Queries and keys of the layers that the intervention watched.
     """
 
     t: float
     t_next: float
     noisy: Tensor
     velocity: Tensor
-    kept: dict[int, KeysValues]
-    kept_negative: dict[int, KeysValues] | None = None
+    kept: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -199,82 +252,111 @@ class Step:
         return self.noisy - self.t * self.velocity
 
 
-def noise_levels(t: float, img: Tensor) -> Tensor:
-    """The same noise level for all rows, "B"."""
-    return torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
+class VelocityModel(Protocol):
+    """What samplers need of the transformer: `flux.model.Flux`, or one whose tokens are shared by processes."""
+
+    def observe(
+        self,
+        inputs: Inputs,
+        intervention: Intervention = NOTHING,
+        *,
+        start: Streams | None = None,
+        mods: Sequence[Tensor] | None = None,
+        cache: StepCache | None = None,
+    ) -> tuple[Tensor, Recorded]:
+        """The velocity, and what the intervention keeps and watches."""
+        ...
+
+    def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
+        """Both streams on their way into each layer."""
+        ...
+
+    def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
+        """The modulations of each layer and of the last one."""
+        ...
+
+
+def model_inputs(img: Tensor, img_ids: Tensor, cond: Conditioning, t: float) -> Inputs:
+    """The transformer's inputs for the latent `img` at noise level t, the same in all rows."""
+    levels = torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
+    ids = img_ids[:1].expand(img.shape[0], -1, -1)
+    return Inputs(img, ids, cond.txt, cond.txt_ids, levels, cond.vec, cond.guidance)
+
+
+def _modulations_at(cond: Conditioning, t: float) -> list[Tensor] | None:
+    return cond.modulations.at(t) if cond.modulations else None
 
 
 def streams(
-    model: Flux, img: Tensor, img_ids: Tensor, cond: Conditioning, t: float
-) -> list[tuple[Streams, Streams | None]]:
-    """What enters each layer at noise level t, in the pass itself and in the negative one, if any."""
-
-    def of_pass(cond: Conditioning) -> list[Streams]:
-        ids = (img_ids, cond.txt, cond.txt_ids)
-        given = (noise_levels(t, img), cond.vec, cond.guidance)
-        return model.streams(img, *ids, *given, mods=cond.mods.get(t))
-
-    own = of_pass(cond)
-    return list(zip(own, of_pass(cond.negative) if cond.negative else [None] * len(own)))
+    model: VelocityModel, img: Tensor, img_ids: Tensor, cond: Conditioning, t: float
+) -> list[Passes[Streams]]:
+    """The streams into each layer at noise level t, for each pass."""
+    passes = Passes(cond, cond.negative).map(
+        lambda cond: model.streams(model_inputs(img, img_ids, cond, t), _modulations_at(cond, t))
+    )
+    return [Passes(*each) for each in zip(*passes)]
 
 
 def euler_step(
-    model: Flux,
+    model: VelocityModel,
     img: Tensor,
     img_ids: Tensor,
     cond: Conditioning,
     t: float,
     t_next: float,
-    intervention: Intervention = NOTHING,
-    start: tuple[Streams | None, Streams | None] = (None, None),
+    intervention: Intervention | Passes[Intervention] = NOTHING,
+    start: Passes[Streams] | None = None,
     cache: StepCache | None = None,
 ) -> Step:
-    """One step of Euler's method from the packed latent `img` ("B I 64") at noise level t to t_next.
+    """One step of Euler's method from the packed latent `img` at noise level t to t_next.
 
     Args:
-        img_ids: positions of the image tokens, the same in all rows, "B I 3" or "1 I 3".
-        start: streams to begin with instead of at layer 0, in the pass itself and in the negative one; see
-            `streams`.
-        cache: see `sample`; not used with a negative pass.
+        model: The transformer.
+        img: Packed latent, "B I 64".
+        img_ids: Positions of the image tokens, the same in all rows, "B I 3" or "1 I 3".
+        cond: Prompts and guidance.
+        t: Noise level of `img`.
+        t_next: Noise level to go to.
+        intervention: One for both passes, or one for each. If one for both watches, only the prompt's pass
+            is watched.
+        start: Streams to begin with instead of at layer 0, see `streams`.
+        cache: See `sample`. Not used with a negative pass.
     """
 
-    # The negative pass would need one of its own.
-    used = None if cond.negative else cache
+    def observe(img, cond, intervention, start, cache=None):
+        inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
+        return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
 
-    def ask(img: Tensor, cond: Conditioning, intervention: Intervention, start: Streams | None):
-        ids = (img_ids[:1].expand(img.shape[0], -1, -1), cond.txt, cond.txt_ids)
-        given = (noise_levels(t, img), cond.vec, cond.guidance)
-        return model.observe(img, *ids, *given, intervention, start, cond.mods.get(t), used)
-
+    each = intervention if isinstance(intervention, Passes) else Passes(intervention)
+    first, second = (start.positive, start.negative) if start else (None, None)
     if cond.negative is None:
-        velocity, found = ask(img, cond, intervention, start[0])
-        return Step(t, t_next, img, velocity, found.kept, None, found.watched)
-    batch = img.shape[0]
+        velocity, found = observe(img, cond, each.positive, first, cache)
+        return Step(t, t_next, img, velocity, Passes(found.kept), found.watched)
+
+    other = each.negative or replace(each.positive, watch=frozenset())
     if in_one_batch(img):
-        first = start[0] and start[0].stacked(start[1], batch)
-        both = (cond.with_negative(), intervention.of_both_passes(), first)
-        velocities, found = ask(img.repeat(2, 1, 1), *both)
+        batch = img.shape[0]
+        if first and second:
+            first = first.expanded(batch).stacked(second.expanded(batch))
+        conds, interventions = cond.stacked(cond.negative), each.positive.stacked(other)
+        velocities, found = observe(img.repeat(2, 1, 1), conds, interventions, first)
         velocity, away = velocities.chunk(2)
-        kept, kept_negative = (
-            {layer: (k[rows], v[rows]) for layer, (k, v) in found.kept.items()}
-            for rows in (slice(batch), slice(batch, None))
-        )
-        watched = {layer: (q[:batch], k[:batch]) for layer, (q, k) in found.watched.items()}
+        found, found_negative = found.rows(slice(batch)), found.rows(slice(batch, None))
     else:
-        velocity, found = ask(img, cond, intervention, start[0])
-        away, found_negative = ask(img, cond.negative, intervention.of_negative_pass(), start[1])
-        kept, kept_negative, watched = found.kept, found_negative.kept, found.watched
-    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, kept_negative, watched)
+        velocity, found = observe(img, cond, each.positive, first)
+        away, found_negative = observe(img, cond.negative, other, second)
+    kept = Passes(found.kept, found_negative.kept)
+    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, found.watched)
 
 
-ONE_BATCH = 2**14  # image tokens of both passes, those of four pictures of 1024x1024
+ONE_BATCH = 2**14  # image tokens of both passes, those of four images of 1024x1024
 
 
 def in_one_batch(img: Tensor) -> bool:
     """Whether both passes of true guidance go through the model as one batch.
 
-    On a GPU, where two small batches take longer than one, up to `ONE_BATCH` image tokens. That is a fixed
-    number, and not what memory happens to be free, so that a run repeats bit for bit.
+    On a GPU, where two small batches take longer than one, up to `ONE_BATCH` image tokens. The limit is a
+    constant, not the free memory, so that runs repeat bit for bit.
     """
     return img.device.type != "cpu" and 2 * img.shape[0] * img.shape[1] <= ONE_BATCH
 
@@ -306,12 +388,12 @@ def guided(img: Tensor, t: float, velocity: Tensor, away: Tensor, cond: Conditio
 
 
 def sample(
-    model: Flux,
+    model: VelocityModel,
     img: Tensor,
     img_ids: Tensor,
     cond: Conditioning,
     timesteps: Sequence[float],
-    interventions: Intervention | Iterable[Intervention] = NOTHING,
+    interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
     cache: StepCache | None = None,
 ) -> Iterator[Step]:
     """Euler's method, step by step: yields each of the len(timesteps) - 1 steps as soon as it is taken.
@@ -337,7 +419,7 @@ def sample(
 
 
 def denoise(
-    model: Flux,
+    model: VelocityModel,
     img: Tensor,
     img_ids: Tensor,
     txt: Tensor,

@@ -1,21 +1,23 @@
 """The two kinds of transformer block of FLUX.1 and the parts they are made of.
 
-Shapes: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size, C = H D channels. Attribute
-    names are keys of the published checkpoints and stay as they are.
+Shapes: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size, C = H D channels, M hidden
+channels of the MLP. Attribute names are keys of the published checkpoints and stay as they are.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux.math import Exchange, KeysValues, attend, one_sequence, rope
-from flux.modules.linear import in_parts
-from flux.modules.norms import ModulationOut, QKNorm, layer_norm
+from flux.math import PLAIN, AttentionEdit, KeysValues, QueriesKeysValues, attend, join_streams, rope
+from flux.modules.linear import AnyLinear, can_project_rows, project_rows
+from flux.modules.norms import ModulationOut, QKNorm, layer_norm, split_modulation
 from flux.modules.norms import RMSNorm as RMSNorm  # upstream's import path
-from flux.modules.ops import has_kernel, modulated
-from flux.modules.projections import Apart, begun, blend, replaces
+from flux.modules.ops import Rounded
+from flux.modules.projections import feed_forward, gelu_linear, kv_heads, modulate, q_heads, qkv_heads
 
 
 class EmbedND(nn.Module):
@@ -35,10 +37,13 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000, time_fact
     """Cosines, then sines, of `time_factor * t` at `dim // 2` frequencies from 1 down to 1 / max_period.
 
     Args:
-        t: noise levels 0..1 or guidance scales, "B".
+        t: Noise levels 0..1 or guidance scales, "B".
+        dim: Number of channels of the embedding.
+        max_period: Period of the lowest frequency, divided by 2 pi.
+        time_factor: Factor of `t`.
 
     Returns:
-        "B dim", in the dtype of `t` if that is a floating one.
+        "B dim", in the dtype of `t` if that is a floating-point one.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32) / half
@@ -62,19 +67,38 @@ class MLPEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream into and out of attention. The attention itself spans both streams (the
-    block's).
+    """The projections of one stream into and out of attention.
+
+    In the model, the attention itself spans both streams: see `DoubleStreamBlock.joint_attention`.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.qkv: AnyLinear = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj: AnyLinear = nn.Linear(dim, dim)
         self.norm = QKNorm(dim // num_heads)
 
     def forward(self, x: Tensor, pe: Tensor) -> Tensor:
         """Attention of the stream to itself alone: "B N C" -> "B N C"."""
-        return self.proj(attend(*Apart.heads(self.qkv, self.norm, x, pe, self.num_heads)))
+        return self.proj(attend(*self.heads(x, pe)))
+
+    def heads(self, x: Tensor | Rounded, pe: Tensor) -> QueriesKeysValues:
+        """Normalised and rotated queries and keys, and values: "B N C" -> three times "B H N D"."""
+        return qkv_heads(self.qkv(x), self.norm, pe, self.num_heads)
+
+    def lazy_heads(
+        self, x: Tensor | Rounded, pe: Tensor, split: bool
+    ) -> tuple[Callable[[], Tensor], Callable[[], KeysValues]]:
+        """Functions that return the queries, and the keys and values, of `heads`.
+
+        With `split`, each of them projects its own part when it is called.
+        """
+        if split and can_project_rows(self.qkv):
+            args = self.qkv, self.norm, x, pe, self.num_heads
+            return partial(q_heads, *args), partial(kv_heads, *args)
+        q, k, v = self.heads(x, pe)
+        return lambda: q, lambda: (k, v)
 
 
 class Modulation(nn.Module):
@@ -82,32 +106,26 @@ class Modulation(nn.Module):
 
     def __init__(self, dim: int, double: bool):
         super().__init__()
-        self.num_parts = 6 if double else 3
-        self.lin = nn.Linear(dim, self.num_parts * dim)
+        self.num_branches = 2 if double else 1
+        self.lin = nn.Linear(dim, 3 * self.num_branches * dim)
 
     def project(self, vec: Tensor) -> Tensor:
-        """All parts behind one another, "B parts*C"."""
+        """The modulations of all branches side by side: "B C" -> "B branches*3C"."""
         return self.lin(F.silu(vec))
 
-    def split(self, parts: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
-        each = parts.unsqueeze(1).chunk(self.num_parts, dim=-1)
-        return ModulationOut(*each[:3]), ModulationOut(*each[3:]) if self.num_parts == 6 else None
-
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
-        return self.split(self.project(vec))
+        first, *second = split_modulation(self.project(vec), self.num_branches)
+        return first, second[0] if second else None
 
 
 class Block(nn.Module):
-    """What both kinds have in common.
+    """A transformer block, of which the model calls `run`."""
 
-    Attributes:
-        products: how its products are made on a card, `Apart` or `flux.modules.projections_hopper.Joined`.
-    """
+    run: Callable
 
-    products: type[Apart] = Apart
-
-    def products_for(self, x: Tensor) -> type[Apart]:
-        return self.products if has_kernel(x) else Apart
+    def compile(self, **options) -> None:
+        """Compile `run` with torch.compile, given its options."""
+        self.run = torch.compile(self.run, **options)
 
 
 class DoubleStreamBlock(Block):
@@ -117,66 +135,69 @@ class DoubleStreamBlock(Block):
         super().__init__()
         mlp_hidden_dim = int(hidden_size * mlp_ratio)
         self.num_heads, self.hidden_size = num_heads, hidden_size
-        for stream in ("img", "txt"):
-            expand, contract = nn.Linear(hidden_size, mlp_hidden_dim), nn.Linear(mlp_hidden_dim, hidden_size)
-            parts = {
-                "mod": Modulation(hidden_size, double=True),
-                "norm1": layer_norm(hidden_size),
-                "attn": SelfAttention(hidden_size, num_heads, qkv_bias),
-                "norm2": layer_norm(hidden_size),
-                "mlp": nn.Sequential(expand, nn.GELU(approximate="tanh"), contract),
-            }
-            for name, part in parts.items():
-                self.add_module(f"{stream}_{name}", part)
+
+        self.img_mod = Modulation(hidden_size, double=True)
+        self.img_norm1 = layer_norm(hidden_size)
+        self.img_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.img_norm2 = layer_norm(hidden_size)
+        self.img_mlp = _mlp(hidden_size, mlp_hidden_dim)
+
+        self.txt_mod = Modulation(hidden_size, double=True)
+        self.txt_norm1 = layer_norm(hidden_size)
+        self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
+        self.txt_norm2 = layer_norm(hidden_size)
+        self.txt_mlp = _mlp(hidden_size, mlp_hidden_dim)
 
     def modulate(self, vec: Tensor) -> Tensor:
-        """What `forward` takes for `mod`: the image's modulation, then the text's, "B 12C"."""
+        """The modulations that `run` takes, the image's first: "B C" -> "B 12C"."""
         return torch.cat((self.img_mod.project(vec), self.txt_mod.project(vec)), dim=-1)
 
-    def forward(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        vec: Tensor,
-        pe: Tensor,
-        given: KeysValues | None = None,
-        keep: bool = False,
-        weight: Tensor | None = None,
-        mod: Tensor | None = None,
-        exchange: Exchange | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Both streams one layer on: img "B I C", txt "B T C", vec "B C", pe "B 1 N D/2 2 2" (text first).
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams one layer on, as upstream calls it: `run` with the modulations of `vec`, "B C"."""
+        img, txt, _ = self.run(img, txt, self.modulate(vec), pe)
+        return img, txt
+
+    def run(
+        self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor, edit: AttentionEdit = PLAIN
+    ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
+        """Both streams one layer on, and the queries, keys and values if `edit` records them.
 
         Args:
-            given: the image stream attends to these image keys and values instead of its own.
-            keep: return queries, keys and values of all tokens, as they were used, as a third value.
-            weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
-            mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            exchange: for tokens that are a share of all, see `flux.runtime.parallel`.
+            img: Image stream, "B I C".
+            txt: Text stream, "B T C".
+            mod: What `modulate` returns, "B 12C" or "1 12C".
+            pe: Rotations, text first, "B 1 N D/2 2 2".
+            edit: What changes in the attention.
         """
-        num_txt, products = txt.shape[1], self.products_for(img)
-        img_mod, txt_mod = (self.modulate(vec) if mod is None else mod).chunk(2, dim=-1)
-        img_mod1, img_mod2 = self.img_mod.split(img_mod)
-        txt_mod1, txt_mod2 = self.txt_mod.split(txt_mod)
+        img_mod1, img_mod2, txt_mod1, txt_mod2 = split_modulation(mod, 4)
+        img_in = modulate(self.img_norm1, img, img_mod1, self.img_attn.qkv)
+        txt_in = modulate(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
+        img_attn, txt_attn, qkv = self.joint_attention(img_in, txt_in, pe, edit)
 
-        img_in = modulated(self.img_norm1, img, img_mod1, self.img_attn.qkv)
-        txt_in = modulated(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
-        own = self.txt_attn, txt_in, self.img_attn, img_in, pe
-        q, k, v, whole = products.heads_of_both(*own, given, weight, exchange)
-        mixed = products.attend(q, *whole())
-        txt_mixed, img_mixed = mixed[:, :num_txt], mixed[:, num_txt:]
+        # addcmul(x, gate, y) is x + gate * y.
+        img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attn))
+        img_in = modulate(self.img_norm2, img, img_mod2, self.img_mlp[0])
+        img = torch.addcmul(img, img_mod2.gate, feed_forward(self.img_mlp, img_in))
 
-        img = products.added(img, img_mod1.gate, self.img_attn.proj, img_mixed)
-        img = self._feed_forward("img", img, img_mod2, products)
-        txt = products.added(txt, txt_mod1.gate, self.txt_attn.proj, txt_mixed)
-        txt = self._feed_forward("txt", txt, txt_mod2, products)
-        return (img, txt, (q, k, v)) if keep else (img, txt)
+        txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
+        txt_in = modulate(self.txt_norm2, txt, txt_mod2, self.txt_mlp[0])
+        txt = torch.addcmul(txt, txt_mod2.gate, feed_forward(self.txt_mlp, txt_in))
+        return img, txt, qkv
 
-    def _feed_forward(self, stream: str, x: Tensor, mod: ModulationOut, products: type[Apart]) -> Tensor:
-        """One stream, "B N C", and on it what its MLP makes of it."""
-        expand, _, contract = getattr(self, f"{stream}_mlp")
-        x_in = modulated(getattr(self, f"{stream}_norm2"), x, mod, expand)
-        return products.contracted(x, mod.gate, contract, products.hidden(expand, x_in))
+    def joint_attention(
+        self, img: Tensor | Rounded, txt: Tensor | Rounded, pe: Tensor, edit: AttentionEdit
+    ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
+        """Attention of both streams to both: "B I C" and "B T C", and what `edit` records."""
+        num_txt = txt.shape[1]
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt, pe[:, :, :num_txt])
+        img_q, own_kv = self.img_attn.lazy_heads(img, pe[:, :, num_txt:], edit.splits_qkv)
+        img_k, img_v = edit.whole_kv or edit.inject(*own_kv())  # Stable Flow, section 3.2
+        k, v = join_streams(txt_k, img_k), join_streams(txt_v, img_v)
+
+        wait = edit.start_exchange(k, v)
+        q = join_streams(txt_q, img_q())
+        attn = attend(q, *wait())
+        return attn[:, num_txt:], attn[:, :num_txt], (q, k, v) if edit.record else None
 
 
 class SingleStreamBlock(Block):
@@ -189,67 +210,64 @@ class SingleStreamBlock(Block):
         self.hidden_dim = hidden_size
         self.num_heads = num_heads
         self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
-        # One projection for queries, keys, values and the MLP's first half, one for both ways back.
-        self.linear1 = nn.Linear(hidden_size, hidden_size * 3 + self.mlp_hidden_dim)
-        self.linear2 = nn.Linear(hidden_size + self.mlp_hidden_dim, hidden_size)
+        # One projection to queries, keys, values and the MLP's hidden channels, one back from attention and MLP.
+        self.linear1: AnyLinear = nn.Linear(hidden_size, hidden_size * 3 + self.mlp_hidden_dim)
+        self.linear2: AnyLinear = nn.Linear(hidden_size + self.mlp_hidden_dim, hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
         self.pre_norm = layer_norm(hidden_size)
         self.modulation = Modulation(hidden_size, double=False)
 
     def modulate(self, vec: Tensor) -> Tensor:
-        """What `forward` takes for `mod`, "B 3C"."""
+        """The modulations that `run` takes: "B C" -> "B 3C"."""
         return self.modulation.project(vec)
 
-    def forward(
-        self,
-        x: Tensor,
-        vec: Tensor,
-        pe: Tensor,
-        given: KeysValues | None = None,
-        keep: bool = False,
-        num_txt: int = 0,
-        weight: Tensor | None = None,
-        mod: Tensor | None = None,
-        exchange: Exchange | None = None,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The sequence one layer on: x "B N C" with its `num_txt` text tokens first, vec "B C", pe "B 1 N D/2
-        2 2".
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        """The sequence one layer on, as upstream calls it: `run` with the modulations of `vec`, "B C"."""
+        return self.run(x, self.modulate(vec), pe)[0]
+
+    def run(
+        self, x: Tensor, mod: Tensor, pe: Tensor, num_txt: int = 0, edit: AttentionEdit = PLAIN
+    ) -> tuple[Tensor, QueriesKeysValues | None]:
+        """The sequence one layer on, and the queries, keys and values if `edit` records them.
 
         Args:
-            given: all tokens attend to these image keys and values instead of the sequence's own.
-            keep: return queries, keys and values of all tokens, as they were used, as a second value.
-            num_txt: where the image tokens begin; needed with `given` only.
-            weight: how far the given ones replace its own, in a shape that fits "B H I D"; None: wholly.
-            mod: what `modulate` made of `vec`, of each row or one for all; None: it is made here.
-            exchange: for tokens that are a share of all, see `flux.runtime.parallel`.
+            x: Text and image tokens, "B N C".
+            mod: What `modulate` returns, "B 3C" or "1 3C".
+            pe: Rotations, "B 1 N D/2 2 2".
+            num_txt: Number of text tokens, T. Needed only if `edit` injects.
+            edit: What changes in the attention.
         """
-        products = self.products_for(x)
-        own, _ = self.modulation.split(self.modulate(vec) if mod is None else mod)
-        x_in = modulated(self.pre_norm, x, own, self.linear1)
-        projection = self.linear1, self.norm, x_in, pe, self.num_heads
+        (own_mod,) = split_modulation(mod, 1)
+        x_in = modulate(self.pre_norm, x, own_mod, self.linear1)
+        q, k, v, hidden = self.project(x_in, pe, num_txt, edit)
+        if edit.kv:  # Stable Flow, section 3.2
+            img_k, img_v = edit.inject(k[:, :, num_txt:], v[:, :, num_txt:])
+            k, v = join_streams(k[:, :, :num_txt], img_k), join_streams(v[:, :, :num_txt], img_v)
 
-        hidden = None
-        if replaces(given, weight) and in_parts(self.linear1):
-            q = products.queries(*projection)
-            of_txt = x_in[:, :num_txt], pe[:, :, :num_txt], self.num_heads
-            txt_k, txt_v = products.keys_values(self.linear1, self.norm, *of_txt)
-            k, v = one_sequence(txt_k, given[0]), one_sequence(txt_v, given[1])
+        wait = edit.start_exchange(k, v)
+        mlp_in = hidden()
+        attn = attend(q, *wait())
+        x = torch.addcmul(x, own_mod.gate, gelu_linear(self.linear2, mlp_in, attn))  # x + gate * y
+        return x, (q, k, v) if edit.record else None
+
+    def project(
+        self, x: Tensor | Rounded, pe: Tensor, num_txt: int, edit: AttentionEdit
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
+        """Queries, keys, values, and a function that returns the MLP's hidden channels, "B N M".
+
+        Image keys and values that `edit` replaces are left out.
+        """
+        width, args = 3 * self.hidden_dim, (self.linear1, self.norm)
+        if not (edit.splits_qkv and can_project_rows(self.linear1)):
+            qkv, hidden = self.linear1(x).split((width, self.mlp_hidden_dim), dim=-1)
+            return *qkv_heads(qkv, self.norm, pe, self.num_heads), lambda: hidden
+        if edit.whole_kv:
+            q = q_heads(*args, x, pe, self.num_heads)
+            k, v = kv_heads(*args, x[:, :num_txt], pe[:, :, :num_txt], self.num_heads)
         else:
-            if exchange and in_parts(self.linear1):
-                q, k, v = products.heads(*projection, of_more=True)
-            else:
-                q, k, v, hidden = products.heads_and_hidden(*projection)
-            if given is not None:
-                mixed = (blend(x[:, :, num_txt:], part, weight) for x, part in zip((k, v), given))
-                k, v = (one_sequence(x[:, :, :num_txt], part) for x, part in zip((k, v), mixed))
-
-        # What the MLP needs is computed while the exchange is under way.
-        whole = begun(exchange, k, v)
-        if hidden is None:
-            hidden = products.hidden(self.linear1, x_in, 3 * self.hidden_dim)
-        mixed = products.attend(q, *whole(), products.room(hidden, self.hidden_dim))
-        x = products.contracted(x, own.gate, self.linear2, hidden, mixed)
-        return (x, (q, k, v)) if keep else x
+            qkv = project_rows(self.linear1, x, 0, width)
+            q, k, v = qkv_heads(qkv, self.norm, pe, self.num_heads)
+        return q, k, v, partial(project_rows, self.linear1, x, width)
 
 
 class LastLayer(nn.Module):
@@ -262,10 +280,18 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def modulate(self, vec: Tensor) -> Tensor:
-        """What `forward` takes for `mod`, "B 2C"."""
+        """The shift and scale that `forward` takes: "B C" -> "B 2C"."""
         return self.adaLN_modulation(vec)
 
-    def forward(self, x: Tensor, vec: Tensor, mod: Tensor | None = None) -> Tensor:
-        """ "B I C" -> "B I channels"."""
-        shift, scale = (self.modulate(vec) if mod is None else mod).unsqueeze(1).chunk(2, dim=-1)
+    def forward(self, x: Tensor, vec: Tensor | None = None, mod: Tensor | None = None) -> Tensor:
+        """ "B I C" -> "B I channels", modulated by `mod`, or else by the modulations of `vec`."""
+        if mod is None:
+            if vec is None:
+                raise ValueError("Got neither vec nor its modulations: give one of them")
+            mod = self.modulate(vec)
+        shift, scale = mod.unsqueeze(1).chunk(2, dim=-1)
         return self.linear((1 + scale) * self.norm_final(x) + shift)
+
+
+def _mlp(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))

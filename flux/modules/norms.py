@@ -33,15 +33,19 @@ class QKNorm(nn.Module):
 
 @dataclass
 class ModulationOut:
-    """Shift, scale and gate of one residual branch, "B 1 C" each."""
+    """Shift, scale and gate of one residual branch, "B 1 C" each: x + gate * f((1 + scale) * norm(x) + shift)."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
-    def applied_to(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, 1 + self.scale)
+
+def split_modulation(mod: Tensor, count: int) -> list[ModulationOut]:
+    """Cut the modulations of `count` residual branches, "B count*3C", into one for each branch."""
+    parts = mod.unsqueeze(1).chunk(3 * count, dim=-1)
+    return [ModulationOut(*parts[i : i + 3]) for i in range(0, 3 * count, 3)]
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
+    """The layer norm before a modulation, which has no scale and shift of its own."""
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)

@@ -1,70 +1,82 @@
-"""What lies between the products of a block, each in one pass over memory where a kernel is to be had.
+"""The operations between a block's linear layers, each one pass over memory where a Triton kernel serves it.
 
-Kernels serve CUDA tensors that want no gradients; everything else, and their tests, the plain PyTorch here.
+The kernels (`flux.modules.ops_triton`) serve CUDA tensors that need no gradients. Everything else, and the
+kernels' tests, use the plain PyTorch here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux.math import apply_rope, rotate
+from flux.math import rotate
+from flux.modules.float8 import E4M3, E4M3_MAX
 
-if TYPE_CHECKING:
-    from flux.modules.norms import ModulationOut, QKNorm, RMSNorm
-
-# Triton comes with the builds of torch that know cards.
+# Triton comes with torch's builds for GPUs.
 if torch.backends.cuda.is_built() and find_spec("triton"):
     from flux.modules import ops_triton
 else:
     ops_triton = None
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
+OLDEST_GPU = (8, 0)  # CUDA compute capability that Triton supports: Ampere and later
 
 
-FIRST_CARD = (8, 0)  # CUDA compute capability that Triton knows: Ampere and later
-_able: bool | None = None
+@cache
+def gpu_capability() -> tuple[int, int]:
+    """The CUDA compute capability of the current GPU, asked once."""
+    return torch.cuda.get_device_capability()
 
 
-def _card_is_able() -> bool:
-    global _able
-    if _able is None:
-        _able = torch.cuda.get_device_capability() >= FIRST_CARD
-    return _able
+def gpu_runs_triton() -> bool:
+    """Whether Triton supports the current GPU."""
+    return gpu_capability() >= OLDEST_GPU
 
 
 def prepare_compiling() -> None:
-    """A compiler that traces the blocks is to ask once for the card, and not look into the question."""
+    """Make `gpu_runs_triton` a constant for torch.compile."""
     # Not as a decorator, which would import the compiler with this module: more than a second.
-    torch.compiler.assume_constant_result(_card_is_able)
+    torch.compiler.assume_constant_result(gpu_runs_triton)
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether `x` is treated by our kernels."""
-    return ops_triton is not None and x.is_cuda and not torch.is_grad_enabled() and _card_is_able()
+    """Whether a Triton kernel serves `x`."""
+    return ops_triton is not None and x.is_cuda and not torch.is_grad_enabled() and gpu_runs_triton()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Serves no tensor with a kernel inside the block: passes with and without gradients then round alike."""
+    global ops_triton
+    kernels, ops_triton = ops_triton, None
+    try:
+        yield
+    finally:
+        ops_triton = kernels
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3, each over a scale of its own that brings its largest number to the largest there is.
+    """Round to e4m3, each row divided by a scale that brings its largest number to the largest of e4m3.
 
     Returns:
         "... columns" in e4m3, and the scales, "... 1", in float32.
     """
-    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """A stream that is `rounded` already, for linear layers whose `takes_rounded` is true.
+    """A tensor rounded to e4m3, as linear layers take it that compute in 8 bits.
 
     Attributes:
-        packed: "B N C" in e4m3; scale: "B N 1", in float32.
-        dtype: what it was rounded from.
+        packed: "B N C" in e4m3.
+        scale: Scale of each row, "B N 1", in float32.
+        dtype: Dtype of the tensor before it was rounded, in which the linear layer answers.
     """
 
     packed: Tensor
@@ -73,58 +85,84 @@ class Rounded:
 
     @classmethod
     def of(cls, x: Tensor) -> "Rounded":
-        made = ops_triton.join(x, None, True) if has_kernel(x) and x.ndim == 3 else rounded(x)
-        return cls(*made, x.dtype)
+        """Round `x`, "... C"."""
+        if ops_triton is not None and has_kernel(x) and x.ndim == 3:
+            return cls(*ops_triton.concat_gelu(x, None, True), x.dtype)
+        return cls(*rounded(x), x.dtype)
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the tensor that was rounded."""
         return self.packed.shape
 
     def new_empty(self, *shape: int) -> Tensor:
-        """As of the tensor that was rounded."""
+        """An uninitialised tensor of the dtype that was rounded."""
         return self.scale.new_empty(*shape, dtype=self.dtype)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> "Rounded":
         return Rounded(self.packed[index], self.scale[index], self.dtype)
 
 
-def norm_and_turn(norm: "QKNorm", q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, normalised and turned by `pe` ("B 1 N D/2 2 2"): "B H N D" three times -> twice."""
-    if _turns(q):
-        query, key = norm.query_norm, norm.key_norm
-        return ops_triton.norm_and_turn(pe, query.eps, q, query.scale, k, key.scale)
-    return apply_rope(*norm(q, k, v), pe)
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, eps: float, pe: Tensor
+) -> tuple[Tensor, Tensor]:
+    """RMS-normalise queries and keys per head, then rotate them by `pe`.
+
+    Args:
+        q: Queries, "B H N D".
+        k: Keys, "B H N D".
+        q_scale: Scale of the queries' norm, "D".
+        k_scale: Scale of the keys' norm, "D".
+        eps: Added to the mean square.
+        pe: Rotations, "B 1 N D/2 2 2".
+    """
+    if ops_triton is not None and _serves_heads(q):
+        return ops_triton.qk_norm_rope(pe, eps, q, q_scale, k, k_scale)
+    return _norm_rope(q, q_scale, eps, pe), _norm_rope(k, k_scale, eps, pe)
 
 
-def norm_and_turn_one(norm: "RMSNorm", x: Tensor, pe: Tensor) -> Tensor:
-    """Queries or keys alone as `norm_and_turn` makes them, "B H N D"."""
-    if _turns(x):
-        return ops_triton.norm_and_turn(pe, norm.eps, x, norm.scale)[0]
-    return rotate(norm(x), pe)
+def norm_rope(x: Tensor, scale: Tensor, eps: float, pe: Tensor) -> Tensor:
+    """Queries or keys alone, "B H N D", as `qk_norm_rope` makes them."""
+    if ops_triton is not None and _serves_heads(x):
+        return ops_triton.qk_norm_rope(pe, eps, x, scale)[0]
+    return _norm_rope(x, scale, eps, pe)
 
 
-def _turns(x: Tensor) -> bool:
+def _norm_rope(x: Tensor, scale: Tensor, eps: float, pe: Tensor) -> Tensor:
+    return rotate(F.rms_norm(x, scale.shape, scale, eps=eps).to(x.dtype), pe)
+
+
+def _serves_heads(x: Tensor) -> bool:
+    """Whether the head size is a power of two, as the kernel needs it."""
     return has_kernel(x) and x.shape[-1] & (x.shape[-1] - 1) == 0
 
 
-def modulated(norm: nn.LayerNorm, x: Tensor, mod: "ModulationOut", linear: nn.Module) -> Tensor | Rounded:
-    """The stream "B N C", normalised and modulated, on its way into `linear`."""
-    if not has_kernel(x):
-        return mod.applied_to(norm(x))
-    return _made(x, linear, ops_triton.modulate, x, mod.shift, mod.scale, norm.eps)
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool) -> Tensor | Rounded:
+    """(1 + scale) * layer_norm(x) + shift.
 
-
-def with_gelu(mixed: Tensor | None, hidden: Tensor, linear: nn.Module) -> Tensor | Rounded:
-    """`mixed`, if any, and behind it the GELU (by tanh) of `hidden`, "B N C" each, on their way into
-    `linear`.
+    Args:
+        x: "B N C".
+        shift: "B 1 C" or "1 1 C".
+        scale: "B 1 C" or "1 1 C".
+        eps: Added to the variance.
+        rounding: Whether the kernel also rounds to e4m3. Plain PyTorch leaves that to the linear layer.
     """
-    if has_kernel(hidden):
-        return _made(hidden, linear, ops_triton.join, mixed, hidden)
-    hidden = F.gelu(hidden, approximate="tanh")
-    return hidden if mixed is None else torch.cat((mixed, hidden), dim=-1)
+    if ops_triton is None or not has_kernel(x):
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    result, scales = ops_triton.norm_modulate(x, shift, scale, eps, rounding)
+    return Rounded(result, scales, x.dtype) if rounding else result
 
 
-def _made(x: Tensor, linear: nn.Module, kernel, *given) -> Tensor | Rounded:
-    rounding = getattr(linear, "takes_rounded", False)
-    result, scale = kernel(*given, rounding)
-    return Rounded(result, scale, x.dtype) if rounding else result
+def concat_gelu(x: Tensor | None, hidden: Tensor, rounding: bool) -> Tensor | Rounded:
+    """Concatenate `x`, if it is given, and the GELU (tanh) of `hidden` along the channels, "B N C" each.
+
+    Args:
+        x: "B N C" or None.
+        hidden: "B N M".
+        rounding: Whether the kernel also rounds to e4m3. Plain PyTorch leaves that to the linear layer.
+    """
+    if ops_triton is None or not has_kernel(hidden):
+        hidden = F.gelu(hidden, approximate="tanh")
+        return hidden if x is None else torch.cat((x, hidden), dim=-1)
+    result, scales = ops_triton.concat_gelu(x, hidden, rounding)
+    return Rounded(result, scales, hidden.dtype) if rounding else result

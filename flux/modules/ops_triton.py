@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = tl.constexpr(torch.finfo(E4M3).max)
+from flux.modules.float8 import E4M3, E4M3_MAX
+
+LARGEST = tl.constexpr(E4M3_MAX)
 HEADS = 8  # treated at once
 
 
 @triton.jit
-def _turned(x, scale, a, b, c, d, dtype, EPS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
+def _norm_rotate(x, scale, a, b, c, d, dtype, EPS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
     x = x.to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / SIZE + EPS) * scale
     # As in plain PyTorch, what is normed is rounded before it is turned.
@@ -23,7 +24,7 @@ def _turned(x, scale, a, b, c, d, dtype, EPS: tl.constexpr, HEADS: tl.constexpr,
 
 
 @triton.jit
-def _norm_and_turn(
+def _qk_norm_rope(
     q, k, from_row, from_token, from_head, new_q, new_k, to_row, to_token, to_head, q_scale, k_scale,
     rotations, rotations_row, NUM_HEADS: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
     HEADS: tl.constexpr, BOTH: tl.constexpr,
@@ -44,13 +45,13 @@ def _norm_and_turn(
         source = row * from_row + token * from_token + head[:, None] * from_head + channel[None, :]
         target = row * to_row + token * to_token + head[:, None] * to_head + channel[None, :]
         own_q = tl.load(q + source, mask=inside)
-        tl.store(new_q + target, _turned(own_q, of_q, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
+        tl.store(new_q + target, _norm_rotate(own_q, of_q, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
         if BOTH:
             own_k = tl.load(k + source, mask=inside)
-            tl.store(new_k + target, _turned(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
+            tl.store(new_k + target, _norm_rotate(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
 
 
-def norm_and_turn(
+def qk_norm_rope(
     pe: Tensor, eps: float, q: Tensor, q_scale: Tensor, k: Tensor | None = None, k_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Queries and keys, or either alone, normalised per head and turned: "B H N D" each, in memory "B N H D".
@@ -66,7 +67,7 @@ def norm_and_turn(
         None if x is None else q.new_empty(batch, tokens, heads, size).transpose(1, 2) for x in (q, k)
     )
     places = [x.stride(axis) for x in (q, new_q) for axis in (0, 2, 1)]
-    _norm_and_turn[(tokens, batch)](
+    _qk_norm_rope[(tokens, batch)](
         q, k, *places[:3], new_q, new_k, *places[3:], q_scale, k_scale,
         pe, 0 if pe.shape[0] == 1 else pe.stride(0), heads, eps, size, HEADS, k is not None,
         num_warps=2,
@@ -84,7 +85,7 @@ def _write(x, largest, result, scales, row, place, inside, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _modulate(
+def _norm_modulate(
     x, x_row, shift, scale, mod_row, tokens, result, scales,
     WIDTH: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +100,7 @@ def _modulate(
     _write(x, tl.max(tl.abs(x), axis=0), result, scales, row, row * WIDTH + channel, inside, ROUND)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool) -> tuple[Tensor, Tensor]:
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool) -> tuple[Tensor, Tensor]:
     """Layer norm, times 1 + scale, plus shift: "B N C" of `x`, and with `rounding` in e4m3 over a scale of
     each row, "B N 1".
 
@@ -109,7 +110,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool
     tokens, width = x.shape[1:]
     rows = x.flatten(0, 1)
     result, scales = _results(x, width, rounding)
-    _modulate[(rows.shape[0],)](
+    _norm_modulate[(rows.shape[0],)](
         rows, rows.stride(0), shift, scale, 0 if shift.shape[0] == 1 else shift.stride(0), tokens,
         result, scales, width, eps, triton.next_power_of_2(width), rounding, num_warps=2,
     )  # fmt: skip
@@ -117,7 +118,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool
 
 
 @triton.jit
-def _join(
+def _concat_gelu(
     mixed, mixed_row, hidden, hidden_row, result, scales,
     MIXED: tl.constexpr, HIDDEN: tl.constexpr, MIXED_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
@@ -138,7 +139,7 @@ def _join(
         _write(y, largest, result, scales, row, place + MIXED + second, second < HIDDEN, ROUND)
 
 
-def join(mixed: Tensor | None, hidden: Tensor | None, rounding: bool) -> tuple[Tensor, Tensor]:
+def concat_gelu(mixed: Tensor | None, hidden: Tensor | None, rounding: bool) -> tuple[Tensor, Tensor]:
     """`mixed` and behind it the GELU (by tanh) of `hidden`, "B N C" each, either left out: "B N C", and with
     `rounding` in e4m3 over a scale of each row, "B N 1".
     """
@@ -147,7 +148,7 @@ def join(mixed: Tensor | None, hidden: Tensor | None, rounding: bool) -> tuple[T
     widths = [0 if x is None else x.shape[-1] for x in (mixed, hidden)]
     result, scales = _results(one, sum(widths), rounding)
     blocks = [triton.next_power_of_2(max(1, width)) for width in widths]
-    _join[(one.shape[0] * one.shape[1],)](
+    _concat_gelu[(one.shape[0] * one.shape[1],)](
         rows[0], rows[0].stride(-2), rows[1], rows[1].stride(-2), result, scales, *widths, *blocks, rounding,
         num_warps=2 if sum(widths) <= 4096 else 8,
     )  # fmt: skip

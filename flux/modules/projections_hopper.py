@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flux.modules.layers import Modulation
+from flux.math import PLAIN as PLAIN_EDIT
+from flux.math import AttentionEdit, QueriesKeysValues
+from flux.modules.layers import DoubleStreamBlock, Modulation, SingleStreamBlock
 from flux.modules.linear import Fp8Linear
-from flux.modules.norms import RMSNorm
-from flux.modules.ops import Rounded
-from flux.modules.projections import Apart, begun, replaces, split_heads
+from flux.modules.norms import QKNorm, RMSNorm, split_modulation
+from flux.modules.ops import Rounded, has_kernel
+from flux.modules.projections import modulate, split_heads
 
 # Before the import, for it is read there.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -275,95 +277,157 @@ def _rooms(x: Tensor | Rounded, tokens: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(batch, tokens, 2 * width), x.new_empty(batch, tokens, width)
 
 
-class Joined(Apart):
-    """As `Apart`, each product with what follows it."""
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    """`flux.math.attend` by flash-attn-4, written to `out`, "B N C", if it is given."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if out is None:
+        return _flash_attn_fwd(q, k, v)[0].flatten(2)
+    _flash_attn_fwd(q, k, v, out=out.unflatten(-1, q.shape[2:]))
+    return out
 
-    @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        place = None if out is None else out.unflatten(-1, q.shape[2:])
-        mixed = _flash_attn_fwd(q, k, v, out=place)[0]
-        return mixed.flatten(2) if out is None else out
 
-    @classmethod
-    def heads(cls, linear, norm, x, pe, num_heads, of_more=False):
-        return cls._heads(linear, norm, x, _table(pe), num_heads, *_rooms(x, x.shape[1]))
+def _qk(linear: nn.Module, norm: QKNorm, x: Tensor | Rounded, table: Tensor, num_heads: int, out: Tensor) -> None:
+    """Write normalised and rotated queries and keys to `out`, "B N 2C"."""
+    scale = _scale(num_heads, norm.query_norm, norm.key_norm)
+    _rotated(linear, scale, x, table, slice(0, 2 * x.shape[-1]), out)
 
-    @staticmethod
-    def _heads(linear, norm, x, table, num_heads, qk, v):
-        """`heads`, written to "B N 2C" and "B N C"."""
-        width, scale = x.shape[-1], _scale(num_heads, norm.query_norm, norm.key_norm)
-        _rotated(linear, scale, x, table, slice(0, 2 * width), qk)
-        _product(PLAIN, linear, x, slice(2 * width, 3 * width), v)
-        return tuple(split_heads(part, num_heads) for part in (*qk.chunk(2, dim=-1), v))
 
-    @classmethod
-    def heads_of_both(cls, txt_attn, txt, img_attn, img, pe, given, weight, exchange):
-        num_txt, num_heads, width = txt.shape[1], img_attn.num_heads, img.shape[-1]
+def _q(linear: nn.Module, norm: QKNorm, x: Tensor | Rounded, table: Tensor, num_heads: int, out: Tensor) -> None:
+    """Write normalised and rotated queries to `out`, "B N C"."""
+    _rotated(linear, _scale(num_heads, norm.query_norm), x, table, slice(0, x.shape[-1]), out)
+
+
+def _k(linear: nn.Module, norm: QKNorm, x: Tensor | Rounded, table: Tensor, num_heads: int, out: Tensor) -> None:
+    """Write normalised and rotated keys to `out`, "B N C"."""
+    width = x.shape[-1]
+    _rotated(linear, _scale(num_heads, norm.key_norm), x, table, slice(width, 2 * width), out)
+
+
+def _v(linear: nn.Module, x: Tensor | Rounded, out: Tensor) -> None:
+    """Write values to `out`, "B N C"."""
+    width = x.shape[-1]
+    _product(PLAIN, linear, x, slice(2 * width, 3 * width), out)
+
+
+def _add_gated(stream: Tensor, gate: Tensor, linear: nn.Module, x: Tensor | Rounded) -> Tensor:
+    """stream + gate * linear(x), "B N C"."""
+    gate = gate[:, 0].expand(stream.shape[0], -1)
+    return _product(GATED, linear, x, slice(None), stream=stream.contiguous(), gate=gate)
+
+
+def _inject(edit: AttentionEdit, k: Tensor, v: Tensor) -> None:
+    """`AttentionEdit.inject`, in place: "B H I D" each."""
+    for own, injected in zip((k, v), edit.kv or ()):
+        if injected is not None and edit.kv_weight is None:
+            own.copy_(injected)
+        elif injected is not None:
+            own.lerp_(injected, edit.kv_weight)
+
+
+class HopperDoubleBlock(DoubleStreamBlock):
+    """A double-stream block by fused kernels. With gradients, or on a CPU, it is the plain one."""
+
+    def run(
+        self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor, edit: AttentionEdit = PLAIN_EDIT
+    ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
+        """See `DoubleStreamBlock.run`."""
+        if not has_kernel(img):
+            return super().run(img, txt, mod, pe, edit)
+        img_mod1, img_mod2, txt_mod1, txt_mod2 = split_modulation(mod, 4)
+        img_in = modulate(self.img_norm1, img, img_mod1, self.img_attn.qkv)
+        txt_in = modulate(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
+        img_attn, txt_attn, qkv = self.fused_attention(img_in, txt_in, pe, edit)
+
+        img = _add_gated(img, img_mod1.gate, self.img_attn.proj, img_attn)
+        hidden = _hidden(self.img_mlp[0], modulate(self.img_norm2, img, img_mod2, self.img_mlp[0]))
+        img = _add_gated(img, img_mod2.gate, self.img_mlp[2], hidden)
+
+        txt = _add_gated(txt, txt_mod1.gate, self.txt_attn.proj, txt_attn)
+        hidden = _hidden(self.txt_mlp[0], modulate(self.txt_norm2, txt, txt_mod2, self.txt_mlp[0]))
+        txt = _add_gated(txt, txt_mod2.gate, self.txt_mlp[2], hidden)
+        return img, txt, qkv
+
+    def fused_attention(
+        self, img: Tensor | Rounded, txt: Tensor | Rounded, pe: Tensor, edit: AttentionEdit
+    ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
+        """`joint_attention`, its streams projected side by side into the same tensors."""
+        num_txt, width, num_heads = txt.shape[1], img.shape[-1], self.num_heads
         table, (qk, v) = _table(pe), _rooms(img, num_txt + img.shape[1])
-        of_txt = txt_attn.qkv, txt_attn.norm, txt, table[:, :num_txt], num_heads
-        cls._heads(*of_txt, qk[:, :num_txt], v[:, :num_txt])
-        own_qk, own_v, replaced = qk[:, num_txt:], v[:, num_txt:], replaces(given, weight)
-        own = img_attn.qkv, img_attn.norm, img, table[:, num_txt:], num_heads
-        if exchange and not replaced:
-            cls._keys_values(*own, own_qk[..., width:], own_v)
-        elif not replaced:
-            cls._heads(*own, own_qk, own_v)
+        txt_in = self.txt_attn.qkv, self.txt_attn.norm, txt, table[:, :num_txt], num_heads
+        img_in = self.img_attn.qkv, self.img_attn.norm, img, table[:, num_txt:], num_heads
+        _qk(*txt_in, qk[:, :num_txt])
+        _v(self.txt_attn.qkv, txt, v[:, :num_txt])
+        if not edit.splits_qkv:
+            _qk(*img_in, qk[:, num_txt:])
+        elif not edit.whole_kv:
+            _k(*img_in, qk[:, num_txt:, width:])
+        if not edit.whole_kv:
+            _v(self.img_attn.qkv, img, v[:, num_txt:])
         q, k, v = (split_heads(part, num_heads) for part in (*qk.chunk(2, dim=-1), v))
-        for place, other in zip((k[:, :, num_txt:], v[:, :, num_txt:]), given or ()):
-            if other is not None:
-                place.copy_(other) if weight is None else place.lerp_(other, weight)
-        whole = begun(exchange, k, v)
-        if exchange or replaced:
-            cls._queries(*own, own_qk[..., :width])
-        return q, k, v, whole
+        _inject(edit, k[:, :, num_txt:], v[:, :, num_txt:])
 
-    @classmethod
-    def heads_and_hidden(cls, linear, norm, x, pe, num_heads):
-        return *cls.heads(linear, norm, x, pe, num_heads), cls.hidden(linear, x, 3 * x.shape[-1])
+        wait = edit.start_exchange(k, v)
+        if edit.splits_qkv:
+            _q(*img_in, qk[:, num_txt:, :width])
+        attn = attend(q, *wait())
+        return attn[:, num_txt:], attn[:, :num_txt], (q, k, v) if edit.record else None
 
-    @classmethod
-    def queries(cls, linear, norm, x, pe, num_heads):
-        return cls._queries(linear, norm, x, _table(pe), num_heads)
 
-    @staticmethod
-    def _queries(linear, norm, x, table, num_heads, out=None):
-        """`queries`, written to "B N C" if that is given."""
-        scale = _scale(num_heads, norm.query_norm)
-        return split_heads(_rotated(linear, scale, x, table, slice(0, x.shape[-1]), out), num_heads)
+class HopperSingleBlock(SingleStreamBlock):
+    """A single-stream block by fused kernels. With gradients, or on a CPU, it is the plain one."""
 
-    @classmethod
-    def keys_values(cls, linear, norm, x, pe, num_heads):
-        return cls._keys_values(linear, norm, x, _table(pe), num_heads)
+    def run(
+        self, x: Tensor, mod: Tensor, pe: Tensor, num_txt: int = 0, edit: AttentionEdit = PLAIN_EDIT
+    ) -> tuple[Tensor, QueriesKeysValues | None]:
+        """See `SingleStreamBlock.run`."""
+        if not has_kernel(x):
+            return super().run(x, mod, pe, num_txt, edit)
+        (own_mod,) = split_modulation(mod, 1)
+        x_in = modulate(self.pre_norm, x, own_mod, self.linear1)
+        q, k, v = self.fused_qkv(x_in, pe, num_txt, edit)
 
-    @staticmethod
-    def _keys_values(linear, norm, x, table, num_heads, k=None, v=None):
-        """`keys_values`, written to "B N C" twice if those are given."""
-        width, scale = x.shape[-1], _scale(num_heads, norm.key_norm)
-        k = _rotated(linear, scale, x, table, slice(width, 2 * width), k)
-        v = _product(PLAIN, linear, x, slice(2 * width, 3 * width), v)
-        return split_heads(k, num_heads), split_heads(v, num_heads)
+        wait = edit.start_exchange(k, v)
+        hidden = _hidden(self.linear1, x_in, 3 * self.hidden_dim, before=self.hidden_dim)
+        attend(q, *wait(), hidden[..., : self.hidden_dim])
+        x = _add_gated(x, own_mod.gate, self.linear2, hidden)
+        return x, (q, k, v) if edit.record else None
 
-    @staticmethod
-    def hidden(linear, x, start=0):
-        """After the GELU; with a `start`, behind `room` for attention's result."""
-        before = x.shape[-1] if start else 0
-        wide = x.new_empty(*x.shape[:2], before + linear.out_features - start)
-        _product(GELU, linear, x, slice(start, None), wide[..., before:])
-        return wide
+    def fused_qkv(
+        self, x: Tensor | Rounded, pe: Tensor, num_txt: int, edit: AttentionEdit
+    ) -> QueriesKeysValues:
+        """Queries, keys and values, those of `edit` injected."""
+        table, width, num_heads = _table(pe), self.hidden_dim, self.num_heads
+        qk, v = _rooms(x, x.shape[1])
+        own = self.linear1, self.norm
+        if edit.whole_kv:
+            _q(*own, x, table, num_heads, qk[..., :width])
+            _k(*own, x[:, :num_txt], table[:, :num_txt], num_heads, qk[:, :num_txt, width:])
+            _v(self.linear1, x[:, :num_txt], v[:, :num_txt])
+        else:
+            _qk(*own, x, table, num_heads, qk)
+            _v(self.linear1, x, v)
+        q, k, v = (split_heads(part, num_heads) for part in (*qk.chunk(2, dim=-1), v))
+        _inject(edit, k[:, :, num_txt:], v[:, :, num_txt:])
+        return q, k, v
 
-    @staticmethod
-    def room(hidden, width):
-        return hidden[..., :width]
 
-    @classmethod
-    def contracted(cls, stream, gate, linear, hidden, mixed=None):
-        return cls.added(stream, gate, linear, hidden)
+def _hidden(linear: nn.Module, x: Tensor | Rounded, start: int = 0, before: int = 0) -> Tensor:
+    """The MLP's hidden channels after the GELU, behind uninitialised channels for attention's result.
 
-    @staticmethod
-    def added(stream, gate, linear, x):
-        gate = gate[:, 0].expand(stream.shape[0], -1)
-        return _product(GATED, linear, x, slice(None), stream=stream.contiguous(), gate=gate)
+    Args:
+        linear: Projects to the hidden channels, from output channel `start` on.
+        x: Input, "B N C".
+        start: First of the output channels.
+        before: Number of channels to leave free.
+    """
+    wide = x.new_empty(*x.shape[:2], before + linear.out_features - start)
+    _product(GELU, linear, x, slice(start, None), wide[..., before:])
+    return wide
+
+
+def use_hopper(block: DoubleStreamBlock | SingleStreamBlock) -> None:
+    """Turn a block into one with fused kernels, in place: the same weights, another `run`."""
+    block.__class__ = HopperDoubleBlock if isinstance(block, DoubleStreamBlock) else HopperSingleBlock
 
 
 def serves(block: nn.Module) -> bool:

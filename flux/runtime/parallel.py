@@ -1,9 +1,11 @@
-"""One picture on several cards: each process of torchrun holds a share of the tokens, of text and of image.
-Their queries meet the keys and values of all tokens, which the processes bring together in each layer.
+"""Sequence parallelism: one image on several GPUs, each process of torchrun holding a share of the tokens.
+
+In each layer, the queries of a process attend to the keys and values of all tokens, text and image, which the
+processes gather.
 
     torchrun --nproc_per_node 2 demo_4_edit.py edit.json --parallel 2
 
-Everything else, from the noise to the pixels, each process does alike: all go on from the same latents.
+All else, from the noise to the pixels, is computed alike in each process.
 """
 
 import math
@@ -20,193 +22,216 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flux.errors import InputError, launched
-from flux.intervention import NOTHING, Findings, Intervention
+from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import KeysValues
-from flux.model import Flux, Streams
+from flux.model import Flux, Inputs, Streams
 from flux.modules.step_cache import StepCache
-from flux.settings.demos import Divisible
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The processes that share a picture's tokens: `count` of them, of which this one is number `rank`.
+class ProcessGroup:
+    """The processes that share the tokens of an image.
 
     Attributes:
-        device: this process's own; None: as the settings say.
+        rank: Number of this process.
+        count: Number of processes.
+        device: Device of this process. If None, the one of the settings.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device | None = None
 
-    def share(self, tokens: Tensor) -> Tensor:
-        """This process's part of all tokens, "B n ..."; without a rest, the first ones have one more."""
+    def shard(self, tokens: Tensor) -> Tensor:
+        """This process's slice of the tokens, "B n ...". If uneven, the first processes hold one token more."""
         return tokens.tensor_split(self.count, dim=1)[self.rank]
 
     def sizes(self, *runs: int) -> tuple[int, ...]:
-        """How many tokens each process holds of runs that are so long, each shared by itself."""
+        """The number of tokens that each process holds of runs of such lengths, each sharded by itself."""
         return tuple(
             sum(run // self.count + (rank < run % self.count) for run in runs) for rank in range(self.count)
         )
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of what all processes have in `x`, which it replaces."""
+        """The sum of `x` over all processes, which overwrites it."""
         if self.count > 1:
             dist.all_reduce(x)
         return x
 
-    def whole(self, x: Tensor, dim: int, *runs: int) -> Tensor:
-        """All tokens, from the shares of each process along `dim`, where such runs follow one another."""
-        places = [self.share(run[None])[0] for run in torch.arange(sum(runs), device=x.device).split(runs)]
+    def gather(self, x: Tensor, dim: int, *runs: int) -> Tensor:
+        """All tokens, from each process's shards `x` of runs of such lengths, one after another along `dim`."""
+        places = [self.shard(run[None])[0] for run in torch.arange(sum(runs), device=x.device).split(runs)]
         shape = [*x.shape[:dim], sum(runs), *x.shape[dim + 1 :]]
-        # A sum with zeros is exact, and unlike a gathering minds no shares of different sizes.
+        # A sum with zeros is exact and, unlike an all-gather, takes shards of different sizes.
         return self.total(x.new_zeros(shape).index_copy_(dim, torch.cat(places), x))
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 
 
-def join(settings: Divisible) -> Ranks:
-    """Meets the other processes that torchrun started: `ALONE` where there are none.
+def join(parallel: int, device: str) -> ProcessGroup:
+    """Join the other processes that torchrun started.
+
+    Args:
+        parallel: Number of processes that the settings ask for.
+        device: Device that the settings ask for.
+
+    Returns:
+        `ALONE` if there is a single process.
 
     Raises:
-        InputError: not `settings.parallel` processes; more of them than cards; a device of which there is
-            only one.
+        InputError: torchrun started another number of processes, there are fewer GPUs, or the device is
+            a particular one.
     """
-    count, here = settings.parallel, int(os.environ["WORLD_SIZE"]) if launched() else 1
-    if here == 1 < count:
-        command = shlex.join(("torchrun", "--nproc_per_node", str(count), *sys.argv))
-        raise InputError(f"Got parallel {count}, but this is a single process: start it with {command}")
-    if here != count:
-        raise InputError(f"Got parallel {count}, but torchrun started {here} processes: make them equal")
-    if count == 1:
+    started = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if started == 1 < parallel:
+        command = shlex.join(("torchrun", "--nproc_per_node", str(parallel), *sys.argv))
+        raise InputError(f"Got parallel {parallel}, but this is a single process: start it with {command}")
+    if started != parallel:
+        raise InputError(f"Got parallel {parallel}, but torchrun started {started} processes: make them equal")
+    if parallel == 1:
         return ALONE
-    if settings.device not in ("auto", "cpu", "cuda"):
+    if device not in ("auto", "cpu", "cuda"):
         raise InputError(
-            f"Got device {settings.device!r} with parallel {count}, where each process has one of its own: "
+            f"Got device {device!r} with parallel {parallel}, where each process has its own: "
             "give cuda, cpu or auto"
         )
-    device = torch.device("cpu")
-    if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()):
-        cards, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        if cards < wanted:
-            raise InputError(f"Got {wanted} processes, but this machine has {cards} CUDA cards: start fewer")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        # Wherever it can, NCCL then leaves copying to the cards' copy engines: its kernels would wait for a
-        # product to end that is to be computed meanwhile.
-        os.environ.setdefault("NCCL_CTA_POLICY", "2")
-    on_cards = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-    dist.init_process_group(**on_cards)
-    return Ranks(dist.get_rank(), count, device)
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if not on_gpu:
+        dist.init_process_group(backend="gloo")
+        return ProcessGroup(dist.get_rank(), parallel, torch.device("cpu"))
+    gpus, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if gpus < wanted:
+        raise InputError(f"Got {wanted} processes, but this machine has {gpus} CUDA GPUs: start fewer")
+    gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(gpu)
+    # Makes NCCL leave copies to the GPUs' copy engines where it can. Its kernels would wait for a matmul to
+    # end that they are to overlap with.
+    os.environ.setdefault("NCCL_CTA_POLICY", "2")
+    dist.init_process_group(backend="nccl", device_id=gpu)
+    return ProcessGroup(dist.get_rank(), parallel, gpu)
 
 
-WIDE = torch.complex128  # the largest numbers there are: the fewer are copied, the faster
+WIDE = torch.complex128  # the widest dtype: the fewer numbers are copied, the faster
 
 
 @dataclass(frozen=True)
-class Gathering:
-    """`flux.math.Exchange`. What comes lies in the order of the processes: attention minds none.
+class AllGatherKV:
+    """A `flux.math.Exchange` by all-gather. The tokens come in the order of the processes; attention ignores it.
 
     Attributes:
-        tokens: how many of them each process holds.
+        group: The processes.
+        tokens: Number of tokens that each process holds.
     """
 
-    ranks: Ranks
+    group: ProcessGroup
     tokens: tuple[int, ...]
 
     def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
+        """Start to gather keys and values, "B H n D"; return a function that waits for all, "B H N D"."""
         (batch, heads, own, size), most = k.shape, max(self.tokens)
-        # Token by token: shares behind one another are then those of all, if all are equally large.
-        shape = self.ranks.count * most, batch, 2, heads, size
-        # A compiler knows no waiting, and none of that memory.
-        aside = not torch.compiler.is_compiling()
-        brought = _within_reach(k, shape) if aside and k.is_cuda else k.new_empty(shape)
-        sent = brought[self.ranks.rank * most :][:most]
+        # Tokens first: shards of equal size are then, one after another, those of all processes.
+        shape = self.group.count * most, batch, 2, heads, size
+        # A compiler knows no asynchronous work, and none of the shared memory.
+        asynchronous = not torch.compiler.is_compiling()
+        gathered = _peer_memory(k, shape) if asynchronous and k.is_cuda else k.new_empty(shape)
+        sent = gathered[self.group.rank * most :][:most]
         for part, x in enumerate((k, v)):
             place, x = sent[:own, :, part], x.permute(2, 0, 1, 3)
-            if aside and size * k.itemsize % WIDE.itemsize == 0:
+            if asynchronous and size * k.itemsize % WIDE.itemsize == 0:
                 place, x = place.view(WIDE), x.view(WIDE)
             place.copy_(x)
-        work = dist.all_gather_into_tensor(brought, sent, async_op=aside)
+        work = dist.all_gather_into_tensor(gathered, sent, async_op=asynchronous)
 
-        def whole() -> KeysValues:
-            if aside:
+        def wait() -> KeysValues:
+            if asynchronous and work is not None:
                 work.wait()
-            every = brought
+            every = gathered
             if min(self.tokens) < most:
-                every = torch.cat([share[:n] for share, n in zip(brought.split(most), self.tokens)])
-            return tuple(x.permute(1, 2, 0, 3) for x in every.unbind(dim=2))
+                every = torch.cat([shard[:n] for shard, n in zip(gathered.split(most), self.tokens)])
+            k, v = (x.permute(1, 2, 0, 3) for x in every.unbind(dim=2))
+            return k, v
 
-        return whole
+        return wait
 
 
-def _within_reach(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor that other cards' copy engines write to, if these cards can do that. It is the
-    same memory every time: what came for a layer has been read before that for the next one begins to come.
+def _peer_memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor that the copy engines of other GPUs write to, if these GPUs allow it.
+
+    It is the same memory each time: a layer's keys and values have been read before the next layer's arrive.
     """
-    if not _reach_one_another():
+    if not _gpus_are_peers():
         return like.new_empty(shape)
     size = math.prod(shape) * like.itemsize
-    return _shared(1 << (size - 1).bit_length(), like.device)[:size].view(like.dtype).view(shape)
+    return _shared_memory(1 << (size - 1).bit_length(), like.device)[:size].view(like.dtype).view(shape)
 
 
 @cache
-def _reach_one_another() -> bool:
-    """Whether every card of the group can be written to from every other, by NVIDIA's library."""
-    cards = range(int(os.environ["LOCAL_WORLD_SIZE"]))
-    one_machine = len(cards) == dist.get_world_size() and not torch.version.hip
-    return one_machine and all(torch.cuda.can_device_access_peer(a, b) for a, b in permutations(cards, 2))
+def _gpus_are_peers() -> bool:
+    """Whether each GPU of the group can write to each other's memory, by NVIDIA's library."""
+    gpus = range(int(os.environ["LOCAL_WORLD_SIZE"]))
+    one_machine = len(gpus) == dist.get_world_size() and not torch.version.hip
+    return one_machine and all(torch.cuda.can_device_access_peer(a, b) for a, b in permutations(gpus, 2))
 
 
 @cache
 @torch.inference_mode(False)
-def _shared(size: int, device: torch.device) -> Tensor:
-    """So many bytes on each card, known to all of them."""
+def _shared_memory(size: int, device: torch.device) -> Tensor:
+    """So many bytes on each GPU, known to all of them."""
     # Not at the top: not every build of torch has it.
     import torch.distributed._symmetric_memory as symm_mem
 
     symm_mem.set_backend("NCCL")
-    room = symm_mem.empty(size, dtype=torch.uint8, device=device)
-    symm_mem.rendezvous(room, dist.group.WORLD)
-    return room
+    memory = symm_mem.empty(size, dtype=torch.uint8, device=device)
+    symm_mem.rendezvous(memory, dist.group.WORLD)
+    return memory
 
 
-class Divided:
-    """A transformer at work on this process's share of the tokens, used as the `Flux` that it holds.
+class SequenceParallelFlux:
+    """A transformer that computes this process's share of the tokens, used like the `Flux` that it wraps.
 
-    Keys and values that it keeps are those of its share, and such it takes; everything else goes in and comes
-    out whole, the same in all processes.
+    Keys and values that it keeps and injects, and streams to start with, are those of its share. Everything
+    else goes in and comes out whole, the same in all processes.
     """
 
-    def __init__(self, model: Flux, ranks: Ranks):
-        self.model, self.ranks = model, ranks
-        self.num_layers, self.double_blocks = model.num_layers, model.double_blocks
+    def __init__(self, model: Flux, group: ProcessGroup):
+        self.model, self.group = model, group
         self.modulations = model.modulations
 
     def observe(
         self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
+        inputs: Inputs,
         intervention: Intervention = NOTHING,
+        *,
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
         cache: StepCache | None = None,
-    ) -> tuple[Tensor, Findings]:
-        """As `Flux.observe`; `start` holds this process's share."""
-        runs, share = (txt.shape[1], img.shape[1]), self.ranks.share
-        weights = {n: share(w) if isinstance(w, Tensor) else w for n, w in intervention.weights.items()}
-        velocity, found = self.model.observe(
-            *map(share, (img, img_ids, txt, txt_ids)),
-            *(timesteps, y, guidance, replace(intervention, weights=weights), start, mods, cache),
-            exchange=Gathering(self.ranks, self.ranks.sizes(*runs)),
+    ) -> tuple[Tensor, Recorded]:
+        """See `Flux.observe`."""
+        shard, gather = self.group.shard, self.group.gather
+        runs = inputs.txt.shape[1], inputs.img.shape[1]
+        weights = {
+            layer: shard(weight) if isinstance(weight, Tensor) else weight
+            for layer, weight in intervention.inject_weights.items()
+        }
+        velocity, recorded = self.model.observe(
+            self._shard(inputs),
+            replace(intervention, inject_weights=weights),
+            start=start,
+            mods=mods,
+            cache=cache,
+            exchange=AllGatherKV(self.group, self.group.sizes(*runs)),
         )
         watched = {
-            layer: tuple(self.ranks.whole(x, 2, *runs) for x in pair) for layer, pair in found.watched.items()
+            layer: (gather(q, 2, *runs), gather(k, 2, *runs)) for layer, (q, k) in recorded.watched.items()
         }
-        return self.ranks.whole(velocity, 1, runs[1]), replace(found, watched=watched)
+        return gather(velocity, 1, runs[1]), replace(recorded, watched=watched)
+
+    def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
+        """See `Flux.streams`. The streams are those of this process's share."""
+        sizes = self.group.sizes(inputs.txt.shape[1], inputs.img.shape[1])
+        return self.model.streams(self._shard(inputs), mods, AllGatherKV(self.group, sizes))
+
+    def _shard(self, inputs: Inputs) -> Inputs:
+        tokens = ("img", "img_ids", "txt", "txt_ids")
+        return replace(inputs, **{name: self.group.shard(getattr(inputs, name)) for name in tokens})
