@@ -26,7 +26,8 @@ from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
-from flux.settings.demos import EditSettings, ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.edits import EditSettings
 
 METHODS = ("euler", "midpoint", "fireflow")
 
@@ -70,10 +71,10 @@ def measure(pipe: Pipeline, settings: EditSettings, layers: tuple[int, ...], pho
             lambda: edit(pipe, inverted, layers, photo, **quiet),
         )
     for place, fits in (("device", True), ("main memory", False)):
-        with patch("flux.editing.reference._fits", return_value=fits or pipe.device.type != "cuda"):
+        with patch("flux.editing.reference.fits_on_device", return_value=fits or pipe.device.type != "cuda"):
             name = f"inversion, kept in {place}"
             kept = note(name, lambda: keep_reference(pipe, settings, layers, photo, **quiet))
-        found[name]["kept_gib"] = sum(moment.bytes() for moment in kept.moments) / GIB
+        found[name]["kept_gib"] = sum(step.num_bytes() for step in kept.steps) / GIB
         for number in (1, 3):
             edits = EDITS[:number]
             note(

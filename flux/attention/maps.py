@@ -1,7 +1,8 @@
-"""Who attends to whom: text and image tokens in the attention of a layer, as numbers and as pictures.
+"""Attention between text and image tokens in one layer, in numbers.
 
-The queries and keys come from a pass that watches the layer (`flux.intervention.Intervention.watch`). Shapes
-    as in `flux.math`: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size.
+The queries and keys come from a pass that watches the layer (`flux.intervention.Intervention.watch`). The
+letters of shapes are those of `flux.math`: B batch, T text tokens, I image tokens, N = T + I, H heads, D head
+size.
 """
 
 import math
@@ -12,30 +13,26 @@ from torch import Tensor
 
 from flux.attention.tokens import TextTokens
 
-CHUNK = 512  # queries taken at once
-
-
-# The words of a prompt
-
-
-# Attention
+CHUNK = 512  # queries at a time
 
 
 @torch.no_grad()
 def mean_attention(q: Tensor, k: Tensor, groups: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
-    """softmax(q k^T / sqrt(D)) in float32, mean over heads, summed over groups of keys.
+    """Computes softmax(q k^T / sqrt(D)) in float32, averaged over heads and summed over groups of keys.
 
-    The largest tensors made hold one head's scores of `chunk` queries, "B chunk N"; two of them are alive at
-    once. At 1024x1024 (4096 image and 512 text tokens, 24 heads) that is 2 x 9.4 MB for a row of the batch,
-    where the maps of all heads at once would be 2 GB.
+    The largest tensors hold the scores of `chunk` queries in one head, "B chunk N"; two of them are alive at
+    once. At 1024x1024 (4096 image and 512 text tokens, 24 heads) that is 2 x 9.4 MB for each row of the
+    batch, where the maps of all heads would take 2 GB.
 
     Args:
-        q: queries, "B H M D", any of the sequence's; k: all its keys, "B H N D".
-        groups: the share of each key that belongs to each group, "N G"; None: each key is its own group. The
-            result then is "B M N", so ask for few queries.
+        q: queries, "B H M D", any of the sequence's.
+        k: keys of the whole sequence, "B H N D".
+        groups: the share of each key in each group, "N G". If None, each key is its own group; the result
+            then is "B M N", so ask for few queries.
+        chunk: number of queries computed at a time.
 
     Returns:
-        float32, "B M G". Over groups that hold each key once it sums to 1.
+        Float32, "B M G". It sums to 1 over groups that hold each key once.
     """
     scale = 1 / math.sqrt(q.shape[-1])
 
@@ -52,15 +49,14 @@ def mean_attention(q: Tensor, k: Tensor, groups: Tensor | None = None, chunk: in
 
 @dataclass(frozen=True, eq=False)
 class LayerAttention:
-    """One layer's attention in one step, mean over heads; float32 on the CPU, shares of 1.
+    """One layer's attention in one step: means over heads, in shares of 1, float32 on the CPU.
 
     Attributes:
-        text: how much each image token attends to text, "B I", padding included; to image tokens it is 1
-            minus this.
-        padding: the part of `text` that goes to padding.
-        to_words: how much each image token attends to the tokens of each word (their sum), "B I".
-        from_words: how much the tokens of each word (their mean) attend to each image token, "B I". What is
-            missing to a sum of 1 stays in the text.
+        text: how much each image token attends to text, padding included, "B I".
+        padding: the part of `text` that goes to padding, "B I".
+        to_words: how much each image token attends to all tokens of each word, "B I".
+        from_words: how much the tokens of each word attend to each image token, their mean, "B I". What is
+            missing to a sum of 1 goes to text.
     """
 
     text: Tensor
@@ -74,9 +70,14 @@ class LayerAttention:
         return 1 - self.text
 
 
-def look(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = CHUNK) -> LayerAttention:
-    """What a layer's queries and keys of all tokens ("B H N D" each, text first, after QK-norm and rotary
-    embedding) tell. Memory: see `mean_attention`.
+def layer_attention(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = CHUNK) -> LayerAttention:
+    """Measures the attention of one layer. For the memory it takes see `mean_attention`.
+
+    Args:
+        q: queries of all tokens, text first, after QK-norm and rotary embedding, "B H N D".
+        k: keys of all tokens, likewise.
+        tokens: the words and the padding of the prompt.
+        chunk: number of queries computed at a time.
     """
     num_txt, num_img = len(tokens.padding), q.shape[2] - len(tokens.padding)
     text = torch.ones(num_txt, dtype=torch.bool)
@@ -89,9 +90,3 @@ def look(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = CHUNK) -> LayerA
         of_word = q[:, :, :num_txt][:, :, mask.to(q.device)]
         from_words[word] = mean_attention(of_word, k, chunk=chunk)[:, :, num_txt:].mean(dim=1).cpu()
     return LayerAttention(shares[0], shares[1], dict(zip(tokens.words, shares[2:])), from_words)
-
-
-# A picture's making, watched
-
-
-# Pictures

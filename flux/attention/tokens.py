@@ -1,4 +1,4 @@
-"""The words of a prompt, and the text tokens that each is made of."""
+"""The words of a prompt, and the text tokens of each word."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from flux.modules.conditioner import HFEmbedder
 
 
 def prompt_words(prompt: str) -> list[str]:
-    """The prompt's words in order, each once, whether written large or small."""
+    """Lists the prompt's words in order, each once, regardless of case."""
     words = {}
     for word in re.findall(r"\w+(?:[-'’]\w+)*", prompt):
         words.setdefault(word.casefold(), word)
@@ -20,9 +20,13 @@ def prompt_words(prompt: str) -> list[str]:
 
 
 def find_word(prompt: str, word: str) -> list[tuple[int, int]]:
-    """Where the prompt says this word, or run of words ("top hat"): start and end of each place in it.
+    """Finds a word, or a run of words ("top hat"), in the prompt, regardless of case.
 
-    Large and small letters count as equal. Raises InputError if the prompt does not say it.
+    Returns:
+        Start and end of each occurrence.
+
+    Raises:
+        InputError: the prompt does not contain it.
     """
     found = re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
     if places := [match.span() for match in found]:
@@ -35,13 +39,13 @@ def find_word(prompt: str, word: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class TextTokens:
-    """What the T tokens of a prompt stand for.
+    """The meaning of the T text tokens of a prompt, as masks "T" of booleans.
 
     Attributes:
-        padding: which ones fill the prompt up to the encoder's length, "T", bool. FLUX masks nothing, so they
-            are attended to as well. The end-of-text token is not among them.
-        words: which ones each chosen word is made of, "T", bool. A token that spans more than the word, as an
-            unknown token may, counts as the word's.
+        padding: the tokens that fill the prompt up to the encoder's length, without the end-of-text token.
+            FLUX masks nothing, so these are attended to as well.
+        words: the tokens of each chosen word. A token that spans more than the word, as an unknown token may,
+            belongs to the word.
     """
 
     padding: Tensor
@@ -49,9 +53,15 @@ class TextTokens:
 
 
 def text_tokens(t5: HFEmbedder, prompt: str, words: Sequence[str] = ()) -> TextTokens:
-    """The prompt's tokens as `t5` makes them. No words: every word of the prompt that was not cut off.
+    """Finds the tokens of words among the prompt's tokens.
 
-    Raises InputError for a word that the prompt does not say, or that lies behind the encoder's length.
+    Args:
+        t5: the text encoder, whose tokenizer divides the prompt.
+        prompt: the whole prompt.
+        words: the words to find. If empty, every word of the prompt that is not cut off.
+
+    Raises:
+        InputError: the prompt does not contain a word, or the word lies beyond the encoder's length.
     """
     tokens = t5.tokenizer(
         prompt,

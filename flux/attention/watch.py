@@ -1,40 +1,46 @@
-"""Sampling one image while some layers' attention is watched."""
+"""Sampling one image while the attention of some layers is watched."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from flux.attention.maps import LayerAttention, look
+from flux.attention.maps import LayerAttention, layer_attention
 from flux.attention.tokens import find_word, text_tokens
 from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention, check_layers
 from flux.pipeline import Pipeline
 from flux.sampling import Step, sample
-from flux.settings.demos import LayerSettings
+from flux.settings.resolved import ResolvedLayer
 from flux.specs import get_spec
 
 
 @dataclass(frozen=True, eq=False)
 class StepAttention:
-    """Step number `index`, from noise level `t` on: the attention of each layer that was looked at."""
+    """The attention of each watched layer in step number `index`, which begins at noise level `t`."""
 
     index: int
     t: float
     layers: dict[int, LayerAttention]
 
 
-def steps_to_watch(settings: LayerSettings) -> list[int]:
-    """The chosen steps, or else the first, the middle and the last. Raises InputError for one not there."""
+def steps_to_watch(settings: ResolvedLayer) -> list[int]:
+    """Lists the chosen steps, by default the first, the middle and the last.
+
+    Raises:
+        InputError: a chosen step does not exist.
+    """
     last = settings.num_steps - 1
     if wrong := [step for step in settings.at_steps if not 0 <= step <= last]:
         raise InputError(f"Got at_steps {wrong}, but the {settings.num_steps} steps are numbered 0..{last}")
     return sorted(set(settings.at_steps or (0, settings.num_steps // 2, last)))
 
 
-def check_watch(settings: LayerSettings) -> None:
-    """Raises InputError if layers, steps or words are to be looked at that are not there, before a model is
-    loaded. The settings are complete ones.
+def check_watch(settings: ResolvedLayer) -> None:
+    """Checks before a model is loaded that the layers, steps and words to watch exist.
+
+    Raises:
+        InputError: one does not.
     """
     check_layers(settings.layers, get_spec(settings.model).num_layers)
     steps_to_watch(settings)
@@ -47,19 +53,25 @@ def watch(
     pipe: Pipeline,
     prompt: str,
     seed: int,
-    settings: LayerSettings,
+    settings: ResolvedLayer,
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[Step], list[StepAttention]]:
-    """Samples one picture as `Pipeline.generate` does: its steps, and the attention of `settings.layers` in
-    the steps to watch.
+    """Samples one image as `Pipeline.generate` does, and measures the attention of `settings.layers`.
 
-    With true guidance the pass of the prompt is looked at, not the negative one. The queries and keys of one
-    watched step lie in memory until they have been looked at: at 1024x1024 in bfloat16, 57 MB a layer.
+    With true CFG, the pass of the prompt is watched, not the negative one. The queries and keys of one
+    watched step stay in memory until they have been measured: at 1024x1024 in bfloat16, 57 MB for each layer.
 
     Args:
-        settings: complete ones (`flux.settings.complete.resolve`).
-        on_step: called with each step as soon as it is taken; an exception from it ends the run.
+        pipe: the models.
+        prompt: what the image shows.
+        seed: seed of the noise.
+        settings: how to sample, and what to watch.
+        progress: whether to show a progress bar.
+        on_step: called with each step as soon as it is taken. An exception from it ends the run.
+
+    Returns:
+        All steps, and the attention in the watched ones.
 
     Raises:
         InputError: as `text_tokens` and `steps_to_watch`.
@@ -73,15 +85,17 @@ def watch(
     size = (settings.width, settings.height)
     noise, ids = pipe.noise([seed], *size), pipe.image_ids(1, *size)
     levels = pipe.schedule(settings.num_steps, *size)
-    steps, seen = [], []
+    steps, attention = [], []
     with pipe.denoising() as model:
-        taken = sample(model, noise, ids, cond, levels, interventions)
-        for step in tqdm(taken, total=settings.num_steps, desc="denoise", unit="step", disable=not progress):
-            if len(steps) in chosen:
-                # Taken out of the step, which lives on, they are free as soon as they have been looked at.
-                found = {layer: look(*step.watched.pop(layer), tokens) for layer in settings.layers}
-                seen.append(StepAttention(len(steps), step.t, found))
+        sampled = sample(model, noise, ids, cond, levels, interventions)
+        for step in tqdm(
+            sampled, total=settings.num_steps, desc="denoise", unit="step", disable=not progress
+        ):
+            if tokens and len(steps) in chosen:
+                # Popped from the step, which stays, so that they are freed as soon as they are measured.
+                layers = {n: layer_attention(*step.watched.pop(n), tokens) for n in settings.layers}
+                attention.append(StepAttention(len(steps), step.t, layers))
             steps.append(step)
             if on_step:
                 on_step(step)
-    return steps, seen
+    return steps, attention

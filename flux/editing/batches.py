@@ -1,207 +1,353 @@
-"""Edits that go through the model together, beside their reference."""
+"""Batches of edits that go through the model together, beside their reference."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from flux.editing.automask import changed_tokens, subject_tokens
+from flux.editing.automask import WatchedPass, changed_tokens, subject_tokens
 from flux.editing.flow_edit import flow_edit
-from flux.editing.reference import Moment, Source, steering
+from flux.editing.photo import Mask
+from flux.editing.reference import OnStep, ReferenceStep, Source, guidance_args, prefetch
 from flux.intervention import NOTHING, Intervention
-from flux.math import KeysValues
-from flux.model import Flux
+from flux.math import KeysValues, PartialKeysValues
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Step, euler_step, step_at, window
-from flux.settings.demos import EditSettings, Turn
+from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step, step_at, window
 from flux.settings.doses import Dose
+from flux.settings.edits import Turn
+from flux.settings.resolved import ResolvedEdit
 
-AUTO_MASK_AT = 0.25  # of the steps: by then the layout stands, and little has drifted
+AUTO_MASK_AT = 0.25  # of the steps: by then the layout is settled, and little has drifted
+
+
+# ---- which edits share a batch
+
+
+@dataclass(frozen=True)
+class BatchKind:
+    """What all edits of a batch have in common.
+
+    Attributes:
+        dose: how much is injected. Its mask is "auto", or None for a painted mask and for none.
+        parts: whether keys, values or both are injected.
+        painted: whether the edits have masks given as images.
+    """
+
+    dose: Dose
+    parts: Literal["kv", "k", "v"]
+    painted: bool
+
+
+def group_edits(
+    entries: Sequence[Turn], painted: Sequence[bool], batch_size: int
+) -> list[tuple[BatchKind, list[int]]]:
+    """Divides edits into batches of one kind each.
+
+    Args:
+        entries: the edits.
+        painted: whether each edit has a mask given as an image, which takes precedence over "auto".
+        batch_size: the largest number of edits in a batch.
+
+    Returns:
+        For each batch its kind, and the places of its edits in `entries`, ascending.
+    """
+    groups: list[tuple[BatchKind, list[int]]] = []
+    for place, (entry, has_image) in enumerate(zip(entries, painted, strict=True)):
+        dose = entry.effective_dose()
+        mask = "auto" if dose.mask == "auto" and not has_image else None
+        kind = BatchKind(replace(dose, mask=mask), entry.parts or "kv", has_image)
+        places = next((places for other, places in groups if other == kind), None)
+        if places is None:
+            groups.append((kind, places := []))
+        places.append(place)
+    return [
+        (kind, places[start : start + batch_size])
+        for kind, places in groups
+        for start in range(0, len(places), batch_size)
+    ]
+
+
+# ---- a batch
 
 
 @dataclass(eq=False)
 class Batch:
-    """Edits of one dose that go through the model together.
+    """Edits of one kind, at one step of their way from noise.
 
     Attributes:
+        kind: what the edits have in common.
         places: their places among all edits.
-        sources: for each, the prompt of what it starts from.
-        shares: what is left of the dose's weight in each step; in those not named nothing is taken.
-        longer: further steps, in which edits that may change all of the picture take their subject.
-        latent: where they are, "B I 64".
-        mask: which tokens may change, "B I 1", bool; None: all. If the dose's mask is "auto", it is found on
-            the way.
-        all_over: with a mask so found, which edits may change all of the picture, "B 1", bool; None: none.
-        subject: found for those, which tokens are the subject's that stays, "B I", bool.
+        prompts: what each edit shows.
+        sources: what each edit's source shows.
+        layers: the layers that the dose may inject in, the most vital first.
+        shares: multiplier of the dose's weight by step. Steps that are not listed inject nothing.
+        subject_steps: further steps, in which edits of the whole image hold their subject.
+        cond: steers the edits.
+        latent: where the edits are, "B I 64".
+        mask: which tokens may change, "B I 1", bool. If None, all. With an automatic mask, None until it is
+            found.
+        held: the subject's tokens in edits whose automatic mask is the whole image, "B I", bool. None if
+            there is no such edit, as far as is known.
     """
 
+    kind: BatchKind
     places: list[int]
+    prompts: list[str]
     sources: list[str]
-    entries: list[Turn]
-    dose: Dose
     layers: tuple[int, ...]
     shares: dict[int, float]
-    longer: range
+    subject_steps: range
     cond: Conditioning
     latent: Tensor
-    mask: Tensor | None
-    all_over: Tensor | None = None
-    subject: Tensor | None = None
+    mask: Tensor | None = None
+    held: Tensor | None = None
 
-    def takes(self, index: int) -> frozenset[int]:
-        """The layers in which step `index` takes from the reference, as far as is known before it."""
-        share = self._share(index)
-        return frozenset(layer for layer in self.layers if share * self.dose.of_layer(layer) > 0)
+    @classmethod
+    def start(
+        cls,
+        pipe: Pipeline,
+        source: Source,
+        settings: ResolvedEdit,
+        layers: Sequence[int],
+        masks: Sequence[Mask | None],
+        kind: BatchKind,
+        places: list[int],
+    ) -> "Batch":
+        """Prepares a batch at the first step.
 
-    def _share(self, index: int) -> float:
-        held = index in self.longer and self.all_over is not None
-        return 1.0 if held else self.shares.get(index, 0.0)
-
-    def found(self, mask: Tensor, subject: Tensor | None) -> None:
-        """Takes over what was found on the way."""
-        self.mask, self.subject, all_over = mask, subject, mask.all(dim=1)
-        self.all_over = all_over if all_over.any() else None
-
-    def taking(self, index: int, moment: Moment) -> Intervention:
-        layers = self.takes(index)
-        if not layers:
-            return NOTHING
-
-        def parts(kept: dict[int, KeysValues]) -> dict[int, KeysValues]:
-            which = self.entries[0].parts
-            return {n: tuple(x if part in which else None for part, x in zip("kv", kept[n])) for n in layers}
-
-        weights = {layer: self._share(index) * self.dose.of_layer(layer) for layer in layers}
-        if index in self.longer:
-            held = self.subject & self.all_over
-            weights = {layer: weight * held for layer, weight in weights.items()}
-        elif self.mask is not None:
-            # Outside the mask the latent is the reference's, and so are keys and values.
-            may_change = self.mask[:, :, 0].float()
-            weights = {n: 1 - may_change * (1 - w) if w < 1 else w for n, w in weights.items()}
-        negative = moment.kept_negative
-        return Intervention(
-            take=parts(moment.kept),
-            take_negative=None if negative is None else parts(negative),
-            weights={layer: w for layer, w in weights.items() if isinstance(w, Tensor) or w < 1},
+        Args:
+            pipe: the models.
+            source: where the edits begin.
+            settings: of all edits.
+            layers: the vital layers, the most vital first.
+            masks: the painted mask of each of all edits.
+            kind: see `group_edits`.
+            places: likewise.
+        """
+        dose, entries, num = kind.dose, [settings.entries[place] for place in places], len(places)
+        steps = window(source.num_steps, dose.inject_from, dose.inject_until)
+        subject_steps = range(0)
+        if dose.mask == "auto" and dose.all_over_until is not None:
+            subject_steps = range(steps.stop, step_at(dose.all_over_until, source.num_steps))
+        guidance = [settings.guidance if entry.guidance is None else entry.guidance for entry in entries]
+        prompts = [entry.prompt for entry in entries]
+        painted = [mask[1] for mask in (masks[place] for place in places) if mask]
+        return cls(
+            kind=kind,
+            places=places,
+            prompts=prompts,
+            sources=source.prompts * (num // len(source.prompts)),
+            layers=tuple(layers[: dose.top]),
+            shares=dict(zip(steps, dose.shares(steps))),
+            subject_steps=subject_steps,
+            cond=pipe.condition(prompts, guidance, **guidance_args(settings)),
+            latent=source.start.expand(num, -1, -1),
+            mask=torch.cat(painted).to(pipe.device) if painted else None,
         )
 
+    def share_at(self, index: int) -> float:
+        """Returns the multiplier of the dose's weight in step `index`, as far as is known before it."""
+        if index in self.subject_steps and self.held is not None:
+            return 1.0
+        return self.shares.get(index, 0.0)
 
-Mask = tuple[Image.Image, Tensor]
-"""Where an edit may change its source: as a picture, and as tokens, "1 I 1", bool."""
+    def layers_at(self, index: int) -> frozenset[int]:
+        """Returns the layers in which step `index` injects."""
+        share = self.share_at(index)
+        return frozenset(layer for layer in self.layers if share * self.kind.dose.of_layer(layer) > 0)
+
+    def weight_at(self, layer: int, index: int) -> float | Tensor:
+        """Returns the weight of what is injected: one for all tokens, or one for each, "B I"."""
+        weight = self.share_at(index) * self.kind.dose.of_layer(layer)
+        if index in self.subject_steps and self.held is not None:
+            return weight * self.held
+        if self.mask is None or weight == 1:
+            return weight
+        # Outside the mask the latent is the reference's, and so are all keys and values.
+        return 1 - self.mask[:, :, 0].float() * (1 - weight)
+
+    def intervention_at(self, index: int, reference: ReferenceStep) -> Passes[Intervention]:
+        """Returns what step `index` injects of the reference, for each pass."""
+        layers = self.layers_at(index)
+        if not layers:
+            return Passes(NOTHING)
+        weights = {layer: self.weight_at(layer, index) for layer in layers}
+        partial = {
+            layer: weight for layer, weight in weights.items() if isinstance(weight, Tensor) or weight < 1
+        }
+
+        def choose(kv: KeysValues) -> PartialKeysValues:
+            k, v = kv
+            return k if "k" in self.kind.parts else None, v if "v" in self.kind.parts else None
+
+        return reference.kept.map(
+            lambda kept: Intervention(inject={n: choose(kept[n]) for n in layers}, inject_weights=partial)
+        )
+
+    def set_mask(self, mask: Tensor, subject: Tensor | None) -> None:
+        """Sets the automatic mask, "B I 1", and the subject's tokens, "B I"; both bool."""
+        self.mask, whole_image = mask, mask.all(dim=1)
+        self.held = subject & whole_image if subject is not None and whole_image.any() else None
+
+    def step(
+        self, pipe: Pipeline, model: VelocityModel, source: Source, index: int, reference: ReferenceStep
+    ) -> Step:
+        """Takes one step beside the reference's.
+
+        Returns:
+            The Euler step of the edits, before drift and mask are applied.
+        """
+        ids, cond = pipe.image_ids(1, *source.size), source.cond_at(self.cond, index)
+        interventions = self.intervention_at(index, reference)
+        finds_mask = self.kind.dose.mask == "auto" and index == step_at(AUTO_MASK_AT, source.num_steps)
+        if finds_mask:
+            watching = replace(interventions.positive, watch=pipe.model.params.junction_layers)
+            interventions = replace(interventions, positive=watching)
+        step = euler_step(model, self.latent, ids, cond, reference.t, reference.t_next, interventions)
+        if finds_mask:
+            self.set_mask(*auto_mask(pipe, model, source, reference, self, step))
+            step.watched.clear()
+        self.latent = step.latent if reference.drift is None else step.latent + reference.drift
+        if self.mask is not None:
+            self.latent = torch.where(self.mask, self.latent, reference.next_latent)
+        return step
 
 
-def batches_of(
+def auto_mask(
+    pipe: Pipeline, model: VelocityModel, source: Source, reference: ReferenceStep, batch: Batch, step: Step
+) -> tuple[Tensor, Tensor | None]:
+    """Finds the automatic masks of a batch, from the step that watched its edits.
+
+    Returns:
+        Which tokens each edit may change, "B I 1", bool; and the tokens of the subject that it shares with
+        its source, "B I", bool, or None if no edit may change its whole image.
+    """
+    num, ids = len(batch.places), pipe.image_ids(1, *source.size)
+    latent, own = reference.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
+    # The source gets the guidance of the edits, since other guidance changes the velocity everywhere.
+    cond = replace(source.cond.expanded(num), negative=None, guidance=own.guidance)
+    watching = Intervention(watch=pipe.model.params.junction_layers)
+    of_source = euler_step(model, latent, ids, cond, reference.t, reference.t_next, watching)
+    of_edits = euler_step(model, latent, ids, own, reference.t, reference.t_next)
+    divergence = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
+    sources = WatchedPass(batch.sources, of_source.watched)
+    mask = changed_tokens(
+        pipe.t5, sources, WatchedPass(batch.prompts, step.watched), divergence, *source.size
+    )
+    if not mask.all(dim=1).any():
+        return mask, None
+    return mask, subject_tokens(pipe.t5, sources, batch.prompts, *source.size)
+
+
+# ---- all batches
+
+
+def start_batches(
     pipe: Pipeline,
     source: Source,
-    settings: EditSettings,
+    settings: ResolvedEdit,
     layers: Sequence[int],
     masks: Sequence[Mask | None],
 ) -> list[Batch]:
-    """Edits that share dose and kind of mask, `batch_size` at a time."""
-    groups: list[tuple[tuple, list[int]]] = []
-    entries = settings.entries
-    for place, (entry, mask) in enumerate(zip(entries, masks)):
-        dose = entry.effective_dose()
-        dose = replace(dose, mask="auto" if mask is None and dose.mask == "auto" else None)
-        key = (dose, entry.parts, mask is None)
-        members = next((members for other, members in groups if other == key), None)
-        if members is None:
-            groups.append((key, members := []))
-        members.append(place)
-    batches = []
-    for (dose, *_), members in groups:
-        steps = window(source.num_steps, dose.inject_from, dose.inject_until)
-        longer = range(0)
-        if dose.mask == "auto" and dose.all_over_until is not None:
-            longer = range(steps.stop, step_at(dose.all_over_until, source.num_steps))
-        for start in range(0, len(members), settings.batch_size):
-            places = members[start : start + settings.batch_size]
-            chosen = [entries[place] for place in places]
-            guidance = [settings.guidance if e.guidance is None else e.guidance for e in chosen]
-            cond = pipe.condition([entry.prompt for entry in chosen], guidance, **steering(settings))
-            mask = None
-            if masks[places[0]]:
-                mask = torch.cat([masks[place][1] for place in places]).to(pipe.device)
-            shares, latent = dict(zip(steps, dose.shares(steps))), source.start.expand(len(places), -1, -1)
-            own, sources = tuple(layers[: dose.top]), source.prompts * (len(places) // len(source.prompts))
-            batches.append(Batch(places, sources, chosen, dose, own, shares, longer, cond, latent, mask))
-    return batches
+    """Prepares the batches of all edits, at most `batch_size` edits each.
+
+    Args:
+        pipe: the models.
+        source: where the edits begin. If it has a row for each edit, there must be one batch.
+        settings: of the edits.
+        layers: the vital layers, the most vital first.
+        masks: the painted mask of each edit.
+    """
+    groups = group_edits(settings.entries, [mask is not None for mask in masks], settings.batch_size)
+    return [Batch.start(pipe, source, settings, layers, masks, kind, places) for kind, places in groups]
 
 
-def follow(
+def run_batches(
     pipe: Pipeline,
-    model: Flux,
     source: Source,
-    moments: Iterator[Moment],
     batches: Sequence[Batch],
-    on_step: Callable[[Step, int], object],
+    kept: Sequence[ReferenceStep] | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = False,
 ) -> Tensor:
-    """Takes the batches down beside the reference; returns the reference's last latent."""
-    ids, auto_at = pipe.image_ids(1, *source.size), step_at(AUTO_MASK_AT, source.num_steps)
-    latent = source.start
+    """Runs the edits of all batches beside their reference. Their latents are then the finished ones.
+
+    Args:
+        pipe: the models.
+        source: where the edits begin.
+        batches: the edits.
+        kept: the steps of a kept reference. If None, the reference is computed, and nothing is kept beyond a
+            step.
+        on_step: called with each step of the first batch. Its number and the total count the steps of an
+            inversion too, unless the reference was kept.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The last latent of the reference, "R I 64"; with FlowEdit the clean latent.
+    """
+    done = source.inverted_steps if kept is None else 0
+    total = source.num_steps * (len(batches) if source.inversion_free else 1)
+    with tqdm(total=total, desc="edits", unit="step", disable=not progress) as bar, pipe.denoising() as model:
+
+        def report(step: Step, index: int) -> None:
+            bar.update()
+            if on_step:
+                on_step(step, done + index, done + total)
+
+        if source.inversion_free:
+            _flow_edits(pipe, model, source, batches, report)
+            return source.start
+        if kept is not None:
+            return _follow(pipe, model, source, prefetch(kept, pipe.device), batches, report)
+        steps = source.steps(
+            model,
+            pipe.image_ids(1, *source.size),
+            lambda index: frozenset[int]().union(*(batch.layers_at(index) for batch in batches)),
+        )
+        return _follow(pipe, model, source, steps, batches, report)
+
+
+Report = Callable[[Step, int], None]
+
+
+def _follow(
+    pipe: Pipeline,
+    model: VelocityModel,
+    source: Source,
+    steps: Iterable[ReferenceStep],
+    batches: Sequence[Batch],
+    report: Report,
+) -> Tensor:
+    """Takes each step of the batches beside the reference's; returns the reference's last latent."""
     for batch in batches:
         batch.cond = batch.cond.scheduled(model, source.levels[:-1])
-    for index, moment in enumerate(moments):
-        shown = moment.step
-        for batch in batches:
-            taking = batch.taking(index, moment)
-            look = batch.dose.mask == "auto" and index == auto_at
-            if look:
-                taking = replace(taking, watch=pipe.model.params.around_the_joint)
-            cond = source.at(batch.cond, index)
-            step = euler_step(model, batch.latent, ids, cond, moment.t, moment.t_next, taking)
-            if look:
-                batch.found(*_auto_mask(pipe, model, source, moment, batch, step, ids))
-            batch.latent = step.latent if moment.drift is None else step.latent + moment.drift
-            if batch.mask is not None:
-                batch.latent = torch.where(batch.mask, batch.latent, moment.next_latent)
-            if batch is batches[0]:
+    latent = source.start
+    for index, reference in enumerate(steps):
+        shown = reference.step
+        for number, batch in enumerate(batches):
+            step = batch.step(pipe, model, source, index, reference)
+            if number == 0:
                 shown = step
-        latent = moment.next_latent
         if shown:
-            on_step(shown, index)
-        # Before the next step's keys and values are made, else two steps' lie in memory at once.
-        moment = taking = step = shown = None
+            report(shown, index)
+        latent = reference.next_latent
     return latent
 
 
-def _auto_mask(
-    pipe: Pipeline, model: Flux, source: Source, moment: Moment, batch: Batch, step: Step, ids: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """From the step that watched the edits of a batch: which tokens they may change, "B I 1", and which are
-    the subject's that they share with their sources, "B I", bool; None if no edit may change all of them.
-    """
-    num, watching = len(batch.entries), Intervention(watch=pipe.model.params.around_the_joint)
-    at, own = moment.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
-    # As strongly guided as the edits: how strongly makes a difference everywhere.
-    cond = replace(source.cond.expanded(num), negative=None, guidance=own.guidance)
-    of_source = euler_step(model, at, ids, cond, moment.t, moment.t_next, watching)
-    of_edits = euler_step(model, at, ids, own, moment.t, moment.t_next)
-    apart = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
-    prompts = [entry.prompt for entry in batch.entries]
-    watched = (batch.sources, of_source.watched), (prompts, step.watched)
-    mask = changed_tokens(pipe.t5, *watched, apart, *source.size)
-    if not mask.all(dim=1).any():
-        return mask, None
-    return mask, subject_tokens(pipe.t5, of_source.watched, batch.sources, prompts, *source.size)
-
-
-def flow(
-    pipe: Pipeline,
-    model: Flux,
-    source: Source,
-    batches: Sequence[Batch],
-    on_step: Callable[[Step, int], object],
+def _flow_edits(
+    pipe: Pipeline, model: VelocityModel, source: Source, batches: Sequence[Batch], report: Report
 ) -> None:
-    """FlowEdit of each batch, with noises of its own."""
-    width, height = source.size
-    ids, seed = pipe.image_ids(1, width, height), source.settings.seed
+    """Runs FlowEdit for each batch, with new noise in each step."""
+    seed, ids = source.settings.seed, pipe.image_ids(1, *source.size)
     for number, batch in enumerate(batches):
-        noises = (pipe.noise([seed + index], width, height) for index in range(source.num_steps))
-        given = (source.start, ids, source.cond, batch.cond, source.levels, noises, batch.mask)
-        for index, latent in enumerate(flow_edit(model, *given)):
+        noises = (pipe.noise([seed + index], *source.size) for index in range(source.num_steps))
+        latents = flow_edit(
+            model, source.start, ids, source.cond, batch.cond, source.levels, noises, batch.mask
+        )
+        for index, latent in enumerate(latents):
             batch.latent = latent
-            on_step(Step(0.0, 0.0, latent, torch.zeros_like(latent), {}), number * source.num_steps + index)
+            step = Step(0.0, 0.0, latent, torch.zeros_like(latent))
+            report(step, number * source.num_steps + index)

@@ -1,4 +1,4 @@
-"""A prompt for a photograph, written by a captioner."""
+"""A prompt for a photograph, written by a captioning model."""
 
 from PIL import Image
 
@@ -6,10 +6,15 @@ from flux.errors import InputError
 
 
 def describe(image: Image.Image, model: str, device: str = "cpu") -> str:
-    """What a picture shows, in the words of a captioning model of transformers (hub id or folder).
+    """Describes an image in words.
+
+    Args:
+        image: the image.
+        model: hub id or folder of an image-to-text model of transformers.
+        device: where the model computes.
 
     Raises:
-        InputError: a model that is not there or cannot describe pictures.
+        InputError: the model cannot be loaded, or cannot describe images.
     """
     from transformers import pipeline
 

@@ -1,4 +1,4 @@
-"""A photograph of any size on its way into an edit and back, and masks of where the edit may change it."""
+"""Photographs of any size on their way into an edit and back, and masks of what the edit may change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,21 @@ from torch import Tensor
 from flux.errors import InputError
 
 TOKEN = 16  # a token's side in pixels
-WHITE = 128  # of 255, from where on a mask's grey counts as white
+WHITE = 128  # of 255: greys of a mask from here on count as white
+
+Mask = tuple[Image.Image, Tensor]
+"""What an edit may change of its source: as an image, white there, and as tokens, "1 I 1", bool."""
 
 
 def natural_size(image: Image.Image, side: int) -> tuple[int, int]:
-    """Width and height in which to edit a photograph: its own shape, the area of a square of that side, each
-    side rounded to the nearest multiple of 16.
+    """Chooses the size in which to edit a photograph.
+
+    Args:
+        image: the photograph, whose shape is kept.
+        side: side of a square whose area the edit is to have.
+
+    Returns:
+        Width and height, each rounded to the nearest multiple of 16.
     """
     shape = (image.width / image.height) ** 0.5
     width, height = (max(TOKEN, round(length / TOKEN) * TOKEN) for length in (side * shape, side / shape))
@@ -26,13 +35,12 @@ def natural_size(image: Image.Image, side: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
-    """A photograph and its part that is edited: the largest one of the edit's shape, in the middle, scaled to
-    the edit's size.
+    """A photograph, and the part of it that is edited: the largest part of the edit's shape, in the middle.
 
     Attributes:
         whole: the photograph itself.
-        box: the part's left, top, right and bottom in it, whole pixels.
-        part: that part in the edit's size.
+        box: the part's left, top, right and bottom in it, in whole pixels.
+        part: the part, scaled to the edit's size.
     """
 
     whole: Image.Image
@@ -41,7 +49,11 @@ class Photograph:
 
     @classmethod
     def of(cls, image: Image.Image, width: int, height: int) -> "Photograph":
-        """Raises InputError for a photograph with less than a token to a side."""
+        """Cuts out the part that an edit of width x height pixels changes.
+
+        Raises:
+            InputError: a side of the photograph is shorter than a token.
+        """
         if min(image.size) < TOKEN:
             raise InputError(
                 f"Got a photo of {image.width}x{image.height} pixels: expected at least {TOKEN} to a side"
@@ -50,27 +62,27 @@ class Photograph:
         return cls(image, box, image.crop(box).resize((width, height), Image.Resampling.LANCZOS))
 
     def with_part(self, part: Image.Image, mask: Image.Image | None = None) -> Image.Image:
-        """The whole photograph with an edited part in its place, outside the box untouched.
+        """Puts an edited part back into the photograph.
 
         Args:
-            mask: in the size of the whole or of the part: also untouched where it is black, mixed where it is
-                grey.
+            part: the edit, of any size.
+            mask: where it is black the photograph stays, where it is grey both are mixed. It has the size of
+                the whole or of the part.
+
+        Returns:
+            A copy of the photograph, outside the box unchanged.
         """
         left, top, right, bottom = self.box
         size, whole = (right - left, bottom - top), self.whole.copy()
         if mask is not None:
-            mask = mask.convert("L")
-            mask = (
-                mask.crop(self.box)
-                if mask.size == whole.size
-                else mask.resize(size, Image.Resampling.BILINEAR)
-            )
+            is_whole, mask = mask.size == whole.size, mask.convert("L")
+            mask = mask.crop(self.box) if is_whole else mask.resize(size, Image.Resampling.BILINEAR)
         whole.paste(part.resize(size, Image.Resampling.LANCZOS), (left, top), mask)
         return whole
 
 
 def middle(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """The largest box of the shape width x height in the middle of a picture of that size."""
+    """Finds the largest box of the shape width x height in the middle of an image of that size."""
     scale = min(size[0] / width, size[1] / height)
     across, down = max(1, round(scale * width)), max(1, round(scale * height))
     left, top = (size[0] - across) // 2, (size[1] - down) // 2
@@ -78,11 +90,17 @@ def middle(size: tuple[int, int], width: int, height: int) -> tuple[int, int, in
 
 
 def token_mask(mask: Image.Image, sizes: Sequence[tuple[int, int]], width: int, height: int) -> Tensor:
-    """Which tokens of a picture of width x height may change, "1 I 1", bool: those with any white in them.
+    """Converts a painted mask to tokens: those with any white in them may change.
 
     Args:
-        mask: white where the edit may change; greys count as the nearer of black and white.
-        sizes: those it may have: the photograph's own, of which the same part is taken, or the edit's.
+        mask: white where the edit may change. Greys count as the nearer of black and white.
+        sizes: the sizes that the mask may have: the photograph's, of which the same part is taken, or the
+            edit's.
+        width: of the edit in pixels.
+        height: of the edit in pixels.
+
+    Returns:
+        "1 I 1", bool.
 
     Raises:
         InputError: a mask of another size, or without white where the edit is.
@@ -90,16 +108,16 @@ def token_mask(mask: Image.Image, sizes: Sequence[tuple[int, int]], width: int, 
     if mask.size not in sizes:
         sizes_text = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes))
         raise InputError(f"Got a mask of {mask.width}x{mask.height} pixels: expected {sizes_text}")
-    # The largest grey of a pixel's surroundings, that thin strokes survive being scaled down.
     part = mask.convert("L").crop(middle(mask.size, width, height))
     white = torch.from_numpy(np.asarray(part) >= WHITE)[None, None].float()
+    # The maximum, so that thin strokes survive being scaled down.
     white = torch.nn.functional.adaptive_max_pool2d(white, (height // TOKEN, width // TOKEN))[0, 0] > 0
     if not white.any():
         raise InputError("Got a mask that is black all over: paint white what the edit may change")
     return rearrange(white, "h w -> 1 (h w) 1")
 
 
-def mask_picture(tokens: Tensor, width: int, height: int) -> Image.Image:
-    """A mask of tokens, "I 1", as a picture with soft edges."""
+def mask_image(tokens: Tensor, width: int, height: int) -> Image.Image:
+    """Converts a mask of tokens, "I 1", to an image with soft edges."""
     rows = tokens.reshape(height // TOKEN, width // TOKEN).to("cpu", torch.uint8).numpy() * 255
     return Image.fromarray(rows).resize((width, height), Image.Resampling.BILINEAR)

@@ -1,10 +1,13 @@
-"""The reference of edits: generated, or a photograph's inversion replayed, its keys and values step by step
-(Stable Flow, sections 3.2 and 3.3).
+"""The reference of edits: generated, or a photograph's inversion replayed (Stable Flow, sections 3.2, 3.3).
+
+A `Source` is where edits begin. Its steps hand out the image keys and values of some layers, one step after
+the other. A `Reference` keeps those of all steps for later edits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -15,69 +18,90 @@ from flux.editing.caption import describe
 from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.inversion import INVERSIONS
 from flux.editing.photo import Photograph
+from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.math import KeysValues
-from flux.model import Flux
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Step, euler_step, step_at
-from flux.settings.demos import EditSettings
+from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step, step_at
+from flux.settings.resolved import ResolvedEdit
 
 OnStep = Callable[[Step, int, int], object]
+"""Called with a step, its number, and the number of steps of the whole work."""
 NUDGING = 1.15  # of Euler's inversion (section 3.3)
+T = TypeVar("T")
+
+
+# ---- one reference, step by step
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
-    """The reference at one step: its latents at noise levels t and t_next, "1 I 64" each, and the image keys
-    and values kept of its pass there, if any was needed, by layer.
+class ReferenceStep:
+    """The reference in one step.
 
     Attributes:
-        drift: what a step from `latent` misses of `next_latent`, "1 I 64", for edits to make up for as well;
-            None: nothing.
+        t: noise level at the start.
+        t_next: noise level at the end.
+        latent: the reference's latent at `t`, "R I 64".
+        next_latent: its latent at `t_next`, "R I 64".
+        kept: image keys and values by layer, for each pass. Empty where none are needed.
+        step: the Euler step itself. None if it was not computed, or is not kept.
+        drift: `next_latent` minus the latent that the Euler step leads to, "R I 64"; it is added to every
+            edit's step. If None, edits are not corrected.
     """
 
     t: float
     t_next: float
     latent: Tensor
     next_latent: Tensor
-    kept: dict[int, KeysValues]
-    kept_negative: dict[int, KeysValues] | None = None
+    kept: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
     step: Step | None = None
     drift: Tensor | None = None
 
-    def bytes(self) -> int:
-        pairs = [*self.kept.values(), *(self.kept_negative or {}).values()]
-        return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
+    def tensors(self) -> list[Tensor]:
+        """Lists all kept keys and values."""
+        return [x for kept in self.kept for kv in kept.values() for x in kv]
 
-    def on(self, device: torch.device, pinned: bool = False) -> "Moment":
-        """With its keys and values there, in pinned memory if that is asked for."""
+    def num_bytes(self) -> int:
+        """Returns the memory that the kept keys and values take."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
 
-        def there(x: Tensor) -> Tensor:
+    def to(self, device: torch.device, pinned: bool = False) -> "ReferenceStep":
+        """Copies the kept keys and values to a device, or with `pinned` to pinned memory; drops `step`."""
+
+        def move(x: Tensor) -> Tensor:
             return x.to(device).pin_memory() if pinned else x.to(device, non_blocking=True)
 
-        def moved(kept: dict[int, KeysValues] | None) -> dict[int, KeysValues] | None:
-            return kept and {layer: tuple(map(there, pair)) for layer, pair in kept.items()}
+        def move_all(kept: dict[int, KeysValues]) -> dict[int, KeysValues]:
+            return {layer: (move(k), move(v)) for layer, (k, v) in kept.items()}
 
-        return replace(self, kept=moved(self.kept), kept_negative=moved(self.kept_negative), step=None)
+        return replace(self, kept=self.kept.map(move_all), step=None)
+
+    def free(self) -> None:
+        """Forgets the kept keys and values."""
+        for kept in self.kept:
+            kept.clear()
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where edits begin and what they follow, before any of its keys and values are known.
+    """Where edits begin, and the path of their reference.
+
+    It has one row, from which all edits begin, or one row for each edit of a single batch.
 
     Attributes:
-        prompts: what each reference shows: one for all edits, or one for each edit of a single batch.
-        settings: of the reference; complete ones.
-        cond: steers its passes; conds of photographs have guidance 1, at which inversions are faithful.
-        path: the latents that its passes see, and the last one after them; None: it is sampled from `start`.
-        start: the noise of reference and edits, "R I 64"; without inversion the clean latent.
-        scale: what latents are divided by before they are decoded.
-        photo: None for a generated reference.
+        prompts: what each row shows.
+        settings: of the reference.
+        levels: noise levels of the schedule, from 1 to 0.
+        cond: steers its passes. For photographs the guidance is 1, at which inversions are faithful.
+        start: the noise of reference and edits, "R I 64". With FlowEdit, the clean latent.
+        path: the latent before each step, and the last one. If None, the reference is sampled from `start`.
+        scale: divisor of latents before they are decoded.
+        photo: the photograph. None for a generated reference.
         inversion_free: whether edits walk from the clean latent by FlowEdit.
     """
 
     prompts: list[str]
-    settings: EditSettings
+    settings: ResolvedEdit
     levels: list[float]
     cond: Conditioning
     start: Tensor
@@ -88,230 +112,271 @@ class Source:
 
     @property
     def num_steps(self) -> int:
+        """The number of steps of reference and edits."""
         return len(self.levels) - 1
 
     @property
     def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
         return self.settings.width, self.settings.height
 
     @property
     def inverted_steps(self) -> int:
-        """How many steps the inversion took."""
+        """The number of steps that the inversion took."""
         return 0 if self.path is None else self.num_steps
 
-    def placed(self, picture: Image.Image, mask: Image.Image | None = None) -> Image.Image:
-        """A decoded picture, put into the whole photograph where that is asked for."""
-        back = self.photo is not None and self.settings.paste_back
-        return self.photo.with_part(picture, mask) if back else picture
+    def decode(self, pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
+        """Decodes latents of the reference or of edits, "B I 64"."""
+        return pipe.decode(latents / self.scale, *self.size, self.settings.watermark)
 
-    def at(self, cond: Conditioning, index: int) -> Conditioning:
-        """What steers step `index`: the second pass only begins with `cfg_from`."""
+    def paste_back(self, image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
+        """Puts a decoded image into the whole photograph, if the settings ask for it."""
+        if self.photo is None or not self.settings.paste_back:
+            return image
+        return self.photo.with_part(image, mask)
+
+    def cond_at(self, cond: Conditioning, index: int) -> Conditioning:
+        """Returns what steers step `index`: the negative pass begins with `cfg_from`."""
         begins = step_at(self.settings.cfg_from, self.num_steps)
         return cond if index >= begins else replace(cond, negative=None)
 
-    def moments(self, model: Flux, ids: Tensor, keep: Callable[[int], frozenset[int]]) -> Iterator[Moment]:
-        """Each step, with the keys and values of the layers that `keep` says for its number, asked when it
-        begins; a pass that gives nothing that is needed is left out.
+    def steps(
+        self, model: VelocityModel, img_ids: Tensor, layers_at: Callable[[int], frozenset[int]]
+    ) -> Iterator[ReferenceStep]:
+        """Computes the reference step by step. A pass that nothing is needed of is left out.
+
+        Args:
+            model: the transformer.
+            img_ids: positions of the image tokens, "1 I 3".
+            layers_at: returns the layers whose keys and values are needed in a step, by its number. It is
+                asked when the step begins.
+
+        Yields:
+            Each step. Its keys and values are freed when the next step is asked for.
         """
-        latent, steering = self.start, self.cond
+        latent, cond = self.start, self.cond
         if self.path is not None:
-            # Inversions go unguided; the negative pass is there for the edits to take from.
-            steering = replace(steering, true_cfg=1.0, mimic_scale=None)
-        steering = steering.scheduled(model, self.levels[:-1])
+            # Inversions are unguided. The negative pass is there to keep keys and values for the edits.
+            cond = replace(cond, true_cfg=1.0, mimic_scale=None)
+        cond = cond.scheduled(model, self.levels[:-1])
         for index, (t, t_next) in enumerate(pairwise(self.levels)):
+            layers = layers_at(index)
             if self.path is not None:
                 latent = self.path[index]
-            layers = keep(index)
-            if self.path is not None and not layers and not self.settings.correct_drift:
-                yield Moment(t, t_next, latent, self.path[index + 1], {})
-                continue
-            keeping = Intervention(keep=layers)
-            step = euler_step(model, latent, ids, self.at(steering, index), t, t_next, keeping)
-            before, latent, drift = latent, step.latent, None
+                if not layers and not self.settings.correct_drift:
+                    yield ReferenceStep(t, t_next, latent, self.path[index + 1])
+                    continue
+            at_index = self.cond_at(cond, index)
+            step = euler_step(model, latent, img_ids, at_index, t, t_next, Intervention(keep=layers))
+            next_latent, drift = step.latent, None
             if self.path is not None:
-                latent = self.path[index + 1]
-                drift = latent - step.latent if self.settings.correct_drift else None
-            yield Moment(t, t_next, before, latent, step.kept, step.kept_negative, step, drift)
-            # Before the next step's keys and values are made, else two steps' lie in memory at once.
-            step = None
+                next_latent = self.path[index + 1]
+                drift = next_latent - step.latent if self.settings.correct_drift else None
+            reference_step = ReferenceStep(t, t_next, latent, next_latent, step.kept, step, drift)
+            yield reference_step
+            # The caller still holds this step while the next one is computed: only one may stay in memory.
+            reference_step.free()
+            latent = next_latent
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """A reference whose keys and values are kept, so that another edit costs one image a step.
-
-    Attributes:
-        layers: where they are kept, the most vital first.
-        moments: one for each step; none for FlowEdit, which takes nothing.
-        picture: the reference decoded; of a photograph, what the autoencoder makes of it.
-    """
-
-    source: Source
-    layers: tuple[int, ...]
-    moments: list[Moment]
-    picture: Image.Image
-
-
-def keep_reference(
-    pipe: Pipeline,
-    settings: EditSettings,
-    layers: Sequence[int],
-    photo: Image.Image | None = None,
-    *,
-    on_step: OnStep | None = None,
-    progress: bool = True,
-) -> Reference:
-    """Makes, or inverts, the reference that `settings` describe, and keeps its image keys and values of
-    `layers` at every step: on the device if they fill at most half of what is free there, else in main
-    memory.
-
-    Args:
-        settings: complete ones; the edits in them are not looked at.
-        photo: edit this picture, which the prompt describes, instead of a generated one.
-        on_step: called with each step, its number and how many there are; an exception from it ends the run.
-    """
-    source = find_source(pipe, settings, photo, on_step, progress)
-    if source.inversion_free:
-        [picture] = pipe.decode(source.start, *source.size, settings.watermark)
-        return Reference(source, tuple(layers), [], source.placed(picture))
-    ids = pipe.image_ids(1, *source.size)
-    moments, on_device = [], True
-    done = source.inverted_steps
-    with pipe.denoising() as model:
-        found = source.moments(model, ids, lambda index: frozenset(layers))
-        for index, moment in enumerate(_bar(found, "reference", source.num_steps, progress)):
-            if index == 0:
-                on_device = _fits(pipe.device, source.num_steps * moment.bytes())
-            if on_step and moment.step:
-                on_step(moment.step, done + index, done + source.num_steps)
-            moments.append(moment.on(pipe.device if on_device else torch.device("cpu"), not on_device))
-    [picture] = pipe.decode(moments[-1].next_latent / source.scale, *source.size, settings.watermark)
-    return Reference(source, tuple(layers), moments, source.placed(picture))
-
-
-def _fits(device: torch.device, size: int) -> bool:
-    """Whether so many bytes are at most half of what is free on the device, with its allocator's reserve."""
-    if device.type != "cuda":
-        return True
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return size <= (torch.cuda.mem_get_info(device)[0] + reserve) / 2
-
-
-def ahead(moments: Sequence[Moment], device: torch.device) -> Iterator[Moment]:
-    """The moments on the device; those in main memory are copied while the one before is at work."""
-    if device.type != "cuda" or not moments[0].kept or next(iter(moments[0].kept.values()))[0].is_cuda:
-        yield from moments
-        return
-    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-
-    def fetch(moment: Moment) -> Moment:
-        with torch.cuda.stream(stream):
-            fetched = moment.on(device)
-        for pair in (*fetched.kept.values(), *(fetched.kept_negative or {}).values()):
-            for x in pair:
-                x.record_stream(main)
-        return fetched
-
-    coming = fetch(moments[0])
-    for following in (*moments[1:], None):
-        main.wait_stream(stream)
-        moment, coming = coming, following and fetch(following)
-        yield moment
+# ---- finding the source
 
 
 def find_source(
-    pipe: Pipeline, settings: EditSettings, image: Image.Image | None, on_step: OnStep | None, progress: bool
+    pipe: Pipeline,
+    settings: ResolvedEdit,
+    image: Image.Image | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = False,
 ) -> Source:
-    """Finds the one reference that the settings describe: generated, or the photograph `image`.
+    """Finds the one source that the settings describe: generated, or the photograph `image`.
 
-    A photograph without a prompt is described by `caption_model`.
+    A photograph without a prompt is described by `caption_model`. For the other arguments see `photo_source`.
+
+    Raises:
+        InputError: there is no prompt, or the caption model cannot write one.
     """
-    if image is None:
-        return generated_source(pipe, settings, [settings.prompt], [settings.seed])
-    photo = Photograph.of(image, settings.width, settings.height)
+    photo = Photograph.of(image, settings.width, settings.height) if image else None
     prompt = settings.prompt
     if prompt is None:
+        if photo is None or settings.caption_model is None:
+            raise InputError("Got no prompt: say what the reference shows, or give a photo and caption_model")
         prompt = describe(photo.part, settings.caption_model, str(pipe.device))
+    if photo is None:
+        return generated_source(pipe, settings, [prompt], [settings.seed])
     return photo_source(pipe, settings, [prompt], pipe.encode(photo.part), photo, on_step, progress)
 
 
 def generated_source(
-    pipe: Pipeline, settings: EditSettings, prompts: Sequence[str], seeds: Sequence[int]
+    pipe: Pipeline, settings: ResolvedEdit, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Source:
     """Prepares references to be generated, one row for each prompt and seed."""
     size = settings.width, settings.height
-    cond = pipe.condition(list(prompts), settings.guidance, **steering(settings))
+    cond = pipe.condition(prompts, settings.guidance, **guidance_args(settings))
     levels = pipe.schedule(settings.num_steps, *size)
-    return Source(list(prompts), settings, levels, cond, pipe.noise(list(seeds), *size))
+    return Source(list(prompts), settings, levels, cond, pipe.noise(seeds, *size))
 
 
 def photo_source(
     pipe: Pipeline,
-    settings: EditSettings,
+    settings: ResolvedEdit,
     prompts: Sequence[str],
     clean: Tensor,
     photo: Photograph | None = None,
     on_step: OnStep | None = None,
     progress: bool = False,
 ) -> Source:
-    """Inverts photographs, one row each. With inversion "none" edits start at their latents.
+    """Inverts photographs, one row each. With inversion "none", edits begin at their latents.
 
     Args:
         pipe: the models.
-        settings: complete settings of the edits.
+        settings: of the edits.
         prompts: what each photograph shows.
-        clean: latents of the photographs, "B I 64".
+        clean: the photographs' latents, "R I 64".
         photo: the photograph itself, if edits are to be put back into it.
-        on_step: called with each step of the inversion, its number and how many steps reference and
-            inversion have. An exception from it ends the run.
+        on_step: called with each step of the inversion, its number and the number of steps of inversion and
+            reference together. An exception from it ends the run.
         progress: whether to show a progress bar.
     """
     levels = pipe.schedule(settings.num_steps, settings.width, settings.height)
     inversion_free = settings.inversion == "none" and not settings.as_published
     guidance = FLOW_EDIT_GUIDANCE if inversion_free else 1.0
-    cond = pipe.condition(list(prompts), guidance, **steering(settings))
+    cond = pipe.condition(prompts, guidance, **guidance_args(settings))
     if inversion_free:
         return Source(list(prompts), settings, levels, cond, clean, photo=photo, inversion_free=True)
-    path, scale = replayed(pipe, settings, cond, clean, levels, on_step, progress)
+    path, scale = inversion_path(pipe, settings, cond, clean, levels, on_step, progress)
     return Source(list(prompts), settings, levels, cond, path[0], path, scale, photo)
 
 
-def replayed(
+def inversion_path(
     pipe: Pipeline,
-    settings: EditSettings,
+    settings: ResolvedEdit,
     cond: Conditioning,
     clean: Tensor,
     levels: Sequence[float],
     on_step: OnStep | None = None,
     progress: bool = False,
 ) -> tuple[list[Tensor], float]:
-    """The path from noise to these latents of photographs, "B I 64", that their references replay, and what
-    its latents are divided by before they are decoded.
+    """Inverts latents of photographs, "R I 64".
+
+    Returns:
+        The path that the reference replays, from noise to the photographs, and the divisor of its latents
+        before they are decoded.
     """
     method = "euler" if settings.as_published else settings.inversion
     nudging = settings.nudging or (NUDGING if method == "euler" else 1.0)
-    ids, plain = pipe.image_ids(1, settings.width, settings.height), replace(cond, negative=None)
-    path = [nudging * clean]
+    ids, cond = pipe.image_ids(1, settings.width, settings.height), replace(cond, negative=None)
+    path, total = [nudging * clean], len(levels) - 1
     with pipe.denoising() as model:
-        plain = plain.scheduled(model, levels[:-1])
-        climb = INVERSIONS[method](model, path[0], ids, plain, levels)
-        for index, latent in enumerate(_bar(climb, "inversion", len(levels) - 1, progress)):
+        cond = cond.scheduled(model, levels[:-1])
+        latents = INVERSIONS[method](model, path[0], ids, cond, levels)
+        for index, latent in enumerate(_with_bar(latents, "inversion", total, progress)):
             if on_step:
                 t, noisier = levels[-1 - index], levels[-2 - index]
                 velocity = (latent - path[0]) / (noisier - t)
-                on_step(Step(noisier, t, latent, velocity, {}), index, 2 * (len(levels) - 1))
+                on_step(Step(noisier, t, latent, velocity), index, 2 * total)
             path.insert(0, latent)
     if settings.as_published:
-        # What the public code replays: after step i it replaces the latent by the one of two levels
-        # before, after the first by the cleanest noisy one; and what was nudged is decoded as it is.
-        path, nudging = [path[0], path[-2], *path[:-2]], 1.0
+        # The public code replays the path with a lag. After step i it replaces the latent by the one of two
+        # levels before, after the first step by the cleanest noisy one. It decodes without undoing nudging.
+        return [path[0], path[-2], *path[:-2]], 1.0
     return path, nudging
 
 
-def steering(settings: EditSettings) -> dict:
+def guidance_args(settings: ResolvedEdit) -> dict[str, Any]:
+    """Returns the settings of true CFG, as arguments of `Pipeline.condition`."""
     names = ("true_cfg", "negative_prompt", "mimic_scale", "mimic_percentile")
     return {name: getattr(settings, name) for name in names}
 
 
-def _bar(steps: Iterator, what: str, total: int, progress: bool) -> Iterator:
-    return iter(tqdm(steps, desc=what, total=total, unit="step", disable=not progress))
+# ---- a kept reference
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A reference whose keys and values are kept, so that a step of another edit computes the edit alone.
+
+    Attributes:
+        source: where it began.
+        layers: the layers whose keys and values are kept, the most vital first.
+        steps: all steps. Empty for FlowEdit, which injects nothing.
+        image: the reference decoded. For a photograph, the autoencoder's reconstruction.
+    """
+
+    source: Source
+    layers: tuple[int, ...]
+    steps: list[ReferenceStep]
+    image: Image.Image
+
+
+def keep_reference(
+    pipe: Pipeline,
+    settings: ResolvedEdit,
+    layers: Sequence[int],
+    photo: Image.Image | None = None,
+    *,
+    on_step: OnStep | None = None,
+    progress: bool = True,
+) -> Reference:
+    """Generates or inverts the reference, and keeps its image keys and values at every step.
+
+    They are kept on the device if they fill at most half of its free memory, else in main memory.
+
+    Args:
+        pipe: the models.
+        settings: describe the reference. Their edits are ignored.
+        layers: where to keep keys and values, the most vital layers first.
+        photo: the photograph to edit, described by the prompt. If None, the reference is generated.
+        on_step: called with each step, its number and the number of steps. An exception from it ends the run.
+        progress: whether to show progress bars.
+    """
+    source = find_source(pipe, settings, photo, on_step, progress)
+    steps: list[ReferenceStep] = []
+    latent, done, on_device = source.start, source.inverted_steps, True
+    if not source.inversion_free:
+        with pipe.denoising() as model:
+            computed = source.steps(model, pipe.image_ids(1, *source.size), lambda _: frozenset(layers))
+            for index, step in enumerate(_with_bar(computed, "reference", source.num_steps, progress)):
+                if index == 0:
+                    on_device = fits_on_device(pipe.device, source.num_steps * step.num_bytes())
+                if on_step and step.step:
+                    on_step(step.step, done + index, done + source.num_steps)
+                steps.append(step.to(pipe.device) if on_device else step.to(torch.device("cpu"), pinned=True))
+        latent = steps[-1].next_latent
+    [image] = source.decode(pipe, latent)
+    return Reference(source, tuple(layers), steps, source.paste_back(image))
+
+
+def fits_on_device(device: torch.device, size: int) -> bool:
+    """Whether so many bytes fill at most half of the device's memory, free or reserved by the allocator."""
+    if device.type != "cuda":
+        return True
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size <= (torch.cuda.mem_get_info(device)[0] + reserve) / 2
+
+
+def prefetch(steps: Sequence[ReferenceStep], device: torch.device) -> Iterator[ReferenceStep]:
+    """Yields kept steps on the device. Those in main memory are copied during the step before."""
+    tensors = steps[0].tensors()
+    if device.type != "cuda" or not tensors or tensors[0].is_cuda:
+        yield from steps
+        return
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def fetch(step: ReferenceStep) -> ReferenceStep:
+        with torch.cuda.stream(stream):
+            fetched = step.to(device)
+        for x in fetched.tensors():
+            x.record_stream(main)
+        return fetched
+
+    coming = fetch(steps[0])
+    for following in (*steps[1:], None):
+        main.wait_stream(stream)
+        current, coming = coming, fetch(following) if following else coming
+        yield current
+        current.free()
+
+
+def _with_bar(steps: Iterable[T], name: str, total: int, progress: bool) -> Iterator[T]:
+    return iter(tqdm(steps, desc=name, total=total, unit="step", disable=not progress))

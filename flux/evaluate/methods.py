@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.editing.batches import Mask, batches_of, flow, follow
-from flux.editing.photo import token_mask
-from flux.editing.reference import generated_source, photo_source, steering
+from flux.editing.batches import run_batches, start_batches
+from flux.editing.photo import Mask, token_mask
+from flux.editing.reference import generated_source, guidance_args, photo_source
 from flux.evaluate.benchmark import Item
 from flux.evaluate.resolve import ResolvedMethod
-from flux.pipeline import Pipeline, counted
-from flux.sampling import Step, sample
+from flux.pipeline import Pipeline, count_evaluations
+from flux.sampling import sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class MethodRunner:
         """
         begin = time.perf_counter()
         references: Sequence[Image.Image | None] = [None] * len(items)
-        with counted(self.pipe) as evaluations, torch.inference_mode():
+        with count_evaluations(self.pipe) as evaluations, torch.inference_mode():
             if method is None:
                 images = self._decoded(self._encoded(items))
             elif method.strength is not None:
@@ -91,7 +91,7 @@ class MethodRunner:
     ) -> list[Image.Image]:
         """SDEdit (arXiv 2108.01073): adds noise to the photograph and denoises it with the new prompt."""
         settings, pipe = method.settings, self.pipe
-        cond = pipe.condition(self._targets(items), settings.guidance, **steering(settings))
+        cond = pipe.condition(self._targets(items), settings.guidance, **guidance_args(settings))
         levels = pipe.schedule(settings.num_steps, *self.size)
         levels = levels[round((1 - strength) * settings.num_steps) :]
         noise = pipe.noise(self._seeds(items), *self.size)
@@ -126,17 +126,7 @@ class MethodRunner:
             source = photo_source(pipe, settings, prompts, self._encoded(items))
         else:
             source = generated_source(pipe, settings, prompts, self._seeds(items))
-        [batch] = batches_of(pipe, source, settings, method.layers, masks)
-        with pipe.denoising() as model:
-            if source.inversion_free:
-                flow(pipe, model, source, [batch], _ignore)
-                latent = source.start
-            else:
-                moments = source.moments(model, pipe.image_ids(1, *self.size), batch.takes)
-                latent = follow(pipe, model, source, moments, [batch], _ignore)
+        [batch] = start_batches(pipe, source, settings, method.layers, masks)
+        latent = run_batches(pipe, source, [batch])
         edits = self._decoded(batch.latent / source.scale)
         return edits, [None] * len(items) if self.photos else self._decoded(latent)
-
-
-def _ignore(step: Step, index: int) -> None:
-    """Does nothing with a step. No one watches it."""

@@ -1,18 +1,15 @@
-"""Sheets of images with captions."""
+"""Sheets of images in rows, with captions and titles."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 INK, FRAME, PAPER = "#222222", "#dddddd", "#ffffff"
-
-
-MAX_SHEET_PIXELS, MAX_SHEET_SIDE = 32e6, 16000  # more is slow to write, and viewers refuse it
-
-
-MAX_LINES = 6  # of a caption; the whole text is in the picture's metadata
+MAX_SHEET_PIXELS, MAX_SHEET_SIDE = 32e6, 16000  # larger files are slow to write, and viewers refuse them
+MAX_LINES = 6  # of a caption; the whole text is in the image's metadata
 
 
 def grid(
@@ -20,87 +17,166 @@ def grid(
     captions: Sequence[Sequence[str]] | None = None,
     row_titles: Sequence[str] | None = None,
 ) -> Image.Image:
-    """A sheet of pictures in rows, each with its caption under it and each row with its title above.
+    """Draws a sheet of images in rows, a caption under each image and a title above each row.
 
-    `images` are rows of any length, None leaves a place empty. Every place has the first picture's size, and
-    pictures of another are scaled to fit in; all are scaled down for a sheet that would pass MAX_SHEET_PIXELS
-    or MAX_SHEET_SIDE. `captions` has the shape of `images`. Texts wrap to the width they have and end in
-    "…" after MAX_LINES lines. Raises ValueError if there is no picture at all.
+    Every place has the size of the first image; images of another size are scaled to fit. All are scaled
+    down if the sheet would exceed MAX_SHEET_PIXELS or MAX_SHEET_SIDE.
+
+    Args:
+        images: rows of any length. None leaves a place empty.
+        captions: texts in the shape of `images`. They wrap to the width of an image and end in "…" after
+            MAX_LINES lines.
+        row_titles: a title for each row. They wrap to the width of the sheet.
+
+    Raises:
+        ValueError: there is no image at all.
     """
-    pictures = [picture for row in images for picture in row if picture is not None]
-    if not pictures:
-        raise ValueError("a grid needs at least one picture")
-    width, height = pictures[0].size
-    columns = max(len(row) for row in images)
-    across, down = columns * width, len(images) * height
-    shrink = min(1, math.sqrt(MAX_SHEET_PIXELS / (across * down)), MAX_SHEET_SIDE / max(across, down))
-    width, height = max(1, round(width * shrink)), max(1, round(height * shrink))
+    return Sheet.measure(images, captions, row_titles).draw()
 
-    size = max(12, round(width / 22))
-    gap = size
-    regular, bold = _font("DejaVuSans.ttf", size), _font("DejaVuSans-Bold.ttf", size)
-    line = round(1.35 * size)
 
-    titles = [_wrap(text, bold, columns * (width + gap) - gap) for text in row_titles or [""] * len(images)]
-    texts = [[_wrap(text, regular, width) for text in row] for row in captions or [[]] * len(images)]
-    above = [len(lines) * line + (gap // 2 if lines else 0) for lines in titles]
-    below = [max((len(lines) for lines in row), default=0) * line for row in texts]
-    below = [space + (gap // 2 if space else 0) for space in below]
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row of a sheet: its images, with title and captions broken into lines."""
 
-    sheet_height = gap + sum(a + height + b + gap for a, b in zip(above, below, strict=True))
-    sheet = Image.new("RGB", (gap + columns * (width + gap), sheet_height), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    images: Sequence[Image.Image | None]
+    title: list[str]
+    captions: list[list[str]]
 
-    def write(x: int, y: int, lines: list[str], font: ImageFont.FreeTypeFont) -> None:
-        for number, words in enumerate(lines):
-            draw.text((x, y + number * line), words, font=font, fill=INK, anchor="la")
 
-    top = gap
-    for i, row in enumerate(images):
-        write(gap, top, titles[i], bold)
-        top += above[i]
-        for j, picture in enumerate(row):
-            left = gap + j * (width + gap)
-            if picture is not None:
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """The layout of a sheet. Lengths are in pixels.
+
+    Attributes:
+        rows: from top to bottom.
+        columns: number of places in the longest row.
+        width: of each image.
+        height: of each image.
+        gap: between images, and around all. It is the size of the text, too.
+    """
+
+    rows: list[Row]
+    columns: int
+    width: int
+    height: int
+    gap: int
+
+    @classmethod
+    def measure(
+        cls,
+        images: Sequence[Sequence[Image.Image | None]],
+        captions: Sequence[Sequence[str]] | None = None,
+        row_titles: Sequence[str] | None = None,
+    ) -> "Sheet":
+        """Chooses the size of the images and of the text, and breaks the texts into lines.
+
+        The arguments and errors are those of `grid`.
+        """
+        first = next((image for row in images for image in row if image is not None), None)
+        if first is None:
+            raise ValueError("a grid needs at least one image")
+        columns = max(len(row) for row in images)
+        across, down = columns * first.width, len(images) * first.height
+        shrink = min(1, math.sqrt(MAX_SHEET_PIXELS / (across * down)), MAX_SHEET_SIDE / max(across, down))
+        width, height = max(1, round(first.width * shrink)), max(1, round(first.height * shrink))
+        gap = max(12, round(width / 22))
+        whole_width = columns * (width + gap) - gap
+        regular, bold = caption_font(gap), caption_font(gap, bold=True)
+        rows = [
+            Row(row, wrap_text(title, bold, whole_width), [wrap_text(text, regular, width) for text in texts])
+            for row, title, texts in zip(
+                images, row_titles or [""] * len(images), captions or [[]] * len(images)
+            )
+        ]
+        return cls(rows, columns, width, height, gap)
+
+    @property
+    def line(self) -> int:
+        """The height of a line of text."""
+        return round(1.35 * self.gap)
+
+    def above(self, row: Row) -> int:
+        """Returns the height of a row's title."""
+        return self._text_height(len(row.title))
+
+    def below(self, row: Row) -> int:
+        """Returns the height of a row's longest caption."""
+        return self._text_height(max(map(len, row.captions), default=0))
+
+    def _text_height(self, lines: int) -> int:
+        return lines * self.line + self.gap // 2 if lines else 0
+
+    def draw(self) -> Image.Image:
+        """Draws the sheet."""
+        gap = self.gap
+        heights = [self.above(row) + self.height + self.below(row) + gap for row in self.rows]
+        sheet = Image.new("RGB", (gap + self.columns * (self.width + gap), gap + sum(heights)), PAPER)
+        top = gap
+        for row, height in zip(self.rows, heights):
+            self._draw_row(sheet, row, top)
+            top += height
+        return sheet
+
+    def _draw_row(self, sheet: Image.Image, row: Row, top: int) -> None:
+        gap, width, height = self.gap, self.width, self.height
+        draw, regular, bold = ImageDraw.Draw(sheet), caption_font(gap), caption_font(gap, bold=True)
+
+        def write(left: int, top: int, lines: list[str], font: ImageFont.FreeTypeFont) -> None:
+            for number, line in enumerate(lines):
+                draw.text((left, top + number * self.line), line, font=font, fill=INK, anchor="la")
+
+        write(gap, top, row.title, bold)
+        top += self.above(row)
+        for column, image in enumerate(row.images):
+            left = gap + column * (width + gap)
+            if image is not None:
                 draw.rectangle((left - 1, top - 1, left + width, top + height), outline=FRAME)
-                padded = ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, PAPER)
+                padded = ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, PAPER)
                 sheet.paste(padded, (left, top))
-            if j < len(texts[i]):
-                write(left, top + height + gap // 2, texts[i][j], regular)
-        top += height + below[i] + gap
-    return sheet
+            if column < len(row.captions):
+                write(left, top + height + gap // 2, row.captions[column], regular)
 
 
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of matplotlib's fonts: pillow's own knows no accents, no Greek and no Cyrillic."""
+def caption_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Loads one of matplotlib's fonts: pillow's own has no accents, no Greek and no Cyrillic."""
     import matplotlib
 
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken at spaces where there are any."""
-    lines = []
-    for paragraph in text.splitlines():
-        current = ""
-        for word in paragraph.split():
-            longer = f"{current} {word}" if current else word
-            if font.getlength(longer) <= width:
-                current = longer
-                continue
-            if current:
-                lines.append(current)
-            while font.getlength(word) > width and len(word) > 1:
-                fits = 1
-                while font.getlength(word[: fits + 1]) <= width:
-                    fits += 1
-                lines.append(word[:fits])
-                word = word[fits:]
-            current = word
-        lines.append(current)
-    if len(lines) > MAX_LINES:
-        last = lines[MAX_LINES - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        lines = [*lines[: MAX_LINES - 1], last + "…"]
-    return lines
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels, at spaces if possible, and at most MAX_LINES."""
+    lines = [line for paragraph in text.splitlines() for line in _wrap_paragraph(paragraph, font, width)]
+    if len(lines) <= MAX_LINES:
+        return lines
+    last = lines[MAX_LINES - 1]
+    while last and font.getlength(last + "…") > width:
+        last = last[:-1]
+    return [*lines[: MAX_LINES - 1], last + "…"]
+
+
+def _wrap_paragraph(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines, current = [], ""
+    for word in paragraph.split():
+        longer = f"{current} {word}" if current else word
+        if font.getlength(longer) <= width:
+            current = longer
+            continue
+        if current:
+            lines.append(current)
+        *pieces, current = _split_word(word, font, width)
+        lines += pieces
+    return [*lines, current]
+
+
+def _split_word(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Splits a word that is wider than a line into pieces that fit, at least one letter each."""
+    pieces = []
+    while font.getlength(word) > width and len(word) > 1:
+        length = 1
+        while font.getlength(word[: length + 1]) <= width:
+            length += 1
+        pieces.append(word[:length])
+        word = word[length:]
+    return [*pieces, word]

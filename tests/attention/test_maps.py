@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flux.attention.watch as watch_room
 from flux.attention import sheets
-from flux.attention.maps import look, mean_attention
+from flux.attention.maps import layer_attention, mean_attention
 from flux.attention.sheets import colour_scale, heat_map, layers_sheet, percent, words_sheet
 from flux.attention.tokens import TextTokens, find_word, prompt_words, text_tokens
 from flux.attention.watch import check_watch, steps_to_watch, watch
 from flux.errors import InputError
 from flux.intervention import Intervention
+from flux.model import Inputs
 from flux.settings.complete import resolve
 from flux.settings.demos import LayerSettings
 
@@ -60,12 +61,12 @@ def given():
 @pytest.fixture(scope="module")
 def watched(model, given):
     layers = frozenset(range(tiny_models.NUM_LAYERS))
-    return model.observe(**given, intervention=Intervention(watch=layers))[1].watched
+    return model.observe(Inputs(**given), intervention=Intervention(watch=layers))[1].watched
 
 
 def weights_by_hand(model, given, layer: int) -> torch.Tensor:
     """The full map of all heads, "B H N N", from the streams into the layer and its linear layers alone."""
-    streams, p = model.streams(**given)[layer], model.params
+    streams, p = model.streams(Inputs(**given))[layer], model.params
     vec = F.silu(tiny_models.hand_vec(model, given))
     ids = torch.cat((given["txt_ids"], given["img_ids"]), dim=1)
 
@@ -96,7 +97,7 @@ def test_shares_are_those_of_the_full_map(model, given, watched, layer):
     full = full.mean(dim=1)
     from_img, to_img = full[:, NUM_TXT:], full[:, :, NUM_TXT:]
 
-    got = look(*watched[layer], TOKENS, chunk=5)
+    got = layer_attention(*watched[layer], TOKENS, chunk=5)
     tolerance = {"atol": 1e-5, "rtol": 0}
     assert_close(got.text, from_img[..., :NUM_TXT].sum(-1), **tolerance)
     assert_close(got.image, from_img[..., NUM_TXT:].sum(-1), **tolerance)
@@ -110,7 +111,7 @@ def test_shares_are_those_of_the_full_map(model, given, watched, layer):
 
 def test_no_layer_looks_like_another(watched):
     """Else the test above would prove nothing about which layer was watched."""
-    shares = torch.stack([look(*pair, TOKENS).text.flatten() for pair in watched.values()])
+    shares = torch.stack([layer_attention(*pair, TOKENS).text.flatten() for pair in watched.values()])
     assert torch.cdist(shares, shares).add(torch.eye(len(shares))).min() > 0.05
 
 
@@ -176,7 +177,7 @@ def test_memory_is_that_of_one_head_and_chunk(heads):
     q, k = random_heads(1, heads, 640, 640, 4)
     tokens = TextTokens(torch.arange(40) > 20, {"dog": torch.arange(40) == 3})
     with HighWater() as made:
-        look(q, k, tokens, chunk=64)
+        layer_attention(q, k, tokens, chunk=64)
     scores = 64 * 640
     assert made.largest == scores
     small = 640 * (4 + 4 * 3 + 4)  # a head's keys; groups, shares and their copies; the word's own row
@@ -288,7 +289,7 @@ def test_the_word_is_where_its_object_is(nano):
 
 
 def test_nothing_is_watched_unasked(nano, monkeypatch):
-    monkeypatch.setattr(watch_room, "look", lambda *_: pytest.fail("no layers were named"))
+    monkeypatch.setattr(watch_room, "layer_attention", lambda *_: pytest.fail("no layers were named"))
     steps, seen = watch(nano, DOG, 7, settings(layers=(), num_steps=2), progress=False)
     assert len(steps) == 2
     assert seen == []

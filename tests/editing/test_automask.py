@@ -1,7 +1,7 @@
 import torch
 
 from flux.attention.tokens import text_tokens
-from flux.editing.automask import all_over, may_change, subject_tokens
+from flux.editing.automask import WatchedPass, changes_whole_image, dilated_mask, subject_tokens
 from flux.pipeline import Pipeline
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
@@ -22,19 +22,19 @@ def test_a_part_and_the_whole():
     whole, scales, size = square(1.0), (0.01, 1, 50), (16 * SIDE, 16 * SIDE)
     maps = torch.cat([scale * square(share) for share in (0.1, 0.3, 0.5, 1.0) for scale in scales])
     for changed, apart in ((maps, maps), (whole.expand(12, -1), maps), (maps, whole.expand(12, -1))):
-        assert all_over(changed, apart, *size).tolist() == [False] * 9 + [True] * 3
+        assert changes_whole_image(changed, apart, *size).tolist() == [False] * 9 + [True] * 3
 
 
 def test_the_edge_decides():
     """A subject that fills most of the picture, and stays, makes another place no part of it."""
     around = 1.05 - square(0.6)
     assert around.mean() < 0.5
-    assert all_over(around, around, 16 * SIDE, 16 * SIDE).all()
+    assert changes_whole_image(around, around, 16 * SIDE, 16 * SIDE).all()
 
 
 def test_the_part_and_its_neighbours():
     """A square of four tokens: means round its corners off, neighbours add a rim."""
-    [found] = may_change(square(0.07), 16 * SIDE, 16 * SIDE).reshape(-1, SIDE, SIDE)
+    [found] = dilated_mask(square(0.07), 16 * SIDE, 16 * SIDE).reshape(-1, SIDE, SIDE)
     rim = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     rim[5:11, 5:11] = True
     for row in (5, 10):
@@ -47,7 +47,7 @@ def test_a_few_large_values_are_no_measure():
     """One token that is led far apart does not make the rest of a picture small."""
     apart = square(1.0)
     apart[0, 100] = 30.0
-    assert all_over(square(1.0), apart, 32 * SIDE, 8 * SIDE).all()
+    assert changes_whole_image(square(1.0), apart, 32 * SIDE, 8 * SIDE).all()
 
 
 def test_the_subject_is_where_a_shared_word_is_looked_at():
@@ -60,7 +60,8 @@ def test_the_subject_is_where_a_shared_word_is_looked_at():
     q[0, 0, num_txt:].view(SIDE, SIDE, 4)[4:10, 4:10] = 5.0
 
     def found(other: str) -> torch.Tensor:
-        return subject_tokens(t5, {0: (q, k)}, [prompt], [other], 16 * SIDE, 16 * SIDE).reshape(SIDE, SIDE)
+        watched = WatchedPass([prompt], {0: (q, k)})
+        return subject_tokens(t5, watched, [other], 16 * SIDE, 16 * SIDE).reshape(SIDE, SIDE)
 
     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     inside[4:10, 4:10] = True

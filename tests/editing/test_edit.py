@@ -10,9 +10,9 @@ from helpers import tiny_models
 from PIL import Image
 
 import flux.editing.batches as batch_room
-import flux.editing.edit as editing
 from flux import sampling
 from flux.editing import automask, reference
+from flux.editing.batches import Batch
 from flux.editing.edit import check_edits, edit, edit_reference
 from flux.editing.inversion import INVERSIONS
 from flux.editing.photo import Photograph
@@ -20,8 +20,8 @@ from flux.editing.reference import keep_reference
 from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
 from flux.settings.complete import resolve
-from flux.settings.demos import EditSettings
 from flux.settings.doses import DEFAULT_DOSE, DOSES
+from flux.settings.edits import EditSettings
 from flux.settings.files import check_settings
 from flux.specs import VITAL_LAYERS_DEV, configs
 from flux.vital_layers import PRESETS, find_vital_layers
@@ -66,7 +66,12 @@ def rms(a: Image.Image, b: Image.Image) -> float:
 def passes(small, monkeypatch):
     """The interventions of the transformer's passes, as they are made."""
     found, observe = [], small.model.observe
-    monkeypatch.setattr(small.model, "observe", lambda *given: found.append(given[7]) or observe(*given))
+
+    def observing(inputs, intervention, **more):
+        found.append(intervention)
+        return observe(inputs, intervention, **more)
+
+    monkeypatch.setattr(small.model, "observe", observing)
     return found
 
 
@@ -130,7 +135,7 @@ def test_edit_is_two_samplings_side_by_side(small, window, true_cfg):
     def taking():
         keep = Intervention(keep=frozenset(LAYERS))
         for index, step in enumerate(sampling.sample(small.model, noise, ids, source, levels, keep)):
-            inject = Intervention(take=step.kept, take_negative=step.kept_negative)
+            inject = step.kept.map(lambda kept: Intervention(inject=kept))
             yield inject if index in inside else NOTHING
 
     *_, last = sampling.sample(small.model, noise, ids, other, levels, taking())
@@ -150,9 +155,10 @@ def test_the_second_pass_may_begin_later(small, passes):
     """From step 2 of 5 on: three passes more for the reference, and for the edit."""
     make(small, **ONE, cfg_from=0.4)
     assert len(passes) == 2 * STEPS + 2 * 3
-    pairs = [given.take_negative is not None for given in passes if given.take]
-    # A negative pass takes what was meant for it as `take`, hence the empty one after each full one.
-    assert pairs == [False] * 2 + [True, True] * 3
+    injected = [given.inject[0][0] for given in passes if given.inject]
+    assert len(injected) == 2 + 2 * 3
+    # Each pass injects what the reference's pass of the same kind kept.
+    assert not any(torch.equal(*pair) for pair in zip(injected[2::2], injected[3::2]))
 
 
 def test_negative_prompts_reach_reference_and_edits(small, edited):
@@ -189,7 +195,7 @@ def test_steps_are_shown_and_may_stop_the_run(small):
 
 def taken(passes, layer: int) -> list:
     """In each pass of the one edit: the weight in a layer, 0 where nothing is taken."""
-    return [given.weights.get(layer, 1) if layer in given.take else 0 for given in passes[1::2]]
+    return [given.inject_weights.get(layer, 1) if layer in given.inject else 0 for given in passes[1::2]]
 
 
 def test_weights_by_layer_and_fewer_layers(small, passes):
@@ -201,7 +207,7 @@ def test_weights_by_layer_and_fewer_layers(small, passes):
 def test_a_falling_weight(small, passes):
     """From the first step of the window on, by equal parts, never quite to nothing within it."""
     make(small, **ONE, true_cfg=1.0, falling=True, weight=0.8, inject_from=0.2, inject_until=1.0)
-    weights = [given.weights.get(0, 0) for given in passes[1::2]]
+    weights = [given.inject_weights.get(0, 0) for given in passes[1::2]]
     assert weights == pytest.approx([0, 0.8, 0.6, 0.4, 0.2])
 
 
@@ -210,7 +216,9 @@ def test_a_falling_weight(small, passes):
 )
 def test_keys_or_values_alone(small, passes, parts, there):
     make(small, **ONE, true_cfg=1.0, parts=parts)
-    assert [tuple(x is not None for x in given.take[0]) for given in passes if given.take] == [there] * STEPS
+    assert [tuple(x is not None for x in given.inject[0]) for given in passes if given.inject] == [
+        there
+    ] * STEPS
 
 
 def test_edits_of_several_doses_in_one_run(small, edited):
@@ -284,18 +292,14 @@ def half_mask(size=(WIDTH, HEIGHT)) -> Image.Image:
 
 def test_outside_the_mask_is_the_reference(small, monkeypatch):
     """Its tokens exactly, at every step; pixels up to the decoder's reach. Inside, the edit is at work."""
-    latents = []
-    follow = batch_room.follow
+    latents, take_step = [], Batch.step
 
-    def following(pipe, model, source, moments, batches, on_step):
-        def noted():
-            for moment in moments:
-                yield moment
-                latents.append((moment.next_latent, batches[0].latent))
+    def step(batch, pipe, model, source, index, reference_step):
+        taken = take_step(batch, pipe, model, source, index, reference_step)
+        latents.append((reference_step.next_latent, batch.latent))
+        return taken
 
-        return follow(pipe, model, source, noted(), batches, on_step)
-
-    monkeypatch.setattr(editing, "follow", following)
+    monkeypatch.setattr(Batch, "step", step)
     make(small, mask=half_mask(), **ONE, inject_until=0.4)
     left = torch.arange(TOKENS) % (WIDTH // 16) < WIDTH // 32
     assert len(latents) == STEPS
@@ -307,7 +311,7 @@ def test_outside_the_mask_is_the_reference(small, monkeypatch):
 def test_outside_the_mask_all_is_taken(small, passes):
     """Inside as much as the dose says."""
     make(small, **ONE, mask=half_mask(), true_cfg=1.0, weight=0.5)
-    weights = next(given.weights[0] for given in passes if given.take)
+    weights = next(given.inject_weights[0] for given in passes if given.inject)
     assert weights.shape == (1, TOKENS)
     row = weights[0].reshape(HEIGHT // 16, WIDTH // 16)
     assert torch.equal(row[0], torch.tensor([0.5, 0.5, 0.5, 1, 1, 1]))
@@ -330,11 +334,11 @@ def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypa
     masks = {EDITS[0]: part, EDITS[2]: torch.ones_like(part)}
     subject = part[:, :, 0]
 
-    def auto_mask(*given) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = torch.cat([masks[e.prompt] for e in given[4].entries])
+    def auto_mask(pipe, model, source, step, batch, edit_step) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.cat([masks[prompt] for prompt in batch.prompts])
         return mask, subject.expand(len(mask), -1)
 
-    monkeypatch.setattr(batch_room, "_auto_mask", auto_mask)
+    monkeypatch.setattr(batch_room, "auto_mask", auto_mask)
     common = {"num_steps": 10, "true_cfg": 1.0}
 
     def made(edits: list[str], **changes) -> list[Image.Image]:
@@ -345,7 +349,7 @@ def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypa
         return edit(small, wanted, LAYERS, progress=False).edits
 
     def holds_subject() -> bool:
-        weights = [weight for given in passes if given.take for weight in given.weights.values()]
+        weights = [weight for given in passes if given.inject for weight in given.inject_weights.values()]
         return any(torch.equal(weight, subject.float()) for weight in weights)
 
     both = made([EDITS[0], EDITS[2]])
@@ -365,7 +369,7 @@ def test_an_automatic_mask(small, passes, monkeypatch):
     edit that says the same may change all.
     """
     monkeypatch.setattr(automask, "THRESHOLD", 1.0)
-    monkeypatch.setattr(automask, "ALL_OVER", 1.0)
+    monkeypatch.setattr(automask, "WHOLE_IMAGE", 1.0)
     found, changed = [], batch_room.changed_tokens
     monkeypatch.setattr(
         batch_room, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1]
@@ -381,7 +385,7 @@ def test_an_automatic_mask(small, passes, monkeypatch):
 def test_what_differs_all_over_may_change_all_over(small, monkeypatch):
     """Whatever attends to the words. The rule itself: tests/test_automask.py."""
     monkeypatch.setattr(automask, "THRESHOLD", 1.0)
-    monkeypatch.setattr(automask, "ALL_OVER", 0.0)
+    monkeypatch.setattr(automask, "WHOLE_IMAGE", 0.0)
     made = make(small, edits=[{"prompt": EDITS[0], "mask": mask} for mask in ("auto", "none")])
     assert difference(*made.edits) == 0
 
@@ -391,12 +395,16 @@ def test_the_mask_of_a_dose(small, tmp_path):
     half_mask().save(tmp_path / "mask.png")
     own = [{}, {"mask": "none"}, {"mask": str(tmp_path / "mask.png")}, {"dose": "paper"}]
     edits = settings(dose="auto", edits=[{"prompt": EDITS[0], **each} for each in own])
-    source = reference.find_source(small, edits, None, None, False)
+    source = reference.find_source(small, edits)
 
     def masks(mask):
-        batches = batch_room.batches_of(small, source, edits, LAYERS, check_edits(edits, LAYERS, mask=mask))
+        batches = batch_room.start_batches(
+            small, source, edits, LAYERS, check_edits(edits, LAYERS, mask=mask)
+        )
         place = {n: "all" if b.mask is None else "some" for b in batches for n in b.places}
-        return [place[n] for n in range(4)], [n for b in batches if b.dose.mask == "auto" for n in b.places]
+        return [place[n] for n in range(4)], [
+            n for b in batches if b.kind.dose.mask == "auto" for n in b.places
+        ]
 
     assert masks(None) == (["all", "all", "some", "all"], [0])
     assert masks(half_mask()) == (["some", "all", "some", "some"], [])
@@ -424,7 +432,7 @@ def test_edits_of_a_kept_reference_are_those_in_one_go(small, more):
     at_once = edit(small, wanted, LAYERS, progress=False)
     kept = keep_reference(small, wanted, LAYERS, progress=False)
     later = edit_reference(small, kept, wanted.edits, wanted, progress=False)
-    assert difference(kept.picture, at_once.reference) == 0
+    assert difference(kept.image, at_once.reference) == 0
     assert all(difference(a, b) == 0 for a, b in zip(later, at_once.edits, strict=True))
 
 
@@ -455,15 +463,16 @@ def test_a_kept_reference_is_bound_to_what_it_was_kept_with(small):
 
 
 def test_where_a_reference_is_kept(small):
-    """Its moments may go to another place and come back the same."""
+    """Its steps' keys and values may be copied to another device."""
     kept = keep_reference(small, settings(num_steps=1), (1, 2), progress=False)
-    [moment] = kept.moments
+    [step] = kept.steps
     width = tiny_models.PARAMS.hidden_size
-    assert moment.bytes() == 2 * 2 * 2 * TOKENS * width * 4, "two layers, keys and values, both passes"
-    there = moment.on(torch.device("meta"))
-    assert all(x.is_meta for pair in there.kept.values() for x in pair)
+    assert step.num_bytes() == 2 * 2 * 2 * TOKENS * width * 4, "two layers, keys and values, both passes"
+    there = step.to(torch.device("meta"))
+    assert len(there.tensors()) == 8
+    assert all(x.is_meta for x in there.tensors())
     assert there.latent.is_cpu
-    assert reference._fits(torch.device("cpu"), 2**60)
+    assert reference.fits_on_device(torch.device("cpu"), 2**60)
 
 
 @pytest.mark.gpu
@@ -475,9 +484,9 @@ def test_main_memory_gives_back_the_same(nano, monkeypatch, true_cfg):
     wanted = settings(edits=EDITS[:2], device="cuda", true_cfg=true_cfg)
     pipe, results = Pipeline.load(wanted), []
     for fits in (True, False):
-        monkeypatch.setattr(reference, "_fits", lambda *_: fits)
+        monkeypatch.setattr(reference, "fits_on_device", lambda *_, fits=fits: fits)
         kept = keep_reference(pipe, wanted, LAYERS, progress=False)
-        assert all(x.is_cuda is fits for pair in kept.moments[0].kept.values() for x in pair)
+        assert all(x.is_cuda is fits for x in kept.steps[0].tensors())
         results.append(edit_reference(pipe, kept, EDITS[:2], wanted, progress=False))
     assert all(difference(a, b) == 0 for a, b in zip(*results, strict=True))
 
@@ -496,14 +505,14 @@ def test_the_reference_of_a_photograph_ends_at_its_own_latent(small, photo, meth
     decodes to what the autoencoder makes of the photograph.
     """
     wanted = settings(**ONE, inversion=method, nudging=nudging, num_steps=2, true_cfg=1.0)
-    source = reference.find_source(small, wanted, photo, None, False)
+    source = reference.find_source(small, wanted, photo)
     clean = small.encode(Photograph.of(photo, WIDTH, HEIGHT).part)
     with small.denoising() as model:
-        found = source.moments(model, small.image_ids(1, WIDTH, HEIGHT), lambda index: frozenset(LAYERS))
-        moments = list(found)
-    assert (moments[-1].next_latent / source.scale - clean).abs().max() < 1e-4
-    assert [moment.t for moment in moments] == source.levels[:-1]
-    assert all(torch.equal(moment.latent, latent) for moment, latent in zip(moments, source.path))
+        steps = list(source.steps(model, small.image_ids(1, WIDTH, HEIGHT), lambda _: frozenset(LAYERS)))
+    assert (steps[-1].next_latent / source.scale - clean).abs().max() < 1e-4
+    assert [step.t for step in steps] == source.levels[:-1]
+    assert all(torch.equal(step.latent, latent) for step, latent in zip(steps, source.path))
+    assert not any(step.tensors() for step in steps), "one step's keys and values at a time"
     factor = nudging or (1.15 if method == "euler" else 1.0)
     assert source.scale == factor
     assert torch.equal(source.path[-1], factor * clean)
@@ -537,12 +546,12 @@ def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monke
         return euler_step(model, img, ids, cond, t, t_next, intervention)
 
     def edit_step(model, img, ids, cond, t, t_next, intervention):
-        edits.append((img, bool(intervention.take)))
+        edits.append((img, bool(intervention.positive.inject)))
         return euler_step(model, img, ids, cond, t, t_next, intervention)
 
     monkeypatch.setattr(reference, "euler_step", reference_step)
     monkeypatch.setattr(batch_room, "euler_step", edit_step)
-    source = reference.find_source(small, settings(**ONE), photo, None, False)
+    source = reference.find_source(small, settings(**ONE), photo)
     levels = source.levels[:-1]
     for drift, expected in ((True, levels), (False, levels[:2])):
         seen.clear(), edits.clear()
@@ -566,8 +575,8 @@ def test_as_published(small, photo):
     assert wanted.guidance == 3.0
     assert settings(**ONE, guidance=2.0, as_published=True).guidance == 2.0
     assert settings(**ONE, guidance=None, as_published=True).guidance == 3.5, "a generated reference"
-    true = reference.find_source(small, settings(**ONE, inversion="euler"), photo, None, False).path
-    source = reference.find_source(small, wanted, photo, None, False)
+    true = reference.find_source(small, settings(**ONE, inversion="euler"), photo).path
+    source = reference.find_source(small, wanted, photo)
     assert source.scale == 1.0
     assert source.cond.guidance.item() == 1.0
     for latent, level in zip(source.path, [0, STEPS - 1, 0, 1, 2, 3], strict=True):
@@ -592,7 +601,7 @@ def test_a_kept_photograph(small, photo, method):
     at_once = edit(small, wanted, LAYERS, photo, half_mask(photo.size), progress=False)
     kept = keep_reference(small, wanted, LAYERS, photo, progress=False)
     later = edit_reference(small, kept, EDITS[:2], wanted, mask=half_mask(photo.size), progress=False)
-    assert difference(kept.picture, at_once.reference) == 0
+    assert difference(kept.image, at_once.reference) == 0
     assert all(difference(a, b) == 0 for a, b in zip(later, at_once.edits, strict=True))
 
 
@@ -670,14 +679,14 @@ def test_vital_layers_that_the_model_lacks(choice):
 def test_files_that_are_no_scans(tmp_path, content):
     path = tmp_path / "vital_layers.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="vital_layers.json"):
+    with pytest.raises(InputError, match=r"vital_layers\.json"):
         find_vital_layers(str(path), configs["flux-nano"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x89PNG"])
 def test_files_that_are_no_text(tmp_path, content):
     (tmp_path / "scan.json").write_bytes(content)
-    with pytest.raises(InputError, match="scan.json"):
+    with pytest.raises(InputError, match=r"scan\.json"):
         find_vital_layers(str(tmp_path / "scan.json"), configs["flux-nano"])
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from flux.editing import automask
 from flux.editing.caption import describe
-from flux.editing.photo import Photograph, mask_picture, middle, natural_size, token_mask
+from flux.editing.photo import Photograph, mask_image, middle, natural_size, token_mask
 from flux.errors import InputError
 
 
@@ -122,7 +122,7 @@ def test_a_mask_with_white_only_where_the_photograph_is_cut_off():
 
 def test_a_mask_as_a_picture():
     tokens = torch.tensor([True, False, False, False])[:, None]
-    picture = np.asarray(mask_picture(tokens, 32, 32))
+    picture = np.asarray(mask_image(tokens, 32, 32))
     assert picture.shape == (32, 32)
     assert picture[0, 0] == 255
     assert picture[31, 31] == 0
@@ -134,8 +134,8 @@ def test_a_mask_as_a_picture():
 
 def test_words_that_only_one_prompt_has():
     source, edit = "A dog on the grass", "a dog wearing a top hat on the snow"
-    assert automask.other_words(edit, source) == ["wearing", "top", "hat", "snow"]
-    assert automask.other_words(source, edit) == ["grass"]
+    assert automask.words_only_in(edit, source) == ["wearing", "top", "hat", "snow"]
+    assert automask.words_only_in(source, edit) == ["grass"]
 
 
 def test_tokens_that_attend_most_and_their_neighbours():
@@ -143,7 +143,7 @@ def test_tokens_that_attend_most_and_their_neighbours():
     maps = torch.full((2, 48), 0.1)
     maps[0, [8, 9, 16, 17, 0, 1]] = 1.0
     maps[1] = 0.0
-    found, nothing = automask.may_change(maps, 128, 96).reshape(2, 6, 8)
+    found, nothing = automask.dilated_mask(maps, 128, 96).reshape(2, 6, 8)
     assert found[:3, :3].all()
     assert not found[:, 5:].any()
     assert not found[5].any()
@@ -159,7 +159,8 @@ def test_attention_to_words_is_what_the_mask_follows():
     tokenizer.tokenizer = lambda *given, **more: offsets
     q, k = torch.zeros(2, 1, 12, 2), torch.zeros(2, 1, 12, 2)
     k[:, 0, 2, 0], q[:, 0, 4:8, 0] = 5.0, 5.0
-    found, nothing = automask.attended(tokenizer, {0: (q, k)}, ["a dog cat"] * 2, ["a dog", "cat dog a"])
+    watched = automask.WatchedPass(["a dog cat"] * 2, {0: (q, k)})
+    found, nothing = automask.word_attention(tokenizer, watched, ["a dog", "cat dog a"])
     assert_close(found[:4], torch.ones(4))
     assert (found[4:] < 0.2).all()
     assert not nothing.any()
@@ -210,6 +211,6 @@ def test_a_caption(captioner):
 
 
 def test_captioners_that_are_none(tmp_path):
-    with pytest.raises(InputError, match="caption_model '.*nothing'.*say in prompt") as error:
+    with pytest.raises(InputError, match=r"caption_model '.*nothing'.*say in prompt") as error:
         describe(noise(50, 40), str(tmp_path / "nothing"))
     assert len(str(error.value).splitlines()) == 1

@@ -54,14 +54,14 @@ def test_masks_of_a_batch_are_those_of_one_by_one(
     """To the token, where each row has words, a source and a part to change, or a subject, of its own."""
     monkeypatch.setattr(flux.editing.automask, "THRESHOLD", 1.0)
     monkeypatch.setattr(flux.editing.automask, "ALL_OVER", 0.0 if all_over else 1.0)
-    batches, make = [], flux.evaluate.methods.batches_of
+    batches, make = [], flux.evaluate.methods.start_batches
 
-    def batches_of(*given):
+    def start_batches(*given):
         made = make(*given)
         batches.extend(made)
         return made
 
-    monkeypatch.setattr(flux.evaluate.methods, "batches_of", batches_of)
+    monkeypatch.setattr(flux.evaluate.methods, "start_batches", start_batches)
     size = {"width": 128, "height": 128}
     settings = settings_of(benchmark, tmp_path, methods=[{"name": "x"}], references=references, **size)
     runner = MethodRunner(nano, (128, 128), photos=references == "photo")

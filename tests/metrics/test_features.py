@@ -103,9 +103,9 @@ def test_similarity_is_the_cosine():
 
 
 def test_wrong_models_are_named(tmp_path):
-    with pytest.raises(InputError, match="no-such-folder.* no folder here"):
+    with pytest.raises(InputError, match=r"no-such-folder.* no folder here"):
         PerceptualEncoder.load(tmp_path / "no-such-folder")
-    with pytest.raises(InputError, match="nobody/nothing.* hub did not give it"):
+    with pytest.raises(InputError, match=r"nobody/nothing.* hub did not give it"):
         PerceptualEncoder.load("nobody/nothing")
     with pytest.raises(InputError, match="without a whole DINOv2"):
         PerceptualEncoder.load(tmp_path)

@@ -1,0 +1,99 @@
+"""Files are written whole or not at all, whoever writes them."""
+
+import json
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux.errors import InputError
+from flux.files import write_json, write_text
+from flux.images.io import save_animation, save_image
+from flux.scan.plots import plot_vitality
+
+METADATA = {"prompt": "eine Straße in 東京", "steps": [1, 2.5, None], "nested": {"vital": [0, 1]}}
+
+
+def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@contextmanager
+def full_disk(room: int):
+    """Writing more than `room` bytes to a file fails half-way, as the operating system does it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITERS = {
+    "a.png": lambda path: save_image(noise(96, 96), path, METADATA),
+    "a.jpg": lambda path: save_image(noise(96, 96), path),
+    "a.gif": lambda path: save_animation([noise(96, 96), noise(96, 96, 1)], path, 0.1),
+    "a.svg": lambda path: plot_vitality({(0,): 0.5}, 1, set(), None, path),
+    "a.json": lambda path: write_json(path, list(range(5000))),
+    "a.txt": lambda path: write_text(path, "word " * 5000),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_full_disk_keeps_the_older_file(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"older")
+    with full_disk(4096), pytest.raises(InputError, match=rf"Cannot write .*{name}"):
+        WRITERS[name](path)
+    assert path.read_bytes() == b"older"
+    assert names(tmp_path) == [name]
+    WRITERS[name](path)
+    assert path.stat().st_size > 4096
+    assert names(tmp_path) == [name]
+
+
+def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("older")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "a.txt", "newer")
+    assert names(tmp_path) == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "older"
+
+
+def test_unwritable_places_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "file" / "a.png", tmp_path / "folder.png"):
+        with pytest.raises(InputError, match=r"Cannot write .*another folder"):
+            save_image(noise(), path)
+    assert names(tmp_path) == ["file", "folder.png"]
+
+
+def test_json_and_text(tmp_path):
+    write_json(tmp_path / "a.json", METADATA)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == METADATA
+    assert text.endswith("}\n")
+    assert "東京" in text
+    write_text(tmp_path / "a.txt", "zwölf\n")
+    assert (tmp_path / "a.txt").read_bytes() == "zwölf\n".encode()
+
+
+def test_json_that_cannot_be_said_keeps_the_older_file(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert (tmp_path / "a.json").read_text() == "{}"
