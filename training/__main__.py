@@ -1,4 +1,4 @@
-"""Train flux-nano: one stage, or all in order, picking up where the last call stopped.
+"""Trains flux-nano: one stage, or all in order, resuming where the last call stopped.
 
 python -m training all --minutes 9
 torchrun --standalone --nproc-per-node 4 -m training all --minutes 9
@@ -6,20 +6,26 @@ torchrun --standalone --nproc-per-node 4 -m training all --minutes 9
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.loop.plan import STAGES
 
+if TYPE_CHECKING:
+    from training.loop.plan import Work
+
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "stage", choices=("all", *STAGES), nargs="+", help="what to train; complete stages are skipped"
     )
     parser.add_argument("--folder", type=Path, default=Path("output/training"), help="states, results, logs")
     parser.add_argument(
-        "--minutes", type=float, default=1e6, help="stop and save after so many; call again to go on"
+        "--minutes", type=float, default=1e6, help="stop and save after so many; call again to resume"
     )
     parser.add_argument(
         "--stretch", type=float, default=1.0, help="multiply the training time of every stage"
@@ -29,39 +35,33 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--begin", type=Path, metavar="FOLDER", help="train exported files further: their tokenizers and "
-        "autoencoder are taken over, flow256 begins with their transformer",
+        "autoencoder are kept, flow256 begins with their transformer",
     )  # fmt: skip
-    parser.add_argument("--toy", action="store_true", help="tiny nets, seconds a stage: does everything run?")
+    parser.add_argument(
+        "--toy", action="store_true", help="tiny models, seconds a stage: does everything run?"
+    )
     arguments = parser.parse_args()
     if arguments.begin and not (arguments.begin / "transformer.safetensors").is_file():
         parser.error(f"no exported files in {arguments.begin}: flux/assets/nano has those that ship")
     return arguments
 
 
-def main() -> None:
-    begin = time.time()
-    arguments = parse()
-
-    import torch
-
-    from flux.modules import ops
-    from training.loop.cluster import Cluster
-    from training.loop.plan import Work
-    from training.loop.trainer import Budget
+def stage_functions() -> "dict[str, Callable[[Work], bool]]":
+    """Names the function of each stage. It returns False if the call's budget ran out first."""
     from training.stages.autoencoder import train_autoencoder
-    from training.stages.export import export, take_over
+    from training.stages.export import export
     from training.stages.flow import train_flow, train_guidance
     from training.stages.schnell import train_schnell
     from training.stages.text import train_text
     from training.stages.tokenizers import write_tokenizers
     from training.stages.vision import train_dinov2, train_measuring
 
-    def tokenizers(work: Work) -> bool:
+    def tokenizers(work: "Work") -> bool:
         if work.cluster.first:
             write_tokenizers(work.tokenizers)
         return True
 
-    run = {
+    return {
         "tokenizers": tokenizers,
         "autoencoder": train_autoencoder,
         "text": train_text,
@@ -73,9 +73,22 @@ def main() -> None:
         "measuring": train_measuring,
         "export": export,
     }
+
+
+def main() -> None:
+    """Runs the command."""
+    begin = time.time()
+    arguments = parse()
+
+    import torch
+
+    from flux.modules.ops import without_kernels
+    from training.loop.cluster import Cluster
+    from training.loop.plan import Work
+    from training.loop.trainer import Budget
+    from training.stages.export import take_over
+
     torch.set_float32_matmul_precision("high")
-    # Kernels for passes without gradients: the shipped files were trained without them, teachers' passes too.
-    ops.ops_triton = None
     cluster = Cluster.join()
     budget = Budget(arguments.minutes, begin, arguments.profile)
     work = (Work.toy if arguments.toy else Work)(cluster, arguments.folder, budget).stretched(
@@ -85,24 +98,32 @@ def main() -> None:
         work = replace(work, begin=arguments.begin)
         take_over(work)
     stages = STAGES if "all" in arguments.stage else [stage for stage in STAGES if stage in arguments.stage]
+    # The shipped files were trained without kernels, also where a teacher's pass needs no gradients.
+    with without_kernels():
+        run_stages(work, stages)
+    cluster.leave()
+
+
+def run_stages(work: "Work", stages: "list[str] | tuple[str, ...]") -> None:
+    """Runs the stages that are not complete, until the call's budget is used up."""
+    import torch
+
+    functions, cluster, budget = stage_functions(), work.cluster, work.budget
     for stage in stages:
-        finished = arguments.folder / f"{stage}.done"
-        cluster.wait()
+        finished = work.folder / f"{stage}.done"
+        cluster.barrier()
         if finished.exists():
             continue
         since = time.time()
-        if cluster.agree(budget.left) < 30 or not run[stage](work):
+        if cluster.broadcast_number(budget.left) < 30 or not functions[stage](work):
             if cluster.first:
-                print(
-                    f"{stage}: stopped after {arguments.minutes:g} minutes; call again to go on", flush=True
-                )
+                print(f"{stage}: stopped after {budget.minutes:g} minutes; call again to go on", flush=True)
             break
         if cluster.first:
             finished.touch()
             print(f"{stage}: done, {time.time() - since:.0f} s", flush=True)
         if cluster.device.type == "cuda":
             torch.cuda.empty_cache()
-    cluster.leave()
 
 
 if __name__ == "__main__":

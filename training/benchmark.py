@@ -1,8 +1,8 @@
-"""A benchmark of edits for flux-nano: held-out scenes, rendered before and after, in PIE-Bench's layout.
+"""Renders a benchmark of edits for flux-nano: held-out scenes before and after, in PIE-Bench's layout.
 
     python -m training.benchmark --folder output/benchmark --count 240
 
-`flux.evaluate.benchmark` says what the folder holds and `python -m flux.evaluate` runs on it. The first edits of a
+`flux.evaluate.benchmark` describes the folder. `training.evaluate_edits` runs on it. The first edits of a
 larger count are those of a smaller one. Training draws its scenes from other seeds.
 """
 
@@ -17,7 +17,7 @@ from training.judge import asked_for
 from training.scenes.edits import Pair, sample_pair
 from training.scenes.render import Renderer
 
-# In turn: the benchmark's kinds, and the edits that make them.
+# The benchmark's kinds, drawn in turn, and the edits that make them.
 EDITS = {
     "replace": ("replace",),
     "add": ("add",),
@@ -29,15 +29,15 @@ EDITS = {
 
 
 def draw(number: int) -> tuple[str, Pair]:
-    """Kind and scenes of the benchmark's edit of that number."""
+    """Draws the kind and the scenes of the benchmark's edit of that number."""
     turn, place = divmod(number, len(EDITS))
     kind, edits = list(EDITS.items())[place]
-    # Training and its evaluation seed with numbers, so never with this.
+    # Training and its evaluation seed with numbers, never with text.
     return kind, sample_pair(random.Random(f"benchmark {number}"), edits[turn % len(edits)])
 
 
-def marked(prompt: str, other: str) -> str:
-    """`prompt` with the words that `other` has not in brackets, as PIE-Bench writes it."""
+def mark_changes(prompt: str, other: str) -> str:
+    """Puts brackets around the words of `prompt` that `other` does not have, as PIE-Bench does."""
     words = prompt.split()
     parts = []
     for tag, begin, end, _, _ in SequenceMatcher(None, words, other.split(), False).get_opcodes():
@@ -54,14 +54,14 @@ def write(folder: Path, count: int, side: int = 256) -> None:
         kind, pair = draw(number)
         before, after, mask = renderer.pairs([pair], side, side, seed=number)
         names = [f"{kind}/{number:04d}{part}.png" for part in ("", "_target")]
-        for name, picture in zip(names, (before, after)):
-            save_image(to_pil(2 * picture[0] - 1), folder / IMAGES / name)
+        for name, image in zip(names, (before, after)):
+            save_image(to_pil(2 * image[0] - 1), folder / IMAGES / name)
         source, target = pair.before.caption, pair.after.caption
         entry = {
             "image_path": names[0],
             "target_image_path": names[1],
-            "original_prompt": marked(source, target),
-            "editing_prompt": marked(target, source),
+            "original_prompt": mark_changes(source, target),
+            "editing_prompt": mark_changes(target, source),
             "editing_instruction": "",
             "editing_type_id": next((key for key, name in KINDS.items() if name == kind), "0"),
             "blended_word": "",
@@ -75,7 +75,9 @@ def write(folder: Path, count: int, side: int = 256) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__.splitlines()[0])
+    """Runs the command."""
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=summary)
     parser.add_argument("--folder", type=Path, default=Path("output/benchmark"))
     parser.add_argument("--count", type=int, default=240)
     arguments = parser.parse_args()

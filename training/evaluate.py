@@ -1,4 +1,4 @@
-"""How good the trained nets are, measured by a net of another kind than any that ships.
+"""Evaluates the trained models by a measuring model of another architecture, and times them.
 
     python -m training.evaluate samples                # after `python -m training all`
     python -m training.evaluate speed                  # on the CPU, with the files in flux/assets/nano
@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from training.scenes.content import Content
 from training.scenes.labels import labels_of
 from training.scenes.render import Renderer
 from training.scenes.vocabulary import INDEX
-from training.stages.autoencoder import psnr as round_trip_psnr
+from training.stages.autoencoder import round_trip_psnr
 from training.stages.flow import GUIDANCE, without_guidance
 from training.stages.schnell import merged
 from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
@@ -40,7 +41,7 @@ from training.stages.vision import MeasuringModel, Recognition, load_measuring, 
 HELD_OUT_SEED = 987_654
 
 
-class Nets:
+class ExportedModels:
     """The exported files, loaded as the package loads them."""
 
     def __init__(self, work: Work, assets: Path):
@@ -59,7 +60,7 @@ class Nets:
         ).to(device)
 
     def flux(self, name: str) -> Flux:
-        """ "nano" or "schnell"."""
+        """Builds the transformer of "nano" or "schnell"."""
         if name == "nano":
             params, weights = replace(self.work.sizes.flux, guidance_embed=True), self.dev_weights
         else:
@@ -69,26 +70,29 @@ class Nets:
         return flux.to(self.device).eval().requires_grad_(False)
 
     def conditioning(self, captions: Sequence[str], guidance: float) -> Conditioning:
+        """Encodes captions."""
         txt, vec = self.t5(list(captions)), self.clip(list(captions))
         txt_ids = torch.zeros(1, T5_LENGTH, 3, device=self.device).expand(len(captions), -1, -1)
         return Conditioning(txt, txt_ids, vec, torch.full((len(captions),), guidance, device=self.device))
 
     def noise(self, seeds: Sequence[int], side: int) -> Tensor:
+        """Draws packed noise, a row for each seed."""
         return pack(torch.cat([get_noise(1, side, side, self.device, torch.float32, seed) for seed in seeds]))
 
     def decode(self, latents: Tensor, side: int) -> Tensor:
-        """Packed latents -> pictures in 0..1."""
+        """Decodes packed latents to images in 0..1."""
         parts = [self.ae.decode(unpack(part, side, side)).clamp(-1, 1) for part in latents.split(32)]
         return (torch.cat(parts) + 1) / 2
 
 
 def schedule(name: str, steps: int, side: int) -> list[float]:
+    """Returns the noise levels of "nano" or "schnell"."""
     return get_schedule(steps, (side // 16) ** 2, shift=name == "nano")
 
 
 @torch.no_grad()
-def generate(
-    nets: Nets,
+def generate_images(
+    models: ExportedModels,
     flux: Flux,
     name: str,
     captions: Sequence[str],
@@ -97,25 +101,25 @@ def generate(
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
-    """Pictures of captions, "B 3 H W" in 0..1."""
-    pictures, levels = [], schedule(name, steps, side)
+    """Generates images of captions, `B 3 H W` in 0..1."""
+    images, levels = [], schedule(name, steps, side)
     for begin in range(0, len(captions), batch):
         part = captions[begin : begin + batch]
-        cond = nets.conditioning(part, GUIDANCE)
-        latent = nets.noise(range(seed + begin, seed + begin + len(part)), side)
-        ids = image_ids(len(part), side, side, nets.device)
-        with torch.autocast(nets.device.type, dtype=torch.bfloat16, enabled=nets.device.type == "cuda"):
-            for t, t_next in zip(levels, levels[1:]):
+        cond = models.conditioning(part, GUIDANCE)
+        latent = models.noise(range(seed + begin, seed + begin + len(part)), side)
+        ids = image_ids(len(part), side, side, models.device)
+        with torch.autocast(models.device.type, dtype=torch.bfloat16, enabled=models.device.type == "cuda"):
+            for t, t_next in pairwise(levels):
                 latent = euler_step(flux, latent, ids, cond, t, t_next).latent
-        pictures.append(nets.decode(latent.float(), side))
-    return torch.cat(pictures)
+        images.append(models.decode(latent.float(), side))
+    return torch.cat(images)
 
 
-# ----- samples
+# ---- samples
 
 
 def score_samples(seen: Recognition, scenes: Sequence[Scene]) -> dict[str, float]:
-    """The rows of the card's table, each 0..1."""
+    """Scores recognized images by their scenes: the rows of the model card's table, each 0..1."""
     labels = labels_of(torch.tensor([scene.row() for scene in scenes]), seen.objects.device)
     every = torch.arange(len(scenes), device=seen.objects.device)
     found = (seen.objects > 0).float() * labels.objects
@@ -145,33 +149,33 @@ def _on_its_side(x: Tensor, content: Content) -> bool:
 
 
 def evaluate_samples(
-    nets: Nets, net: MeasuringModel, folder: Path, count: int, side: int, steps: int
+    models: ExportedModels, measuring: MeasuringModel, folder: Path, count: int, side: int, steps: int
 ) -> dict:
-    """Scores of real renders and of both models on held-out captions, and the autoencoder's round trip."""
+    """Scores renders and images of both models for held-out captions, and the autoencoder's round trip."""
     rng = random.Random(HELD_OUT_SEED)
     scenes = [sample(rng) for _ in range(count)]
     captions = [scene.caption for scene in scenes]
     rows = torch.tensor([scene.row() for scene in scenes])
-    renderer = Renderer(nets.device)
+    renderer = Renderer(models.device)
     real = torch.cat([renderer(part, side, side, seed=7) for part in rows.split(64)])
-    result = {"real renders": score_samples(recognize(net, real)[0], scenes)}
-    result["autoencoder, dB"] = round(round_trip_psnr(nets.ae, (real[:128] * 255).round().byte()), 2)
+    result = {"real renders": score_samples(recognize(measuring, real)[0], scenes)}
+    result["autoencoder, dB"] = round(round_trip_psnr(models.ae, (real[:128] * 255).round().byte()), 2)
     for name, model_steps in (("nano", steps), ("schnell", 4)):
-        images = generate(nets, nets.flux(name), name, captions, side, model_steps)
-        result[name] = score_samples(recognize(net, images)[0], scenes)
+        images = generate_images(models, models.flux(name), name, captions, side, model_steps)
+        result[name] = score_samples(recognize(measuring, images)[0], scenes)
         save_sheet(folder / f"samples_{name}.png", images[:64], captions[:64], columns=8)
     return result
 
 
-# ----- speed
+# ---- speed
 
 
 def evaluate_speed() -> dict[str, float]:
-    """Seconds on this machine's CPU of what the card promises, through the package as a user runs it."""
+    """Times what the model card promises on this machine's CPU, in seconds, through the public functions."""
     from flux.editing.edit import edit
     from flux.pipeline import Pipeline
     from flux.settings.complete import resolve
-    from flux.settings.demos import EditSettings
+    from flux.settings.edits import EditSettings
     from flux.specs import configs
     from flux.vital_layers import find_vital_layers
 
@@ -183,36 +187,34 @@ def evaluate_speed() -> dict[str, float]:
         pipe = Pipeline.load(settings)
         seconds[f"{name}: load"] = time.perf_counter() - begin
         layers, sampling = find_vital_layers("auto", pipe.spec), settings.sampling()
-        work = {
-            "warm-up": lambda: pipe.generate([prompt], [0], progress=False, **sampling),
-            "image": lambda: pipe.generate([prompt], [0], progress=False, **sampling),
-            "reference and 3 edits": lambda: edit(pipe, settings, layers, progress=False),
-        }
-        for label, run in work.items():
-            begin = time.perf_counter()
-            run()
-            seconds[f"{name}: {label}"] = time.perf_counter() - begin
-    return {name: round(value, 2) for name, value in seconds.items() if "warm-up" not in name}
+        pipe.generate([prompt], [0], progress=False, **sampling)  # the first image is slower
+        begin = time.perf_counter()
+        pipe.generate([prompt], [0], progress=False, **sampling)
+        generated = time.perf_counter()
+        edit(pipe, settings, layers, progress=False)
+        seconds[f"{name}: image"] = generated - begin
+        seconds[f"{name}: reference and 3 edits"] = time.perf_counter() - generated
+    return {name: round(value, 2) for name, value in seconds.items()}
 
 
-# ----- writing
+# ---- writing
 
 
 def save_sheet(path: Path, images: Tensor, captions: Sequence[str], columns: int) -> None:
-    """A contact sheet with captions, written as PNG."""
+    """Writes a sheet of images with captions as PNG."""
     from flux.images.io import to_pil
     from flux.images.sheets import grid
 
-    pictures = [to_pil(image.cpu() * 2 - 1) for image in images]
-    starts = range(0, len(pictures), columns)
-    rows = [pictures[begin : begin + columns] for begin in starts]
+    tiles = [to_pil(image.cpu() * 2 - 1) for image in images]
+    starts = range(0, len(tiles), columns)
+    rows = [tiles[begin : begin + columns] for begin in starts]
     sheet = grid(rows, [list(captions[begin : begin + columns]) for begin in starts])
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
 def table(result: dict) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     lines = []
     if "samples" in result:
         scores = result["samples"]
@@ -228,7 +230,9 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
+    """Runs the command."""
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=summary)
     parser.add_argument("parts", nargs="+", choices=("samples", "speed"))
     parser.add_argument("--folder", type=Path, default=Path("output/training"))
     parser.add_argument("--assets", type=Path, help="the exported files; default: FOLDER/assets")
@@ -246,9 +250,12 @@ def main() -> None:
     if "speed" in arguments.parts:
         result["speed"] = evaluate_speed()
     if "samples" in arguments.parts:
-        nets, net = Nets(work, arguments.assets or arguments.folder / "assets"), load_measuring(work)
+        models, measuring = (
+            ExportedModels(work, arguments.assets or arguments.folder / "assets"),
+            load_measuring(work),
+        )
         result["samples"] = evaluate_samples(
-            nets, net, folder, arguments.captions, side=work.side, steps=arguments.steps
+            models, measuring, folder, arguments.captions, side=work.side, steps=arguments.steps
         )
     saved.write_text(json.dumps(result, indent=1))
     (folder / "table.md").write_text(table(result))

@@ -5,8 +5,11 @@
 Writes what `python -m flux.evaluate` writes, with the judge's verdicts in further columns.
 """
 
+from typing import Any
+
 from flux.errors import InputError, exit_on_input_error
 from flux.evaluate.settings import EvaluateSettings
+from flux.settings.command_line import run
 from flux.settings.files import read_settings
 from training.judge import MeasuringJudge
 
@@ -25,8 +28,13 @@ def load_judge(settings: EvaluateSettings) -> MeasuringJudge:
 
 
 @exit_on_input_error()
-def main(file: str = "evaluate.json", **overrides) -> None:
-    """Runs the command."""
+def main(file: str = "evaluate.json", **overrides: Any) -> None:
+    """Runs a comparison with the settings of a JSON file.
+
+    Args:
+        file: JSON file of settings, looked for as given, then in configs/
+        overrides: fields of the settings, in place of those of the file
+    """
     settings = read_settings(EvaluateSettings, file, overrides)
     judge = load_judge(settings)
 
@@ -38,6 +46,4 @@ def main(file: str = "evaluate.json", **overrides) -> None:
 
 
 if __name__ == "__main__":
-    import fire
-
-    fire.Fire(main)
+    run(main, __doc__ or "", EvaluateSettings.model_fields, positional="file")

@@ -25,8 +25,8 @@ from training.scenes.content import Content
 from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
 from training.stages.vision import MeasuringModel, Recognition, recognize
 
-# An object counts as shown from this logit on. Each of ninety objects is rarely there, so the model is slow to
-# name the second of two. On rendered edits this threshold errs least, after an edit and before it alike.
+# An object counts as shown from this logit on. Each of ninety objects is rarely there, so the model is slow
+# to name the second of two. On rendered edits this threshold errs least, after an edit and before it alike.
 SHOWN_FROM = -3.0
 
 

@@ -1,6 +1,6 @@
 """Compare editing methods on a benchmark.
 
-    python -m flux.evaluate evaluate.json [--count 60] [--judge measuring.pt] [any other field of the file]
+    python -m flux.evaluate evaluate.json [--count 60] [any other field of the file]
 
 Writes results.csv, summary.md, summary.csv, sheet.png and the edits to the file's output_dir. Started again,
 it resumes; methods that the file has gained are added.

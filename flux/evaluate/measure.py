@@ -61,7 +61,9 @@ class Measurer:
                 verdicts[n] = verdict
         return verdicts
 
-    def _edit(self, item: Item, before: Image.Image, after: Image.Image, verdict: Verdict | None) -> MeasuredEdit:
+    def _edit(
+        self, item: Item, before: Image.Image, after: Image.Image, verdict: Verdict | None
+    ) -> MeasuredEdit:
         size = self.settings.size
         target = item.target
         if self.settings.reconstruct:

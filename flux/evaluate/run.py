@@ -32,7 +32,7 @@ from flux.evaluate.summary import Row, write_summary
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.pipeline import Pipeline
-from flux.runs.record import about
+from flux.runs.record import image_metadata
 from flux.settings.complete import resolve
 
 SHEET_ROWS, SHEET_SIDE = 12, 192
@@ -161,7 +161,7 @@ def _edit_and_record(
     def record(task: EditTask, results: Sequence[EditResult]) -> None:
         for item, result in zip(task.items, results):
             more = {"method": task.method, "source": item.source}
-            known = about(settings, item.target, item.seed, **more)
+            known = image_metadata(settings, item.target, item.seed, **more)
             save_image(result.image, store.image(task.method, item.key), known)
             if result.reference:
                 save_image(result.reference, store.image(task.method, item.key, reference=True), known)

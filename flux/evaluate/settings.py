@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux.errors import InputError
-from flux.settings.demos import EditSettings, ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.edits import EditSettings
 from flux.settings.fields import Seed, Text, Words
 from flux.settings.files import check_settings
 

@@ -7,7 +7,7 @@ from helpers.evaluation import SIDE, settings_of
 from PIL import Image
 
 import flux.editing.automask
-import flux.evaluate.methods
+import flux.editing.batches
 from flux.editing.edit import edit
 from flux.evaluate.benchmark import Item, read_benchmark
 from flux.evaluate.methods import MethodRunner
@@ -46,36 +46,35 @@ def test_a_batch_is_what_edit_makes_one_by_one(nano, benchmark, items, tmp_path,
             assert_close(found.reference, alone.reference)
 
 
-@pytest.mark.parametrize("all_over", [False, True])
+@pytest.mark.parametrize("whole_image", [False, True])
 @pytest.mark.parametrize("references", ["photo", "generated"])
 def test_masks_of_a_batch_are_those_of_one_by_one(
-    nano, benchmark, items, tmp_path, monkeypatch, references, all_over
+    nano, benchmark, items, tmp_path, monkeypatch, references, whole_image
 ):
     """To the token, where each row has words, a source and a part to change, or a subject, of its own."""
     monkeypatch.setattr(flux.editing.automask, "THRESHOLD", 1.0)
-    monkeypatch.setattr(flux.editing.automask, "ALL_OVER", 0.0 if all_over else 1.0)
-    batches, make = [], flux.evaluate.methods.start_batches
+    monkeypatch.setattr(flux.editing.automask, "WHOLE_IMAGE", 0.0 if whole_image else 1.0)
+    found, make = [], flux.editing.batches.auto_mask
 
-    def start_batches(*given):
-        made = make(*given)
-        batches.extend(made)
-        return made
+    def auto_mask(*given):
+        found.append(make(*given))
+        return found[-1]
 
-    monkeypatch.setattr(flux.evaluate.methods, "start_batches", start_batches)
+    monkeypatch.setattr(flux.editing.batches, "auto_mask", auto_mask)
     size = {"width": 128, "height": 128}
     settings = settings_of(benchmark, tmp_path, methods=[{"name": "x"}], references=references, **size)
     runner = MethodRunner(nano, (128, 128), photos=references == "photo")
     for part in (items, items[:1], items[1:]):
         runner.run(resolve_methods(settings)[0], part)
-    masks, subjects = [batch.mask for batch in batches], [batch.subject for batch in batches]
-    together, *alone = subjects if all_over else masks
+    masks, subjects = zip(*found)
+    together, *alone = subjects if whole_image else masks
     assert torch.equal(together, torch.cat(alone))
     assert 0 < together[0].sum() < 64
     assert not torch.equal(*together)
-    if all_over:
+    if whole_image:
         assert all(mask.all() for mask in masks)
     else:
-        assert subjects == [None] * 3, "a subject is looked for where all may change"
+        assert subjects == (None,) * 3, "a subject is looked for where all may change"
 
 
 def assert_close(a: Image.Image, b: Image.Image) -> None:

@@ -7,7 +7,7 @@ from helpers.evaluation import RENDERED_EDITS, SIDE
 
 from flux.evaluate.benchmark import read_benchmark
 from flux.images.io import read_image
-from training.benchmark import EDITS, marked, write
+from training.benchmark import EDITS, mark_changes, write
 
 
 def test_every_kind_is_there_in_turn(rendered_edits):
@@ -48,5 +48,5 @@ def test_a_longer_benchmark_begins_with_a_shorter_one(rendered_edits, tmp_path):
 
 
 def test_marks():
-    assert marked("a dog on snow", "a red dog on snow") == "a dog on snow"
-    assert marked("a red dog on snow", "a dog in a room") == "a [red] dog [on snow]"
+    assert mark_changes("a dog on snow", "a red dog on snow") == "a dog on snow"
+    assert mark_changes("a red dog on snow", "a dog in a room") == "a [red] dog [on snow]"

@@ -4,37 +4,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.evaluation import SIDE
+from helpers.training import perfect
 
 from flux.errors import InputError
 from flux.evaluate.benchmark import read_benchmark
 from flux.images.io import read_image
 from training.benchmark import draw
 from training.judge import MeasuringJudge, asked_for, changeable, overlap, shows
-from training.scenes.labels import labels_of
-from training.stages.vision import Recognition
-
-
-def as_seen(scene) -> Recognition:
-    """What a faultless net would see."""
-    labels = labels_of(torch.tensor([scene.row()]))
-    onehot = torch.nn.functional.one_hot
-    return Recognition(
-        objects=8 * labels.objects - 4,
-        worn=8 * labels.worn - 4,
-        colours=labels.colours - 0.5,
-        place=onehot(labels.place, 32).float(),
-        time=onehot(labels.time, 3).float(),
-        count=onehot(labels.count, 4).float(),
-        x=labels.x,
-    )
 
 
 def test_what_is_asked_is_in_the_scene_after_and_not_before():
     for number in range(120):
         _, pair = draw(number)
         want = asked_for(pair.edit, pair.before.content, pair.after.content)
-        assert shows(as_seen(pair.after), 0, want), (pair.edit, pair.after.caption)
-        assert not shows(as_seen(pair.before), 0, want), (pair.edit, pair.before.caption)
+        assert shows(perfect([pair.after]), 0, want), (pair.edit, pair.after.caption)
+        assert not shows(perfect([pair.before]), 0, want), (pair.edit, pair.before.caption)
 
 
 def test_what_may_change_of_generated_pictures():

@@ -1,4 +1,4 @@
-"""One process for each GPU: who I am, and the few things the processes say to one another."""
+"""One training process for each GPU, and the few messages that the processes exchange."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes torchrun started (or the only one), each with a device of its own."""
+    """The processes that torchrun started, or the only one. Each has its own device.
+
+    Attributes:
+        rank: The number of this process.
+        world: The number of processes.
+        device: The device of this process.
+    """
 
     rank: int
     world: int
@@ -19,7 +25,7 @@ class Cluster:
 
     @classmethod
     def join(cls) -> "Cluster":
-        """Joins the processes of torchrun: NCCL between GPUs, gloo between CPUs."""
+        """Joins the processes of torchrun, through NCCL on GPUs and gloo on CPUs."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -30,20 +36,22 @@ class Cluster:
         return cls(rank, world, device)
 
     def leave(self) -> None:
+        """Ends the connection."""
         if self.world > 1:
             dist.destroy_process_group()
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until every process has come here."""
+    def barrier(self) -> None:
+        """Waits until every process has come here."""
         if self.world > 1:
             dist.barrier()
 
-    def agree(self, number: float) -> float:
-        """The first process's number, on all."""
+    def broadcast_number(self, number: float) -> float:
+        """Returns the first process's number, in every process."""
         if self.world == 1:
             return number
         shared = torch.tensor([number], dtype=torch.float64, device=self.device)
@@ -51,23 +59,21 @@ class Cluster:
         return shared.item()
 
     def mean(self, number: Tensor) -> float:
-        """The mean of a scalar over the processes."""
+        """Averages a scalar over the processes."""
         shared = number.detach().float().reshape(1).clone()
         if self.world > 1:
             dist.all_reduce(shared)
         return shared.item() / self.world
 
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Everyone takes the first process's values."""
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites the tensors with the first process's values, in every process."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     @torch.no_grad()
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Means of all gradients in one flat bfloat16 message: one call instead of hundreds, half
-        the bytes.
-        """
+        """Averages all gradients in one flat bfloat16 message: one call for hundreds, half the bytes."""
         if self.world == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

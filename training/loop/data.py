@@ -1,7 +1,7 @@
-"""Training data: scenes drawn by many processes, captions as token ids, latents kept and seen again.
+"""Training data: scenes drawn by many processes, captions as token ids, and a buffer of latents.
 
-Scenes cost little to draw and to render, but encoding them does not: each new latent goes into a large buffer
-that batches are drawn from, so that it is seen several times while it stays.
+Scenes are cheap to draw and to render, but expensive to encode. So each new latent goes into a large buffer
+from which batches are drawn. It is seen several times while it stays.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from torch import Tensor
 from flux.modules.autoencoder import AutoEncoder
 from flux.sampling import image_ids, pack
 from training.scenes.compose import COLUMNS, sample
-from training.scenes.habits import Shape
+from training.scenes.habits import SQUARE, Shape
 from training.scenes.render import Renderer
 from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
 
@@ -27,9 +27,10 @@ EMPTY = 0.10  # share of captions left empty, for classifier-free guidance
 
 
 class CaptionEncoder:
-    """Captions to token ids of both tokenizers, cut and padded; exact, but with a memory for words.
+    """Encodes captions to token ids of both tokenizers, cut and padded to their lengths.
 
-    Neither tokenizer joins anything across a space, so the ids of a caption are those of its parts in a row.
+    Neither tokenizer joins anything across a space, so the ids of a caption are those of its words in a row.
+    The ids of each word are computed once.
     """
 
     def __init__(self, tokenizers: Path):
@@ -40,6 +41,7 @@ class CaptionEncoder:
         self._known: dict[str, tuple[list[int], list[int]]] = {}
 
     def __call__(self, caption: str) -> tuple[list[int], list[int]]:
+        """Encodes a caption to the ids of T5 and of CLIP."""
         t5: list[int] = []
         clip = [self.clip.bos_token_id]
         for part in caption.split():
@@ -48,21 +50,21 @@ class CaptionEncoder:
                 self._known[part] = tuple(found["input_ids"] for found in ids)
             t5 += self._known[part][0]
             clip += self._known[part][1]
-        t5 = t5[: T5_LENGTH - 1] + [self.t5.eos_token_id]
-        clip = clip[: CLIP_LENGTH - 1] + [self.clip.eos_token_id]
+        t5 = [*t5[: T5_LENGTH - 1], self.t5.eos_token_id]
+        clip = [*clip[: CLIP_LENGTH - 1], self.clip.eos_token_id]
         t5 += [self.t5.pad_token_id] * (T5_LENGTH - len(t5))
         clip += [self.clip.pad_token_id] * (CLIP_LENGTH - len(clip))
         return t5, clip
 
     def batch(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token ids of captions: "B T" for T5 and for CLIP."""
-        encoded = [self(caption) for caption in captions]
-        return tuple(torch.tensor(ids, device=device) for ids in zip(*encoded))
+        """Encodes captions to token ids `B T`, for T5 and for CLIP."""
+        t5, clip = zip(*(self(caption) for caption in captions))
+        return torch.tensor(t5, device=device), torch.tensor(clip, device=device)
 
 
 @dataclass
 class Pool:
-    """Scenes as the renderer's rows ("N COLUMNS") with their captions' ids ("N T", int16), all on the CPU."""
+    """Scenes as the renderer's rows `N COLUMNS`, with their captions' ids `N T` in int16, on the CPU."""
 
     rows: Tensor
     t5: Tensor
@@ -72,14 +74,14 @@ class Pool:
         return len(self.rows)
 
 
-def draw_pool(count: int, tokenizers: Path, seed: int, shape: Shape = Shape(), processes: int = 1) -> Pool:
-    """`count` scenes, by so many processes; the same for the same seed and number of processes."""
+def draw_pool(count: int, tokenizers: Path, seed: int, shape: Shape = SQUARE, processes: int = 1) -> Pool:
+    """Draws `count` scenes. The same seed and number of processes draw the same scenes."""
     share = -(-count // processes)
     jobs = [(share, tokenizers, seed * 1009 + number, shape) for number in range(processes)]
     if processes == 1:
         parts = [_draw_part(*jobs[0])]
     else:
-        # Forked before anything touches the GPU: the tables and the atlas are inherited, not built again.
+        # Forked before anything uses the GPU. The processes inherit the tables and the atlas.
         with multiprocessing.get_context("fork").Pool(processes) as pool:
             parts = pool.starmap(_draw_part, jobs)
     return Pool(*(torch.from_numpy(np.concatenate(columns))[:count] for columns in zip(*parts)))
@@ -100,7 +102,7 @@ def _draw_part(count: int, tokenizers: Path, seed: int, shape: Shape) -> tuple[n
 
 
 def _with_noise(rng: random.Random, caption: str) -> str:
-    """The caption, sometimes with a made-up word somewhere in it."""
+    """Inserts a made-up word into some of the captions."""
     if rng.random() >= NOISE_WORDS:
         return caption
     made_up = "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
@@ -110,7 +112,7 @@ def _with_noise(rng: random.Random, caption: str) -> str:
 
 
 class Latents:
-    """A buffer of packed latents of rendered scenes with their captions, on the training device."""
+    """A buffer of packed latents of rendered scenes, with their captions, on the training device."""
 
     def __init__(
         self, pool: Pool, ae: AutoEncoder, renderer: Renderer, width: int, height: int, capacity: int
@@ -128,9 +130,7 @@ class Latents:
         self.encoder = ae.encoder.to(memory_format=torch.channels_last)
 
     def refresh(self, count: int) -> None:
-        """`count` new scenes an iteration, rendered `CHUNK` at a time: few calls, each large enough for a
-        GPU.
-        """
+        """Adds `count` scenes an iteration. They are rendered `CHUNK` at a time, to keep a GPU busy."""
         self._owed += count
         chunk = min(CHUNK, len(self.latents))
         if self._owed >= chunk:
@@ -139,7 +139,7 @@ class Latents:
 
     @torch.no_grad()
     def add(self, count: int) -> None:
-        """Render and encode `count` further scenes over the oldest ones. `count` must divide the capacity."""
+        """Renders and encodes `count` scenes over the oldest ones. `count` must divide the capacity."""
         places = [(self._drawn + number) % len(self.pool) for number in range(count)]
         chosen = self._order[places]
         self._drawn += count
@@ -154,15 +154,22 @@ class Latents:
         self.filled, self._next = max(self.filled, stop), stop % len(self.latents)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents "B I 64", T5 ids and CLIP ids "B T", drawn from all that is filled."""
+        """Draws latents `B I 64`, T5 ids and CLIP ids `B T` from the filled part of the buffer."""
         picks = torch.randint(self.filled, (size,), device=self.latents.device)
         scenes = self.scene[picks]
         return self.latents[picks].float(), self.t5[scenes].long(), self.clip[scenes].long()
 
 
 def positions(width: int, height: int, device: torch.device, like: tuple[int, int] | None = None) -> Tensor:
-    """Positions of the image tokens, "1 I 3"; `like` stretches them over a picture of that width and height,
-    so that what is learned about places at a small size holds at the large one."""
+    """Positions of the image tokens, `1 I 3`.
+
+    Args:
+        width: The width of the image in pixels.
+        height: The height of the image in pixels.
+        device: The device of the positions.
+        like: Width and height of a larger image. The positions are stretched over it, so that what is learned
+            about places at the small size holds at the large one.
+    """
     ids = image_ids(1, height, width, device)
     if like is not None:
         for axis, (own, other) in enumerate(((height, like[1]), (width, like[0])), start=1):

@@ -1,4 +1,4 @@
-"""The nets of flux-nano, untrained: the package's own classes and transformers', at their small sizes."""
+"""The models of flux-nano, untrained: classes of this package and of transformers at small sizes."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that says how large the nets are."""
+    """The sizes of all models."""
 
     flux: FluxParams
     ae: AutoEncoderParams
@@ -51,8 +51,9 @@ TOY = Sizes(
 
 
 def build_flux(params: FluxParams) -> Flux:
-    """A transformer that starts as the zero function: gates and the last layer at nought (DiT, arXiv
-    2212.09748).
+    """Builds a transformer that starts as the zero function.
+
+    Its gates and its last layer are zero, as in DiT (arXiv 2212.09748).
     """
     flux = Flux(params)
     for module in flux.modules():
@@ -71,11 +72,12 @@ def build_flux(params: FluxParams) -> Flux:
 
 
 def build_autoencoder(params: AutoEncoderParams) -> AutoEncoder:
+    """Builds an autoencoder with random weights."""
     return AutoEncoder(params)
 
 
 class Generator(nn.Module):
-    """The flow transformer with its text encoders, trained as one."""
+    """The flow transformer with its text encoders, which are trained as one model."""
 
     def __init__(self, sizes: Sizes, tokenizers: Path, guidance: bool = False):
         super().__init__()
@@ -84,14 +86,16 @@ class Generator(nn.Module):
         self.clip = build_clip(sizes, tokenizers / "tokenizer")
 
     def text(self, t5_tokens: Tensor, clip_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids "B T" -> T5 features "B T C" and CLIP's pooled "B C". Padding is not masked, as in
-        FLUX.1.
+        """Encodes token ids `B T` to T5's features `B T C` and CLIP's pooled ones `B C`.
+
+        Padding is not masked, as in FLUX.1.
         """
         txt = self.t5(input_ids=t5_tokens).last_hidden_state
         return txt, self.clip(input_ids=clip_tokens).pooler_output
 
 
 def build_t5(sizes: Sizes, tokenizer: Path) -> nn.Module:
+    """Builds a T5 encoder for the tokenizer's words."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     width = sizes.flux.context_in_dim
@@ -106,6 +110,7 @@ def build_t5(sizes: Sizes, tokenizer: Path) -> nn.Module:
 
 
 def build_clip(sizes: Sizes, tokenizer: Path) -> nn.Module:
+    """Builds a CLIP text encoder for the tokenizer's words."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     tokens = AutoTokenizer.from_pretrained(tokenizer)
@@ -121,14 +126,14 @@ def build_clip(sizes: Sizes, tokenizer: Path) -> nn.Module:
 
 
 def load_text_encoders(generator: Generator, folder: Path) -> None:
-    """Takes over the encoders that were exported to `folder`."""
+    """Loads the text encoders that were exported to `folder`."""
     from transformers import CLIPTextModel, T5EncoderModel
 
-    for net, kind, name in (
+    for encoder, kind, name in (
         (generator.t5, T5EncoderModel, "text_encoder_2"),
         (generator.clip, CLIPTextModel, "text_encoder"),
     ):
-        net.load_state_dict(kind.from_pretrained(folder / name).float().state_dict())
+        encoder.load_state_dict(kind.from_pretrained(folder / name).float().state_dict())
 
 
 DINO_SIDE, DINO_PATCH = 128, 8
@@ -136,6 +141,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_dinov2(sizes: Sizes) -> nn.Module:
+    """Builds the perceptual encoder."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -147,12 +153,12 @@ def build_dinov2(sizes: Sizes) -> nn.Module:
 
 
 def compile_blocks(flux: Flux) -> None:
-    """Each block by itself, one batch size a stage: a second size would compile everything again."""
+    """Compiles each block. A stage has one batch size, since another one would compile all again."""
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     flux.compile_blocks()
 
 
 def text_ids(device: torch.device) -> Tensor:
-    """Positions of the text tokens, "1 T 3", for any batch."""
+    """Positions of the text tokens, `1 T 3`, for any batch."""
     return torch.zeros(1, T5_LENGTH, 3, device=device)

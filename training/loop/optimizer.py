@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for everything else."""
+"""Optimizers: Muon for the matrices of the blocks, AdamW for everything else."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with equal singular values, roughly, by Newton-Schulz steps: "K M N", bfloat16."""
+    """Brings all singular values of matrices `K M N` near one, by Newton-Schulz steps in bfloat16."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -24,11 +24,13 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Muon, kellerjordan.github.io/posts/muon), at AdamW's step size (arXiv
-    2502.16982).
+    """Orthogonalizes the momentum (Muon, kellerjordan.github.io/posts/muon) and steps at AdamW's size.
 
-    `torch.optim.Muon` takes matrices one by one, 1500 small kernels a step for this model; here all of one
-    shape go together. Convolutions count as matrices "out (in kh kw)"; query-key-value projections as three.
+    The step size is that of arXiv 2502.16982. A convolution counts as a matrix `out (in kh kw)`, a
+    query-key-value projection as three matrices.
+
+    `torch.optim.Muon` is no replacement: it refuses convolutions, leaves projections in one piece, and takes
+    matrices one by one, 1500 small kernels a step for this model, where here all of one shape go together.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Several optimizers stepped together, their learning rates scaled by one factor of the schedule."""
+    """Several optimizers that step together. One factor of the schedule scales their learning rates."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -89,7 +91,7 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """The momenta; learning rates stay this stage's own."""
+        """Loads the momenta. The learning rates stay those of this stage."""
         for optimizer, state in zip(self.optimizers, states):
             rates = [group["full_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
@@ -98,8 +100,9 @@ class Optimizers:
 
 
 def flow_optimizers(named: Iterable[tuple[str, nn.Parameter]], lr: float, fused: bool) -> Optimizers:
-    """For the flow model with its text encoders: Muon where a block's matrix is no modulation, AdamW
-    elsewhere.
+    """Makes the optimizers of a flow model with its text encoders.
+
+    Muon trains the matrices of the blocks, except modulations. AdamW trains everything else.
     """
     muon, adam, text = [], [], []
     for name, parameter in named:
@@ -114,10 +117,13 @@ def flow_optimizers(named: Iterable[tuple[str, nn.Parameter]], lr: float, fused:
     return Optimizers(Muon(muon, lr), adamw)
 
 
-def convolution_optimizers(net: nn.Module, lr: float, fused: bool) -> Optimizers:
-    """For convolutional nets: Muon for inner kernels, AdamW for the first, the last and all vectors."""
-    muon = [p for p in net.parameters() if p.ndim == 4 and min(p.shape[:2]) > 3]
+def convolution_optimizers(model: nn.Module, lr: float, fused: bool) -> Optimizers:
+    """Makes the optimizers of a convolutional model.
+
+    Muon trains the inner kernels. AdamW trains the first one, the last one and all vectors.
+    """
+    muon = [p for p in model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 3]
     chosen = {id(p) for p in muon}
-    adam = [p for p in net.parameters() if id(p) not in chosen]
+    adam = [p for p in model.parameters() if id(p) not in chosen]
     adamw = torch.optim.AdamW(adam, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     return Optimizers(Muon(muon, lr, weight_decay=0.0), adamw)

@@ -1,4 +1,4 @@
-"""The recipe's numbers: how long each stage trains and on what batches, and the same for a toy run."""
+"""The numbers of the recipe: how long each stage trains and on what batches. A toy run has its own."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,14 +12,17 @@ from training.loop.trainer import Budget
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage's numbers, sizes for each process.
+    """The numbers of one stage. Sizes are for each process.
 
     Attributes:
-        seconds: training proper; rendering the first data and compiling come on top.
-        batch, lr: of an iteration.
-        scenes: how many are drawn.
-        capacity, fresh, first: latents the buffer holds, new ones an iteration, and before the first.
-        decay: share of the time over which the learning rate falls to nothing.
+        seconds: The time of training. Rendering the first data and compiling come on top.
+        batch: The number of samples in an iteration.
+        lr: The learning rate.
+        scenes: The number of scenes to draw.
+        capacity: The number of latents that the buffer holds.
+        fresh: The number of new latents in an iteration.
+        first: The number of latents before the first iteration.
+        decay: The share of the time over which the learning rate falls to zero.
     """
 
     seconds: float
@@ -61,8 +64,17 @@ SIDE = 256
 
 @dataclass(frozen=True)
 class Work:
-    """What every stage is handed: where it runs and keeps its files, how large things are, how long it may
-    take."""
+    """What a stage needs to know.
+
+    Attributes:
+        cluster: The processes it runs in.
+        folder: The folder of its files.
+        budget: How long the call may take.
+        sizes: The sizes of the models.
+        plan: The numbers of each stage. If None, they are those of `PLAN`.
+        side: The side of the images in pixels.
+        begin: The folder of exported files to train further. If None, training starts from nothing.
+    """
 
     cluster: Cluster
     folder: Path
@@ -70,17 +82,19 @@ class Work:
     sizes: Sizes = NANO
     plan: dict[str, StagePlan] | None = None
     side: int = SIDE
-    begin: Path | None = None  # exported files to train further instead of beginning with nothing
+    begin: Path | None = None
 
     @classmethod
     def toy(cls, cluster: Cluster, folder: Path, budget: Budget) -> "Work":
+        """Makes a run that takes seconds a stage, to see whether everything runs."""
         return cls(cluster, folder, budget, TOY, TOY_PLAN, side=64)
 
-    def of(self, stage: str) -> StagePlan:
+    def plan_for(self, stage: str) -> StagePlan:
+        """Returns the numbers of a stage."""
         return (self.plan or PLAN)[stage]
 
     def stretched(self, factor: float) -> "Work":
-        """The same with every stage's training time multiplied."""
+        """Multiplies the training time of every stage."""
         plan = {
             name: replace(stage, seconds=stage.seconds * factor)
             for name, stage in (self.plan or PLAN).items()
@@ -89,15 +103,16 @@ class Work:
 
     @property
     def tokenizers(self) -> Path:
+        """The folder of the tokenizers."""
         return self.folder / "tokenizers"
 
     def result(self, stage: str) -> Path:
-        """The averaged weights a complete stage hands on."""
+        """Names the file of the averaged weights that a complete stage writes."""
         return self.folder / f"{stage}.pt"
 
     def pool(self, stage: str) -> Pool:
-        """The stage's scenes, other ones in every process."""
-        scenes, cores = self.of(stage).scenes, (os.cpu_count() or 1) // self.cluster.world
+        """Draws the scenes of a stage. Every process draws others."""
+        scenes, cores = self.plan_for(stage).scenes, (os.cpu_count() or 1) // self.cluster.world
         processes = max(1, min(16, cores, scenes // 1000))
         seed = 100 * list(STAGES).index(stage) + self.cluster.rank
         return draw_pool(scenes, self.tokenizers, seed, processes=processes)

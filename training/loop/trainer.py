@@ -1,4 +1,4 @@
-"""The loop every stage shares: bounded in time, resumable, logged, averaged."""
+"""The training loop of every stage: bounded in time, resumable, logged, with averaged weights."""
 
 import csv
 import os
@@ -20,9 +20,12 @@ SHARE_EVERY = 500  # iterations; bfloat16 gradients let the processes' weights d
 
 @dataclass
 class Budget:
-    """How long this call may still run. Stages end, or pause and save, when it is used up.
+    """How long this call may run. When the time is used up, stages end, or save their state and pause.
 
-    With `profile`, stages write what a few iterations spend their time on to `<stage>.profile.txt`.
+    Attributes:
+        minutes: The time of the call.
+        begin: When the call began, in seconds since the epoch.
+        profile: Whether each stage writes what ten of its iterations spend time on, to `<stage>.profile.txt`.
     """
 
     minutes: float
@@ -31,14 +34,18 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The seconds that are left."""
         return self.begin + 60 * self.minutes - time.time()
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over a stage: a short rise, flat, then linear to nothing over the last `decay` of its
-    time.
+    """The learning rate over a stage: a short rise, then flat, then linear to almost zero.
+
+    Attributes:
+        seconds: The time of the stage.
+        decay: The share of the time over which the learning rate falls.
+        floor: The factor at the end.
     """
 
     seconds: float
@@ -46,22 +53,25 @@ class Schedule:
     floor: float = 0.01
 
     def factor(self, iteration: int, spent: float) -> float:
+        """Computes the factor of the learning rate after `spent` seconds."""
         rise = min(1.0, (iteration + 1) / WARM_UP)
         return rise * max(self.floor, min(1.0, (1 - spent / self.seconds) / self.decay))
 
 
 class Trainer:
-    """Trains `net` until its stage's time is spent, or pauses when the call's budget is.
+    """Trains a model until its stage's time is spent, or pauses when the call's budget is.
 
     Attributes:
-        iteration, samples, spent: progress so far, over all calls; `spent` in seconds of training proper.
-        average: the exponential moving average of the weights, by name: what a stage hands on.
+        iteration: The number of iterations so far, over all calls.
+        samples: The number of samples so far, over all calls.
+        spent: The seconds of training so far, over all calls.
+        average: The exponential moving average of the weights, by name, which a stage hands on.
     """
 
     def __init__(
         self,
         name: str,
-        net: nn.Module,
+        model: nn.Module,
         optimizers: Optimizers,
         schedule: Schedule,
         cluster: Cluster,
@@ -71,31 +81,40 @@ class Trainer:
         average_every: int = 5,
         average_decay: float = 0.995,
     ):
-        self.name, self.net, self.optimizers, self.schedule = name, net, optimizers, schedule
+        self.name, self.model, self.optimizers, self.schedule = name, model, optimizers, schedule
         self.cluster, self.folder, self.budget = cluster, folder, budget
         self.clip, self.average_every, self.average_decay = clip, average_every, average_decay
         self.iteration, self.samples, self.spent = 0, 0, 0.0
-        self.parameters = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+        self.parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.average = {n: p.detach().clone() for n, p in self.parameters}
         self.rows: list[tuple] = []
         if self.state_file.exists():
             self._load()
-        cluster.share([p.data for _, p in self.parameters])
+        cluster.broadcast([p.data for _, p in self.parameters])
         torch.manual_seed(1000 * (1 + cluster.rank) + self.iteration)
 
     @property
     def state_file(self) -> Path:
+        """The file that a paused stage resumes from."""
         return self.folder / f"{self.name}.state.pt"
 
     @property
     def done(self) -> bool:
+        """Whether the stage's time is spent."""
         return self.spent >= self.schedule.seconds
 
     def run(self, loss_of: Callable[[], Tensor], batch: int, after: Callable[[], None] | None = None) -> bool:
-        """Trains on `loss_of()`, one call an iteration over `batch` samples. True when the stage is complete.
+        """Trains until the stage is complete or the budget is used up.
 
-        `after` runs after every iteration (the autoencoder folds its scale in there). Progress is measured in
-        time; the first iteration, which compiles, costs the budget but not the stage.
+        Progress is measured in time. The first iteration, which compiles, costs the budget but not the stage.
+
+        Args:
+            loss_of: Computes the loss of one iteration.
+            batch: The number of samples in an iteration.
+            after: Called after every iteration.
+
+        Returns:
+            Whether the stage is complete.
         """
         parameters = [p for _, p in self.parameters]
         bar = tqdm(total=round(self.schedule.seconds), initial=round(self.spent), desc=self.name, unit="s",
@@ -116,7 +135,7 @@ class Trainer:
             if after:
                 after()
             if self.iteration % SHARE_EVERY == SHARE_EVERY - 1:
-                self.cluster.share([p.data for p in parameters])
+                self.cluster.broadcast([p.data for p in parameters])
             self.iteration += 1
             self.samples += batch * self.cluster.world
             total += loss.detach()
@@ -127,14 +146,14 @@ class Trainer:
                 if self.cluster.device.type == "cuda":
                     torch.cuda.synchronize()
                 now = time.time()
-                elapsed = self.cluster.agree(now - mark if mark else 0.0)
+                elapsed = self.cluster.broadcast_number(now - mark if mark else 0.0)
                 mark, self.spent = now, self.spent + elapsed
                 if self.iteration % 50 == 0 or self.done:
                     self._record(self.cluster.mean(total / count), bar)
                     total.zero_()
                     count = 0
-                # A quarter of a minute to write the state and to hand over.
-                if self.cluster.agree(self.budget.left) < 15:
+                # Writing the state takes up to a quarter of a minute.
+                if self.cluster.broadcast_number(self.budget.left) < 15:
                     paused = not self.done
                     break
         bar.close()
@@ -144,7 +163,7 @@ class Trainer:
         return not paused
 
     def _profiler(self) -> torch.profiler.profile | None:
-        """A running profiler of iterations 40 to 50 of this call, if the budget asks for one."""
+        """Starts a profiler of iterations 40 to 50 of this call, if the budget asks for one."""
         if not self.budget.profile or not self.cluster.first:
             return None
 
@@ -161,14 +180,16 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        # Short at first, so that the average does not drag the random start along.
+        # Short at first, so that the average soon forgets the random start.
         decay = min(self.average_decay, (self.iteration + 1) / (self.iteration + 50))
         averages = [self.average[name] for name, _ in self.parameters]
         torch._foreach_lerp_(averages, [p.detach() for _, p in self.parameters], 1 - decay)
 
     def averaged(self) -> dict[str, Tensor]:
-        """The net's state with the averaged weights."""
-        return {name: self.average.get(name, value).detach() for name, value in self.net.state_dict().items()}
+        """Returns the model's state with the averaged weights."""
+        return {
+            name: self.average.get(name, value).detach() for name, value in self.model.state_dict().items()
+        }
 
     def _record(self, loss: float, bar: tqdm) -> None:
         if loss != loss:
@@ -184,7 +205,7 @@ class Trainer:
         if self.cluster.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             state = {
-                "net": self.net.state_dict(),
+                "net": self.model.state_dict(),
                 "average": self.average,
                 "optimizers": self.optimizers.state_dict(),
                 "progress": (self.iteration, self.samples, self.spent),
@@ -192,12 +213,10 @@ class Trainer:
             }
             save_atomically(state, self.state_file)
             write_log(self.folder / f"{self.name}.csv", self.rows)
-        self.cluster.wait()
+        self.cluster.barrier()
 
     def continue_from(self, state_file: Path) -> None:
-        """Start where another stage of the same net ended: its weights, their average, the optimizers'
-        momenta.
-        """
+        """Starts with the weights, their average and the momenta at the end of another stage."""
         self._restore(torch.load(state_file, map_location=self.cluster.device))
 
     def _load(self) -> None:
@@ -207,14 +226,14 @@ class Trainer:
         self.rows = state["rows"]
 
     def _restore(self, state: dict) -> None:
-        self.net.load_state_dict(state["net"])
+        self.model.load_state_dict(state["net"])
         self.optimizers.load_state_dict(state["optimizers"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
 
 
 def save_atomically(state: object, path: Path) -> None:
-    """torch.save that leaves the old file whole until the new one is."""
+    """Saves a file with torch.save. The old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -222,7 +241,7 @@ def save_atomically(state: object, path: Path) -> None:
 
 
 def write_log(path: Path, rows: Sequence[tuple]) -> None:
-    """The loss curve as CSV and, beside it, as a picture."""
+    """Writes the loss curve as CSV and, beside it, as an image."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("iteration", "seconds", "samples", "loss"))

@@ -1,4 +1,4 @@
-"""The sprite atlas: one WebP picture with every sprite of the vocabulary in a cell of its own."""
+"""The sprite atlas: one WebP image with a cell for every sprite of the vocabulary."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -15,20 +15,20 @@ COLUMNS = 12
 
 @lru_cache(maxsize=1)
 def sprites() -> np.ndarray:
-    """All sprites, uint8 "S CELL CELL 4", colours not multiplied by alpha. Read only."""
+    """Reads all sprites, uint8 `S CELL CELL 4`, colours not multiplied by alpha. The array is read-only."""
     sheet = np.asarray(Image.open(ATLAS_FILE).convert("RGBA"))
     cells = [divmod(number, COLUMNS) for number in range(len(SPRITES))]
-    pictures = np.stack([sheet[r * CELL : (r + 1) * CELL, c * CELL : (c + 1) * CELL] for r, c in cells])
-    pictures.setflags(write=False)
-    return pictures
+    images = np.stack([sheet[r * CELL : (r + 1) * CELL, c * CELL : (c + 1) * CELL] for r, c in cells])
+    images.setflags(write=False)
+    return images
 
 
 @lru_cache(maxsize=1)
 def boxes() -> list[tuple[float, float, float, float]]:
-    """Left, top, right, bottom of what is visible of each sprite, as fractions of its cell."""
+    """Measures left, top, right and bottom of the visible part of each sprite, as fractions of its cell."""
     found = []
-    for picture in sprites():
-        visible = picture[..., 3] > 40
+    for image in sprites():
+        visible = image[..., 3] > 40
         columns, rows = np.flatnonzero(visible.any(0)), np.flatnonzero(visible.any(1))
         edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
         found.append(tuple(float(edge) / CELL for edge in edges))

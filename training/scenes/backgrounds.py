@@ -1,7 +1,7 @@
 """The sixteen backgrounds, painted for many scenes at once.
 
-Each painter takes a `Canvas` (the scenes of one place) and returns their backgrounds, "B 3 H W" in 0..1. What
-tells a place apart is its structure (skyline, bricks, dunes, waves); tints only vary it a little.
+Each painter takes a `Canvas` (the scenes of one place) and returns their backgrounds, `B 3 H W` in 0..1.
+Places differ in their structure (skyline, bricks, dunes, waves). Tints only vary them a little.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Painter = Callable[["Canvas"], Tensor]
 
 @dataclass
 class Canvas:
-    """The scenes of one place: pixel coordinates and, "B 1 1 1" each, what their templates say."""
+    """The scenes of one place: the size of the image, and the numbers of their templates, `B 1 1 1` each."""
 
     height: int
     width: int
@@ -43,13 +43,15 @@ class Canvas:
         self.aspect = self.width / self.height
 
     def colour(self, red: float, green: float, blue: float) -> Tensor:
+        """Makes a colour, `1 3 1 1`."""
         return torch.tensor((red, green, blue), device=self.horizon.device).view(1, 3, 1, 1)
 
     def by_time(self, day: Tensor, night: Tensor, sunset: Tensor) -> Tensor:
+        """Chooses by each scene's time of day."""
         return torch.where(self.night, night, torch.where(self.sunset, sunset, day))
 
     def noise(self, rows: int, columns: int, smooth: bool = True) -> Tensor:
-        """Random values in -0.5..0.5 on a coarse grid, enlarged to the picture: "B 1 H W"."""
+        """Draws random values in -0.5..0.5 on a coarse grid, and enlarges them to the image, `B 1 H W`."""
         grid = torch.rand(
             len(self.horizon), 1, rows, columns, device=self.horizon.device, generator=self.random
         )
@@ -59,7 +61,7 @@ class Canvas:
         return F.interpolate(grid, size=size, mode="nearest") - 0.5
 
     def dots(self, rows: int, columns: int, share: float, reach: float) -> Tensor:
-        """Small soft dots scattered over the picture, 0..1: "B 1 H W"."""
+        """Scatters small soft dots over the image, `B 1 H W` in 0..1."""
         grid = torch.rand(
             len(self.horizon), 1, rows, columns, device=self.horizon.device, generator=self.random
         )
@@ -67,11 +69,11 @@ class Canvas:
         return ((spread - reach) * 4).clamp(0, 1)
 
     def below(self, line: Tensor) -> Tensor:
-        """1 below a line given as y, 0 above, one pixel soft."""
+        """Masks everything below a line, given as y: 1 below, 0 above, one pixel soft."""
         return ((self.v - line) / self.pixel + 0.5).clamp(0, 1)
 
     def depth(self) -> Tensor:
-        """0 at the horizon, 1 at the picture's foot."""
+        """Computes the depth: 0 at the horizon, 1 at the lower edge."""
         return ((self.v - self.horizon) / (1 - self.horizon)).clamp(0, 1)
 
 
@@ -80,7 +82,7 @@ def _over(image: Tensor, layer: Tensor, mask: Tensor) -> Tensor:
 
 
 def _dim(c: Canvas, ground: Tensor) -> Tensor:
-    """Ground in the light of the hour."""
+    """Darkens ground by the light of the hour."""
     one = torch.ones_like(c.colour(1, 1, 1))
     return ground * c.by_time(one, c.colour(0.38, 0.43, 0.66), c.colour(1.0, 0.80, 0.70))
 
@@ -96,7 +98,7 @@ def _stars(c: Canvas, sky: Tensor, where: Tensor) -> Tensor:
 
 
 def _sky(c: Canvas, top: Tensor, bottom: Tensor, clouds: bool = True) -> Tensor:
-    """Sky of the hour with sun or moon; `top` and `bottom` are its colours by day."""
+    """Paints the sky of the hour with sun or moon. `top` and `bottom` are its colours by day."""
     top = c.by_time(top, c.colour(0.03, 0.04, 0.15), c.colour(0.36, 0.26, 0.56)) + 0.03 * c.sky_tint
     bottom = c.by_time(bottom, c.colour(0.12, 0.16, 0.38), c.colour(1.0, 0.62, 0.34)) + 0.03 * c.sky_tint
     sky = torch.lerp(top, bottom, (c.v / c.horizon).clamp(0, 1))
@@ -111,19 +113,19 @@ def _sky(c: Canvas, top: Tensor, bottom: Tensor, clouds: bool = True) -> Tensor:
 
 
 def _hills(c: Canvas, sky: Tensor, colour: Tensor) -> Tensor:
-    """A row of far hills above the horizon."""
+    """Paints a row of far hills above the horizon."""
     line = c.horizon - (0.035 + 1.6 * c.hills) * (1 + torch.sin(c.u * 5 + 1.7 * c.phase)) - 0.01
     return _over(sky, _dim(c, colour), c.below(line))
 
 
 def _rolling(c: Canvas) -> Tensor:
-    """A softly waved horizon."""
+    """Draws a softly waved horizon, as y."""
     wave = torch.sin(c.u * 6 + c.phase) + 0.3 * torch.sin(c.u * 14 + 2 * c.phase)
     return c.horizon + c.hills * wave
 
 
 def _ground(c: Canvas, sky: Tensor, far: Tensor, near: Tensor, shade: Tensor | float, line: Tensor) -> Tensor:
-    """Ground from `far` to `near` under a horizon line; `shade` darkens or lightens it pointwise."""
+    """Paints ground from `far` to `near` under a line. `shade` darkens or lightens it pointwise."""
     ground = torch.lerp(far, near, c.depth()) * (1 + shade) + 0.03 * c.ground_tint
     return _over(sky, _dim(c, ground), c.below(line))
 
@@ -133,7 +135,7 @@ def _blades(c: Canvas) -> Tensor:
 
 
 def _water(c: Canvas) -> Tensor:
-    """Waves that widen towards the viewer, -1..1."""
+    """Computes waves that widen towards the viewer, in -1..1."""
     depth = (c.v - c.horizon).clamp(0) ** 0.6
     return torch.sin(depth * 85 + 2 * torch.sin(c.u * 8 + c.phase) + 7 * c.noise(5, 5))
 
@@ -329,5 +331,5 @@ PAINTERS: dict[str, Painter] = {
 
 
 def palette(device: torch.device) -> Tensor:
-    """The vocabulary's colours, "11 3"."""
+    """Returns the colours of the vocabulary, `11 3`."""
     return torch.tensor(list(COLOURS.values()), device=device)

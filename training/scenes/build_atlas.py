@@ -1,4 +1,4 @@
-"""Build atlas.webp from the npm package of Fluent 3D emoji. Needed only to add or change sprites.
+"""Builds atlas.webp from the npm package of Fluent 3D emoji. Needed only to add or change sprites.
 
 npm pack @lobehub/fluent-emoji-3d@1.1.0
 python -m training.scenes.build_atlas lobehub-fluent-emoji-3d-1.1.0.tgz
@@ -13,20 +13,21 @@ from PIL import Image
 from training.scenes.atlas import ATLAS_FILE, CELL, COLUMNS
 from training.scenes.vocabulary import SPRITES
 
-# A worn helmet's chin strap would hang in front of the face: only what is above this part of the picture is
-# kept.
+# The chin strap of a worn helmet would hang in front of the face. Only the part above this height is kept.
 CUT_BELOW = {"helmet": 0.6}
-# The dog of the set is almost as orange as the cat; chestnut tells them apart.
+# The dog of the set is almost as orange as the cat. In chestnut it looks different.
 TINTS = {"dog": (0.72, 0.56, 0.50)}
 
 
 def tinted(image: Image.Image, tint: tuple[float, float, float]) -> Image.Image:
+    """Multiplies the colours."""
     *colours, alpha = image.split()
     scaled = [band.point(lambda value, f=factor: int(value * f)) for band, factor in zip(colours, tint)]
     return Image.merge("RGBA", (*scaled, alpha))
 
 
 def build(archive: str) -> None:
+    """Writes the atlas from the package's archive."""
     rows = -(-len(SPRITES) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     with tarfile.open(archive) as package:

@@ -31,8 +31,8 @@ from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, PLACES,
 
 ALONE_FIRST = 0.85  # share of two-object scenes whose first object stands as it would alone
 ALONE_FIRST_ON_A_SIDE = 0.4  # the same where words say left or right, which must tell more than habits do
-# The columns of a scene's row: place, time, plain colour and the template's eight numbers; then six numbers for each
-# detail of the background and for each subject.
+# The columns of a scene's row: place, time, plain colour and the template's eight numbers; then six numbers
+# for each detail of the background and for each subject.
 DETAIL_SLOTS, THING_SLOTS, SLOT_WIDTH, HEADER = 3, 4, 6, 11
 FIRST_DETAIL = HEADER
 FIRST_THING = HEADER + DETAIL_SLOTS * SLOT_WIDTH
@@ -42,8 +42,14 @@ NOTHING = Thing(-1, 0.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Scene:
-    """A content with its composition: subjects back to front, the background's template, details
-    kept clear.
+    """A content with its composition.
+
+    Attributes:
+        content: What the scene shows.
+        things: The subjects, back to front.
+        template: The background.
+        shape: The shape of the image.
+        details: The details of the background that are not in the subjects' way.
     """
 
     content: Content
@@ -54,10 +60,11 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """The content's caption."""
         return self.content.caption
 
     def row(self) -> list[float]:
-        """The numbers the renderer reads, in the order of `COLUMNS`."""
+        """Returns the `COLUMNS` numbers that the renderer reads."""
         c, t = self.content, self.template
         plain = COLOUR_NAMES.index(c.plain_colour) if c.plain_colour else 0
         row = [PLACE_INDEX[c.place], TIME_NAMES.index(c.time), plain]
@@ -79,12 +86,13 @@ def _alone(rng: random.Random, content: Content, shape: Shape) -> Thing:
 
 
 def placed(subject: Subject, x: float, foot: float, size: float) -> Thing:
+    """Places a subject."""
     colour = COLOUR_NAMES.index(subject.colour) if subject.colour else -1
     return Thing(INDEX[subject.name], x, foot, size, colour, INDEX[subject.hat] if subject.hat else -1)
 
 
 def _side_words(rng: random.Random, second_on_the_right: bool) -> str:
-    """Where the first stands, seen from the second."""
+    """Says where the first stands, seen from the second."""
     return rng.choice(("to the {} of", "on the {} of")).format("left" if second_on_the_right else "right")
 
 
@@ -95,7 +103,7 @@ def _compose_two(rng: random.Random, content: Content, shape: Shape) -> tuple[Co
         one, other, right = standing_beside(
             rng, _alone(rng, content, shape), sprite, second.colour, shape, None
         )
-    else:  # side by side, on either side, at like sizes
+    else:  # side by side, on either side, at similar sizes
         right = OBJECT_SHIFT[first.name] < 0 if content.relation else rng.random() < 0.5
         x = (0.28, 0.73) if right else (0.72, 0.27)
         one = placed(
@@ -151,7 +159,7 @@ def _style(rng: random.Random, content: Content) -> int:
 
 
 def compose(rng: random.Random, content: Content, shape: Shape = SQUARE) -> Scene:
-    """Place a content's subjects and choose its background."""
+    """Places the subjects of a content and chooses its background."""
     if content.kind == "two":
         content, things = _compose_two(rng, content, shape)
     elif content.kind == "top":
@@ -160,10 +168,10 @@ def compose(rng: random.Random, content: Content, shape: Shape = SQUARE) -> Scen
         things = _compose_count(rng, content, shape)
     else:
         things = (_alone(rng, content, shape),)
-    look = template(rng, PLACES[PLACE_INDEX[content.place]], content.time, _style(rng, content))
-    return Scene(content, things, look, shape, cleared(look.details, list(things), shape))
+    background = template(rng, PLACES[PLACE_INDEX[content.place]], content.time, _style(rng, content))
+    return Scene(content, things, background, shape, cleared(background.details, list(things), shape))
 
 
 def sample(rng: random.Random, shape: Shape = SQUARE) -> Scene:
-    """One scene of the training data."""
+    """Draws one scene of the training data."""
     return compose(rng, sample_content(rng), shape)

@@ -29,7 +29,17 @@ HATTED, COLOURED = 0.42, 0.38  # shares of the subjects that can wear a hat or b
 
 @dataclass(frozen=True)
 class Subject:
-    """An object as a caption speaks of it: `word` is the noun used, `wearing` the words for the hat."""
+    """An object as a caption speaks of it.
+
+    Attributes:
+        name: The object's name.
+        word: The noun for it.
+        colour: Its colour, if the caption gives one.
+        size: "small" or "big", if the caption says so.
+        size_word: The word for the size.
+        hat: The hat that it wears, if any.
+        wearing: The words for the hat.
+    """
 
     name: str
     word: str
@@ -40,6 +50,7 @@ class Subject:
     wearing: str = ""
 
     def phrase(self, many: bool = False) -> str:
+        """Puts the words for the object together, in the plural without a hat."""
         noun = plural(self.word) if many else self.word
         words = " ".join(part for part in (self.size_word, self.colour, noun) if part)
         return words if many else " ".join(part for part in (with_article(words), self.wearing) if part)
@@ -47,10 +58,20 @@ class Subject:
 
 @dataclass(frozen=True)
 class Content:
-    """What a picture shows, with every choice of words made, so that one change leaves the other words alone.
+    """The content of a scene, with every choice of words made.
 
-    `kind` is "one", "two", "top" (the first on the second) or "count". `relation` joins two subjects; None
-    leaves left or right to the composition. `order` is where in the sentence place and time come.
+    Attributes:
+        kind: "one", "two", "top" (the first on the second) or "count".
+        subjects: One or two objects.
+        place: The name of the place.
+        place_words: The words for the place.
+        time: The name of the time of day.
+        time_words: The words for the time, or "".
+        count: How many there are of the object, for "count".
+        relation: The words that join two subjects. If None, the composition decides between left and right.
+        plain_colour: The colour of a plain background.
+        prefix: The words that the caption begins with.
+        order: Where in the sentence place and time come, 0..4.
     """
 
     kind: str
@@ -67,6 +88,7 @@ class Content:
 
     @property
     def caption(self) -> str:
+        """The caption."""
         first = self.subjects[0]
         if self.kind == "count":
             body = f"{NUMBERS[self.count]} {first.phrase(many=True)}"
@@ -146,14 +168,14 @@ def draw_time(rng: random.Random, place: str, other_than: str | None = None) -> 
 
 
 def _draw_relation(rng: random.Random) -> str | None:
-    """None means left or right, whichever the composition makes true."""
+    """Draws the words between two subjects. None is left or right, whichever the composition makes true."""
     return rng.choices((None, "and", "next to", "beside", "with"), (10, 5, 5, 3, 2))[0]
 
 
 def sample_content(rng: random.Random, kind: str | None = None) -> Content:
-    """Something to show, at the training data's own rates."""
+    """Draws the content of a scene, at the rates of the training data."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
-    # A hat that stands on an animal is a hat that is worn.
+    # A hat on top of an animal would look like one that is worn.
     first = draw_subject(rng, draw_name(rng, other_than=tuple(HATS) if kind == "top" else ()))
     can_wear = SPRITES[INDEX[first.name]].head is not None
     place = draw_place(rng)

@@ -24,10 +24,15 @@ EDITS = ("replace", "hat", "add", "remove", "recolour", "background", "time")
 
 
 def edited(rng: random.Random, content: Content, edit: str) -> Content:
-    """The content of a single subject after an edit, all other words kept.
+    """Edits the content of a single subject. All other words stay.
 
-    Edits: "replace", "hat", "add", "recolour", "background", "time" ("remove" is "add" read backwards).
-    Raises ValueError for an edit this content does not allow (a hat on a car, night on a table).
+    Args:
+        rng: The source of chance.
+        content: The content before the edit.
+        edit: One of `EDITS` except "remove", which is "add" read backwards.
+
+    Raises:
+        ValueError: this content does not allow the edit (a hat on a car, night on a table).
     """
     subject = content.subjects[0]
     sprite = SPRITES[INDEX[subject.name]]
@@ -60,7 +65,7 @@ def edited(rng: random.Random, content: Content, edit: str) -> Content:
 
 
 def editable(rng: random.Random, edit: str) -> tuple[Content, Content]:
-    """A random single-subject content and its edit."""
+    """Draws the content of a single subject, and the content after the edit."""
     while True:
         content = sample_content(rng, "one")
         try:
@@ -71,8 +76,13 @@ def editable(rng: random.Random, edit: str) -> tuple[Content, Content]:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same scene before and after an edit. `changed` numbers the things that differ; empty: all but the
-    things.
+    """The same scene before and after an edit.
+
+    Attributes:
+        edit: One of `EDITS`.
+        before: The scene before.
+        after: The scene after.
+        changed: The numbers of the things that differ. If empty, everything else differs.
     """
 
     edit: str
@@ -82,9 +92,7 @@ class Pair:
 
 
 def sample_pair(rng: random.Random, edit: str, shape: Shape = SQUARE) -> Pair:
-    """A scene before and after an edit (one of `EDITS`): everything the edit does not name stays
-    where it is.
-    """
+    """Draws a scene before and after an edit. Everything that the edit does not name stays where it is."""
     content, other = editable(rng, "add" if edit == "remove" else edit)
     scene = compose(rng, content, shape)
     (thing,) = scene.things
@@ -97,19 +105,19 @@ def sample_pair(rng: random.Random, edit: str, shape: Shape = SQUARE) -> Pair:
         changed, things = (1,), (thing, second)
     elif edit in ("replace", "hat", "recolour"):
         things = (fitted(placed(subject, thing.x, thing.foot, thing.size), shape),)
-        if (
-            edit == "hat"
-        ):  # the wearer may have to move down to make room: then it does so before the edit too
+        # The wearer may have to move down to make room. Then it stands there before the edit too.
+        if edit == "hat":
             thing = replace(thing, x=things[0].x, foot=things[0].foot)
     else:
         changed = ()
-    look = scene.template
-    after_look = look
+    background = after_background = scene.template
     if not changed:
-        after_look = template(rng, PLACES[PLACE_INDEX[other.place]], other.time, style_of(subject.name))
+        after_background = template(rng, PLACES[PLACE_INDEX[other.place]], other.time, style_of(subject.name))
     everything = [thing, *things]
-    before = Scene(content, (thing,), look, shape, cleared(look.details, everything, shape))
-    after = Scene(other, things, after_look, shape, cleared(after_look.details, everything, shape))
+    before = Scene(content, (thing,), background, shape, cleared(background.details, everything, shape))
+    after = Scene(
+        other, things, after_background, shape, cleared(after_background.details, everything, shape)
+    )
     if edit == "remove":
         before, after = after, before
     return Pair(edit, before, after, changed)

@@ -1,11 +1,12 @@
-"""Where things stand: fixed habits that tie a scene's composition to its content, with wide tails.
+"""The layout of scenes: fixed habits, with wide tails, that tie a scene's composition to its content.
 
-With independent, uniform layouts the noise alone would fix a picture whatever the prompt says, and an edit
-would have nothing to keep. So every object, place, time, hat and colour moves and scales the subject by an
-amount of its own, and the background's look (horizon, sun, what stands about) is one of `STYLES` fixed ones
-for each place and time, looked up from the most telling word. Sums and look-ups only: easy to learn, and a
-changed word redraws the scene.
-Lengths are fractions of the picture: x of its width, y and feet of its height, sizes of its shorter side.
+With independent, uniform layouts the noise alone would fix the composition whatever the prompt says, and an
+edit would have nothing to keep. So each object, place, time, hat and colour moves and scales the subject by
+its own amount. The background (horizon, sun, details) is one of `STYLES` fixed ones for each place and time,
+looked up from the most specific word. There are only sums and look-ups, so the habits are easy to learn, and
+a changed word redraws the scene.
+
+Lengths are fractions of the image: x of its width, y and feet of its height, sizes of its shorter side.
 """
 
 import random
@@ -26,7 +27,7 @@ from training.scenes.vocabulary import (
 
 HABIT, LOOK_HABIT = 0.62, 0.70  # shares of scenes whose layout, and whose background, follow the habits
 STYLES = 6
-CLEARANCE = 0.05  # what stands about keeps this much of the width away from the subjects
+CLEARANCE = 0.05  # the distance, in widths, that details keep from the subjects
 MOVED_AT_MOST = 0.2
 HAT_SCALE = 1.25
 
@@ -54,8 +55,15 @@ FLOATING = [sprite.flies or sprite.name in _IN_THE_SKY | _ON_THE_WALL for sprite
 
 @dataclass(frozen=True)
 class Thing:
-    """A sprite in the picture: centre and foot of its visible part, its size, colour and hat (indices, -1:
-    none).
+    """A sprite in the image.
+
+    Attributes:
+        sprite: Its index in the vocabulary.
+        x: The centre of its visible part.
+        foot: The lower edge of its visible part.
+        size: Its size.
+        colour: The index of its colour, or -1.
+        hat: The index of its hat, or -1.
     """
 
     sprite: int
@@ -68,9 +76,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Template:
-    """A background's look but for its place: where the horizon and sun are, clouds, hills, tints, what stands
-    about.
-    """
+    """The look of a background, apart from its place: horizon, sun, clouds, hills, tints and details."""
 
     horizon: float
     sun_x: float
@@ -85,13 +91,14 @@ class Template:
 
 @dataclass(frozen=True)
 class Shape:
-    """The picture's sides as multiples of its shorter one."""
+    """The sides of the image as multiples of its shorter one."""
 
     width: float = 1.0
     height: float = 1.0
 
     @classmethod
     def of(cls, width: int, height: int) -> "Shape":
+        """Computes the shape of an image of `width` x `height` pixels."""
         shorter = min(width, height)
         return cls(width / shorter, height / shorter)
 
@@ -100,7 +107,7 @@ SQUARE = Shape()
 
 
 def extent(thing: Thing, shape: Shape = SQUARE) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a thing with its hat, as fractions of the picture."""
+    """Computes left, top, right and bottom of a thing with its hat."""
     left, top, right, bottom = boxes()[thing.sprite]
     half = (right - left) * thing.size / 2
     height = (bottom - top) * thing.size
@@ -121,8 +128,10 @@ def extent(thing: Thing, shape: Shape = SQUARE) -> tuple[float, float, float, fl
 
 
 def hat_placement(sprite: int, hat: int, size: float) -> tuple[float, float, float]:
-    """Size of a worn hat, and its centre and foot as offsets from the wearer's centre and foot, all in sizes
-    of the shorter side."""
+    """Computes the size of a worn hat, and the offsets of its centre and foot from the wearer's.
+
+    All three are in lengths of the shorter side.
+    """
     left, _, right, bottom = boxes()[sprite]
     head_x, head_y, head_width = SPRITES[sprite].head
     width, sink = SPRITES[hat].hat
@@ -132,7 +141,7 @@ def hat_placement(sprite: int, hat: int, size: float) -> tuple[float, float, flo
 
 
 def _hat_above(sprite: int, hat: int, size: float) -> float:
-    """How far a worn hat reaches above its wearer."""
+    """Computes how far a worn hat reaches above its wearer."""
     _, top, _, bottom = boxes()[sprite]
     _, hat_top, _, hat_bottom = boxes()[hat]
     hat_size, _, foot = hat_placement(sprite, hat, size)
@@ -140,9 +149,7 @@ def _hat_above(sprite: int, hat: int, size: float) -> float:
 
 
 def fitted(thing: Thing, shape: Shape = SQUARE) -> Thing:
-    """The thing moved into the picture (centred where it is too wide for it, lowered where it is
-    too tall).
-    """
+    """Moves a thing into the image. One that is too wide is centred, one that is too tall is lowered."""
     left, top, right, _ = extent(thing, shape)
     if top < 0.03:
         thing = replace(thing, foot=min(0.97, thing.foot + 0.03 - top))
@@ -151,7 +158,7 @@ def fitted(thing: Thing, shape: Shape = SQUARE) -> Thing:
     return replace(thing, x=thing.x + max(0.0, 0.01 - left) - max(0.0, right - 0.99))
 
 
-# ----- the fixed tables, drawn once from a seed that is part of the data's definition
+# ---- the fixed tables: the seed is part of the data's definition
 
 _tables = random.Random(20241)
 
@@ -182,7 +189,7 @@ OBJECT_STYLE = _styles(_object_names, 1, 0)
 HAT_STYLE = _styles(HATS, 5, 1)
 COLOUR_STYLE = _styles(COLOUR_NAMES, 5, 3)
 
-# The pairs people try first stand in plainly different places.
+# The pairs that people try first stand in clearly different places.
 for _one, _other in (
     ("dog", "cat"),
     ("car", "bus"),
@@ -195,14 +202,14 @@ for _one, _other in (
 
 
 def style_of(name: str, colour: str | None = None, hat: str | None = None) -> int:
-    """The background style a subject calls for: its hat's, else its colour's, else its own."""
+    """Finds the style of a subject's background: its hat's, else its colour's, else its own."""
     if hat:
         return HAT_STYLE[hat]
     return COLOUR_STYLE[colour] if colour else OBJECT_STYLE[name]
 
 
 def _draw_template(rng: random.Random, place: Place, style: int | None) -> Template:
-    """A template; with a `style`, its large traits are that style's and only small ones are drawn."""
+    """Draws a template. With a `style`, the large traits are that style's and only small ones are drawn."""
     if style is None:
         spots = [rng.uniform(0.06, 0.94), rng.uniform(0.06, 0.94)]
         horizon = rng.uniform(0.42, 0.66)
@@ -246,7 +253,7 @@ TEMPLATES: dict[tuple[str, str], list[Template]] = {
 
 
 def template(rng: random.Random, place: Place, time: str, style: int) -> Template:
-    """The habitual template of a style, another style's, or a quite free one; a little jittered."""
+    """Chooses the habitual template of a style, another style's, or a free one, and jitters it a little."""
     draw = rng.random()
     if draw < LOOK_HABIT:
         chosen = TEMPLATES[place.name, time][style]
@@ -277,8 +284,9 @@ def _jittered(rng: random.Random, t: Template) -> Template:
 
 
 def cleared(details: tuple[Thing, ...], subjects: list[Thing], shape: Shape = SQUARE) -> tuple[Thing, ...]:
-    """The details that stand free of the subjects and of one another, those in the way moved aside or left
-    out.
+    """Selects the details that keep their distance from the subjects and from one another.
+
+    Details that are in the way are moved aside, or left out.
     """
     taken = [extent(subject, shape) for subject in subjects]
     kept = []
@@ -291,20 +299,20 @@ def cleared(details: tuple[Thing, ...], subjects: list[Thing], shape: Shape = SQ
         spots = [x for x in spots if abs(x - detail.x) <= MOVED_AT_MOST and 0.3 * half <= x <= 1 - 0.3 * half]
         for x in sorted(spots, key=lambda x: abs(x - detail.x)):
             moved = replace(detail, x=x)
-            if all(_apart(extent(moved, shape), box) for box in taken):
+            if all(_keep_distance(extent(moved, shape), box) for box in taken):
                 kept.append(moved)
                 taken.append(extent(moved, shape))
                 break
     return tuple(kept)
 
 
-def _apart(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+def _keep_distance(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
     gap_x = max(other[0] - one[2], one[0] - other[2])
     gap_y = max(other[1] - one[3], one[1] - other[3])
     return gap_x >= CLEARANCE or gap_y >= CLEARANCE
 
 
-# ----- where subjects stand
+# ---- where subjects stand
 
 
 def standing_alone(
@@ -316,7 +324,7 @@ def standing_alone(
     hat: str | None,
     size: str | None,
 ) -> Thing:
-    """A single subject's place: the sum of its words' habits, or anywhere."""
+    """Places a single subject by the sum of its words' habits, or anywhere."""
     if rng.random() < HABIT:
         shift = OBJECT_SHIFT[sprite.name] + PLACE_SHIFT[place] + TIME_SHIFT[time]
         scale = PLACE_SCALE[place] * TIME_SCALE[time]
@@ -343,24 +351,33 @@ def _looks(colour: str | None, hat: str | None) -> tuple[int, int]:
     return (COLOUR_NAMES.index(colour) if colour else -1), (INDEX[hat] if hat else -1)
 
 
-ROOM = 0.27  # the width a second subject needs at least
+MIN_ROOM = 0.27  # the width that a second subject needs at least
 
 
 def standing_beside(
     rng: random.Random, first: Thing, sprite: Sprite, colour: str | None, shape: Shape, right: bool | None
 ) -> tuple[Thing, Thing, bool]:
-    """A second subject fitted into the room beside the first, which steps aside only if there is too little.
+    """Places a second subject beside the first, which moves aside only if there is too little room.
 
-    Returns first, second, and whether the second stands on the right; `right` None takes the roomier side.
+    Args:
+        rng: The source of chance.
+        first: The first subject.
+        sprite: The second subject's sprite.
+        colour: The second subject's colour.
+        shape: The shape of the image.
+        right: Whether the second stands on the right. If None, it takes the side with more room.
+
+    Returns:
+        The first, the second, and whether the second stands on the right.
     """
     left_edge, _, right_edge, _ = extent(first, shape)
     if right is None:
         right = 1 - right_edge > left_edge
     room = (1 - right_edge) if right else left_edge
-    if room < ROOM:
-        first = replace(first, x=first.x - (ROOM - room) * (1 if right else -1))
+    if room < MIN_ROOM:
+        first = replace(first, x=first.x - (MIN_ROOM - room) * (1 if right else -1))
         left_edge, _, right_edge, _ = extent(first, shape)
-        room = ROOM
+        room = MIN_ROOM
     left, _, right_side, _ = boxes()[INDEX[sprite.name]]
     breadth = (right_side - left) / shape.width
     size = min(0.46, (room - 0.03) / breadth * rng.uniform(0.86, 1))

@@ -1,4 +1,4 @@
-"""What a picture shows, as targets for the nets that look at it: read off the renderer's rows."""
+"""Labels of images, read from the renderer's rows: the targets of the vision models."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,21 @@ NUM_OBJECTS, NUM_COLOURS, NUM_PLACES, NUM_TIMES = (
     len(PLACES),
     len(TIME_NAMES),
 )
-MOST = THING_SLOTS
+NUM_COUNTS = THING_SLOTS
 
 
 @dataclass
 class Labels:
-    """Targets of a batch.
+    """The targets of a batch.
 
     Attributes:
-        objects: which objects are there, worn hats too, "B 91" of 0 and 1.
-        worn: which hats are worn, "B 91".
-        colours: which colours the caption gives to objects, "B 11".
-        place, time: "B".
-        count: number of subjects less one, "B".
-        x: where each object stands, "B 91", meaningful where `objects` is 1.
+        objects: Which objects are shown, worn hats too, `B 91` of 0 and 1.
+        worn: Which hats are worn, `B 91` of 0 and 1.
+        colours: Which colours the caption gives to objects, `B 11` of 0 and 1.
+        place: The index of the place, `B`.
+        time: The index of the time of day, `B`.
+        count: The number of subjects minus one, `B`.
+        x: Where each object stands, `B 91`. Meaningful where `objects` is 1.
     """
 
     objects: Tensor
@@ -40,12 +41,12 @@ class Labels:
 
 
 def things_of(rows: Tensor) -> Tensor:
-    """The subjects of renderer rows, "B slots 6": sprite (-1: none), x, foot, size, colour, hat."""
+    """Returns the subjects of rows, `B slots 6`: sprite (-1 if none), x, foot, size, colour, hat."""
     return rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
 
 
 def labels_of(rows: Tensor, device: torch.device | str = "cpu") -> Labels:
-    """The labels of renderer rows, "B COLUMNS"."""
+    """Reads the labels of rows `B COLUMNS`."""
     rows = rows.to(device)
     batch = torch.arange(len(rows), device=rows.device)
     objects, worn, x = (torch.zeros(len(rows), NUM_OBJECTS, device=rows.device) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Pictures from rows of numbers, in batches, on CPU or GPU.
+"""Renders scenes from rows of numbers, in batches, on CPU or GPU.
 
 renderer = Renderer("cuda")
 images = renderer(torch.tensor([scene.row() for scene in scenes]), 256, 256)         # "B 3 H W" in 0..1
@@ -23,9 +23,7 @@ LEVELS = 3  # the atlas at full, half and quarter size, so that small things do 
 
 @dataclass
 class _Layer:
-    """Sprites of one slot, one in each of some rows: where they go (fractions of the picture) and how they
-    look.
-    """
+    """The sprites of one slot, one for each of some rows. Lengths are fractions of the image."""
 
     rows: Tensor
     sprite: Tensor
@@ -39,10 +37,10 @@ class _Layer:
 
 
 class Renderer:
-    """Draws scenes: background, details, then the subjects with their hats, back to front.
+    """Draws scenes: the background, its details, then the subjects with their hats, back to front.
 
-    Only textures are random, drawn from a generator of the renderer's own: `seed` makes a batch repeatable,
-    and two batches whose rows share places and order get the same textures.
+    Only textures are random, and the renderer has its own generator for them. `seed` makes a batch
+    repeatable, and two batches whose rows have the same places in the same order get the same textures.
     """
 
     def __init__(self, device: str | torch.device = "cpu"):
@@ -53,21 +51,24 @@ class Renderer:
         self.boxes = torch.tensor(boxes())
         self.floating = torch.tensor(FLOATING)
         self.hat_table = _hat_table()
-        pictures = torch.from_numpy(sprites().copy()).permute(0, 3, 1, 2).to(self.device, torch.float32) / 255
-        pictures[:, :3] *= pictures[:, 3:]
-        self.levels = [F.avg_pool2d(pictures, 2**level) if level else pictures for level in range(LEVELS)]
+        images = torch.from_numpy(sprites().copy()).permute(0, 3, 1, 2).to(self.device, torch.float32) / 255
+        images[:, :3] *= images[:, 3:]
+        self.levels = [F.avg_pool2d(images, 2**level) if level else images for level in range(LEVELS)]
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, width: int, height: int, seed: int | None = None) -> Tensor:
-        """Pictures of `rows` ("B COLUMNS", on the CPU): "B 3 height width" in 0..1."""
+        """Renders rows `B COLUMNS`, on the CPU, to images `B 3 height width` in 0..1."""
         return self._draw(rows, width, height, seed)[0]
 
     @torch.no_grad()
     def with_masks(
         self, rows: Tensor, width: int, height: int, seed: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures; each subject's opacity with its hat's, "B 4 H W"; where it or its shadow touches the
-        picture.
+        """Renders images `B 3 H W` with the masks of their subjects.
+
+        Returns:
+            The images; the opacity of each subject with its hat, `B 4 H W`; and where it or its shadow is
+            drawn, `B 4 H W`, booleans.
         """
         masks = torch.zeros(2, len(rows), THING_SLOTS, height, width, device=self.device)
         image, masks = self._draw(rows, width, height, seed, masks)
@@ -77,13 +78,15 @@ class Renderer:
     def pairs(
         self, pairs: list[Pair], width: int, height: int, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures before and after, and "B 1 H W" booleans: the pixels an edit may change.
+        """Renders the images before and after edits, and the pixels that each edit may change.
 
-        Outside them before and after are equal for edits of a subject. For a new background or time they are
-        all pixels but the subject's.
+        Returns:
+            The images before and after, `B 3 H W`, and booleans `B 1 H W`. After an edit of a subject, the
+            images are equal outside of them. For a new background or time they are all pixels but the
+            subject's.
         """
         images, others, changes = [], [], []
-        for number, pair in enumerate(pairs):  # one by one, so that both draw the same textures
+        for number, pair in enumerate(pairs):  # one by one, so that both get the same textures
             before, after = (torch.tensor([scene.row()]) for scene in (pair.before, pair.after))
             image, alpha, touched = self.with_masks(before, width, height, seed + number)
             other, _, other_touched = self.with_masks(after, width, height, seed + number)
@@ -123,7 +126,7 @@ class Renderer:
         )
 
     def _layers(self, rows: Tensor, first: int, width: int, height: int) -> tuple[_Layer, _Layer]:
-        """The sprites of one slot and the hats worn there, with cell centres worked out."""
+        """Returns the sprites of one slot, and the hats that they wear."""
         present = (rows[:, first] >= 0).nonzero()[:, 0]
         values = rows[present, first : first + SLOT_WIDTH].float()
         sprite, colour, hat = values[:, 0].long(), values[:, 4].long(), values[:, 5].long()
@@ -144,7 +147,7 @@ class Renderer:
     first_hat = next(number for number, sprite in enumerate(OBJECTS) if sprite.hat)
 
     def _stamp(self, image: Tensor, layer: _Layer, rows: Tensor, mask: Tensor | None, shadow: bool) -> None:
-        """Draw a layer onto the picture, `mask` "2 B H W" gathering its opacity and its touch."""
+        """Draws a layer onto the image, and its opacity and touched pixels into `mask`, `2 B H W`."""
         height, width = image.shape[-2:]
         shorter = min(height, width)
         level = torch.log2(CELL / (layer.size * shorter)).round().clamp(0, LEVELS - 1)
@@ -167,7 +170,7 @@ class Renderer:
                 mask[1, where] = torch.maximum(mask[1, where], torch.maximum(alpha, shade)[:, 0])
 
     def _sprites(self, atlas: Tensor, part: _Layer, width: int, height: int) -> Tensor:
-        """Sprites laid on empty pictures of the full size, premultiplied RGBA "B 4 H W"."""
+        """Draws sprites on empty images of the full size, premultiplied RGBA `B 4 H W`."""
         shorter = min(width, height)
         box = self.boxes[part.sprite]
         size_x, size_y = part.size * shorter / width, part.size * shorter / height
@@ -176,12 +179,12 @@ class Renderer:
         theta = torch.zeros(len(part.rows), 2, 3)
         theta[:, 0, 0], theta[:, 0, 2] = 1 / size_x, (1 - 2 * centre_x) / size_x
         theta[:, 1, 1], theta[:, 1, 2] = 1 / size_y, (1 - 2 * centre_y) / size_y
-        pictures = atlas[part.sprite.to(self.device)]
+        images = atlas[part.sprite.to(self.device)]
         grid = F.affine_grid(theta.to(self.device), (len(theta), 4, height, width), align_corners=False)
-        return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _shadow(self, part: _Layer, width: int, height: int) -> Tensor:
-        """A soft ellipse under what stands on the ground, "B 1 H W"."""
+        """Draws a soft ellipse under each sprite that stands on the ground, `B 1 H W`."""
         box = self.boxes[part.sprite]
         half = ((box[:, 2] - box[:, 0]) * part.size / 2).view(-1, 1, 1, 1).to(self.device)
         u = (torch.arange(width, device=self.device) + 0.5) / width
@@ -194,11 +197,11 @@ class Renderer:
         return ((1.25 - distance) * 1.2).clamp(0, 1) * strength
 
     def _recolour(self, drawn: Tensor, colour: Tensor) -> Tensor:
-        """Give premultiplied sprites another colour: what is dark (eyes, wheels) or near white stays so."""
+        """Recolours premultiplied sprites. Dark parts (eyes, wheels) and nearly white ones stay."""
         alpha = drawn[:, 3:]
         rgb = drawn[:, :3] / alpha.clamp(min=1e-3)
         brightest, darkest = rgb.amax(1, keepdim=True), rgb.amin(1, keepdim=True)
-        # Grey fur must take colour too, hence the floor.
+        # The minimum is there so that grey fur is coloured too.
         strength = ((brightest - darkest) / brightest.clamp(min=1e-3) * 1.3).clamp(0.55, 1)
         value = brightest * (1 - 0.35 * (darkest > 0.85).float())
         target = self.palette[colour].view(-1, 3, 1, 1)
@@ -208,13 +211,13 @@ class Renderer:
 
 
 def _light(times: Tensor) -> Tensor:
-    """The light on things at each row's time of day, "B 3 1 1"."""
+    """Looks up the light on things at each row's time of day, `B 3 1 1`."""
     table = torch.tensor([(1.0, 1.0, 1.0), NIGHT_LIGHT, SUNSET_LIGHT])
     return table[times.long()].view(-1, 3, 1, 1)
 
 
 def _hat_table() -> Tensor:
-    """Size, x offset and foot offset of each hat on each head for a wearer of size 1: "S hats 3"."""
+    """Tabulates size, x offset and foot offset of each hat on each wearer of size 1, `S hats 3`."""
     hats = [number for number, sprite in enumerate(OBJECTS) if sprite.hat]
     table = torch.zeros(len(SPRITES), len(hats), 3)
     for number, sprite in enumerate(OBJECTS):

@@ -1,8 +1,7 @@
-"""What flux-nano's scenes are made of: the objects, hats, colours, places and times a caption can name.
+"""The objects, hats, colours, places and times that a caption of flux-nano can name.
 
-Every picture comes from Microsoft's Fluent 3D emoji (MIT, see ATLAS_LICENSE); `file` is the code point in
-that set. Heads (`x, y, width` as fractions of the sprite, origin top left) were set by hand, looking at each
-animal.
+Every sprite comes from Microsoft's Fluent 3D emoji (MIT, see ATLAS_LICENSE). `file` is its code point in that
+set. The heads were set by hand for each animal, as x, y and width in fractions of the sprite, from top left.
 """
 
 from dataclasses import dataclass
@@ -10,10 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sprite:
-    """One picture of the atlas and what captions may do with it.
+    """One image of the atlas, and what captions may do with it.
 
-    `words` are the nouns captions use. `head` is where a hat goes (None: nothing to put it on). `hat` is
-    (width against the head's, how deep it sinks as a fraction of its size) for things that are worn.
+    Attributes:
+        name: Its name.
+        file: Its code point.
+        words: The nouns that captions use.
+        head: Where a hat goes: x, y and width. If None, it wears none.
+        hat: Of a hat, the width relative to the head's, and how deep it sinks as a fraction of its size.
+        recolourable: Whether captions may give it a colour.
+        flies: Whether it hovers above the ground.
+        common: Whether it is drawn more often than others.
     """
 
     name: str
@@ -125,7 +131,7 @@ helmet|26d1-fe0f|1.15,.14|red helmet
 bow|1f380|.90,.16|red bow
 """
 
-# Never named in a caption: what stands about in the background.
+# The details of backgrounds, which no caption names.
 _DETAILS = """
 tree 1f333, pine 1f332, palm 1f334, cactus 1f335, rock 1faa8, house 1f3e0, tent 26fa, cloud 2601-fe0f, herb
 1f33f, sunflower 1f33b, tulip 1f337, mushroom 1f344, log 1fab5, shell 1f41a, coral 1fab8, bubbles 1fae7,
@@ -184,8 +190,14 @@ NUMBERS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True)
 class Place:
-    """A background: how captions say it, whether day and night differ there, what stands about, how often it
-    comes.
+    """A background.
+
+    Attributes:
+        name: Its name.
+        phrases: How captions say it.
+        outdoors: Whether day and night differ there.
+        details: The sprites that stand in it.
+        weight: How often it is drawn.
     """
 
     name: str
@@ -236,7 +248,7 @@ PLACES: list[Place] = [
 ]  # fmt: skip
 PLACE_INDEX: dict[str, int] = {place.name: number for number, place in enumerate(PLACES)}
 
-# Most scenes by day do not say so.
+# Most captions of scenes by day do not mention the time.
 TIMES: dict[str, tuple[str, ...]] = {
     "day": ("", "", "", "", "on a sunny day", "during the day"),
     "night": ("at night", "under the stars", "on a dark night"),
@@ -253,17 +265,17 @@ _PLURALS = {
 
 
 def plural(noun: str) -> str:
-    """The plural captions use: "bus" -> "buses", "cup of coffee" -> "cups of coffee"."""
+    """Forms the plural that captions use: "bus" -> "buses", "cup of coffee" -> "cups of coffee"."""
     return _PLURALS.get(noun, noun + "s")
 
 
 def with_article(phrase: str) -> str:
-    """ "a" or "an" before a phrase, by its sound: "an owl", "a ufo"."""
+    """Puts "a" or "an" before a phrase, by its sound: "an owl", "a ufo"."""
     return ("an " if phrase[0] in "aeiou" and not phrase.startswith("ufo") else "a ") + phrase
 
 
 def all_words() -> list[str]:
-    """Every word a caption can hold, sorted: what the model knows."""
+    """Lists every word that a caption can hold, sorted."""
     phrases = [word for sprite in OBJECTS for noun in sprite.words for word in (noun, plural(noun))]
     phrases += [phrase.replace("{}", "") for place in PLACES for phrase in place.phrases]
     phrases += [phrase for times in TIMES.values() for phrase in times]

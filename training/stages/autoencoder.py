@@ -1,9 +1,9 @@
-"""Stage "autoencoder": pictures to latents an eighth of their side and back.
+"""Stage "autoencoder": encodes images to latents of an eighth of their side, and decodes them.
 
-No adversary and no perceptual net: absolute and squared error, edges at three scales, and a light pull of the
-latents towards a unit normal. Late in the stage the latents' own mean and spread are folded into the weights,
-so that the scale and shift of FLUX.1 itself make them unit normal; the rest of the stage heals what that does
-at the borders.
+There is no adversary and no perceptual loss: only absolute and squared error, edges at three scales, and a
+weak pull of the latents towards a unit normal. Late in the stage, the latents' own mean and standard
+deviation are folded into the weights, so that FLUX.1's own scale and shift make the latents unit normal. The
+rest of the stage repairs what that does at the borders.
 """
 
 import torch
@@ -22,7 +22,7 @@ FOLD_AT = 0.75
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal and vertical gradients at full, half and quarter size."""
+    """Averages the absolute difference of gradients in both directions, at full, half and quarter size."""
     loss = a.new_zeros(())
     difference = a - b
     for _ in range(3):
@@ -32,7 +32,7 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def reconstruction_loss(ae: AutoEncoder, images: Tensor) -> Tensor:
-    """Of pictures in -1..1."""
+    """Computes the loss of images in -1..1."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
         mean, log_variance = ae.encoder(images).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 10)
@@ -46,10 +46,19 @@ def reconstruction_loss(ae: AutoEncoder, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fold_scale(weights: dict[str, Tensor], mean: float, spread: float, scale: float, shift: float) -> None:
-    """Rewrite an autoencoder's weights in place so that latents of that mean and spread come out at unit
-    normal after `scale` and `shift`: z' = (z - mean) / (spread * scale) + shift."""
-    factor = spread * scale
+def fold_scale(weights: dict[str, Tensor], mean: float, deviation: float, scale: float, shift: float) -> None:
+    """Rewrites an autoencoder's weights in place, so that its latents are unit normal after scale and shift.
+
+    z' = (z - mean) / (deviation * scale) + shift
+
+    Args:
+        weights: The weights by name.
+        mean: The mean of the latents z.
+        deviation: Their standard deviation.
+        scale: The factor that is applied to z' - shift.
+        shift: The shift.
+    """
+    factor = deviation * scale
     weight, bias = weights["encoder.conv_out.weight"], weights["encoder.conv_out.bias"]
     channels = len(weight) // 2
     weight[:channels] /= factor
@@ -61,9 +70,7 @@ def fold_scale(weights: dict[str, Tensor], mean: float, spread: float, scale: fl
 
 
 class Batches:
-    """Pictures to learn from: crops of large ones, small ones, and whole large ones, in turn, half of them
-    mirrored.
-    """
+    """Draws batches: crops of large images, small images, and whole large ones in turn. Half are mirrored."""
 
     def __init__(self, rows: Tensor, renderer: Renderer, side: int, batch: int):
         self.side, self.batch, self.turn = side, batch, 0
@@ -91,8 +98,8 @@ class Batches:
 
 
 def train_autoencoder(work: Work) -> bool:
-    """Trains and writes the autoencoder; False if the call's budget ran out first."""
-    plan, device = work.of("autoencoder"), work.cluster.device
+    """Trains and writes the autoencoder. Returns False if the call's budget ran out first."""
+    plan, device = work.plan_for("autoencoder"), work.cluster.device
     torch.manual_seed(0)
     ae = build_autoencoder(work.sizes.ae).to(device, memory_format=torch.channels_last)
     optimizers = convolution_optimizers(ae, plan.lr, fused=device.type == "cuda")
@@ -106,38 +113,38 @@ def train_autoencoder(work: Work) -> bool:
     def fold_once() -> None:
         if state["folded"] or trainer.spent < FOLD_AT * plan.seconds:
             return
-        mean, spread = latent_statistics(ae, batches.large)
-        mean, spread = work.cluster.agree(mean), work.cluster.agree(spread)
+        mean, deviation = latent_statistics(ae, batches.large)
+        mean, deviation = work.cluster.broadcast_number(mean), work.cluster.broadcast_number(deviation)
         for weights in (dict(ae.named_parameters()), trainer.average):
-            fold_scale(weights, mean, spread, ae.scale_factor, ae.shift_factor)
+            fold_scale(weights, mean, deviation, ae.scale_factor, ae.shift_factor)
         state["folded"] = True
 
     if not trainer.run(lambda: reconstruction_loss(ae, batches()), plan.batch, after=fold_once):
         return False
     if work.cluster.first:
         ae.load_state_dict(trainer.averaged())
-        # What the last quarter moved, a hundredth or so.
-        mean, spread = latent_statistics(ae, batches.large)
-        fold_scale(dict(ae.named_parameters()), mean, spread, ae.scale_factor, ae.shift_factor)
+        # The last quarter moved both by a hundredth or so.
+        mean, deviation = latent_statistics(ae, batches.large)
+        fold_scale(dict(ae.named_parameters()), mean, deviation, ae.scale_factor, ae.shift_factor)
         save_atomically(ae.state_dict(), work.result("autoencoder"))
-        mean, spread = latent_statistics(ae, batches.large)
-        mean, spread = ae.scale_factor * (mean - ae.shift_factor), ae.scale_factor * spread
-        quality = psnr(ae, batches.large[:64])
-        print(f"autoencoder: {quality:.1f} dB, scaled latents {mean:.3f} +- {spread:.3f}")
+        mean, deviation = latent_statistics(ae, batches.large)
+        mean, deviation = ae.scale_factor * (mean - ae.shift_factor), ae.scale_factor * deviation
+        quality = round_trip_psnr(ae, batches.large[:64])
+        print(f"autoencoder: {quality:.1f} dB, scaled latents {mean:.3f} +- {deviation:.3f}")
     return True
 
 
 @torch.no_grad()
 def latent_statistics(ae: AutoEncoder, images: Tensor, count: int = 256) -> tuple[float, float]:
-    """Mean and spread of the latents of byte pictures, before scale and shift."""
+    """Computes mean and standard deviation of the latents of byte images, before scale and shift."""
     latents = [ae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0] for part in images[:count].split(32)]
     latents = torch.cat(latents)
     return latents.mean().item(), latents.std().item()
 
 
 @torch.no_grad()
-def psnr(ae: AutoEncoder, images: Tensor) -> float:
-    """Of byte pictures against their round trip, in dB."""
+def round_trip_psnr(ae: AutoEncoder, images: Tensor) -> float:
+    """Averages the PSNR in dB between byte images and their round trips, one by one on the device."""
     values = []
     for part in images.split(16):
         part = part.float() / 127.5 - 1
@@ -149,7 +156,7 @@ def psnr(ae: AutoEncoder, images: Tensor) -> float:
 
 
 def load_autoencoder(work: Work) -> AutoEncoder:
-    """The trained autoencoder, frozen, on the work's device."""
+    """Loads the trained autoencoder, frozen, to the device."""
     ae = build_autoencoder(work.sizes.ae)
     ae.load_state_dict(torch.load(work.result("autoencoder"), map_location="cpu"))
     return ae.to(work.cluster.device).eval().requires_grad_(False)

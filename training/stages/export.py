@@ -1,7 +1,7 @@
-"""Stage "export": the trained nets as the files the package ships.
+"""Stage "export": writes the trained models as the files that the package ships.
 
-Matrices of the transformer as scaled 8-bit floats, the four-step student as a low-rank difference in the same
-form, the rest in half precision.
+The matrices of the transformer and the low-rank difference of the four-step student become scaled 8-bit
+floats. Everything else is in half precision.
 """
 
 import json
@@ -23,8 +23,9 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as float8_e4m3fn with a scale each (`X.scale_weight`, the layout of ComfyUI), vectors as
-    float16.
+    """Rounds matrices to float8_e4m3fn, with a scale each, and vectors to float16.
+
+    The scales are named `X.scale_weight`, as in ComfyUI's files.
     """
     file = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for name, value in weights.items():
@@ -39,7 +40,7 @@ def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(work: Work) -> bool:
-    """Writes `work.folder`/assets, all but the perceptual encoder. Always complete."""
+    """Writes `work.folder`/assets, except for the perceptual encoder. Returns True."""
     if not work.cluster.first:
         return True
     from safetensors.torch import save_file
@@ -64,7 +65,7 @@ def export(work: Work) -> bool:
 
 
 def take_over(work: Work) -> None:
-    """What needs no further training of the files in `work.begin`, as if those stages had been run."""
+    """Copies what needs no training from the files in `work.begin`, and marks those stages as complete."""
     if not work.cluster.first:
         return
     for name in ("tokenizer", "tokenizer_2"):
@@ -77,7 +78,7 @@ def take_over(work: Work) -> None:
 
 
 def export_dinov2(dinov2: nn.Module, folder: Path) -> None:
-    """The perceptual encoder, with how pictures are prepared for it."""
+    """Writes the perceptual encoder, and how images are prepared for it."""
     dinov2.half().save_pretrained(folder)
     side = {"height": DINO_SIDE, "width": DINO_SIDE}
     config = {

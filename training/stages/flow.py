@@ -1,8 +1,8 @@
-"""Stages "flow128", "flow256", "guidance": the transformer with its text encoders, then it distilled.
+"""Stages "flow128", "flow256" and "guidance": train the transformer with its text encoders, then distil it.
 
 Rectified flow (arXiv 2209.03003): noise level t mixes a latent with noise, and the model learns the
-difference of the two. Half-size pictures first, then full size from that state; then a copy with a guidance
-input learns what the model gives with classifier-free guidance, as FLUX.1-dev was made.
+difference of the two. Training begins with images of half the size and continues at full size. Then a copy
+with a guidance input learns the velocity that classifier-free guidance gives, as FLUX.1-dev did.
 """
 
 import math
@@ -27,43 +27,43 @@ GUIDANCE, GUIDANCE_RANGE = 3.5, (1.0, 5.0)
 
 
 def noise_levels(count: int, shift: float, device: torch.device) -> Tensor:
-    """Logit-normal noise levels, moved towards the noisy end like the sampler's (arXiv 2403.03206, section
-    3.1).
-    """
+    """Draws logit-normal noise levels, shifted like the sampler's (arXiv 2403.03206, section 3.1)."""
     t = torch.sigmoid(torch.randn(count, device=device))
     return shift * t / (1 + (shift - 1) * t)
 
 
 def shift_for(side: int) -> float:
-    """The sampler's own shift at the full size, none below it."""
+    """Computes the sampler's shift at the full size. Smaller sizes have none."""
     tokens = (side // 16) ** 2
     return math.exp(get_lin_function()(tokens)) if tokens >= 256 else 1.0
 
 
-def noised(latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents at noise levels `t`, and the velocity from them to the noise."""
+def add_noise(latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds noise of levels `t` to latents. Returns the mix, and the velocity towards the noise."""
     noise = torch.randn_like(latents)
     t = t[:, None, None]
     return (1 - t) * latents + t * noise, noise - latents
 
 
-def autocast(device: torch.device):
+def autocast(device: torch.device) -> torch.autocast:
+    """Computes in bfloat16 on GPUs."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 class EmptyCaption:
-    """The ids of the empty caption, to take the place of some captions or of all."""
+    """The token ids of the empty caption."""
 
     def __init__(self, encoder: CaptionEncoder, device: torch.device):
         self.t5, self.clip = encoder.batch([""], device)
 
-    def dropped_into(self, t5: Tensor, clip: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def replace_some(self, t5: Tensor, clip: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Replaces a random share of the captions by the empty one."""
         drop = (torch.rand(len(t5), device=t5.device) < share)[:, None]
         return torch.where(drop, self.t5, t5), torch.where(drop, self.clip, clip)
 
 
 def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
-    """A trained generator on the work's device, text encoders in evaluation mode."""
+    """Loads a trained generator to the device."""
     generator = Generator(work.sizes, work.tokenizers, guidance)
     generator.load_state_dict(torch.load(work.result(stage), map_location="cpu"))
     return generator.to(work.cluster.device)
@@ -71,9 +71,7 @@ def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
 
 @torch.no_grad()
 def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dict[str, Tensor]:
-    """A guidance-distilled model's weights with one guidance scale folded into the time embedder's
-    last bias.
-    """
+    """Folds one guidance scale of a distilled model into the last bias of its time embedder."""
     embedding = timestep_embedding(torch.tensor([scale]), 256).to(weights["guidance_in.in_layer.weight"])
     hidden = F.silu(
         F.linear(embedding, weights["guidance_in.in_layer.weight"], weights["guidance_in.in_layer.bias"])
@@ -87,8 +85,10 @@ def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dic
 
 
 def first_generator(work: Work) -> Generator:
-    """What training begins with, on the CPU: an untrained generator, or the guidance-distilled one of the
-    files in `work.begin` at guidance 1, as it was before.
+    """Makes the generator that training begins with, on the CPU.
+
+    It is untrained, or the distilled one of the files in `work.begin` at guidance 1, where guidance changes
+    nothing.
     """
     generator = Generator(work.sizes, work.tokenizers)
     if work.begin:
@@ -99,7 +99,8 @@ def first_generator(work: Work) -> Generator:
 
 
 def make_latents(work: Work, stage: str, ae: AutoEncoder, side: int) -> Latents:
-    plan = work.of(stage)
+    """Makes the stage's buffer, with its first latents."""
+    plan = work.plan_for(stage)
     latents = Latents(work.pool(stage), ae, Renderer(work.cluster.device), side, side, plan.capacity)
     while latents.filled < plan.first:
         latents.add(min(CHUNK, plan.first))
@@ -107,8 +108,8 @@ def make_latents(work: Work, stage: str, ae: AutoEncoder, side: int) -> Latents:
 
 
 def train_flow(work: Work, stage: str) -> bool:
-    """Stage "flow128" or "flow256"; False if the call's budget ran out first."""
-    plan, device = work.of(stage), work.cluster.device
+    """Runs stage "flow128" or "flow256". Returns False if the call's budget ran out first."""
+    plan, device = work.plan_for(stage), work.cluster.device
     side = work.side if stage == "flow256" else work.side // 2
     torch.manual_seed(0)
     latents = make_latents(work, stage, load_autoencoder(work), side)
@@ -132,9 +133,9 @@ def train_flow(work: Work, stage: str) -> bool:
     def loss() -> Tensor:
         latents.refresh(plan.fresh)
         clean, *tokens = latents.batch(plan.batch)
-        tokens = empty.dropped_into(*tokens, EMPTY)
+        tokens = empty.replace_some(*tokens, EMPTY)
         t = noise_levels(plan.batch, shift, device)
-        x, target = noised(clean, t)
+        x, target = add_noise(clean, t)
         with autocast(device):
             txt, vec = generator.text(*tokens)
             velocity = generator.flux(x, img_ids, txt, txt_ids, t, vec)
@@ -148,8 +149,8 @@ def train_flow(work: Work, stage: str) -> bool:
 
 
 def train_guidance(work: Work) -> bool:
-    """Stage "guidance": a student with a guidance input learns the guided velocity in one pass."""
-    plan, device = work.of("guidance"), work.cluster.device
+    """Runs stage "guidance": a student with a guidance input learns the guided velocity in one pass."""
+    plan, device = work.plan_for("guidance"), work.cluster.device
     torch.manual_seed(1)
     latents = make_latents(work, "guidance", load_autoencoder(work), work.side)
     teacher = load_generator(work, "flow256").eval().requires_grad_(False)
@@ -183,11 +184,11 @@ def train_guidance(work: Work) -> bool:
         low, high = GUIDANCE_RANGE
         scale = low + (high - low) * torch.rand(plan.batch, device=device)
         with torch.no_grad(), autocast(device):
-            x, _ = noised(clean, t)
+            x, _ = add_noise(clean, t)
             txt, vec = teacher.text(*tokens)
-            towards = teacher.flux(x, img_ids, txt, txt_ids, t, vec).float()
-            away = teacher.flux(x, img_ids, no_txt, txt_ids, t, no_vec).float()
-            target = away + scale[:, None, None] * (towards - away)
+            conditional = teacher.flux(x, img_ids, txt, txt_ids, t, vec).float()
+            unconditional = teacher.flux(x, img_ids, no_txt, txt_ids, t, no_vec).float()
+            target = unconditional + scale[:, None, None] * (conditional - unconditional)
         with autocast(device):
             velocity = student.flux(x, img_ids, txt, txt_ids, t, vec, scale)
         return F.mse_loss(velocity.float(), target)

@@ -1,9 +1,9 @@
-"""Stage "schnell": four steps on schnell's unshifted schedule, no guidance input, a low-rank difference.
+"""Stage "schnell": a student that needs four steps, no shift and no guidance input, as a low-rank difference.
 
-The student starts as the guidance-distilled model with its guidance of 3.5 folded into a bias, and learns
-low-rank changes of every matrix (LoRA, arXiv 2106.09685), small enough to ship beside the model they change.
-In each quarter of the schedule it must jump where the teacher arrives in several small steps, from the states
-it reaches itself.
+The student starts as the distilled model with its guidance of 3.5 folded into a bias. It learns low-rank
+changes of every matrix (LoRA, arXiv 2106.09685), small enough to ship beside the model that they change. From
+states that it reaches itself, it learns to go in one step through a quarter of the schedule, to where the
+teacher arrives in several.
 """
 
 import torch
@@ -17,15 +17,15 @@ from training.loop.optimizer import Optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically
 from training.stages.autoencoder import load_autoencoder
-from training.stages.flow import autocast, load_generator, make_latents, noised, without_guidance
+from training.stages.flow import add_noise, autocast, load_generator, make_latents, without_guidance
 
 LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
 TEACHER_STEPS = (6, 5, 4, 4)  # in each quarter, the noisiest first
-FROM_DATA = 0.2  # share of states that are noised data instead of the student's own
+FROM_DATA = 0.2  # share of states that are add_noise data instead of the student's own
 
 
 class LoraLinear(nn.Module):
-    """A linear layer, frozen but for its bias, with a low-rank change of its matrix."""
+    """A linear layer with a low-rank change of its matrix. The matrix is frozen, the bias is not."""
 
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
@@ -39,7 +39,7 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(flux: Flux, rank: int) -> Flux:
-    """Every linear layer of the model replaced by its low-rank form, in place; only those learn."""
+    """Replaces every linear layer of the model, in place, by one that learns a low-rank change."""
     flux.requires_grad_(False)
     for module in list(flux.modules()):
         for name, child in list(module.named_children()):
@@ -50,8 +50,9 @@ def add_lora(flux: Flux, rank: int) -> Flux:
 
 
 def lora_weights(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the student adds to its base, in the names LoRA files of FLUX.1 use: lora_A, lora_B, and bias
-    differences.
+    """Collects the student's differences to its base, under the names of FLUX.1's LoRA files.
+
+    These are lora_A, lora_B, and the differences of the biases.
     """
     file = {}
     for name, value in weights.items():
@@ -64,9 +65,7 @@ def lora_weights(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[st
 
 
 def merged(base: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The student's full weights: `base` is the model without guidance input that
-    `without_guidance` makes.
-    """
+    """Merges the student's differences into its base, which `without_guidance` makes."""
     weights = {name: value.clone() for name, value in base.items()}
     for name, value in lora.items():
         if name.endswith(".lora_B.weight"):
@@ -78,14 +77,15 @@ def merged(base: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def build_without_guidance(sizes: Sizes, weights: dict[str, Tensor]) -> Flux:
+    """Builds a transformer without guidance input from weights."""
     flux = build_flux(sizes.flux)
     flux.load_state_dict(weights)
     return flux
 
 
 def train_schnell(work: Work) -> bool:
-    """Trains the four-step student; False if the call's budget ran out first."""
-    plan, device, batch = work.of("schnell"), work.cluster.device, work.of("schnell").batch
+    """Trains the four-step student. Returns False if the call's budget ran out first."""
+    plan, device, batch = work.plan_for("schnell"), work.cluster.device, work.plan_for("schnell").batch
     torch.manual_seed(2)
     latents = make_latents(work, "schnell", load_autoencoder(work), work.side)
     generator = load_generator(work, "guidance", guidance=True).eval().requires_grad_(False)
@@ -110,12 +110,13 @@ def train_schnell(work: Work) -> bool:
         work.budget,
         average_decay=0.98,
     )
-    # Not compiled: of the low-rank layers' way back, torch 2.11 makes a kernel that reads outside its memory.
+    # Not compiled: for the backward pass of the low-rank layers, torch 2.11 makes a kernel that reads outside
+    # its memory.
     img_ids, txt_ids = positions(work.side, work.side, device), text_ids(device)
     levels = torch.tensor(LEVELS, device=device)
     steps = torch.tensor(TEACHER_STEPS, device=device)
 
-    def ask(flux: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+    def velocity_of(flux: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         return flux(x, img_ids, txt, txt_ids, t, vec).float()
 
     def loss() -> Tensor:
@@ -125,17 +126,17 @@ def train_schnell(work: Work) -> bool:
         with torch.no_grad(), autocast(device):
             txt, vec = generator.text(*tokens)
             x = torch.randn_like(clean)
-            for step in range(3):  # the student's own way to the quarter's start
-                velocity = ask(student, x, levels[step].expand(batch).contiguous(), txt, vec)
+            for step in range(3):  # the student's own path to the start of the quarter
+                velocity = velocity_of(student, x, levels[step].expand(batch).contiguous(), txt, vec)
                 moved = x + (levels[step + 1] - levels[step]) * velocity
                 x = torch.where((step < quarter)[:, None, None], moved, x)
             from_data = (torch.rand(batch, device=device) < FROM_DATA)[:, None, None]
-            x = torch.where(from_data, noised(clean, begin)[0], x)
+            x = torch.where(from_data, add_noise(clean, begin)[0], x)
             arrived, count = x, steps[quarter]
             for step in range(max(TEACHER_STEPS)):
                 t = begin + (end - begin) * (step / count).clamp(max=1)
                 t_next = begin + (end - begin) * ((step + 1) / count).clamp(max=1)
-                arrived = arrived + (t_next - t)[:, None, None] * ask(teacher, arrived, t, txt, vec)
+                arrived = arrived + (t_next - t)[:, None, None] * velocity_of(teacher, arrived, t, txt, vec)
             target = (arrived - x) / (end - begin)[:, None, None]
         with autocast(device):
             velocity = student(x, img_ids, txt, txt_ids, begin, vec)

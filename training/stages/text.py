@@ -1,7 +1,8 @@
-"""Stage "text": the T5 encoder learns what captions say, before any picture.
+"""Stage "text": the T5 encoder learns to read captions, before any image.
 
-FLUX.1's text encoders could read before its transformer was trained. Trained on pictures alone, a small one
-finds the words but hardly their order: which of two objects is the first, and whose a colour or a hat is.
+FLUX.1's text encoders could read before its transformer was trained. A small encoder that is trained on
+images alone learns the words but hardly their order: which of two objects comes first, and which object has a
+colour or a hat.
 """
 
 import torch
@@ -19,10 +20,8 @@ _HAT_SPRITES = [INDEX[hat] for hat in HATS]
 _ANSWERS = {"there": 1, "colour": 1 + len(COLOUR_NAMES), "hat": 1 + len(HATS), "where": 3}
 
 
-class Reader(nn.Module):
-    """A text encoder, and questions put to its tokens as a picture's would: one for each object, one for the
-    scene.
-    """
+class CaptionReader(nn.Module):
+    """A text encoder, and queries that attend to its tokens: one for each object, and one for the scene."""
 
     def __init__(self, t5: nn.Module, width: int):
         super().__init__()
@@ -33,20 +32,18 @@ class Reader(nn.Module):
         self.of_scene = nn.Linear(width, len(PLACES) + len(TIME_NAMES))
 
     def forward(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Token ids "B T" -> answers for each object, "B 91 n" by name, and logits of place and time."""
+        """Reads token ids `B T`: answers for each object, `B 91 n` by name, and logits of place and time."""
         txt = self.t5(input_ids=tokens).last_hidden_state
         keys, values = self.keys(txt)[:, None], self.values(txt)[:, None]
         questions = self.questions.expand(len(txt), 1, -1, -1).to(keys.dtype)
-        heard = F.scaled_dot_product_attention(questions, keys, values)[:, 0]
-        answers = self.of_object(heard[:, :-1]).float().split(list(_ANSWERS.values()), dim=-1)
-        scene = self.of_scene(heard[:, -1]).float()
+        read = F.scaled_dot_product_attention(questions, keys, values)[:, 0]
+        answers = self.of_object(read[:, :-1]).float().split(list(_ANSWERS.values()), dim=-1)
+        scene = self.of_scene(read[:, -1]).float()
         return dict(zip(_ANSWERS, answers)), *scene.split([len(PLACES), len(TIME_NAMES)], dim=-1)
 
 
-def reading_loss(reader: Reader, tokens: Tensor, rows: Tensor) -> Tensor:
-    """What the reader gets wrong of scenes' rows, "B COLUMNS": which objects, of which colour, under which
-    hat, where.
-    """
+def reading_loss(reader: CaptionReader, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Computes the reader's loss on scenes' rows `B COLUMNS`: objects, their colours, hats and places."""
     answers, place, time = reader(tokens)
     things = things_of(rows)
     scene, slot = (things[:, :, 0] >= 0).nonzero(as_tuple=True)
@@ -68,12 +65,12 @@ def reading_loss(reader: Reader, tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def train_text(work: Work) -> bool:
-    """Trains the T5 encoder; False if the call's budget ran out first."""
-    plan, device = work.of("text"), work.cluster.device
+    """Trains the T5 encoder. Returns False if the call's budget ran out first."""
+    plan, device = work.plan_for("text"), work.cluster.device
     torch.manual_seed(3)
     pool = work.pool("text")
     rows, tokens = pool.rows.to(device), pool.t5.to(device)
-    reader = Reader(first_generator(work).t5, work.sizes.flux.context_in_dim)
+    reader = CaptionReader(first_generator(work).t5, work.sizes.flux.context_in_dim)
     adamw = torch.optim.AdamW(
         reader.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
     )

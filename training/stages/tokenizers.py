@@ -1,7 +1,8 @@
-"""flux-nano's own tokenizers: sentencepiece for T5, byte-pair merges for CLIP, one token for a known word.
+"""Stage "tokenizers": flux-nano's own tokenizers, sentencepiece for T5 and byte-pair merges for CLIP.
 
-Both lower-case. An unknown word is spelled in letters, which training teaches the model to overlook. Written
-in the forms transformers reads for the real encoders, so that the same code loads both.
+Both lower-case the text and have one token for each known word. An unknown word is spelled in letters, and
+training teaches the model to ignore it. The files have the layout that transformers reads for the real
+encoders, so that the same code loads both.
 """
 
 import json
@@ -9,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from training.scenes.compose import sample
@@ -36,7 +38,7 @@ print(json.dumps([(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(le
 
 
 def write_tokenizers(folder: Path) -> None:
-    """Writes `folder`/tokenizer_2 (T5) and `folder`/tokenizer (CLIP). The same files every time."""
+    """Writes `folder`/tokenizer_2 (T5) and `folder`/tokenizer (CLIP), the same files every time."""
     rng = random.Random(7)
     captions = [sample(rng).caption for _ in range(_CORPUS)]
     words = all_words()
@@ -45,19 +47,19 @@ def write_tokenizers(folder: Path) -> None:
 
 
 def _write_t5(folder: Path, captions: list[str], words: list[str]) -> None:
-    # Every word often enough to be a piece, and every letter so that anything can be spelled.
+    # Every word is there often enough to become a piece, and every letter, so that anything can be spelled.
     letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789,.'!?-")] * 50
     folder.mkdir(parents=True, exist_ok=True)
     corpus, model = folder / "corpus.txt", folder / "spiece.model"
     corpus.write_text("\n".join(captions + words * 400 + letters) + "\n")
-    # In a process of its own: beside other native libraries, the trainer can wait forever.
+    # In a separate process: beside other native libraries, the trainer may never return.
     found = subprocess.run(
         [sys.executable, "-c", _TRAIN_PIECES, str(corpus), str(model), str(T5_PIECES)],
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     corpus.unlink()
     _fast_t5([(piece, score) for piece, score in json.loads(found.stdout)]).save_pretrained(folder)
-    # The name every release of transformers knows; newer ones write another that older ones do not.
+    # Every release of transformers knows this name. Newer ones write another, which older ones do not know.
     config = folder / "tokenizer_config.json"
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
@@ -65,7 +67,7 @@ def _write_t5(folder: Path, captions: list[str], words: list[str]) -> None:
 
 
 def _fast_t5(pieces: list[tuple[str, float]]):
-    """The sentencepiece model as a tokenizer that needs neither sentencepiece nor protobuf."""
+    """Turns the sentencepiece model into a tokenizer that needs neither sentencepiece nor protobuf."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +97,7 @@ def _write_clip(folder: Path, words: list[str]) -> None:
     letters = sorted(ByteLevel.alphabet())
     merges = _learn_merges(words)
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").unlink(missing_ok=True)
     ids = {token: number for number, token in enumerate(tokens)}
@@ -107,14 +109,14 @@ def _write_clip(folder: Path, words: list[str]) -> None:
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges (arXiv 1508.07909) until every word is one token; ties go by the alphabet.
+    """Learns byte-pair merges (arXiv 1508.07909) until every word is one token. Ties go by the alphabet.
 
     CLIP splits off digits before it merges, so words with digits stay in parts.
     """
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words if word.isalpha()]
     merges = []
     while True:
-        counts = Counter(pair for word in spelled for pair in zip(word, word[1:]))
+        counts = Counter(pair for word in spelled for pair in pairwise(word))
         if not counts:
             return merges
         best = min(counts, key=lambda pair: (-counts[pair], pair))

@@ -1,7 +1,7 @@
-"""Stages "dinov2" and "measuring": the nets that look at pictures.
+"""Stages "dinov2" and "measuring": the models that recognize what images show.
 
-The Dinov2Model is shipped as flux-nano's perceptual encoder. The measuring net is not: a small convolutional
-net of another kind, trained on other scenes, that `training.evaluate` and `training.judge` use.
+The Dinov2Model ships as flux-nano's perceptual encoder. The measuring model does not ship. It is a small
+convolutional model, trained on other scenes, for `training.evaluate` and `training.judge`.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,30 @@ from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD, Sizes, 
 from training.loop.optimizer import Optimizers, convolution_optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically
-from training.scenes.labels import MOST, NUM_COLOURS, NUM_OBJECTS, NUM_PLACES, NUM_TIMES, Labels, labels_of
+from training.scenes.labels import (
+    NUM_COLOURS,
+    NUM_COUNTS,
+    NUM_OBJECTS,
+    NUM_PLACES,
+    NUM_TIMES,
+    Labels,
+    labels_of,
+)
 from training.scenes.render import Renderer
 from training.stages.export import export_dinov2
 from training.stages.flow import autocast
 
 _HEADS = {
     "objects": NUM_OBJECTS, "worn": NUM_OBJECTS, "colours": NUM_COLOURS, "place": NUM_PLACES,
-    "time": NUM_TIMES, "count": MOST, "x": NUM_OBJECTS,
+    "time": NUM_TIMES, "count": NUM_COUNTS, "x": NUM_OBJECTS,
 }  # fmt: skip
 
 
 @dataclass
 class Recognition:
-    """What a net reads off pictures: logits, and where objects stand (0..1 of the width). Shapes as in
-    `Labels`.
+    """What a model recognizes in images: logits, and where objects stand (0..1 of the width).
+
+    The fields and shapes are those of `Labels`; place, time and count are logits of each class.
     """
 
     objects: Tensor
@@ -41,7 +50,7 @@ class Recognition:
 
 
 class Heads(nn.Module):
-    """One linear layer from features to everything in `Recognition`."""
+    """One linear layer from features to everything in a `Recognition`."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -53,9 +62,9 @@ class Heads(nn.Module):
 
 
 def recognition_loss(seen: Recognition, labels: Labels) -> Tensor:
-    """Sum of what each head gets wrong, brought to like sizes."""
+    """Sums the losses of all heads, weighted to similar sizes."""
     binary = F.binary_cross_entropy_with_logits
-    off = (
+    displacement = (
         F.smooth_l1_loss(seen.x, labels.x, reduction="none", beta=0.05) * labels.objects
     ).sum() / labels.objects.sum()
     return (
@@ -65,7 +74,7 @@ def recognition_loss(seen: Recognition, labels: Labels) -> Tensor:
         + F.cross_entropy(seen.place, labels.place)
         + F.cross_entropy(seen.time, labels.time)
         + F.cross_entropy(seen.count, labels.count)
-        + 10 * off
+        + 10 * displacement
     )
 
 
@@ -76,7 +85,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 class DinoClassifier(nn.Module):
-    """The Dinov2Model with heads on its class token, so that everything they need ends up there."""
+    """The Dinov2Model with heads on its class token, so that the token learns all that they need."""
 
     def __init__(self, sizes: Sizes):
         super().__init__()
@@ -88,6 +97,8 @@ class DinoClassifier(nn.Module):
 
 
 class Residual(nn.Module):
+    """A residual block of two convolutions."""
+
     def __init__(self, in_width: int, out_width: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_width, out_width, 3, stride, 1, bias=False)
@@ -102,7 +113,7 @@ class Residual(nn.Module):
 
 
 class MeasuringModel(nn.Module):
-    """Pictures "B 3 128 128" in 0..1 -> what they show, and logits of the subjects' mask, "B 1 32 32"."""
+    """Recognizes what images `B 3 128 128` in 0..1 show, with logits of the subjects' mask, `B 1 32 32`."""
 
     def __init__(self, sizes: Sizes):
         super().__init__()
@@ -111,7 +122,7 @@ class MeasuringModel(nn.Module):
         self.fine = Residual(w, 2 * w, 2)
         self.middle = nn.Sequential(Residual(2 * w, 3 * w, 2), Residual(3 * w, 3 * w, 1))
         self.coarse = nn.Sequential(Residual(3 * w, 5 * w, 2), Residual(5 * w, 5 * w, 1))
-        # Eight by eight places, kept apart: where things stand matters as much as what they are.
+        # Not pooled, since it matters where things stand.
         self.places = nn.Conv2d(5 * w, w, 1)
         self.hidden = nn.Linear(2 * 5 * w + 64 * w, 512)
         self.heads = Heads(512)
@@ -129,7 +140,7 @@ class MeasuringModel(nn.Module):
 
 @torch.no_grad()
 def recognize(model: MeasuringModel, images: Tensor) -> tuple[Recognition, Tensor]:
-    """Recognizes what images "B 3 H W" in 0..1 show, and masks their subjects: booleans "B 1 H W"."""
+    """Recognizes what images `B 3 H W` in 0..1 show, and masks their subjects, booleans `B 1 H W`."""
     small = F.interpolate(images, size=(DINO_SIDE, DINO_SIDE), mode="bilinear", antialias=True)
     parts = [model(part) for part in small.split(128)]
     names = Recognition.__dataclass_fields__
@@ -139,7 +150,7 @@ def recognize(model: MeasuringModel, images: Tensor) -> tuple[Recognition, Tenso
 
 
 def roughened(images: Tensor) -> Tensor:
-    """Some noise and blur: what is generated is never as clean as what is rendered."""
+    """Adds some noise and blur, since generated images are never as clean as rendered ones."""
     strength = 0.06 * torch.rand(len(images), 1, 1, 1, device=images.device)
     images = images + torch.randn_like(images) * strength
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -147,14 +158,14 @@ def roughened(images: Tensor) -> Tensor:
 
 
 def train_dinov2(work: Work) -> bool:
-    """Trains and exports the perceptual encoder; False if the call's budget ran out first."""
-    plan, device = work.of("dinov2"), work.cluster.device
+    """Trains and exports the perceptual encoder. Returns False if the call's budget ran out first."""
+    plan, device = work.plan_for("dinov2"), work.cluster.device
     torch.manual_seed(3)
-    net = DinoClassifier(work.sizes).to(device)
-    adamw = torch.optim.AdamW(net.parameters(), lr=plan.lr, weight_decay=0.02, fused=device.type == "cuda")
+    model = DinoClassifier(work.sizes).to(device)
+    adamw = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=0.02, fused=device.type == "cuda")
     trainer = Trainer(
         "dinov2",
-        net,
+        model,
         Optimizers(adamw),
         Schedule(plan.seconds, plan.decay),
         work.cluster,
@@ -168,26 +179,26 @@ def train_dinov2(work: Work) -> bool:
         with torch.no_grad():
             images = roughened(renderer(rows, DINO_SIDE, DINO_SIDE))
         with autocast(device):
-            seen = net(images)
+            seen = model(images)
         return recognition_loss(seen, labels_of(rows, device))
 
     if not trainer.run(loss, plan.batch):
         return False
     if work.cluster.first:
-        net.load_state_dict(trainer.averaged())
-        export_dinov2(net.dinov2.cpu(), work.folder / "assets" / "dinov2")
+        model.load_state_dict(trainer.averaged())
+        export_dinov2(model.dinov2.cpu(), work.folder / "assets" / "dinov2")
     return True
 
 
 def train_measuring(work: Work) -> bool:
-    """Trains the measuring net; False if the call's budget ran out first."""
-    plan, device = work.of("measuring"), work.cluster.device
+    """Trains the measuring model. Returns False if the call's budget ran out first."""
+    plan, device = work.plan_for("measuring"), work.cluster.device
     torch.manual_seed(4)
-    net = MeasuringModel(work.sizes).to(device, memory_format=torch.channels_last)
-    optimizers = convolution_optimizers(net, plan.lr, fused=device.type == "cuda")
+    model = MeasuringModel(work.sizes).to(device, memory_format=torch.channels_last)
+    optimizers = convolution_optimizers(model, plan.lr, fused=device.type == "cuda")
     trainer = Trainer(
         "measuring",
-        net,
+        model,
         optimizers,
         Schedule(plan.seconds, plan.decay),
         work.cluster,
@@ -203,7 +214,7 @@ def train_measuring(work: Work) -> bool:
             images = roughened(images).contiguous(memory_format=torch.channels_last)
             mask = F.avg_pool2d(opacity.amax(dim=1, keepdim=True), 4)
         with autocast(device):
-            seen, logits = net(images)
+            seen, logits = model(images)
         return recognition_loss(seen, labels_of(rows, device)) + 3 * F.binary_cross_entropy_with_logits(
             logits, mask
         )
@@ -217,6 +228,7 @@ def train_measuring(work: Work) -> bool:
 
 
 def load_measuring(work: Work) -> MeasuringModel:
-    net = MeasuringModel(work.sizes)
-    net.load_state_dict(torch.load(work.result("measuring"), map_location="cpu"))
-    return net.to(work.cluster.device).eval().requires_grad_(False)
+    """Loads the trained measuring model, frozen, to the device."""
+    model = MeasuringModel(work.sizes)
+    model.load_state_dict(torch.load(work.result("measuring"), map_location="cpu"))
+    return model.to(work.cluster.device).eval().requires_grad_(False)

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from training.scenes.compose import Scene, Shape, sample
+from training.scenes.compose import COLUMNS, FIRST_THING, Scene, Shape, sample
 from training.scenes.content import Content, Subject
 from training.scenes.edits import EDITS, sample_pair
 from training.scenes.habits import TEMPLATES, Thing
 from training.scenes.render import Renderer
-from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACES, TIME_NAMES
+from training.scenes.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, TIME_NAMES
 
 SIDE = 64
 
@@ -90,3 +90,9 @@ def test_pictures_may_be_wide(renderer):
     shape = Shape.of(96, 64)
     rows = rows_of(*(sample(random.Random(seed), shape) for seed in range(4)))
     assert renderer(rows, 96, 64).shape == (4, 3, 64, 96)
+
+
+def test_renderer_finds_hats_after_the_objects():
+    assert [OBJECTS[Renderer.first_hat + number].name for number in range(len(HATS))] == HATS
+    assert FIRST_THING < COLUMNS
+    assert INDEX["dog"] == 0
