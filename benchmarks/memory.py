@@ -40,16 +40,18 @@ from flux.model import Flux
 from flux.modules import gguf_blocks
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
-from flux.modules.linear import EIGHT_BIT, PackedLinear
+from flux.modules.float8 import EIGHT_BIT_FLOATS
+from flux.modules.linear import PackedLinear
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import Plan, free_memory
-from flux.settings.demos import EditSettings
+from flux.settings.edits import EditSettings
 from flux.specs import ModelSpec, configs
-from flux.weights.checkpoint import Stored, Weight
-from flux.weights.layouts import Source
+from flux.weights.headers import StoredTensor
+from flux.weights.layouts import TensorSource
 from flux.weights.load import on_meta
+from flux.weights.scales import ScaledTensor
 
 STEPS = 5
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64}
@@ -72,8 +74,8 @@ class Packed:
     @classmethod
     def draw(cls, kind: str, shape: torch.Size, deviation: float, device: torch.device) -> "Packed":
         """Drawn where that is fast, and kept in main memory."""
-        if kind in EIGHT_BIT:
-            rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT[kind])
+        if kind in EIGHT_BIT_FLOATS:
+            rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT_FLOATS[kind])
             return cls(kind, rows.view(torch.uint8).cpu(), torch.tensor(deviation / 64))
         numbers, size = gguf_blocks.BLOCKS[kind]
         rows = torch.randint(256, (shape[0], shape[1] // numbers, size), dtype=torch.uint8, device=device)
@@ -119,9 +121,9 @@ class Nets:
             weights[name] = torch.randn(x.shape, device=device, dtype=self.dtype).mul_(deviation).cpu()
         return weights
 
-    def _source(self, kind: str, shape: torch.Size, nbytes: int) -> Source:
+    def _source(self, kind: str, shape: torch.Size, nbytes: int) -> TensorSource:
         """As if a file held the tensor so."""
-        return Source((Weight(Stored(Path("random"), kind, tuple(shape), 0, nbytes)),))
+        return TensorSource((ScaledTensor(StoredTensor(Path("random"), kind, tuple(shape), 0, nbytes)),))
 
     def packed(self, kind: str) -> "Nets":
         """The same nets, but for the matrices in the transformer's blocks, which are packed ones."""
@@ -157,11 +159,13 @@ class Nets:
     def pipeline(self, settings: EditSettings, plan: Plan, device: torch.device) -> Pipeline:
         lengths = {"text_encoder_2": self.spec.text_length, "text_encoder": self.spec.clip_length}
         t5, clip = (
-            HFEmbedder.around(self.build(part), length, str(self.tokenizers[part]))
+            HFEmbedder.from_encoder(self.build(part), length, str(self.tokenizers[part]))
             for part, length in lengths.items()
         )
         model, ae = self.build("transformer"), self.build("vae")
-        return Pipeline.of(self.spec, model, ae, t5, clip, settings, plan, device, self.dtype)
+        pipe = Pipeline(self.spec, model, ae, t5, clip, device, self.dtype)
+        pipe.place(settings, plan)
+        return pipe
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
 """Prompts in, pictures out: flux-nano end to end against diffusers' pipeline, and what the pipeline adds."""
 
-import os
-import sys
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,8 +10,7 @@ from safetensors.torch import save_file
 
 from flux import sampling
 from flux.errors import InputError
-from flux.pipeline import Pipeline, counted
-from flux.runtime.devices import pick_device, pick_dtype
+from flux.pipeline import Pipeline, count_evaluations
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -118,7 +114,7 @@ def test_each_step_is_reported(nano):
 def test_a_second_pass_counts_as_an_evaluation(nano):
     common = {"width": 64, "height": 64, "num_steps": 2, "guidance": 3.5, "progress": False}
     for true_cfg, expected in ((1.0, 4), (2.0, 8)):
-        with counted(nano) as evaluations:
+        with count_evaluations(nano) as evaluations:
             nano.generate([DOG, DOG], [0, 1], true_cfg=true_cfg, **common)
         assert evaluations() == expected, "two pictures, two steps"
 
@@ -255,40 +251,6 @@ def test_weights_of_another_model_are_told_before_anything_loads(no_text_encoder
     save_file({"img_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="is not this model's|expected an autoencoder"):
         Pipeline.load(resolve(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
-
-
-def test_a_device_that_is_not_here():
-    for name in ("cuda:99", "gpu", "mps:7"):
-        with pytest.raises(InputError, match="device"):
-            pick_device(name)
-    assert pick_device("cpu") == torch.device("cpu")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="torch has growing segments on Linux alone")
-def test_a_cards_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch):
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-    def settings(device: str, **own: str) -> list[str | None]:
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in own.items():
-            monkeypatch.setenv(name, value)
-        with suppress(InputError):
-            pick_device(device)
-        return [os.environ.get(name) for name in names]
-
-    assert settings("cuda:99") == ["expandable_segments:True", None]
-    assert settings("cpu") == [None, None]
-    for name in names:
-        own = settings("cuda:99", **{name: "max_split_size_mb:64"})
-        assert own == ["max_split_size_mb:64" if each == name else None for each in names]
-
-
-def test_dtypes():
-    cpu, nano, dev = torch.device("cpu"), configs["flux-nano"], configs["flux-dev"]
-    assert pick_dtype("auto", cpu, nano) == torch.float32
-    assert pick_dtype("auto", cpu, dev) == pick_dtype("auto", torch.device("cuda"), nano) == torch.bfloat16
-    assert pick_dtype("float16", cpu, dev) == torch.float16
 
 
 def test_bfloat16_makes_nearly_the_same_picture(nano):

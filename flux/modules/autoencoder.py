@@ -14,16 +14,16 @@ class AutoEncoderParams:
     """The size of an autoencoder.
 
     Attributes:
-        resolution: side of the images it was trained on. Unused.
-        in_channels: channels of an input image.
-        ch: channels at full resolution.
-        out_ch: channels of a decoded image.
-        ch_mult: factors on `ch`, one per resolution. Each resolution has half the side of the one before it.
-        num_res_blocks: residual blocks per resolution in the encoder. The decoder has one more.
-        z_channels: channels of a latent.
-        scale_factor: factor that brings latents to about unit variance.
-        shift_factor: mean of the latents, subtracted before scaling.
-        num_groups: groups of each group normalisation.
+        resolution: Side of the images it was trained on. Unused.
+        in_channels: Channels of an input image.
+        ch: Channels at full resolution.
+        out_ch: Channels of a decoded image.
+        ch_mult: Factors on `ch`, one per resolution. Each resolution has half the side of the one before it.
+        num_res_blocks: Residual blocks per resolution in the encoder. The decoder has one more.
+        z_channels: Channels of a latent.
+        scale_factor: Factor that brings latents to about unit variance.
+        shift_factor: Mean of the latents, subtracted before scaling.
+        num_groups: Groups of each group normalisation.
     """
 
     resolution: int
@@ -206,8 +206,8 @@ class DiagonalGaussian(nn.Module):
     """The mean of a normal distribution, or a sample of it.
 
     Args:
-        sample: whether to sample.
-        chunk_dim: dimension along which mean and log-variance are concatenated.
+        sample: Whether to sample.
+        chunk_dim: Dimension along which mean and log-variance are concatenated.
     """
 
     def __init__(self, sample: bool = True, chunk_dim: int = 1):
@@ -226,8 +226,8 @@ class AutoEncoder(nn.Module):
     """Maps images "B 3 8h 8w" in -1..1 to latents "B z h w" of about unit variance, and back.
 
     Args:
-        params: the size.
-        sample_z: whether `encode` samples a latent. If not, it returns the mean.
+        params: The size.
+        sample_z: Whether `encode` samples a latent. If not, it returns the mean.
     """
 
     def __init__(self, params: AutoEncoderParams, sample_z: bool = False):

@@ -11,15 +11,15 @@ class HFEmbedder(nn.Module):
     """A tokenizer and a text encoder of the transformers library behind one call.
 
     Args:
-        version: hub id or folder of the encoder.
-        max_length: number of tokens to which a prompt is padded or truncated.
-        tokenizer: hub id or folder of the tokenizer. If None, `version`.
-        subfolder: folder of the encoder within `version`.
-        tokenizer_subfolder: folder of the tokenizer within `tokenizer`.
-        **hf_kwargs: passed to the encoder's `from_pretrained` (dtype, ...).
+        version: Hub id or folder of the encoder.
+        max_length: Number of tokens to which a prompt is padded or truncated.
+        tokenizer: Hub id or folder of the tokenizer. If None, `version`.
+        subfolder: Folder of the encoder within `version`.
+        tokenizer_subfolder: Folder of the tokenizer within `tokenizer`.
+        **hf_kwargs: Passed to the encoder's `from_pretrained` (dtype, ...).
 
     Raises:
-        InputError: if the files lack weights or their shapes do not match.
+        InputError: If the files lack weights or their shapes do not match.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class HFEmbedder(nn.Module):
         """Wrap an encoder that is already loaded.
 
         Args:
-            encoder: a `CLIPTextModel` or a `T5EncoderModel`.
-            max_length: number of tokens to which a prompt is padded or truncated.
-            tokenizer: folder of the tokenizer.
+            encoder: A `CLIPTextModel` or a `T5EncoderModel`.
+            max_length: Number of tokens to which a prompt is padded or truncated.
+            tokenizer: Folder of the tokenizer.
         """
         embedder = cls.__new__(cls)
         nn.Module.__init__(embedder)

@@ -28,8 +28,8 @@ def expand(packed: Tensor, kind: str) -> Tensor:
     """Expand packed rows, "rows bytes" in uint8, to float32, "rows columns".
 
     Args:
-        packed: whole rows of blocks.
-        kind: one of `BLOCKS`.
+        packed: Whole rows of blocks.
+        kind: One of `BLOCKS`.
     """
     _, block_bytes = BLOCKS[kind]
     blocks = packed.unflatten(-1, (-1, block_bytes))

@@ -18,7 +18,7 @@ class CustomLinear(nn.Module):
     """A linear layer that is not an `nn.Linear`: a base class.
 
     Attributes:
-        takes_rounded: whether the input may also be `Rounded`.
+        takes_rounded: Whether the input may also be `Rounded`.
     """
 
     takes_rounded = False
@@ -64,11 +64,11 @@ class PackedLinear(CustomLinear):
     """A linear layer whose matrix stays as a file packs it and is expanded at each use.
 
     Args:
-        packed: the matrix as bytes, "out_features bytes".
-        kind: number format: one of `flux.modules.gguf_blocks.BLOCKS` or of `EIGHT_BIT_FLOATS`.
+        packed: The matrix as bytes, "out_features bytes".
+        kind: Number format: one of `flux.modules.gguf_blocks.BLOCKS` or of `EIGHT_BIT_FLOATS`.
         bias: "out_features" or None.
-        scale: factor of 8-bit floats: one number, or one per row, "out_features 1".
-        dtype: type of the computation.
+        scale: Factor of 8-bit floats: one number, or one per row, "out_features 1".
+        dtype: Type of the computation.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Fp8Linear(CustomLinear):
     Products are summed in higher precision. The numbers of a `PackedLinear` in e4m3 are kept as they are.
 
     Args:
-        linear: the layer to convert.
-        device: where it is converted. If None, where it is.
+        linear: The layer to convert.
+        device: Where it is converted. If None, where it is.
     """
 
     takes_rounded = True
@@ -168,9 +168,9 @@ class LowRankLinear(CustomLinear):
     """A linear layer with a low-rank branch beside it (LoRA, arXiv 2106.09685).
 
     Args:
-        base: the layer.
-        down: first matrix of the branch, "rank in_features".
-        up: second matrix, "out_features rank", with the strength and alpha / rank multiplied in.
+        base: The layer.
+        down: First matrix of the branch, "rank in_features".
+        up: Second matrix, "out_features rank", with the strength and alpha / rank multiplied in.
     """
 
     def __init__(self, base: AnyLinear, down: Tensor, up: Tensor):
@@ -205,12 +205,12 @@ class QuantizedLinear(CustomLinear):
     of the first half of a row and one of the second.
 
     Args:
-        linear: the layer to convert.
+        linear: The layer to convert.
         bits: 8 or 4.
-        device: where it is converted. If None, where it is.
+        device: Where it is converted. If None, where it is.
 
     Raises:
-        ValueError: if `bits` is neither 8 nor 4.
+        ValueError: If `bits` is neither 8 nor 4.
     """
 
     packed: Tensor
@@ -239,9 +239,10 @@ class QuantizedLinear(CustomLinear):
         packed, scale = self.packed[start:stop], self.scale[start:stop]
         if self.minimum is None:
             return packed * scale
-        minima = self.minimum[start:stop].chunk(2, dim=1)
-        halves = zip(minima, (packed & 15, packed >> 4), scale.chunk(2, dim=1), strict=True)
-        return torch.cat([torch.addcmul(*half) for half in halves], dim=1).flatten(1)
+        minima, scales = self.minimum[start:stop].chunk(2, dim=1), scale.chunk(2, dim=1)
+        halves = zip(minima, (packed & 15, packed >> 4), scales, strict=True)
+        weights = [torch.addcmul(minimum, q, scale) for minimum, q, scale in halves]
+        return torch.cat(weights, dim=1).flatten(1)
 
     def project(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Compute only the output channels start..stop."""

@@ -13,7 +13,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device of that name. "auto" prefers a CUDA GPU, then an Apple GPU, then the CPU.
 
     Raises:
-        InputError: if the device does not exist.
+        InputError: If the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -41,11 +41,11 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of new tensors while the mode is active.
 
     Args:
-        known: tensors that exist already. They are not counted.
+        known: Tensors that exist already. They are not counted.
 
     Attributes:
-        current: bytes of the new tensors that are alive now.
-        peak: the largest value that `current` had.
+        current: Bytes of the new tensors that are alive now.
+        peak: The largest value that `current` had.
     """
 
     def __init__(self, known: list[Tensor]):
@@ -90,8 +90,8 @@ def live_bytes(run: Callable[[], object], known: list[Tensor]) -> int:
     """Return the most bytes that tensors made by `run` occupy at the same time.
 
     Args:
-        run: the computation.
-        known: tensors that exist before it. They are not counted.
+        run: The computation.
+        known: Tensors that exist before it. They are not counted.
     """
     with torch.inference_mode(), LiveBytes(known) as live, _FusedAttention():
         run()
@@ -106,8 +106,8 @@ class ModuleSize:
     """The bytes of a model's weights.
 
     Attributes:
-        blocks: bytes of each block, in the order in which they compute.
-        rest: bytes of all other weights.
+        blocks: Bytes of each block, in the order in which they compute.
+        rest: Bytes of all other weights.
     """
 
     blocks: tuple[int, ...]
@@ -131,9 +131,9 @@ class WeightFormat:
     """How weights are stored on the device. Matrices that a file packs stay packed, others have `dtype`.
 
     Attributes:
-        dtype: type of all numbers that are not packed.
-        bits: bits per weight of the matrices inside blocks. With 8, a file's 8-bit floats stay packed too.
-        fp8: whether the 8 bits are floats. Modulations then keep `dtype`.
+        dtype: Type of all numbers that are not packed.
+        bits: Bits per weight of the matrices inside blocks. With 8, a file's 8-bit floats stay packed too.
+        fp8: Whether the 8 bits are floats. Modulations then keep `dtype`.
     """
 
     dtype: torch.dtype
@@ -198,24 +198,24 @@ class MemoryEstimator:
     """Estimates the bytes that a run with these settings needs, wherever its models are placed.
 
     Args:
-        settings: the run.
-        spec: its model.
-        sources: the source of each tensor, for "transformer", "vae", "text_encoder" and "text_encoder_2".
-        dtype: type of the transformer and the autoencoder.
-        text_dtype: type of the text encoders.
-        on_gpu: whether CUDA libraries allocate workspaces.
+        settings: The run.
+        spec: Its model.
+        sources: The source of each tensor, for "transformer", "vae", "text_encoder" and "text_encoder_2".
+        dtype: Type of the transformer and the autoencoder.
+        text_dtype: Type of the text encoders.
+        on_gpu: Whether CUDA libraries allocate workspaces.
 
     Attributes:
-        transformer: size of the transformer's weights.
-        t5: size of T5's weights on the device. Zero if T5 stays on the CPU.
-        clip: bytes of CLIP's weights.
-        autoencoder: bytes of the autoencoder's weights.
-        text: bytes of activations while prompts are encoded.
-        denoise: bytes of activations while images are denoised, kept kv included.
-        decode: bytes of activations while images are decoded or encoded. The key tells whether this is done
+        transformer: Size of the transformer's weights.
+        t5: Size of T5's weights on the device. Zero if T5 stays on the CPU.
+        clip: Bytes of CLIP's weights.
+        autoencoder: Bytes of the autoencoder's weights.
+        text: Bytes of activations while prompts are encoded.
+        denoise: Bytes of activations while images are denoised, kept kv included.
+        decode: Bytes of activations while images are decoded or encoded. The key tells whether this is done
             in tiles.
-        streams: bytes of the streams that enter each layer in the first step of the reference.
-        workspace: bytes that CUDA libraries allocate.
+        streams: Bytes of the streams that enter each layer in the first step of the reference.
+        workspace: Bytes that CUDA libraries allocate.
     """
 
     def __init__(

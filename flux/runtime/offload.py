@@ -18,8 +18,8 @@ class _TensorSlots:
     """The parameters and buffers of some modules, and where they are used. Tied tensors are listed once.
 
     Attributes:
-        values: the tensors.
-        slots: the dictionary of a module, the name in it and the index in `values`, for each use.
+        values: The tensors.
+        slots: The dictionary of a module, the name in it and the index in `values`, for each use.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
@@ -45,8 +45,8 @@ class _HostBlock:
     """A block whose tensors are adjacent in host memory, so that a single copy transfers all of them.
 
     Attributes:
-        host: the bytes of all tensors.
-        nbytes: their number.
+        host: The bytes of all tensors.
+        nbytes: Their number.
     """
 
     def __init__(self, module: nn.Module, pinned: bool):
@@ -92,8 +92,8 @@ class BlockStreamer:
     On a CPU the copies are made too, without CUDA streams and without any benefit.
 
     Attributes:
-        buffers: the two buffers on the device. Empty while the streamer is closed.
-        resident: the number of the block in each buffer.
+        buffers: The two buffers on the device. Empty while the streamer is closed.
+        resident: The number of the block in each buffer.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
@@ -190,10 +190,10 @@ class Offloaded:
     """A model that stays in host memory while it does not compute.
 
     Args:
-        module: the model.
-        device: where it computes.
-        stacks: the model's lists of blocks, in the order in which they compute.
-        streamed: how many of those blocks, at most, are streamed. The rest is copied as a whole.
+        module: The model.
+        device: Where it computes.
+        stacks: The model's lists of blocks, in the order in which they compute.
+        streamed: How many of those blocks, at most, are streamed. The rest is copied as a whole.
     """
 
     def __init__(

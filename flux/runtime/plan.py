@@ -24,8 +24,8 @@ class Stage:
 
     Attributes:
         name: "text", "denoise" or "decode".
-        weights: bytes of the weights that are on the device meanwhile.
-        activations: bytes of everything else.
+        weights: Bytes of the weights that are on the device meanwhile.
+        activations: Bytes of everything else.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Plan:
     Attributes:
         offload: "none" keeps all models on the device, "model" each one while it computes, and "blocks" also
             streams blocks.
-        streamed: number of transformer blocks that are streamed, at most.
-        streamed_t5: number of T5 blocks that are streamed, at most.
-        tiled: whether images are decoded and encoded in tiles.
-        stages: the stages of the run. Empty if the settings name the plan, which then needs no estimate.
+        streamed: Number of transformer blocks that are streamed, at most.
+        streamed_t5: Number of T5 blocks that are streamed, at most.
+        tiled: Whether images are decoded and encoded in tiles.
+        stages: The stages of the run. Empty if the settings name the plan, which then needs no estimate.
     """
 
     offload: Literal["none", "model", "blocks"]
@@ -107,7 +107,7 @@ class Plan:
         are streamed. Tiles change the image slightly and are used only if needed.
 
         Raises:
-            InputError: if not even the smallest plan fits.
+            InputError: If not even the smallest plan fits.
         """
         for tiled in (True,) if estimate.settings.tiled else (False, True):
             plan = cls.of(estimate, "none", tiled=tiled)
@@ -160,7 +160,7 @@ def make_plan(
     """Return the plan that the settings name. For "auto", prints and returns one that fits into free memory.
 
     Raises:
-        InputError: if the settings say "auto" and no plan fits.
+        InputError: If the settings say "auto" and no plan fits.
     """
     if settings.offload != "auto":
         streamed = ALL_BLOCKS if settings.offload == "blocks" else 0

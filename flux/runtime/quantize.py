@@ -29,10 +29,10 @@ def quantize_linears(
     Weights are expanded while a layer computes. Layers are replaced one by one, to save memory.
 
     Args:
-        modules: the modules.
+        modules: The modules.
         bits: 8 or 4.
-        device: where each layer is quantised. If None, where it is.
-        home: where it is then kept. If None, where it was quantised.
+        device: Where each layer is quantised. If None, where it is.
+        home: Where it is then kept. If None, where it was quantised.
     """
     for parent, name, child in _children(modules):
         if type(child) is nn.Linear:
@@ -45,9 +45,9 @@ def to_fp8(modules: Iterable[nn.Module], device: Device = None, home: Device = N
     Modulations stay as they are, because a product of few rows would gain nothing.
 
     Args:
-        modules: the modules.
-        device: where each layer is converted. If None, where it is.
-        home: where it is then kept. If None, where it was converted.
+        modules: The modules.
+        device: Where each layer is converted. If None, where it is.
+        home: Where it is then kept. If None, where it was converted.
     """
     for parent, name, child in _children(modules):
         if isinstance(parent, Modulation):
@@ -68,11 +68,11 @@ def check_fp8_support(device: torch.device, dtype: torch.dtype) -> None:
     """Check that a device can multiply 8-bit floats.
 
     Args:
-        device: where the model computes.
-        dtype: type of its activations.
+        device: Where the model computes.
+        dtype: Type of its activations.
 
     Raises:
-        InputError: if it cannot.
+        InputError: If it cannot.
     """
     if device.type == "cuda":
         supported = torch.cuda.get_device_capability(device) >= FP8_CAPABILITY and dtype == torch.bfloat16

@@ -15,9 +15,9 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, ratio: float) -> T
     The result differs slightly, because normalisation and attention see one tile at a time.
 
     Args:
-        function: a decoder or an encoder.
-        x: its input, "B C h w".
-        ratio: side of the output divided by the side of the input: 8 for a decoder, 1/8 for an encoder.
+        function: A decoder or an encoder.
+        x: Its input, "B C h w".
+        ratio: Side of the output divided by the side of the input: 8 for a decoder, 1/8 for an encoder.
     """
     unit = 1 if ratio > 1 else round(1 / ratio)
     tile, overlap = TILE * unit, OVERLAP * unit

@@ -8,14 +8,14 @@ class Workload:
     """The demands that a run makes on the models, beyond the size of its images and the number of steps.
 
     Attributes:
-        batch: number of images sampled at once.
-        kept_layers: number of layers whose image kv a reference keeps for its edits. None stands for all the
+        batch: Number of images sampled at once.
+        kept_layers: Number of layers whose image kv a reference keeps for its edits. None stands for all the
             vital layers of the model.
-        finds_masks: whether attention is recorded at the junction of the streams to find where an edit may
+        finds_masks: Whether attention is recorded at the junction of the streams to find where an edit may
             change the image.
-        keeps_streams: whether the streams that enter each layer are kept for the first step of later images.
-        decodes_alongside: whether images are decoded while the next ones are denoised.
-        encodes: whether an image is encoded.
+        keeps_streams: Whether the streams that enter each layer are kept for the first step of later images.
+        decodes_alongside: Whether images are decoded while the next ones are denoised.
+        encodes: Whether an image is encoded.
     """
 
     batch: int

@@ -25,7 +25,7 @@ from flux.weights.lora import LoraFile, match_patches, read_lora
 from flux.weights.lora_formats import Patch, apply_patches
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import CLIPTextModel, PretrainedConfig, T5EncoderModel
 
 M = TypeVar("M", bound=nn.Module)
 TOKENIZERS: dict[Part, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -180,24 +180,28 @@ class OpenModel:
         """The autoencoder."""
         return self._open("vae", lambda: on_meta(AutoEncoder, self.spec.ae_params), [])
 
-    def text_encoder(self, part: Part) -> OpenPart[nn.Module]:
+    def text_encoder(self, part: Part) -> "OpenPart[CLIPTextModel] | OpenPart[T5EncoderModel]":
         """The text encoder of that part, "text_encoder" (CLIP) or "text_encoder_2" (T5)."""
         return self._t5 if part == "text_encoder_2" else self._clip
 
     @cached_property
-    def _t5(self) -> OpenPart[nn.Module]:
-        from transformers import T5EncoderModel
+    def _t5(self) -> "OpenPart[T5EncoderModel]":
+        from transformers import T5Config, T5EncoderModel
 
-        config = self._text_config("text_encoder_2", "t5")
+        folder, config = self._text_config("text_encoder_2")
+        if not isinstance(config, T5Config):
+            raise _wrong_encoder(folder, config, "text_encoder_2")
         return self._open("text_encoder_2", lambda: on_meta(T5EncoderModel, config), self.loras)
 
     @cached_property
-    def _clip(self) -> OpenPart[nn.Module]:
-        from transformers import CLIPTextModel
+    def _clip(self) -> "OpenPart[CLIPTextModel]":
+        from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
-        # A CLIP checkpoint with its vision half says "clip", the text half alone "clip_text_model".
-        config = self._text_config("text_encoder", "clip")
-        own = config.text_config if config.model_type == "clip" else config
+        folder, config = self._text_config("text_encoder")
+        # A CLIP checkpoint may have its vision half beside the text half.
+        own = config.text_config if isinstance(config, CLIPConfig) else config
+        if not isinstance(own, CLIPTextConfig):
+            raise _wrong_encoder(folder, config, "text_encoder")
         return self._open("text_encoder", lambda: on_meta(CLIPTextModel, own), self.loras)
 
     def _open(self, part: Part, build: Callable[[], M], loras: list[LoraFile]) -> OpenPart[M]:
@@ -205,7 +209,8 @@ class OpenModel:
         sources = match_names(module, self.checkpoint(part), part)
         return OpenPart(build, sources, match_patches(loras, part, module))
 
-    def _text_config(self, part: Part, kind: str) -> "PretrainedConfig":
+    def _text_config(self, part: Part) -> "tuple[Path, PretrainedConfig]":
+        """The folder of a text encoder's config.json, and what it says."""
         from transformers import AutoConfig
 
         path = self.files.of(part)
@@ -216,12 +221,9 @@ class OpenModel:
             raise InputError(f"Got {folder}, which has no config.json: expected the folder of an encoder")
         parse_json((folder / "config.json").read_bytes(), folder / "config.json")
         try:
-            config = AutoConfig.from_pretrained(str(folder))
+            return folder, AutoConfig.from_pretrained(str(folder))
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise InputError(f"Got {folder}, whose config.json is no encoder's: fetch it again") from error
-        if not config.model_type.startswith(kind):
-            raise InputError(f"Got {folder}, an encoder of kind {config.model_type}; expected {TITLES[part]}")
-        return config
 
     # ---- loading
 
@@ -273,14 +275,18 @@ class OpenModel:
         """
         module = self.text_encoder(part).load(device, dtype, keep_8bit)
         if part == "text_encoder_2":
-            module.encoder.embed_tokens = module.shared
+            module.set_input_embeddings(module.get_input_embeddings())  # T5 has one, in two places
         for name, buffer in module.named_buffers():
             # The only buffer of either encoder; files do not hold it.
             owner, _, leaf = name.rpartition(".")
             positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             module.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
         length = self.spec.text_length if part == "text_encoder_2" else self.spec.clip_length
-        return HFEmbedder.around(module, max_length or length, str(self.files.text / TOKENIZERS[part]))
+        return HFEmbedder.from_encoder(module, max_length or length, str(self.files.text / TOKENIZERS[part]))
+
+
+def _wrong_encoder(folder: Path, config: "PretrainedConfig", part: Part) -> InputError:
+    return InputError(f"Got {folder}, an encoder of kind {config.model_type}; expected {TITLES[part]}")
 
 
 def _fold_guidance(model: Flux, spec: ModelSpec) -> None:

@@ -11,7 +11,7 @@ from flux.model import Inputs
 from flux.pipeline import Pipeline
 from flux.runtime.offload import BlockStreamer, Offloaded, StreamedBlock, evenly_spaced
 from flux.settings.complete import resolve
-from flux.settings.demos import EditSettings
+from flux.settings.edits import EditSettings
 
 CPU = torch.device("cpu")
 GIVEN = tiny_models.inputs(2)
@@ -26,7 +26,9 @@ def kv_of_another_image() -> dict:
     """The kv of another image, in a double- and a single-stream layer."""
     kept = (
         tiny_models.flux()
-        .observe(Inputs(**tiny_models.inputs(1, seed=3)), intervention=Intervention(keep=frozenset((1, 4))))[1]
+        .observe(Inputs(**tiny_models.inputs(1, seed=3)), intervention=Intervention(keep=frozenset((1, 4))))[
+            1
+        ]
         .kept
     )
     return {layer: (k, v) for layer, (k, v) in kept.items()}
@@ -60,7 +62,8 @@ def test_a_pass_that_begins_late():
     start = plain.streams(Inputs(**GIVEN))[5]
     with offloaded.on_device():
         assert torch.equal(
-            offloaded.module.observe(Inputs(**GIVEN), start=start)[0], plain.observe(Inputs(**GIVEN), start=start)[0]
+            offloaded.module.observe(Inputs(**GIVEN), start=start)[0],
+            plain.observe(Inputs(**GIVEN), start=start)[0],
         )
 
 

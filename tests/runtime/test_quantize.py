@@ -1,121 +1,105 @@
-"""Weights in 8 and 4 bits: how far they may be off, and that every intervention works on them."""
+"""Quantised models: what is replaced, how many bytes that takes, and that every intervention works."""
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny_models
 from torch import nn
 
+from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.modules.linear import QuantizedLinear, project_rows
+from flux.model import Flux, Inputs
+from flux.modules.linear import Fp8Linear, QuantizedLinear
 from flux.runtime.offload import Offloaded
-from flux.runtime.quantize import group_size, quantize_linears, quantized_bytes
+from flux.runtime.quantize import check_fp8_support, quantize_linears, quantized_bytes, to_fp8
 
-# Relative to the largest number: rounding to a 254th, or to a 30th of each group's range.
-BOUNDS = {8: 0.02, 4: 0.25}
+CPU = torch.device("cpu")
+# The largest error of a velocity, relative to its largest number.
+BOUNDS = {"8bit": 0.02, "4bit": 0.25, "fp8": 0.2}
+QUANTIZE: dict[str, Callable[[list[nn.Module]], None]] = {
+    "8bit": partial(quantize_linears, bits=8),
+    "4bit": partial(quantize_linears, bits=4),
+    "fp8": to_fp8,
+}
 
 
-def linear(rows=48, columns=96, dtype=torch.float32, bias=True) -> nn.Linear:
-    return tiny_models.randomized(nn.Linear(columns, rows, bias=bias), 1).to(dtype)
-
-
-def quantized(bits: int):
+def quantized(kind: str) -> Flux:
     model = tiny_models.flux()
-    quantize_linears([model.double_blocks, model.single_blocks], bits)
+    QUANTIZE[kind]([model.double_blocks, model.single_blocks])
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_eight_bits_round_to_half_a_step(dtype):
-    own = linear(dtype=dtype)
-    packed = QuantizedLinear(own, 8)
-    step = own.weight.float().abs().amax(1, keepdim=True) / 127
-    error = (packed.weight.float() - own.weight.float()).abs() / step
-    assert packed.weight.dtype == dtype
-    assert packed.packed.dtype == torch.int8
-    assert error.max() < (0.51 if dtype == torch.float32 else 1.1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_bits_round_to_half_a_step(dtype):
-    own = linear(columns=256, dtype=dtype)
-    packed = QuantizedLinear(own, 4)
-    groups = own.weight.float().view(48, 4, 64)
-    step = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / 15
-    error = (packed.weight.float().view(48, 4, 64) - groups).abs() / step
-    assert packed.weight.dtype == dtype
-    assert packed.packed.nbytes == 48 * 128
-    assert error.max() < (0.51 if dtype == torch.float32 else 0.7)
-
-
-def test_four_bits_keep_what_sixteen_values_can_say():
-    """Each group has numbers of its own: values on its grid come back as they were."""
-    own = linear(rows=8, columns=256)
-    grid = torch.randint(0, 16, (8, 4, 64), generator=torch.Generator().manual_seed(0)).float()
-    grid[..., 0], grid[..., 1] = 0, 15
-    own.weight.data = (2.0 ** torch.arange(-2, 2).view(1, 4, 1) * (grid - 5)).flatten(1)
-    assert torch.equal(QuantizedLinear(own, 4).weight, own.weight)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rows_of_zeros_stay_zeros(bits):
-    own = linear()
-    own.weight.data[3] = 0
-    weight = QuantizedLinear(own, bits).weight
-    assert not weight[3].any()
-    assert weight.isfinite().all()
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_computes_with_its_expanded_weights(bits, bias):
-    own, x = linear(bias=bias), torch.randn(2, 5, 96)
-    packed = QuantizedLinear(own, bits)
-    assert torch.equal(packed(x), nn.functional.linear(x, packed.weight, own.bias))
-    torch.testing.assert_close(project_rows(packed, x, 8, 24), packed(x)[..., 8:24])
+def kept_kv(model: Flux, **inputs):
+    return model.observe(Inputs(**inputs), intervention=Intervention(keep=frozenset((1, 4))))[1].kept
 
 
 @pytest.mark.parametrize(("bits", "shape"), [(8, (48, 96)), (4, (48, 96)), (4, (7, 30))])
 def test_bytes_are_as_counted(bits, shape):
-    packed = QuantizedLinear(linear(*shape, dtype=torch.bfloat16, bias=False), bits)
-    assert sum(x.nbytes for x in packed.buffers()) == quantized_bytes(*shape, bits, 2)
+    rows, columns = shape
+    linear = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+    quantized_linear = QuantizedLinear(linear, bits)
+    assert sum(x.nbytes for x in quantized_linear.buffers()) == quantized_bytes(rows, columns, bits, 2)
 
 
-def test_group_sizes():
-    assert [group_size(columns) for columns in (3072, 12288, 15360, 96, 320)] == [64, 64, 64, 16, 32]
+@pytest.mark.parametrize("kind", QUANTIZE)
+@pytest.mark.parametrize("streamed", [0, 7])
+def test_interventions_come_near_and_offloading_changes_nothing(kind, streamed):
+    plain, inputs = tiny_models.flux(), tiny_models.inputs(2)
+    kept = kept_kv(plain, **tiny_models.inputs(1, seed=3))
+    for intervention in (Intervention(), Intervention(skip=frozenset((0, 5))), Intervention(inject=kept)):
+        expected = plain(**inputs, intervention=intervention)
+        near = quantized(kind)(**inputs, intervention=intervention)
+        assert 0 < tiny_models.relative_error(near, expected) < BOUNDS[kind]
+        model = quantized(kind)
+        with Offloaded(model, CPU, [model.double_blocks, model.single_blocks], streamed).on_device():
+            assert torch.equal(model(**inputs, intervention=intervention), near)
 
 
-def test_other_numbers_of_bits_are_refused():
-    with pytest.raises(ValueError, match="5 bits"):
-        QuantizedLinear(linear(), 5)
-
-
-@pytest.mark.parametrize("bits", BOUNDS)
-@pytest.mark.parametrize("streamed", [None, 0, 7])
-def test_interventions_come_near_and_offloading_changes_nothing(bits, streamed):
-    plain, given = tiny_models.flux(), tiny_models.inputs(2)
-    kept = plain.observe(**tiny_models.inputs(1, seed=3), intervention=Intervention(keep=frozenset((1, 4))))[
-        1
-    ].kept
-    for intervention in (
-        Intervention(),
-        Intervention(skip=frozenset((0, 5))),
-        Intervention(take=dict(kept)),
-    ):
-        expected = plain(**given, intervention=intervention)
-        model = quantized(bits)
-        near = model(**given, intervention=intervention)
-        assert 0 < tiny_models.relative_error(near, expected) < BOUNDS[bits]
-        if streamed is not None:
-            model = quantized(bits)
-            net = Offloaded(model, torch.device("cpu"), [model.double_blocks, model.single_blocks], streamed)
-            with net.at_work():
-                assert torch.equal(model(**given, intervention=intervention), near)
-
-
-def test_only_what_is_inside_is_replaced():
-    model = quantized(4)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_only_blocks_are_quantised(bits):
+    model = quantized(f"{bits}bit")
     assert type(model.img_in) is nn.Linear
     assert type(model.final_layer.linear) is nn.Linear
     kinds = {type(part) for block in model.single_blocks for part in block.modules()}
     assert nn.Linear not in kinds
     assert QuantizedLinear in kinds
+
+
+def test_fp8_leaves_modulations_embedders_and_the_last_layer():
+    model = quantized("fp8")
+    plain = {name for name, part in model.named_modules() if type(part) is nn.Linear}
+    assert {name.split(".")[-2] for name in plain if "blocks." in name} == {
+        "img_mod",
+        "txt_mod",
+        "modulation",
+    }
+    assert {"img_in", "txt_in", "final_layer.linear"} <= plain
+    assert any(isinstance(part, Fp8Linear) for part in model.single_blocks.modules())
+
+
+def test_compiled_fp8_blocks_compute_the_same():
+    """Blocks are traced but not compiled. Only uncompiled code multiplies parts of the matrices."""
+    inputs, model = tiny_models.inputs(2), quantized("fp8")
+    with torch.no_grad():
+        intervention = Intervention(inject=kept_kv(model, **inputs), inject_weights={4: 0.5})
+        expected = model(**inputs, intervention=intervention)
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="eager")
+        assert tiny_models.relative_error(model(**inputs, intervention=intervention), expected) < 1e-6
+
+
+def test_devices_without_fp8_products_are_refused():
+    check_fp8_support(CPU, torch.float32)
+    with pytest.raises(InputError, match='give quantize "8bit"'):
+        check_fp8_support(torch.device("mps"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((8, 6), torch.bfloat16), ((9, 0), torch.float16)], ids=["Ampere", "float16"]
+)
+def test_older_gpus_and_other_dtypes_are_refused(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(InputError, match="fp8"):
+        check_fp8_support(torch.device("cuda"), dtype)

@@ -1,0 +1,154 @@
+"""Estimates of memory: bytes counted before anything is loaded are those that are then allocated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import full_size, tiny_models
+from torch import nn
+
+from flux.pipeline import Pipeline
+from flux.runtime.estimate import MemoryEstimator, live_bytes
+from flux.runtime.plan import GIB, Plan
+from flux.scan.skipper import LayerSkipper, Task
+from flux.settings.complete import resolve
+from flux.settings.demos import ModelSettings, SkipSettings
+from flux.weights.find import find_model
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200.json"
+
+
+@pytest.fixture(scope="module")
+def dev() -> MemoryEstimator:
+    return full_size.estimator()
+
+
+def counted_and_loaded(**fields) -> tuple[MemoryEstimator, Pipeline]:
+    settings = resolve(ModelSettings(device="cpu", dtype="float32", **fields))
+    model = find_model(settings)
+    estimate = MemoryEstimator(
+        settings, model.spec, model.sources(), torch.float32, torch.float32, on_gpu=False
+    )
+    return estimate, Pipeline.load(settings)
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(x.nbytes for x in {id(x): x for x in (*model.parameters(), *model.buffers())}.values())
+
+
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit", "fp8"])
+@pytest.mark.parametrize("t5", ["same", "8bit"])
+def test_weights_need_the_counted_bytes(quantize, t5):
+    estimate, pipe = counted_and_loaded(quantize=quantize, t5=t5)
+    models = {"transformer": pipe.model, "t5": pipe.t5, "clip": pipe.clip, "ae": pipe.ae}
+    loaded = {name: bytes_of(model) for name, model in models.items()}
+    counted = {
+        "transformer": estimate.transformer.total,
+        "t5": estimate.t5.total,
+        "clip": estimate.clip,
+        "ae": estimate.autoencoder,
+    }
+    # The scales of 8-bit floats and the encoders' position ids are not counted.
+    assert counted == pytest.approx(loaded, rel=2e-4)
+
+
+def test_live_bytes_are_those_alive_at_the_same_time():
+    x = torch.empty(1000, device="meta")
+
+    def run():
+        a = x + 1  # 4000 bytes, like every tensor here
+        b = a * 2
+        del a
+        c = b.view(10, 100).clone()
+        return c + 1
+
+    assert live_bytes(run, [x]) == 3 * 4000
+    assert live_bytes(lambda: x.view(10, 100), [x]) == 0, "known tensors and views are not counted"
+
+
+def test_the_meta_device_counts_like_a_cpu():
+    """The same operations make tensors of the same sizes on both."""
+    counts = []
+    for device in ("cpu", "meta"):
+        model = tiny_models.flux().to(device)
+        inputs = {name: x.to(device) for name, x in tiny_models.inputs(1).items()}
+        known = [*model.parameters(), *inputs.values()]
+        counts.append(live_bytes(lambda: model(**inputs), known))  # noqa: B023  (called at once)
+    assert counts[1] == pytest.approx(counts[0], 0.02)
+
+
+def test_the_measured_peaks_of_an_h200(dev):
+    """Estimates agree with benchmarks/results/h200.json.
+
+    That benchmark also held diffusers' autoencoder (160 MiB), its copy of one modulation (36 MiB) and the
+    workspace, which are subtracted.
+    """
+    results = json.loads(RESULTS.read_text())
+    beside = results["loaded_gib"] + (160 + 36 + 32) / 1024
+    for name, size in (("1024x1024", (1024, 1024)), ("1080x720 (1072x720)", (1072, 720))):
+        # Modulations were computed step by step then.
+        estimate = full_size.estimator(width=size[0], height=size[1], num_steps=1)
+        measured = results["steps"][f"ours, eager, {name}"]
+        assert estimate.denoise / GIB == pytest.approx(measured["peak_steps_gib"] - beside, rel=0.1)
+    # Only 1072x720: at 1024x1024 the autoencoder stored its whole attention matrix when this was measured.
+    assert estimate.decode[False] / GIB == pytest.approx(measured["peak_gib"] - beside, rel=0.1)
+
+
+def test_known_sizes(dev):
+    assert dev.transformer.total == 2 * 11_901_408_320
+    assert dev.autoencoder == 2 * 83_819_683
+    assert dev.t5.total == pytest.approx(4_994_582_224 + 4_530_066_360, rel=1e-3)
+    assert dev.clip == pytest.approx(246_144_352, rel=1e-3)
+    assert len(dev.transformer.blocks) == 57
+    assert len(dev.t5.blocks) == 24
+
+
+def test_streaming_keeps_two_buffers(dev):
+    double, single = dev.transformer.blocks[0], dev.transformer.blocks[-1]
+    assert dev.transformer.on_device(57) == dev.transformer.rest + 2 * double
+    assert dev.transformer.on_device(0) == dev.transformer.total
+    half = dev.transformer.on_device(28)
+    assert dev.transformer.on_device(57) < half < dev.transformer.total
+    assert single < double
+
+
+def test_an_edit_keeps_the_kv_of_its_vital_layers(dev):
+    edit = full_size.estimator(prompt="a dog", edits=["a cat"], mask="none")
+    assert edit.denoise - dev.denoise == 10 * 2 * 4096 * 3072 * 2
+    fields = {"mask": "none", "vital_layers": [1, 2], "true_cfg": 2.0}
+    more = full_size.estimator(prompt="a dog", edits=["a cat"], **fields)
+    assert more.denoise - dev.denoise == 2 * 2 * 2 * 4096 * 3072 * 2
+
+
+def test_a_search_for_the_mask_keeps_queries_and_keys(dev):
+    """It keeps all tokens of four layers, of the edit and of its source."""
+    with_search, without = (
+        full_size.estimator(prompt="a dog", edits=["a cat"], mask=mask) for mask in ("auto", "none")
+    )
+    assert with_search.denoise - without.denoise == 2 * 4 * 2 * (4096 + 512) * 3072 * 2
+
+
+def test_a_sweep_keeps_the_streams_into_each_layer(nano):
+    """If all models fit, it also decodes while it denoises the next images."""
+    settings = {"prompts": ["a dog"], "width": 64, "height": 96, "true_cfg": 2.0}
+    settings = resolve(SkipSettings(**settings, device="cpu", dtype="float32"))
+    opened, dtype = find_model(settings), torch.float32
+    estimate = MemoryEstimator(settings, opened.spec, opened.sources(), dtype, dtype, on_gpu=False)
+    skipper = LayerSkipper(settings, nano)
+    skipper.make(Task(0, "a dog", 0, ((),)))
+    kept = [x for passes in skipper.reference.streams for each in passes for x in (each.img, each.txt)]
+    assert estimate.streams == sum(x.nbytes for x in kept)
+    none, model = (Plan.of(estimate, offload)["denoise"].activations for offload in ("none", "model"))
+    assert model == estimate.denoise + estimate.streams
+    assert none - model == estimate.decode[False]
+
+
+def test_larger_runs_need_more(dev):
+    assert full_size.estimator(batch_size=3).denoise > 2.5 * dev.denoise
+    large = full_size.estimator(width=2048, height=2048)
+    assert large.denoise > 3 * dev.denoise
+    assert large.decode[False] > 3.9 * dev.decode[False]
+    assert large.decode[True] < dev.decode[False]
+    for bits, weights in (("8bit", 0.51), ("4bit", 0.29)):
+        assert full_size.estimator(quantize=bits).transformer.total < weights * dev.transformer.total
