@@ -29,40 +29,40 @@ def main(file: str = "test.json", **overrides: Any) -> None:
     from flux.images.io import crop_to_fit, read_image, save_image
     from flux.images.sheets import grid
     from flux.pipeline import Pipeline
-    from flux.runs.record import about, run_record
+    from flux.runs.record import image_metadata, run_record
     from flux.runtime.parallel import join
     from flux.settings.complete import resolve
 
     ranks = join(settings.parallel, settings.device)
     settings = resolve(settings)
-    image = (
-        crop_to_fit(read_image(settings.image), settings.width, settings.height) if settings.image else None
-    )
+    source = read_image(settings.image) if settings.image else None
+    if source:
+        source = crop_to_fit(source, settings.width, settings.height)
     pipe = Pipeline.load(settings, ranks)
-    folder, pictures = Path(settings.output_dir), []
+    folder = Path(settings.output_dir)
+    images = []
     for start in range(0, len(settings.prompts), settings.batch_size):
         batch = settings.prompts[start : start + settings.batch_size]
         made = pipe.generate(
             [entry.prompt for entry in batch],
             [entry.seed for entry in batch],
-            image=image,
+            image=source,
             strength=settings.strength,
             cache=settings.cache,
             **settings.sampling(),
         )
-        if ranks.rank:  # Of several processes the first one writes.
+        if ranks.rank:  # only the first process writes
             continue
-        for entry, picture in zip(batch, made):
-            save_image(
-                picture, folder / f"{len(pictures):03d}.png", about(settings, entry.prompt, entry.seed)
-            )
-            pictures.append(picture)
-
+        for entry, image in zip(batch, made):
+            record = image_metadata(settings, entry.prompt, entry.seed)
+            save_image(image, folder / f"{len(images):03d}.png", record)
+            images.append(image)
     if ranks.rank:
         return
-    rows = [slice(start, start + 6) for start in range(0, len(pictures), 6)]
+
+    rows = [slice(start, start + 6) for start in range(0, len(images), 6)]
     captions = [entry.prompt for entry in settings.prompts]
-    save_image(grid([pictures[row] for row in rows], [captions[row] for row in rows]), folder / "grid.png")
+    save_image(grid([images[row] for row in rows], [captions[row] for row in rows]), folder / "grid.png")
     write_json(folder / "run.json", run_record(settings, timings=pipe.timings))
     print(folder / "grid.png")
 

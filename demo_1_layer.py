@@ -33,7 +33,7 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     from flux.files import write_json
     from flux.images.io import save_image
     from flux.pipeline import Pipeline
-    from flux.runs.record import about, run_record
+    from flux.runs.record import image_metadata, run_record
     from flux.runtime.parallel import join
     from flux.settings.complete import resolve
 
@@ -44,7 +44,7 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     out = Path(settings.output_dir)
     for number, entry in enumerate(settings.prompts):
         folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"
-        record = about(settings, entry.prompt, entry.seed)
+        record = image_metadata(settings, entry.prompt, entry.seed)
         steps, attention = watch(pipe, entry.prompt, entry.seed, settings)
         if ranks.rank:  # only the first process writes
             continue

@@ -10,7 +10,7 @@ from typing import Any
 
 from flux.errors import exit_on_input_error, only_rank_zero_prints
 from flux.settings.command_line import run
-from flux.settings.demos import EditSettings
+from flux.settings.edits import EditSettings
 from flux.settings.files import read_settings
 
 
@@ -33,7 +33,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     from flux.images.sheets import grid
     from flux.metrics.pixels import psnr_or_none
     from flux.pipeline import Pipeline, count_evaluations
-    from flux.runs.record import about, run_record
+    from flux.runs.record import image_metadata, run_record
     from flux.runtime.devices import pick_device
     from flux.runtime.parallel import join
     from flux.settings.complete import resolve
@@ -54,25 +54,25 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     check_edits(settings, layers, photo)
     if photo:
         part = Photograph.of(photo, settings.width, settings.height).part
-        if settings.prompt is None:
+        if settings.prompt is None and settings.caption_model:
             prompt = describe(part, settings.caption_model, str(pick_device(settings.device)))
             settings = settings.model_copy(update={"prompt": prompt})
-    # So that run.json repeats this run also when other layers are "auto" one day.
+    # run.json repeats this run even after "auto" has come to mean other layers.
     settings = settings.model_copy(update={"vital_layers": layers})
     pipe = Pipeline.load(settings, ranks, opened)
     with count_evaluations(pipe) as evaluations:
         made = edit(pipe, settings, layers, photo)
 
-    if ranks.rank:  # Of several processes the first one writes.
+    if ranks.rank:  # only the first process writes
         return
     folder, entries = Path(settings.output_dir), settings.entries
     prompts = [settings.prompt, *(entry.prompt for entry in entries)]
-    pictures = [made.reference, *made.edits]
+    images = [made.reference, *made.edits]
     names = ["reference.png", *(f"edit_{i}.png" for i in range(len(made.edits)))]
-    for name, prompt, picture in zip(names, prompts, pictures):
-        save_image(picture, folder / name, about(settings, prompt, settings.seed, layers=layers))
-    save_image(grid([pictures], [prompts]), folder / "comparison.png")
-    scores = [{"psnr_to_reference": psnr_or_none(made.reference, picture)} for picture in made.edits]
+    for name, prompt, image in zip(names, prompts, images):
+        save_image(image, folder / name, image_metadata(settings, prompt, settings.seed, layers=layers))
+    save_image(grid([images], [prompts]), folder / "comparison.png")
+    scores = [{"psnr_to_reference": psnr_or_none(made.reference, image)} for image in made.edits]
     cost = {"timings": pipe.timings, "evaluations": evaluations()}
     write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, **cost))
     print(folder / "comparison.png")

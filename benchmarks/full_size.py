@@ -26,7 +26,8 @@ from flux.files import write_json
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.settings.complete import whole_tokens
-from flux.settings.demos import EditSettings, ModelSettings
+from flux.settings.demos import ModelSettings
+from flux.settings.edits import EditSettings
 from flux.specs import ModelSpec, configs
 
 PROMPT = "a photo of a dog on the grass"

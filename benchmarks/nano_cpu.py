@@ -51,7 +51,7 @@ def main(
     from flux.files import write_json
     from flux.pipeline import Pipeline
     from flux.settings.complete import resolve
-    from flux.settings.demos import EditSettings
+    from flux.settings.edits import EditSettings
     from flux.settings.files import read_settings
     from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers

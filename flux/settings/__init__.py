@@ -2,8 +2,6 @@
 
 from flux.settings.demos import (
     DinoSettings,
-    Edit,
-    EditSettings,
     GenerateSettings,
     LayerSettings,
     ModelSettings,
@@ -11,8 +9,8 @@ from flux.settings.demos import (
     ScanSettings,
     Settings,
     SkipSettings,
-    Turn,
 )
+from flux.settings.edits import Edit, EditSettings, Turn
 from flux.settings.files import read_settings
 from flux.settings.resolved import (
     ResolvedEdit,

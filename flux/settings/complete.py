@@ -3,14 +3,8 @@
 from typing import overload
 
 from flux.intervention import check_layers
-from flux.settings.demos import (
-    EditSettings,
-    GenerateSettings,
-    LayerSettings,
-    ModelSettings,
-    ScanSettings,
-    SkipSettings,
-)
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
+from flux.settings.edits import EditSettings
 from flux.settings.resolved import (
     ResolvedEdit,
     ResolvedGenerate,

@@ -10,7 +10,7 @@ MAX_SEED = 2**63 - 1
 
 
 def _expected(what: str) -> PydanticCustomError:
-    """An error that ends as "expected WHAT, got VALUE"."""
+    """Return an error that ends as "expected WHAT, got VALUE"."""
     return PydanticCustomError("expected", "{what}", {"what": what})
 
 
@@ -28,15 +28,15 @@ def _not_blank(text: str) -> str:
     return text
 
 
-def _no_repeats(layers: tuple) -> tuple:
-    distinct = {frozenset(entry) if isinstance(entry, tuple) else entry for entry in layers}
-    if len(distinct) < len(layers):
+def _no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:
+    distinct = {frozenset(entry) if isinstance(entry, tuple) else entry for entry in entries}
+    if len(distinct) < len(entries):
         raise _expected("each only once")
-    return layers
+    return entries
 
 
 def _form(layers: Any) -> str | None:
-    """Which form of a layers field is meant, so that only that form's errors are reported."""
+    """Return which form of a layers field is meant, so that only that form's errors are reported."""
     if isinstance(layers, str):
         return "word"
     if isinstance(layers, list | tuple):
@@ -53,89 +53,54 @@ def _by_form(expected: str) -> Discriminator:
     )
 
 
-# JSON's lists become tuples, which strictness forbids: hence strict=False, on the tuple, not on its items.
-LIST = Field(strict=False, min_length=1)
-
-
-String = Annotated[str, AfterValidator(_encodable)]
-
-
-Text = Annotated[String, AfterValidator(_not_blank)]
-
-
-Texts = Annotated[tuple[Text, ...], LIST]
-
-
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-
-
-LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], LIST, AfterValidator(_no_repeats)]
-
-
-Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_no_repeats)]
-
-
-Words = Annotated[tuple[Text, ...], Field(strict=False)]
-
-
 def _offload_name(value: Any) -> Any:
-    """Read true and false, which the field once was and the command line's --offload still is."""
+    """Read true and false, which the field once was and the command line's bare --offload still is."""
     names = {"True": "model", "False": "none"}
     return names.get(str(value), value) if isinstance(value, bool | str) else value
-
-
-Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
-
-
-Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
-
-
-Metrics = Annotated[tuple[Metric, ...], LIST, AfterValidator(_no_repeats)]
-
-
-LayerSets = Annotated[tuple[LayerNumbers, ...], LIST, AfterValidator(_no_repeats)]
-
-
-Sweep = Annotated[
-    Annotated[Literal["all"], Tag("word")]
-    | Annotated[LayerNumbers, Tag("numbers")]
-    | Annotated[LayerSets, Tag("sets")],
-    _by_form('"all", a list of layers, or a list of lists of layers'),
-]
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-Side = Annotated[int, Field(ge=16)]
-
-
-Steps = Annotated[int, Field(ge=1)]
-
-
-Guidance = Annotated[float, Field(ge=0)]
-
-
-TrueCfg = Annotated[float, Field(ge=1)]
 
 
 def _weight_form(weight: Any) -> str:
     return "layers" if isinstance(weight, Mapping) else "number"
 
 
-# JSON's objects have texts for keys.
-_LayerKey = Annotated[int, Field(strict=False, ge=0)]
+# JSON's lists become tuples, which strictness forbids: hence strict=False, on the tuple, not on its items.
+LIST = Field(strict=False, min_length=1)
+LIST_OR_EMPTY = Field(strict=False)
 
+String = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[String, AfterValidator(_not_blank)]
+Words = Annotated[tuple[Text, ...], LIST_OR_EMPTY]
 
-Weight = Annotated[
-    Annotated[Fraction, Tag("number")] | Annotated[dict[_LayerKey, Fraction], Tag("layers")],
-    Discriminator(_weight_form),
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Side = Annotated[int, Field(ge=16)]
+Steps = Annotated[int, Field(ge=1)]
+Guidance = Annotated[float, Field(ge=0)]
+TrueCfg = Annotated[float, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
+
+Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
+Metrics = Annotated[tuple[Metric, ...], LIST, AfterValidator(_no_repeats)]
+
+Number = Annotated[int, Field(ge=0)]
+Numbers = Annotated[tuple[Number, ...], LIST_OR_EMPTY, AfterValidator(_no_repeats)]
+LayerNumbers = Annotated[tuple[Number, ...], LIST, AfterValidator(_no_repeats)]
+LayerSets = Annotated[tuple[LayerNumbers, ...], LIST, AfterValidator(_no_repeats)]
+Sweep = Annotated[
+    Annotated[Literal["all"], Tag("word")]
+    | Annotated[LayerNumbers, Tag("numbers")]
+    | Annotated[LayerSets, Tag("sets")],
+    _by_form('"all", a list of layers, or a list of lists of layers'),
 ]
-
-
 VitalLayers = Annotated[
     Annotated[Text, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
     _by_form('"auto", a list of layers, a vital_layers.json, or the name of a preset'),
+]
+
+LayerKey = Annotated[int, Field(strict=False, ge=0)]  # the keys of JSON's objects are texts
+Weight = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[dict[LayerKey, Fraction], Tag("layers")],
+    Discriminator(_weight_form),
 ]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from flux.settings.demos import Edit, Lora, Prompt
+from flux.settings.demos import Lora, Prompt
+from flux.settings.edits import Edit
 
 # pydantic's name of an error -> what was expected; braces are filled from the error's context
 EXPECTED = {

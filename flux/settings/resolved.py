@@ -3,14 +3,8 @@
 `flux.settings.complete.resolve` makes them. Each one can stand wherever the settings that it was made of can.
 """
 
-from flux.settings.demos import (
-    EditSettings,
-    GenerateSettings,
-    LayerSettings,
-    ModelSettings,
-    ScanSettings,
-    SkipSettings,
-)
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
+from flux.settings.edits import EditSettings
 from flux.settings.fields import Guidance, Side, Steps, StrictModel, Text, TrueCfg
 
 

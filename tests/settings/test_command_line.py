@@ -13,14 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from flux.settings.command_line import fields_of, help_text, parse, type_name
-from flux.settings.demos import (
-    DinoSettings,
-    EditSettings,
-    GenerateSettings,
-    LayerSettings,
-    Prompt,
-    SkipSettings,
-)
+from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, Prompt, SkipSettings
+from flux.settings.edits import EditSettings
 from flux.settings.files import check_settings
 
 ROOT = Path(__file__).parents[2]

@@ -4,14 +4,8 @@ import pytest
 
 from flux.errors import InputError
 from flux.settings.complete import resolve
-from flux.settings.demos import (
-    EditSettings,
-    GenerateSettings,
-    LayerSettings,
-    ModelSettings,
-    ScanSettings,
-    SkipSettings,
-)
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
+from flux.settings.edits import EditSettings
 from flux.settings.files import check_settings
 from flux.settings.resolved import (
     ResolvedEdit,

@@ -12,15 +12,14 @@ from hypothesis import strategies as some
 
 from flux.settings.demos import (
     DinoSettings,
-    EditSettings,
     GenerateSettings,
     LayerSettings,
     Prompt,
     ScanSettings,
     SkipSettings,
-    Turn,
 )
 from flux.settings.doses import DEFAULT_DOSE, DOSES, Dose, DoseName
+from flux.settings.edits import EditSettings, Turn
 from flux.settings.files import CONFIGS, check_settings, read_settings
 
 CLASSES = (GenerateSettings, LayerSettings, SkipSettings, DinoSettings, EditSettings, ScanSettings)

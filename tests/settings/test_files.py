@@ -5,14 +5,8 @@ import json
 import pytest
 from helpers.settings_files import SettingsFolder, message_of
 
-from flux.settings.demos import (
-    DinoSettings,
-    EditSettings,
-    GenerateSettings,
-    LayerSettings,
-    Prompt,
-    SkipSettings,
-)
+from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, Prompt, SkipSettings
+from flux.settings.edits import EditSettings
 from flux.settings.files import CONFIGS, check_settings, read_settings
 
 CLASSES = {

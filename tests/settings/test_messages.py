@@ -3,7 +3,8 @@
 import pytest
 from helpers.settings_files import SettingsFolder, message_of
 
-from flux.settings.demos import DinoSettings, EditSettings, GenerateSettings, LayerSettings, SkipSettings
+from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, SkipSettings
+from flux.settings.edits import EditSettings
 
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 DINO = {"input_dir": "output/skip"}
