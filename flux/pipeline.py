@@ -1,4 +1,4 @@
-"""The four nets of a model held together: prompts in, pictures out."""
+"""A model loaded: prompts in, images out."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +13,18 @@ from tqdm import tqdm
 from flux import sampling
 from flux.images.io import to_pil, to_tensor
 from flux.images.watermark import embed_watermark
-from flux.model import Flux
+from flux.intervention import NOTHING, Intervention, Recorded
+from flux.model import Flux, Inputs, Streams
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.step_cache import StepCache
 from flux.runtime.devices import pick_device, pick_dtype
 from flux.runtime.offload import Offloaded
-from flux.runtime.parallel import ALONE, Divided, Ranks
+from flux.runtime.parallel import ALONE, ProcessGroup, SequenceParallelFlux
 from flux.runtime.plan import Plan, make_plan
 from flux.runtime.quantize import BITS, check_fp8_support, quantize_linears, to_fp8
 from flux.runtime.tiling import in_tiles
-from flux.sampling import Conditioning, Step
+from flux.sampling import Conditioning, Step, VelocityModel
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.vocabulary import warn_of_unknown_words
@@ -36,11 +37,17 @@ class Pipeline:
     """One model, loaded.
 
     Attributes:
-        device: where the nets compute.
-        tiled: whether pictures are decoded and encoded in tiles.
-        offloaded: the nets that lie in host memory until their turn comes.
-        ranks: the processes that share out each picture's tokens.
-        timings: seconds spent so far, by what was done.
+        spec: The model.
+        model: Its transformer.
+        ae: Its autoencoder.
+        t5: Its T5 encoder, for the text tokens.
+        clip: Its CLIP encoder, for the pooled text vector.
+        device: Where the models compute.
+        dtype: What the transformer and the autoencoder compute in.
+        tiled: Whether images are decoded and encoded in tiles.
+        offloaded: The models that wait in main memory until they are used.
+        group: The processes that share each image's tokens.
+        timings: Seconds spent so far, by stage.
     """
 
     spec: ModelSpec
@@ -52,25 +59,26 @@ class Pipeline:
     dtype: torch.dtype
     tiled: bool = False
     offloaded: dict[nn.Module, Offloaded] = field(default_factory=dict)
-    ranks: Ranks = ALONE
+    group: ProcessGroup = ALONE
     timings: dict[str, float] = field(default_factory=dict)
+    _listeners: list[Callable[[int], None]] = field(default_factory=list)
 
     @classmethod
     def load(
-        cls, settings: ModelSettings, ranks: Ranks = ALONE, opened: OpenModel | None = None
+        cls, settings: ModelSettings, group: ProcessGroup = ALONE, opened: OpenModel | None = None
     ) -> "Pipeline":
         """Find, download, check and load what the settings name.
 
         Args:
             settings: The model and how it runs.
-            ranks: The processes that share each image, see `flux.runtime.parallel.join`.
+            group: The processes that share each image, see `flux.runtime.parallel.join`.
             opened: The model's files, if they are open already, see `flux.weights.find.local_model`.
 
         Raises:
             InputError: Something does not fit. It is raised before the first model is loaded.
         """
         spec = get_spec(settings.model)
-        device = ranks.device or pick_device(settings.device)
+        device = group.device or pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
         if settings.quantize == "fp8":
             check_fp8_support(device, dtype)
@@ -90,7 +98,7 @@ class Pipeline:
         clip = opened.load_text_encoder("text_encoder", home, text_dtype)
         model = opened.load_transformer(transformer_home, dtype, BITS[settings.quantize] == 8)
         ae = opened.load_autoencoder(home, dtype)
-        pipe = cls(spec, model, ae, t5, clip, device, dtype, ranks=ranks)
+        pipe = cls(spec, model, ae, t5, clip, device, dtype, group=group)
         pipe.place(settings, plan)
         pipe.timings["load"] = time.perf_counter() - begin
         return pipe
@@ -98,7 +106,8 @@ class Pipeline:
     def place(self, settings: ModelSettings, plan: Plan) -> None:
         """Quantise, move and compile the loaded models as the settings and the plan say. Called once."""
         device, home = self.device, self.device if plan.offload == "none" else torch.device("cpu")
-        blocks, t5_blocks = [self.model.double_blocks, self.model.single_blocks], [self.t5.hf_module.encoder.block]
+        blocks = [self.model.double_blocks, self.model.single_blocks]
+        t5_blocks = [_blocks_of_t5(self.t5)]
         if settings.quantize == "fp8":
             to_fp8(blocks, device, home)
         elif settings.quantize != "none":
@@ -117,18 +126,18 @@ class Pipeline:
                 self.offloaded[self.t5] = Offloaded(self.t5, device, t5_blocks, plan.streamed_t5)
 
     @contextmanager
-    def _at_work(self, what: str, *nets: nn.Module) -> Iterator[None]:
-        """These nets are on the device, without gradients; the time it takes is added to `timings`."""
+    def _using(self, stage: str, *modules: nn.Module) -> Iterator[None]:
+        """Hold these models on the device, without gradients, and add the time to `timings`."""
         begin = time.perf_counter()
         with torch.inference_mode(), ExitStack() as stack:
-            for net in nets:
-                if net in self.offloaded:
-                    stack.enter_context(self.offloaded[net].on_device())
+            for module in modules:
+                if module in self.offloaded:
+                    stack.enter_context(self.offloaded[module].on_device())
             yield
         if self.device.type == "cuda":
-            # Not the whole device: another thread may be at work on a stream of its own.
+            # Not the whole device: another thread may compute on a stream of its own.
             torch.cuda.current_stream(self.device).synchronize()
-        self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - begin
+        self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - begin
 
     def condition(
         self,
@@ -139,14 +148,21 @@ class Pipeline:
         mimic_scale: float | None = None,
         mimic_percentile: float = 0.995,
     ) -> Conditioning:
-        """What steers a batch of these prompts, with one guidance for all or one for each. A `true_cfg` above
-        1 adds the pass of the negative prompt, and `mimic_scale` what `flux.sampling.guided` makes of it.
+        """Encode prompts and join them with the guidance.
+
+        Args:
+            prompts: One prompt for each row of the batch.
+            guidance: Distilled guidance, one for all rows or one for each.
+            true_cfg: Scale of true CFG. Above 1 there is a second pass, with the negative prompt.
+            negative_prompt: What the second pass is conditioned on.
+            mimic_scale: See `flux.sampling.guided`.
+            mimic_percentile: See `flux.sampling.guided`.
         """
         if self.spec.vocabulary:
             warn_of_unknown_words(prompts, self.spec.vocabulary)
-        with self._at_work("text", self.t5, self.clip):
+        with self._using("text", self.t5, self.clip):
             wanted = [*prompts, negative_prompt] if true_cfg > 1 else list(prompts)
-            # Each text once, however often it is asked for: same text, same features to the last bit.
+            # Each text is encoded once, so that equal texts have features that are equal bit for bit.
             unique = list(dict.fromkeys(wanted))
             rows = [unique.index(text) for text in wanted]
             txt, vec = (encoder(unique).to(self.device, self.dtype)[rows] for encoder in (self.t5, self.clip))
@@ -155,47 +171,78 @@ class Pipeline:
         scale = torch.tensor(guidance, device=self.device, dtype=self.dtype).expand(batch)
         negative = None
         if true_cfg > 1:
-            alike = (txt[-1:].expand(batch, -1, -1), txt_ids, vec[-1:].expand(batch, -1))
-            negative = Conditioning(*alike, scale)
-        guided = (negative, true_cfg, mimic_scale, mimic_percentile)
-        return Conditioning(txt[:batch], txt_ids, vec[:batch], scale, *guided)
+            negative_txt, negative_vec = txt[-1:].expand(batch, -1, -1), vec[-1:].expand(batch, -1)
+            negative = Conditioning(negative_txt, txt_ids, negative_vec, scale)
+        return Conditioning(
+            txt[:batch],
+            txt_ids,
+            vec[:batch],
+            scale,
+            negative=negative,
+            true_cfg=true_cfg,
+            mimic_scale=mimic_scale,
+            mimic_percentile=mimic_percentile,
+        )
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Tensor:
-        """Packed start noise, one row for each seed, "B I 64"."""
+        """Draw packed start noise for images of that size in pixels, one row for each seed, "B I 64"."""
         draws = [sampling.get_noise(1, height, width, self.device, self.dtype, seed) for seed in seeds]
         return sampling.pack(torch.cat(draws))
 
     def schedule(self, num_steps: int, width: int, height: int) -> list[float]:
-        """The model's num_steps + 1 noise levels for pictures of that size."""
+        """The model's num_steps + 1 noise levels for images of that size in pixels."""
         tokens = (height // 16) * (width // 16)
         spec = self.spec
         return sampling.get_schedule(num_steps, tokens, spec.base_shift, spec.max_shift, spec.shifted)
 
     @contextmanager
-    def denoising(self) -> Iterator[Flux]:
-        """The transformer, ready on the device, for as long as the block lasts."""
-        with self._at_work("denoise", self.model):
-            yield Divided(self.model, self.ranks) if self.ranks.count > 1 else self.model
+    def denoising(self) -> Iterator[VelocityModel]:
+        """Hold the transformer on the device for the duration of the block."""
+        with self._using("denoise", self.model):
+            model: VelocityModel = self.model
+            if self.group.count > 1:
+                model = SequenceParallelFlux(self.model, self.group)
+            yield _Reporting(model, tuple(self._listeners)) if self._listeners else model
+
+    @contextmanager
+    def listening(self, on_pass: Callable[[int], None]) -> Iterator[None]:
+        """Call `on_pass` with the number of rows after each pass through the transformer.
+
+        It holds for every `denoising` that begins within the block.
+        """
+        self._listeners.append(on_pass)
+        try:
+            yield
+        finally:
+            self._listeners.remove(on_pass)
 
     def image_ids(self, batch: int, width: int, height: int) -> Tensor:
+        """Positions of the tokens of images of that size in pixels, "B I 3"."""
         return sampling.image_ids(batch, height, width, self.device)
 
     def decode(self, latents: Tensor, width: int, height: int, watermark: bool = False) -> list[Image.Image]:
-        """Packed latents "B I 64" -> pictures, one at a time so that memory stays that of one."""
-        with self._at_work("decode", self.ae):
+        """Decode packed latents, "B I 64", one by one, so that memory is that of one image.
+
+        Args:
+            latents: The latents of images of one size.
+            width: Width of the images in pixels.
+            height: Height of the images in pixels.
+            watermark: Whether to embed the invisible watermark.
+        """
+        with self._using("decode", self.ae):
             unpacked = sampling.unpack(latents, height, width).to(self.dtype)
             decoded = (self._in_tiles(self.ae.decode, latent, 8) for latent in unpacked.split(1))
-            pictures = torch.cat([picture.float().clamp(-1, 1) for picture in decoded])
-        return [to_pil(picture) for picture in (embed_watermark(pictures) if watermark else pictures)]
+            images = torch.cat([image.float().clamp(-1, 1) for image in decoded])
+        return [to_pil(image) for image in (embed_watermark(images) if watermark else images)]
 
     def encode(self, image: Image.Image) -> Tensor:
-        """A picture whose sides are multiples of 16 -> its packed latent, "1 I 64"."""
-        with self._at_work("encode", self.ae):
-            picture = to_tensor(image)[None].to(self.device, self.dtype)
-            return sampling.pack(self._in_tiles(self.ae.encode, picture, 1 / 8))
+        """Encode an image whose sides are multiples of 16 to its packed latent, "1 I 64"."""
+        with self._using("encode", self.ae):
+            pixels = to_tensor(image)[None].to(self.device, self.dtype)
+            return sampling.pack(self._in_tiles(self.ae.encode, pixels, 1 / 8))
 
-    def _in_tiles(self, net: Callable[[Tensor], Tensor], x: Tensor, ratio: float) -> Tensor:
-        return in_tiles(net, x, ratio) if self.tiled else net(x)
+    def _in_tiles(self, convert: Callable[[Tensor], Tensor], x: Tensor, ratio: float) -> Tensor:
+        return in_tiles(convert, x, ratio) if self.tiled else convert(x)
 
     def generate(
         self,
@@ -208,31 +255,46 @@ class Pipeline:
         guidance: float,
         true_cfg: float = 1.0,
         negative_prompt: str = "",
-        image: Image.Image | None = None,
+        mimic_scale: float | None = None,
+        mimic_percentile: float = 0.995,
+        image: Image.Image | Sequence[Image.Image] | None = None,
         strength: float = 1.0,
         watermark: bool = False,
         cache: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         progress: bool = True,
     ) -> list[Image.Image]:
-        """One picture for each prompt and seed, made as one batch.
+        """Generate one image for each prompt and seed, as one batch.
 
         Args:
-            width, height: in pixels, multiples of 16.
-            image: start from this picture (of that size) instead of from noise alone: image-to-image.
-            strength: how much of the schedule is then run, 0..1; 1 keeps nothing of it.
-            cache: threshold of `flux.modules.step_cache.StepCache`; None: every step is computed whole.
-            on_step: called with each step as soon as it is taken.
+            prompts: The prompts.
+            seeds: The seed of each prompt.
+            width: Width of the images in pixels, a multiple of 16.
+            height: Height of the images in pixels, a multiple of 16.
+            num_steps: Number of steps of the whole schedule.
+            guidance: See `condition`, like the next four.
+            true_cfg: See `condition`.
+            negative_prompt: See `condition`.
+            mimic_scale: See `condition`.
+            mimic_percentile: See `condition`.
+            image: Start from this image, or from one for each prompt, instead of from noise alone (SDEdit,
+                arXiv 2108.01073). It has the size of the images to generate.
+            strength: Fraction of the schedule that is run on it, 0..1; 1 keeps nothing of it.
+            watermark: Whether to embed the invisible watermark.
+            cache: Threshold of `flux.modules.step_cache.StepCache`. If None, every step is computed in full.
+            on_step: Called with each step as soon as it is taken.
+            progress: Whether to show a progress bar.
         """
-        cond = self.condition(prompts, guidance, true_cfg, negative_prompt)
+        cond = self.condition(prompts, guidance, true_cfg, negative_prompt, mimic_scale, mimic_percentile)
         latent, levels = self.noise(seeds, width, height), self.schedule(num_steps, width, height)
         if image is not None:
+            images = [image] if isinstance(image, Image.Image) else image
             levels = levels[round((1 - strength) * num_steps) :]
-            latent = levels[0] * latent + (1 - levels[0]) * self.encode(image)
+            latent = levels[0] * latent + (1 - levels[0]) * torch.cat([self.encode(each) for each in images])
         ids = self.image_ids(len(prompts), width, height)
         with self.denoising() as model:
-            spared = StepCache(cache, self.ranks.total) if cache else None
-            steps = sampling.sample(model, latent, ids, cond, levels, cache=spared)
+            step_cache = StepCache(cache, self.group.total) if cache else None
+            steps = sampling.sample(model, latent, ids, cond, levels, cache=step_cache)
             for step in tqdm(steps, total=len(levels) - 1, desc="denoise", unit="step", disable=not progress):
                 latent = step.latent
                 if on_step:
@@ -240,15 +302,45 @@ class Pipeline:
         return self.decode(latent, width, height, watermark)
 
 
+class _Reporting:
+    """A transformer that reports the rows of each pass, used like the one that it wraps."""
+
+    def __init__(self, model: VelocityModel, listeners: Sequence[Callable[[int], None]]):
+        self.model, self.listeners = model, listeners
+        self.streams, self.modulations = model.streams, model.modulations
+
+    def observe(
+        self,
+        inputs: Inputs,
+        intervention: Intervention = NOTHING,
+        *,
+        start: Streams | None = None,
+        mods: Sequence[Tensor] | None = None,
+        cache: StepCache | None = None,
+    ) -> tuple[Tensor, Recorded]:
+        """See `Flux.observe`."""
+        velocity, recorded = self.model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
+        for on_pass in self.listeners:
+            on_pass(len(velocity))
+        return velocity, recorded
+
+
 @contextmanager
-def counted(pipe: Pipeline) -> Iterator[Callable[[], int]]:
-    """Gives how many pictures the transformer has been asked about since the block began: what a step costs,
-    a second pass for true guidance or a second-order method included.
+def count_evaluations(pipe: Pipeline) -> Iterator[Callable[[], int]]:
+    """Count the evaluations of the transformer, one for each image of each pass.
+
+    A second pass for true CFG or of a second-order method counts too.
+
+    Yields:
+        A function that returns the count since the block began.
     """
-    rows = []
-    # The one part that every evaluation runs through whole, whatever is bypassed, compiled or offloaded.
-    handle = pipe.model.final_layer.register_forward_hook(lambda net, given, out: rows.append(len(out)))
-    try:
+    rows: list[int] = []
+    with pipe.listening(rows.append):
         yield lambda: sum(rows)
-    finally:
-        handle.remove()
+
+
+def _blocks_of_t5(t5: HFEmbedder) -> nn.ModuleList:
+    blocks = t5.hf_module.get_submodule("encoder.block")
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(f"Expected the blocks of a T5 encoder, got {type(blocks).__name__}")
+    return blocks

@@ -63,7 +63,7 @@ class StoredTensor:
         # A copy to a GPU is several times as fast from pinned memory.
         pinned = torch.device(device).type == "cuda"
         raw = torch.empty(self.size, dtype=torch.uint8, pin_memory=pinned)
-        view, done = memoryview(raw.numpy()), 0
+        view, done = raw.numpy().data, 0
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset)

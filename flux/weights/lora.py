@@ -165,9 +165,10 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, Place]) -> list[Pa
 
 
 def _part_of(module: str) -> Part:
-    return next(
-        (part for part, prefixes in TEXT_PREFIXES.items() if module.startswith(prefixes)), "transformer"
-    )
+    for part, prefixes in TEXT_PREFIXES.items():
+        if module.startswith(prefixes):
+            return part
+    return "transformer"
 
 
 def _places(part: Part, model: nn.Module) -> dict[str, Place]:

@@ -311,18 +311,24 @@ def _patched(
     linear: nn.Linear | PackedLinear, patches: Sequence[Patch], dtype: torch.dtype
 ) -> nn.Linear | PackedLinear | LowRankLinear:
     """The layer with these changes in it or beside it."""
-    device = next(linear.parameters()).device
-    rows = linear.packed.shape[0] if isinstance(linear, PackedLinear) else linear.out_features
     changes = [(patch, patch.change) for patch in patches if patch.change is not None]
     low_rank = [(patch, change) for patch, change in changes if isinstance(change, LowRank)]
-    beside = isinstance(linear, PackedLinear) and len(low_rank) == len(changes)
-    base = linear if beside or not changes else _merged(linear, changes, dtype)
+    biases = [patch for patch in patches if patch.biases]
+    if isinstance(linear, PackedLinear) and len(low_rank) == len(changes):
+        _add_to_bias(linear, biases, dtype)
+        return _beside(linear, low_rank, dtype) if low_rank else linear
+    merged = _merged(linear, changes, dtype) if changes else linear
+    _add_to_bias(merged, biases, dtype)
+    return merged
+
+
+def _add_to_bias(linear: nn.Linear | PackedLinear, patches: Sequence[Patch], dtype: torch.dtype) -> None:
+    device = next(linear.parameters()).device
+    rows = linear.packed.shape[0] if isinstance(linear, PackedLinear) else linear.out_features
     for patch in patches:
-        if patch.biases:
-            bias = torch.zeros(rows, device=device) if base.bias is None else base.bias.float()
-            bias[patch.place.start : patch.place.stop] += patch.bias(device)
-            base.bias = _parameter(bias, dtype)
-    return _beside(base, low_rank, dtype) if beside and low_rank else base
+        bias = torch.zeros(rows, device=device) if linear.bias is None else linear.bias.float()
+        bias[patch.place.start : patch.place.stop] += patch.bias(device)
+        linear.bias = _parameter(bias, dtype)
 
 
 def _merged(
@@ -338,7 +344,8 @@ def _merged(
             weight[rows] += change.matrix(patch.place, patch.factor, weight.device)
     merged = nn.Linear(1, 1, bias=False, device="meta")
     merged.out_features, merged.in_features = weight.shape
-    merged.weight, merged.bias = _parameter(weight, dtype), linear.bias
+    merged.weight = _parameter(weight, dtype)
+    merged.register_parameter("bias", linear.bias)
     return merged
 
 

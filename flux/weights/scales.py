@@ -17,10 +17,10 @@ from torch import Tensor
 
 from flux.errors import InputError
 from flux.modules import gguf_blocks
+from flux.modules.float8 import EIGHT_BIT_FLOATS
 from flux.weights.headers import StoredTensor, parse_json, short_name
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E5M2")
 MARKER = "scaled_fp8"
 SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # the first one that a matrix has is used
 UNUSED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")  # beside a matrix with a scale

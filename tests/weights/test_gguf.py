@@ -10,6 +10,7 @@ from helpers import tiny_models, weight_files
 
 from flux.errors import InputError
 from flux.intervention import Intervention
+from flux.model import Inputs
 from flux.modules.gguf_blocks import BLOCKS, expand
 from flux.modules.linear import PackedLinear, project_rows
 from flux.runtime.offload import Offloaded
@@ -36,9 +37,9 @@ def test_a_packed_model_answers_as_the_expanded_one(tmp_path, kind):
     given = tiny_models.inputs(2, params=weight_files.WIDE)
     assert torch.equal(packed(**given), plain(**given))
     kept = plain.observe(
-        **tiny_models.rows_of(given, [0]), intervention=Intervention(keep=frozenset({0, 1}))
+        Inputs(**tiny_models.rows_of(given, [0])), intervention=Intervention(keep=frozenset({0, 1}))
     )[1].kept
-    taken = Intervention(take=kept, skip=frozenset({2}))
+    taken = Intervention(inject=kept, skip=frozenset({2}))
     assert (
         tiny_models.relative_error(packed(**given, intervention=taken), plain(**given, intervention=taken))
         < 1e-6

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -199,17 +200,17 @@ def test_the_folder_without_weights_is_not_taken_for_whole(server):
 
 
 def test_a_folder_broken_off_half_way_is_not_taken_for_whole(server, monkeypatch):
-    get = hub._get
+    download = huggingface_hub.hf_hub_download
 
-    def stops(spec, part, commit):
-        if part.name == "text_encoder/config.json":
+    def stops(repository, filename, **more):
+        if filename == "text_encoder/config.json":
             raise KeyboardInterrupt
-        get(spec, part, commit)
+        return download(repository, filename, **more)
 
-    monkeypatch.setattr(hub, "_get", stops)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", stops)
     with pytest.raises(KeyboardInterrupt):
         own_text_folder(SPEC, True)
-    monkeypatch.setattr(hub, "_get", get)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert (own_text_folder(SPEC, True) / "tokenizer_2" / "tokenizer_config.json").exists()
 
 

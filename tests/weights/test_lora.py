@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flux.errors import InputError
 from flux.intervention import Intervention
+from flux.model import Inputs
 from flux.modules.layers import timestep_embedding
 from flux.modules.linear import LowRankLinear
 from flux.settings.demos import ModelSettings
@@ -316,8 +317,8 @@ def test_kept_apart_over_packed_weights(tmp_path, kind):
         tiny_models.inputs(2, params=weight_files.WIDE),
     )
     keep = Intervention(keep=frozenset({0, 1}))
-    kept = plain.observe(**tiny_models.rows_of(given, [0]), intervention=keep)[1].kept
-    taken = Intervention(take=kept)
+    kept = plain.observe(Inputs(**tiny_models.rows_of(given, [0])), intervention=keep)[1].kept
+    taken = Intervention(inject=kept)
     assert (
         tiny_models.relative_error(model(**given, intervention=taken), plain(**given, intervention=taken))
         < 2e-6
@@ -458,7 +459,8 @@ def test_settings():
     settings = check_settings(ModelSettings, {"lora": ["a", {"file": "b", "weight": 0.8}]})
     assert [(entry.file, entry.weight) for entry in settings.lora] == [("a", 1.0), ("b", 0.8)]
     assert check_settings(ModelSettings, json.loads(json.dumps(settings.to_json()))) == settings
-    for wrong in ([{"weight": 1.0}], [{"file": "a", "strength": 1.0}], [7], "a"):
+    assert check_settings(ModelSettings, {"lora": "a"}).lora == settings.lora[:1]
+    for wrong in ([{"weight": 1.0}], [{"file": "a", "strength": 1.0}], [7], 7):
         with pytest.raises(InputError, match="lora"):
             check_settings(ModelSettings, {"lora": wrong})
 
