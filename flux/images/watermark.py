@@ -1,21 +1,21 @@
-"""The invisible watermark that FLUX.1's own code puts into every picture: 48 fixed bits.
+"""The invisible watermark that FLUX.1's own code puts into every image: 48 fixed bits.
 
-The format is the "dwtDct" method of the `invisible-watermark` package
-(github.com/ShieldMnt/invisible-watermark), which despite its name uses a wavelet and no cosine transform.
-What a decoder does, and hence what an embedder must bring about:
+The format is the "dwtDct" method of the package `invisible-watermark`
+(github.com/ShieldMnt/invisible-watermark). Despite its name it uses a wavelet and no cosine transform. A
+decoder does the following, so an embedder must bring it about:
 
-1. take the U channel of the picture (BT.601: U = 0.492 (B - Y) + 128), cut to multiples of four pixels;
-2. one level of the Haar transform, of which only the low-pass band counts: LL = (a + b + c + d) / 2 of each
-   2x2 square;
-3. cut LL into 4x4 blocks, 8x8 pixels each, numbered row by row; block n carries bit n mod 48;
-4. a block's bit is 1 where its largest coefficient, the first one left out, lies in the upper half of a step
-   of 36;
-5. every bit is the vote of all blocks that carry it.
+1. Take the U channel of the image (BT.601: U = 0.492 (B - Y) + 128), cut to multiples of four pixels.
+2. Apply one level of the Haar transform. Only its low-pass band counts: LL = (a + b + c + d) / 2 of each 2x2
+   square.
+3. Cut LL into blocks of 4x4, 8x8 pixels each, numbered row by row. Block n carries bit n mod 48.
+4. Read a block's bit: 1 if its largest coefficient, without the first one, is in the upper half of a step of
+   36.
+5. Let all blocks that carry a bit vote on it.
 
-The embedder here is our own and differs from the package's, which moves the largest coefficient only: another
-may then be the largest, and colours at the edge of the gamut lose the change. Here all 15 coefficients are
-kept below the new largest, pixels that would leave the gamut move along the grey axis (which U does not see),
-and the cheaper of two ways is taken. The mark survives JPEG of quality 95; like the package's it survives
+This embedder differs from the package's, which changes the largest coefficient only: another may then be the
+largest, and colours at the edge of the gamut lose the change. Here, all 15 coefficients are kept below the
+new largest one, pixels that would leave the gamut move along the grey axis (which U does not see), and the
+cheaper of two candidates is taken. The mark survives JPEG of quality 95. Like the package's, it survives
 neither strong compression nor scaling.
 """
 
@@ -29,41 +29,46 @@ from flux.images.io import to_uint8
 WATERMARK_MESSAGE = 0b001010101111111010000111100111001111010100101110
 WATERMARK_BITS = [int(bit) for bit in f"{WATERMARK_MESSAGE:048b}"]
 
-MIN_AREA = 256 * 256  # the package neither writes nor reads smaller pictures
+MIN_AREA = 256 * 256  # the package neither writes nor reads smaller images
 STEP = 36.0
-MARGIN = 7.0  # how far inside its half of a step a coefficient is put: 9, the middle, would be seen more
-MISS_COST = 1e6  # a bit that reads right is worth more than any usual error of its block
+MARGIN = 7.0  # how far inside its half of a step a coefficient is put; 9, the middle, would be more visible
+MISS_COST = 1e6  # a bit that is read correctly is worth more than any usual error of its block
 RGB_TO_U = np.array([-0.14713, -0.28886, 0.43601], dtype=np.float32)
 U_TO_RGB = np.array([0.0, -0.39465, 2.03211], dtype=np.float32)
 
 
 def embed_watermark(image: Tensor) -> Tensor:
-    """Pictures `n c h w` (or `c h w`, `b n c h w`) in -1..1, watermarked; same shape, dtype and device.
+    """Embeds the watermark.
 
-    The result lies on the 256 levels of an 8-bit picture. Pictures of fewer than 256 * 256 pixels, or with a
-    side under 8 pixels, cannot carry the mark and come back as they were. `image` itself is not changed.
+    Args:
+        image: images `n c h w` (or `c h w`, `b n c h w`) in -1..1. It is not changed.
+
+    Returns:
+        The images on the 256 levels of 8 bits, with the same shape, dtype and device. Images of fewer than
+        256 * 256 pixels, or with a side under 8 pixels, cannot carry the mark and are returned unchanged.
     """
     height, width = image.shape[-2:]
     if height * width < MIN_AREA or min(height, width) < 8:
         return image
-    pictures = to_uint8(image).reshape(-1, height, width, 3)
-    for picture in pictures:
-        _embed(picture)
-    levels = torch.from_numpy(pictures).permute(0, 3, 1, 2).reshape(image.shape)
+    images = to_uint8(image).reshape(-1, height, width, 3)
+    for rgb in images:
+        _embed(rgb)
+    levels = torch.from_numpy(images).permute(0, 3, 1, 2).reshape(image.shape)
     return (levels.float() / 127.5 - 1).to(dtype=image.dtype, device=image.device)
 
 
 def extract_watermark(x: Tensor) -> list[int]:
-    """The 48 bits of one picture, `c h w` or `1 c h w` in -1..1: WATERMARK_BITS if it bears the mark.
+    """Reads the 48 bits of one image, `c h w` or `1 c h w` in -1..1: WATERMARK_BITS if it carries the mark.
 
-    Raises InputError for more than one picture and for one too small to carry the mark.
+    Raises:
+        InputError: more than one image, or one that is too small to carry the mark.
     """
     height, width = x.shape[-2:]
     if x.shape[:-3].numel() != 1:
-        raise InputError(f"Got {x.shape[:-3].numel()} pictures to read a watermark from: give one at a time")
+        raise InputError(f"Got {x.shape[:-3].numel()} images to read a watermark from: give one at a time")
     if height * width < MIN_AREA or min(height, width) < 8:
         raise InputError(
-            f"Got a picture of {width}x{height}, too small to bear a watermark: expected at least "
+            f"Got an image of {width}x{height}, too small to carry a watermark: expected at least "
             f"{MIN_AREA} pixels and no side under 8"
         )
     blocks = _blocks(to_uint8(x).reshape(height, width, 3).astype(np.float32))
@@ -71,23 +76,23 @@ def extract_watermark(x: Tensor) -> list[int]:
     return [int(ones[bit :: len(WATERMARK_BITS)].mean() >= 0.5) for bit in range(len(WATERMARK_BITS))]
 
 
-def _embed(picture: np.ndarray) -> None:
-    """Marks H W 3, uint8 RGB, in place."""
-    rows, columns = picture.shape[0] // 8, picture.shape[1] // 8
-    area = picture[: rows * 8, : columns * 8]
+def _embed(image: np.ndarray) -> None:
+    """Marks an image, H W 3, uint8 RGB, in place."""
+    rows, columns = image.shape[0] // 8, image.shape[1] // 8
+    area = image[: rows * 8, : columns * 8]
     rgb = area.astype(np.float32)
     blocks = _blocks(rgb)
     bits = np.resize(WATERMARK_BITS, (rows, columns))
 
-    # Each bit owns one half of every step. Two candidates for the block's largest coefficient: well inside
-    # the half where it lies, or the next below if that is the other bit's, and well inside the next above.
+    # Each bit has one half of every step. There are two candidates for the block's largest coefficient: well
+    # inside its own half, or the next below if that half is the other bit's; and well inside the next above.
     largest = blocks[..., 1:].max(-1)
     start = STEP / 2 * bits.astype(np.float32)
     start += STEP * np.floor((largest - start) / STEP)
     below = largest.clip(start + MARGIN, start + STEP / 2 - MARGIN)
     candidates = [_recolour(rgb, blocks, level) for level in (below, start + STEP + MARGIN)]
 
-    # Which one changes the picture less, and whether the gamut allows it, depends on the block: try both.
+    # Which one changes the image less, and whether the gamut allows it, depends on the block: try both.
     costs = []
     for candidate in candidates:
         error = ((candidate - rgb) ** 2).reshape(rows, 8, columns, 8, 3).sum((1, 3, 4))
@@ -99,7 +104,7 @@ def _embed(picture: np.ndarray) -> None:
 
 
 def _recolour(rgb: np.ndarray, blocks: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """`rgb` with `level` as every block's largest coefficient, in whole numbers 0..255."""
+    """Recolours `rgb` so that `level` is every block's largest coefficient, in whole numbers 0..255."""
     wanted = blocks.copy()
     wanted[..., 1:] = np.minimum(wanted[..., 1:], level[..., None])
     np.put_along_axis(wanted, 1 + blocks[..., 1:].argmax(-1, keepdims=True), level[..., None], axis=-1)
@@ -115,7 +120,7 @@ def _recolour(rgb: np.ndarray, blocks: np.ndarray, level: np.ndarray) -> np.ndar
 
 
 def _blocks(rgb: np.ndarray) -> np.ndarray:
-    """H W 3, float RGB 0..255 -> H//8 W//8 16: Haar's low-pass band of U, each 4x4 block as a row."""
+    """Computes Haar's low-pass band of U by 4x4 blocks: H W 3, float RGB 0..255 -> H//8 W//8 16."""
     rows, columns = rgb.shape[0] // 8, rgb.shape[1] // 8
     u = np.rint(rgb[: rows * 8, : columns * 8] @ RGB_TO_U) + 128
     low = u.reshape(rows * 4, 2, columns * 4, 2).sum((1, 3)) / 2

@@ -1,7 +1,19 @@
+"""Automatic masks, on maps and on attention made by hand."""
+
+from types import SimpleNamespace
+
 import torch
+from torch.testing import assert_close
 
 from flux.attention.tokens import text_tokens
-from flux.editing.automask import WatchedPass, changes_whole_image, dilated_mask, subject_tokens
+from flux.editing.automask import (
+    WatchedPass,
+    changes_whole_image,
+    dilated_mask,
+    subject_tokens,
+    word_attention,
+    words_only_in,
+)
 from flux.pipeline import Pipeline
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
@@ -71,3 +83,37 @@ def test_the_subject_is_where_a_shared_word_is_looked_at():
     assert subject[inside].all()
     assert not subject[~rim].any()
     assert not found("cats").any(), "no word is shared"
+
+
+def test_words_that_only_one_prompt_has():
+    source, edit = "A dog on the grass", "a dog wearing a top hat on the snow"
+    assert words_only_in(edit, source) == ["wearing", "top", "hat", "snow"]
+    assert words_only_in(source, edit) == ["grass"]
+
+
+def test_tokens_that_attend_most_and_their_neighbours():
+    """Each row by its own most; one that is 0 all over says nothing."""
+    maps = torch.full((2, 48), 0.1)
+    maps[0, [8, 9, 16, 17, 0, 1]] = 1.0
+    maps[1] = 0.0
+    found, nothing = dilated_mask(maps, 128, 96).reshape(2, 6, 8)
+    assert found[:3, :3].all()
+    assert not found[:, 5:].any()
+    assert not found[5].any()
+    assert nothing.all()
+
+
+def test_attention_to_words_is_what_the_mask_follows():
+    """By hand: in the first half of the picture image tokens attend to the third word, in the rest not. Rows
+    go by their own prompts; one without a word of its own is 0.
+    """
+    tokenizer = SimpleNamespace(max_length=4)
+    offsets = {"offset_mapping": [(0, 1), (2, 5), (6, 9), (0, 0)], "attention_mask": [1, 1, 1, 1]}
+    tokenizer.tokenizer = lambda *given, **more: offsets
+    q, k = torch.zeros(2, 1, 12, 2), torch.zeros(2, 1, 12, 2)
+    k[:, 0, 2, 0], q[:, 0, 4:8, 0] = 5.0, 5.0
+    watched = WatchedPass(["a dog cat"] * 2, {0: (q, k)})
+    found, nothing = word_attention(tokenizer, watched, ["a dog", "cat dog a"])
+    assert_close(found[:4], torch.ones(4))
+    assert (found[4:] < 0.2).all()
+    assert not nothing.any()

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from flux import sampling
 from flux.editing import inversion
-from flux.editing.flow_edit import flow_edit
 from flux.editing.inversion import INVERSIONS
 from flux.sampling import Conditioning
 
@@ -94,52 +93,3 @@ def test_euler_follows_equation_4():
     for got, t, noisier in zip(latents, levels[::-1], levels[-2::-1]):
         x = x + (noisier - t) * model(**{**row, "img": x, "timesteps": torch.tensor([noisier])})
         assert_close(got, x, rtol=0, atol=1e-6)
-
-
-# ---- FlowEdit
-
-
-def told(*values: float) -> Conditioning:
-    """Texts that the fields below read as numbers."""
-    rows = len(values)
-    txt = torch.tensor(values)[:, None, None]
-    return Conditioning(txt, NO_TEXT.txt_ids.expand(rows, -1, -1), NO_TEXT.vec.expand(rows, -1))
-
-
-def noises(count: int = 7) -> list[torch.Tensor]:
-    return [torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(n)) for n in range(count)]
-
-
-def test_flow_edit_to_the_same_prompt_changes_nothing(latent, ids):
-    field = Field(lambda x, t, txt: torch.sin(x) * txt)
-    *_, end = flow_edit(field, latent, ids, told(2.0), told(2.0), LEVELS, noises())
-    assert torch.equal(end, latent)
-
-
-def test_flow_edit_walks_along_the_difference(latent, ids):
-    """A field of the text alone: each edit moves by its difference, times the noise level where it begins."""
-    field = Field(lambda x, t, txt: txt * torch.ones_like(x))
-    steps = list(flow_edit(field, latent, ids, told(2.0), told(5.0, 1.0), LEVELS, noises()))
-    assert len(steps) == 7
-    assert torch.equal(steps[0], latent.expand(2, -1, -1))
-    begin = LEVELS[1]
-    for row, difference in enumerate((3.0, -1.0)):
-        assert_close(steps[-1][row : row + 1], latent - begin * difference, rtol=0, atol=1e-6)
-
-
-def test_flow_edit_asks_at_noise_of_its_own(latent, ids):
-    """The source between latent and that step's noise; the target as far from there as the edit has come."""
-    field, drawn = Field(lambda x, t, txt: txt * torch.ones_like(x)), noises()
-    steps = list(flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, drawn))
-    for index, (source, target) in enumerate(zip(field.asked[::2], field.asked[1::2]), start=1):
-        noisy = (1 - LEVELS[index]) * latent + LEVELS[index] * drawn[index]
-        assert_close(source.img, noisy, rtol=0, atol=1e-6)
-        assert_close(target.img, noisy + steps[index - 1] - latent, rtol=0, atol=1e-6)
-
-
-def test_flow_edit_leaves_what_the_mask_forbids(latent, ids):
-    field, mask = Field(lambda x, t, txt: txt * torch.ones_like(x)), torch.zeros(1, 6, 1, dtype=torch.bool)
-    mask[:, 2] = True
-    *_, end = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises(), mask)
-    assert torch.equal(end[:, [0, 1, 3, 4, 5]], latent[:, [0, 1, 3, 4, 5]])
-    assert (end[:, 2] - latent[:, 2]).abs().min() > 1

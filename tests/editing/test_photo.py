@@ -1,16 +1,13 @@
-"""Photographs of any size there and back, masks in tokens, captions, automatic masks."""
-
-from types import SimpleNamespace
+"""Photographs of any size there and back, and masks in tokens."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from torch.testing import assert_close
 
-from flux.editing import automask
-from flux.editing.caption import describe
-from flux.editing.photo import Photograph, mask_image, middle, natural_size, token_mask
+from flux.editing.photo import TOKEN, Photograph, mask_image, middle, natural_size, token_mask
 from flux.errors import InputError
 
 
@@ -129,88 +126,50 @@ def test_a_mask_as_a_picture():
     assert 0 < picture[8, 16] < 255, "soft edges"
 
 
-# ---- automatic masks
+# ---- properties
 
 
-def test_words_that_only_one_prompt_has():
-    source, edit = "A dog on the grass", "a dog wearing a top hat on the snow"
-    assert automask.words_only_in(edit, source) == ["wearing", "top", "hat", "snow"]
-    assert automask.words_only_in(source, edit) == ["grass"]
+def sides(tokens: int = 12):
+    """Sides of an edit in pixels, whole tokens."""
+    return st.integers(1, tokens).map(lambda count: count * TOKEN)
 
 
-def test_tokens_that_attend_most_and_their_neighbours():
-    """Each row by its own most; one that is 0 all over says nothing."""
-    maps = torch.full((2, 48), 0.1)
-    maps[0, [8, 9, 16, 17, 0, 1]] = 1.0
-    maps[1] = 0.0
-    found, nothing = automask.dilated_mask(maps, 128, 96).reshape(2, 6, 8)
-    assert found[:3, :3].all()
-    assert not found[:, 5:].any()
-    assert not found[5].any()
-    assert nothing.all()
+@given(st.integers(1, 300), st.integers(1, 300), sides(), sides())
+def test_the_middle_is_inside_and_of_the_shape(across, down, width, height):
+    """As large as the image allows, to half a pixel, and in its middle."""
+    left, top, right, bottom = middle((across, down), width, height)
+    assert 0 <= left < right <= across
+    assert 0 <= top < bottom <= down
+    assert right - left == across or bottom - top == down
+    scale = min(across / width, down / height)
+    assert abs((right - left) - max(1, scale * width)) <= 0.5 + 1e-6
+    assert abs((bottom - top) - max(1, scale * height)) <= 0.5 + 1e-6
+    assert abs(left - (across - right)) <= 1
+    assert abs(top - (down - bottom)) <= 1
 
 
-def test_attention_to_words_is_what_the_mask_follows():
-    """By hand: in the first half of the picture image tokens attend to the third word, in the rest not. Rows
-    go by their own prompts; one without a word of its own is 0.
-    """
-    tokenizer = SimpleNamespace(max_length=4)
-    offsets = {"offset_mapping": [(0, 1), (2, 5), (6, 9), (0, 0)], "attention_mask": [1, 1, 1, 1]}
-    tokenizer.tokenizer = lambda *given, **more: offsets
-    q, k = torch.zeros(2, 1, 12, 2), torch.zeros(2, 1, 12, 2)
-    k[:, 0, 2, 0], q[:, 0, 4:8, 0] = 5.0, 5.0
-    watched = automask.WatchedPass(["a dog cat"] * 2, {0: (q, k)})
-    found, nothing = automask.word_attention(tokenizer, watched, ["a dog", "cat dog a"])
-    assert_close(found[:4], torch.ones(4))
-    assert (found[4:] < 0.2).all()
-    assert not nothing.any()
-
-
-# ---- captions
-
-
-@pytest.fixture(scope="module")
-def captioner(tmp_path_factory):
-    """A BLIP of a few thousand random weights, with its processor."""
-    from transformers import (
-        BertTokenizer,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessor,
-        BlipProcessor,
-    )
-
-    folder = tmp_path_factory.mktemp("blip")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "on", "the", "grass"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {
-        "vocab_size": len(words),
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "sep_token_id": 3,
-        "pad_token_id": 0,
+@given(sides(), sides(), st.data())
+def test_a_painted_mask_of_the_edits_size_names_its_tokens(width, height, data):
+    """White pixels at any places: exactly the tokens that hold one may change."""
+    pixels = st.tuples(st.integers(0, width - 1), st.integers(0, height - 1))
+    white = data.draw(st.lists(pixels, min_size=1, max_size=8))
+    mask = Image.new("L", (width, height))
+    for pixel in white:
+        mask.putpixel(pixel, 255)
+    found = token_mask(mask, [(width, height)], width, height)
+    columns = width // TOKEN
+    assert found.shape == (1, columns * (height // TOKEN), 1)
+    assert set(found.flatten().nonzero().flatten().tolist()) == {
+        y // TOKEN * columns + x // TOKEN for x, y in white
     }
-    config = BlipConfig(
-        text_config=small | ids | {"encoder_hidden_size": 16, "max_position_embeddings": 80},
-        vision_config=small | {"image_size": 32, "patch_size": 16},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    BlipForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
-    return str(folder)
 
 
-def test_a_caption(captioner):
-    words = describe(noise(50, 40), captioner).split()
-    assert words
-    assert set(words) <= {"a", "dog", "cat", "on", "the", "grass", "[UNK]", "[MASK]"}
-    assert describe(noise(50, 40), captioner).split() == words
-
-
-def test_captioners_that_are_none(tmp_path):
-    with pytest.raises(InputError, match=r"caption_model '.*nothing'.*say in prompt") as error:
-        describe(noise(50, 40), str(tmp_path / "nothing"))
-    assert len(str(error.value).splitlines()) == 1
+@given(sides(8), sides(8), st.data())
+def test_a_mask_of_tokens_comes_back_from_its_image(width, height, data):
+    """The middle of a token is white if it may change and has the grey of its neighbours else."""
+    count = (width // TOKEN) * (height // TOKEN)
+    tokens = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))[:, None]
+    image = np.asarray(mask_image(tokens, width, height))
+    centres = image[TOKEN // 2 :: TOKEN, TOKEN // 2 :: TOKEN] >= 128
+    assert image.shape == (height, width)
+    assert centres.flatten().tolist() == tokens.flatten().tolist()

@@ -165,5 +165,5 @@ def test_unmarked_is_told_apart():
 
 def test_extract_takes_one_picture():
     assert extract_watermark(embed_watermark(scene(256, 256))[None]) == WATERMARK_BITS
-    with pytest.raises(InputError, match="2 pictures"):
+    with pytest.raises(InputError, match="2 images"):
         extract_watermark(torch.zeros(2, 3, 256, 256))

@@ -1,0 +1,45 @@
+"""A model for small edits, and what it is asked."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny_models
+from helpers.editing import DOG, make
+
+
+@pytest.fixture(scope="module")
+def small(nano):
+    """flux-nano's texts and autoencoder around a transformer that takes no time: the pictures mean nothing,
+    but nothing here asks for more.
+    """
+    net = tiny_models.flux(context_in_dim=256, vec_in_dim=128)
+    return replace(nano, model=net, spec=replace(nano.spec, params=net.params))
+
+
+@pytest.fixture
+def passes(small, monkeypatch):
+    """The interventions of the transformer's passes, as they are made."""
+    found, observe = [], small.model.observe
+
+    def observing(inputs, intervention, **more):
+        found.append(intervention)
+        return observe(inputs, intervention, **more)
+
+    monkeypatch.setattr(small.model, "observe", observing)
+    return found
+
+
+@pytest.fixture(scope="module")
+def edited(small):
+    with torch.inference_mode():
+        return make(small)
+
+
+@pytest.fixture(scope="module")
+def photo(small):
+    """Of another size and shape than the edits'."""
+    size = {"width": 128, "height": 64, "num_steps": 6, "guidance": 3.5}
+    with torch.inference_mode():
+        [picture] = small.generate([DOG], [11], **size, progress=False)
+    return picture.resize((400, 200))

@@ -1,0 +1,76 @@
+"""Vital layers by name, from a scan, from a list."""
+
+import json
+
+import pytest
+
+from flux.errors import InputError
+from flux.specs import VITAL_LAYERS_DEV, configs
+from flux.vital_layers import PRESETS, find_vital_layers
+
+
+def test_vital_layers_by_name():
+    dev, nano = configs["flux-dev"], configs["flux-nano"]
+    assert find_vital_layers("auto", dev) == find_vital_layers("stable-flow", dev) == VITAL_LAYERS_DEV
+    assert find_vital_layers("auto", nano) == (4, 0)
+    assert set(VITAL_LAYERS_DEV) - set(find_vital_layers("stable-flow-code", dev)) == {2}
+    assert find_vital_layers([3, 1], nano) == (3, 1)
+    assert find_vital_layers("all", nano) == tuple(range(15))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sets_of_layers_of_dev(name):
+    layers = find_vital_layers(name, configs["flux-dev"])
+    assert layers == PRESETS[name]
+    assert len(set(layers)) == len(layers)
+
+
+def test_vital_layers_from_a_scan(tmp_path):
+    path = tmp_path / "vital_layers.json"
+    path.write_text(json.dumps({"vital_layers": [2, 5], "top": 2}))
+    assert find_vital_layers(str(path), configs["flux-nano"]) == (2, 5)
+    vitality = {"02": {"vitality": 0.1}, "05": {"vitality": 0.4}, "02-05": {"vitality": 0.5}}
+    path.write_text(json.dumps({"vital_layers": [2, 5], "vitality": vitality}))
+    assert find_vital_layers(str(path), configs["flux-nano"]) == (5, 2), "the most vital first"
+
+
+def test_vital_layers_that_nobody_knows():
+    with pytest.raises(InputError, match="not known: scan it"):
+        find_vital_layers("auto", configs["flux-schnell"])
+
+
+@pytest.mark.parametrize("choice", [[57], "stable-flow"], ids=str)
+def test_vital_layers_that_the_model_lacks(choice):
+    with pytest.raises(InputError, match=r"0\.\.14"):
+        find_vital_layers(choice, configs["flux-nano"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[0, 1]",
+        '{"layers": [0]}',
+        '{"vital_layers": []}',
+        '{"vital_layers": ["0"]}',
+        '{"vital_layers": [true]}',
+    ],
+)
+def test_files_that_are_no_scans(tmp_path, content):
+    path = tmp_path / "vital_layers.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"vital_layers\.json"):
+        find_vital_layers(str(path), configs["flux-nano"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x89PNG"])
+def test_files_that_are_no_text(tmp_path, content):
+    (tmp_path / "scan.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"scan\.json"):
+        find_vital_layers(str(tmp_path / "scan.json"), configs["flux-nano"])
+
+
+def test_a_name_that_is_no_preset_and_no_file():
+    with pytest.raises(InputError, match="'stable-flo', which is no file and no preset"):
+        find_vital_layers("stable-flo", configs["flux-nano"])
