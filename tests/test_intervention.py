@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from flux.errors import InputError
 from flux.intervention import Intervention, check_layers
-from flux.model import Streams
+from flux.model import Inputs, Streams
 
 LAYERS = range(tiny_models.NUM_LAYERS)
 VITAL = frozenset({0, 2, 3, 6})
@@ -47,7 +47,7 @@ def shared(given):
 
 def kept_by(model, given, rows=(0,), layers=VITAL):
     velocity, found = model.observe(
-        **tiny_models.rows_of(given, list(rows)), intervention=Intervention(keep=frozenset(layers))
+        Inputs(**tiny_models.rows_of(given, list(rows))), Intervention(keep=frozenset(layers))
     )
     return velocity, found.kept
 
@@ -60,7 +60,7 @@ def test_nothing_in_nothing_changed(model, given):
     plain = model(**given)
     assert torch.equal(model(**given, intervention=Intervention()), plain)
     assert torch.equal(model(**given, intervention=skip_rows((), (), ())), plain)
-    velocity, found = model.observe(**given)
+    velocity, found = model.observe(Inputs(**given))
     kept = found.kept
     assert torch.equal(velocity, plain)
     assert kept == {}
@@ -94,7 +94,7 @@ def test_skipped_layers_are_not_computed(model, given):
     broken = copy.deepcopy(model)
     for layer in (1, 4):
         block = [*broken.double_blocks, *broken.single_blocks][layer]
-        block.forward = None
+        block.run = None
     assert torch.equal(broken(**given, intervention=skip(1, 4)), model(**given, intervention=skip(1, 4)))
 
 
@@ -141,23 +141,23 @@ def test_equal_sets_for_all_rows_are_one_set(model, given):
 @pytest.mark.parametrize("layer", LAYERS[:-1])
 def test_half_a_layer_leaves_the_streams_halfway(model, given, layer):
     """Both of them, between what enters the layer and what it makes of that."""
-    before, after = model.streams(**given)[layer : layer + 2]
+    before, after = model.streams(Inputs(**given))[layer : layer + 2]
     halfway = Streams(layer + 1, (before.img + after.img) / 2, (before.txt + after.txt) / 2)
-    expected, _ = model.observe(**given, start=halfway)
-    half = Intervention(skip=frozenset({layer}), scale=0.5)
+    expected, _ = model.observe(Inputs(**given), start=halfway)
+    half = Intervention(skip=frozenset({layer}), skip_scale=0.5)
     assert_close(model(**given, intervention=half), expected, rtol=0, atol=2e-5)
 
 
 def test_a_scale_of_one_changes_nothing(model, given):
-    whole = Intervention(skip=frozenset(LAYERS), scale=1.0)
+    whole = Intervention(skip=frozenset(LAYERS), skip_scale=1.0)
     assert_close(model(**given, intervention=whole), model(**given), rtol=0, atol=5e-6)
 
 
 def test_only_the_rows_that_skip_are_scaled(model, given):
     rows = tuple(frozenset(layers) for layers in ({2}, (), {2, 5}))
-    mixed = model(**given, intervention=Intervention(skip=rows, scale=0.5))
+    mixed = model(**given, intervention=Intervention(skip=rows, skip_scale=0.5))
     for row, layers in enumerate(rows):
-        whole_batch = model(**given, intervention=Intervention(skip=layers, scale=0.5))
+        whole_batch = model(**given, intervention=Intervention(skip=layers, skip_scale=0.5))
         assert torch.equal(mixed[row], whole_batch[row])
 
 
@@ -166,49 +166,49 @@ def test_only_the_rows_that_skip_are_scaled(model, given):
 
 def test_streams_are_those_into_each_layer(model, given):
     """The first come from the embedding alone; from each on, the rest of the pass is the whole pass."""
-    streams = model.streams(**given)
+    streams = model.streams(Inputs(**given))
     assert [each.layer for each in streams] == list(LAYERS)
     assert torch.equal(streams[0].img, model.img_in(given["img"]))
     assert torch.equal(streams[0].txt, model.txt_in(given["txt"]))
     whole = model(**given)
     for start in streams:
-        assert torch.equal(model.observe(**given, start=start)[0], whole)
+        assert torch.equal(model.observe(Inputs(**given), start=start)[0], whole)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_bypass_may_start_at_its_layer(model, given, layer):
     """Nothing before the bypassed layer differs from the plain pass: what a sweep may share."""
-    start, skipping = model.streams(**given)[layer], skip(layer)
-    from_start, _ = model.observe(**given, intervention=skipping, start=start)
+    start, skipping = model.streams(Inputs(**given))[layer], skip(layer)
+    from_start, _ = model.observe(Inputs(**given), intervention=skipping, start=start)
     assert torch.equal(from_start, model(**given, intervention=skipping))
 
 
 def test_one_row_may_start_many(model, given):
     """The streams of one row serve a batch of it, each row with a set of its own."""
     one, alike = tiny_models.rows_of(given, [1]), tiny_models.rows_of(given, [1, 1, 1])
-    start, rows = model.streams(**one)[2], skip_rows({2}, {5}, ())
-    from_start, _ = model.observe(**alike, intervention=rows, start=start)
+    start, rows = model.streams(Inputs(**one))[2], skip_rows({2}, {5}, ())
+    from_start, _ = model.observe(Inputs(**alike), intervention=rows, start=start)
     assert_close(from_start, model(**alike, intervention=rows), rtol=0, atol=5e-6)
 
 
 def test_layers_before_the_start_are_not_computed(model, given):
-    start = model.streams(**given)[4]
+    start = model.streams(Inputs(**given))[4]
     broken = copy.deepcopy(model)
     for block in (*broken.double_blocks, broken.single_blocks[0]):
-        block.forward = None
-    assert torch.equal(broken.observe(**given, start=start)[0], model(**given))
+        block.run = None
+    assert torch.equal(broken.observe(Inputs(**given), start=start)[0], model(**given))
 
 
 # ---- keep
 
 
 def test_keeping_changes_nothing(model, given):
-    velocity, _ = model.observe(**given, intervention=Intervention(keep=frozenset(LAYERS)))
+    velocity, _ = model.observe(Inputs(**given), intervention=Intervention(keep=frozenset(LAYERS)))
     assert torch.equal(velocity, model(**given))
 
 
 def test_kept_are_the_image_tokens_of_the_layers_asked_for(model, given):
-    kept = model.observe(**given, intervention=Intervention(keep=VITAL))[1].kept
+    kept = model.observe(Inputs(**given), intervention=Intervention(keep=VITAL))[1].kept
     heads, size = tiny_models.PARAMS.num_heads, tiny_models.PARAMS.hidden_size // tiny_models.PARAMS.num_heads
     assert kept.keys() == VITAL
     for k, v in kept.values():
@@ -217,7 +217,7 @@ def test_kept_are_the_image_tokens_of_the_layers_asked_for(model, given):
 
 def test_kept_hold_no_more_memory_than_their_own(model, given):
     """A view would keep the whole projection, text and MLP and all, alive for as long as the step lasts."""
-    kept = model.observe(**given, intervention=Intervention(keep=frozenset(LAYERS)))[1].kept
+    kept = model.observe(Inputs(**given), intervention=Intervention(keep=frozenset(LAYERS)))[1].kept
     for pair in kept.values():
         for x in pair:
             assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
@@ -225,7 +225,7 @@ def test_kept_hold_no_more_memory_than_their_own(model, given):
 
 def test_kept_are_normalised_and_turned_keys(model, given):
     """Keys as attention sees them, and plain values, worked out by hand in the first layer."""
-    kept = model.observe(**given, intervention=Intervention(keep=frozenset({0})))[1].kept
+    kept = model.observe(Inputs(**given), intervention=Intervention(keep=frozenset({0})))[1].kept
     block = model.double_blocks[0]
     vec = torch.nn.functional.silu(tiny_models.hand_vec(model, given))
     shift, scale, *_ = block.img_mod.lin(vec)[:, None].chunk(6, dim=-1)
@@ -243,8 +243,8 @@ def test_taken_keys_are_what_is_kept(model, shared):
     edits.
     """
     _, kept = kept_by(model, shared)
-    both = Intervention(keep=VITAL, take=kept)
-    kept_again = model.observe(**tiny_models.rows_of(shared, [1, 2]), intervention=both)[1].kept
+    both = Intervention(keep=VITAL, inject=kept)
+    kept_again = model.observe(Inputs(**tiny_models.rows_of(shared, [1, 2])), intervention=both)[1].kept
     for layer, pair in kept.items():
         for first, second in zip(pair, kept_again[layer]):
             assert torch.equal(first.expand_as(second), second)
@@ -255,7 +255,7 @@ def test_taken_keys_are_what_is_kept(model, shared):
 
 def test_watched_are_queries_and_keys_of_all_tokens(model, given):
     """Text first; the image's keys are those that would be kept. Watching changes nothing."""
-    velocity, found = model.observe(**given, intervention=Intervention(keep=VITAL, watch=VITAL))
+    velocity, found = model.observe(Inputs(**given), intervention=Intervention(keep=VITAL, watch=VITAL))
     assert torch.equal(velocity, model(**given))
     assert found.watched.keys() == VITAL
     num_txt = given["txt"].shape[1]
@@ -263,7 +263,7 @@ def test_watched_are_queries_and_keys_of_all_tokens(model, given):
         assert q.shape == k.shape
         assert q.shape[2] == num_txt + TOKENS
         assert torch.equal(k[:, :, num_txt:], found.kept[layer][0])
-    alone = model.observe(**given, intervention=Intervention(watch=VITAL))[1]
+    alone = model.observe(Inputs(**given), intervention=Intervention(watch=VITAL))[1]
     assert alone.watched.keys() == VITAL
     assert not alone.kept
 
@@ -275,7 +275,7 @@ def test_watched_are_queries_and_keys_of_all_tokens(model, given):
 def test_taking_ones_own_changes_nothing(model, given, layer):
     """Up to rounding: queries and the MLP are then projected apart from keys and values."""
     velocity, kept = kept_by(model, given, rows=(0, 1, 2), layers={layer})
-    assert_close(model(**given, intervention=Intervention(take=kept)), velocity, rtol=0, atol=5e-6)
+    assert_close(model(**given, intervention=Intervention(inject=kept)), velocity, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("layers", [{0}, {3}, VITAL, set(LAYERS)], ids=str)
@@ -285,7 +285,7 @@ def test_take_is_writing_over_keys_and_values_by_rows(model, shared, layers):
     """
     by_rows = tiny_models.hand_forward(model, shared, inject=frozenset(layers))
     reference, kept = kept_by(model, shared, layers=layers)
-    edits = model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(take=kept))
+    edits = model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(inject=kept))
     error = tiny_models.relative_error(torch.cat((reference, edits)), by_rows)
     assert error < 1e-6, f"relative error {error:.1e}"
     plain = model(**tiny_models.rows_of(shared, [1, 2]))
@@ -297,7 +297,7 @@ def test_text_keys_and_values_stay_the_rows_own(model, shared):
     _, kept = kept_by(model, shared, layers=LAYERS)
     alike = tiny_models.rows_of(shared, [1, 1])
     alike["txt"] = shared["txt"][[1, 2]]
-    velocity = model(**alike, intervention=Intervention(take=kept))
+    velocity = model(**alike, intervention=Intervention(inject=kept))
     assert (velocity[0] - velocity[1]).abs().max() > 0.1
 
 
@@ -306,14 +306,14 @@ def test_projections_of_taken_keys_and_values_are_not_computed(model, shared):
     _, kept = kept_by(model, shared, layers={1})
     broken = copy.deepcopy(model)
     broken.double_blocks[1].img_attn.qkv.weight.data[tiny_models.PARAMS.hidden_size :] = torch.nan
-    edits, taking = tiny_models.rows_of(shared, [1, 2]), Intervention(take=kept)
+    edits, taking = tiny_models.rows_of(shared, [1, 2]), Intervention(inject=kept)
     assert torch.equal(broken(**edits, intervention=taking), model(**edits, intervention=taking))
 
 
 def test_edits_leave_what_they_take_untouched(model, shared):
     _, kept = kept_by(model, shared)
     before = copy.deepcopy(kept)
-    model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(take=kept))
+    model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(inject=kept))
     for layer in VITAL:
         for now, then in zip(kept[layer], before[layer]):
             assert torch.equal(now, then)
@@ -323,13 +323,13 @@ def test_a_batch_of_identical_rows_stays_identical(model, shared):
     """Rows equal to the reference, taking from it, answer as the reference does."""
     reference, kept = kept_by(model, shared)
     same = tiny_models.rows_of(shared, [0, 0, 0])
-    velocity = model(**same, intervention=Intervention(take=kept))
+    velocity = model(**same, intervention=Intervention(inject=kept))
     assert_close(velocity, reference.expand_as(velocity), rtol=0, atol=5e-6)
 
 
 def test_order_and_number_of_edits_do_not_matter(model, shared):
     _, kept = kept_by(model, shared)
-    taking = Intervention(take=kept)
+    taking = Intervention(inject=kept)
     edits = model(**tiny_models.rows_of(shared, [1, 2]), intervention=taking)
     turned = model(**tiny_models.rows_of(shared, [2, 1]), intervention=taking)
     assert_close(turned.flip(0), edits, rtol=0, atol=5e-6)
@@ -341,10 +341,10 @@ def test_several_references_serve_their_own_edits(model, shared):
     """Two references, four edits: the first two take from the first, the last two from the second."""
     _, kept = kept_by(model, shared, rows=(0, 1))
     edits = tiny_models.rows_of(shared, [2, 1, 0, 2])
-    together = model(**edits, intervention=Intervention(take=kept))
+    together = model(**edits, intervention=Intervention(inject=kept))
     for source, rows in ((0, [0, 1]), (1, [2, 3])):
         own = {layer: tuple(x[source : source + 1] for x in pair) for layer, pair in kept.items()}
-        alone = model(**tiny_models.rows_of(edits, rows), intervention=Intervention(take=own))
+        alone = model(**tiny_models.rows_of(edits, rows), intervention=Intervention(inject=own))
         assert_close(together[rows], alone, rtol=0, atol=5e-6)
 
 
@@ -352,11 +352,11 @@ def test_skip_keep_and_take_together(model, shared):
     """Bypassing one layer for some rows while others take: each row as alone."""
     _, kept = kept_by(model, shared)
     edits = tiny_models.rows_of(shared, [1, 2])
-    both = model(**edits, intervention=Intervention(skip=(frozenset({2}), frozenset()), take=kept))
+    both = model(**edits, intervention=Intervention(skip=(frozenset({2}), frozenset()), inject=kept))
     first = model(
-        **tiny_models.rows_of(edits, [0]), intervention=Intervention(skip=frozenset({2}), take=kept)
+        **tiny_models.rows_of(edits, [0]), intervention=Intervention(skip=frozenset({2}), inject=kept)
     )
-    second = model(**tiny_models.rows_of(edits, [1]), intervention=Intervention(take=kept))
+    second = model(**tiny_models.rows_of(edits, [1]), intervention=Intervention(inject=kept))
     assert_close(both, torch.cat((first, second)), rtol=0, atol=5e-6)
 
 
@@ -372,7 +372,7 @@ def hand_blend(model, given, layer, weight, parts="kv"):
     for part, x in zip("kv", own[layer]):
         share = weight if part in parts else torch.zeros(())
         blend.append(x + share * (x[:1] - x))
-    return model(**given, intervention=Intervention(take={layer: tuple(blend)}))
+    return model(**given, intervention=Intervention(inject={layer: tuple(blend)}))
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3, 6])
@@ -381,7 +381,7 @@ def hand_blend(model, given, layer, weight, parts="kv"):
 def test_weights_blend_with_ones_own(model, given, layer, weight, parts):
     _, kept = kept_by(model, given, layers={layer})
     pair = tuple(x if part in parts else None for part, x in zip("kv", kept[layer]))
-    got = model(**given, intervention=Intervention(take={layer: pair}, weights={layer: weight}))
+    got = model(**given, intervention=Intervention(inject={layer: pair}, inject_weights={layer: weight}))
     assert_close(got, hand_blend(model, given, layer, torch.tensor(weight), parts), rtol=0, atol=5e-6)
 
 
@@ -391,80 +391,64 @@ def test_weights_of_each_image_token(model, given, layer, rows):
     """One row of them for all, or one for each."""
     weight = torch.rand(rows, TOKENS, generator=torch.Generator().manual_seed(1))
     _, kept = kept_by(model, given, layers={layer})
-    got = model(**given, intervention=Intervention(take=kept, weights={layer: weight}))
+    got = model(**given, intervention=Intervention(inject=kept, inject_weights={layer: weight}))
     expected = hand_blend(model, given, layer, weight[:, None, :, None])
     assert_close(got, expected, rtol=0, atol=5e-6)
 
 
 def test_no_weight_changes_nothing(model, given):
     _, kept = kept_by(model, given)
-    none = Intervention(take=kept, weights=dict.fromkeys(VITAL, 0.0))
+    none = Intervention(inject=kept, inject_weights=dict.fromkeys(VITAL, 0.0))
     assert_close(model(**given, intervention=none), model(**given), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("layer", [1, 5])
 def test_ones_own_are_projected_only_where_something_of_them_is_left(model, given, layer, monkeypatch):
     """A weight of 1 is the same as none named: bit for bit, and no more work."""
-    whole = Intervention(take=kept_by(model, given, layers={layer})[1])
+    whole = Intervention(inject=kept_by(model, given, layers={layer})[1])
     block = [*model.double_blocks, *model.single_blocks][layer]
     projection = block.img_attn.qkv if layer < tiny_models.NUM_DOUBLE else block.linear1
     plain = model(**given, intervention=whole)
     calls = []
     handle = projection.register_forward_hook(lambda *args: calls.append(args))
     try:
-        full = dataclasses.replace(whole, weights={layer: 1.0})
+        full = dataclasses.replace(whole, inject_weights={layer: 1.0})
         assert torch.equal(model(**given, intervention=full), plain)
         assert not calls
-        model(**given, intervention=dataclasses.replace(whole, weights={layer: 0.5}))
+        model(**given, intervention=dataclasses.replace(whole, inject_weights={layer: 0.5}))
         assert len(calls) == 1
     finally:
         handle.remove()
 
 
-def test_both_passes_in_one(model, given):
-    """Sets of layers, what is taken, and weights of tokens stand for the first rows, then for the last."""
-    k = torch.zeros(1, 2, TOKENS, 4)
-    weight = torch.rand(1, TOKENS)
-    both = Intervention(
-        (frozenset({1}), frozenset()),
-        frozenset({2}),
-        {0: (k, None)},
-        {0: (k + 1, None)},
-        weights={0: weight, 3: 0.5},
-    ).of_both_passes()
-    assert both.skip == (frozenset({1}), frozenset()) * 2
+def test_two_interventions_as_one_batch():
+    """Sets of layers, injected rows, and weights of tokens stand for the first rows, then for the last."""
+    k, weight = torch.zeros(1, 2, TOKENS, 4), torch.rand(1, TOKENS)
+    skip = (frozenset({1}), frozenset())
+    first = Intervention(skip, keep=frozenset({2}), inject={0: (k, None)}, inject_weights={0: weight, 3: 0.5})
+    both = first.stacked(dataclasses.replace(first, inject={0: (k + 1, None)}))
+    assert both.skip == skip * 2
     assert both.keep == {2}
-    assert torch.equal(both.take[0][0], torch.cat((k, k + 1)))
-    assert both.take[0][1] is None
-    assert torch.equal(both.weights[0], torch.cat((weight, weight)))
-    assert both.weights[3] == 0.5
+    assert torch.equal(both.inject[0][0], torch.cat((k, k + 1)))
+    assert both.inject[0][1] is None
+    assert torch.equal(both.inject_weights[0], torch.cat((weight, weight)))
+    assert both.inject_weights[3] == 0.5
+    with pytest.raises(ValueError, match="one batch"):
+        first.stacked(Intervention())
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
 def test_weights_that_are_none(model, given, weight):
     _, kept = kept_by(model, given)
     with pytest.raises(InputError, match=r"layer 1: expected 0\.\.1"):
-        model(**given, intervention=Intervention(take=kept, weights={1: weight}))
+        model(**given, intervention=Intervention(inject=kept, inject_weights={1: weight}))
 
 
 @pytest.mark.parametrize("shape", [(2, TOKENS), (1, TOKENS + 1), (TOKENS,)])
 def test_weights_of_other_shapes(model, given, shape):
     _, kept = kept_by(model, given)
     with pytest.raises(InputError, match="weights of shape"):
-        model(**given, intervention=Intervention(take=kept, weights={1: torch.zeros(shape)}))
-
-
-# ---- the negative pass
-
-
-def test_of_negative_pass():
-    """It takes what `take_negative` says, and where that is None what `take` says; all else is the same."""
-    k = torch.zeros(1, 2, 3, 4)
-    positive, negative = {0: (k, k)}, {0: (k + 1, k + 1)}
-    whole = Intervention(frozenset({1}), frozenset({2}), positive, negative).of_negative_pass()
-    assert (whole.skip, whole.keep) == (frozenset({1}), frozenset({2}))
-    assert whole.take is negative
-    assert Intervention(take=positive).of_negative_pass().take is positive
+        model(**given, intervention=Intervention(inject=kept, inject_weights={1: torch.zeros(shape)}))
 
 
 # ---- what is refused
@@ -481,7 +465,7 @@ def test_layers_that_are_not_there(model, given, intervention):
 def test_taking_in_a_layer_that_is_not_there(model, given):
     _, kept = kept_by(model, given)
     with pytest.raises(InputError, match=r"\[7\]"):
-        model(**given, intervention=Intervention(take={7: kept[0]}))
+        model(**given, intervention=Intervention(inject={7: kept[0]}))
 
 
 def test_a_set_of_layers_too_many(model, given):
@@ -492,24 +476,24 @@ def test_a_set_of_layers_too_many(model, given):
 def test_references_that_do_not_divide_the_batch(model, given):
     _, kept = kept_by(model, given, rows=(0, 1))
     with pytest.raises(InputError, match="divide the batch"):
-        model(**given, intervention=Intervention(take=kept))
+        model(**given, intervention=Intervention(inject=kept))
 
 
 def test_keys_and_values_that_do_not_belong_together(model, given):
     _, kept = kept_by(model, given)
     k, v = kept[0]
     with pytest.raises(InputError, match="equal"):
-        model(**given, intervention=Intervention(take={0: (k, v[:, :, :-1])}))
+        model(**given, intervention=Intervention(inject={0: (k, v[:, :, :-1])}))
 
 
 @pytest.mark.parametrize("layer", [0, 5])
 def test_keys_and_values_of_another_size_of_picture(model, given, layer):
     """Else double-stream blocks would attend to them without a word, and pictures would be quietly wrong."""
-    kept = model.observe(**tiny_models.inputs(1, 64, 64), intervention=Intervention(keep=frozenset({layer})))[
+    kept = model.observe(Inputs(**tiny_models.inputs(1, 64, 64)), intervention=Intervention(keep=frozenset({layer})))[
         1
     ].kept
     with pytest.raises(InputError):
-        model(**given, intervention=Intervention(take=kept))
+        model(**given, intervention=Intervention(inject=kept))
 
 
 def test_check_layers_names_the_wrong_ones():

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.model import Flux, FluxParams
-from flux.modules.layers import EmbedND, SelfAttention, timestep_embedding
+from flux.model import Flux, FluxParams, Inputs
+from flux.modules.layers import Block, EmbedND, SelfAttention, timestep_embedding
 from flux.modules.norms import RMSNorm
 from flux.runtime.offload import Offloaded
 from flux.specs import configs
@@ -149,7 +149,7 @@ def test_modulations_made_ahead_are_those_made_layer_by_layer(guidance_embed):
     rows = [given[name] for name in ("timesteps", "y", "guidance")]
     mods = model.modulations(*rows)
     assert [x.shape for x in mods] == [(3, 12 * 32)] * 3 + [(3, 3 * 32)] * 4 + [(3, 2 * 32)]
-    assert_close(model.observe(**given, mods=mods)[0], model(**given), rtol=0, atol=1e-5)
+    assert_close(model.observe(Inputs(**given), mods=mods)[0], model(**given), rtol=0, atol=1e-5)
     alike = {
         **given,
         **{
@@ -159,14 +159,14 @@ def test_modulations_made_ahead_are_those_made_layer_by_layer(guidance_embed):
         },
     }
     one = model.modulations(*(x if x is None else x[:1] for x in rows))
-    assert_close(model.observe(**alike, mods=one)[0], model(**alike), rtol=0, atol=1e-5)
+    assert_close(model.observe(Inputs(**alike), mods=one)[0], model(**alike), rtol=0, atol=1e-5)
 
 
 def test_streamed_blocks_make_the_same_modulations():
     model, plain = tiny_models.flux(), tiny_models.flux()
     net = Offloaded(model, torch.device("cpu"), [model.double_blocks, model.single_blocks], 3)
     rows = [tiny_models.inputs(2)[name] for name in ("timesteps", "y", "guidance")]
-    with net.at_work():
+    with net.on_device():
         got = model.modulations(*rows)
     assert all(torch.equal(a, b) for a, b in zip(got, plain.modulations(*rows), strict=True))
 
@@ -185,10 +185,8 @@ def graphs(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda net, **kw: compile_module(net, backend=count, **kw)
-    )
+    compile_run = Block.compile
+    monkeypatch.setattr(Block, "compile", lambda block, **kw: compile_run(block, backend=count, **kw))
     torch._dynamo.reset()
     yield graphs
     torch._dynamo.reset()
@@ -215,8 +213,8 @@ def test_keep_and_take_compile_once_each(graphs):
     given = tiny_models.inputs(2)
     model.compile_blocks()
     for vital in ({0, 5}, {1, 2, 3}, {0, 3, 6}, {4}):
-        kept = model.observe(**given, intervention=Intervention(keep=frozenset(vital)))[1].kept
-        model(**given, intervention=Intervention(take=kept))
+        kept = model.observe(Inputs(**given), intervention=Intervention(keep=frozenset(vital)))[1].kept
+        model(**given, intervention=Intervention(inject=kept))
     model(**given)
     assert len(graphs) == 6
 
@@ -231,9 +229,9 @@ def test_a_session_of_edits_stays_compiled(graphs):
     for size in ((64, 64), (48, 80), (96, 64)):
         before = len(graphs)
         keeping = Intervention(keep=frozenset({0, 5}))
-        kept = model.observe(**tiny_models.inputs(1, *size), intervention=keeping)[1].kept
+        kept = model.observe(Inputs(**tiny_models.inputs(1, *size)), intervention=keeping)[1].kept
         for batch in (1, 3, 2):
-            given, taking = tiny_models.inputs(batch, *size), Intervention(take=kept)
+            given, taking = tiny_models.inputs(batch, *size), Intervention(inject=kept)
             expected = eager(**given, intervention=taking)
             assert_close(model(**given, intervention=taking), expected, rtol=0, atol=1e-5)
     assert len(graphs) == before, "the third size compiled again"

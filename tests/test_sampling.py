@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 from flux import sampling
 from flux.errors import InputError
-from flux.intervention import NOTHING, Findings, Intervention
-from flux.sampling import Conditioning, Step
+from flux.intervention import NOTHING, Intervention, Recorded
+from flux.model import Inputs
+from flux.sampling import Conditioning, Passes, Step
 from flux.specs import configs
 
 SIZES = [(64, 64), (48, 80), (1024, 1024), (720, 1072)]
@@ -137,22 +138,9 @@ class Field:
     def modulations(self, timesteps, y, guidance=None):
         return []
 
-    def observe(
-        self,
-        img,
-        img_ids,
-        txt,
-        txt_ids,
-        timesteps,
-        y,
-        guidance=None,
-        intervention=NOTHING,
-        start=None,
-        mods=None,
-        cache=None,
-    ):
-        self.asked.append(SimpleNamespace(img=img, t=timesteps, txt=txt, intervention=intervention))
-        return self.velocity(img, timesteps[:, None, None], txt), Findings()
+    def observe(self, inputs, intervention=NOTHING, **_):
+        self.asked.append(SimpleNamespace(t=inputs.timesteps, img=inputs.img, intervention=intervention))
+        return self.velocity(inputs.img, inputs.timesteps[:, None, None], inputs.txt), Recorded()
 
 
 NO_TEXT = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1, 3), torch.zeros(1, 1))
@@ -229,8 +217,8 @@ def test_true_guidance_leads_away_from_the_negative(noise, ids):
     steering = cond(2.0, negative=cond(0.5), true_cfg=3.0)
     step = sampling.euler_step(field, noise, ids, steering, 1.0, 0.5)
     assert_close(step.velocity, torch.full_like(noise, 0.5 + 3 * 1.5), rtol=0, atol=1e-6)
-    assert step.kept_negative == {}
-    assert sampling.euler_step(field, noise, ids, cond(2.0), 1.0, 0.5).kept_negative is None
+    assert step.kept.negative == {}
+    assert sampling.euler_step(field, noise, ids, cond(2.0), 1.0, 0.5).kept.negative is None
 
 
 def conditions(row, scale=3.5, **more):
@@ -247,19 +235,21 @@ def test_both_passes_as_one_batch_are_two_passes(model, row, monkeypatch, rows, 
     """With all that an intervention can say, and streams to start with."""
     cond, img = conditions(row).expanded(rows), tiny_models.inputs(rows, 32, 48, seed=5)["img"]
     sources = [tiny_models.inputs(1, 32, 48, seed=seed) for seed in (7, 8)]
-    kept = [model.observe(**x, intervention=Intervention(keep=VITAL))[1].kept for x in sources]
+    kept = [model.observe(Inputs(**x), intervention=Intervention(keep=VITAL))[1].kept for x in sources]
     weights = {} if weight is None else {1: weight, 4: torch.rand(1, 6)}
     skip = tuple(frozenset({2, row}) for row in range(rows))
-    taking = Intervention(skip, frozenset({3, 4}), *kept, watch=frozenset({5}), weights=weights)
+    common = {"skip": skip, "keep": frozenset({3, 4}), "inject_weights": weights}
+    inject = Passes(*(Intervention(inject=kv, **common) for kv in kept))
+    inject = Passes(replace(inject.positive, watch=frozenset({5})), inject.negative)
     start = sampling.streams(model, img, row["img_ids"].expand(rows, -1, -1), cond, 0.8)[1]
-    given = (model, img, row["img_ids"], cond, 0.8, 0.6, taking, start)
+    given = (model, img, row["img_ids"], cond, 0.8, 0.6, inject, start)
     apart = sampling.euler_step(*given)
     monkeypatch.setattr(sampling, "in_one_batch", lambda img: True)
     together = sampling.euler_step(*given)
     assert_close(together.velocity, apart.velocity, rtol=0, atol=2e-5)
     for found, expected in (
-        (together.kept, apart.kept),
-        (together.kept_negative, apart.kept_negative),
+        (together.kept.positive, apart.kept.positive),
+        (together.kept.negative, apart.kept.negative),
         (together.watched, apart.watched),
     ):
         assert found.keys() == expected.keys()
@@ -301,7 +291,7 @@ def test_thresholding_brings_the_clean_latent_into_the_smaller_scales_range(nois
 
 
 def test_a_step_knows_its_latents(noise):
-    step = Step(0.8, 0.6, noise, torch.ones_like(noise), {})
+    step = Step(0.8, 0.6, noise, torch.ones_like(noise))
     assert_close(step.latent, noise - 0.2, rtol=0, atol=1e-6)
     assert_close(step.clean, noise - 0.8, rtol=0, atol=1e-6)
 
@@ -347,7 +337,7 @@ def test_steps_outside_a_window_are_plain(model, row):
     for index, (step, t, t_next) in enumerate(zip(steps, LEVELS, LEVELS[1:])):
         own = skip if index in (1, 2) else NOTHING
         rows = {**row, "img": x, "timesteps": torch.tensor([t])}
-        x = x + (t_next - t) * model.observe(**rows, intervention=own, mods=cond.mods[t])[0]
+        x = x + (t_next - t) * model.observe(Inputs(**rows), own, mods=cond.modulations.at(t))[0]
         assert torch.equal(step.latent, x)
 
 
@@ -361,7 +351,7 @@ def test_edits_beside_their_reference(model, row):
         keep = Intervention(keep=VITAL)
         for step in sampling.sample(model, row["img"], row["img_ids"], reference, LEVELS, keep):
             order.append(("reference", step.t))
-            yield Intervention(take=step.kept)
+            yield step.kept.map(lambda kept: Intervention(inject=kept))
 
     latents = []
     for step in sampling.sample(model, row["img"], row["img_ids"], edit, LEVELS, taking()):
@@ -385,8 +375,8 @@ def test_the_negative_pass_takes_from_the_references_negative_pass(model, row):
     edit = steered(row, seed=1, negative=steered(row, seed=3), true_cfg=3.5)
     at = (row["img"], row["img_ids"])
     source = sampling.euler_step(model, *at, reference, 0.8, 0.6, Intervention(keep=VITAL))
-    taking = Intervention(take=source.kept, take_negative=source.kept_negative)
-    step = sampling.euler_step(model, *at, edit, 0.8, 0.6, taking)
+    inject = source.kept.map(lambda kept: Intervention(inject=kept))
+    step = sampling.euler_step(model, *at, edit, 0.8, 0.6, inject)
 
     def by_rows(cond: Conditioning, of: Conditioning) -> torch.Tensor:
         both = {name: torch.cat((x, x)) for name, x in row.items()} | {"txt": torch.cat((of.txt, cond.txt))}
@@ -397,7 +387,7 @@ def test_the_negative_pass_takes_from_the_references_negative_pass(model, row):
     expected = away + 3.5 * (by_rows(edit, reference) - away)
     assert_close(step.velocity, expected, rtol=0, atol=5e-5)
 
-    alike = sampling.euler_step(model, *at, edit, 0.8, 0.6, Intervention(take=source.kept))
+    alike = sampling.euler_step(model, *at, edit, 0.8, 0.6, inject.positive)
     away = by_rows(edit.negative, reference)
     assert_close(alike.velocity, away + 3.5 * (by_rows(edit, reference) - away), rtol=0, atol=5e-5)
 

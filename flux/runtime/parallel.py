@@ -134,7 +134,7 @@ class AllGatherKV:
         shape = self.group.count * most, batch, 2, heads, size
         # A compiler knows no asynchronous work, and none of the shared memory.
         asynchronous = not torch.compiler.is_compiling()
-        gathered = _peer_memory(k, shape) if asynchronous and k.is_cuda else k.new_empty(shape)
+        gathered = peer_memory(k, shape) if asynchronous and k.is_cuda else k.new_empty(shape)
         sent = gathered[self.group.rank * most :][:most]
         for part, x in enumerate((k, v)):
             place, x = sent[:own, :, part], x.permute(2, 0, 1, 3)
@@ -155,19 +155,19 @@ class AllGatherKV:
         return wait
 
 
-def _peer_memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def peer_memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised tensor that the copy engines of other GPUs write to, if these GPUs allow it.
 
     It is the same memory each time: a layer's keys and values have been read before the next layer's arrive.
     """
-    if not _gpus_are_peers():
+    if not gpus_are_peers():
         return like.new_empty(shape)
     size = math.prod(shape) * like.itemsize
-    return _shared_memory(1 << (size - 1).bit_length(), like.device)[:size].view(like.dtype).view(shape)
+    return shared_memory(1 << (size - 1).bit_length(), like.device)[:size].view(like.dtype).view(shape)
 
 
 @cache
-def _gpus_are_peers() -> bool:
+def gpus_are_peers() -> bool:
     """Whether each GPU of the group can write to each other's memory, by NVIDIA's library."""
     gpus = range(int(os.environ["LOCAL_WORLD_SIZE"]))
     one_machine = len(gpus) == dist.get_world_size() and not torch.version.hip
@@ -176,7 +176,7 @@ def _gpus_are_peers() -> bool:
 
 @cache
 @torch.inference_mode(False)
-def _shared_memory(size: int, device: torch.device) -> Tensor:
+def shared_memory(size: int, device: torch.device) -> Tensor:
     """So many bytes on each GPU, known to all of them."""
     # Not at the top: not every build of torch has it.
     import torch.distributed._symmetric_memory as symm_mem

@@ -84,7 +84,7 @@ class Epilogue:
             given[name] = self.ops[name].laid_out(epi_args[name], acc)
         assert statistics == list(self.outs)
         for name in statistics:
-            wanted = {"bias", "of_token", "of_channel"} & given.keys()
+            wanted = {"bias", "token_scale", "channel_scale"} & given.keys()
             squares = self.prepass(acc, **{key: given[key] for key in wanted})[name]
             given[name] = self.ops[name].finished(squares, epi_args[name])
         out.copy_(self.function(acc, **given)["D"])

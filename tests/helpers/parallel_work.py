@@ -11,17 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flux.intervention import Intervention
-from flux.model import Flux
-from flux.modules import layers
+from flux.intervention import NOTHING, Intervention
+from flux.model import Flux, Inputs
 from flux.modules.step_cache import StepCache
-from flux.runtime.parallel import Divided, Ranks
+from flux.runtime.parallel import SequenceParallelFlux, ProcessGroup
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
 from helpers import hopper_stub, tiny_models
 
 LAYERS = (1, tiny_models.NUM_DOUBLE - 1, tiny_models.NUM_DOUBLE + 1)
 Answers = list[torch.Tensor]
-CASES: dict[str, Callable[[Flux | Divided, dict], Answers]] = {}
+CASES: dict[str, Callable[[Flux | SequenceParallelFlux, dict], Answers]] = {}
 
 
 def case(make: Callable) -> Callable:
@@ -29,15 +28,17 @@ def case(make: Callable) -> Callable:
     return make
 
 
-def share_of(model: Flux | Divided, whole: torch.Tensor) -> torch.Tensor:
+def share_of(model: Flux | SequenceParallelFlux, whole: torch.Tensor) -> torch.Tensor:
     """Of keys or values of all image tokens, "B H I D", what this model takes."""
     if isinstance(model, Flux):
         return whole
-    return whole.tensor_split(model.ranks.count, dim=2)[model.ranks.rank]
+    return whole.tensor_split(model.group.count, dim=2)[model.group.rank]
 
 
-def ask(model: Flux | Divided, given: dict, intervention: Intervention = Intervention(), **more) -> Answers:
-    return [model.observe(**given, intervention=intervention, **more)[0]]
+def ask(
+    model: Flux | SequenceParallelFlux, given: dict, intervention: Intervention = NOTHING, **more
+) -> Answers:
+    return [model.observe(Inputs(**given), intervention, **more)[0]]
 
 
 def reference() -> dict:
@@ -63,24 +64,24 @@ def layers_bypassed(model, given) -> Answers:
 @case
 def layers_bypassed_in_each_row(model, given) -> Answers:
     rows = (frozenset({0, tiny_models.NUM_DOUBLE}), frozenset({1}))
-    return ask(model, given, Intervention(skip=rows)) + ask(model, given, Intervention(skip=rows, scale=0.3))
+    return ask(model, given, Intervention(skip=rows)) + ask(model, given, Intervention(skip=rows, skip_scale=0.3))
 
 
 @case
 def keys_and_values_kept_and_taken(model, given) -> Answers:
-    velocity, found = model.observe(**reference(), intervention=Intervention(keep=frozenset(LAYERS)))
-    return [velocity, *ask(model, given, Intervention(take=found.kept))]
+    velocity, found = model.observe(Inputs(**reference()), Intervention(keep=frozenset(LAYERS)))
+    return [velocity, *ask(model, given, Intervention(inject=found.kept))]
 
 
 @case
 def taken_in_part(model, given) -> Answers:
     """A weight, a weight for each token, keys alone and values alone."""
-    kept = model.observe(**reference(), intervention=Intervention(keep=frozenset(LAYERS)))[1].kept
+    kept = model.observe(Inputs(**reference()), Intervention(keep=frozenset(LAYERS)))[1].kept
     tokens = torch.linspace(0, 1, given["img"].shape[1])[None]
-    answers = ask(model, given, Intervention(take=kept, weights={LAYERS[0]: 0.4, LAYERS[1]: tokens}))
+    answers = ask(model, given, Intervention(inject=kept, inject_weights={LAYERS[0]: 0.4, LAYERS[1]: tokens}))
     for part in (0, 1):
         take = {n: tuple(x if i == part else None for i, x in enumerate(pair)) for n, pair in kept.items()}
-        answers += ask(model, given, Intervention(take=take, weights={LAYERS[2]: tokens > 0.5}))
+        answers += ask(model, given, Intervention(inject=take, inject_weights={LAYERS[2]: tokens > 0.5}))
     return answers
 
 
@@ -88,24 +89,31 @@ def taken_in_part(model, given) -> Answers:
 def what_is_kept_is_a_share(model, given) -> Answers:
     """Kept by the undivided model, cut by hand."""
     keep = Intervention(keep=frozenset(LAYERS))
-    whole = (model if isinstance(model, Flux) else model.model).observe(**given, intervention=keep)[1].kept
-    own = model.observe(**given, intervention=keep)[1].kept
+    whole = (model if isinstance(model, Flux) else model.model).observe(Inputs(**given), keep)[1].kept
+    own = model.observe(Inputs(**given), keep)[1].kept
     take = {n: tuple(share_of(model, x) for x in pair) for n, pair in whole.items()}
     for n, pair in own.items():
         for x, expected in zip(pair, take[n], strict=True):
             torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
-    return ask(model, tiny_models.inputs(2, 48, 80, seed=3), Intervention(take=take))
+    return ask(model, tiny_models.inputs(2, 48, 80, seed=3), Intervention(inject=take))
 
 
 @case
 def watched(model, given) -> Answers:
-    found = model.observe(**given, intervention=Intervention(watch=frozenset(LAYERS)))[1]
+    found = model.observe(Inputs(**given), Intervention(watch=frozenset(LAYERS)))[1]
     return [x for pair in found.watched.values() for x in pair]
 
 
 @case
 def equal_shares(model, given) -> Answers:
     return ask(model, tiny_models.inputs(2, 64, 64, num_txt=4))
+
+
+@case
+def streams_to_start_with(model, given) -> Answers:
+    """Each process starts with its own share of them."""
+    streams = model.streams(Inputs(**given))
+    return [answer for start in streams[::2] for answer in ask(model, given, start=start)]
 
 
 @case
@@ -124,18 +132,18 @@ def true_guidance(model, given) -> Answers:
     source = conditioning(own, negative=conditioning(other), true_cfg=3.0)
     keep = Intervention(keep=frozenset(LAYERS))
     kept = euler_step(model, own["img"], own["img_ids"], source, 0.8, 0.6, keep)
-    take = Intervention(take=kept.kept, take_negative=kept.kept_negative)
+    inject = kept.kept.map(lambda kv: Intervention(inject=kv))
     negative = conditioning(tiny_models.inputs(2, 48, 80, seed=5))
     cond = conditioning(given, negative=negative, true_cfg=3.0, mimic_scale=1.5, mimic_percentile=0.9)
-    step = euler_step(model, given["img"], given["img_ids"], cond, 0.8, 0.6, take)
+    step = euler_step(model, given["img"], given["img_ids"], cond, 0.8, 0.6, inject)
     return [kept.velocity, step.velocity]
 
 
 @case
 def spared_steps(model, given) -> Answers:
     """The same steps are spared, in all processes."""
-    ranks = model.ranks if isinstance(model, Divided) else Ranks()
-    cache, levels = StepCache(0.7, ranks.total), get_schedule(12, 15)
+    group = model.group if isinstance(model, SequenceParallelFlux) else ProcessGroup()
+    cache, levels = StepCache(0.7, group.total), get_schedule(12, 15)
     steps = sample(model, given["img"], given["img_ids"], conditioning(given), levels, cache=cache)
     answers = [step.latent for step in steps]
     assert cache.full
@@ -144,19 +152,19 @@ def spared_steps(model, given) -> Answers:
 
 
 @case
-def products_with_epilogues(model, given) -> Answers:
-    """Their arithmetic, where the exchange has a product to hide behind."""
+def hopper_blocks(model, given) -> Answers:
+    """The kernels' arithmetic, where the exchange has a matmul to hide behind."""
     if isinstance(model, Flux):
         return ask(model, given)
-    blocks = (*model.model.double_blocks, *model.model.single_blocks)
     with pytest.MonkeyPatch.context() as patch:
         hopper_stub.install(patch)
-        from flux.modules.projections_hopper import Joined
+        from flux.modules import projections_hopper
 
-        patch.setattr(layers, "has_kernel", lambda x: True)
-        for block in blocks:
-            patch.setattr(block, "products", Joined)
-        return ask(model, given)
+        patch.setattr(projections_hopper, "has_kernel", lambda x: True)
+        fast = tiny_models.flux()
+        for block in fast.blocks:
+            projections_hopper.use_hopper(block)
+        return ask(SequenceParallelFlux(fast, model.group), given)
 
 
 @case
@@ -165,15 +173,15 @@ def compiled_blocks(model, given) -> Answers:
     small = tiny_models.flux(depth=1, depth_single_blocks=1)
     if isinstance(model, Flux):
         return ask(small, given)
-    for block in (*small.double_blocks, *small.single_blocks):
+    for block in small.blocks:
         block.compile(fullgraph=True, backend="eager")
-    return ask(Divided(small, model.ranks), given)
+    return ask(SequenceParallelFlux(small, model.group), given)
 
 
-def compare(make: Callable, undivided: Flux, ranks: Ranks) -> float:
+def compare(make: Callable, undivided: Flux, group: ProcessGroup) -> float:
     """The largest relative difference, of all processes; infinite where these differ among themselves."""
     given = tiny_models.inputs(2, 48, 80)
-    answers, error = make(Divided(undivided, ranks), given), 0.0
+    answers, error = make(SequenceParallelFlux(undivided, group), given), 0.0
     for got, expected in zip(answers, make(undivided, given), strict=True):
         first = got.clone()
         dist.broadcast(first, 0)
@@ -189,10 +197,10 @@ def compare(make: Callable, undivided: Flux, ranks: Ranks) -> float:
 def main(path: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    group = ProcessGroup(dist.get_rank(), dist.get_world_size())
     undivided = tiny_models.flux()
-    errors = {name: compare(CASES[name], undivided, ranks) for name in names or CASES}
-    if ranks.rank == 0:
+    errors = {name: compare(CASES[name], undivided, group) for name in names or CASES}
+    if group.rank == 0:
         with open(path, "w") as file:
             json.dump(errors, file)
     dist.destroy_process_group()

@@ -9,9 +9,10 @@ from helpers import tiny_models
 
 from flux.intervention import Intervention
 from flux.math import apply_rope
+from flux.model import Inputs
 from flux.modules import ops
 from flux.modules.layers import EmbedND
-from flux.modules.norms import ModulationOut, QKNorm, layer_norm
+from flux.modules.norms import QKNorm, layer_norm
 from flux.modules.ops import E4M3, Rounded
 from flux.modules.projections import split_heads
 from flux.runtime.quantize import to_fp8
@@ -55,7 +56,7 @@ def scaled(found: tuple[torch.Tensor, torch.Tensor], expected: torch.Tensor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "rows"), [(3, 1), (8, 2), (11, 2)])
-def test_norm_and_turn(kernels, heads, rows, dtype):
+def test_qk_norm_rope(kernels, heads, rows, dtype):
     """Queries and keys of one projection, whatever the number of heads; one rotation for all rows or one for
     each.
     """
@@ -64,40 +65,40 @@ def test_norm_and_turn(kernels, heads, rows, dtype):
     for part in (norm.query_norm, norm.key_norm):
         part.scale.copy_(random(16) + part.eps)
     pe = EmbedND(16, 10000, [4, 6, 6])(3 * random(rows, 5, 3))
-    found = kernels.norm_and_turn(pe, norm.query_norm.eps, q, norm.query_norm.scale, k, norm.key_norm.scale)
+    found = kernels.qk_norm_rope(pe, norm.query_norm.eps, q, norm.query_norm.scale, k, norm.key_norm.scale)
     for x, expected in zip(found, apply_rope(*norm(q, k, v), pe)):
         assert x.dtype == dtype
         same(x, expected)
     for part, x, both in ((norm.query_norm, q, found[0]), (norm.key_norm, k, found[1])):
-        assert torch.equal(kernels.norm_and_turn(pe, part.eps, x, part.scale)[0], both)
+        assert torch.equal(kernels.qk_norm_rope(pe, part.eps, x, part.scale)[0], both)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mods", [1, 2])
-def test_modulate(kernels, mods, dtype):
+def test_norm_modulate(kernels, mods, dtype):
     """Shift and scale of each row of the batch or one for all, as parts of one projection."""
     x, norm = random(2, 5, 24, dtype=dtype), layer_norm(24)
-    shift, scale, gate = random(mods, 72, dtype=dtype).unsqueeze(1).chunk(3, dim=-1)
-    expected = ModulationOut(*(part.float() for part in (shift, scale, gate))).applied_to(norm(x.float()))
-    same(kernels.modulate(x, shift, scale, norm.eps, False)[0], expected)
-    scaled(kernels.modulate(x, shift, scale, norm.eps, True), expected)
+    shift, scale, _ = random(mods, 72, dtype=dtype).unsqueeze(1).chunk(3, dim=-1)
+    expected = (1 + scale.float()) * norm(x.float()) + shift.float()
+    same(kernels.norm_modulate(x, shift, scale, norm.eps, False)[0], expected)
+    scaled(kernels.norm_modulate(x, shift, scale, norm.eps, True), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mixed", "hidden"), [(True, True), (False, True), (True, False)])
-def test_join(kernels, mixed, hidden, dtype):
+def test_concat_gelu(kernels, mixed, hidden, dtype):
     """The MLP's part lies beside queries, keys and values."""
     mixed = random(2, 3, 12, dtype=dtype) if mixed else None
     hidden = 2 * random(2, 3, 60, dtype=dtype)[..., 12:] if hidden else None
     parts = [] if mixed is None else [mixed.float()]
     parts += [] if hidden is None else [F.gelu(hidden.float(), approximate="tanh")]
     expected = torch.cat(parts, dim=-1)
-    same(kernels.join(mixed, hidden, False)[0], expected)
-    scaled(kernels.join(mixed, hidden, True), expected)
+    same(kernels.concat_gelu(mixed, hidden, False)[0], expected)
+    scaled(kernels.concat_gelu(mixed, hidden, True), expected)
 
 
 def test_rows_of_zeros_stay_zeros(kernels):
-    packed, scale = kernels.join(torch.zeros(1, 2, 16), None, True)
+    packed, scale = kernels.concat_gelu(torch.zeros(1, 2, 16), None, True)
     assert not packed.float().any()
     assert scale.isfinite().all()
 
@@ -110,10 +111,10 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
     small = {"height": 32, "width": 32, "num_txt": 3}
     model, given = tiny_models.flux(), tiny_models.inputs(2, **small)
     layers, other = frozenset((1, 4)), tiny_models.inputs(1, seed=3, **small)
-    kept = model.observe(**other, intervention=Intervention(keep=layers))[1].kept
+    kept = model.observe(Inputs(**other), intervention=Intervention(keep=layers))[1].kept
     kept = {layer: tuple(x.detach() for x in pair) for layer, pair in kept.items()}
     every = [Intervention(keep=layers, skip=(frozenset((0,)), frozenset((5,))))]
-    every += [Intervention(take=kept, weights={layer: 0.5}) for layer in layers]
+    every += [Intervention(inject=kept, inject_weights={layer: 0.5}) for layer in layers]
     if eight_bit:
         to_fp8([model.double_blocks, model.single_blocks])
 
@@ -128,7 +129,7 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
         expected = [model(**given, intervention=one) for one in every]
         monkeypatch.setattr(ops, "ops_triton", kernels)
         monkeypatch.setattr(ops, "has_kernel", lambda x: True)
-        for name in ("modulate", "join"):
+        for name in ("norm_modulate", "concat_gelu"):
             monkeypatch.setattr(kernels, name, rounding(getattr(kernels, name)))
         found = [model(**given, intervention=one) for one in every]
     for one, other in zip(found, expected):
@@ -139,8 +140,7 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
 def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
     there = types.SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(ops, "ops_triton", ops)
-    monkeypatch.setattr(ops, "_able", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(ops, "gpu_capability", lambda: capability)
     with torch.no_grad():
         assert ops.has_kernel(there) is expected
         assert not ops.has_kernel(types.SimpleNamespace(is_cuda=False))
@@ -151,7 +151,7 @@ def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
 def test_a_compiler_does_not_look_into_the_question():
     """A mark that torch's compiler goes by."""
     tiny_models.flux().compile_blocks()
-    assert ops._card_is_able._dynamo_marked_constant
+    assert ops.gpu_runs_triton._dynamo_marked_constant
 
 
 def test_what_is_rounded_can_be_cut():

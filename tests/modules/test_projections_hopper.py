@@ -1,23 +1,21 @@
-"""Products that do what follows them say what separate ones say: their arithmetic with stand-ins for the
-packages, on a card with the real ones.
-"""
+"""Hopper blocks answer like plain ones: their arithmetic with stand-ins for the packages, on a GPU with the real ones."""
 
 import gc
 import sys
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
 from helpers import hopper_stub, tiny_models
 
 from flux.intervention import Intervention
-from flux.model import with_epilogues
-from flux.modules import layers
-from flux.modules.projections import Apart
+from flux.model import Inputs, hopper_kernels
+from flux.modules.layers import Block, SingleStreamBlock
 from flux.runtime.offload import Offloaded
 from flux.runtime.quantize import to_fp8
-from flux.weights.lora import LowRankLinear
+from flux.modules.linear import LowRankLinear
 
 LAYERS = frozenset((1, 4))
 SMALL = {"height": 32, "width": 32, "num_txt": 3}
@@ -25,19 +23,19 @@ WIDER = {"hidden_size": 64, "axes_dim": [8, 12, 12]}  # heads of a size that the
 
 
 @pytest.fixture
-def epilogues(monkeypatch):
-    """The module, made with stand-ins; blocks take it on the CPU too."""
+def hopper(monkeypatch):
+    """The module, imported with stand-ins for the packages; its blocks use their kernels on the CPU too."""
     hopper_stub.install(monkeypatch)
-    monkeypatch.setattr(layers, "has_kernel", lambda x: True)
     from flux.modules import projections_hopper
 
+    monkeypatch.setattr(projections_hopper, "has_kernel", lambda x: True)
     yield projections_hopper
     hopper_stub.forget()
 
 
-def joined(model, epilogues):
-    for block in (*model.double_blocks, *model.single_blocks):
-        block.products = epilogues.Joined
+def with_kernels(model, hopper):
+    for block in model.blocks:
+        hopper.use_hopper(block)
     return model
 
 
@@ -45,7 +43,7 @@ def ways(batch: int) -> dict[str, Intervention]:
     """Every way a block is called: plainly, keeping and watching, taking wholly, in part, and keys alone."""
     kept = (
         tiny_models.flux()
-        .observe(**tiny_models.inputs(1, seed=3, **SMALL), intervention=Intervention(keep=LAYERS))[1]
+        .observe(Inputs(**tiny_models.inputs(1, seed=3, **SMALL)), intervention=Intervention(keep=LAYERS))[1]
         .kept
     )
     keys = {layer: (k, None) for layer, (k, _) in kept.items()}
@@ -53,28 +51,28 @@ def ways(batch: int) -> dict[str, Intervention]:
         "plain": Intervention(),
         "kept": Intervention(keep=LAYERS, watch=LAYERS),
         "skipped": Intervention(skip=tuple(frozenset((row,)) for row in range(batch))),
-        "taken": Intervention(take=kept),
-        "taken in part": Intervention(take=kept, weights=dict.fromkeys(LAYERS, 0.5)),
-        "keys taken": Intervention(take=keys),
+        "taken": Intervention(inject=kept),
+        "taken in part": Intervention(inject=kept, inject_weights=dict.fromkeys(LAYERS, 0.5)),
+        "keys taken": Intervention(inject=keys),
     }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("eight_bit", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_model_says_the_same(epilogues, batch, eight_bit):
+def test_a_model_says_the_same(hopper, batch, eight_bit):
     """With positions of each row its own: one table of rotations for all rows would be wrong. Measured 3.8e-7
     at most.
     """
     model, given = tiny_models.flux(), tiny_models.inputs(batch, **SMALL)
     given["img_ids"] = given["img_ids"] + torch.arange(batch)[:, None, None]
+    fast = with_kernels(tiny_models.flux(), hopper)
     if eight_bit:
         to_fp8([model.double_blocks, model.single_blocks])
+        to_fp8([fast.double_blocks, fast.single_blocks])
     for name, one in ways(batch).items():
-        for block in (*model.double_blocks, *model.single_blocks):
-            block.products = Apart
-        expected, found = model.observe(**given, intervention=one)
-        answer, other = joined(model, epilogues).observe(**given, intervention=one)
+        expected, found = model.observe(Inputs(**given), one)
+        answer, other = fast.observe(Inputs(**given), one)
         assert tiny_models.relative_error(answer, expected) < 1e-6, name
         for layer in found.kept:
             for x, y in zip(
@@ -84,8 +82,8 @@ def test_a_model_says_the_same(epilogues, batch, eight_bit):
 
 
 @torch.no_grad()
-def test_one_table_of_rotations_serves_all_rows(epilogues):
-    model = joined(tiny_models.flux(), epilogues)
+def test_one_table_of_rotations_serves_all_rows(hopper):
+    model = with_kernels(tiny_models.flux(), hopper)
     ids = torch.cat([tiny_models.inputs(1, **SMALL)[name] for name in ("txt_ids", "img_ids")], dim=1)
     pe, generator = model.pe_embedder(ids), torch.Generator().manual_seed(0)
     x, vec = (
@@ -97,19 +95,19 @@ def test_one_table_of_rotations_serves_all_rows(epilogues):
 
 
 @torch.no_grad()
-def test_streamed_blocks_take_their_weights_as_they_come(epilogues):
+def test_streamed_blocks_take_their_weights_as_they_come(hopper):
     given = tiny_models.inputs(1, **SMALL)
-    expected, model = tiny_models.flux()(**given), joined(tiny_models.flux(), epilogues)
+    expected, model = tiny_models.flux()(**given), with_kernels(tiny_models.flux(), hopper)
     cpu, stacks = torch.device("cpu"), [model.double_blocks, model.single_blocks]
-    with Offloaded(model, cpu, stacks, streamed=tiny_models.NUM_LAYERS).at_work():
+    with Offloaded(model, cpu, stacks, streamed=tiny_models.NUM_LAYERS).on_device():
         for _ in range(2):
             assert tiny_models.relative_error(model(**given), expected) < 1e-6
 
 
 @torch.no_grad()
-def test_other_weights_are_taken(epilogues):
+def test_other_weights_are_taken(hopper):
     """New ones in place of the old, which are then forgotten, and the same ones written over."""
-    given, model = tiny_models.inputs(1, **SMALL), joined(tiny_models.flux(), epilogues)
+    given, model = tiny_models.inputs(1, **SMALL), with_kernels(tiny_models.flux(), hopper)
     first = model(**given)
     for assign in (True, False):
         other = {name: x * 0.9 for name, x in model.state_dict().items()}
@@ -119,11 +117,11 @@ def test_other_weights_are_taken(epilogues):
         answer = model(**given)
         assert tiny_models.relative_error(answer, expected(**given)) < 1e-6
         assert tiny_models.relative_error(answer, first) > 1e-3
-    known = len(epilogues._taken)
+    weight = weakref.ref(model.single_blocks[0].linear2.weight)
+    assert weight() is not None
     del model, expected
     gc.collect()
-    assert known
-    assert not epilogues._taken
+    assert weight() is None
 
 
 @pytest.mark.parametrize(
@@ -131,63 +129,63 @@ def test_other_weights_are_taken(epilogues):
     [
         ("GATED", 4608, 15360, 3072, (192, 192)),
         ("GELU", 4608, 3072, 12288, (128, 160)),
-        ("TURNED", 4608, 3072, 6144, (192, 128)),
+        ("HEADS", 4608, 3072, 6144, (192, 128)),
         ("GATED", 2304, 15360, 3072, (128, 144)),
-        ("TURNED", 2304, 3072, 6144, (128, 128)),
+        ("HEADS", 2304, 3072, 6144, (128, 128)),
         ("GATED", 512, 12288, 3072, (128, 96)),
         ("GATED", 256, 12288, 3072, (64, 96)),
     ],
 )
-def test_tiles_that_were_the_fastest(epilogues, product, tokens, inner, channels, best):
+def test_tiles_that_were_the_fastest(hopper, product, tokens, inner, channels, best):
     """Of all, on an H200, or as fast as the fastest within what differs from one time to the next."""
     left, right = (torch.empty(1, n, inner, dtype=torch.bfloat16, device="meta") for n in (tokens, channels))
-    tile = epilogues._tile(getattr(epilogues, product), left, right)
+    tile = getattr(hopper, product).tile(left, right)
     assert (tile.tokens, tile.channels) == best
 
 
-def test_what_can_be_joined(epilogues):
+def test_what_can_be_with_kernels(hopper):
     """Plain layers in bfloat16 and those of 8-bit floats, heads that fit; modulations may be anything."""
-    assert not epilogues.serves(tiny_models.flux().bfloat16().double_blocks[0])
+    assert not hopper.serves(tiny_models.flux().bfloat16().double_blocks[0])
     block = tiny_models.flux(**WIDER).double_blocks[0]
-    assert not epilogues.serves(block)
-    assert epilogues.serves(block.bfloat16())
+    assert not hopper.serves(block)
+    assert hopper.serves(block.bfloat16())
     to_fp8([block])
-    assert epilogues.serves(block)
+    assert hopper.serves(block)
     other = tiny_models.flux(**WIDER).bfloat16().double_blocks[0]
     lin = other.img_attn.proj
     other.img_attn.proj = LowRankLinear(
         lin, torch.zeros(2, lin.in_features), torch.zeros(lin.out_features, 2)
     )
-    assert not epilogues.serves(other)
+    assert not hopper.serves(other)
 
 
-def test_a_net_on_such_a_card_takes_them(epilogues, monkeypatch):
+def test_a_net_on_such_a_card_takes_them(hopper, monkeypatch):
     """A block that cannot is compiled as ever."""
-    monkeypatch.setattr("flux.model.with_epilogues", lambda device: epilogues)
+    monkeypatch.setattr("flux.model.hopper_kernels", lambda device: hopper)
     model = tiny_models.flux(**WIDER).bfloat16()
     model.single_blocks[0].float()
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: compiled.append(block))
+    monkeypatch.setattr(Block, "compile", lambda block, **_: compiled.append(block))
     model.compile_blocks("cuda")
     assert compiled == [model.single_blocks[0]]
-    assert model.single_blocks[0].products is Apart
-    rest = {block.products for block in (*model.double_blocks, *model.single_blocks[1:])}
-    assert rest == {epilogues.Joined}
+    assert type(model.single_blocks[0]) is SingleStreamBlock
+    assert {type(block) for block in model.double_blocks} == {hopper.HopperDoubleBlock}
+    assert {type(block) for block in model.single_blocks[1:]} == {hopper.HopperSingleBlock}
 
 
-def test_without_a_kernel_nothing_is_joined(epilogues, monkeypatch):
+def test_without_a_kernel_nothing_is_with_kernels(hopper, monkeypatch):
     """With gradients for instance, or on the CPU."""
-    monkeypatch.setattr(layers, "has_kernel", lambda x: False)
+    monkeypatch.setattr(hopper, "has_kernel", lambda x: False)
     monkeypatch.setattr(hopper_stub.Epilogue, "run", lambda *_, **__: pytest.fail("no gradients there"))
-    joined(tiny_models.flux(), epilogues)(**tiny_models.inputs(1, **SMALL))
+    with_kernels(tiny_models.flux(), hopper)(**tiny_models.inputs(1, **SMALL))
 
 
 @pytest.mark.parametrize(("capability", "there"), [((8, 9), False), ((9, 0), True), ((10, 0), False)])
-def test_cards_that_have_them(epilogues, monkeypatch, capability, there):
+def test_cards_that_have_them(hopper, monkeypatch, capability, there):
     monkeypatch.setattr("flux.model.find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert (with_epilogues(torch.device("cuda")) is not None) is there
-    assert with_epilogues(torch.device("cpu")) is None
+    assert (hopper_kernels(torch.device("cuda")) is not None) is there
+    assert hopper_kernels(torch.device("cpu")) is None
 
 
 def test_without_the_packages(monkeypatch):
@@ -196,12 +194,12 @@ def test_without_the_packages(monkeypatch):
     monkeypatch.setattr("flux.model.find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert with_epilogues(torch.device("cuda")) is None
+        assert hopper_kernels(torch.device("cuda")) is None
     monkeypatch.setattr("flux.model.find_spec", lambda name: types.SimpleNamespace())
     hopper_stub.install(monkeypatch)
     monkeypatch.delitem(sys.modules, "quack.epilogue.frontend")
     with pytest.warns(UserWarning, match="do not start .*torch compiles the blocks instead"):
-        assert with_epilogues(torch.device("cuda")) is None
+        assert hopper_kernels(torch.device("cuda")) is None
     hopper_stub.forget()
 
 
@@ -211,23 +209,23 @@ def test_without_the_packages(monkeypatch):
 def test_on_a_card(eight_bit):
     """In bfloat16, as near to float32 as separate products; each row of a batch as it would be by itself."""
     cuda = torch.device("cuda")
-    if with_epilogues(cuda) is None:
+    if hopper_kernels(cuda) is None:
         pytest.skip("needs a Hopper card, quack-kernels and flash-attn-4")
     given = {name: x.to(cuda) for name, x in tiny_models.inputs(2).items() if x is not None}
     narrow = {n: x.bfloat16() if x.is_floating_point() and "ids" not in n else x for n, x in given.items()}
     errors = []
-    for way in ("apart", "joined"):
+    for way in ("plain", "hopper"):
         model = tiny_models.flux(hidden_size=256, num_heads=2, axes_dim=[16, 56, 56]).to(cuda)
         expected = model(**given)
         model.bfloat16()
         if eight_bit:
             to_fp8([model.double_blocks, model.single_blocks])
-        if way == "joined":
+        if way == "hopper":
             model.compile_blocks(cuda)
-            assert {block.products.__name__ for block in model.double_blocks} == {"Joined"}
+            assert {type(block).__name__ for block in model.double_blocks} == {"HopperDoubleBlock"}
         answer = model(**narrow)
         errors.append(tiny_models.relative_error(answer.float(), expected))
-        if way == "joined":
+        if way == "hopper":
             alone = model(**{name: x[1:] for name, x in narrow.items()})
             assert torch.equal(alone, answer[1:])
     assert errors[1] <= 1.2 * errors[0]

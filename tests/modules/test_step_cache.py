@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from flux import sampling
 from flux.intervention import Intervention
+from flux.model import Inputs
 from flux.modules.step_cache import StepCache
 from flux.sampling import Conditioning
 
@@ -41,7 +42,7 @@ def test_the_rule_by_hand(given, threshold):
     x, known, full = given["img"], None, 0
     for (t, t_next), latent in zip(pairwise(LEVELS), got):
         rows = {**given, "img": x, "timesteps": torch.full((2,), t), "guidance": torch.full((2,), 3.0)}
-        before, after = (streams.img for streams in model.streams(**rows)[:2])
+        before, after = (streams.img for streams in model.streams(Inputs(**rows))[:2])
         first = after - before
         change = 1.0
         if known:
@@ -55,8 +56,8 @@ def test_the_rule_by_hand(given, threshold):
             model(**rows)
             hook.remove()
             known = (first, seen[0] - after)
-        vec = model._conditioning(rows["timesteps"], rows["y"], rows["guidance"])
-        x = x + (t_next - t) * model.final_layer(after + known[1], vec)
+        mod = model.modulations(rows["timesteps"], rows["y"], rows["guidance"])[-1]
+        x = x + (t_next - t) * model.final_layer(after + known[1], mod=mod)
         assert_close(latent, x, rtol=0, atol=1e-4)
     assert (cache.full, cache.reused) == (full, len(LEVELS) - 1 - full)
 
@@ -88,9 +89,9 @@ def test_steps_with_an_intervention_are_computed_whole(given, intervention):
 def test_what_is_taken_is_taken(given):
     model, cache = tiny_models.flux(), StepCache(1e9)
     kept = model.observe(
-        **tiny_models.inputs(1, 48, 48, seed=3), intervention=Intervention(keep=frozenset({1}))
+        Inputs(**tiny_models.inputs(1, 48, 48, seed=3)), intervention=Intervention(keep=frozenset({1}))
     )[1]
-    taking = Intervention(take=kept.kept)
+    taking = Intervention(inject=kept.kept)
     assert torch.equal(path(model, given, cache, taking)[-1], path(model, given, None, taking)[-1])
 
 

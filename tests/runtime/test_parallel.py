@@ -17,11 +17,9 @@ from PIL import Image
 
 import demo_4_edit
 from flux import errors
-from flux.errors import InputError, exit_on_input_error, one_voice
+from flux.errors import InputError, exit_on_input_error, only_rank_zero_prints
 from flux.runtime import parallel
-from flux.runtime.parallel import ALONE, Ranks, join
-from flux.settings.demos import GenerateSettings
-from flux.settings.files import check_settings
+from flux.runtime.parallel import ALONE, ProcessGroup, join
 
 ROOT = Path(__file__).parents[2]
 FEW = ("plain", "equal_shares", "taken_in_part", "spared_steps")  # cases for four processes
@@ -101,42 +99,38 @@ def launched(monkeypatch):
     return as_process
 
 
-def settings(**fields) -> GenerateSettings:
-    return check_settings(GenerateSettings, {"prompts": ["a dog"], **fields})
-
-
 def test_alone(launched):
-    assert join(settings()) is ALONE
+    assert join(1, "auto") is ALONE
     launched(0, 1)
-    assert join(settings()) is ALONE
+    assert join(1, "auto") is ALONE
     x = torch.arange(6).reshape(1, 6)
-    assert ALONE.share(x).equal(x)
-    assert ALONE.whole(x, 1, 2, 4).equal(x)
+    assert ALONE.shard(x).equal(x)
+    assert ALONE.gather(x, 1, 2, 4).equal(x)
     assert ALONE.total(x) is x
 
 
 def test_without_torchrun(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo_0_test.py", "my file.json", "--parallel", "2"])
     with pytest.raises(InputError) as error:
-        join(settings(parallel=2))
+        join(2, "auto")
     command = "torchrun --nproc_per_node 2 demo_0_test.py 'my file.json' --parallel 2"
     assert str(error.value) == f"Got parallel 2, but this is a single process: start it with {command}"
 
 
 @pytest.mark.parametrize(
-    ("count", "fields", "message"),
+    ("parallel_setting", "device", "message"),
     [
-        (2, {}, "Got parallel 1, but torchrun started 2 processes"),
-        (2, {"parallel": 2, "device": "cuda:1"}, "Got device 'cuda:1' with parallel 2"),
-        (2, {"parallel": 2, "device": "cuda"}, "Got 2 processes, but this machine has 1 CUDA cards"),
+        (1, "auto", "Got parallel 1, but torchrun started 2 processes"),
+        (2, "cuda:1", "Got device 'cuda:1' with parallel 2"),
+        (2, "cuda", "Got 2 processes, but this machine has 1 CUDA GPUs"),
     ],
 )
-def test_what_cannot_be_shared_out(launched, monkeypatch, count, fields, message):
-    launched(0, count)
+def test_processes_that_do_not_fit_the_settings(launched, monkeypatch, parallel_setting, device, message):
+    launched(0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda **_: pytest.fail("too late"))
     with pytest.raises(InputError, match=message):
-        join(settings(**fields))
+        join(parallel_setting, device)
 
 
 @pytest.fixture
@@ -147,7 +141,7 @@ def cards(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
-    known = parallel._reach_one_another, parallel._shared
+    known = parallel.gpus_are_peers, parallel.shared_memory
     yield
     for one in known:
         one.cache_clear()
@@ -163,8 +157,8 @@ def test_copies_are_left_to_copy_engines(cards, monkeypatch, set_before):
     begin = lambda **_: seen.append(os.environ["NCCL_CTA_POLICY"])  # noqa: E731
     monkeypatch.setattr(parallel.dist, "init_process_group", begin)
     monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
-    ranks = join(settings(parallel=2, device="cuda"))
-    assert ranks == Ranks(1, 2, torch.device("cuda", 1))
+    ranks = join(2, "cuda")
+    assert ranks == ProcessGroup(1, 2, torch.device("cuda", 1))
     assert seen == [set_before or "2"]
 
 
@@ -181,7 +175,7 @@ def test_memory_within_reach_is_made_once(cards, monkeypatch):
     monkeypatch.setattr(parallel.dist, "group", types.SimpleNamespace(WORLD=None))
     like = torch.empty(1, dtype=torch.bfloat16)
     with torch.inference_mode():
-        first, second, third = (parallel._within_reach(like, (n, 5)) for n in (100, 90, 110))
+        first, second, third = (parallel.peer_memory(like, (n, 5)) for n in (100, 90, 110))
     assert (first.shape, first.dtype) == ((100, 5), torch.bfloat16)
     assert first.data_ptr() == second.data_ptr() != third.data_ptr()
     assert [room.nbytes for room in made] == [1024, 2048]
@@ -194,16 +188,16 @@ def test_cards_out_of_reach(cards, monkeypatch, what):
         monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
     else:
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
-    monkeypatch.setattr(parallel, "_shared", lambda *_: pytest.fail("nobody would write there"))
-    assert parallel._within_reach(torch.empty(1), (3, 4)).shape == (3, 4)
+    monkeypatch.setattr(parallel, "shared_memory", lambda *_: pytest.fail("nobody would write there"))
+    assert parallel.peer_memory(torch.empty(1), (3, 4)).shape == (3, 4)
 
 
-def test_shares_are_all_there_is():
+def test_shards_hold_every_token_once():
     x = torch.randn(2, 7, 3)
-    shares = [Ranks(rank, 3).share(x) for rank in range(3)]
-    assert torch.cat(shares, dim=1).equal(x)
-    assert tuple(share.shape[1] for share in shares) == Ranks(0, 3).sizes(7) == (3, 2, 2)
-    assert Ranks(0, 3).sizes(7, 4) == (5, 3, 3)
+    shards = [ProcessGroup(rank, 3).shard(x) for rank in range(3)]
+    assert torch.cat(shards, dim=1).equal(x)
+    assert tuple(shard.shape[1] for shard in shards) == ProcessGroup(0, 3).sizes(7) == (3, 2, 2)
+    assert ProcessGroup(0, 3).sizes(7, 4) == (5, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +216,7 @@ def test_whose_error_is_said(launched, monkeypatch, capsys, rank, error, waits):
     waited = []
     monkeypatch.setattr(errors.time, "sleep", waited.append)
 
-    @one_voice()
+    @only_rank_zero_prints()
     def work():
         print("working")
         print("bar", file=sys.stderr)
@@ -230,7 +224,7 @@ def test_whose_error_is_said(launched, monkeypatch, capsys, rank, error, waits):
 
     with pytest.raises(type(error)):
         work()
-    assert waited == [errors.PATIENCE] * waits
+    assert waited == [errors.TORCHRUN_GRACE_S] * waits
     heard = capsys.readouterr()
     assert (heard.out, heard.err) == (("working\n", "bar\n") if rank == 0 else ("", ""))
 
@@ -238,7 +232,7 @@ def test_whose_error_is_said(launched, monkeypatch, capsys, rank, error, waits):
 def test_another_process_says_its_own_error(launched, monkeypatch, capsys):
     launched(1, 2)
     monkeypatch.setattr(errors.time, "sleep", lambda _: None)
-    with pytest.raises(SystemExit) as end, exit_on_input_error(), one_voice():
+    with pytest.raises(SystemExit) as end, exit_on_input_error(), only_rank_zero_prints():
         raise InputError("only mine")
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: only mine\n"
