@@ -1,4 +1,4 @@
-"""The autoencoder equals diffusers' and the published file's names and shapes."""
+"""The autoencoder computes what diffusers' computes and has the published file's names and shapes."""
 
 import json
 from pathlib import Path
@@ -11,43 +11,43 @@ from flux.modules.autoencoder import AutoEncoder, AutoEncoderParams, DiagonalGau
 from flux.specs import configs
 
 MANIFEST = Path(__file__).parents[1] / "manifests" / "ae.json"
-FORMS = {
+VARIANTS = {
     "like FLUX.1's": {},
     "like flux-nano's": {"num_res_blocks": 1, "num_groups": 8, "shift_factor": -0.0324},
 }
 
 
-@pytest.fixture(params=FORMS, scope="module")
+@pytest.fixture(params=VARIANTS, scope="module")
 def ae(request):
-    return tiny_models.autoencoder(**FORMS[request.param])
+    return tiny_models.autoencoder(**VARIANTS[request.param])
 
 
 @pytest.fixture(params=[(32, 32), (48, 80)], ids=str)
-def picture(request):
+def image(request):
     return torch.rand(2, 3, *request.param, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_encode_equals_diffusers(ae, picture):
-    """Among others: the padding of the downsampling, at the far edges only."""
+def test_encode_equals_diffusers(ae, image):
+    """This includes the padding of the downsampling, at the right and bottom edges only."""
     p = ae.params
-    mean = tiny_models.diffusers_autoencoder(ae).encode(picture).latent_dist.mean
-    error = tiny_models.relative_error(ae.encode(picture), p.scale_factor * (mean - p.shift_factor))
+    mean = tiny_models.diffusers_autoencoder(ae).encode(image).latent_dist.mean
+    error = tiny_models.relative_error(ae.encode(image), p.scale_factor * (mean - p.shift_factor))
     assert error < 3e-6, f"relative error {error:.1e}"
 
 
-def test_decode_equals_diffusers(ae, picture):
-    """Scale and shift are part of our decode, and of the pipeline's there."""
+def test_decode_equals_diffusers(ae, image):
+    """Our `decode` applies scale and shift. In diffusers the pipeline does."""
     p = ae.params
-    height, width = (side // 8 for side in picture.shape[-2:])
+    height, width = (side // 8 for side in image.shape[-2:])
     z = torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(1))
     expected = tiny_models.diffusers_autoencoder(ae).decode(z / p.scale_factor + p.shift_factor).sample
-    assert expected.shape == picture.shape
+    assert expected.shape == image.shape
     error = tiny_models.relative_error(ae.decode(z), expected)
     assert error < 3e-6, f"relative error {error:.1e}"
 
 
-def test_forward_is_decode_after_encode(ae, picture):
-    assert torch.equal(ae(picture), ae.decode(ae.encode(picture)))
+def test_forward_is_decode_after_encode(ae, image):
+    assert torch.equal(ae(image), ae.decode(ae.encode(image)))
 
 
 def test_full_size_has_the_names_and_shapes_of_the_published_file():
@@ -57,17 +57,15 @@ def test_full_size_has_the_names_and_shapes_of_the_published_file():
     assert {name: list(tensor.shape) for name, tensor in ae.state_dict().items()} == expected
 
 
-def test_encoding_is_its_mean_unless_asked_to_draw():
+def test_encoding_returns_the_mean_unless_it_samples():
     moments = torch.cat((torch.full((1, 16, 8, 8), 2.0), torch.full((1, 16, 8, 8), -2.0)), dim=1)
     assert torch.equal(DiagonalGaussian(sample=False)(moments), moments[:, :16])
     torch.manual_seed(0)
-    draws = torch.stack([DiagonalGaussian()(moments) for _ in range(100)])
-    assert draws.mean().item() == pytest.approx(2.0, abs=0.01)
-    assert draws.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), abs=0.01)
+    samples = torch.stack([DiagonalGaussian()(moments) for _ in range(100)])
+    assert samples.mean().item() == pytest.approx(2.0, abs=0.01)
+    assert samples.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), abs=0.01)
 
 
 def test_params_have_upstreams_fields():
-    """Ten of them upstream's; the number of groups is ours and 32 by default, as upstream has it
-    everywhere.
-    """
+    """The number of groups is an addition. Its default is the number that upstream always uses."""
     assert AutoEncoderParams(256, 3, 128, 3, [1, 2, 4, 4], 2, 16, 0.3611, 0.1159).num_groups == 32

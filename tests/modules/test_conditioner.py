@@ -1,4 +1,4 @@
-"""Texts to features, exactly as diffusers' pipeline makes them, through the tokenizers' own files."""
+"""Text features equal those of diffusers' pipeline bit for bit."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_models
 from safetensors.torch import load_file, save_file
 
+from flux.errors import InputError
 from flux.modules.conditioner import HFEmbedder
 from flux.specs import NANO_FOLDER
 
@@ -14,9 +15,7 @@ PROMPTS = ["a dog wearing a top hat on the grass", "", "a red car, on the street
 
 
 def test_features_equal_diffusers(nano, nano_diffusers):
-    """Padding takes part in attention and no mask is given: with one, features would differ in every
-    prompt.
-    """
+    """Padding takes part in the attention. With a mask, the features of every prompt would differ."""
     txt, vec, _ = nano_diffusers.encode_prompt(PROMPTS, max_sequence_length=40)
     assert torch.equal(nano.t5(PROMPTS), txt)
     assert torch.equal(nano.clip(PROMPTS), vec)
@@ -24,19 +23,19 @@ def test_features_equal_diffusers(nano, nano_diffusers):
     assert vec.shape == (3, 128)
 
 
-def test_long_prompts_are_cut(nano):
+def test_long_prompts_are_truncated(nano):
     long = "a dog and a cat and " * 20
     assert nano.t5([long]).shape == (1, 40, 256)
 
 
-def test_kinds_are_told_by_their_config(nano):
+def test_the_config_tells_which_encoder_it_is(nano):
     assert nano.clip.is_clip
     assert not nano.t5.is_clip
     assert (nano.t5.output_key, nano.clip.output_key) == ("last_hidden_state", "pooler_output")
 
 
 def test_upstreams_call():
-    """The encoder's folder, the length, and whatever `from_pretrained` takes."""
+    """Upstream gives the encoder's folder, the length and arguments of `from_pretrained`."""
     folder = str(NANO_FOLDER / "text_encoder_2")
     embedder = HFEmbedder(
         folder, max_length=8, tokenizer=str(NANO_FOLDER / "tokenizer_2"), torch_dtype=torch.bfloat16
@@ -48,7 +47,7 @@ def test_upstreams_call():
 
 
 def test_folders_within_a_repository():
-    """One repository holds both encoders and their tokenizers: FLUX.1's own layout."""
+    """FLUX.1's repository holds both encoders and their tokenizers."""
     embedder = HFEmbedder(
         str(NANO_FOLDER), 32, str(NANO_FOLDER), subfolder="text_encoder", tokenizer_subfolder="tokenizer"
     )
@@ -58,7 +57,7 @@ def test_folders_within_a_repository():
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
 def test_clip_files_of_either_naming(nano, tmp_path, prefix):
-    """Before version 5, transformers wrote CLIP's names with a prefix; both kinds of file are about."""
+    """transformers wrote CLIP's names with a prefix before version 5. Both kinds of file exist."""
     weights = load_file(NANO_FOLDER / "text_encoder" / "model.safetensors")
     renamed = {prefix + name.removeprefix("text_model."): x for name, x in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -68,8 +67,8 @@ def test_clip_files_of_either_naming(nano, tmp_path, prefix):
     assert torch.equal(embedder(PROMPTS), nano.clip(PROMPTS))
 
 
-def test_a_whole_clip_model_is_read_for_its_text_half(nano, tmp_path):
-    """openai's file holds both halves and says model_type "clip"."""
+def test_the_text_encoder_of_a_whole_clip_model_is_read(nano, tmp_path):
+    """OpenAI's file also holds the vision encoder and has the model_type "clip"."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     text = CLIPTextConfig.from_pretrained(NANO_FOLDER / "text_encoder")
@@ -84,3 +83,12 @@ def test_a_whole_clip_model_is_read_for_its_text_half(nano, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip"
     embedder = HFEmbedder(str(tmp_path), 32, str(NANO_FOLDER / "tokenizer"), dtype=torch.float32)
     assert tiny_models.relative_error(embedder(PROMPTS), nano.clip(PROMPTS)) < 1e-6
+
+
+def test_files_without_all_weights_are_refused(tmp_path):
+    weights = load_file(NANO_FOLDER / "text_encoder" / "model.safetensors")
+    weights = {name: x for name, x in weights.items() if not name.endswith("final_layer_norm.weight")}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((NANO_FOLDER / "text_encoder" / "config.json").read_text())
+    with pytest.raises(InputError, match=r"is no whole CLIPTextModel: .*final_layer_norm"):
+        HFEmbedder(str(tmp_path), 32, str(NANO_FOLDER / "tokenizer"))
