@@ -14,7 +14,6 @@ from flux.editing.reference import generated_source, guidance_args, photo_source
 from flux.evaluate.benchmark import Item
 from flux.evaluate.resolve import ResolvedMethod
 from flux.pipeline import Pipeline, count_evaluations
-from flux.sampling import sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +73,11 @@ class MethodRunner:
         shares = ((time.perf_counter() - begin) / len(items), evaluations() / len(items))
         return [EditResult(*pair, *shares) for pair in zip(images, references)]
 
+    def _photos(self, items: Sequence[Item]) -> list[Image.Image]:
+        return [item.photo(*self.size) for item in items]
+
     def _encoded(self, items: Sequence[Item]) -> Tensor:
-        return torch.cat([self.pipe.encode(item.photo(*self.size)) for item in items])
+        return torch.cat([self.pipe.encode(photo) for photo in self._photos(items)])
 
     def _decoded(self, latents: Tensor) -> list[Image.Image]:
         return self.pipe.decode(latents, *self.size)
@@ -89,17 +91,20 @@ class MethodRunner:
     def _image_to_image(
         self, method: ResolvedMethod, strength: float, items: Sequence[Item]
     ) -> list[Image.Image]:
-        """SDEdit (arXiv 2108.01073): adds noise to the photograph and denoises it with the new prompt."""
-        settings, pipe = method.settings, self.pipe
-        cond = pipe.condition(self._targets(items), settings.guidance, **guidance_args(settings))
-        levels = pipe.schedule(settings.num_steps, *self.size)
-        levels = levels[round((1 - strength) * settings.num_steps) :]
-        noise = pipe.noise(self._seeds(items), *self.size)
-        latent = levels[0] * noise + (1 - levels[0]) * self._encoded(items)
-        with pipe.denoising() as model:
-            for step in sample(model, latent, pipe.image_ids(1, *self.size), cond, levels):
-                latent = step.latent
-        return self._decoded(latent)
+        """Generates from the photographs with added noise (SDEdit, arXiv 2108.01073)."""
+        settings, (width, height) = method.settings, self.size
+        return self.pipe.generate(
+            self._targets(items),
+            self._seeds(items),
+            width=width,
+            height=height,
+            num_steps=settings.num_steps,
+            guidance=settings.guidance,
+            **guidance_args(settings),
+            image=self._photos(items),
+            strength=strength,
+            progress=False,
+        )
 
     def _edited(
         self, method: ResolvedMethod, items: Sequence[Item]

@@ -10,9 +10,7 @@ An evaluation may be stopped at any moment and resumed: finished edits are kept.
 metrics they are measured again, but not made again.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.pipeline import Pipeline
 from flux.runs.record import image_metadata
+from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks, uses_ray
 from flux.settings.complete import resolve
 
 SHEET_ROWS, SHEET_SIDE = 12, 192
@@ -124,7 +123,11 @@ class EvaluateWorker:
     """
 
     def __init__(self, settings: ResolvedEvaluate, pipe: Pipeline | None = None):
-        if pipe is None and settings.device.startswith("cuda") and uses_ray(settings):
+        if (
+            pipe is None
+            and settings.device.startswith("cuda")
+            and uses_ray(settings.workers, settings.ray_address)
+        ):
             # Ray shows a worker only its own GPU, as the first one.
             settings = settings.model_copy(update={"device": "cuda"})
         self.methods: dict[str, ResolvedMethod | None] = dict.fromkeys(BASELINES)
@@ -138,11 +141,6 @@ class EvaluateWorker:
         return self.runner.run(self.methods[task.method], task.items)
 
 
-def uses_ray(settings: EvaluateSettings) -> bool:
-    """Whether workers of Ray share the work."""
-    return settings.workers > 1 or settings.ray_address is not None
-
-
 def _edit_and_record(
     settings: ResolvedEvaluate,
     store: Store,
@@ -153,10 +151,9 @@ def _edit_and_record(
     progress: bool,
 ) -> None:
     """Makes the missing edits. A thread saves and measures each batch while the next one is made."""
-    tasks = _missing(items, names, settings.batch_size, store)
-    missing = sum(len(task.items) for task in tasks)
-    total = len(items) * len(names)
-    bar = tqdm(total=total, initial=total - missing, desc="evaluate", unit="edit", disable=not progress)
+    missing = _missing(items, names, settings.batch_size, store)
+    total, left = len(items) * len(names), sum(len(task.items) for task in missing)
+    bar = tqdm(total=total, initial=total - left, desc="evaluate", unit="edit", disable=not progress)
 
     def record(task: EditTask, results: Sequence[EditResult]) -> None:
         for item, result in zip(task.items, results):
@@ -168,14 +165,16 @@ def _edit_and_record(
         store.add(measurer.rows(task.method, task.items, results))
         bar.update(len(task.items))
 
-    with bar, ThreadPoolExecutor(1) as recorder, closing(_results(settings, pipe, tasks)) as done:
-        recording: Future[None] | None = None
-        for task, results in done:
-            if recording:
-                recording.result()
-            recording = recorder.submit(record, task, results)
-        if recording:
-            recording.result()
+    with bar:
+        for task in missing:
+            if task.method == "truth":  # needs no model
+                record(task, [_truth(settings, item) for item in task.items])
+        tasks = [task for task in missing if task.method != "truth"]
+        args = (settings,) if uses_ray(settings.workers, settings.ray_address) else (settings, pipe)
+        workers = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
+        results = run_tasks(EvaluateWorker, args, tasks, *workers)
+        for _ in finish_beside(results, lambda number, edits: record(tasks[number], edits)):
+            pass
 
 
 def _missing(items: Sequence[Item], names: Sequence[str], size: int, store: Store) -> list[EditTask]:
@@ -192,30 +191,10 @@ def _missing(items: Sequence[Item], names: Sequence[str], size: int, store: Stor
     return tasks
 
 
-def _results(
-    settings: ResolvedEvaluate, pipe: Pipeline | None, tasks: Sequence[EditTask]
-) -> Generator[tuple[EditTask, list[EditResult]]]:
-    """Yields each task with its edits. The finished edits that the benchmark has come first."""
-    for task in tasks:
-        if task.method == "truth":
-            photos = (
-                Photograph.of(read_image(item.truth), *settings.size) for item in task.items if item.truth
-            )
-            yield task, [EditResult(photo.part, None, 0.0, 0.0) for photo in photos]
-    tasks = [task for task in tasks if task.method != "truth"]
-    if not tasks:
-        return
-    if uses_ray(settings):
-        from flux.runs.workers import gpus_per_worker, run_tasks
-
-        workers = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
-        with closing(run_tasks(EvaluateWorker, (settings,), tasks, *workers)) as done:
-            for index, results in done:
-                yield tasks[index], results
-        return
-    worker = EvaluateWorker(settings, pipe)
-    for task in tasks:
-        yield task, worker.run(task)
+def _truth(settings: ResolvedEvaluate, item: Item) -> EditResult:
+    if item.truth is None:
+        raise ValueError(f"The benchmark has no finished edit {item.key}")
+    return EditResult(Photograph.of(read_image(item.truth), *settings.size).part, None, 0.0, 0.0)
 
 
 # ---- the sheet
