@@ -1,5 +1,6 @@
-"""FLUX.1 with its layers open: bypass them, score them, and edit through the vital ones. Importing this loads
-nothing.
+"""FLUX.1 with its layers open: skip them, score them, and edit through the vital ones.
+
+Importing this package loads nothing.
 """
 
 __version__ = "0.1.0"

@@ -1,3 +1,5 @@
+"""Entry point of `python -m flux`."""
+
 from flux.cli import app
 
 if __name__ == "__main__":
