@@ -32,8 +32,11 @@ def test_transformer_is_scaled_fp8():
     matrices = {name for name, tensor in tensors.items() if tensor.ndim == 2}
     for name in matrices:
         scale = tensors[name.removesuffix("weight") + "scale_weight"]
-        assert tensors[name].dtype == torch.float8_e4m3fn and tensors[name].float().isfinite().all(), name
-        assert scale.dtype == torch.float32 and scale.shape == () and scale > 0, name
+        assert tensors[name].dtype == torch.float8_e4m3fn, name
+        assert tensors[name].float().isfinite().all(), name
+        assert scale.dtype == torch.float32, name
+        assert scale.shape == (), name
+        assert scale > 0, name
     scales = {name.removesuffix("weight") + "scale_weight" for name in matrices}
     rest = tensors.keys() - matrices - scales
     assert all(tensors[name].ndim == 1 and tensors[name].dtype == torch.float16 for name in rest)
@@ -85,7 +88,8 @@ def test_every_known_word_is_one_token(tokenizer):
     for word in filter(str.isalpha, SPEC.vocabulary.read_text().split()):
         ids = tokenizer(word)["input_ids"]
         ids = [number for number in ids if number not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-        assert len(ids) == 1 and ids != [tokenizer.unk_token_id], word
+        assert len(ids) == 1, word
+        assert ids != [tokenizer.unk_token_id], word
     spelled = tokenizer("xyzzy")["input_ids"]
     assert len(spelled) > 3
     assert tokenizer.unk_token_id not in spelled[:-1]

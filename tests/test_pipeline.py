@@ -1,5 +1,6 @@
-"""Prompts in, pictures out: flux-nano end to end against diffusers' pipeline, and what the pipeline adds."""
+"""Prompts in, images out: flux-nano end to end against diffusers' pipeline, and what the pipeline adds."""
 
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,9 +40,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     ],
     ids=["as shipped", "two, upright, with a negative prompt", "wide"],
 )
-def test_pictures_equal_diffusers(
-    nano, nano_diffusers, prompts, width, height, num_steps, true_cfg, negative
-):
+def test_images_equal_diffusers(nano, nano_diffusers, prompts, width, height, num_steps, true_cfg, negative):
     """The same files, tokenizers, noise and steps through both: the whole path, within 1/255."""
     seeds = list(range(7, 7 + len(prompts)))
     expected = nano_diffusers(
@@ -67,12 +66,12 @@ def test_pictures_equal_diffusers(
     )
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.size == theirs.size == (width, height)
-        assert np.asarray(ours).std() > 20, "an empty picture proves nothing"
+        assert np.asarray(ours).std() > 20, "an empty image proves nothing"
         worst = difference(ours, theirs)
         assert worst <= 1, f"differs by {worst}/255"
 
 
-def test_four_step_pictures_equal_diffusers():
+def test_four_step_images_equal_diffusers():
     ours, theirs = (
         tiny_models.load_nano("flux-nano-schnell"),
         tiny_models.load_nano_in_diffusers("flux-nano-schnell"),
@@ -81,34 +80,34 @@ def test_four_step_pictures_equal_diffusers():
     theirs_only = {"generator": torch.Generator().manual_seed(4), "max_sequence_length": 40}
     expected = theirs(CAR, num_inference_steps=4, **theirs_only, **how).images[0]
     [got] = ours.generate([CAR], [4], num_steps=4, guidance=0.0, progress=False, **how)
-    assert np.asarray(got).std() > 20, "an empty picture proves nothing"
+    assert np.asarray(got).std() > 20, "an empty image proves nothing"
     assert difference(got, expected) <= 1
 
 
 # ---- generate
 
 
-def test_a_seed_is_a_picture(nano):
+def test_a_seed_is_an_image(nano):
     first, again, other = (nano.generate([DOG], [seed], **QUICK)[0] for seed in (1, 1, 2))
     assert difference(first, again) == 0
     assert difference(first, other) > 50
 
 
 def test_a_batch_is_its_rows(nano):
-    """The same pictures one by one, up to rounding."""
+    """The same images one by one, up to rounding."""
     together = nano.generate([DOG, CAR, DOG], [1, 2, 3], **QUICK)
     alone = [nano.generate([prompt], [seed], **QUICK)[0] for prompt, seed in ((DOG, 1), (CAR, 2), (DOG, 3))]
     assert max(map(difference, together, alone)) <= 1
 
 
 def test_each_step_is_reported(nano):
-    """In order, from noise on, and the last one holds the picture."""
+    """In order, from noise on, and the last one holds the image."""
     steps = []
-    [picture] = nano.generate([DOG], [1], **QUICK, on_step=steps.append)
+    [image] = nano.generate([DOG], [1], **QUICK, on_step=steps.append)
     levels = nano.schedule(3, 128, 96)
-    assert [(step.t, step.t_next) for step in steps] == list(zip(levels, levels[1:]))
+    assert [(step.t, step.t_next) for step in steps] == list(pairwise(levels))
     assert torch.equal(steps[0].noisy, nano.noise([1], 128, 96))
-    assert difference(nano.decode(steps[-1].latent, 128, 96)[0], picture) == 0
+    assert difference(nano.decode(steps[-1].latent, 128, 96)[0], image) == 0
 
 
 def test_a_second_pass_counts_as_an_evaluation(nano):
@@ -116,7 +115,22 @@ def test_a_second_pass_counts_as_an_evaluation(nano):
     for true_cfg, expected in ((1.0, 4), (2.0, 8)):
         with count_evaluations(nano) as evaluations:
             nano.generate([DOG, DOG], [0, 1], true_cfg=true_cfg, **common)
-        assert evaluations() == expected, "two pictures, two steps"
+        assert evaluations() == expected, "two images, two steps"
+
+
+def test_each_pass_is_reported_while_someone_listens(nano):
+    """A listener may stop the run by an error, and none is left behind."""
+    rows = []
+
+    def stop(count):
+        rows.append(count)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), nano.listening(stop):
+        nano.generate([DOG, CAR], [1, 2], **QUICK)
+    assert rows == [2]
+    nano.generate([DOG], [1], **QUICK)
+    assert rows == [2]
 
 
 def test_timings_are_kept(nano):
@@ -132,8 +146,7 @@ def test_a_watermark_is_a_choice(nano):
     settings = {**QUICK, "width": 256, "height": 256, "num_steps": 2}
     plain, marked = (nano.generate([DOG], [1], **settings, watermark=mark)[0] for mark in (False, True))
     bits = [
-        np.asarray(extract_watermark(to_tensor(picture)[None])).ravel().tolist()
-        for picture in (plain, marked)
+        np.asarray(extract_watermark(to_tensor(image)[None])).ravel().tolist() for image in (plain, marked)
     ]
     assert bits[0] != list(WATERMARK_BITS)
     assert bits[1] == list(WATERMARK_BITS)
@@ -147,8 +160,8 @@ def photo(nano):
     return nano.generate([CAR], [5], **{**QUICK, "num_steps": 8})[0]
 
 
-def test_strength_0_is_the_picture_again(nano, photo):
-    """Only the autoencoder is between: a start picture in 0..1 instead of -1..1 would come back washed
+def test_strength_0_is_the_image_again(nano, photo):
+    """Only the autoencoder is between: a start image in 0..1 instead of -1..1 would come back washed
     out.
     """
     [same] = nano.generate([DOG], [1], **QUICK, image=photo, strength=0.0)
@@ -169,6 +182,18 @@ def test_strength_is_the_part_of_the_schedule_that_runs(nano, photo):
     assert [step.t for step in steps] == levels[:-1]
     expected = levels[0] * nano.noise([1], 128, 96) + (1 - levels[0]) * nano.encode(photo)
     assert torch.equal(steps[0].noisy, expected)
+
+
+def test_each_row_may_start_from_an_image_of_its_own(nano, photo):
+    """The same images as one by one, up to rounding."""
+    [other] = nano.generate([DOG], [6], **QUICK)
+    photos, seeds, how = (photo, other), (1, 2), {**QUICK, "strength": 0.7}
+    together = nano.generate([DOG, CAR], seeds, **how, image=photos)
+    alone = [
+        nano.generate([prompt], [seed], **how, image=start)[0]
+        for prompt, seed, start in zip((DOG, CAR), seeds, photos, strict=True)
+    ]
+    assert max(map(difference, together, alone)) <= 1
 
 
 def test_encode_is_the_latent_that_decode_takes(nano, photo):
@@ -249,29 +274,29 @@ def test_wrong_paths_are_told_before_anything_loads(no_text_encoders, field):
 def test_weights_of_another_model_are_told_before_anything_loads(no_text_encoders, tmp_path, field):
     """Names and shapes stand in the file's head: no need to read gigabytes of text encoder first."""
     save_file({"img_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="is not this model's|expected an autoencoder"):
+    with pytest.raises(InputError, match=r"is not this model's|expected an autoencoder"):
         Pipeline.load(resolve(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
 
 
-def test_bfloat16_makes_nearly_the_same_picture(nano):
+def test_bfloat16_makes_nearly_the_same_image(nano):
     """Same noise and steps in both; drawn in its own dtype, the noise of a seed would differ."""
     narrow = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="bfloat16")))
     latent = nano.noise([1], 128, 96)
-    pictures = []
+    images = []
     for pipe in (nano, narrow):
         cond = pipe.condition([DOG], 3.5)
         with pipe.denoising() as model:
             *_, last = sampling.sample(
                 model, latent.to(pipe.dtype), pipe.image_ids(1, 128, 96), cond, pipe.schedule(4, 128, 96)
             )
-        pictures += pipe.decode(last.latent, 128, 96)
-    error = np.asarray(pictures[0], dtype=float) - np.asarray(pictures[1], dtype=float)
+        images += pipe.decode(last.latent, 128, 96)
+    error = np.asarray(images[0], dtype=float) - np.asarray(images[1], dtype=float)
     assert np.sqrt((error**2).mean()) < 4
 
 
 @pytest.mark.parametrize("offload", [True, "model", "blocks", "auto"])
 def test_offloading_changes_nothing(nano, offload):
-    """On a CPU it moves weights from there to there; the pictures must not notice, the second one neither."""
+    """On a CPU it moves weights from there to there; the images must not notice, the second one neither."""
     fields = {"device": "cpu", "dtype": "float32", "offload": offload}
     settings = resolve(check_settings(ModelSettings, fields))
     offloaded = Pipeline.load(settings)
@@ -284,8 +309,8 @@ def test_offloading_changes_nothing(nano, offload):
 @pytest.mark.parametrize(
     ("fields", "bound"), [({"t5": "cpu"}, 0), ({"t5": "8bit"}, 6), ({"tiled": True}, 0)], ids=str
 )
-def test_smaller_forms_make_nearly_the_same_picture(nano, fields, bound):
-    """Largest difference of a pixel. A picture no larger than a tile is one tile."""
+def test_smaller_forms_make_nearly_the_same_image(nano, fields, bound):
+    """Largest difference of a pixel. An image no larger than a tile is one tile."""
     settings = resolve(ModelSettings(device="cpu", dtype="float32", **fields))
     [a], [b] = (pipe.generate([DOG], [1], **QUICK) for pipe in (nano, Pipeline.load(settings)))
     assert difference(a, b) <= bound

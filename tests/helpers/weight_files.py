@@ -21,6 +21,7 @@ HALVES = {
     "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
 KINDS = tuple(HALVES)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 23802932552\n"
 
 # Wide enough for blocks of 256.
 WIDE = replace(
@@ -52,6 +53,11 @@ def load(
 
 def velocity(model: Flux, **more) -> Tensor:
     return model(**tiny_models.inputs(2, params=model.params), **more)
+
+
+def same(model: Flux, expected: Flux) -> bool:
+    """Whether both give the same velocity, bit for bit."""
+    return torch.equal(velocity(model), velocity(expected))
 
 
 def save(weights: dict[str, Tensor], path: Path, **metadata: str) -> Path:

@@ -1,85 +1,26 @@
-"""Differences to a model's weights in every form they come in, merged and kept apart."""
+"""LoRA files: the names and configurations of every trainer, and files that are refused."""
 
 import json
-import math
 
 import pytest
 import torch
 from helpers import tiny_models, weight_files
+from helpers.lora_files import ALPHA, MODULES, RANK, STRENGTH, added, close, file_of, pairs
 from torch import Tensor
 
 from flux.errors import InputError
-from flux.intervention import Intervention
-from flux.model import Inputs
 from flux.modules.layers import timestep_embedding
-from flux.modules.linear import LowRankLinear
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
-from flux.specs import NANO_FOLDER, configs
+from flux.specs import configs
 from flux.weights.checkpoint import open_checkpoint
 from flux.weights.find import checkpoint_of
 from flux.weights.lora import read_lora
-from flux.weights.open_model import ModelFiles, OpenModel
-
-RANK, ALPHA, STRENGTH = 4, 2.0, 0.7
-# A few modules of each kind, in the model's own names.
-MODULES = (
-    "img_in", "time_in.in_layer", "double_blocks.0.img_attn.qkv", "double_blocks.1.txt_attn.qkv",
-    "double_blocks.2.txt_attn.proj", "double_blocks.1.img_mod.lin", "double_blocks.0.img_mlp.2",
-    "single_blocks.1.linear1", "single_blocks.3.linear2", "single_blocks.0.modulation.lin",
-    "final_layer.adaLN_modulation.1", "final_layer.linear",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return tiny_models.flux().state_dict()
 
 
 @pytest.fixture(scope="module")
 def base(weights, tmp_path_factory):
     return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
-def pairs(weights: dict[str, Tensor], modules=MODULES, rank=RANK, seed=0) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each module a random down "rank in" and up "out rank"."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for module in modules:
-        rows, columns = weights[f"{module}.weight"].shape
-        down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-        found[module] = down, torch.randn(rows, rank, generator=generator) * 0.3
-    return found
-
-
-def added(weights: dict[str, Tensor], chosen: dict, factor: float) -> dict[str, Tensor]:
-    """The weights with up @ down times the factor added."""
-    changed = dict(weights)
-    for module, (down, up) in chosen.items():
-        changed[f"{module}.weight"] = weights[f"{module}.weight"] + factor * (up @ down)
-    return changed
-
-
-def close(model, expected: dict[str, Tensor], params=tiny_models.PARAMS) -> bool:
-    return (
-        tiny_models.relative_error(
-            weight_files.velocity(model), weight_files.velocity(weight_files.model_of(expected, params))
-        )
-        < 2e-6
-    )
-
-
-def file_of(chosen: dict, names, alpha: float | None = None, downs="lora_down", ups="lora_up"):
-    file = {}
-    for module, (down, up) in chosen.items():
-        file[f"{names(module)}.{downs}.weight"] = down
-        file[f"{names(module)}.{ups}.weight"] = up
-        if alpha is not None:
-            file[f"{names(module)}.alpha"] = torch.tensor(alpha)
-    return file
-
-
-# ---- files with the model's own names
 
 
 OWN_NAMES = {
@@ -145,9 +86,6 @@ def test_xlabs(tmp_path, weights, base):
     assert close(weight_files.load(base, loras=[(path, 1.0)]), expected)
 
 
-# ---- files that diffusers and peft write themselves
-
-
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_file_that_peft_writes(tmp_path, weights, base, rslora):
     """Its scale stands in adapter_config.json alone; some modules have one of their own."""
@@ -210,175 +148,6 @@ def test_a_file_that_diffusers_writes(tmp_path, base):
     )
 
 
-# ---- what is no plain pair of matrices
-
-
-def test_biases_norms_and_whole_differences(tmp_path, weights, base):
-    """What BFL's and ComfyUI's files have beside pairs: biases are added, norms replaced."""
-    chosen = pairs(weights, ["img_in", "double_blocks.0.img_attn.qkv"])
-    scale = "double_blocks.1.img_attn.norm.query_norm.scale"
-    bias, whole = torch.randn(32), torch.randn(32, 20) * 0.1
-    file = file_of(chosen, lambda m: m, None, "lora_A", "lora_B")
-    file |= {"img_in.lora_B.bias": bias, "txt_in.diff": whole, "vector_in.in_layer.diff_b": bias}
-    file[scale] = weights[scale] + 0.5
-    path = weight_files.save(file, tmp_path / "lora")
-    expected = added(weights, chosen, STRENGTH)
-    expected[scale] = file[scale]
-    expected["txt_in.weight"] = weights["txt_in.weight"] + STRENGTH * whole
-    for name in ("img_in.bias", "vector_in.in_layer.bias"):
-        expected[name] = weights[name] + STRENGTH * bias
-    assert close(weight_files.load(base, loras=[(path, STRENGTH)]), expected)
-
-
-@pytest.mark.parametrize("factored", [(), ("w1",), ("w2",), ("w1", "w2")])
-def test_lokr(tmp_path, weights, base, factored):
-    """Whole factors have no rank, and then alpha says nothing."""
-    module, shapes = "double_blocks.0.img_attn.qkv", {"w1": (12, 4), "w2": (8, 8)}
-    file, factors = {}, {}
-    for name, (rows, columns) in shapes.items():
-        if name in factored:
-            a, b = torch.randn(rows, 2) * 0.3, torch.randn(2, columns) * 0.3
-            file |= {
-                f"lora_unet_{module.replace('.', '_')}.lokr_{name}_{k}": x for k, x in (("a", a), ("b", b))
-            }
-            factors[name] = a @ b
-        else:
-            factors[name] = torch.randn(rows, columns) * 0.2
-            file[f"lora_unet_{module.replace('.', '_')}.lokr_{name}"] = factors[name]
-    file[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(ALPHA)
-    path = weight_files.save(file, tmp_path / "lora")
-    scale = ALPHA / 2 if factored else 1.0
-    expected = dict(weights)
-    expected[f"{module}.weight"] = weights[f"{module}.weight"] + scale * torch.kron(
-        factors["w1"], factors["w2"]
-    )
-    assert close(weight_files.load(base, loras=[(path, 1.0)]), expected)
-
-
-def test_loha(tmp_path, weights, base):
-    module, parts = "single_blocks.0.linear2", {}
-    rows, columns = weights[f"{module}.weight"].shape
-    for name in ("w1", "w2"):
-        parts[f"hada_{name}_a"], parts[f"hada_{name}_b"] = (
-            torch.randn(rows, RANK),
-            torch.randn(RANK, columns) * 0.1,
-        )
-    file = {f"lora_unet_{module.replace('.', '_')}.{name}": x for name, x in parts.items()}
-    file[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(ALPHA)
-    first, second = (parts[f"hada_{n}_a"] @ parts[f"hada_{n}_b"] for n in ("w1", "w2"))
-    expected = dict(weights)
-    expected[f"{module}.weight"] = weights[f"{module}.weight"] + ALPHA / RANK * first * second
-    assert close(weight_files.load(base, loras=[(weight_files.save(file, tmp_path / "lora"), 1.0)]), expected)
-
-
-# ---- several, and on packed weights
-
-
-def test_several_add_up(tmp_path, weights, base):
-    first, second = pairs(weights, seed=1), pairs(weights, MODULES[2:5], rank=2, seed=2)
-    paths = [
-        weight_files.save(file_of(chosen, lambda m: m, None, "lora_A", "lora_B"), tmp_path / str(index))
-        for index, chosen in enumerate((first, second))
-    ]
-    expected = added(added(weights, first, 0.5), second, -1.5)
-    assert close(weight_files.load(base, loras=[(paths[0], 0.5), (paths[1], -1.5)]), expected)
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_K"])
-def test_kept_apart_over_packed_weights(tmp_path, kind):
-    """Two files, one in diffusers' names, and every way through a block that projects some rows only."""
-    own = weight_files.wide().state_dict()
-    held = weight_files.save_gguf(own, tmp_path / "m.gguf", kind)
-    modules = ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "single_blocks.1.linear2")
-    first, second = pairs(own, modules, seed=1), pairs(own, modules[1:3], rank=2, seed=2)
-    theirs = {}
-    for module, (down, up) in second.items():
-        for name, part in tiny_models.to_diffusers_transformer({f"{module}.weight": up}, 256).items():
-            theirs[name.removesuffix(".weight")] = down, part
-    file = file_of(first, lambda m: m, ALPHA, "lora_A", "lora_B")
-    file["double_blocks.0.img_attn.qkv.lora_B.bias"] = torch.full((768,), 0.5)
-    paths = (
-        weight_files.save(file, tmp_path / "first"),
-        weight_files.save(
-            file_of(theirs, lambda m: "transformer." + m, None, "lora_A", "lora_B"), tmp_path / "second"
-        ),
-    )
-    model = weight_files.load(
-        tmp_path / "m.gguf", weight_files.WIDE, loras=[(paths[0], STRENGTH), (paths[1], 1.0)]
-    )
-    assert isinstance(model.single_blocks[0].linear1, LowRankLinear)
-    assert isinstance(model.img_in, torch.nn.Linear), "not packed, hence merged"
-    expected = added(added(held, first, STRENGTH * ALPHA / RANK), second, 1.0)
-    name = "double_blocks.0.img_attn.qkv.bias"
-    expected[name] = held[name] + STRENGTH * ALPHA / RANK * 0.5
-    assert close(model, expected, weight_files.WIDE)
-    plain, given = (
-        weight_files.model_of(expected, weight_files.WIDE),
-        tiny_models.inputs(2, params=weight_files.WIDE),
-    )
-    keep = Intervention(keep=frozenset({0, 1}))
-    kept = plain.observe(Inputs(**tiny_models.rows_of(given, [0])), intervention=keep)[1].kept
-    taken = Intervention(inject=kept)
-    assert (
-        tiny_models.relative_error(model(**given, intervention=taken), plain(**given, intervention=taken))
-        < 2e-6
-    )
-
-
-def test_what_is_not_low_rank_is_merged_into_the_expanded_matrix(tmp_path):
-    held = weight_files.save_gguf(weight_files.wide().state_dict(), tmp_path / "m.gguf", "Q4_0")
-    difference = torch.randn(256, 256) * 0.01
-    path = weight_files.save({"double_blocks.0.img_attn.proj.diff": difference}, tmp_path / "lora")
-    model = weight_files.load(tmp_path / "m.gguf", weight_files.WIDE, loras=[(path, 1.0)])
-    expected = {
-        **held,
-        "double_blocks.0.img_attn.proj.weight": held["double_blocks.0.img_attn.proj.weight"] + difference,
-    }
-    assert isinstance(model.double_blocks[0].img_attn.proj, torch.nn.Linear)
-    assert close(model, expected, weight_files.WIDE)
-
-
-@pytest.mark.parametrize(
-    ("part", "prefix"), [("text_encoder", "lora_te1_text_model_"), ("text_encoder_2", "lora_te3_")]
-)
-@pytest.mark.parametrize("packed", [False, True])
-def test_text_encoders(tmp_path, part, prefix, packed):
-
-    def load(**files):
-        model = OpenModel(configs["flux-nano"], ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, **files))
-        return model.load_text_encoder(part, "cpu", torch.float32, max_length=32)
-
-    plain = load()
-    module = (
-        "encoder.layers.0.self_attn.q_proj"
-        if part == "text_encoder"
-        else "encoder.block.1.layer.0.SelfAttention.q"
-    )
-    weight = plain.hf_module.get_submodule(module).weight
-    chosen = pairs({f"{module}.weight": weight}, [module])
-    path = weight_files.save(
-        file_of(chosen, lambda m: prefix + m.replace(".", "_"), ALPHA), tmp_path / "lora"
-    )
-    where = {}
-    if packed:
-        own = {name: x for name, x in plain.hf_module.state_dict().items() if "embed_tokens" not in name}
-
-        def pack(name, x):
-            return name == f"{module}.weight"
-
-        weight_files.save_gguf(own, tmp_path / "m.gguf", "Q8_0", pack=pack)
-        where = {"clip" if part == "text_encoder" else "t5": tmp_path / "m.gguf"}
-        plain = load(**where)
-    changed = load(loras=((path, STRENGTH),), **where)
-    down, up = chosen[module]
-    expected = plain.hf_module.get_submodule(module).weight + STRENGTH * ALPHA / RANK * (up @ down)
-    assert torch.allclose(changed.hf_module.get_submodule(module).weight, expected, atol=1e-6)
-    assert not torch.equal(changed(["a dog"]), plain(["a dog"]))
-
-
-# ---- a model that is another one's file and a difference
-
-
 def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     """A guidance-distilled file, a difference in scaled 8-bit floats, and the guidance folded into a bias."""
     base = weight_files.save(weights, tmp_path / "transformer.safetensors")
@@ -406,9 +175,6 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     # One file that is the model already needs no difference.
     merged = weight_files.save(expected, tmp_path / "merged.safetensors")
     assert close(weight_files.load(merged, schnell, **changes), expected, schnell)
-
-
-# ---- refusals
 
 
 def refused(tmp_path, base, file, message, **metadata):
@@ -450,9 +216,6 @@ def test_dora(tmp_path, weights, base):
 def test_a_broken_header(tmp_path, weights, base):
     file = file_of(pairs(weights, ["img_in"]), lambda m: m)
     refused(tmp_path, base, file, "JSON is broken", lora_adapter_metadata="{")
-
-
-# ---- settings, and what a scan is remembered by
 
 
 def test_settings():

@@ -1,0 +1,62 @@
+"""Checkpoints: one file, or a folder with one file or its shards."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_models, weight_files
+from safetensors.torch import save_file
+
+from flux.errors import InputError
+from flux.weights.checkpoint import open_checkpoint
+
+
+def test_folders_with_half_precision_beside_the_plain_form(tmp_path, source):
+    net = tiny_models.diffusers_transformer(source)
+    net.save_pretrained(tmp_path)
+    net.half().save_pretrained(tmp_path, variant="fp16")
+    assert weight_files.same(weight_files.load(tmp_path), source)
+
+
+def test_shards(tmp_path, source):
+    """A missing one, one that the index does not fit, and an index that names files elsewhere."""
+    tiny_models.diffusers_transformer(source).save_pretrained(tmp_path, max_shard_size="20KB")
+    [index] = tmp_path.glob("*.index.json")
+    whole, first = json.loads(index.read_text()), sorted(tmp_path.glob("*.safetensors"))[0]
+    kept = first.read_bytes()
+    first.unlink()
+    with pytest.raises(InputError, match=f"{first.name} is missing"):
+        weight_files.load(tmp_path)
+    save_file({"other": torch.zeros(1)}, first)
+    with pytest.raises(InputError, match="does not fit its index"):
+        weight_files.load(tmp_path)
+    first.write_bytes(kept)
+    assert weight_files.same(weight_files.load(tmp_path), source)
+    name = next(iter(whole["weight_map"]))
+    for wrong in ("../elsewhere.safetensors", "model.bin"):
+        index.write_text(json.dumps({"weight_map": {**whole["weight_map"], name: wrong}}))
+        with pytest.raises(InputError, match="expected files beside it"):
+            weight_files.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "is a folder and holds no .safetensors file"),
+        (["pytorch_model.bin"], "a pickle, never loaded"),
+        (["a.safetensors", "b.safetensors"], r"several files \(a.safetensors, b.safetensors\)"),
+    ],
+)
+def test_folders_without_one_file(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(np.zeros(9, np.uint8).tobytes())
+    with pytest.raises(InputError, match=message):
+        weight_files.load(tmp_path)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        open_checkpoint(tmp_path / "nothing.safetensors")
+    with pytest.raises(InputError, match="is a folder"):
+        open_checkpoint(tmp_path)

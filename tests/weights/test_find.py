@@ -1,0 +1,119 @@
+"""Where the files of a model are found: paths, environment variables, one file or folder for everything."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import tiny_models, weight_files
+from safetensors.torch import load_file, save_file
+
+from flux.errors import InputError
+from flux.pipeline import Pipeline
+from flux.settings.complete import resolve
+from flux.settings.demos import ModelSettings
+from flux.specs import NANO_FOLDER, configs
+from flux.weights import find
+from flux.weights.find import find_model
+from flux.weights.open_model import ModelFiles
+
+T5, CLIP = "text_encoder_2", "text_encoder"
+TEXTS = ["a dog on the grass", "a red car"]
+
+
+def files_of(model: str, **paths: str) -> ModelFiles:
+    return find_model(ModelSettings(model=model, **paths)).files
+
+
+def test_each_way_to_name_a_file(small, tmp_path, monkeypatch):
+    """An argument wins over the model's own variable, which wins over the one for all models."""
+    flows = {name: tmp_path / f"{name}.safetensors" for name in ("argument", "own", "general")}
+    aes = {name: tmp_path / f"{name}_ae.safetensors" for name in flows}
+    for name in flows:
+        save_file({"img_in.weight": torch.zeros(1)}, flows[name])
+        save_file({"decoder.mid.attn_1.q.weight": torch.zeros(1)}, aes[name])
+    ae, text = str(aes["own"]), str(NANO_FOLDER)
+    monkeypatch.setenv("FLUX_MODEL", str(flows["general"]))
+    assert files_of("flux-dev", ae_weights=ae, text_encoders=text).flow == flows["general"]
+    monkeypatch.setenv("FLUX_DEV", str(flows["own"]))
+    assert files_of("flux-dev", ae_weights=ae, text_encoders=text).flow == flows["own"]
+    assert files_of("flux-schnell", ae_weights=ae, text_encoders=text).flow == flows["general"]
+    assert (
+        files_of("flux-dev", weights=str(flows["argument"]), ae_weights=ae, text_encoders=text).flow
+        == flows["argument"]
+    )
+    monkeypatch.setenv("AE", str(aes["general"]))
+    assert files_of("flux-dev", text_encoders=text).ae == aes["general"]
+    monkeypatch.setenv("FLUX_AE", str(aes["own"]))
+    assert files_of("flux-dev", text_encoders=text).ae == aes["own"]
+    assert files_of("flux-dev", text_encoders=text).text == NANO_FOLDER
+
+
+@pytest.mark.parametrize("variable", ["FLUX_MODEL", "FLUX_DEV", "FLUX_AE", "AE", "FLUX_SCHNELL"])
+def test_flux_nano_ignores_the_variables(monkeypatch, variable):
+    monkeypatch.setenv(variable, "/nowhere.safetensors")
+    files = files_of("flux-nano")
+    assert (files.flow.parent, files.ae.parent, files.text) == (NANO_FOLDER,) * 3
+
+
+@pytest.mark.parametrize("variable", ["FLUX_DEV", "FLUX_MODEL", "AE", "FLUX_AE"])
+def test_a_wrong_path_is_told_before_anything_is_downloaded(monkeypatch, variable):
+    monkeypatch.setattr(find, "own_file", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr(find, "own_text_folder", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setenv(variable, "/nowhere.safetensors")
+    with pytest.raises(InputError, match=r"/nowhere.safetensors, which does not exist"):
+        files_of("flux-dev")
+
+
+def test_a_text_folder_that_lacks_something(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(InputError, match="no folder text_encoder_2 or tokenizer_2"):
+        files_of("flux-nano", text_encoders=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def nano_parts():
+    spec = configs["flux-nano"]
+    from flux.weights.load import read_weights
+
+    parts = {
+        "model.diffusion_model.": read_weights(spec.folder / spec.repo_flow, "cpu", torch.float16),
+        "vae.": read_weights(spec.folder / spec.repo_ae, "cpu", torch.float16),
+        "text_encoders.t5xxl.transformer.": load_file(spec.folder / T5 / "model.safetensors"),
+        "text_encoders.clip_l.transformer.": load_file(spec.folder / CLIP / "model.safetensors"),
+    }
+    return {prefix + name: x for prefix, part in parts.items() for name, x in part.items()}
+
+
+def test_all_in_one(tmp_path, nano_parts):
+    """All four nets come out of the one file: the package's own may be anything."""
+    extra = {
+        "text_encoders.clip_l.logit_scale": torch.ones(()),
+        "text_encoders.t5xxl.logit_scale": torch.ones(()),
+    }
+    path = weight_files.save(nano_parts | extra, tmp_path / "all.safetensors")
+    settings = ModelSettings(weights=str(path), device="cpu", dtype="float32")
+    files = find_model(settings).files
+    assert (files.flow, files.ae, files.t5, files.clip) == (path,) * 4
+    assert files.text == NANO_FOLDER
+    pipe = Pipeline.load(resolve(settings))
+    plain = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="float32")))
+    for net in ("t5", "clip"):
+        assert torch.equal(getattr(pipe, net)(TEXTS), getattr(plain, net)(TEXTS))
+    assert all(
+        torch.equal(a.half(), b.half()) for a, b in zip(pipe.model.parameters(), plain.model.parameters())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(pipe.ae.parameters(), plain.ae.parameters()))
+
+
+def test_a_whole_folder(tmp_path, source, monkeypatch):
+    tiny_models.diffusers_transformer(source).save_pretrained(tmp_path / "transformer")
+    tiny_models.diffusers_autoencoder(tiny_models.autoencoder()).save_pretrained(tmp_path / "vae")
+    for name in (T5, CLIP, "tokenizer", "tokenizer_2"):
+        shutil.copytree(NANO_FOLDER / name, tmp_path / name)
+    (tmp_path / "model_index.json").write_text("{}")
+    spec = weight_files.spec()
+    monkeypatch.setitem(configs, "flux-dev", spec)
+    model = find_model(ModelSettings(model="flux-dev", weights=str(tmp_path)))
+    assert {model.files.of(part) for part in ("transformer", "vae", T5, CLIP)} == {tmp_path}
+    model.check()

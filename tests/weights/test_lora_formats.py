@@ -1,0 +1,177 @@
+"""LoRA formats: each change is merged as its definition says, or kept apart over packed weights."""
+
+import pytest
+import torch
+from helpers import tiny_models, weight_files
+from helpers.lora_files import ALPHA, MODULES, RANK, STRENGTH, added, close, file_of, pairs
+
+from flux.intervention import Intervention
+from flux.model import Inputs
+from flux.modules.linear import LowRankLinear
+from flux.specs import NANO_FOLDER, configs
+from flux.weights.open_model import ModelFiles, OpenModel
+
+
+@pytest.fixture(scope="module")
+def base(weights, tmp_path_factory):
+    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
+
+
+def test_biases_norms_and_whole_differences(tmp_path, weights, base):
+    """What BFL's and ComfyUI's files have beside pairs: biases are added, norms replaced."""
+    chosen = pairs(weights, ["img_in", "double_blocks.0.img_attn.qkv"])
+    scale = "double_blocks.1.img_attn.norm.query_norm.scale"
+    bias, whole = torch.randn(32), torch.randn(32, 20) * 0.1
+    file = file_of(chosen, lambda m: m, None, "lora_A", "lora_B")
+    file |= {"img_in.lora_B.bias": bias, "txt_in.diff": whole, "vector_in.in_layer.diff_b": bias}
+    file[scale] = weights[scale] + 0.5
+    path = weight_files.save(file, tmp_path / "lora")
+    expected = added(weights, chosen, STRENGTH)
+    expected[scale] = file[scale]
+    expected["txt_in.weight"] = weights["txt_in.weight"] + STRENGTH * whole
+    for name in ("img_in.bias", "vector_in.in_layer.bias"):
+        expected[name] = weights[name] + STRENGTH * bias
+    assert close(weight_files.load(base, loras=[(path, STRENGTH)]), expected)
+
+
+@pytest.mark.parametrize("factored", [(), ("w1",), ("w2",), ("w1", "w2")])
+def test_lokr(tmp_path, weights, base, factored):
+    """Whole factors have no rank, and then alpha says nothing."""
+    module, shapes = "double_blocks.0.img_attn.qkv", {"w1": (12, 4), "w2": (8, 8)}
+    file, factors = {}, {}
+    for name, (rows, columns) in shapes.items():
+        if name in factored:
+            a, b = torch.randn(rows, 2) * 0.3, torch.randn(2, columns) * 0.3
+            file |= {
+                f"lora_unet_{module.replace('.', '_')}.lokr_{name}_{k}": x for k, x in (("a", a), ("b", b))
+            }
+            factors[name] = a @ b
+        else:
+            factors[name] = torch.randn(rows, columns) * 0.2
+            file[f"lora_unet_{module.replace('.', '_')}.lokr_{name}"] = factors[name]
+    file[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(ALPHA)
+    path = weight_files.save(file, tmp_path / "lora")
+    scale = ALPHA / 2 if factored else 1.0
+    expected = dict(weights)
+    expected[f"{module}.weight"] = weights[f"{module}.weight"] + scale * torch.kron(
+        factors["w1"], factors["w2"]
+    )
+    assert close(weight_files.load(base, loras=[(path, 1.0)]), expected)
+
+
+def test_loha(tmp_path, weights, base):
+    module, parts = "single_blocks.0.linear2", {}
+    rows, columns = weights[f"{module}.weight"].shape
+    for name in ("w1", "w2"):
+        parts[f"hada_{name}_a"], parts[f"hada_{name}_b"] = (
+            torch.randn(rows, RANK),
+            torch.randn(RANK, columns) * 0.1,
+        )
+    file = {f"lora_unet_{module.replace('.', '_')}.{name}": x for name, x in parts.items()}
+    file[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(ALPHA)
+    first, second = (parts[f"hada_{n}_a"] @ parts[f"hada_{n}_b"] for n in ("w1", "w2"))
+    expected = dict(weights)
+    expected[f"{module}.weight"] = weights[f"{module}.weight"] + ALPHA / RANK * first * second
+    assert close(weight_files.load(base, loras=[(weight_files.save(file, tmp_path / "lora"), 1.0)]), expected)
+
+
+def test_several_add_up(tmp_path, weights, base):
+    first, second = pairs(weights, seed=1), pairs(weights, MODULES[2:5], rank=2, seed=2)
+    paths = [
+        weight_files.save(file_of(chosen, lambda m: m, None, "lora_A", "lora_B"), tmp_path / str(index))
+        for index, chosen in enumerate((first, second))
+    ]
+    expected = added(added(weights, first, 0.5), second, -1.5)
+    assert close(weight_files.load(base, loras=[(paths[0], 0.5), (paths[1], -1.5)]), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_K"])
+def test_kept_apart_over_packed_weights(tmp_path, kind):
+    """Two files, one in diffusers' names, and every way through a block that projects some rows only."""
+    own = weight_files.wide().state_dict()
+    held = weight_files.save_gguf(own, tmp_path / "m.gguf", kind)
+    modules = ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "single_blocks.1.linear2")
+    first, second = pairs(own, modules, seed=1), pairs(own, modules[1:3], rank=2, seed=2)
+    theirs = {}
+    for module, (down, up) in second.items():
+        for name, part in tiny_models.to_diffusers_transformer({f"{module}.weight": up}, 256).items():
+            theirs[name.removesuffix(".weight")] = down, part
+    file = file_of(first, lambda m: m, ALPHA, "lora_A", "lora_B")
+    file["double_blocks.0.img_attn.qkv.lora_B.bias"] = torch.full((768,), 0.5)
+    paths = (
+        weight_files.save(file, tmp_path / "first"),
+        weight_files.save(
+            file_of(theirs, lambda m: "transformer." + m, None, "lora_A", "lora_B"), tmp_path / "second"
+        ),
+    )
+    model = weight_files.load(
+        tmp_path / "m.gguf", weight_files.WIDE, loras=[(paths[0], STRENGTH), (paths[1], 1.0)]
+    )
+    assert isinstance(model.single_blocks[0].linear1, LowRankLinear)
+    assert isinstance(model.img_in, torch.nn.Linear), "not packed, hence merged"
+    expected = added(added(held, first, STRENGTH * ALPHA / RANK), second, 1.0)
+    name = "double_blocks.0.img_attn.qkv.bias"
+    expected[name] = held[name] + STRENGTH * ALPHA / RANK * 0.5
+    assert close(model, expected, weight_files.WIDE)
+    plain, given = (
+        weight_files.model_of(expected, weight_files.WIDE),
+        tiny_models.inputs(2, params=weight_files.WIDE),
+    )
+    keep = Intervention(keep=frozenset({0, 1}))
+    kept = plain.observe(Inputs(**tiny_models.rows_of(given, [0])), intervention=keep)[1].kept
+    taken = Intervention(inject=kept)
+    assert (
+        tiny_models.relative_error(model(**given, intervention=taken), plain(**given, intervention=taken))
+        < 2e-6
+    )
+
+
+def test_what_is_not_low_rank_is_merged_into_the_expanded_matrix(tmp_path):
+    held = weight_files.save_gguf(weight_files.wide().state_dict(), tmp_path / "m.gguf", "Q4_0")
+    difference = torch.randn(256, 256) * 0.01
+    path = weight_files.save({"double_blocks.0.img_attn.proj.diff": difference}, tmp_path / "lora")
+    model = weight_files.load(tmp_path / "m.gguf", weight_files.WIDE, loras=[(path, 1.0)])
+    expected = {
+        **held,
+        "double_blocks.0.img_attn.proj.weight": held["double_blocks.0.img_attn.proj.weight"] + difference,
+    }
+    assert isinstance(model.double_blocks[0].img_attn.proj, torch.nn.Linear)
+    assert close(model, expected, weight_files.WIDE)
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix"), [("text_encoder", "lora_te1_text_model_"), ("text_encoder_2", "lora_te3_")]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_text_encoders(tmp_path, part, prefix, packed):
+
+    def load(**files):
+        model = OpenModel(configs["flux-nano"], ModelFiles(NANO_FOLDER, NANO_FOLDER, NANO_FOLDER, **files))
+        return model.load_text_encoder(part, "cpu", torch.float32, max_length=32)
+
+    plain = load()
+    module = (
+        "encoder.layers.0.self_attn.q_proj"
+        if part == "text_encoder"
+        else "encoder.block.1.layer.0.SelfAttention.q"
+    )
+    weight = plain.hf_module.get_submodule(module).weight
+    chosen = pairs({f"{module}.weight": weight}, [module])
+    path = weight_files.save(
+        file_of(chosen, lambda m: prefix + m.replace(".", "_"), ALPHA), tmp_path / "lora"
+    )
+    where = {}
+    if packed:
+        own = {name: x for name, x in plain.hf_module.state_dict().items() if "embed_tokens" not in name}
+
+        def pack(name, x):
+            return name == f"{module}.weight"
+
+        weight_files.save_gguf(own, tmp_path / "m.gguf", "Q8_0", pack=pack)
+        where = {"clip" if part == "text_encoder" else "t5": tmp_path / "m.gguf"}
+        plain = load(**where)
+    changed = load(loras=((path, STRENGTH),), **where)
+    down, up = chosen[module]
+    expected = plain.hf_module.get_submodule(module).weight + STRENGTH * ALPHA / RANK * (up @ down)
+    assert torch.allclose(changed.hf_module.get_submodule(module).weight, expected, atol=1e-6)
+    assert not torch.equal(changed(["a dog"]), plain(["a dog"]))
