@@ -1,4 +1,4 @@
-"""The studio from another program: a picture, an edit of the same scene, and a scan of three layers.
+"""The studio from another program: an image, an edit of the same scene, and a scan of three layers.
 
 python demo_gr.py --port 7860 &
 python docs/studio_client.py [http://127.0.0.1:7860] [--num_steps 20]
@@ -9,18 +9,25 @@ from gradio_client import Client
 
 
 def main(url: str = "http://127.0.0.1:7860", num_steps: int = 20, size: int = 256) -> None:
+    """Makes an image, edits it, and scans three layers.
+
+    Args:
+        url: The address of the studio.
+        num_steps: Denoising steps of each image.
+        size: Width and height of the images in pixels.
+    """
     studio = Client(url, verbose=False)
-    how = {"num_steps": num_steps, "width": size, "height": size}
+    sampling = {"num_steps": num_steps, "width": size, "height": size}
 
-    pictures, run, warnings = studio.predict("a dog on the grass", seed=7, **how, api_name="/generate")
-    print("picture:", pictures[0], "\nrun.json:", run, *warnings, sep="\n")
+    images, run, warnings = studio.predict("a dog on the grass", seed=7, **sampling, api_name="/generate")
+    print("image:", images[0], "\nrun.json:", run, *warnings, sep="\n")
 
-    pictures, *_ = studio.predict(
-        "a dog on the grass", ["a cat on the grass"], seed=7, **how, api_name="/edit"
+    images, *_ = studio.predict(
+        "a dog on the grass", ["a cat on the grass"], seed=7, **sampling, api_name="/edit"
     )
-    print("reference and edit:", *pictures)
+    print("reference and edit:", *images)
 
-    found, plot, _ = studio.predict(["a dog on the grass"], layers=[0, 3, 9], **how, api_name="/scan")
+    found, plot, _ = studio.predict(["a dog on the grass"], layers=[0, 3, 9], **sampling, api_name="/scan")
     print("vital layers:", found["vital_layers"], "\nvitality:", plot)
 
 

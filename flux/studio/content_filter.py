@@ -14,19 +14,29 @@ LABEL, THRESHOLD = "nsfw", 0.85
 
 @dataclass(frozen=True, eq=False)
 class ContentFilter:
-    """Called with a picture, says whether its probability of LABEL reaches THRESHOLD."""
+    """An image classifier; called with an image, it tells whether the image is unsafe.
 
-    net: Any
+    Attributes:
+        model: The classifier.
+        processor: Its image processor.
+        index: The number of its label "nsfw".
+    """
+
+    model: Any
     processor: Any
     index: int
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu") -> "ContentFilter":
-        """From the hub or a folder. Raises InputError if that cannot be read, or lacks the label."""
+        """Loads a classifier by hub name or folder.
+
+        Raises:
+            InputError: The classifier cannot be read, or lacks the label "nsfw".
+        """
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         try:
-            net = AutoModelForImageClassification.from_pretrained(name)
+            model = AutoModelForImageClassification.from_pretrained(name)
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -34,14 +44,15 @@ class ContentFilter:
                 f"Got content_filter {name!r}, which cannot be loaded ({reason}): give an image classifier's "
                 'hub name or folder, or "off"'
             ) from error
-        labels = {label.lower(): index for index, label in net.config.id2label.items()}
+        labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if LABEL not in labels:
             raise InputError(
                 f"Got content_filter {name!r} with the labels {sorted(labels)}: none is {LABEL!r}"
             )
-        return cls(net.to(device).eval(), processor, int(labels[LABEL]))
+        return cls(model.to(device).eval(), processor, int(labels[LABEL]))
 
     @torch.inference_mode()
-    def __call__(self, picture: Image.Image) -> bool:
-        pixels = self.processor(images=picture, return_tensors="pt").to(self.net.device)
-        return bool(self.net(**pixels).logits.softmax(dim=-1)[0, self.index] >= THRESHOLD)
+    def __call__(self, image: Image.Image) -> bool:
+        """Tells whether the probability that the image is unsafe reaches THRESHOLD."""
+        pixels = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        return bool(self.model(**pixels).logits.softmax(dim=-1)[0, self.index] >= THRESHOLD)

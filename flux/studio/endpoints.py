@@ -1,22 +1,25 @@
-"""The named HTTP endpoints; what each takes and returns stands in `flux.studio`."""
+"""The named HTTP endpoints. `flux.studio` documents what each takes and returns."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio import FileData
+from gradio.events import api
 from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux.errors import InputError
-from flux.studio.forms import notices_of
-from flux.studio.sessions import Run, Visit
+from flux.studio.engine import MadeImage, Update
+from flux.studio.forms import SAMPLING, edit_settings, generate_settings, scan_settings, warnings_about
+from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.work.edit import edit_settings_of, known_layers, run_edit
-from flux.studio.work.generate import run_generate, settings_of
-from flux.studio.work.scan import run_scan, scan_settings_of
+from flux.studio.work.edit import known_layers, run_edit
+from flux.studio.work.generate import run_generate
+from flux.studio.work.scan import run_scan
 
 Upload = FileData | None
 Answer = tuple[list[FileData], FileData, list[str]]
@@ -28,17 +31,10 @@ def add_endpoints(studio: Studio) -> None:
     def upload(data: Any) -> Image.Image | None:
         return None if data is None else studio.limits.read_upload(data, Path(get_upload_folder()))
 
-    def visit_of(request: gr.Request) -> Visit:
-        visit = studio.visits.of(request.session_hash)
-        visit.stop.clear()
-        return visit
-
-    def finished(work: Iterator[tuple[Any, Run]], notices: list[str]) -> Answer:
-        for _, run in work:
-            pass
-        paths = run.pictures.values()
-        pictures = [FileData(path=str(path), orig_name=path.name) for path in paths]
-        return pictures, FileData(path=str(run.record), orig_name=run.record.name), notices
+    def session_of(request: gr.Request) -> Session:
+        session = studio.sessions.of(request.session_hash)
+        session.stop.clear()
+        return session
 
     def generate(
         request: gr.Request,
@@ -54,12 +50,13 @@ def add_endpoints(studio: Studio) -> None:
         image: Upload = None,
         strength: float = 0.8,
     ) -> Answer:
-        """Pictures from a prompt, the run.json that makes them again, and warnings."""
-        form = dict(locals())
-        form["image"] = upload(image)
-        settings = settings_of(studio, form)
-        work = run_generate(studio, visit_of(request), settings, form["image"])
-        return finished(work, notices_of(studio, settings, form))
+        """Images from a prompt, the run.json that makes them again, and warnings."""
+        sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
+        form = dict(zip(SAMPLING, sampling, strict=True))
+        form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength}
+        start, settings = upload(image), generate_settings(studio, form)
+        updates = run_generate(studio, session_of(request), settings, start)
+        return _answer(updates, warnings_about(studio, settings, form))
 
     def edit(
         request: gr.Request,
@@ -84,13 +81,16 @@ def add_endpoints(studio: Studio) -> None:
         negative_prompt: str = "",
     ) -> Answer:
         """A reference and its edits, the run.json that makes them again, and warnings."""
-        form = dict(locals())
-        form["photo"], form["mask"] = upload(photo), upload(mask)
-        form["edits"] = as_lines("edits", edits)
-        form["layers"] = known_layers(studio)[0] if layers is None else layers
-        settings = edit_settings_of(studio, form)
-        work = run_edit(studio, visit_of(request), settings, form["photo"], form["mask"])
-        return finished(work, notices_of(studio, settings, form))
+        sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
+        form = dict(zip(SAMPLING, sampling, strict=True))
+        form |= {"prompt": prompt, "edits": as_lines("edits", edits), "seed": seed}
+        form |= {"layers": known_layers(studio)[0] if layers is None else layers}
+        form |= {"dose": dose, "weight": weight, "inject_from": inject_from, "inject_until": inject_until}
+        form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back}
+        source, area = upload(photo), upload(mask)
+        settings = edit_settings(studio, form)
+        updates = run_edit(studio, session_of(request), settings, source, area)
+        return _answer(updates, warnings_about(studio, settings, form))
 
     def scan(
         request: gr.Request,
@@ -104,24 +104,32 @@ def add_endpoints(studio: Studio) -> None:
         guidance: float | None = None,
         true_cfg: float | None = None,
     ) -> tuple[dict, FileData, list[str]]:
-        """What vital_layers.json says, vitality.png, and warnings. Asked again, it goes on where it was."""
-        form = dict(locals())
-        form["prompts"] = as_lines("prompts", prompts)
-        form["layers"] = list(range(studio.spec.num_layers)) if layers is None else layers
-        settings = scan_settings_of(studio, form)
-        for _ in run_scan(studio, visit_of(request), settings):
-            pass
+        """What vital_layers.json says, vitality.png, and warnings. Asked again, it resumes."""
+        sampling = (width, height, num_steps, guidance, true_cfg, "")
+        form = dict(zip(SAMPLING, sampling, strict=True))
+        form |= {"prompts": as_lines("prompts", prompts), "seed": seed, "top": top}
+        form |= {"layers": list(range(studio.spec.num_layers)) if layers is None else layers}
+        settings = scan_settings(studio, form)
+        deque(run_scan(studio, session_of(request), settings), maxlen=0)
         folder = Path(settings.output_dir)
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
-        plot = FileData(path=str(folder / "vitality.png"), orig_name="vitality.png")
-        return found, plot, notices_of(studio, settings, form)
+        return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
 
-    for function in (generate, edit, scan):
-        gr.api(function, concurrency_id="model", concurrency_limit=1)
+    for endpoint in (generate, edit, scan):
+        api(endpoint, concurrency_id="model", concurrency_limit=1)
 
 
 def as_lines(name: str, texts: Any) -> str:
-    """A list of texts as a page has it, one a line. Raises InputError for what is none."""
+    """Joins a list of texts, one per line, as a form has them. Raises InputError for anything else."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name}: expected a list of texts, got {texts!r:.60}")
     return "\n".join(" ".join(text.splitlines()) for text in texts)
+
+
+def _answer(updates: Iterator[tuple[Update[MadeImage], Run]], warnings: list[str]) -> Answer:
+    [(_, run)] = deque(updates, maxlen=1)
+    return [_file(path) for path in run.images.values()], _file(run.record), warnings
+
+
+def _file(path: Path) -> FileData:
+    return FileData(path=str(path), orig_name=path.name)

@@ -1,4 +1,4 @@
-"""The one model of the studio: a run at a time, told step by step, stopped within a step."""
+"""The studio's one model: one run at a time, with progress, previews, and cancelling within a step."""
 
 import threading
 import time
@@ -6,145 +6,192 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch.nn.functional as F
 from PIL import Image
 
+from flux.editing.reference import Reference
 from flux.errors import InputError, Stopped
 from flux.images.io import read_image
 from flux.metrics.base import Metric
 from flux.pipeline import Pipeline
 from flux.sampling import Step, pack, unpack
-from flux.settings.demos import ModelSettings
+from flux.settings.resolved import ResolvedModel
 from flux.studio.content_filter import ContentFilter
 
-PREVIEW_SIDE = 32  # places of a latent; a larger one is scaled down before it is decoded
-PREVIEW_SHARE = 0.2  # of the time of a run is what previews may take: on a CPU they cost more than a step
+PREVIEW_SIDE = 32  # latent pixels; a larger latent is scaled down before it is decoded
+PREVIEW_SHARE = 0.2  # of a run's time may go into previews: on a CPU one costs more than a step
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Report:
-    """How far a run is.
+class MadeImage:
+    """A finished image, with the name its run saves it under, its prompt and its seed."""
+
+    name: str
+    image: Image.Image
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Update(Generic[R]):
+    """The state of a run.
 
     Attributes:
-        done, total: steps of the whole run; total 0: not known.
-        left: seconds it will still take, None before the first step has been taken.
-        preview: the clean picture that the last step points at, small; not of each step.
-        made: what has just been finished: the name it is given by the run, and the thing.
+        text: What the run is doing.
+        done: Number of steps done.
+        total: Number of steps of the whole run. If 0, it is not known.
+        seconds_left: Estimated time left. If None, no step has been taken yet.
+        preview: The clean image that the last step predicts, small. Most steps have none.
+        result: A result that has just been finished. If None, there is none.
     """
 
     text: str
     done: int = 0
     total: int = 0
-    left: float | None = None
+    seconds_left: float | None = None
     preview: Image.Image | None = None
-    made: tuple[str, Any] | None = None
+    result: R | None = None
 
 
-class Teller:
-    """Handed to the work of a run: it tells how far it is, and learns that it is to stop."""
+class Progress(Generic[R]):
+    """Handed to the work of a run: reports its progress and results, and cancels it.
 
-    def __init__(self, engine: "Engine", stop: threading.Event, put: Callable[[Report], None]):
-        self._engine, self._stop, self._put = engine, stop, put
+    Every method raises Stopped if the run is cancelled, except `emit`.
+    """
+
+    def __init__(
+        self,
+        preview: Callable[[Step, int, int], Image.Image | None],
+        stop: threading.Event,
+        put: Callable[[Update[R]], None],
+    ):
+        self._preview, self._stop, self._put = preview, stop, put
         self._text, self._done, self._total, self._size = "", 0, 0, (0, 0)
         self._begin = self._next_preview = time.perf_counter()
 
     def begin(self, text: str, total: int, width: int = 0, height: int = 0) -> None:
-        """What follows: so many steps, of a picture of that size in pixels if they are sampling steps."""
+        """Starts counting a number of steps.
+
+        Args:
+            text: What the steps do.
+            total: How many steps follow.
+            width: Width of the image in pixels, if these are sampling steps.
+            height: Height of the image in pixels, if these are sampling steps.
+        """
         self._text, self._done, self._total, self._size = text, 0, total, (width, height)
         self._begin = time.perf_counter()
-        self.say(text)
+        self._update()
 
-    def say(self, text: str) -> None:
-        """Raises Stopped if the run is to stop, as all that follow do."""
-        self._text = text
-        self._tell()
-
-    def step(self, step: Step, *_) -> None:
-        """A sampling step was taken."""
+    def step(self, step: Step) -> None:
+        """Counts a sampling step, and shows its preview if time allows."""
         self._done += 1
         self.check()
-        self._tell(preview=self._preview(step))
+        self._update(preview=self._make_preview(step))
 
-    def step_of(self, step: Step, index: int, total: int) -> None:
-        """The same, from one who counts on its own."""
+    def step_at(self, step: Step, index: int, total: int) -> None:
+        """Counts a sampling step whose number and total the caller knows."""
         self._done, self._total = index, total
         self.step(step)
 
     def advance(self, count: int = 1) -> None:
-        """Steps of another kind were taken."""
+        """Counts steps that have no preview."""
         self._done += count
-        self._tell()
+        self._update()
 
-    def made(self, name: str, thing: Any) -> None:
-        self._tell(made=(name, thing))
+    def emit(self, result: R) -> None:
+        """Reports a result, even if the run is cancelled: the result is there."""
+        self._put(self._state(result=result))
 
-    def check(self, *_) -> None:
-        """Raises Stopped if the run is to stop."""
+    def check(self) -> None:
+        """Raises Stopped if the run is cancelled."""
         if self._stop.is_set():
             raise Stopped
 
-    def _preview(self, step: Step) -> Image.Image | None:
+    def _make_preview(self, step: Step) -> Image.Image | None:
         begin = time.perf_counter()
         if begin < self._next_preview:
             return None
-        preview, end = self._engine.preview(step, *self._size), time.perf_counter()
+        preview, end = self._preview(step, *self._size), time.perf_counter()
         self._next_preview = end + (end - begin) * (1 / PREVIEW_SHARE - 1)
         return preview
 
-    def _tell(self, **more) -> None:
-        # What is made is told also to one who wants to stop: it is there.
-        if "made" not in more:
-            self.check()
-        spent = time.perf_counter() - self._begin
-        left = spent / self._done * (self._total - self._done) if self._done and self._total else None
-        self._put(Report(self._text, self._done, self._total, left, **more))
+    def _update(self, preview: Image.Image | None = None) -> None:
+        self.check()
+        self._put(self._state(preview))
+
+    def _state(self, preview: Image.Image | None = None, result: R | None = None) -> Update[R]:
+        left = None
+        if self._done and self._total:
+            left = (time.perf_counter() - self._begin) / self._done * (self._total - self._done)
+        return Update(self._text, self._done, self._total, left, preview, result)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptReference:
+    """A reference, and the settings and photograph that it was made from."""
+
+    key: list[Any]
+    reference: Reference
 
 
 class Engine:
     """A loaded model, shared by all visitors.
 
     Attributes:
-        settings: complete ones: the model and its defaults.
-        unsafe: says which pictures are not shown; None: all are.
-        kept: the last reference that was made, under the key of what it was made from. One for all visitors:
-            a reference of FLUX.1 takes gigabytes.
-        metrics: what scans compare pictures with, once one has been started.
+        settings: Settings of the model, and defaults for every run.
+        pipe: The model.
+        unsafe: Tells which images are not shown. If None, all are shown.
+        kept: The last reference. One for all visitors, since a reference of FLUX.1 takes gigabytes.
+        metrics: What scans compare images with. None until the first scan.
     """
 
-    def __init__(self, settings: ModelSettings, pipe: Pipeline, unsafe: ContentFilter | None = None):
+    def __init__(self, settings: ResolvedModel, pipe: Pipeline, unsafe: ContentFilter | None = None):
         self.settings, self.pipe, self.unsafe = settings, pipe, unsafe
-        self.kept: tuple[Any, Any] | None = None
+        self.kept: KeptReference | None = None
         self.metrics: Mapping[str, Metric] | None = None
         self._lock = threading.Lock()
 
-    def run(self, work: Callable[[Teller], T], stop: threading.Event) -> Generator[Report, None, T | None]:
-        """Does the work in a thread of its own and yields what it tells; old news is left out.
+    @property
+    def running(self) -> bool:
+        """Whether a run is using the model."""
+        return self._lock.locked()
 
-        Returns what the work returns, or None if `stop` was set. Closing the generator stops the work.
+    def run(
+        self, work: Callable[[Progress[R]], T], stop: threading.Event
+    ) -> Generator[Update[R], None, T | None]:
+        """Runs the work in a thread, and yields its updates; outdated ones are dropped, results never.
+
+        Args:
+            work: The work, called when the model is free.
+            stop: Set to cancel the run. Closing the generator sets it too.
+
+        Returns:
+            What the work returns, or None if it was cancelled.
         """
-        news: SimpleQueue[Report | None] = SimpleQueue()
+        updates: SimpleQueue[Update[R] | None] = SimpleQueue()
         outcome: dict[str, Any] = {}
 
         def in_thread() -> None:
             try:
                 with self._lock:
-                    outcome["result"] = work(Teller(self, stop, news.put))
+                    outcome["result"] = work(Progress(self.preview, stop, updates.put))
             except Stopped:
                 pass
             except BaseException as error:
                 outcome["error"] = error
-            news.put(None)
+            updates.put(None)
 
         thread = threading.Thread(target=in_thread, daemon=True)
         thread.start()
         try:
-            while (report := news.get()) is not None:
-                if report.made or news.empty():
-                    yield report
+            while (update := updates.get()) is not None:
+                if update.result is not None or updates.empty():
+                    yield update
         except GeneratorExit:
             stop.set()
             raise
@@ -155,28 +202,34 @@ class Engine:
         return outcome.get("result")
 
     def preview(self, step: Step, width: int, height: int) -> Image.Image | None:
-        """The first row's predicted clean picture at a side of at most 8 * PREVIEW_SIDE pixels. None if the
-        filter objects.
+        """Decodes the first row's predicted clean image, with sides of at most 8 * PREVIEW_SIDE pixels.
+
+        Returns:
+            The image, or None if the content filter objects to it.
         """
         latent = unpack(step.clean[:1].float(), height, width)
         shrink = min(1.0, PREVIEW_SIDE / max(latent.shape[-2:]))
-        sides = [max(2, 2 * round(side * shrink / 2)) for side in latent.shape[-2:]]
+        rows, columns = (max(2, 2 * round(side * shrink / 2)) for side in latent.shape[-2:])
         if shrink < 1:
-            latent = F.adaptive_avg_pool2d(latent, sides)
-        [picture] = self.pipe.decode(pack(latent).to(self.pipe.dtype), 8 * sides[1], 8 * sides[0])
-        return None if self.unsafe and self.unsafe(picture) else picture
+            latent = F.adaptive_avg_pool2d(latent, (rows, columns))
+        [image] = self.pipe.decode(pack(latent).to(self.pipe.dtype), 8 * columns, 8 * rows)
+        return None if self.unsafe and self.unsafe(image) else image
 
-    def check(self, picture: Image.Image) -> Image.Image:
-        """The picture itself. Raises InputError if the filter objects to it."""
-        if self.unsafe and self.unsafe(picture):
+    def check(self, image: Image.Image) -> Image.Image:
+        """Returns the image. Raises InputError if the content filter objects to it."""
+        if self.unsafe and self.unsafe(image):
             raise InputError(
-                "The content filter holds this picture unsafe for work, so it is not shown: try another "
+                "The content filter holds this image unsafe for work, so it is not shown: try another "
                 "prompt or seed"
             )
-        return picture
+        return image
 
     def check_file(self, path: Path) -> None:
-        """The same for a picture's file, which is deleted then."""
+        """Checks the image in a file, and deletes the file if the content filter objects.
+
+        Raises:
+            InputError: The content filter objects, or the file cannot be read.
+        """
         try:
             if self.unsafe:
                 self.check(read_image(path))

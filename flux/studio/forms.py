@@ -1,32 +1,178 @@
-"""What the page's forms send, as settings say it."""
+"""What the page's forms and the endpoints send, checked and turned into settings."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flux.settings.demos import Edit, ModelSettings
+from flux.attention.watch import check_watch
+from flux.errors import InputError
+from flux.scan.sweep import FREE_FIELDS
+from flux.settings.complete import resolve
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, PromptSettings, ScanSettings
 from flux.settings.doses import DOSES
+from flux.settings.edits import Edit, EditSettings
+from flux.settings.resolved import ResolvedEdit, ResolvedGenerate, ResolvedLayer, ResolvedScan
 from flux.studio.state import Studio
-from flux.vocabulary import overlooked
+from flux.vocabulary import vocabulary_warnings
+
+Form = Mapping[str, Any]
+"""The values of a form by name. They are not yet checked: a program may send anything."""
 
 SAMPLING = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
+DOSE_FIELDS = ("weight", "inject_from", "inject_until", "falling")
+INTEGERS = ("width", "height", "num_steps", "seed", "top", "count")
 
 
-def edits_of(text: str) -> list[str | dict]:
-    """One edit a line; a line that begins with ">" is a further turn of the one above it."""
+# ---- settings
+
+
+def generate_settings(studio: Studio, form: Form) -> ResolvedGenerate:
+    """Makes the settings of the Generate tab. Raises InputError for values that cannot be used."""
+    fields = values_of(form, *SAMPLING, "seed", "count", "strength")
+    count = 1 if (given := fields.pop("count")) is None else given
+    if type(count) is not int or not 1 <= count <= studio.limits.images:
+        raise InputError(f"count: expected an integer from 1 to {studio.limits.images}, got {count!r:.60}")
+    prompt = text_in(form, "prompt")
+    studio.limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
+    settings = resolve(studio.settings(GenerateSettings, {**fields, "prompts": [prompt] * count}))
+    studio.limits.check_size(settings)
+    return settings
+
+
+def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
+    """Makes the settings of the Edit tab. Raises InputError for values that cannot be used."""
+    limits, text, prompt = studio.limits, text_in(form, "edits"), text_in(form, "prompt")
+    lines = [line for line in text.splitlines() if line.strip()]
+    limits.check_texts(lines, limits.edits, "edits")
+    limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
+    if not lines:
+        raise InputError("Got no edit: say what the edited image should show, one edit a line")
+    layers = layers_on(form["layers"], studio.spec.num_layers)
+    if not layers:
+        raise InputError("Got no layer to inject keys and values in: click at least one on")
+    fields = values_of(form, *SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
+    # Only numbers that differ from the dose's own: a number that is given would disable `hold_subject_until`.
+    own = dose_values(form.get("dose"))
+    fields |= {name: form.get(name) for name in DOSE_FIELDS if form.get(name) != own.get(name)}
+    fields |= {"prompt": prompt, "edits": parse_edits(text), "vital_layers": layers}
+    settings = resolve(studio.settings(EditSettings, fields))
+    studio.limits.check_size(settings)
+    return settings
+
+
+def scan_settings(studio: Studio, form: Form) -> ResolvedScan:
+    """Makes the settings of a scan. The same request gets the same folder, so that a scan resumes.
+
+    Raises:
+        InputError: Values that cannot be used.
+    """
+    prompts = [line.strip() for line in text_in(form, "prompts").splitlines() if line.strip()]
+    studio.limits.check_texts(prompts, studio.limits.prompts, "prompts")
+    if not prompts:
+        raise InputError("Got no prompt to scan with: give at least one, each on its own line")
+    layers = layers_on(form["layers"], studio.spec.num_layers)
+    if not layers:
+        raise InputError("Got no layer to scan: click at least one on")
+    fields = values_of(form, *SAMPLING, "seed", "top")
+    top = fields.pop("top")
+    if type(top) is int and top > len(layers):
+        raise InputError(f"top: expected at most {len(layers)}, the number of layers to scan, got {top}")
+    fields |= {"gap": True} if top in (None, 0) else {"top": top}
+    fields["layers"] = "all" if len(layers) == studio.spec.num_layers else layers
+    # No metadata: it would name this machine's files, and no demo takes an image with a skipped layer.
+    settings = resolve(studio.settings(ScanSettings, {**fields, "prompts": prompts, "metadata": False}))
+    studio.limits.check_size(settings)
+    free = FREE_FIELDS | {"top", "gap"}
+    request = {name: value for name, value in settings.to_json().items() if name not in free}
+    name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+    return settings.model_copy(update={"output_dir": str(studio.folder / "scans" / name)})
+
+
+def film_settings(studio: Studio, form: Form) -> ResolvedLayer:
+    """Makes the settings of a film. Raises InputError for values that cannot be used."""
+    prompt, text = text_in(form, "prompt"), text_in(form, "words")
+    studio.limits.check_texts([prompt, text], 2, "texts")
+    fields = values_of(form, *SAMPLING, "seed")
+    fields["layers"] = layers_on(form["layers"], studio.spec.num_layers)
+    fields["words"] = [word.strip() for word in text.split(",") if word.strip()]
+    settings = resolve(studio.settings(LayerSettings, {**fields, "prompt": prompt}))
+    studio.limits.check_size(settings)
+    check_watch(settings)
+    return settings
+
+
+def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[str]:
+    """Lists the words that the model does not know, and the sizes that were rounded."""
+    vocabulary = studio.spec.vocabulary
+    warnings = vocabulary_warnings(dict.fromkeys(texts_in(settings)), vocabulary) if vocabulary else []
+    for side in ("width", "height"):
+        if form[side] not in (None, (used := getattr(settings, side))):
+            warnings.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
+    return warnings
+
+
+def texts_in(settings: ModelSettings) -> list[str]:
+    """Lists every text of the settings that the model reads."""
+    texts: list[str] = []
+    if isinstance(settings, EditSettings):
+        texts = [settings.prompt or "", *(entry.prompt for entry in settings.entries)]
+    elif isinstance(settings, PromptSettings):
+        texts = [entry.prompt for entry in settings.prompts]
+    return [*texts, settings.negative_prompt]
+
+
+# ---- single fields
+
+
+def values_of(form: Form, *names: str) -> dict[str, Any]:
+    """Takes fields from a form, with whole numbers as integers: browsers send 20.0 for 20."""
+
+    def integer(name: str, value: Any) -> Any:
+        whole = name in INTEGERS and isinstance(value, float) and value.is_integer()
+        # A larger number stays a float, so that an error message shows it in few digits.
+        return int(value) if whole and abs(value) < 2**63 else value
+
+    return {name: integer(name, form.get(name)) for name in names}
+
+
+def text_in(form: Form, name: str) -> str:
+    """Takes a text from a form, "" if none was typed. Raises InputError for a value that is not a text."""
+    text = form.get(name)
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{name}: expected a text, got {text!r:.60}")
+    return text or ""
+
+
+def layers_on(value: Any, num_layers: int) -> tuple[int, ...]:
+    """Takes layer numbers from a strip's value or a list. Raises InputError for layers that do not exist."""
+    layers = value.get("on") if isinstance(value, dict) else value
+    if not isinstance(layers, list | tuple) or not all(
+        type(layer) is int and 0 <= layer < num_layers for layer in layers
+    ):
+        raise InputError(
+            f"Got the layers {layers!r:.60}, expected a list of numbers from 0 to {num_layers - 1}"
+        )
+    return tuple(sorted(set(layers)))
+
+
+def parse_edits(text: str) -> list[str | dict]:
+    """Reads one edit per line. A line that begins with ">" is a further turn of the edit above it."""
     edits: list[str | dict] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         prompt = line.lstrip("> ").strip()
         if not line.startswith(">") or not edits:
             edits.append(prompt)
-        elif isinstance(edits[-1], str):
-            edits[-1] = {"prompt": edits[-1], "then": [prompt]}
-        else:
-            edits[-1]["then"].append(prompt)
+            continue
+        last = edits[-1]
+        edit = {"prompt": last, "then": []} if isinstance(last, str) else last
+        edit["then"].append(prompt)
+        edits[-1] = edit
     return edits
 
 
-def text_of(edits: Sequence[str | Edit]) -> str:
-    """The text that `edits_of` reads."""
+def format_edits(edits: Sequence[str | Edit]) -> str:
+    """Writes edits as the text that `parse_edits` reads."""
     lines = []
     for edit in edits:
         turns = () if isinstance(edit, str) else edit.then
@@ -35,38 +181,7 @@ def text_of(edits: Sequence[str | Edit]) -> str:
     return "\n".join(lines)
 
 
-DOSED = ("weight", "inject_from", "inject_until", "falling")
-
-
-def numbers_of(dose: Any) -> dict[str, float | bool]:
-    """The numbers of the dose of that name, as the page shows them; none if there is no such dose."""
-    found = DOSES.get(dose) if isinstance(dose, str) else None
-    return {name: getattr(found, name) for name in DOSED} if found else {}
-
-
-def notices_of(studio: Studio, settings: ModelSettings, form: dict[str, Any]) -> list[str]:
-    """What a program is told besides its result: words that the model overlooks, sizes that were rounded."""
-    vocabulary = studio.spec.vocabulary
-    notices = overlooked(dict.fromkeys(texts_of(settings)), vocabulary) if vocabulary else []
-    for side in ("width", "height"):
-        if form[side] not in (None, (used := getattr(settings, side))):
-            notices.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
-    return notices
-
-
-def texts_of(settings: ModelSettings) -> list[str]:
-    """All that the model will be told."""
-    prompts = [entry.prompt for entry in getattr(settings, "entries", None) or settings.prompts]
-    return [getattr(settings, "prompt", None) or "", *prompts, settings.negative_prompt]
-
-
-def whole(fields: dict[str, Any]) -> dict[str, Any]:
-    """Counts as integers: browsers send 20.0, and sliders 1 for 1.0."""
-    counts = ("width", "height", "num_steps", "seed", "top", "count")
-    return {
-        # A float of hundreds of digits stays one, to be refused in few letters.
-        name: int(value)
-        if name in counts and isinstance(value, float) and value.is_integer() and abs(value) < 2**63
-        else value
-        for name, value in fields.items()
-    }
+def dose_values(name: Any) -> dict[str, float | bool]:
+    """Looks up the numbers of a dose that the page shows. An unknown dose has none."""
+    dose = next((dose for known, dose in DOSES.items() if known == name), None)
+    return {field: getattr(dose, field) for field in DOSE_FIELDS} if dose else {}

@@ -1,4 +1,4 @@
-"""What a visitor has made: a folder for each visit, one in it for each run."""
+"""What each browser session has made: one folder per session, with one folder per run in it."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,45 +18,56 @@ from PIL import Image
 from flux.errors import InputError
 from flux.files import write_json
 from flux.images.io import read_metadata, save_image
-from flux.runs.record import about, run_record
-from flux.settings.demos import EditSettings, LayerSettings, Settings, TestSettings
-from flux.settings.files import WEIGHTS, check_settings
+from flux.runs.record import image_metadata, run_record
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings
+from flux.settings.edits import EditSettings
+from flux.settings.files import FILES, check_settings
 
-KINDS: dict[str, type[Settings]] = {cls.demo: cls for cls in (TestSettings, LayerSettings, EditSettings)}
-REMEMBERED = 200  # visits at once
-KEPT = 24 * 3600  # seconds from a folder's last use until it is deleted
+KINDS: dict[str, type[ModelSettings]] = {
+    cls.demo: cls for cls in (GenerateSettings, LayerSettings, EditSettings)
+}
+MAX_SESSIONS = 200
+KEEP_SECONDS = 24 * 3600  # from a folder's last use until it is deleted
 
 
 @dataclass
 class Run:
-    """One run: its settings as run.json in its folder, and its pictures by name, in order.
+    """One run: a folder with its settings in run.json, and its images.
 
     Attributes:
-        settings: as `portable` has them.
+        folder: The run's folder.
+        settings: The run's settings, made `portable`.
+        images: The file of each image by its name, in order.
+        captions: The prompt of each image by its name.
     """
 
     folder: Path
-    settings: Settings
-    pictures: dict[str, Path] = field(default_factory=dict)
+    settings: ModelSettings
+    images: dict[str, Path] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
 
     @property
     def record(self) -> Path:
+        """The run.json."""
         return self.folder / "run.json"
 
-    def save(self, name: str, picture: Image.Image, prompt: str, seed: int, **more: Any) -> Path:
-        """Adds a picture that carries the run's settings."""
+    def save(self, name: str, image: Image.Image, prompt: str, seed: int, **more: Any) -> Path:
+        """Writes an image that carries the run's settings, and returns its path."""
         path = self.folder / f"{name}.png"
-        save_image(picture, path, about(self.settings, prompt, seed, **more))
-        self.pictures[name], self.captions[name] = path, prompt
+        save_image(image, path, image_metadata(self.settings, prompt, seed, **more))
+        self.images[name], self.captions[name] = path, prompt
         return path
 
 
 @dataclass
-class Visit:
-    """Attributes:
-    stop: set to stop this visitor's run, also one that waits for its turn.
-    busy: whether one runs.
+class Session:
+    """One browser session and its runs.
+
+    Attributes:
+        folder: The session's folder.
+        runs: The session's runs, oldest first.
+        stop: Set to cancel the session's run, even while it is still queued.
+        busy: Whether a run is in progress.
     """
 
     folder: Path
@@ -63,31 +75,40 @@ class Visit:
     stop: threading.Event = field(default_factory=threading.Event)
     busy: bool = False
 
-    def begin(self, settings: Settings, inputs: dict[str, Image.Image] | None = None) -> Run:
-        """A new run, its run.json written. `inputs` are pictures that go in, by the field that names them."""
+    def begin_run(self, settings: ModelSettings, inputs: Mapping[str, Image.Image] | None = None) -> Run:
+        """Starts a run and writes its run.json.
+
+        Args:
+            settings: The run's settings.
+            inputs: Input images by the settings field that names them. They are saved beside run.json.
+        """
         folder = self.folder / f"{len(self.runs):03d}_{settings.demo}"
-        names = {name: f"{name}.png" for name in inputs or {}}
-        for name, picture in (inputs or {}).items():
-            save_image(picture, folder / names[name])
-        run = Run(folder, check_settings(type(settings), portable(settings.to_json() | names)))
+        files = {name: f"{name}.png" for name in inputs or {}}
+        for name, image in (inputs or {}).items():
+            save_image(image, folder / files[name])
+        run = Run(folder, check_settings(KINDS[settings.demo], portable(settings.to_json() | files)))
         write_json(run.record, run_record(run.settings))
         self.runs.append(run)
         return run
 
-    def take(self, picture: Image.Image) -> Path:
-        """Keeps an upload, as bare pixels."""
+    def keep_upload(self, image: Image.Image) -> Path:
+        """Saves an uploaded image as bare pixels, and returns its path."""
         path = self.folder / "uploads" / f"{uuid4().hex}.png"
-        save_image(picture, path)
+        save_image(image, path)
         return path
 
-    def pictures(self) -> list[tuple[Run, str, Path]]:
-        """All there are, the newest run first."""
-        return [(run, name, path) for run in reversed(self.runs) for name, path in run.pictures.items()]
+    def images(self) -> list[tuple[Run, str, Path]]:
+        """Lists the run, name and file of every image, the newest run first."""
+        return [(run, name, path) for run in reversed(self.runs) for name, path in run.images.items()]
 
     def zip(self) -> Path:
-        """Everything made so far as one file. Raises InputError if there is nothing."""
+        """Writes all files of all runs to one archive, and returns its path.
+
+        Raises:
+            InputError: The session has no run yet.
+        """
         if not self.runs:
-            raise InputError("There is nothing to save yet: make a picture first")
+            raise InputError("There is nothing to save yet: make an image first")
         path = self.folder / "visit.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for run in self.runs:
@@ -96,77 +117,83 @@ class Visit:
         return path
 
 
-class Visits:
-    """The visits of the last visitors, by what their browser calls itself.
+class Sessions:
+    """The latest sessions, by the browser's session hash.
 
-    What was made in a visit is deleted KEPT seconds after its last use, when the studio starts and whenever
-    a new visit begins.
+    A session's folder is deleted KEEP_SECONDS after its last use: when the studio starts, and whenever a new
+    session begins.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._visits: OrderedDict[str, Visit] = OrderedDict()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
         delete_unused(folder)
 
-    def of(self, name: str | None) -> Visit:
-        """The visit of that name, made if need be. Its folder's name cannot be guessed."""
+    def of(self, name: str | None) -> Session:
+        """Returns the session of that name, or starts it. Its folder's name cannot be guessed."""
         with self._lock:
-            visit = self._visits.pop(name or "", None)
-            if visit is None:
-                gone = delete_unused(self.folder)
-                self._visits = OrderedDict(
-                    (other, known) for other, known in self._visits.items() if known.folder not in gone
+            session = self._sessions.pop(name or "", None)
+            if session is None:
+                deleted = delete_unused(self.folder)
+                self._sessions = OrderedDict(
+                    (other, known) for other, known in self._sessions.items() if known.folder not in deleted
                 )
-                visit = Visit(self.folder / uuid4().hex)
-            elif visit.folder.is_dir():
-                os.utime(visit.folder)
-            self._visits[name or ""] = visit
-            while len(self._visits) > REMEMBERED:
-                self._visits.popitem(last=False)
-            return visit
+                session = Session(self.folder / uuid4().hex)
+            elif session.folder.is_dir():
+                os.utime(session.folder)
+            self._sessions[name or ""] = session
+            while len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+            return session
 
 
 def delete_unused(folder: Path) -> set[Path]:
-    """Deletes the folders in `folder` that have not changed for KEPT seconds, and returns them."""
-    last = time.time() - KEPT
-    old = {path for path in folder.glob("*/") if path.stat().st_mtime < last}
-    for path in old:
+    """Deletes the folders in `folder` that have not changed for KEEP_SECONDS, and returns them."""
+    oldest = time.time() - KEEP_SECONDS
+    unused = {path for path in folder.glob("*/") if path.stat().st_mtime < oldest}
+    for path in unused:
         shutil.rmtree(path, ignore_errors=True)
-    return old
+    return unused
 
 
-def portable(fields: dict[str, Any]) -> dict[str, Any]:
-    """Settings in JSON's types that name no folder of this machine: what lies here stands there by its bare
-    name, by which `read_settings` finds it beside the run.json or where the demo runs.
+def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes this machine's folders from settings in JSON's types.
+
+    A file or folder of this machine is given by its bare name. `read_settings` then finds it beside the
+    run.json, or where the demo runs.
     """
 
     def bare(path: str | None) -> str | None:
         return Path(os.path.abspath(path)).name if path and os.path.exists(path) else path
 
-    kept = {name: bare(value) if name in WEIGHTS else value for name, value in fields.items()}
+    kept = {name: bare(value) if name in FILES else value for name, value in fields.items()}
     kept["lora"] = [{**lora, "file": bare(lora["file"])} for lora in fields["lora"]]
     del kept["output_dir"]
     return kept
 
 
-def read_back(path: Path) -> tuple[Settings, dict[str, Any]]:
-    """The settings in a picture or a run.json of ours, and what a picture says of itself ("prompt", "seed",
-    "layers").
+def read_back(path: Path) -> tuple[ModelSettings, dict[str, Any]]:
+    """Reads the settings in an image or a run.json of the studio or a demo.
+
+    Returns:
+        The settings, and what an image says of itself: "prompt", "seed" and "layers", as far as it has them.
 
     Raises:
-        InputError: a file of others, or of a kind that has no place on the page.
+        InputError: A file that is not ours, or that belongs to a demo without a tab on the page.
     """
     if path.suffix.lower() == ".json":
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"Got {path.name}, which is no JSON: give a run.json or a picture") from error
+            raise InputError(f"Got {path.name}, which is no JSON: give a run.json or an image") from error
     else:
         record = read_metadata(path)
-    kind = record.get("demo") if isinstance(record, dict) else None
-    if kind not in KINDS or not isinstance(record.get("settings"), dict):
-        raise InputError(f"Got {path.name}, which does not say how it was made: give a picture made here")
-    kinds = {"prompt": str, "seed": int, "layers": list}
-    about = {name: record[name] for name, kind in kinds.items() if isinstance(record.get(name), kind)}
-    return check_settings(KINDS[kind], record["settings"], path.name), about
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        record = {}
+    cls = KINDS.get(record["demo"]) if isinstance(record.get("demo"), str) else None
+    if cls is None:
+        raise InputError(f"Got {path.name}, which does not say how it was made: give an image made here")
+    types = {"prompt": str, "seed": int, "layers": list}
+    own = {name: record[name] for name, type_ in types.items() if isinstance(record.get(name), type_)}
+    return check_settings(cls, record["settings"], path.name), own

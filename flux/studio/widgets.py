@@ -1,18 +1,33 @@
-"""The page's own components: the strip of layers, uploads that come in as bare pixels, the line of news."""
+"""Components that the tabs share: strip of layers, image inputs and outputs, downloads, status line."""
 
 import html
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import gradio as gr
 import numpy as np
+from gradio.blocks import Block
 from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import read_image
-from flux.studio.engine import Report
+from flux.studio.engine import Update
 from flux.studio.state import Studio
+
+Changes = dict[Block, Any]
+"""New values of components, as event functions return them."""
+
+
+class Unlisted(TypedDict):
+    """Options of an event that shows no progress and is no HTTP endpoint."""
+
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+UNLISTED: Unlisted = {"show_progress": "hidden", "api_visibility": "private"}
 
 STRIP_HTML = """<div class="strip" role="toolbar" aria-label="Layers">
 ${[["double", 0, value.double], ["single", value.double, value.num]].map(([kind, from, to]) => `
@@ -56,99 +71,157 @@ element.addEventListener("keydown", event => {
 """
 
 
+# ---- the strip of layers
+
+
+def layer_strip(value: dict[str, Any], elem_id: str) -> gr.HTML:
+    """Makes one button per layer, switched by clicks; the arrow keys move along."""
+    return gr.HTML(value, label="Layers", html_template=STRIP_HTML, js_on_load=STRIP_JS, elem_id=elem_id)
+
+
 def strip_value(
-    num: int, num_double: int, on: Any, vitality: dict[int, float] | None = None
+    studio: Studio, on: Iterable[int], vitality: dict[int, float] | None = None
 ) -> dict[str, Any]:
-    """What a `layer_strip` holds: which layers are on, and how vital each is, if known."""
-    top = max([*(vitality or {}).values(), 1e-6])
-    shares = {str(layer): value for layer, value in vitality.items()} if vitality else None
-    return {"num": num, "double": num_double, "on": sorted(on), "vitality": shares, "top": top}
+    """Makes the value of a `layer_strip`: the layers that are on, and known vitalities."""
+    known = vitality or {}
+    return {
+        "num": studio.spec.num_layers,
+        "double": studio.spec.params.depth,
+        "on": sorted(on),
+        "vitality": {str(layer): value for layer, value in known.items()} if known else None,
+        "top": max([*known.values(), 1e-6]),
+    }
 
 
-def layers_on(value: Any, num: int) -> tuple[int, ...]:
-    """The layers that are on in what a browser or a program sent. Raises InputError for others than those of
-    a model that has `num`.
+# ---- image inputs
+
+
+def image_input(studio: Studio, **options: Any) -> tuple[gr.Image, gr.State]:
+    """Makes an image upload.
+
+    Returns:
+        The upload, and a state that holds the path of what was uploaded: an upright image within the limits,
+        as bare pixels. It is None as long as there is no upload.
     """
-    on = value.get("on") if isinstance(value, dict) else value
-    known = isinstance(on, list | tuple) and all(type(layer) is int and 0 <= layer < num for layer in on)
-    if not known:
-        raise InputError(f"Got the layers {on!r:.60}, expected a list of numbers from 0 to {num - 1}")
-    return tuple(sorted(set(on)))
-
-
-def layer_strip(value: dict[str, Any], **more: Any) -> gr.HTML:
-    """One button for each layer, to click on and off; the arrow keys walk along."""
-    return gr.HTML(value, label="Layers", html_template=STRIP_HTML, js_on_load=STRIP_JS, **more)
-
-
-def picture_input(studio: Studio, **more: Any) -> tuple[gr.Image, gr.State]:
-    """A place to drop a picture on, and what holds the path of what came in: within the limits, upright, and
-    nothing but pixels. None: nothing has.
-    """
-    # Never handed to a function by gradio, which would open whatever was uploaded.
-    place = gr.Image(type="filepath", sources=["upload", "clipboard"], format="png", **more)
+    upload = gr.Image(type="filepath", sources=["upload", "clipboard"], format="png", **options)
     held = gr.State(None)
 
-    def take(request: gr.Request, upload: dict[str, Any]) -> str:
-        picture = studio.limits.read_upload(upload, Path(get_upload_folder()))
-        return str(studio.visits.of(request.session_hash).take(picture))
+    def keep(request: gr.Request, uploaded: dict[str, Any]) -> str:
+        image = studio.limits.read_upload(uploaded, Path(get_upload_folder()))
+        return str(studio.sessions.of(request.session_hash).keep_upload(image))
 
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    taken = place.upload(
-        take,
-        place,
-        held,
-        preprocess=False,
-        concurrency_limit=None,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    taken.failure(lambda: (None, None), None, [place, held], **quiet)
-    place.clear(lambda: None, None, held, **quiet)
-    return place, held
+    # Not passed through gradio's preprocessing, which would open arbitrary uploads.
+    kept = upload.upload(keep, upload, held, preprocess=False, concurrency_limit=None, **UNLISTED)
+    kept.failure(lambda: (None, None), None, [upload, held], queue=False, **UNLISTED)
+    upload.clear(lambda: None, None, held, queue=False, **UNLISTED)
+    return upload, held
 
 
-def held_picture(path: str | None) -> Image.Image | None:
-    """What a `picture_input` holds. Raises InputError if it has been deleted since."""
-    if path is not None and not Path(path).is_file():
-        raise InputError("Your picture is gone, a day after the visit's last use: upload it again")
-    return path and read_image(path)
+def held_image(path: str) -> Image.Image:
+    """Reads the image that an `image_input` holds. Raises InputError if it has been deleted since."""
+    if not Path(path).is_file():
+        raise InputError("Your image is gone, a day after the session's last use: upload it again")
+    return read_image(path)
 
 
-def mask_editor(**more: Any) -> gr.ImageEditor:
-    """A picture to paint on, see `painted`."""
+def mask_editor(**options: Any) -> gr.ImageEditor:
+    """Makes an image to paint a mask on, see `painted_mask`."""
     brush = gr.Brush(default_size=24, colors=["#ffffff"], default_color="#ffffff", color_mode="fixed")
     return gr.ImageEditor(
-        type="pil", format="png", sources=(), transforms=(), layers=False, brush=brush, **more
+        type="pil", format="png", sources=(), transforms=(), layers=False, brush=brush, **options
     )
 
 
-def painted(value: dict[str, Any] | None) -> Image.Image | None:
-    """What was painted in a `mask_editor`, white on black; None: nothing was."""
+def painted_mask(value: dict[str, Any] | None) -> Image.Image | None:
+    """Returns what was painted in a `mask_editor`, white on black, or None if nothing was."""
     alphas = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in (value or {}).get("layers") or ()]
     if not any(alpha.any() for alpha in alphas):
         return None
     return Image.fromarray(np.where(np.max(alphas, axis=0) > 0, 255, 0).astype(np.uint8))
 
 
-def news(report: Report | None, idle: str = "") -> str:
-    """A report as the line above the picture: a bar, and how long it will take."""
-    if report is None:
-        return f'<div class="news" role="status"><span>{html.escape(idle)}</span></div>'
-    share = report.done / report.total if report.total else 0
-    texts = [report.text]
-    if report.total:
-        texts.append(f"{report.done} of {report.total}")
-    if report.left is not None:
-        texts.append(f"{duration(report.left)} left")
+# ---- outputs
+
+
+def stage(label: str, placeholder: str, elem_id: str, elem_classes: str = "stage") -> gr.Image:
+    """Makes the large image of a tab."""
+    return gr.Image(
+        label=label,
+        show_label=False,
+        interactive=False,
+        format="png",
+        placeholder=placeholder,
+        elem_id=elem_id,
+        elem_classes=elem_classes,
+        buttons=["fullscreen"],
+    )
+
+
+def results(
+    label: str,
+    elem_id: str,
+    *,
+    columns: int = 4,
+    preview: bool = False,
+    object_fit: Literal["contain", "cover"] = "cover",
+    fullscreen: bool = False,
+    visible: bool = False,
+) -> gr.Gallery:
+    """Makes a gallery of results.
+
+    Args:
+        label: What the images are, for screen readers.
+        elem_id: The element's id.
+        columns: Number of columns.
+        preview: Whether a click shows an image large.
+        object_fit: Whether an image is cut to fill its place, or shown whole.
+        fullscreen: Whether there is a fullscreen button.
+        visible: Whether the gallery is shown while it is empty.
+    """
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        columns=columns,
+        fit_columns=False,
+        allow_preview=preview,
+        interactive=False,
+        height="auto",
+        object_fit=object_fit,
+        elem_id=elem_id,
+        elem_classes="results",
+        buttons=["fullscreen"] if fullscreen else [],
+        visible=visible,
+    )
+
+
+def download(label: str) -> gr.DownloadButton:
+    """Makes a button that downloads a file, disabled until it has one."""
+    return gr.DownloadButton(label, size="sm", interactive=False)
+
+
+def downloadable(path: Path | str) -> dict[str, Any]:
+    """Gives a `download` its file."""
+    return gr.update(value=str(path), interactive=True)
+
+
+def status_html(status: Update | str) -> str:
+    """Renders a run's update with a bar and the time left, or a plain text."""
+    if isinstance(status, str):
+        return f'<div class="run-status" role="status"><span>{html.escape(status)}</span></div>'
+    share = status.done / status.total if status.total else 0
+    texts = [status.text]
+    if status.total:
+        texts.append(f"{status.done} of {status.total}")
+    if status.seconds_left is not None:
+        texts.append(f"{duration(status.seconds_left)} left")
     return (
-        f'<div class="news busy" role="status"><i style="width:{100 * share:.1f}%"></i>'
+        f'<div class="run-status busy" role="status"><i style="width:{100 * share:.1f}%"></i>'
         f"<span>{html.escape(' · '.join(texts))}</span></div>"
     )
 
 
 def duration(seconds: float) -> str:
-    """ "40 s", "3 min", "1.5 h"."""
+    """Formats a time: "40 s", "3 min" or "1.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,133 +1,281 @@
-"""What the page's tabs have in common: a run from click to end, and the sliders of every model."""
+"""What the tabs share: a run from click to end, and fields of the settings of every model."""
 
 import html
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from random import randrange
-from typing import Any
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import gradio as gr
+from gradio.components import Component
 
 from flux.settings.demos import ModelSettings
-from flux.studio.engine import Report
-from flux.studio.forms import texts_of
+from flux.studio.engine import Update
+from flux.studio.forms import Form, texts_in
+from flux.studio.sessions import Session
 from flux.studio.state import Studio
-from flux.studio.widgets import duration, news
+from flux.studio.widgets import UNLISTED, Changes, duration, status_html
 from flux.vocabulary import unknown_words
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-# For what may fail: gradio shows errors only of what was queued.
-AT_ONCE = {**QUIET, "concurrency_limit": None}
+S = TypeVar("S", bound=ModelSettings)
+Fields = dict[str, Component]
+"""The components of a form, by the names of their values."""
 
 
-def connect(
-    studio: Studio,
-    triggers: Iterable[Callable],
-    inputs: list[Any],
-    check: Callable[..., ModelSettings],
-    work: Callable[..., Iterator[tuple[Report | None, dict]]],
-    outputs: list[Any],
-    line: gr.HTML,
-    go: Iterable[gr.Button],
-    stop: gr.Button,
-    note: gr.HTML,
-    seed: tuple[gr.Checkbox, gr.Number] | None = None,
-) -> None:
-    """Lets `triggers` begin a run, and the button `stop` end it.
+class Unqueued(TypedDict):
+    """Options of an event that is handled at once. An error in it is not shown."""
 
-    Args:
-        check: called at once with the values of `inputs`; gives the settings of the run, or raises
-            InputError if they cannot be used.
-        work: called with the visit and the values when the model is free; yields reports, each with what is
-            to be shown by component, and None for the report at its end.
-        line: where reports are shown.
-        note: where words are named that the model does not know.
-        seed: whether a new seed is wanted, and where it goes.
+    queue: Literal[False]
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+class Concurrent(TypedDict):
+    """Options of an event that does not wait for others. Only errors of queued events are shown."""
+
+    concurrency_limit: None
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+UNQUEUED: Unqueued = {"queue": False, **UNLISTED}
+CONCURRENT: Concurrent = {"concurrency_limit": None, **UNLISTED}
+
+
+class RunControls:
+    """The components that every tab has for its runs. Each is added where its method is called.
+
+    Attributes:
+        words: The note that names words that the model does not know.
+        start: The buttons that start a run.
+        stop: The button that cancels it.
+        status: The line that shows its progress.
     """
-    buttons = [*go, stop]
 
-    def switched(running: bool) -> dict[gr.Button, dict]:
-        return {button: gr.update(interactive=running == (button is stop)) for button in buttons}
+    words: gr.HTML
+    start: list[gr.Button]
+    stop: gr.Button
+    status: gr.HTML
 
-    def begin(request: gr.Request, *values):
-        visit = studio.visits.of(request.session_hash)
-        unknown = words_note(studio, check(*values))
-        if visit.busy:  # Enter in a prompt
-            return {line: gr.skip()}
-        visit.stop.clear()
-        return {note: unknown, line: news(Report("waiting for the model")), **switched(True)}
+    def __init__(self, studio: Studio, tab: str):
+        self._studio, self._tab = studio, tab
 
-    def run(request: gr.Request, *values):
-        begun, visit = time.perf_counter(), studio.visits.of(request.session_hash)
-        visit.busy = True
+    def add_buttons(self, label: str, *more: str) -> list[gr.Button]:
+        """Adds the note, hidden as long as all words are known, then buttons to start and one to stop.
+
+        Returns:
+            The buttons that start a run, the main one first.
+        """
+        self.words = gr.HTML("", elem_classes="words")
+        with gr.Row(elem_classes="actions"):
+            self.start = [gr.Button(label, variant="primary", elem_id=f"{self._tab}-go")]
+            self.start += [gr.Button(other, elem_id=f"{self._tab}-{other.lower()}") for other in more]
+            self.stop = gr.Button("Stop", interactive=False, elem_id=f"{self._tab}-stop")
+        return self.start
+
+    def add_status(self) -> None:
+        """Adds the status line."""
+        self.status = gr.HTML(status_html("Ready."), elem_id=f"{self._tab}-status")
+
+    @property
+    def buttons(self) -> list[gr.Button]:
+        """All buttons."""
+        return [*self.start, self.stop]
+
+    def switched(self, running: bool) -> Changes:
+        """Enables the buttons that start a run, or while one is in progress the one that stops it."""
+        starting = {button: gr.update(interactive=not running) for button in self.start}
+        return {**starting, self.stop: gr.update(interactive=running)}
+
+    def wire_stop(self) -> None:
+        """Lets the stop button cancel the session's run."""
+
+        def cancel(request: gr.Request) -> dict[str, Any]:
+            self._studio.sessions.of(request.session_hash).stop.set()
+            return gr.update(interactive=False)
+
+        self.stop.click(cancel, None, self.stop, **UNQUEUED)
+
+
+@dataclass(frozen=True, eq=False)
+class RunButton(Generic[S]):
+    """A button that starts a run from a form's values.
+
+    Attributes:
+        studio: The studio.
+        controls: The tab's buttons, status line and note.
+        fields: The components whose values make the form.
+        settings_of: Makes the run's settings from the form. Raises InputError if they cannot be used.
+        work: Called when the model is free. Yields updates with what they change on the page.
+    """
+
+    studio: Studio
+    controls: RunControls
+    fields: Fields
+    settings_of: Callable[[Form], S]
+    work: Callable[[Session, S, Form], Iterator[tuple[Update, Changes]]]
+
+    def wire(
+        self,
+        triggers: Sequence[Callable[..., Any]],
+        outputs: Sequence[Component],
+        new_seed: tuple[gr.Checkbox, gr.Number] | None = None,
+    ) -> None:
+        """Lets events start a run.
+
+        Args:
+            triggers: The events, such as `button.click`.
+            outputs: The components that `work` changes.
+            new_seed: Whether to draw a new seed first, and where it goes.
+        """
+        controls, inputs = self.controls, list(self.fields.values())
+        lines = [controls.words, controls.status, *controls.buttons]
+        if new_seed:
+            seeded = gr.on(list(triggers), seed_of, [*new_seed], new_seed[1], **UNQUEUED)
+            begun = seeded.then(self.begin, inputs, lines, **CONCURRENT)
+        else:
+            begun = gr.on(list(triggers), self.begin, inputs, lines, **CONCURRENT)
+        changed = [controls.status, *controls.buttons, *outputs]
+        begun.success(self.run, inputs, changed, concurrency_id="model", concurrency_limit=1, **UNLISTED)
+
+    def begin(self, request: gr.Request, *values: Any) -> Changes:
+        """Checks the form, before the run waits for the model."""
+        session = self.studio.sessions.of(request.session_hash)
+        unknown = words_note(self.studio, self.settings_of(self._form(values)))
+        if session.busy:  # Enter was pressed in a prompt
+            return {self.controls.status: gr.skip()}
+        session.stop.clear()
+        waiting = status_html(Update("waiting for the model"))
+        return {self.controls.words: unknown, self.controls.status: waiting, **self.controls.switched(True)}
+
+    def run(self, request: gr.Request, *values: Any) -> Iterator[Changes]:
+        """Does the work, and shows its progress."""
+        begin, session = time.perf_counter(), self.studio.sessions.of(request.session_hash)
+        status, form = self.controls.status, self._form(values)
+        session.busy = True
         try:
-            for report, shown in work(visit, *values):
-                yield {line: news(report), **shown} if report else shown
+            for update, changes in self.work(session, self.settings_of(form), form):
+                yield {status: status_html(update), **changes}
         except Exception:
-            # Not by an event of its own: what is to follow an error in mid-run is not called.
-            yield {line: news(None, "Ready."), **switched(False)}
+            # Here and not in an event that follows: gradio calls none after an error in mid-run.
+            yield {status: status_html("Ready."), **self.controls.switched(False)}
             raise
         finally:
-            visit.busy = False
-        took = duration(time.perf_counter() - begun)
-        told = f"Stopped after {took}." if visit.stop.is_set() else f"Done in {took}."
-        yield {line: news(None, told), **switched(False)}
+            session.busy = False
+        took = duration(time.perf_counter() - begin)
+        text = f"Stopped after {took}." if session.stop.is_set() else f"Done in {took}."
+        yield {status: status_html(text), **self.controls.switched(False)}
 
-    if seed:
-        asked = gr.on(list(triggers), new_seed, [*seed], seed[1], queue=False, **QUIET)
-        asked = asked.then(begin, inputs, [note, line, *buttons], **AT_ONCE)
-    else:
-        asked = gr.on(list(triggers), begin, inputs, [note, line, *buttons], **AT_ONCE)
-    turns = {"concurrency_id": "model", "concurrency_limit": 1}
-    asked.success(run, inputs, [line, *buttons, *outputs], **turns, **QUIET)
+    def _form(self, values: Sequence[Any]) -> Form:
+        return dict(zip(self.fields, values, strict=True))
 
-    def halt(request: gr.Request):
-        studio.visits.of(request.session_hash).stop.set()
-        return gr.update(interactive=False)
 
-    stop.click(halt, None, stop, queue=False, **QUIET)
+def seed_of(new: bool, seed: float | None) -> float | None:
+    """Draws a new seed if one is wanted."""
+    return randrange(2**32) if new else seed
+
+
+# ---- notes and examples
 
 
 def words_note(studio: Studio, settings: ModelSettings) -> str:
-    """As HTML: the words of these settings that the model was not trained on, with near ones."""
+    """Renders the words of these settings that the model was not trained on, each with similar ones."""
     if studio.spec.vocabulary is None:
         return ""
     found: dict[str, list[str]] = {}
-    for text in texts_of(settings):
+    for text in texts_in(settings):
         found |= unknown_words(text, studio.spec.vocabulary)
     named = [
         f"<b>{html.escape(word)}</b>" + (f" (near: {', '.join(near)})" if near else "")
         for word, near in found.items()
     ]
-    return (
-        f'<div class="note">Not known to {studio.defaults.model}, and overlooked: {", ".join(named)}</div>'
-        if named
-        else ""
-    )
+    if not named:
+        return ""
+    return f'<div class="note">Not known to {studio.defaults.model}, and ignored: {", ".join(named)}</div>'
 
 
-def words_place() -> gr.HTML:
-    """Where `words_note` goes: under the prompt, and nothing as long as all words are known."""
-    return gr.HTML("", elem_classes="words")
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Example values that fill a form at a click, without asking the server.
+
+    Attributes:
+        dataset: The list of examples on the page.
+        samples: The values of each example.
+    """
+
+    dataset: gr.Dataset
+    samples: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[Any]], labels: Sequence[str]) -> "Examples":
+        """Shows examples under these labels."""
+        hidden = [
+            gr.Textbox(visible=False) if isinstance(value, str) else gr.Number(visible=False)
+            for value in samples[0]
+        ]
+        dataset = gr.Dataset(
+            components=hidden,
+            samples=[list(sample) for sample in samples],
+            sample_labels=list(labels),
+            label="For example",
+            elem_classes="examples",
+        )
+        return cls(dataset, samples)
+
+    def wire(self, outputs: Sequence[Component], *more: Any) -> None:
+        """Lets a click fill the outputs with the example's values, then with `more`."""
+        js = f"index => [...{json.dumps(self.samples)}[index], ...{json.dumps(more)}]"
+        self.dataset.click(None, self.dataset, list(outputs), js=js, **UNQUEUED)
 
 
-def fill(samples: Sequence[Sequence[Any]], *more: Any) -> str:
-    """JavaScript for an example that is clicked: its values, and `more`, without asking the server."""
-    return f"index => [...{json.dumps(samples)}[index], ...{json.dumps(more)}]"
+# ---- fields of the settings
 
 
-def new_seed(fresh: bool, seed: float | None) -> float | None:
-    """Another seed, if a fresh one is wanted."""
-    return randrange(2**32) if fresh else seed
+def add_presets(
+    presets: Mapping[str, Iterable[int]], strip: gr.HTML, value_of: Callable[[Iterable[int]], dict[str, Any]]
+) -> None:
+    """Adds one button per preset, which puts the preset's layers into a strip.
+
+    Args:
+        presets: The layers of each preset, by the label of its button.
+        strip: The strip of layers.
+        value_of: Makes the strip's value from layers.
+    """
+    with gr.Row(elem_classes="presets"):
+        for label, layers in presets.items():
+            button = gr.Button(label, size="sm", min_width=60)
+            button.click(partial(value_of, tuple(layers)), None, strip, **UNQUEUED)
 
 
-def size_slider(studio: Studio, label: str, value: int) -> gr.Slider:
-    return gr.Slider(64, studio.limits.side, value, step=16, label=label, min_width=200)
+def size_and_seed_fields(studio: Studio, seed: int) -> Fields:
+    """Makes fields for size, steps and seed, by the names of the settings."""
+    defaults, limits = studio.defaults, studio.limits
+    with gr.Row():
+        width = gr.Slider(64, limits.side, defaults.width, step=16, label="Width", min_width=200)
+        height = gr.Slider(64, limits.side, defaults.height, step=16, label="Height", min_width=200)
+    with gr.Row():
+        steps = gr.Slider(1, limits.steps, defaults.num_steps, step=1, label="Steps")
+        number = gr.Number(seed, label="Seed", precision=0, minimum=0)
+    return {"width": width, "height": height, "num_steps": steps, "seed": number}
 
 
-def guidance_slider(studio: Studio) -> gr.Slider:
-    """Hidden where the model knows no such number."""
-    return gr.Slider(
-        0, 10, studio.defaults.guidance, step=0.1, label="Guidance", visible=studio.spec.params.guidance_embed
-    )
+def guidance_fields(studio: Studio) -> Fields:
+    """Makes fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
+    distilled = studio.spec.params.guidance_embed
+    return {
+        "guidance": gr.Slider(0, 10, studio.defaults.guidance, step=0.1, label="Guidance", visible=distilled),
+        "true_cfg": true_cfg_slider(studio),
+        "negative_prompt": gr.Textbox(
+            label="Negative prompt",
+            info="What true CFG steers away from",
+            max_length=studio.limits.letters,
+        ),
+    }
+
+
+def true_cfg_slider(studio: Studio) -> gr.Slider:
+    """Makes the slider of true CFG."""
+    return gr.Slider(1, 10, studio.defaults.true_cfg, step=0.1, label="True CFG (1: off, one pass)")

@@ -1,37 +1,53 @@
-"""The page's tab of edits: a reference, its layers, its mask, and before and after."""
+"""The tab that edits: a reference, the injection in its layers, a mask, and before and after."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from PIL import Image
 
 from flux.editing.photo import natural_size
 from flux.errors import InputError
-from flux.settings.demos import EditSettings
+from flux.images.io import thumbnail
 from flux.settings.doses import DEFAULT_DOSE, DOSES
-from flux.studio.engine import Report, Teller
-from flux.studio.forms import SAMPLING, numbers_of, text_of
-from flux.studio.sessions import Run, Visit
+from flux.settings.edits import EditSettings
+from flux.settings.resolved import ResolvedEdit
+from flux.studio.engine import MadeImage, Update
+from flux.studio.forms import SAMPLING, Form, dose_values, edit_settings, format_edits
+from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import QUIET, connect, fill, guidance_slider, size_slider, words_place
+from flux.studio.tabs.common import (
+    UNQUEUED,
+    Examples,
+    Fields,
+    RunButton,
+    RunControls,
+    add_presets,
+    guidance_fields,
+    size_and_seed_fields,
+)
+from flux.studio.tabs.history import History
+from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.widgets import (
-    held_picture,
+    Changes,
+    download,
+    downloadable,
+    held_image,
+    image_input,
     layer_strip,
-    mask_editor,
-    news,
-    painted,
-    picture_input,
+    painted_mask,
+    results,
+    stage,
+    status_html,
     strip_value,
 )
-from flux.studio.work.edit import edit_settings_of, known_layers, make_reference, run_edit
+from flux.studio.work.edit import known_layers, run_edit, run_reference
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
-
 INVERSIONS = ["midpoint", "euler", "fireflow", "fixed-point", "none"]
-
 EXAMPLES = {
     "flux-nano": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
@@ -47,385 +63,295 @@ EXAMPLES = {
     ],
 }
 
+Result = tuple[str, str, str]
+"""Name, file and caption of an image of the last run."""
+
 
 class EditTab:
-    """Attributes: form: the components that a run's settings are read from, by name."""
+    """The tab that edits.
+
+    Attributes:
+        fields: The components that a run's settings are read from, by name.
+        layers: The strip of layers to inject in.
+    """
 
     def __init__(self, studio: Studio):
-        self.studio = studio
-        defaults, spec, limits = studio.defaults, studio.spec, studio.limits
+        self.studio, self.controls = studio, RunControls(studio, "edit")
         self.vital, self.vitality = known_layers(studio)
-        dose = DOSES[DEFAULT_DOSE]
-        with gr.Row(elem_classes="room"):
-            with gr.Column(elem_classes="ask", min_width=280):
-                self.source = gr.Radio([PROMPT, PHOTO], value=PROMPT, label="The reference comes from")
-                self.place, self.photo = picture_input(
-                    studio, label="Photograph", visible=False, elem_id="edit-photo"
-                )
-                self.prompt = gr.Textbox(
-                    label="What the reference shows",
-                    lines=2,
-                    max_length=limits.letters,
-                    elem_id="edit-prompt",
-                )
-                self.edits = gr.Textbox(
-                    label="Edits",
-                    lines=3,
-                    max_length=limits.letters,
-                    elem_id="edit-edits",
-                    info="One a line. A line that begins with > goes on from the one above.",
-                )
-                self.words = words_place()
-                with gr.Row(elem_classes="actions"):
-                    self.go = gr.Button("Edit", variant="primary", elem_id="edit-go")
-                    self.first = gr.Button("Reference", elem_id="edit-first")
-                    self.stop = gr.Button("Stop", interactive=False, elem_id="edit-stop")
-                self.samples = EXAMPLES.get(defaults.model, EXAMPLES[""])
-                self.examples = gr.Dataset(
-                    components=[
-                        gr.Textbox(visible=False),
-                        gr.Number(visible=False),
-                        gr.Textbox(visible=False),
-                    ],
-                    samples=[list(sample) for sample in self.samples],
-                    sample_labels=[
-                        f"{prompt} → {edits.splitlines()[0]}" for prompt, _, edits in self.samples
-                    ],
-                    label="For example",
-                    elem_classes="examples",
-                )
-            with gr.Column(elem_classes="see"):
-                self.news = gr.HTML(news(None, "Ready."), elem_id="edit-news")
-                self.preview = gr.Image(
-                    show_label=False,
-                    interactive=False,
-                    format="png",
-                    elem_classes="stage",
-                    elem_id="edit-preview",
-                    label="Preview",
-                    placeholder="Reference and edits appear here.",
-                    buttons=["fullscreen"],
-                )
-                self.slider = gr.ImageSlider(
-                    label="Reference and edit",
-                    show_label=False,
-                    interactive=False,
-                    visible=False,
-                    format="png",
-                    elem_classes="stage",
-                    elem_id="edit-slider",
-                    max_height=600,
-                    buttons=["fullscreen"],
-                )
-                self.gallery = gr.Gallery(
-                    label="Edits",
-                    show_label=False,
-                    columns=4,
-                    fit_columns=False,
-                    allow_preview=False,
-                    interactive=False,
-                    height="auto",
-                    object_fit="cover",
-                    elem_id="edit-gallery",
-                    elem_classes="results",
-                    buttons=[],
-                    visible=False,
-                )
-                with gr.Row(elem_classes="save"):
-                    self.go_on = gr.Button("Go on from this edit", size="sm", interactive=False)
-                    self.png = gr.DownloadButton("Picture", size="sm", interactive=False)
-                    self.record = gr.DownloadButton("run.json", size="sm", interactive=False)
-            with gr.Column(elem_classes="tune", min_width=280):
-                gr.Markdown(
-                    "Layers where the edit takes over the reference's keys and values", elem_classes="label"
-                )
-                self.layers = layer_strip(
-                    strip_value(spec.num_layers, spec.params.depth, self.vital, self.vitality),
-                    elem_id="edit-layers",
-                )
-                with gr.Row(elem_classes="presets"):
-                    self.presets = [
-                        (gr.Button(name, size="sm", min_width=60), layers)
-                        for name, layers in self.named().items()
-                    ]
-                with gr.Row():
-                    self.dose = gr.Dropdown(list(DOSES), value=DEFAULT_DOSE, label="Dose", min_width=120)
-                    self.parts = gr.Radio(
-                        [("K and V", "kv"), ("K", "k"), ("V", "v")],
-                        value="kv",
-                        label="Taken over",
-                        min_width=180,
-                    )
-                self.weight = gr.Slider(0, 1, dose.weight, step=0.05, label="Strength")
-                with gr.Row():
-                    self.start = gr.Slider(0, 1, dose.inject_from, step=0.05, label="From", min_width=120)
-                    self.until = gr.Slider(0, 1, dose.inject_until, step=0.05, label="Until", min_width=120)
-                self.falling = gr.Checkbox(dose.falling, label="Strength falls to zero on the way")
-                with gr.Accordion("Mask", open=False, elem_id="edit-mask") as self.masking:
-                    gr.Markdown(
-                        "Paint where the edit may change the reference. If nothing is painted, the dose auto "
-                        "finds it out, and with the others all may change.",
-                        elem_classes="label",
-                    )
-                    self.mask = mask_editor(
-                        label="Paint where the edit may change the reference",
-                        elem_id="edit-canvas",
-                        height=420,
-                    )
-                with gr.Accordion("Settings", open=False, elem_id="edit-settings"):
-                    with gr.Row():
-                        self.width = size_slider(studio, "Width", defaults.width)
-                        self.height = size_slider(studio, "Height", defaults.height)
-                    with gr.Row():
-                        self.steps = gr.Slider(1, limits.steps, defaults.num_steps, step=1, label="Steps")
-                        self.seed = gr.Number(7, label="Seed", precision=0, minimum=0)
-                    self.guidance = guidance_slider(studio)
-                    self.true_cfg = gr.Slider(
-                        1, 10, defaults.true_cfg, step=0.1, label="True CFG (1: off, one pass)"
-                    )
-                    self.negative = gr.Textbox(label="Negative prompt", max_length=limits.letters)
-                    self.inversion = gr.Dropdown(
-                        INVERSIONS, value=INVERSIONS[0], label="Inversion of a photograph", visible=False
-                    )
-                    self.paste_back = gr.Checkbox(
-                        False, label="Give the photograph back in its full size", visible=False
-                    )
-        self.form: dict[str, Any] = {
-            "source": self.source,
-            "prompt": self.prompt,
-            "photo": self.photo,
-            "edits": self.edits,
-            "layers": self.layers,
-            "dose": self.dose,
-            "weight": self.weight,
-            "inject_from": self.start,
-            "inject_until": self.until,
-            "falling": self.falling,
-            "parts": self.parts,
-            "mask": self.mask,
-            "width": self.width,
-            "height": self.height,
-            "num_steps": self.steps,
-            "seed": self.seed,
-            "guidance": self.guidance,
-            "true_cfg": self.true_cfg,
-            "negative_prompt": self.negative,
-            "inversion": self.inversion,
-            "paste_back": self.paste_back,
-        }
-        self.results = gr.State([])  # of the last run: name, path and caption of each picture
-        self.chosen = gr.State("")
-        # What a mask is painted on, and what is there to be painted on now: a closed editor takes no picture.
-        self.ground, self.painting = gr.State(None), gr.State(None)
+        with gr.Row(elem_classes="workspace"):
+            with gr.Column(elem_classes="inputs"):
+                self.fields = self._inputs()
+            with gr.Column(elem_classes="outputs"):
+                self._outputs()
+            with gr.Column(elem_classes="options"):
+                self.layers = self._layer_choice()
+                self.fields |= {"layers": self.layers, **self._dose()}
+                self.canvas = MaskCanvas()
+                self.fields |= {"mask": self.canvas.editor, **self._settings()}
+        self.results = gr.State([])  # a list of Result
+        self.chosen = gr.State("")  # the name of the result that is shown
 
-    def named(self) -> dict[str, tuple[int, ...]]:
-        """The presets of layers, by the names of their buttons."""
+    # ---- components
+
+    def _inputs(self) -> Fields:
+        letters = self.studio.limits.letters
+        self.source = gr.Radio([PROMPT, PHOTO], value=PROMPT, label="The reference comes from")
+        self.upload, self.photo = image_input(
+            self.studio, label="Photograph", visible=False, elem_id="edit-photo"
+        )
+        prompt = gr.Textbox(
+            label="What the reference shows", lines=2, max_length=letters, elem_id="edit-prompt"
+        )
+        edits = gr.Textbox(
+            label="Edits",
+            lines=3,
+            max_length=letters,
+            elem_id="edit-edits",
+            info="One per line. A line that begins with > continues the edit above.",
+        )
+        self.go, self.go_reference = self.controls.add_buttons("Edit", "Reference")
+        samples = EXAMPLES.get(self.studio.defaults.model, EXAMPLES[""])
+        self.examples = Examples.of(
+            samples, [f"{prompt} → {edits.splitlines()[0]}" for prompt, _, edits in samples]
+        )
+        return {"source": self.source, "photo": self.photo, "prompt": prompt, "edits": edits}
+
+    def _outputs(self) -> None:
+        self.controls.add_status()
+        self.preview = stage("Preview", "Reference and edits appear here.", "edit-preview")
+        self.slider = gr.ImageSlider(
+            label="Reference and edit",
+            show_label=False,
+            interactive=False,
+            visible=False,
+            format="png",
+            elem_classes="stage",
+            elem_id="edit-slider",
+            max_height=600,
+            buttons=["fullscreen"],
+        )
+        self.gallery = results("Edits", "edit-gallery")
+        with gr.Row(elem_classes="save"):
+            self.go_on = gr.Button("Continue from this edit", size="sm", interactive=False)
+            self.png, self.record = download("Image"), download("run.json")
+
+    def _layer_choice(self) -> gr.HTML:
         spec = self.studio.spec
-        paper = {"Paper's": PRESETS["stable-flow"]} if spec.num_layers > max(PRESETS["stable-flow"]) else {}
-        double = tuple(range(spec.params.depth))
-        return {
+        gr.Markdown("Layers in which the reference's keys and values are injected", elem_classes="label")
+        strip = layer_strip(strip_value(self.studio, self.vital, self.vitality), elem_id="edit-layers")
+        published = PRESETS["stable-flow"]
+        presets = {
             "Vital": self.vital,
-            **paper,
-            "Double": double,
-            "All": tuple(range(spec.num_layers)),
+            **({"Paper's": published} if spec.num_layers > max(published) else {}),
+            "Double": range(spec.params.depth),
+            "All": range(spec.num_layers),
             "None": (),
         }
+        add_presets(presets, strip, self.strip)
+        return strip
 
-    def strip(self, layers: Sequence[int], vitality: dict[int, float] | None = None) -> dict:
-        spec = self.studio.spec
-        return strip_value(spec.num_layers, spec.params.depth, layers, vitality or self.vitality)
-
-    def wire(self, history: Any) -> None:
-        """What happens on a click; `history` is told of each new picture."""
-        names, inputs = list(self.form), list(self.form.values())
-
-        def filled(values: Sequence[Any]) -> dict[str, Any]:
-            form = dict(zip(names, values))
-            if form["source"] == PROMPT:
-                form["photo"] = None
-            elif form["photo"] is None:
-                raise InputError("Got no photograph: upload one, or let the reference come from a prompt")
-            else:
-                form["photo"] = held_picture(form["photo"])
-            form["mask"] = painted(form["mask"])
-            return form
-
-        def check(*values: Any) -> EditSettings:
-            return edit_settings_of(self.studio, filled(values))
-
-        def work(visit: Visit, *values: Any) -> Iterator[tuple[Report, dict]]:
-            form = filled(values)
-            settings = edit_settings_of(self.studio, form)
-            kept = self.studio.engine.kept
-            for report, run in run_edit(self.studio, visit, settings, form["photo"], form["mask"]):
-                renewed = self.studio.engine.kept is not kept
-                yield (
-                    report,
-                    {**self.shown(report, run, renewed), **(history.shown(visit) if report.made else {})},
-                )
-
-        def check_first(*values: Any) -> EditSettings:
-            form = filled(values)
-            return edit_settings_of(self.studio, {**form, "edits": form["edits"] or "-"})
-
-        def work_first(visit: Visit, *values: Any) -> Iterator[tuple[Report, dict]]:
-            form, engine = filled(values), self.studio.engine
-            settings = edit_settings_of(self.studio, {**form, "edits": form["edits"] or "-"})
-
-            def make(tell: Teller) -> None:
-                tell.made("reference", make_reference(engine, settings, tell, form["photo"]).picture)
-
-            for report in engine.run(make, visit.stop):
-                picture = report.made[1] if report.made else report.preview
-                shown = {self.preview: gr.update(visible=True, value=picture)} if picture else {}
-                if report.made:
-                    hidden = {part: gr.update(visible=False) for part in (self.slider, self.gallery)}
-                    shown |= {**hidden, **self.grounded(picture)}
-                yield report, shown
-
-        outputs = [*self.shows, self.mask, self.ground, self.painting, *history.components]
-        buttons = ([self.go, self.first], self.stop, self.words)
-        connect(self.studio, [self.go.click], inputs, check, work, outputs, self.news, *buttons)
-        connect(
-            self.studio, [self.first.click], inputs, check_first, work_first, outputs, self.news, *buttons
-        )
-        self.wire_details()
-
-    def wire_details(self) -> None:
-        def choose_source(source: str):
-            from_photo = gr.update(visible=source == PHOTO)
-            label = "What the photograph shows" if source == PHOTO else "What the reference shows"
-            return from_photo, from_photo, from_photo, gr.update(label=label)
-
-        def photo_there(path: str | None):
-            if path is None:
-                return [gr.skip()] * 5
-            photo = held_picture(path)
-            width, height = natural_size(photo, self.studio.spec.size)
-            small = photo.copy()
-            small.thumbnail((1024, 1024))
-            return width, height, canvas(small), small, None
-
-        def choose(results: list, event: gr.SelectData):
-            name, path, _ = results[event.index]
-            update = gr.update(value=path, interactive=True)
-            return (
-                name,
-                gr.update(value=(results[0][1], path)),
-                update,
-                gr.update(interactive=name != "reference"),
+    def _dose(self) -> Fields:
+        default = dose_values(DEFAULT_DOSE)
+        with gr.Row():
+            dose = gr.Dropdown(list(DOSES), value=DEFAULT_DOSE, label="Dose", min_width=120)
+            parts = gr.Radio(
+                [("K and V", "kv"), ("K", "k"), ("V", "v")], value="kv", label="Injected", min_width=180
             )
+        weight = gr.Slider(0, 1, default["weight"], step=0.05, label="Strength")
+        with gr.Row():
+            start = gr.Slider(0, 1, default["inject_from"], step=0.05, label="From", min_width=120)
+            end = gr.Slider(0, 1, default["inject_until"], step=0.05, label="Until", min_width=120)
+        falling = gr.Checkbox(bool(default["falling"]), label="Strength falls to zero on the way")
+        numbers: Fields = {
+            "weight": weight,
+            "inject_from": start,
+            "inject_until": end,
+            "falling": falling,
+        }
+        dose.input(lambda name: list(dose_values(name).values()), dose, list(numbers.values()), **UNQUEUED)
+        return {"dose": dose, "parts": parts, **numbers}
 
-        def go_on(results: list, chosen: str, text: str) -> str:
+    def _settings(self) -> Fields:
+        with gr.Accordion("Settings", open=False, elem_id="edit-settings"):
+            return {
+                **size_and_seed_fields(self.studio, seed=7),
+                **guidance_fields(self.studio),
+                "inversion": gr.Dropdown(
+                    INVERSIONS, value=INVERSIONS[0], label="Inversion of a photograph", visible=False
+                ),
+                "paste_back": gr.Checkbox(
+                    False, label="Give the photograph back in its full size", visible=False
+                ),
+            }
+
+    def strip(self, layers: Iterable[int], vitality: dict[int, float] | None = None) -> dict[str, Any]:
+        """Makes the value of the strip of layers, with this vitality or the one known at the start."""
+        return strip_value(self.studio, layers, vitality or self.vitality)
+
+    # ---- events
+
+    def wire(self, history: History) -> None:
+        """Connects the events; `history` shows each new image."""
+
+        def settings_of(form: Form) -> ResolvedEdit:
+            photo_in(form)
+            return edit_settings(self.studio, form)
+
+        def work(
+            session: Session, settings: ResolvedEdit, form: Form
+        ) -> Iterator[tuple[Update[MadeImage], Changes]]:
+            kept, mask = self.studio.engine.kept, painted_mask(form["mask"])
+            for update, run in run_edit(self.studio, session, settings, photo_in(form), mask):
+                if (made := update.result) is None:
+                    yield update, self._previewed(update)
+                    continue
+                shown: Changes = {self.preview: made.image}
+                if made.name != "reference":
+                    shown = self._shown(run, made.name)
+                elif self.studio.engine.kept is not kept:
+                    shown |= self.canvas.show(made.image)
+                yield update, shown | history.changes(session)
+
+        def reference_settings_of(form: Form) -> ResolvedEdit:
+            return settings_of({**form, "edits": form["edits"] or "-"})  # the edits do not matter here
+
+        def reference_work(
+            session: Session, settings: ResolvedEdit, form: Form
+        ) -> Iterator[tuple[Update[Image.Image], Changes]]:
+            for update in run_reference(self.studio, session, settings, photo_in(form)):
+                image, shown = update.result or update.preview, Changes()
+                if image:
+                    shown[self.preview] = gr.update(visible=True, value=image)
+                if update.result:
+                    shown |= {part: gr.update(visible=False) for part in (self.slider, self.gallery)}
+                    shown |= self.canvas.show(update.result)
+                yield update, shown
+
+        outputs = [*self._result_parts, *self.canvas.components, history.gallery]
+        edit = RunButton(self.studio, self.controls, self.fields, settings_of, work)
+        edit.wire([self.go.click], outputs)
+        reference = RunButton(self.studio, self.controls, self.fields, reference_settings_of, reference_work)
+        reference.wire([self.go_reference.click], outputs)
+        self.controls.wire_stop()
+        self.canvas.wire()
+        self._wire_source()
+        self._wire_results()
+
+    def _wire_source(self) -> None:
+        """Shows the fields of a photograph, sizes the run to it, and lets examples fill the form."""
+        fields = self.fields
+        prompt = fields["prompt"]
+
+        def choose(chosen: str) -> tuple[Any, ...]:
+            for_photo = gr.update(visible=chosen == PHOTO)
+            label = "What the photograph shows" if chosen == PHOTO else "What the reference shows"
+            return for_photo, for_photo, for_photo, gr.update(label=label)
+
+        def size_to(path: str | None) -> Changes:
+            if path is None:
+                return {fields["width"]: gr.skip()}
+            image = held_image(path)
+            width, height = natural_size(image, self.studio.spec.size)
+            sizes = {fields["width"]: width, fields["height"]: height}
+            return {**sizes, **self.canvas.show(thumbnail(image, 1024))}
+
+        self.source.change(
+            choose, self.source, [self.upload, fields["inversion"], fields["paste_back"], prompt], **UNQUEUED
+        )
+        self.photo.change(
+            size_to, self.photo, [fields["width"], fields["height"], *self.canvas.components], **UNQUEUED
+        )
+        self.examples.wire([prompt, fields["seed"], fields["edits"], self.source], PROMPT)
+
+    def _wire_results(self) -> None:
+        """Lets a click show a result beside its reference, and a further turn start from it."""
+        edits = self.fields["edits"]
+
+        def choose(results: list[Result], event: gr.SelectData) -> tuple[Any, ...]:
+            name, path, _ = results[event.index]
+            pair = gr.update(value=(results[0][1], path))
+            return name, pair, downloadable(path), gr.update(interactive=name != "reference")
+
+        def go_on(results: list[Result], chosen: str, text: str) -> str:
             caption = next((caption for name, _, caption in results if name == chosen), "")
             lines = (text or "").splitlines()
-            place = next(
-                (i for i, line in enumerate(lines) if line.lstrip("> ").strip() == caption), len(lines) - 1
-            )
-            return "\n".join([*lines[: place + 1], f"> {caption}", *lines[place + 1 :]])
+            prompts = [line.lstrip("> ").strip() for line in lines]
+            place = prompts.index(caption) + 1 if caption in prompts else len(lines)
+            return "\n".join([*lines[:place], f"> {caption}", *lines[place:]])
 
-        def dosed(name: str):
-            return list(numbers_of(name).values())
-
-        def opened(ground: Image.Image | None, painting: Image.Image | None):
-            return (
-                (gr.skip(), gr.skip()) if ground is None or painting is ground else (canvas(ground), ground)
-            )
-
-        quiet = {"queue": False, **QUIET}
-        self.masking.expand(opened, [self.ground, self.painting], [self.mask, self.painting], **quiet)
-        photo_parts = [self.place, self.inversion, self.paste_back, self.prompt]
-        self.source.change(choose_source, self.source, photo_parts, **quiet)
-        self.photo.change(
-            photo_there, self.photo, [self.width, self.height, self.mask, self.ground, self.painting], **quiet
+        self.gallery.select(
+            choose, self.results, [self.chosen, self.slider, self.png, self.go_on], **UNQUEUED
         )
-        self.gallery.select(choose, self.results, [self.chosen, self.slider, self.png, self.go_on], **quiet)
-        self.go_on.click(go_on, [self.results, self.chosen, self.edits], self.edits, **quiet)
-        self.dose.input(dosed, self.dose, [self.weight, self.start, self.until, self.falling], **quiet)
-        for button, layers in self.presets:
-            button.click(lambda layers=layers: self.strip(layers), None, self.layers, **quiet)
-        self.examples.click(
-            None,
-            self.examples,
-            [self.prompt, self.seed, self.edits, self.source],
-            js=fill(self.samples, PROMPT),
-            **quiet,
-        )
+        self.go_on.click(go_on, [self.results, self.chosen, edits], edits, **UNQUEUED)
 
-    def grounded(self, picture: Image.Image) -> dict:
-        """Another picture to paint a mask on."""
-        return {self.mask: canvas(picture), self.ground: picture, self.painting: None}
+    # ---- what is shown
 
     @property
-    def shows(self) -> list[Any]:
-        return [
-            self.preview,
-            self.slider,
-            self.gallery,
-            self.png,
-            self.record,
-            self.go_on,
-            self.results,
-            self.chosen,
-        ]
+    def _result_parts(self) -> list[Component]:
+        saves = [self.png, self.record, self.go_on]
+        return [self.preview, self.slider, self.gallery, *saves, self.results, self.chosen]
 
-    def shown(self, report: Report, run: Run, renewed: bool) -> dict:
-        """What a report changes on the page."""
-        if not report.made:
-            shown = {self.slider: gr.update(visible=False)}
-            return (
-                {**shown, self.preview: gr.update(visible=True, value=report.preview)}
-                if report.preview
-                else {}
-            )
-        name, (picture, *_) = report.made
-        if name == "reference":
-            return {self.preview: picture, **(self.grounded(picture) if renewed else {})}
-        return self.again(run, name)
+    def _previewed(self, update: Update) -> Changes:
+        if not update.preview:
+            return {}
+        return {
+            self.slider: gr.update(visible=False),
+            self.preview: gr.update(visible=True, value=update.preview),
+        }
 
-    def again(self, run: Run, name: str) -> dict:
-        """A picture of this visit beside its reference."""
-        results = [(each, str(path), run.captions[each]) for each, path in run.pictures.items()]
-        path, reference = str(run.pictures[name]), str(run.pictures["reference"])
+    def _shown(self, run: Run, name: str) -> Changes:
+        made = [(each, str(path), run.captions[each]) for each, path in run.images.items()]
+        path = str(run.images[name])
         return {
             self.preview: gr.update(visible=False),
-            self.slider: gr.update(visible=True, value=(reference, path)),
-            self.gallery: gr.update(visible=True, value=[(path, caption) for _, path, caption in results]),
-            self.png: gr.update(value=path, interactive=True),
-            self.record: gr.update(value=str(run.record), interactive=True),
+            self.slider: gr.update(visible=True, value=(str(run.images["reference"]), path)),
+            self.gallery: gr.update(visible=True, value=[(file, caption) for _, file, caption in made]),
+            self.png: downloadable(path),
+            self.record: downloadable(run.record),
             self.go_on: gr.update(interactive=name != "reference"),
-            self.results: results,
+            self.results: made,
             self.chosen: name,
         }
 
     @property
-    def returned(self) -> list[Any]:
-        """What `restored` and `again` change."""
-        return [self.place, *self.form.values(), *self.shows, self.ground, self.painting, self.news]
+    def restorable(self) -> list[Component]:
+        """The components that `restored` and `shown_again` change."""
+        form = [self.upload, *self.fields.values(), *self.canvas.components]
+        return list(dict.fromkeys([*form, *self._result_parts, self.controls.status]))
 
-    def restored(self, settings: EditSettings, about: dict, photo: Path | None = None) -> dict:
-        """The form filled as for these settings."""
-        layers = about.get("layers") or settings.vital_layers
-        layers = (
-            self.vital
-            if isinstance(layers, str)
-            else [layer for layer in layers if layer in range(self.studio.spec.num_layers)]
-        )
+    def restored(self, settings: EditSettings, about: Mapping[str, Any], upload: Path | None) -> Changes:
+        """Fills the form with these settings."""
         names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
-        values = {name: getattr(settings, name) for name in names}
-        own = numbers_of(settings.dose)
-        values |= {name: own[name] if (given := getattr(settings, name)) is None else given for name in own}
-        values |= {
-            "prompt": settings.prompt or "",
-            "edits": text_of(settings.edits),
-            "layers": self.strip(layers),
-        }
-        values |= {"photo": photo and str(photo), "source": PHOTO if settings.photo else PROMPT}
-        shown = {self.form[name]: value for name, value in values.items()}
-        # A mask is not brought back: what it was painted on may be another picture by now.
-        return {self.place: values["photo"], **shown, self.mask: None, self.ground: None, self.painting: None}
+        values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        for name, default in dose_values(settings.dose).items():
+            given = getattr(settings, name)
+            values[name] = default if given is None else given
+        layers = about.get("layers") or settings.vital_layers
+        if isinstance(layers, str):
+            layers = self.vital
+        existing = range(self.studio.spec.num_layers)
+        values["layers"] = self.strip(layer for layer in layers if layer in existing)
+        values["source"] = PHOTO if settings.photo else PROMPT
+        values["photo"] = upload and str(upload)
+        values["prompt"] = settings.prompt or ""
+        values["edits"] = format_edits(settings.edits)
+        filled = {self.fields[name]: value for name, value in values.items()}
+        # A mask is not brought back: it may belong to another image by now.
+        return {self.upload: values["photo"], **filled, **self.canvas.clear()}
+
+    def shown_again(self, run: Run, name: str) -> Changes:
+        """Shows an image of this session beside its reference."""
+        return {**self._shown(run, name), self.controls.status: status_html("From this session.")}
 
 
-def canvas(picture: Image.Image | Path) -> dict:
-    """A picture to paint on, unpainted."""
-    return {"background": picture, "layers": [], "composite": None}
+def photo_in(form: Form) -> Image.Image | None:
+    """Reads the photograph that a form names, or returns None if the reference comes from a prompt.
+
+    Raises:
+        InputError: The photograph was not uploaded, or has been deleted since.
+    """
+    if form["source"] == PROMPT:
+        return None
+    if form["photo"] is None:
+        raise InputError("Got no photograph: upload one, or let the reference come from a prompt")
+    return held_image(form["photo"])

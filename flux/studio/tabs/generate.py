@@ -1,19 +1,37 @@
 """The tab that generates images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from flux.settings.demos import GenerateSettings
-from flux.studio.engine import Report
-from flux.studio.forms import SAMPLING
-from flux.studio.sessions import Run, Visit
+from flux.settings.resolved import ResolvedGenerate
+from flux.studio.engine import MadeImage, Update
+from flux.studio.forms import SAMPLING, Form, generate_settings
+from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import QUIET, connect, fill, guidance_slider, size_slider, words_place
-from flux.studio.widgets import held_picture, news, picture_input
-from flux.studio.work.generate import run_generate, settings_of
+from flux.studio.tabs.common import (
+    Examples,
+    Fields,
+    RunButton,
+    RunControls,
+    guidance_fields,
+    size_and_seed_fields,
+)
+from flux.studio.tabs.history import History
+from flux.studio.widgets import (
+    Changes,
+    download,
+    downloadable,
+    held_image,
+    image_input,
+    stage,
+    status_html,
+)
+from flux.studio.work.generate import run_generate
 
 EXAMPLES = {
     "flux-nano": [
@@ -31,157 +49,96 @@ EXAMPLES = {
 
 
 class GenerateTab:
-    """Attributes: form: the components that a run's settings are read from, by name."""
+    """The tab that generates images.
+
+    Attributes:
+        fields: The components that a run's settings are read from, by name.
+    """
 
     def __init__(self, studio: Studio):
-        self.studio = studio
-        defaults, limits = studio.defaults, studio.limits
-        with gr.Row(elem_classes="room"):
-            with gr.Column(elem_classes="ask", min_width=280):
+        self.studio, self.controls = studio, RunControls(studio, "generate")
+        with gr.Row(elem_classes="workspace"):
+            with gr.Column(elem_classes="inputs"):
                 self.prompt = gr.Textbox(
                     label="Prompt",
                     lines=1,
                     max_lines=6,
-                    max_length=limits.letters,
+                    max_length=studio.limits.letters,
                     autofocus=True,
-                    placeholder="What should the picture show?",
+                    placeholder="What should the image show?",
                     elem_id="generate-prompt",
                     info="Enter draws it.",
                 )
-                self.words = words_place()
-                with gr.Row(elem_classes="actions"):
-                    self.go = gr.Button("Draw", variant="primary", elem_id="generate-go")
-                    self.stop = gr.Button("Stop", interactive=False, elem_id="generate-stop")
-                self.samples = EXAMPLES.get(defaults.model, EXAMPLES[""])
-                self.examples = gr.Dataset(
-                    components=[gr.Textbox(visible=False), gr.Number(visible=False)],
-                    samples=[list(pair) for pair in self.samples],
-                    sample_labels=[prompt for prompt, _ in self.samples],
-                    label="For example",
-                    elem_classes="examples",
-                )
-            with gr.Column(elem_classes="see"):
-                self.news = gr.HTML(news(None, "Ready."), elem_id="generate-news")
-                self.picture = gr.Image(
-                    label="Picture",
-                    show_label=False,
-                    interactive=False,
-                    format="png",
-                    elem_id="generate-picture",
-                    elem_classes="stage",
-                    placeholder="Your picture appears here.",
-                    buttons=["fullscreen"],
-                )
+                [self.go] = self.controls.add_buttons("Draw")
+                samples = EXAMPLES.get(studio.defaults.model, EXAMPLES[""])
+                self.examples = Examples.of(samples, [prompt for prompt, _ in samples])
+            with gr.Column(elem_classes="outputs"):
+                self.controls.add_status()
+                self.stage = stage("Image", "Your image appears here.", "generate-stage")
                 with gr.Row(elem_classes="save"):
-                    self.png = gr.DownloadButton("Picture", size="sm", interactive=False)
-                    self.record = gr.DownloadButton("run.json", size="sm", interactive=False)
-            with gr.Column(elem_classes="tune", min_width=280):
-                with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
-                    with gr.Row():
-                        self.width = size_slider(studio, "Width", defaults.width)
-                        self.height = size_slider(studio, "Height", defaults.height)
-                    self.steps = gr.Slider(1, limits.steps, defaults.num_steps, step=1, label="Steps")
-                    with gr.Row():
-                        self.seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                        self.count = gr.Slider(1, limits.images, 1, step=1, label="Pictures")
-                    self.fresh = gr.Checkbox(False, label="A new seed each time")
-                    self.guidance = guidance_slider(studio)
-                    self.true_cfg = gr.Slider(
-                        1, 10, defaults.true_cfg, step=0.1, label="True CFG (1: off, one pass)"
-                    )
-                    self.negative = gr.Textbox(
-                        label="Negative prompt",
-                        info="What true CFG leads away from",
-                        max_length=limits.letters,
-                    )
-                with gr.Accordion("Start from a picture", open=False, elem_id="generate-start"):
-                    self.place, self.image = picture_input(studio, label="Picture", elem_id="generate-image")
-                    self.strength = gr.Slider(
-                        0.05, 1, 0.8, step=0.05, label="Strength", info="1 keeps nothing of the picture"
-                    )
-        self.form: dict[str, Any] = {
-            "prompt": self.prompt,
-            "width": self.width,
-            "height": self.height,
-            "num_steps": self.steps,
-            "seed": self.seed,
-            "count": self.count,
-            "guidance": self.guidance,
-            "true_cfg": self.true_cfg,
-            "negative_prompt": self.negative,
-            "image": self.image,
-            "strength": self.strength,
-        }
+                    self.png, self.record = download("Image"), download("run.json")
+            with gr.Column(elem_classes="options"):
+                self.fields = {"prompt": self.prompt, **self._settings(), **self._start_image()}
 
-    def wire(self, history: Any) -> None:
-        """What happens on a click; `history` is told of each new picture."""
+    def _settings(self) -> Fields:
+        with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
+            fields = size_and_seed_fields(self.studio, seed=0)
+            fields["count"] = gr.Slider(1, self.studio.limits.images, 1, step=1, label="Images")
+            self.new_seed = gr.Checkbox(False, label="A new seed each time")
+            return fields | guidance_fields(self.studio)
 
-        def check(*values: Any) -> GenerateSettings:
-            return settings_of(self.studio, dict(zip(self.form, values)))
+    def _start_image(self) -> Fields:
+        with gr.Accordion("Start from an image", open=False, elem_id="generate-start"):
+            self.upload, image = image_input(self.studio, label="Image", elem_id="generate-image")
+            strength = gr.Slider(
+                0.05, 1, 0.8, step=0.05, label="Strength", info="1 keeps nothing of the image"
+            )
+        return {"image": image, "strength": strength}
 
-        def work(visit: Visit, *values: Any) -> Iterator[tuple[Any, dict]]:
-            form = dict(zip(self.form, values))
-            settings = settings_of(self.studio, form)
-            image = held_picture(form["image"])
-            for report, run in run_generate(self.studio, visit, settings, image):
-                yield report, self.shown(report, run, history, visit)
+    def wire(self, history: History) -> None:
+        """Connects the events; `history` shows each new image."""
+        self.controls.wire_stop()
 
-        outputs = [self.picture, self.png, self.record, *history.components]
-        connect(
-            self.studio,
-            [self.go.click, self.prompt.submit],
-            list(self.form.values()),
-            check,
-            work,
-            outputs,
-            self.news,
-            [self.go],
-            self.stop,
-            self.words,
-            seed=(self.fresh, self.seed),
-        )
-        self.examples.click(
-            None,
-            self.examples,
-            [self.prompt, self.seed, self.fresh],
-            js=fill(self.samples, False),
-            queue=False,
-            **QUIET,
-        )
+        def settings_of(form: Form) -> ResolvedGenerate:
+            return generate_settings(self.studio, form)
 
-    def shown(self, report: Report, run: Run, history: Any, visit: Visit) -> dict:
-        """What a report changes on the page."""
-        if report.made:
-            name, (picture, *_) = report.made
-            return {self.picture: picture, **self.saved(run, run.pictures[name]), **history.shown(visit)}
-        return {self.picture: report.preview} if report.preview else {}
+        def work(
+            session: Session, settings: ResolvedGenerate, form: Form
+        ) -> Iterator[tuple[Update[MadeImage], Changes]]:
+            image = held_image(form["image"]) if form["image"] else None
+            for update, run in run_generate(self.studio, session, settings, image):
+                shown: Changes = {self.stage: update.preview} if update.preview else {}
+                if update.result:
+                    shown = self._shown(run, update.result.name) | history.changes(session)
+                yield update, shown
 
-    def saved(self, run: Run, path: Path) -> dict:
-        """The downloads of a picture of that run."""
-        return {
-            self.png: gr.update(value=str(path), interactive=True),
-            self.record: gr.update(value=str(run.record), interactive=True),
-        }
+        seed = self.fields["seed"]
+        run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
+        outputs = [self.stage, self.png, self.record, history.gallery]
+        run.wire([self.go.click, self.prompt.submit], outputs, new_seed=(self.new_seed, seed))
+        self.examples.wire([self.prompt, seed, self.new_seed], False)
 
-    def restored(self, settings: GenerateSettings, about: dict[str, Any], image: Path | None = None) -> dict:
-        """The form filled as for the picture that `about` speaks of."""
-        first = settings.prompts[0]
-        values = {name: getattr(settings, name) for name in SAMPLING}
-        values |= {"prompt": about.get("prompt", first.prompt), "seed": about.get("seed", first.seed)}
-        values |= {"count": 1 if "prompt" in about else len(settings.prompts), "strength": settings.strength}
-        values["image"] = image and str(image)
-        return {
-            self.fresh: False,
-            self.place: values["image"],
-            **{self.form[name]: value for name, value in values.items()},
-        }
+    def _shown(self, run: Run, name: str) -> Changes:
+        path = run.images[name]
+        return {self.stage: str(path), self.png: downloadable(path), self.record: downloadable(run.record)}
 
     @property
-    def returned(self) -> list[Any]:
-        """What `restored` and `again` change."""
-        return [self.fresh, self.place, *self.form.values(), self.picture, self.png, self.record, self.news]
+    def restorable(self) -> list[Component]:
+        """The components that `restored` and `shown_again` change."""
+        shown = [self.stage, self.png, self.record, self.controls.status]
+        return [self.new_seed, self.upload, *self.fields.values(), *shown]
 
-    def again(self, run: Run, name: str) -> dict:
-        """A picture of this visit shown once more."""
-        path = run.pictures[name]
-        return {self.picture: str(path), self.news: news(None, "From this visit."), **self.saved(run, path)}
+    def restored(self, settings: GenerateSettings, about: Mapping[str, Any], upload: Path | None) -> Changes:
+        """Fills the form as for one image of these settings, or for all if `about` names none."""
+        first, image = settings.prompts[0], upload and str(upload)
+        values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
+        values["prompt"] = about.get("prompt", first.prompt)
+        values["seed"] = about.get("seed", first.seed)
+        values["count"] = 1 if "prompt" in about else len(settings.prompts)
+        values["image"] = image
+        filled = {self.fields[name]: value for name, value in values.items()}
+        return {self.new_seed: False, self.upload: image, **filled}
+
+    def shown_again(self, run: Run, name: str) -> Changes:
+        """Shows an image of this session once more."""
+        return {**self._shown(run, name), self.controls.status: status_html("From this session.")}

@@ -1,0 +1,1 @@
+"""The work of each tab, done with the loaded model."""

@@ -1,64 +1,53 @@
-"""The steps of an image as a film."""
+"""The work of the film tab: the steps of an image, and what its layers attend to."""
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
-from flux.attention.sheets import layers_sheet, words_sheet
-from flux.attention.tokens import prompt_words
-from flux.attention.watch import check_watch, watch
-from flux.images.io import save_animation, save_image
-from flux.images.sheets import grid
-from flux.runs.record import about
-from flux.settings.demos import LayerSettings
-from flux.studio.engine import Engine, Teller
-from flux.studio.forms import SAMPLING, whole
-from flux.studio.limits import text_in
-from flux.studio.sessions import Run
+from flux.attention.film import Film
+from flux.attention.watch import watch
+from flux.images.io import save_image
+from flux.runs.record import image_metadata
+from flux.settings.resolved import ResolvedLayer
+from flux.studio.engine import Engine, MadeImage, Progress, Update
+from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.widgets import layers_on
 
 
-def film_settings_of(studio: Studio, form: dict[str, Any]) -> LayerSettings:
-    """What a filled form asks for. Raises InputError where it cannot be had."""
-    prompt, words = text_in(form, "prompt"), text_in(form, "words")
-    studio.limits.check_texts([prompt, words], 2, "texts")
-    words = [word.strip() for word in words.split(",") if word.strip()]
-    layers = layers_on(form["layers"], studio.spec.num_layers)
-    plain = whole({name: form.get(name) for name in (*SAMPLING, "seed")})
-    settings = studio.checked(LayerSettings, {**plain, "prompt": prompt, "layers": layers, "words": words})
-    check_watch(settings)
-    return settings
+def make_film(
+    engine: Engine, settings: ResolvedLayer, progress: Progress[MadeImage | Path], run: Run
+) -> None:
+    """Emits the image, then the paths of its film and sheets, which it writes to the run's folder.
 
+    Args:
+        engine: The loaded model.
+        settings: The prompt, and the layers to watch.
+        progress: Receives steps, the image "picture" and the paths.
+        run: The run. Its folder gets film.webp, steps.png and, with layers, layers.png and words.png.
 
-def make_film(engine: Engine, settings: LayerSettings, tell: Teller, run: Run) -> None:
-    """Tells "picture", and the paths of "film", "steps" and, if layers are looked at, "layers" and "words",
-    which it writes to the run's folder as demo 1 does.
+    Raises:
+        InputError: The content filter objects to the image.
     """
     [entry], pipe, size = settings.prompts, engine.pipe, (settings.width, settings.height)
-    tell.begin("drawing", settings.num_steps, *size)
-    steps, seen = watch(pipe, entry.prompt, entry.seed, settings, progress=False, on_step=tell.step)
-    tell.begin("developing the film", len(steps))
+    progress.begin("drawing", settings.num_steps, *size)
+    steps, attention = watch(pipe, entry.prompt, entry.seed, settings, progress=False, on_step=progress.step)
+    progress.begin("decoding the steps", len(steps))
     [final] = pipe.decode(steps[-1].latent, *size, settings.watermark)
-    tell.made("picture", (engine.check(final), entry.prompt, entry.seed))
-    rows: dict[str, list] = {"noisy": [], "clean": []}
-    for step in steps:
-        for kind, latent in (("noisy", step.noisy), ("clean", step.clean)):
-            rows[kind] += pipe.decode(latent, *size)
-        tell.advance()
-    save_animation([*rows["clean"], final], run.folder / "film.webp", seconds_per_frame=0.25)
-    tell.made("film", run.folder / "film.webp")
-    titles = [*(f"step {index}, t = {step.t:.2f}" for index, step in enumerate(steps)), "end"]
-    parts = [slice(start, start + 7) for start in range(0, len(titles), 7)]
-    sheet = [[*rows[kind], final][part] for part in parts for kind in rows]
-    captions = [titles[part] for part in parts for _ in rows]
-    sheets = {"steps": grid(sheet, captions, ["noisy", "predicted clean"] * len(parts))}
-    if seen:
-        sheets["layers"] = layers_sheet(final, seen, pipe.spec.params.depth)
-        if prompt_words(entry.prompt):
-            sheets["words"] = words_sheet(final, seen, pipe.spec.params.depth)
-    for name, picture in sheets.items():
-        save_image(
-            picture,
-            run.folder / f"{name}.png",
-            about(run.settings, entry.prompt, entry.seed),
-        )
-        tell.made(name, run.folder / f"{name}.png")
+    progress.emit(MadeImage("picture", engine.check(final), entry.prompt, entry.seed))
+    film = Film.of(pipe, entry.prompt, steps, attention, final, on_step=progress.advance)
+    film.save(run.folder / "film.webp")
+    progress.emit(run.folder / "film.webp")
+    for name, sheet in film.sheets():
+        path = run.folder / f"{name}.png"
+        save_image(sheet, path, image_metadata(run.settings, entry.prompt, entry.seed))
+        progress.emit(path)
+
+
+def run_film(
+    studio: Studio, session: Session, settings: ResolvedLayer
+) -> Iterator[tuple[Update[MadeImage | Path], Run]]:
+    """Makes the film, and yields each update with its run."""
+
+    def work(progress: Progress[MadeImage | Path], run: Run) -> None:
+        make_film(studio.engine, settings, progress, run)
+
+    return studio.run(session, settings, work)

@@ -1,0 +1,122 @@
+"""The images of this session, and the way back from an image to the settings that made it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gradio as gr
+from gradio.components import Component
+
+from flux.errors import InputError
+from flux.settings.demos import ModelSettings
+from flux.studio.sessions import Run, Session, read_back
+from flux.studio.state import Studio
+from flux.studio.tabs.common import CONCURRENT
+from flux.studio.widgets import Changes, results
+
+INPUTS = ("image", "photo")  # settings fields that name an uploaded image
+
+
+class RestorableTab(Protocol):
+    """A tab whose form can be filled again from the settings of an earlier run."""
+
+    @property
+    def restorable(self) -> list[Component]:
+        """The components that `restored` and `shown_again` change."""
+        ...
+
+    def restored(self, settings: Any, about: Mapping[str, Any], upload: Path | None) -> Changes:
+        """Fills the form with these settings.
+
+        Args:
+            settings: The settings of an earlier run.
+            about: What an image says of itself: its "prompt", "seed" and "layers".
+            upload: The uploaded image that the run began with, if it is in this session.
+        """
+        ...
+
+    def shown_again(self, run: Run, name: str) -> Changes:
+        """Shows an image of this session once more."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A tab to return to, with its id among the page's tabs."""
+
+    id: str
+    tab: RestorableTab
+
+
+class History:
+    """The images of this session; a click on one, or an upload of a saved one, brings its settings back."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+        with gr.Column(elem_classes="history"):
+            with gr.Row(elem_classes="heading"):
+                gr.Markdown("### This session")
+                self.zip = gr.Button("Save all as ZIP", size="sm", elem_id="zip", scale=0, min_width=140)
+                self.file = gr.DownloadButton("ZIP", visible="hidden", elem_id="zip-file")
+            self.gallery = results("Images of this session", "history", columns=10, visible=True)
+            self.drop = gr.File(
+                label="Settings back from an image or run.json",
+                file_count="single",
+                file_types=[".png", ".jpg", ".jpeg", ".json"],
+                type="filepath",
+                height=84,
+                elem_id="drop",
+            )
+
+    def changes(self, session: Session) -> Changes:
+        """Shows all images of the session."""
+        return {self.gallery: [(str(path), run.captions[name]) for run, name, path in session.images()]}
+
+    def wire(self, tabs: gr.Tabs, places: Mapping[type[ModelSettings], Place]) -> None:
+        """Lets images and files bring settings back.
+
+        Args:
+            tabs: The page's tabs.
+            places: The tab to return to, by the kind of settings.
+        """
+        components = [part for place in places.values() for part in place.tab.restorable]
+        outputs = [tabs, *dict.fromkeys(components)]
+
+        def select(request: gr.Request, event: gr.SelectData) -> dict:
+            images = self.studio.sessions.of(request.session_hash).images()
+            if event.index >= len(images):
+                raise InputError("That image is gone: images are deleted a day after the session's last use")
+            run, name, path = images[event.index]
+            settings, about = read_back(path)
+            named = [getattr(settings, field) for field in INPUTS if getattr(settings, field, None)]
+            place, upload = places[type(settings)], run.folder / named[0] if named else None
+            return {**bring_back(settings, about, upload), **place.tab.shown_again(run, name)}
+
+        def dropped(path: str | None) -> dict:
+            if not path:
+                return {tabs: gr.skip()}
+            settings, about = read_back(Path(path))
+            if settings.model != self.studio.defaults.model:
+                gr.Warning(
+                    f"This was made with {settings.model}; this studio runs {self.studio.defaults.model}."
+                )
+            if any(getattr(settings, field, None) for field in INPUTS):
+                gr.Info("It began with an image that is not in the file: upload that again.")
+            return bring_back(settings, about, None)
+
+        def bring_back(settings: ModelSettings, about: Mapping[str, Any], upload: Path | None) -> dict:
+            if getattr(settings, "mask", None):
+                gr.Info("Its mask is not brought back: paint it again.")
+            place = places[type(settings)]
+            return {tabs: gr.Tabs(selected=place.id), **place.tab.restored(settings, about, upload)}
+
+        def pack(request: gr.Request) -> str:
+            return str(self.studio.sessions.of(request.session_hash).zip())
+
+        self.gallery.select(select, None, outputs, **CONCURRENT)
+        self.drop.upload(dropped, self.drop, outputs, **CONCURRENT)
+        packed = self.zip.click(pack, None, self.file, **CONCURRENT)
+        packed.success(
+            None, None, None, js="() => setTimeout(() => document.querySelector('#zip-file').click(), 300)"
+        )

@@ -1,0 +1,63 @@
+"""What a visitor does on the studio's page, in a browser that playwright drives."""
+
+import re
+from pathlib import Path
+
+SECONDS = 30_000  # in milliseconds: other work may have the cores
+
+
+def says(page, line, text):
+    """Waits until the line of that selector has the text."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(line)).to_contain_text(re.compile(text), timeout=SECONDS)
+
+
+def wait_for_focus(page, layer):
+    """Waits until the cell of a layer has the focus, a frame after what moved it there."""
+    page.wait_for_function("layer => document.activeElement.dataset.layer === layer", arg=str(layer))
+
+
+def draw(page, prompt="a dog on the grass"):
+    page.locator("#generate-prompt textarea").fill(prompt)
+    page.locator("#generate-go").click()
+    says(page, "#generate-status", "Done")
+    page.locator("#generate-stage img").wait_for()
+
+
+def set_number(page, box, label, value):
+    """Types a number into a setting behind an accordion."""
+    field = page.locator(box).get_by_label(re.compile(f"^(number input for )?{label}")).first
+    if not field.is_visible():
+        page.locator(f"{box} button").first.click()
+        field.wait_for()
+        page.wait_for_timeout(500)  # what an accordion holds is filled in once more after it opened
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def paint(page):
+    """Paints a stroke on the mask canvas."""
+    page.locator("#edit-mask button").first.click()
+    canvas = page.locator("#edit-canvas canvas").first
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)  # the canvas fits itself to its place
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 10, y)
+    page.mouse.down()
+    page.mouse.move(x + 10, y + 10, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+
+
+def download(page, click) -> Path:
+    """The file that a click downloads."""
+    with page.expect_download() as waiting:
+        click()
+    return Path(waiting.value.path())
+
+
+def download_image(page) -> Path:
+    return download(page, lambda: page.get_by_role("button", name="Image", exact=True).first.click())

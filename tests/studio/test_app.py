@@ -1,0 +1,58 @@
+import socket
+import threading
+
+import pytest
+
+from flux.errors import InputError
+from flux.settings.demos import ModelSettings
+from flux.studio.app import check_address, open_studio
+from flux.studio.content_filter import ContentFilter
+
+
+def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ContentFilter, "load", lambda name, device: asked.append(name))
+    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda settings: None)
+    for model, choice in (
+        ("flux-nano", "auto"),
+        ("flux-schnell", "auto"),
+        ("flux-schnell", "off"),
+        ("flux-nano", "x"),
+    ):
+        open_studio(ModelSettings(model=model, device="cpu"), tmp_path, choice)
+    assert asked == ["Falconsai/nsfw_image_detection", "x"]
+
+
+def test_the_model_is_loaded_in_a_thread_that_ends(monkeypatch, tmp_path):
+    """One that stayed would slow down everything that computes after it."""
+    threads = []
+    monkeypatch.setattr(
+        "flux.pipeline.Pipeline.load", lambda settings: threads.append(threading.current_thread())
+    )
+    open_studio(ModelSettings(device="cpu"), tmp_path)
+    threads[0].join(10)
+    assert threads[0] is not threading.current_thread()
+    assert not threads[0].is_alive()
+
+
+def test_errors_of_loading_are_raised(monkeypatch, tmp_path):
+    def refuse(settings):
+        raise InputError("no such weights")
+
+    monkeypatch.setattr("flux.pipeline.Pipeline.load", refuse)
+    with pytest.raises(InputError, match="no such weights"):
+        open_studio(ModelSettings(device="cpu"), tmp_path)
+
+
+def test_where_it_cannot_be_served():
+    """Said before a model is loaded."""
+    for auth in ("secret", ":secret", "me:", 7):
+        with pytest.raises(InputError, match="user:password"):
+            check_address(None, None, auth)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, port in ((None, taken.getsockname()[1]), ("192.0.2.1", None), (None, 10**6), (None, "x")):
+            with pytest.raises(InputError, match="Cannot serve"):
+                check_address(host, port, None)
+    check_address("127.0.0.1", None, "me:secret:word")

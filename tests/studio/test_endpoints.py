@@ -1,0 +1,157 @@
+"""The endpoints over HTTP, as programs meet them, and what else the server answers."""
+
+import gc
+import importlib.util
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+from helpers.studio import ROOT
+
+from flux.studio.app import serve
+
+
+def test_client_example(url, capsys):
+    spec = importlib.util.spec_from_file_location("studio_client", ROOT / "docs" / "studio_client.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(url, num_steps=2, size=64)
+    assert "vital layers:" in capsys.readouterr().out
+
+
+def test_warnings_come_back(client):
+    how = {"num_steps": 1, "height": 64, "api_name": "/generate"}
+    *_, warned = client.predict("an elefant", width=70, **how)
+    assert "'elefant' (near: elephant" in warned[0]
+    assert warned[1:] == ["width 70 is rounded down to 64, a multiple of 16"]
+    *_, warned = client.predict("a dog", ["a catt"], width=64, **{**how, "num_steps": 2, "api_name": "/edit"})
+    assert len(warned) == 1
+    assert "catt" in warned[0]
+    *_, warned = client.predict(["a dogg"], layers=[0], width=64, **{**how, "api_name": "/scan"})
+    assert len(warned) == 1
+    assert "dogg" in warned[0]
+    assert client.predict("an elephant", width=64, **how)[2] == []
+
+
+def test_the_content_filter_over_http(client, filtered, photo_file):
+    how = {"width": 64, "height": 64, "num_steps": 2}
+    for name, given in (
+        ("generate", {"prompt": "a dog"}),
+        ("generate", {"prompt": "a dog", "image": handle_file(photo_file)}),
+        ("edit", {"prompt": "a dog", "edits": ["a cat"]}),
+        ("edit", {"prompt": "a dog", "edits": ["a cat"], "photo": handle_file(photo_file)}),
+        ("scan", {"prompts": ["a filtered dog"], "layers": [0]}),
+    ):
+        with pytest.raises(Exception, match="content filter"):
+            client.predict(**given, **how, api_name=f"/{name}")
+
+
+def test_endpoints_are_named(client):
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/edit", "/scan"}
+
+
+def test_twenty_at_once(client):
+    """All are answered, one after the other, and memory stays level."""
+
+    def round_of(count):
+        jobs = [client.submit("a dog", seed=seed, num_steps=1, api_name="/generate") for seed in range(count)]
+        results = [job.result(timeout=120) for job in jobs]
+        gc.collect()
+        return results, resident()
+
+    _, before = round_of(5)
+    results, after = round_of(20)
+    assert len({images[0] for images, *_ in results}) == 20
+    assert after - before < 100 * 2**20
+    assert threading.active_count() < 100
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("needs /proc")
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"width": 10**6, "height": 10**6}, "1000000x1000000"),
+        ({"width": -5}, "width"),
+        ({"num_steps": 10**9}, "steps"),
+        ({"count": 10**30}, "count"),
+        ({"prompt": "a" * 50_000}, "letters"),
+        ({"image": {"path": "/etc/passwd"}}, "not uploaded"),
+        ({"image": {"path": "../../secret.png"}}, "not uploaded"),
+        ({"seed": "x"}, "seed"),
+    ],
+)
+def test_refused_with_a_message(client, given, said):
+    with pytest.raises(Exception, match=said):
+        client.predict(**{"prompt": "a dog", **given}, api_name="/generate")
+    assert client.predict("a dog", num_steps=1, api_name="/generate")
+
+
+def test_uploads_over_http(client, url, served, photo_file, tmp_path):
+    images, *_ = client.predict(
+        "a dog",
+        ["a cat"],
+        photo=handle_file(photo_file),
+        layers=[0],
+        width=64,
+        height=64,
+        num_steps=2,
+        api_name="/edit",
+    )
+    assert len(images) == 2
+    (tmp_path / "no.png").write_bytes(b"\x89PNG but no more")
+    with pytest.raises(Exception, match=r"no\.png"):
+        client.predict("a dog", image=handle_file(tmp_path / "no.png"), api_name="/generate")
+    large = {"files": ("large.png", b"0" * (served.limits.upload_bytes + 10**6))}
+    answer = httpx.post(f"{url}gradio_api/upload", files=large, timeout=60)
+    assert answer.status_code == 413
+    assert httpx.get(url).status_code == 200
+
+
+def test_nothing_else_is_served(url, served):
+    (served.folder / "secret.txt").write_text("secret")
+    inside = served.sessions.folder
+    paths = [
+        "/etc/passwd", str(ROOT / "README.md"), "README.md", str(served.folder / "secret.txt"),
+        f"{inside}/../secret.txt", f"{inside}/..%2fsecret.txt", f"{inside}/%2e%2e/secret.txt",
+    ]  # fmt: skip
+    for path in paths:
+        answer = httpx.get(f"{url}gradio_api/file={path}")
+        assert answer.status_code in (403, 404), path
+
+
+def test_nothing_is_fetched_from_elsewhere(url, client):
+    for path in (
+        "file=http://example.com/a.png", "file/https://example.com/a.png", "file=ftp://example.com/a.png",
+        "proxy=https://example.com/a.png", "deep_link?session_hash=a", "runs",
+    ):  # fmt: skip
+        assert httpx.get(f"{url}gradio_api/{path}").status_code == 403, path
+    there = {"path": "http://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="upload the file itself"):
+        client.predict("a dog", image=there, api_name="/generate")
+
+
+def test_the_queue_cannot_be_passed_by(url):
+    answer = httpx.post(f"{url}gradio_api/api/generate", json={"data": ["a dog"]})
+    assert answer.status_code in (401, 403, 404, 405)
+
+
+def test_auth(served):
+    app, url, _ = serve(served, "127.0.0.1", auth="me:secret", prevent_thread_lock=True, quiet=True)
+    try:
+        with pytest.raises(Exception, match=r"(?i)auth|credentials|login"):
+            Client(url, verbose=False)
+        assert Client(url, auth=("me", "secret"), verbose=False).predict(
+            "a dog", num_steps=1, api_name="/generate"
+        )
+    finally:
+        app.get_blocks().close(verbose=False)

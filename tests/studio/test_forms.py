@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flux.errors import InputError
+from flux.settings.doses import DOSES, Dose
+from flux.settings.edits import EditSettings
+from flux.studio.forms import (
+    dose_values,
+    edit_settings,
+    film_settings,
+    format_edits,
+    generate_settings,
+    layers_on,
+    parse_edits,
+    scan_settings,
+    values_of,
+)
+
+EDIT = {"prompt": "a dog", "edits": "a cat", "layers": {"on": [1]}}
+PROMPTS = st.text("ab c", min_size=1).map(str.strip).filter(bool)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"width": 4096, "height": 4096}, "4096x4096"),
+        ({"width": 512, "height": 512}, "area"),
+        ({"num_steps": 10**6}, "steps"),
+        ({"count": 50}, "count"),
+        ({"count": 1e300}, "count"),
+        ({"guidance": 1e300}, "guidance"),
+        ({"true_cfg": 101.0}, "true_cfg"),
+        ({"prompt": "a" * 10**5}, "100000 letters"),
+        ({"num_steps": 2.5}, "integer"),
+        ({"seed": -1}, "seed"),
+        ({"width": float("nan")}, "width"),
+    ],
+)
+def test_too_much_is_refused(studio, form, said):
+    with pytest.raises(InputError, match=said):
+        generate_settings(studio, {"prompt": "a dog", **form})
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"edits": "\n \n"}, "no edit"),
+        ({"edits": "a\n" * 7}, "7 edits"),
+        ({"layers": {"on": []}}, "no layer"),
+        ({"layers": "<script>"}, "layers '<script>'"),
+        ({"layers": {"on": [1, 15]}}, "0 to 14"),
+        ({"inject_from": 0.8, "inject_until": 0.2}, "inject_from"),
+        ({"dose": "huge"}, "dose"),
+    ],
+)
+def test_edits_that_cannot_be(studio, form, said):
+    with pytest.raises(InputError, match=said):
+        edit_settings(studio, {**EDIT, **form})
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"prompts": " \n"}, "no prompt"),
+        ({"prompts": "a\n" * 65}, "65 prompts"),
+        ({"layers": []}, "no layer"),
+        ({"top": 2}, "at most 1"),
+    ],
+)
+def test_scans_that_cannot_be(studio, form, said):
+    with pytest.raises(InputError, match=said):
+        scan_settings(studio, {"prompts": "a dog", "layers": [1], **form})
+
+
+def test_the_same_scan_has_the_same_folder(studio):
+    """So that it resumes; how many layers are vital is chosen from its images afterwards."""
+    form = {"prompts": "a dog", "layers": {"on": [1, 2]}}
+    folder = scan_settings(studio, form).output_dir
+    assert scan_settings(studio, {**form, "top": 1}).output_dir == folder
+    assert scan_settings(studio, {**form, "seed": 1}).output_dir != folder
+
+
+def test_films_of_words_that_the_prompt_lacks(studio):
+    form = {"prompt": "a dog", "layers": {"on": [1]}}
+    assert film_settings(studio, {**form, "words": "dog, a"}).words == ("dog", "a")
+    with pytest.raises(InputError, match="cat"):
+        film_settings(studio, {**form, "words": "cat"})
+
+
+def test_layers_from_a_browser_are_checked():
+    assert layers_on({"on": [3, 1, 1]}, 15) == (1, 3)
+    for wrong in ([15], [-1], ["2"], [True], [[1]], "1", None):
+        with pytest.raises(InputError, match="0 to 14"):
+            layers_on({"on": wrong}, 15)
+
+
+def test_whole_numbers_become_integers():
+    values = values_of({"seed": 3.0, "width": 2.5, "strength": 1.0, "count": 1e300}, "seed", "width", "top")
+    assert values == {"seed": 3, "width": 2.5, "top": None}
+    assert isinstance(values["seed"], int)
+
+
+def test_edits_as_lines_and_back():
+    text = "a cat\n> a white cat\n> a white cat at night\na fox"
+    edits = parse_edits(text)
+    assert edits[1] == "a fox"
+    assert edits[0]["then"][1] == "a white cat at night"
+    settings = EditSettings(prompt="a dog", edits=edits)
+    assert [entry.prompt for entry in settings.entries] == [line.lstrip("> ") for line in text.splitlines()]
+    assert format_edits(settings.edits) == text
+
+
+@given(st.lists(st.tuples(PROMPTS, st.lists(PROMPTS, max_size=3)), min_size=1, max_size=4))
+def test_any_edits_survive_as_text(edits):
+    entries = [{"prompt": prompt, "then": then} if then else prompt for prompt, then in edits]
+    settings = EditSettings(prompt="a dog", edits=entries)
+    assert parse_edits(format_edits(settings.edits)) == entries
+
+
+def test_a_dose_of_the_page_is_the_named_one_but_for_what_is_changed(studio):
+    """The page shows its numbers; sent along untouched, they must not count as the user's."""
+
+    def effective_dose(name: str, **own) -> Dose:
+        [entry] = edit_settings(studio, {**EDIT, "dose": name, **dose_values(name), **own}).entries
+        return entry.effective_dose()
+
+    for name, dose in DOSES.items():
+        assert effective_dose(name) == dose
+    assert effective_dose("auto", weight=0.7) == replace(DOSES["auto"], weight=0.7)
+    without_end = replace(DOSES["auto"], inject_until=0.5, hold_subject_until=None)
+    assert effective_dose("auto", inject_until=0.5) == without_end

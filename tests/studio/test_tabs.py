@@ -1,0 +1,22 @@
+from flux.specs import configs
+from flux.studio.forms import edit_settings, generate_settings, scan_settings
+from flux.studio.tabs import edit, film, generate, scan
+from flux.studio.tabs.common import words_note
+from flux.vocabulary import unknown_words
+
+
+def test_words_that_a_model_does_not_know(studio):
+    form = {"prompt": "a dog", "edits": "a <b>zebrra</b>", "layers": {"on": [1]}}
+    note = words_note(studio, edit_settings(studio, form))
+    assert "zebrra" in note
+    assert "near: zebra" in note
+    assert "<b>zebrra</b>" in note
+    form = {"prompts": "a dog on a skyscraper", "layers": {"on": [1]}}
+    assert "skyscraper" in words_note(studio, scan_settings(studio, form))
+    assert words_note(studio, generate_settings(studio, {"prompt": "a dog"})) == ""
+
+
+def test_examples_use_known_words():
+    texts = [prompt for prompt, _ in generate.EXAMPLES["flux-nano"]] + [scan.PROMPTS, film.PROMPT]
+    texts += [f"{prompt} {edits}" for prompt, _, edits in edit.EXAMPLES["flux-nano"]]
+    assert not unknown_words(" ".join(texts), configs["flux-nano"].vocabulary)

@@ -1,0 +1,52 @@
+import zipfile
+from pathlib import Path
+
+from helpers.studio import assert_same_image, finish, run_demo
+from PIL import Image
+
+from flux.settings.edits import EditSettings
+from flux.settings.files import read_settings
+from flux.specs import configs
+from flux.studio.forms import edit_settings
+from flux.studio.work.edit import known_layers, run_edit, run_reference
+
+
+def test_demo_4_repeats_an_edit_of_a_photograph(studio, tmp_path, photo):
+    form = {"prompt": "a dog", "edits": "a cat\n> a white cat", "layers": {"on": [0, 3]}}
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 64, 32))
+    made = finish(run_edit(studio, studio.sessions.of("a"), edit_settings(studio, form), photo, mask))
+    assert list(made.images) == ["reference", "edit_0", "edit_1"]
+    out = run_demo("demo_4_edit", made.record, tmp_path / "again")
+    for name, path in made.images.items():
+        assert_same_image(path, out / f"{name}.png")
+    # The archive is taken home, and runs there.
+    with zipfile.ZipFile(studio.sessions.of("a").zip()) as archive:
+        archive.extractall(tmp_path / "home")
+    settings = read_settings(EditSettings, tmp_path / "home" / "000_edit" / "run.json")
+    assert Path(settings.photo).parent == tmp_path / "home" / "000_edit" == Path(settings.mask).parent
+
+
+def test_a_kept_reference_is_used_again(studio):
+    form = {"prompt": "a dog", "edits": "a cat", "layers": {"on": [0, 1, 3]}}
+    session = studio.sessions.of("a")
+    first = finish(run_edit(studio, session, edit_settings(studio, form)))
+    kept = studio.engine.kept
+    fewer = finish(run_edit(studio, session, edit_settings(studio, {**form, "layers": {"on": [1]}})))
+    assert studio.engine.kept is kept
+    assert_same_image(first.images["reference"], fewer.images["reference"])
+    assert first.images["edit_0"].read_bytes() != fewer.images["edit_0"].read_bytes()
+    finish(run_edit(studio, session, edit_settings(studio, {**form, "seed": 9})))
+    assert studio.engine.kept is not kept
+
+
+def test_a_reference_alone_is_kept_and_not_saved(studio):
+    form = {"prompt": "a dog", "edits": "-", "layers": {"on": [0]}}
+    session = studio.sessions.of("a")
+    *_, last = run_reference(studio, session, edit_settings(studio, form))
+    assert last.result is studio.engine.kept.reference.image
+    assert not session.runs
+
+
+def test_layers_that_are_on_at_first(studio):
+    assert known_layers(studio)[0] == configs["flux-nano"].vital_layers

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+from flux.studio.engine import MadeImage
+from flux.studio.forms import film_settings
+from flux.studio.work.film import run_film
+
+
+def test_a_film_and_its_sheets(studio):
+    settings = film_settings(studio, {"prompt": "a dog", "layers": {"on": [1]}})
+    session = studio.sessions.of("a")
+    made = [update.result for update, _ in run_film(studio, session, settings) if update.result]
+    assert isinstance(made[0], MadeImage)
+    assert [path.name for path in made[1:]] == ["film.webp", "steps.png", "layers.png", "words.png"]
+    assert all(Path(path).is_file() for path in made[1:])
+    [run] = session.runs
+    assert list(run.images) == ["picture"]
