@@ -44,12 +44,12 @@ def test_transformer_is_scaled_fp8():
 
 
 @pytest.mark.parametrize(
-    ("net_class", "params", "file"),
+    ("model_class", "params", "file"),
     [(Flux, SPEC.params, SPEC.repo_flow), (AutoEncoder, SPEC.ae_params, SPEC.repo_ae)],
 )
-def test_names_and_shapes_are_the_nets(net_class, params, file):
+def test_names_and_shapes_are_the_nets(model_class, params, file):
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in net_class(params).state_dict().items()}
+        expected = {name: tensor.shape for name, tensor in model_class(params).state_dict().items()}
     weights = read_weights(FOLDER / file, "cpu", torch.float32)
     assert {name: tensor.shape for name, tensor in weights.items()} == expected
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -133,7 +133,7 @@ def test_vital_layers_are_those_of_the_scan(name, file):
     assert find_vital_layers(str(FOLDER / file), configs[name]) == configs[name].vital_layers
 
 
-def test_licence_of_the_pictures_is_there():
+def test_licence_of_the_images_is_there():
     text = (FOLDER / "LICENSE-fluent-emoji.txt").read_text()
     assert text.startswith("MIT License")
     assert "Copyright (c) Microsoft Corporation" in text

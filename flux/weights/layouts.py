@@ -297,7 +297,7 @@ def describe_file(names: Iterable[str]) -> str:
     if any(re.search(ADAPTER, name) for name in names):
         return "a LoRA or another adapter (give it as lora, beside the model)"
     example = f" (it begins with {names[0][:60]!r})" if names else ""
-    return f"{len(names)} tensors of a net not known here{example}"
+    return f"{len(names)} tensors of a model not known here{example}"
 
 
 def _find_layout(names: Iterable[str], part: Part) -> tuple[Layout, str] | None:

@@ -1,4 +1,4 @@
-"""Files of a net in every form that is in use, written with the packages that write them elsewhere."""
+"""Files of a model in every form that is in use, written with the packages that write them elsewhere."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def save_gguf(
 
 
 def model_of(weights: dict[str, Tensor], params=tiny_models.PARAMS) -> Flux:
-    """The net of these weights, by torch's own loading."""
+    """The model of these weights, by torch's own loading."""
     model = Flux(params)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

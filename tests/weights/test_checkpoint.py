@@ -13,9 +13,9 @@ from flux.weights.checkpoint import open_checkpoint
 
 
 def test_folders_with_half_precision_beside_the_plain_form(tmp_path, source):
-    net = tiny_models.diffusers_transformer(source)
-    net.save_pretrained(tmp_path)
-    net.half().save_pretrained(tmp_path, variant="fp16")
+    model = tiny_models.diffusers_transformer(source)
+    model.save_pretrained(tmp_path)
+    model.half().save_pretrained(tmp_path, variant="fp16")
     assert weight_files.same(weight_files.load(tmp_path), source)
 
 

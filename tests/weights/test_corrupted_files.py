@@ -1,4 +1,4 @@
-"""A thousand broken files, the same each time: refused in one line, or without harm and the net is the same.
+"""A thousand broken files, the same each time: refused in one line, or harmless, with the model the same.
 
 Never another error, never a hang, never more memory than such a small file can need.
 """
@@ -100,7 +100,7 @@ def corrupted(data: bytes, dice: random.Random) -> bytes:
 
 
 def outcome(load) -> str | object:
-    """The net, or the one line that says why not."""
+    """The model, or the one line that says why not."""
     signal.alarm(SECONDS)
     try:
         return load()

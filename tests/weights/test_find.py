@@ -86,7 +86,7 @@ def nano_parts():
 
 
 def test_all_in_one(tmp_path, nano_parts):
-    """All four nets come out of the one file: the package's own may be anything."""
+    """All four models come out of the one file: the package's own may be anything."""
     extra = {
         "text_encoders.clip_l.logit_scale": torch.ones(()),
         "text_encoders.t5xxl.logit_scale": torch.ones(()),
@@ -98,8 +98,8 @@ def test_all_in_one(tmp_path, nano_parts):
     assert files.text == NANO_FOLDER
     pipe = Pipeline.load(resolve(settings))
     plain = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="float32")))
-    for net in ("t5", "clip"):
-        assert torch.equal(getattr(pipe, net)(TEXTS), getattr(plain, net)(TEXTS))
+    for model in ("t5", "clip"):
+        assert torch.equal(getattr(pipe, model)(TEXTS), getattr(plain, model)(TEXTS))
     assert all(
         torch.equal(a.half(), b.half()) for a, b in zip(pipe.model.parameters(), plain.model.parameters())
     )

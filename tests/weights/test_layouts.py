@@ -76,9 +76,9 @@ def test_autoencoder_folders(tmp_path, inside):
 
 def check_autoencoder(own: AutoEncoder, path) -> None:
     files = ModelFiles(path, path, path)
-    net = OpenModel(weight_files.spec(), files).load_autoencoder("cpu", torch.float32)
-    picture = torch.rand(1, 3, 32, 32)
-    assert torch.equal(net(picture), own(picture))
+    model = OpenModel(weight_files.spec(), files).load_autoencoder("cpu", torch.float32)
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model(image), own(image))
 
 
 OTHERS = {
@@ -95,7 +95,7 @@ OTHERS = {
     "a T5 encoder": ["encoder.block.0.layer.0.SelfAttention.k.weight"],
     "a CLIP text encoder": ["text_model.embeddings.token_embedding.weight"],
     "a LoRA or another adapter": ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"],
-    "1 tensors of a net not known here (it begins with 'nothing')": ["nothing"],
+    "1 tensors of a model not known here (it begins with 'nothing')": ["nothing"],
 }
 
 
@@ -111,7 +111,7 @@ def test_files_of_other_nets_are_named(tmp_path, what):
 
 
 def test_nothing_at_all():
-    assert describe_file([]) == "0 tensors of a net not known here"
+    assert describe_file([]) == "0 tensors of a model not known here"
 
 
 @pytest.mark.parametrize(("columns", "what"), [(128, "canny or depth"), (384, "fill")])

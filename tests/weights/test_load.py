@@ -43,8 +43,8 @@ def test_an_autoencoder(small, tmp_path, monkeypatch):
     own = tiny_models.autoencoder()
     save_file(own.state_dict(), tmp_path / "ae.safetensors")
     monkeypatch.setenv("AE", str(tmp_path / "ae.safetensors"))
-    picture = torch.rand(1, 3, 32, 32)
-    assert torch.equal(load_ae("flux-dev", "cpu")(picture), own(picture))
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(load_ae("flux-dev", "cpu")(image), own(image))
 
 
 def test_missing_tensors_are_named(load, weights):

@@ -91,7 +91,7 @@ def test_a_file_that_peft_writes(tmp_path, weights, base, rslora):
     """Its scale stands in adapter_config.json alone; some modules have one of their own."""
     from peft import LoraConfig, get_peft_model
 
-    net = tiny_models.diffusers_transformer(tiny_models.flux())
+    model = tiny_models.diffusers_transformer(tiny_models.flux())
     config = LoraConfig(
         r=RANK,
         lora_alpha=6,
@@ -100,7 +100,7 @@ def test_a_file_that_peft_writes(tmp_path, weights, base, rslora):
         target_modules=["to_q", "to_k", "proj_mlp", "norm.linear", "norm_out.linear"],
         init_lora_weights=False,
     )
-    adapted = get_peft_model(net, config).eval()
+    adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained(tmp_path)
     given = tiny_models.inputs(2)
     arguments = {
@@ -128,17 +128,17 @@ def test_a_file_that_diffusers_writes(tmp_path, base):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    net = tiny_models.diffusers_transformer(tiny_models.flux())
-    net.add_adapter(
+    model = tiny_models.diffusers_transformer(tiny_models.flux())
+    model.add_adapter(
         LoraConfig(r=RANK, lora_alpha=10, target_modules=["to_q", "proj_out"], init_lora_weights=False)
     )
-    layers = get_peft_model_state_dict(net)
-    about = net.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(model)
+    about = model.peft_config["default"].to_dict()
     FluxPipeline.save_lora_weights(
         tmp_path, transformer_lora_layers=layers, transformer_lora_adapter_metadata=about
     )
     given = tiny_models.inputs(2)
-    expected = tiny_models.ask_diffusers(net, given)
+    expected = tiny_models.ask_diffusers(model, given)
     [path] = tmp_path.glob("*.safetensors")
     assert (
         tiny_models.relative_error(

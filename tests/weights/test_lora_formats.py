@@ -34,6 +34,17 @@ def test_biases_norms_and_whole_differences(tmp_path, weights, base):
     assert close(weight_files.load(base, loras=[(path, STRENGTH)]), expected)
 
 
+def test_a_plain_bias_has_no_part_in_alpha_over_rank(tmp_path, weights, base):
+    """Whichever stands first in the file."""
+    module, bias = "vector_in.in_layer", torch.randn(32)
+    chosen = pairs(weights, [module])
+    file = {f"{module}.diff_b": bias, **file_of(chosen, lambda m: m, ALPHA, "lora_A", "lora_B")}
+    path = weight_files.save(file, tmp_path / "lora")
+    expected = added(weights, chosen, STRENGTH * ALPHA / RANK)
+    expected[f"{module}.bias"] = weights[f"{module}.bias"] + STRENGTH * bias
+    assert close(weight_files.load(base, loras=[(path, STRENGTH)]), expected)
+
+
 @pytest.mark.parametrize("factored", [(), ("w1",), ("w2",), ("w1", "w2")])
 def test_lokr(tmp_path, weights, base, factored):
     """Whole factors have no rank, and then alpha says nothing."""

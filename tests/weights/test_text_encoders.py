@@ -46,11 +46,11 @@ def expected():
     from transformers import CLIPTextModel, T5EncoderModel
 
     found = {}
-    for part, net_class in ((T5, T5EncoderModel), (CLIP, CLIPTextModel)):
-        net = net_class.from_pretrained(NANO_FOLDER / part, dtype=torch.float32).eval()
+    for part, model_class in ((T5, T5EncoderModel), (CLIP, CLIPTextModel)):
+        model = model_class.from_pretrained(NANO_FOLDER / part, dtype=torch.float32).eval()
         own = features(part)
         tokens = own.tokenizer(TEXTS, max_length=32, padding="max_length", return_tensors="pt")["input_ids"]
-        found[part] = net(tokens)[own.output_key]
+        found[part] = model(tokens)[own.output_key]
     return found
 
 
@@ -184,3 +184,13 @@ def test_text_encoders_from_a_folder():
     assert clip.is_clip
     assert clip.max_length == 77
     assert load_t5("cpu", name="flux-schnell", folder=NANO_FOLDER).max_length == 256
+
+
+def test_a_lora_for_an_embedding_is_refused(tmp_path):
+    """Only linear layers are changed; the file must not pass for applied."""
+    name, width = "lora_te1_text_model_embeddings_token_embedding", configs["flux-nano"].params.vec_in_dim
+    words = load_file(NANO_FOLDER / CLIP / "model.safetensors")["embeddings.token_embedding.weight"].shape[0]
+    pair = {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(words, 2)}
+    lora = weight_files.save(pair, tmp_path / "lora")
+    with pytest.raises(InputError, match=r"no part of this model: lora_te1_.*_token_embedding"):
+        find_model(ModelSettings(lora=({"file": str(lora)},))).check()
