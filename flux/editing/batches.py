@@ -130,8 +130,8 @@ class Batch:
         dose, entries, num = kind.dose, [settings.entries[place] for place in places], len(places)
         steps = window(source.num_steps, dose.inject_from, dose.inject_until)
         subject_steps = range(0)
-        if dose.mask == "auto" and dose.all_over_until is not None:
-            subject_steps = range(steps.stop, step_at(dose.all_over_until, source.num_steps))
+        if dose.mask == "auto" and dose.hold_subject_until is not None:
+            subject_steps = range(steps.stop, step_at(dose.hold_subject_until, source.num_steps))
         guidance = [settings.guidance if entry.guidance is None else entry.guidance for entry in entries]
         prompts = [entry.prompt for entry in entries]
         painted = [mask[1] for mask in (masks[place] for place in places) if mask]

@@ -3,7 +3,7 @@
 The reference's image keys and values are injected in the vital layers of each edit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -141,7 +141,7 @@ def check_edits(
     for entry in settings.entries:
         dose = entry.effective_dose()
         window(settings.num_steps, dose.inject_from, dose.inject_until)
-        if isinstance(dose.weight, dict) and (others := sorted(dose.weight.keys() - set(layers))):
+        if isinstance(dose.weight, Mapping) and (others := sorted(dose.weight.keys() - set(layers))):
             raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
         if entry.mask == "auto" and inversion_free:
             raise InputError('Got mask "auto" with inversion "none": FlowEdit has no attention to compare')

@@ -21,7 +21,7 @@ class Dose:
         top: Number of vital layers, the most vital first. If None, all of them.
         mask: With "auto", the area that an edit may change is found while it runs, see
             `flux.editing.automask`. An edit may also put an image file here, or "none".
-        all_over_until: For edits whose automatic mask covers the whole image, such as another place: until
+        hold_subject_until: For edits whose automatic mask covers the whole image, such as another place: until
             when the subject that both prompts name is held. Everything else is held until `inject_until`.
     """
 
@@ -31,7 +31,7 @@ class Dose:
     falling: bool = False
     top: int | None = None
     mask: str | None = None
-    all_over_until: float | None = None
+    hold_subject_until: float | None = None
 
     def of_layer(self, layer: int) -> float:
         """Return a layer's weight before any fall; 1 for a layer that a mapping does not name."""
@@ -46,7 +46,7 @@ DoseName = Literal["auto", "balanced", "replace", "add", "scene", "paper"]
 
 # These numbers stand nowhere else: to tune them, change them here.
 DOSES: dict[DoseName, Dose] = {
-    "auto": Dose(inject_until=0.25, mask="auto", all_over_until=1.0),
+    "auto": Dose(inject_until=0.25, mask="auto", hold_subject_until=1.0),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),
