@@ -1,4 +1,4 @@
-"""diffusers' FluxPipeline on the very weights that a `Flux` holds: both fit on one card."""
+"""Builds diffusers' FluxPipeline on the weights that a `Flux` holds, so that both fit on one GPU."""
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -7,7 +7,8 @@ from torch import Tensor
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
 
-# Ours -> diffusers'; several on the right are the parts of one fused projection, in the order of its rows.
+# Our names and diffusers'. Several names on the right are the parts of one fused projection, in its rows'
+# order.
 EMBEDDERS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -42,8 +43,8 @@ SINGLE = {
 }
 
 
-def renamed(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """A `Flux`'s state dict under diffusers' names: views of the same memory, but for the last modulation."""
+def to_diffusers_names(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Renames a `Flux`'s state dict for diffusers. Only the last modulation is copied, all else is shared."""
     result = {}
     for name, tensor in weights.items():
         path, kind = name.rsplit(".", 1)
@@ -51,7 +52,7 @@ def renamed(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         if stack == "final_layer":
             if path.endswith("linear"):
                 result[f"proj_out.{kind}"] = tensor
-            else:  # shift, scale here; scale, shift there
+            else:  # shift and scale are swapped in diffusers
                 result[f"norm_out.linear.{kind}"] = torch.cat(tensor.chunk(2)[::-1])
         elif rest and rest[0].isdigit():
             (index, part), table = rest, DOUBLE if stack == "double_blocks" else SINGLE
@@ -66,7 +67,7 @@ def renamed(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
 
 
 def peer_transformer(model: Flux) -> FluxTransformer2DModel:
-    """diffusers' transformer of the same sizes, which shares the memory of `model`'s weights."""
+    """Builds diffusers' transformer of the same sizes, which shares the memory of the model's weights."""
     params: FluxParams = model.params
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
@@ -80,12 +81,12 @@ def peer_transformer(model: Flux) -> FluxTransformer2DModel:
             guidance_embeds=params.guidance_embed,
             axes_dims_rope=tuple(params.axes_dim),
         )
-    transformer.load_state_dict(renamed(model.state_dict(), params.hidden_size), assign=True)
+    transformer.load_state_dict(to_diffusers_names(model.state_dict(), params.hidden_size), assign=True)
     return transformer.eval().requires_grad_(False)
 
 
 def peer_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:
-    """diffusers' pipeline around `peer_transformer`, with a random autoencoder and no text encoders."""
+    """Builds diffusers' pipeline with a random autoencoder and no text encoders."""
     levels = len(ae_params.ch_mult)
     with torch.device(next(model.parameters()).device):
         vae = AutoencoderKL(

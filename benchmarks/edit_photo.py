@@ -1,5 +1,6 @@
-"""A photograph to three edits at full size, with random weights: time and memory, its keys and values kept on
-the device and in main memory, and what one more edit of a kept reference costs.
+"""Measures three edits of a photograph at full size, with random weights: time and memory.
+
+Keys and values are kept on the device or in main memory. One more edit of a kept reference is measured too.
 
     python -m benchmarks.edit_photo --folder /tmp/random-flux [--output benchmarks/results/CARD-edit.json]
 
@@ -9,7 +10,7 @@ on any machine; `--compiled=False` leaves out what takes minutes to compile.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import fire
@@ -17,29 +18,39 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, full_plan, known, toy_plan
-from benchmarks.random_weights import write_stand_ins
-from benchmarks.report import GIB, PassClock, machine, markdown
+from benchmarks.common import (
+    EDITS,
+    GIB,
+    GUIDANCE,
+    PROMPT,
+    PassClock,
+    full_plan,
+    load_random,
+    machine,
+    markdown,
+    peak_gib,
+    toy_plan,
+)
 from flux.editing.edit import edit, edit_reference
 from flux.editing.reference import keep_reference
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
-from flux.settings.demos import ModelSettings
 from flux.settings.edits import EditSettings
 
+T = TypeVar("T")
 METHODS = ("euler", "midpoint", "fireflow")
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Something of another size and shape than the edits."""
+    """Draws an image of another size and shape than the edits."""
     coarse = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((3 * width // 2, height), Image.Resampling.BICUBIC)
 
 
-def timed(run: Callable[[], object], device: torch.device) -> tuple[object, dict]:
-    """What it gives; its seconds, and on a GPU its peak memory."""
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, dict[str, Any]]:
+    """Returns the result of `run`, its seconds, and on a GPU its peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -50,14 +61,14 @@ def timed(run: Callable[[], object], device: torch.device) -> tuple[object, dict
     if on_gpu:
         torch.cuda.synchronize()
     found = {"seconds": time.perf_counter() - begin}
-    return result, found | ({"peak_gib": torch.cuda.max_memory_allocated() / GIB} if on_gpu else {})
+    return result, found | ({"peak_gib": peak_gib(device)} if on_gpu else {})
 
 
 def measure(pipe: Pipeline, settings: EditSettings, layers: tuple[int, ...], photo: Image.Image) -> dict:
-    """Seconds and memory of each piece of work, by its name."""
-    quiet, found = {"progress": False}, {}
+    """Measures seconds and memory of each piece of work, by its name."""
+    found: dict[str, dict[str, Any]] = {}
 
-    def note(name: str, run: Callable[[], object]) -> object:
+    def note(name: str, run: Callable[[], T]) -> T:
         with PassClock(pipe.model.final_layer, pipe.device) as clock:
             result, found[name] = timed(run, pipe.device)
         found[name]["pass_ms"] = clock.step_ms(1)["median"]
@@ -68,18 +79,18 @@ def measure(pipe: Pipeline, settings: EditSettings, layers: tuple[int, ...], pho
         inverted = at_once.model_copy(update={"inversion": method})
         note(
             f"{method}, inversion and 3 edits, nothing kept",
-            lambda: edit(pipe, inverted, layers, photo, **quiet),
+            lambda inverted=inverted: edit(pipe, inverted, layers, photo, progress=False),
         )
     for place, fits in (("device", True), ("main memory", False)):
         with patch("flux.editing.reference.fits_on_device", return_value=fits or pipe.device.type != "cuda"):
             name = f"inversion, kept in {place}"
-            kept = note(name, lambda: keep_reference(pipe, settings, layers, photo, **quiet))
+            kept = note(name, lambda: keep_reference(pipe, settings, layers, photo, progress=False))
         found[name]["kept_gib"] = sum(step.num_bytes() for step in kept.steps) / GIB
         for number in (1, 3):
             edits = EDITS[:number]
             note(
                 f"{number} edits of what is kept in {place}",
-                lambda: edit_reference(pipe, kept, edits, at_once, **quiet),
+                lambda kept=kept, edits=edits: edit_reference(pipe, kept, edits, at_once, progress=False),
             )
         kept = None
     return found
@@ -94,25 +105,20 @@ def main(
     num_steps: int = 12,
     compiled: bool = True,
 ) -> None:
+    """Runs the benchmark."""
     plan, where = toy_plan() if toy else full_plan(), pick_device(device)
-    words = {word for prompt in (PROMPT, *EDITS) for word in prompt.split()}
-    files = write_stand_ins(Path(folder) / plan.model, plan.spec, words, where)
-    if where.type == "cuda":
-        torch.cuda.empty_cache()
-    paths = {"weights": str(files.flow), "ae_weights": str(files.ae), "text_encoders": str(files.text)}
-    with known(plan):
-        pipe = Pipeline.load(ModelSettings(model=plan.model, device=str(where), dtype=plan.dtype, **paths))
+    pipe, _ = load_random(plan, folder, where)
     size = plan.work[0]
     settings = EditSettings(
         prompt=PROMPT, edits=EDITS, dose="paper", photo="photo", width=size.width, height=size.height,
         num_steps=num_steps, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
     )  # fmt: skip
     photo = photograph(size.width, size.height)
-    results = {"machine": machine(where), "model": plan.model, "num_steps": num_steps}
+    results: dict[str, Any] = {"machine": machine(where), "model": plan.model, "num_steps": num_steps}
     for mode in ("eager", "compiled") if compiled else ("eager",):
         if mode == "compiled":
             pipe.model.compile_blocks()
-        # Warm-up, and compilation of each kind of pass.
+        # Warms up, and compiles each kind of pass.
         measure(pipe, settings.model_copy(update={"num_steps": 2}), plan.layers, photo)
         results[mode] = measure(pipe, settings, plan.layers, photo)
         columns = ("seconds", "pass_ms", "peak_gib", "kept_gib")

@@ -1,35 +1,37 @@
-"""FLUX.1-dev's linear layers with weights packed as GGUF, beside diffusers' on the same bytes.
+"""Measures FLUX.1-dev's linear layers with weights packed as GGUF, beside diffusers' on the same bytes.
 
     python -m benchmarks.gguf_linears [--kinds Q8_0,Q4_K] [--tokens 4608] [--output FILE.json] [--toy]
 
-For each kind: milliseconds that all matrices of the 57 blocks take in a step of 1024x1024 with 512 text
-tokens, eager and compiled, and plain bf16. Random bytes, no file. `--toy` runs it tiny, on a CPU too.
+For each kind, it measures the milliseconds that all matrices of the 57 blocks take in a step of 1024x1024
+with 512 text tokens: eager, compiled, and in plain bf16. The bytes are random. `--toy` runs it tiny, on a CPU
+too.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import fire
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import machine, markdown
+from benchmarks.common import machine, markdown
 from flux.files import write_json
 from flux.modules.gguf_blocks import BLOCKS
 from flux.modules.linear import PackedLinear
 from flux.runtime.devices import pick_device
 
-# Rows and columns in units of the width, how many there are, and the share of all tokens that passes through:
-# half for each stream of a double block, on average; modulations see the conditioning vector alone.
+# Rows and columns in units of the width, how many matrices there are, and the share of all tokens that they
+# see: on average half for each stream of a double block. Modulations see the conditioning vector alone.
 SHAPES = (
     (6, 1, 38, 0), (3, 1, 38, 0.5), (1, 1, 38, 0.5), (4, 1, 38, 0.5), (1, 4, 38, 0.5), (3, 1, 38, 0),
     (7, 1, 38, 1), (1, 5, 38, 1),
 )  # fmt: skip
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median, after two runs that do not count."""
+def median_milliseconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Measures the median of the times, after two runs that do not count."""
     times = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()
@@ -40,8 +42,8 @@ def milliseconds(work: Callable[[], object], device: torch.device, repeats: int 
     return statistics.median(times[2:])
 
 
-def peer(packed: Tensor, kind: str, columns: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """diffusers' layer with the same bytes."""
+def peer_linear(packed: Tensor, kind: str, columns: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Builds diffusers' layer with the same bytes."""
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
@@ -58,7 +60,8 @@ def main(
     output: str | None = None,
     toy: bool = False,
 ) -> None:
-    device, width = pick_device(device), 256 if toy else 3072
+    """Runs the benchmark."""
+    where, width = pick_device(device), 256 if toy else 3072
     tokens = 64 if toy else tokens
     results = {}
     for kind in kinds.split(",") if isinstance(kinds, str) else kinds:
@@ -66,26 +69,26 @@ def main(
         total = dict.fromkeys(("plain", "ours", "ours compiled", "diffusers"), 0.0)
         for rows, columns, count, share in SHAPES:
             rows, columns = rows * width, columns * width
-            packed = torch.randint(256, (rows, columns // per_block * size), dtype=torch.uint8, device=device)
+            packed = torch.randint(256, (rows, columns // per_block * size), dtype=torch.uint8, device=where)
             batch = max(1, round(share * tokens))
-            x = torch.randn(batch, columns, dtype=torch.bfloat16, device=device)
-            torch._dynamo.reset()  # each shape is compiled for itself, as each block is
-            plain = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device=device)
+            x = torch.randn(batch, columns, dtype=torch.bfloat16, device=where)
+            torch._dynamo.reset()  # each shape is compiled separately, as each block is
+            plain = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device=where)
             ours = PackedLinear(packed, kind, None, None, torch.bfloat16)
             layers = {
                 "plain": plain,
                 "ours": ours,
                 "ours compiled": torch.compile(ours, fullgraph=True),
-                "diffusers": peer(packed, kind, columns),
+                "diffusers": peer_linear(packed, kind, columns),
             }
             for name, layer in layers.items():
-                total[name] += count * milliseconds(lambda: layer(x), device)
+                total[name] += count * median_milliseconds(partial(layer, x), where)
         results[kind] = total
     names = list(next(iter(results.values())))
     rows = [[kind, *(f"{times[name]:.1f}" for name in names)] for kind, times in results.items()]
     print(markdown(["ms a step", *names], rows))
     if output:
-        write_json(output, {"machine": machine(device), "tokens": tokens, "width": width, "ms": results})
+        write_json(output, {"machine": machine(where), "tokens": tokens, "width": width, "ms": results})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Matrices into GGUF's blocks of 256, by plain rounding.
+"""Packs matrices into GGUF's blocks of 256 by plain rounding.
 
-The `gguf` package only reads these kinds. Programs that write them also search for the scales that hurt
-least, so that their files are a little better than these. Layouts as in `flux.weights.gguf`.
+The `gguf` package only reads these kinds. Programs that write them also search for the best scales, so their
+files are a little better than these. The layouts are those of `flux.modules.gguf_blocks`.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ KINDS = tuple(GROUP)
 
 
 def quantize(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """A float matrix whose columns are a multiple of 256 -> its packed rows, "rows bytes"."""
+    """Packs a float matrix, whose columns are a multiple of 256, to rows of bytes, `rows bytes`."""
     blocks = matrix.astype(np.float32).reshape(-1, 256)
     groups = blocks.reshape(len(blocks), -1, GROUP[kind])
     packed = _with_minima(groups, kind) if kind in LEVELS else _around_zero(groups, kind)
@@ -20,13 +20,13 @@ def quantize(matrix: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers as they are in half precision, and their bytes."""
+    """Rounds numbers to half precision. Returns them with their bytes."""
     half = x.astype(np.float16)
     return half.astype(np.float32), half.view(np.uint8)
 
 
 def _steps(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A block's scales as multiples of one number in half precision: that, its bytes, the multiples."""
+    """Rounds a block's scales to multiples of one number. Returns the number, its bytes and the multiples."""
     unit, raw = _half(np.abs(x).max(axis=1, keepdims=True) / levels)
     return unit, raw, np.rint(np.divide(x, unit, out=np.zeros_like(x), where=unit > 0))
 
@@ -36,7 +36,7 @@ def _levels(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _fields(x: np.ndarray, bits: int, groups: int = 1) -> np.ndarray:
-    """Small numbers, "blocks n", put together: of each group the first go lowest into the bytes."""
+    """Packs small numbers, `blocks n`, into bytes. The first of each group take the lowest bits."""
     x = x.astype(np.uint8).reshape(len(x), groups, 8 // bits, -1)
     return np.bitwise_or.reduce([x[:, :, i] << (i * bits) for i in range(8 // bits)]).reshape(len(x), -1)
 

@@ -1,16 +1,15 @@
-"""FLUX.1-dev with random weights under caps on GPU memory: does each plan hold, and what does it cost?
+"""Measures FLUX.1-dev with random weights under caps on GPU memory: does each plan hold, at what cost?
 
     python -m benchmarks.memory [--output benchmarks/results/CARD-memory.json] [--caps 24,16,12,8]
                                 [--only "Q4_K,bf16, blocks"] [--minutes 7]
 
-Makes a picture and an edit of 1024x1024 with each form of the transformer's weights, as loaded (bf16, 8-bit
-floats and GGUF's blocks as files hold them) or packed while loading: all on the card, and with the plan that
-"auto" picks under each cap (GiB). Beside them diffusers on the same weights: groups of one block offloaded,
-and the same GGUF blocks. `--only` runs the cases whose names contain one of these texts.
+Makes an image and an edit of 1024x1024 with each form of the transformer's weights, as loaded (bf16, 8-bit
+floats and GGUF's blocks as files hold them) or packed while loading: everything on the GPU, and with the plan
+that "auto" picks under each cap (GiB). Beside them it measures diffusers on the same weights: groups of one
+block offloaded, and the same GGUF blocks. `--only` runs the cases whose names contain one of these texts.
 
-Results are saved after each case; with the same --output it goes on where it was. No case begins after so
-many minutes. Needs a GPU, 100 GB of main memory, and no file. `--toy` runs the same on a tiny model, on any
-machine.
+Results are saved after each case. With the same --output it resumes. No case begins after so many minutes.
+Needs a GPU, 100 GB of main memory, and no file. `--toy` runs the same on a tiny model, on any machine.
 """
 
 import gc
@@ -21,18 +20,28 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
 from torch import Tensor, nn
 
-from benchmarks.diffusers_peer import peer_pipeline, renamed
-from benchmarks.full_size import EDITS, GUIDANCE, PROMPT, toy_plan
-from benchmarks.gguf_linears import peer as gguf_peer
+from benchmarks.common import (
+    EDITS,
+    GIB,
+    GUIDANCE,
+    PROMPT,
+    PassClock,
+    machine,
+    markdown,
+    peak_gib,
+    toy_plan,
+    words_of,
+)
+from benchmarks.diffusers_peer import peer_pipeline, to_diffusers_names
+from benchmarks.gguf_linears import peer_linear
 from benchmarks.random_weights import write_text_encoders
-from benchmarks.report import GIB, PassClock, machine, markdown
 from flux.editing.edit import edit
 from flux.errors import InputError, exit_on_input_error
 from flux.files import write_json
@@ -59,13 +68,19 @@ CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 T5_TOY = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
 CLIP_TOY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDTH_TOY = {"hidden_size": 256, "axes_dim": [16, 56, 56]}  # of GGUF's largest blocks
-# Where a block has its scales in half precision, and what they are for random bytes to have deviation 1.
+# Where a block has its scales in half precision, and the scales that give random bytes a deviation of 1.
 SCALES = {"Q8_0": {0: 1 / 74}, "Q4_K": {0: 1 / 260, 2: 7.5 / 260}}
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix of random numbers as files pack it: "rows bytes"."""
+    """A matrix of random numbers as files pack it.
+
+    Attributes:
+        kind: The form of the numbers.
+        rows: The packed rows, `rows bytes`.
+        scale: The scale of all numbers. If None, the blocks have their own.
+    """
 
     kind: str
     rows: Tensor
@@ -73,7 +88,7 @@ class Packed:
 
     @classmethod
     def draw(cls, kind: str, shape: torch.Size, deviation: float, device: torch.device) -> "Packed":
-        """Drawn where that is fast, and kept in main memory."""
+        """Draws a matrix on the device, and keeps it in main memory."""
         if kind in EIGHT_BIT_FLOATS:
             rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT_FLOATS[kind])
             return cls(kind, rows.view(torch.uint8).cpu(), torch.tensor(deviation / 64))
@@ -85,8 +100,8 @@ class Packed:
         return cls(kind, rows.flatten(1).cpu(), None)
 
 
-class Nets:
-    """The weights of the four nets in main memory, drawn at random, to build pipelines of."""
+class RandomModels:
+    """Random weights of the four models in main memory, to build pipelines from."""
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, t5: dict, clip: dict):
         from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -106,13 +121,13 @@ class Nets:
         }
         self.device, self.plain = device, self
         folder = Path(tempfile.mkdtemp())
-        write_text_encoders(folder, spec, {word for text in (PROMPT, *EDITS) for word in text.split()})
+        write_text_encoders(folder, spec, words_of([PROMPT, *EDITS]))
         self.tokenizers = {"text_encoder": folder / "tokenizer", "text_encoder_2": folder / "tokenizer_2"}
 
-    def _draw(self, net: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Matrices that keep activations of order one, tensor by tensor, drawn where that is fast."""
+    def _draw(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Draws weights on the device, tensor by tensor, that keep activations of order one."""
         weights = {}
-        for name, x in net.named_parameters():
+        for name, x in model.named_parameters():
             is_scale = name.endswith(".scale") or ("norm" in name and name.endswith(".weight"))
             if is_scale:
                 weights[name] = torch.ones(x.shape, dtype=self.dtype)
@@ -122,11 +137,11 @@ class Nets:
         return weights
 
     def _source(self, kind: str, shape: torch.Size, nbytes: int) -> TensorSource:
-        """As if a file held the tensor so."""
+        """Describes a tensor as if a file held it in that form."""
         return TensorSource((ScaledTensor(StoredTensor(Path("random"), kind, tuple(shape), 0, nbytes)),))
 
-    def packed(self, kind: str) -> "Nets":
-        """The same nets, but for the matrices in the transformer's blocks, which are packed ones."""
+    def packed(self, kind: str) -> "RandomModels":
+        """Packs the matrices of the transformer's blocks. All other weights are shared."""
         other = copy(self)
         other.weights, other.made = ({**part} for part in (self.weights, self.made))
         plain, sources = dict(self.weights["transformer"]), dict(self.made["transformer"])
@@ -138,25 +153,26 @@ class Nets:
         return other
 
     def build(self, part: str) -> nn.Module:
-        """A net around these weights, which it shares."""
-        net = on_meta(*self.kinds[part])
+        """Builds a model that shares these weights."""
+        model = on_meta(*self.kinds[part])
         packed = {name: x for name, x in self.weights[part].items() if isinstance(x, Packed)}
         plain = {name: x for name, x in self.weights[part].items() if name not in packed}
-        net.load_state_dict(plain, strict=False, assign=True)
+        model.load_state_dict(plain, strict=False, assign=True)
         for name, x in packed.items():
             parent, _, own = name.removesuffix(".weight").rpartition(".")
-            module = net.get_submodule(parent)
+            module = model.get_submodule(parent)
             bias = getattr(module, own).bias
             setattr(module, own, PackedLinear(x.rows, x.kind, bias, x.scale, self.dtype))
         if part == "text_encoder_2":
-            net.encoder.embed_tokens = net.shared
-        for name, buffer in list(net.named_buffers()):
+            model.encoder.embed_tokens = model.shared
+        for name, buffer in list(model.named_buffers()):
             module, _, leaf = name.rpartition(".")
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-            net.get_submodule(module).register_buffer(leaf, positions, persistent=False)
-        return net.eval().requires_grad_(False)
+            model.get_submodule(module).register_buffer(leaf, positions, persistent=False)
+        return model.eval().requires_grad_(False)
 
     def pipeline(self, settings: EditSettings, plan: Plan, device: torch.device) -> Pipeline:
+        """Builds a pipeline and places it as planned."""
         lengths = {"text_encoder_2": self.spec.text_length, "text_encoder": self.spec.clip_length}
         t5, clip = (
             HFEmbedder.from_encoder(self.build(part), length, str(self.tokenizers[part]))
@@ -173,8 +189,12 @@ class Case:
     """One way to hold the weights.
 
     Attributes:
-        file: kind of the matrices in the transformer's blocks as they are loaded.
-        cap: in GiB; it goes with "auto".
+        name: Its name in the results.
+        offload: The setting "offload".
+        file: The form of the matrices in the transformer's blocks as they are loaded.
+        quantize: The setting "quantize".
+        t5: The setting "t5".
+        cap: The cap on GPU memory in GiB, for "auto".
     """
 
     name: str
@@ -197,7 +217,7 @@ FORMS = [
 
 
 def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
-    """The form itself, offloaded if it is the plain one, and under each cap."""
+    """Lists the cases of a form: on the GPU, offloaded if it is the plain one, and under each cap."""
     named = ("model", "blocks") if form.name == "bf16" else ()
     return [
         form,
@@ -206,11 +226,8 @@ def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
     ]
 
 
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-
-
 def clean(device: torch.device) -> None:
+    """Frees memory and resets its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -218,27 +235,29 @@ def clean(device: torch.device) -> None:
 
 
 def limit(device: torch.device, cap: float | None) -> None:
-    """Lets this process take so many GiB of the card; None: all."""
+    """Limits this process to so many GiB of the GPU. If None, it may use all."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total) if cap else 1.0)
 
 
-def run_case(nets: Nets, case: Case, settings: EditSettings, device: torch.device) -> dict:
-    """Peaks, planned and found, and milliseconds a step of a picture and of an edit."""
+def run_case(models: RandomModels, case: Case, settings: EditSettings, device: torch.device) -> dict:
+    """Measures an image and an edit: planned and actual peaks, and milliseconds a step."""
     clean(device)
     limit(device, case.cap)
     settings = settings.model_copy(update={"offload": case.offload, "quantize": case.quantize, "t5": case.t5})
     on_gpu = device.type == "cuda"
-    estimate = MemoryEstimator(settings, nets.spec, nets.made, nets.dtype, nets.dtype, on_gpu)
+    estimate = MemoryEstimator(settings, models.spec, models.made, models.dtype, models.dtype, on_gpu)
     if case.offload == "auto":
         free = free_memory(device)
         plan = Plan.of(estimate, "none") if free is None else Plan.fitting(estimate, free)
     else:
-        counts = (len(net.blocks) * (case.offload == "blocks") for net in (estimate.transformer, estimate.t5))
+        counts = (
+            len(model.blocks) * (case.offload == "blocks") for model in (estimate.transformer, estimate.t5)
+        )
         plan = Plan.of(estimate, case.offload, *counts)
     begin = time.perf_counter()
-    pipe = nets.pipeline(settings, plan, device)
+    pipe = models.pipeline(settings, plan, device)
     found = {"place_s": time.perf_counter() - begin, "offload": plan.offload, "streamed": plan.streamed}
     found |= {"streamed_t5": plan.streamed_t5, "planned_gib": plan.peak / GIB}
     clean(device)
@@ -256,8 +275,8 @@ def run_case(nets: Nets, case: Case, settings: EditSettings, device: torch.devic
     return found
 
 
-def offload_in_groups(transformer: nn.Module, nets: Nets, device: torch.device) -> None:
-    """Blocks offloaded in groups of one, on a stream of their own."""
+def offload_in_groups(transformer: nn.Module, _: RandomModels, device: torch.device) -> None:
+    """Offloads blocks in groups of one, on a separate stream."""
     from diffusers.hooks import apply_group_offloading
 
     on_gpu = device.type == "cuda"
@@ -271,41 +290,41 @@ def offload_in_groups(transformer: nn.Module, nets: Nets, device: torch.device) 
     )
 
 
-def pack_as_gguf(transformer: nn.Module, nets: Nets, device: torch.device) -> None:
-    """The packed matrices of `nets` in diffusers' own layers, on the device."""
-    packed = {name: x for name, x in nets.weights["transformer"].items() if isinstance(x, Packed)}
+def pack_as_gguf(transformer: nn.Module, models: RandomModels, device: torch.device) -> None:
+    """Puts the packed matrices into diffusers' own layers, on the device."""
+    packed = {name: x for name, x in models.weights["transformer"].items() if isinstance(x, Packed)}
     kind = next(iter(packed.values())).kind
     rows = {name: x.rows for name, x in packed.items()}
-    for name, part in renamed(rows, nets.spec.params.hidden_size).items():
+    for name, part in to_diffusers_names(rows, models.spec.params.hidden_size).items():
         parent, _, own = name.removesuffix(".weight").rpartition(".")
         module = transformer.get_submodule(parent)
         old = getattr(module, own)
-        layer = gguf_peer(part, kind, old.in_features, nets.dtype)
+        layer = peer_linear(part, kind, old.in_features, models.dtype)
         layer.bias = old.bias
         setattr(module, own, layer)
     transformer.to(device)
 
 
 def run_peer(
-    nets: Nets,
-    place: Callable[[nn.Module, Nets, torch.device], None],
+    models: RandomModels,
+    place: Callable[[nn.Module, RandomModels, torch.device], None],
     settings: EditSettings,
     device: torch.device,
 ) -> dict:
-    """diffusers' pipeline around the same transformer, placed so; texts are random features."""
+    """Measures diffusers' pipeline on the same weights, placed by `place`. Texts are random features."""
     clean(device)
     limit(device, None)
     begin = time.perf_counter()
-    peer = peer_pipeline(nets.plain.build("transformer"), nets.spec.ae_params, nets.dtype)
-    place(peer.transformer, nets, device)
+    peer = peer_pipeline(models.plain.build("transformer"), models.spec.ae_params, models.dtype)
+    place(peer.transformer, models, device)
     peer.vae.to(device)
     found = {"place_s": time.perf_counter() - begin}
-    params, spec = nets.spec.params, nets.spec
+    params, spec = models.spec.params, models.spec
     texts = {
         "prompt_embeds": torch.randn(
-            1, spec.text_length, params.context_in_dim, device=device, dtype=nets.dtype
+            1, spec.text_length, params.context_in_dim, device=device, dtype=models.dtype
         ),
-        "pooled_prompt_embeds": torch.randn(1, params.vec_in_dim, device=device, dtype=nets.dtype),
+        "pooled_prompt_embeds": torch.randn(1, params.vec_in_dim, device=device, dtype=models.dtype),
     }
     clean(device)
     with torch.no_grad(), PassClock(peer.transformer.proj_out, device) as clock:
@@ -314,6 +333,7 @@ def run_peer(
 
 
 def table(results: dict[str, dict]) -> str:
+    """Formats the results."""
     columns = ["", "plan", "streamed", "planned GiB", "peak GiB", "ms a step", "ms an edit's step", "error"]
     keys = ("offload", "streamed", "planned_gib", "peak_gib", "picture_ms", "edit_ms", "error")
     rows = []
@@ -326,8 +346,8 @@ def table(results: dict[str, dict]) -> str:
 
 def work_of(
     form: Case, caps: tuple[float, ...], settings: EditSettings, device: torch.device
-) -> dict[str, Callable[[Nets], dict]]:
-    """What is run with nets of this form, by name."""
+) -> dict[str, Callable[[RandomModels], dict]]:
+    """Names what is run with models of this form."""
     work = {
         case.name: partial(run_case, case=case, settings=settings, device=device)
         for case in cases_of(form, caps)
@@ -349,6 +369,7 @@ def main(
     only: str | tuple[str, ...] = "",
     minutes: float = 7,
 ) -> None:
+    """Runs the benchmark."""
     begin, where = time.monotonic(), pick_device(device)
     caps = caps if isinstance(caps, list | tuple) else (caps,)
     wanted = [text.strip() for text in (only.split(",") if isinstance(only, str) else only)]
@@ -363,11 +384,10 @@ def main(
         model="flux-dev", prompt=PROMPT, edits=EDITS[:1], vital_layers=layers, width=side, height=side,
         num_steps=STEPS, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
     )  # fmt: skip
-    results = {"machine": machine(where), "dtype": str(dtype), "cases": {}}
-    results["machine"]["versions"]["diffusers"] = metadata.version("diffusers")
+    results: dict[str, Any] = {"machine": machine(where), "dtype": str(dtype), "cases": {}}
     if output and Path(output).is_file():
         results = json.loads(Path(output).read_text())
-    plain = Nets(spec, where, dtype, *sizes)
+    plain = RandomModels(spec, where, dtype, *sizes)
     for form in FORMS:
         work = work_of(form, caps, settings, where)
         todo = [
@@ -375,15 +395,15 @@ def main(
         ]
         if not todo:
             continue
-        nets = plain if form.file == "BF16" else plain.packed(form.file)
+        models = plain if form.file == "BF16" else plain.packed(form.file)
         for name in todo:
             if time.monotonic() - begin > 60 * minutes:
                 print(f"{minutes:g} minutes are over: {name} and what follows is left for the next run")
                 break
             try:
-                found = work[name](nets)
+                found = work[name](models)
             except (RuntimeError, InputError) as error:
-                # What one of them cannot do does not stop the others.
+                # A failure of one case does not stop the others.
                 found = {"error": f"{type(error).__name__}: {error}"[:500]}
             results["cases"][name] = found
             print(f"{name}: {found}", flush=True)

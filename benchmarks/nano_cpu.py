@@ -1,9 +1,9 @@
-"""flux-nano on the CPU: what a newcomer with a laptop waits for.
+"""Times flux-nano on the CPU: what a newcomer with a laptop waits for.
 
     python -m benchmarks.nano_cpu [--repeats 3] [--num_steps 20] [--size 256] [--model flux-nano-schnell]
         [--output FILE.json]
 
-Import of flux in a new interpreter, loading, a picture, a reference with three edits: medians.
+It takes medians of: the import of flux in a new interpreter, loading, an image, a reference with three edits.
 """
 
 import statistics
@@ -20,6 +20,7 @@ IMPORT = "import time; begin = time.perf_counter(); import {}; print(time.perf_c
 
 
 def import_seconds(module: str) -> float:
+    """Times an import in a new interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT.format(module)], capture_output=True, text=True, check=True
     )
@@ -27,6 +28,7 @@ def import_seconds(module: str) -> float:
 
 
 def seconds(work: Callable[[], object], repeats: int) -> list[float]:
+    """Times some work several times."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -43,10 +45,11 @@ def main(
     output: str | None = None,
     model: str = "flux-nano",
 ) -> None:
+    """Runs the benchmark."""
     modules = ("flux", "flux.pipeline")
     times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
 
-    from benchmarks.report import machine, markdown
+    from benchmarks.common import machine, markdown
     from flux.editing.edit import edit
     from flux.files import write_json
     from flux.pipeline import Pipeline
@@ -63,8 +66,8 @@ def main(
     same = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
     sampling = {**{name: getattr(settings, name) for name in same}, "progress": False}
 
-    # The first also imports transformers, as every run of a demo does.
-    loaded = []
+    # The first one also imports transformers, as every run of a demo does.
+    loaded: list[Pipeline] = []
     times["load"] = seconds(lambda: loaded.append(Pipeline.load(settings)), repeats)
     pipe = loaded[-1]
     work = {

@@ -1,13 +1,12 @@
-"""flux-nano in 8-bit floats and in each kind of GGUF: how close pictures and edits stay to its own.
+"""Compares flux-nano in 8-bit floats and in each kind of GGUF with itself in float32: images and edits.
 
     python -m benchmarks.nano_formats [--size 256] [--num_steps 20] [--edits 6] [--device auto]
                             [--folder FOLDER] [--output benchmarks/results/nano_formats.json]
 
-Writes the files (into FOLDER, else a folder that is removed again), loads each as a user would, and makes the
-reference and the first edits of configs/edit.json, as flux-nano does in float32. A picture is the end of a
-path on which small differences grow or not, as it happens; so the table also has the velocity's relative
-error, the mean over four noise levels of one path. Beside the JSON it writes the table as Markdown. Needs the
-`gguf` package.
+Writes the files (into FOLDER, else a temporary one), loads each as a user would, and makes the reference and
+the first edits of configs/edit.json. Small differences may or may not grow on the path to an image, so the
+table also has the relative error of the velocity, averaged over four noise levels of one path. Writes the
+table as Markdown beside the JSON. Needs the `gguf` package.
 """
 
 import tempfile
@@ -15,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import fire
+from torch import Tensor
 
 from flux.errors import exit_on_input_error
 
-# What quantisers take instead where rows are no multiple of 256.
+# The kinds that quantisers use instead if rows are no multiple of 256.
 INSTEAD = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 PATH_STEPS = 4
 
 
-def write_gguf(weights: dict, path: Path, kind: str) -> float:
-    """Matrices of the blocks in that kind, the rest in float32. Returns the share of them that is of it."""
+def write_gguf(weights: dict[str, Tensor], path: Path, kind: str) -> float:
+    """Writes the blocks' matrices in that kind, and returns the share of them that have it."""
     import gguf
 
     from benchmarks.k_quants import KINDS, quantize
@@ -46,8 +46,8 @@ def write_gguf(weights: dict, path: Path, kind: str) -> float:
     return of_kind / packed
 
 
-def write_fp8(weights: dict, path: Path, kind: str) -> float:
-    """Every tensor cast as it is, or matrices with a scale each."""
+def write_fp8(weights: dict[str, Tensor], path: Path, kind: str) -> float:
+    """Writes all tensors cast to 8 bits, or matrices with a scale each. Returns 1."""
     import torch
     from safetensors.torch import save_file
 
@@ -75,22 +75,24 @@ def main(
     folder: str | None = None,
     output: str = "benchmarks/results/nano_formats.json",
 ) -> None:
+    """Runs the benchmark."""
     import torch
+    from PIL import Image
 
-    from benchmarks.report import machine, markdown
+    from benchmarks.common import machine, markdown, velocity_error
     from flux.editing.edit import edit
     from flux.files import write_json, write_text
     from flux.metrics.pixels import psnr_or_none
     from flux.pipeline import Pipeline
-    from flux.sampling import euler_step, sample
+    from flux.sampling import VelocityModel, sample
     from flux.settings.complete import resolve
-    from flux.settings.demos import EditSettings
+    from flux.settings.edits import EditSettings
     from flux.settings.files import read_settings
     from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
-    from flux.weights.find import ModelFiles
     from flux.weights.gguf import SIZES
-    from flux.weights.load import load_flow, read_weights
+    from flux.weights.load import read_weights
+    from flux.weights.open_model import ModelFiles, OpenModel
 
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
     settings = resolve(read_settings(EditSettings, "edit.json", wanted))
@@ -100,7 +102,7 @@ def main(
     pipe = Pipeline.load(settings)
     weights = read_weights(spec.folder / spec.repo_flow, "cpu", torch.float32)
 
-    def run(model) -> list:
+    def run(model: VelocityModel) -> list[Image.Image]:
         made = edit(replace(pipe, model=model), settings, layers, progress=False)
         return [made.reference, *made.edits]
 
@@ -108,14 +110,6 @@ def main(
     noise, levels = pipe.noise([settings.seed], size, size), pipe.schedule(PATH_STEPS, size, size)
     with pipe.denoising() as own_model:
         steps = list(sample(own_model, noise, ids, cond, levels))
-
-    def velocity_error(model) -> float:
-        errors = []
-        with torch.inference_mode():
-            for step in steps:
-                near = euler_step(model, step.noisy, ids, cond, step.t, step.t_next).velocity
-                errors.append(((near - step.velocity).norm() / step.velocity.norm()).item())
-        return sum(errors) / len(errors)
 
     own = run(pipe.model)
     results = []
@@ -125,11 +119,11 @@ def main(
         for kind in ("fp8 scaled", "fp8 e4m3", "fp8 e5m2", *sorted(SIZES, key=lambda kind: -bits(kind))):
             path = home / f"flux-nano-{kind.replace(' ', '-')}"
             share = (write_fp8 if "fp8" in kind else write_gguf)(weights, path, kind)
-            files = ModelFiles(path, path, path)
-            model = load_flow(spec, files, pipe.device, torch.float32, keep_8bit=True)
+            opened = OpenModel(spec, ModelFiles(path, path, path))
+            model = opened.load_transformer(pipe.device, torch.float32, keep_8bit=True)
             reference, *others = (psnr_or_none(*pair) for pair in zip(own, run(model)))
             found = {"kind": kind, "bytes": path.stat().st_size, "share": share, "reference_psnr": reference}
-            found |= {"edits_psnr": others, "velocity_error": velocity_error(model)}
+            found |= {"edits_psnr": others, "velocity_error": velocity_error(model, steps, ids, cond)}
             results.append(found)
             print(found, flush=True)
             if not folder:
@@ -154,6 +148,7 @@ def main(
 
 
 def bits(kind: str) -> float:
+    """Computes the bits of a number."""
     from flux.weights.gguf import SIZES
 
     numbers, size = SIZES[kind]
@@ -161,7 +156,7 @@ def bits(kind: str) -> float:
 
 
 def decibel(values: list[float | None]) -> str:
-    """The mean; equal pictures have none."""
+    """Formats the mean PSNR. Equal images have none."""
     known = [value for value in values if value is not None]
     return f"{sum(known) / len(known):.1f}" if known else "equal"
 

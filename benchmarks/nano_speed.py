@@ -1,8 +1,9 @@
-"""flux-nano with 8-bit products and with a step cache: how close it stays to itself, and what is spared.
+"""Compares flux-nano with 8-bit products, and with a step cache, with itself: error and steps spared.
 
     python -m benchmarks.nano_speed [--size 128] [--num_steps 20] [--device cpu] [--output FILE.json]
 
-The velocity's relative error is the mean over the steps of the plain run. No times: they belong to the card.
+The relative error of the velocity is averaged over the steps of the plain run. No times, since they depend on
+the GPU.
 """
 
 import statistics
@@ -18,9 +19,8 @@ THRESHOLDS = (0.08, 0.12, 0.2)
 
 @exit_on_input_error()
 def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str | None = None) -> None:
-    import torch
-
-    from benchmarks.report import machine, markdown
+    """Runs the benchmark."""
+    from benchmarks.common import machine, markdown, velocity_error
     from flux import sampling
     from flux.files import write_json
     from flux.metrics.pixels import psnr_or_none
@@ -41,23 +41,16 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
     def run(model: Flux, prompt: str, seed: int, cache: StepCache | None = None) -> tuple[list, object]:
         other = replace(pipe, model=model)
         cond, noise = other.condition([prompt], settings.guidance), other.noise([seed], size, size)
-        with other.denoising() as net:
-            steps = list(sampling.sample(net, noise, ids, cond, levels, cache=cache))
+        with other.denoising() as denoiser:
+            steps = list(sampling.sample(denoiser, noise, ids, cond, levels, cache=cache))
         return steps, other.decode(steps[-1].latent, size, size)[0]
-
-    def velocity_error(steps: list, prompt: str) -> float:
-        cond, errors = pipe.condition([prompt], settings.guidance), []
-        with torch.inference_mode():
-            for step in steps:
-                near = sampling.euler_step(fp8, step.noisy, ids, cond, step.t, step.t_next).velocity
-                errors.append(((near - step.velocity).norm() / step.velocity.norm()).item())
-        return statistics.mean(errors)
 
     found: dict[str, dict[str, list[float]]] = {}
     for seed, prompt in enumerate(PROMPTS):
         steps, own = run(pipe.model, prompt, seed)
         near = found.setdefault("fp8", {"psnr": [], "velocity_error": []})
-        near["velocity_error"].append(velocity_error(steps, prompt))
+        cond = pipe.condition([prompt], settings.guidance)
+        near["velocity_error"].append(velocity_error(fp8, steps, ids, cond))
         near["psnr"].append(psnr_or_none(own, run(fp8, prompt, seed)[1]))
         for threshold in THRESHOLDS:
             cache = StepCache(threshold)
@@ -68,7 +61,7 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
     def shown(entry: dict, name: str, form: str) -> str:
         if name not in entry:
             return "-"
-        # Pictures that are equal have no PSNR.
+        # Equal images have no PSNR.
         known = [x for x in entry[name] if x is not None]
         return format((min if name == "psnr" else statistics.mean)(known), form) if known else "equal"
 

@@ -1,4 +1,4 @@
-"""Random files in the place of a model's own: right names and shapes, no download."""
+"""Writes random weights with a model's names and shapes, so that nothing is downloaded."""
 
 from pathlib import Path
 
@@ -9,19 +9,22 @@ from torch import Tensor
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.specs import ModelSpec
-from flux.weights.find import ModelFiles
+from flux.weights.open_model import ModelFiles
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
-def write_stand_ins(folder: Path, spec: ModelSpec, words: set[str], device: torch.device) -> ModelFiles:
-    """Files in `folder` for all four nets of `spec`, laid out as its repository. A transformer there stays.
+def write_random_model(folder: Path, spec: ModelSpec, words: set[str], device: torch.device) -> ModelFiles:
+    """Writes files for all four models of a spec, laid out as its repository.
 
-    Transformer and autoencoder have their true sizes, text encoders one layer and their true output width.
+    Transformer and autoencoder have their true sizes. The text encoders have one layer and their true output
+    width. A transformer that is in the folder stays.
 
     Args:
-        words: what the tokenizers know.
-        device: where the random numbers are drawn: a GPU takes a second for the twelve billion of flux-dev.
+        folder: The folder of the files.
+        spec: The spec of the model.
+        words: The words that the tokenizers know.
+        device: Where random numbers are drawn. A GPU draws the twelve billion of flux-dev in a second.
     """
     files = ModelFiles(folder / spec.repo_flow, folder / spec.repo_ae, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +37,7 @@ def write_stand_ins(folder: Path, spec: ModelSpec, words: set[str], device: torc
 
 
 def random_transformer(params: FluxParams, device: torch.device) -> dict[str, Tensor]:
-    """A `Flux`'s state dict in bfloat16, drawn so that activations stay of order one through all layers."""
+    """Draws the state dict of a `Flux` in bfloat16. Activations stay of order one through all layers."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Flux(params).state_dict().items()}
     weights = {}
@@ -49,7 +52,7 @@ def random_transformer(params: FluxParams, device: torch.device) -> dict[str, Te
 
 
 def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
-    """The folders text_encoder (CLIP), text_encoder_2 (T5), tokenizer and tokenizer_2."""
+    """Writes the folders text_encoder (CLIP), text_encoder_2 (T5), tokenizer and tokenizer_2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -87,7 +90,7 @@ def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
 
 
 def write_dinov2(folder: Path, device: torch.device) -> Path:
-    """A DINOv2 of the size that the paper scores with, ViT-g/14, in `folder`. One that is there stays."""
+    """Writes a DINOv2 of the size that the paper scores with, ViT-g/14. One that is in the folder stays."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     if not (folder / "model.safetensors").exists():

@@ -1,6 +1,8 @@
-"""What a scan costs at full size, with random weights: a bypassed picture beside a plain one, the whole
-protocol (64 prompts, every layer, 15 steps) projected from it, how long the denoiser waits for all else in a
-short scan, and how the work spreads over GPUs.
+"""Measures a scan at full size, with random weights.
+
+It compares an image with a skipped layer with a plain one, and projects the whole protocol from it (64
+prompts, every layer, 15 steps). It also measures how long the denoiser waits in a short scan, and how the
+work scales with GPUs.
 
     python -m benchmarks.scan --folder /tmp/random-flux [--workers 1,2] [--output
     benchmarks/results/CARD-scan.json]
@@ -19,8 +21,8 @@ from tempfile import TemporaryDirectory
 import fire
 import torch
 
-from benchmarks.random_weights import write_dinov2, write_stand_ins
-from benchmarks.report import machine
+from benchmarks.common import machine
+from benchmarks.random_weights import write_dinov2, write_random_model
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.model import Flux
@@ -28,23 +30,23 @@ from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.layers import REFERENCE
 from flux.scan.run import scan
-from flux.scan.sweep import LayerSkipper, Task
+from flux.scan.skipper import LayerSkipper, Task
 from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings
 from flux.specs import configs
 
 PROMPT = "a photo of a dog on the grass"
-OTHER_PROMPT = "a dog on a photo"  # of the same words, which are all that the tokenizers know
+OTHER_PROMPT = "a dog on a photo"  # the tokenizers know only these words
 PROMPTS = 64
 TASKS_EACH = 14  # for each worker, after its first
 
 
 def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) -> ScanSettings:
-    """The protocol's settings, on stand-ins for flux-dev or, as a toy, on flux-nano."""
+    """Makes the protocol's settings, for random weights of flux-dev or, as a toy, for flux-nano."""
     common = {"prompts": ({"prompt": PROMPT, "seed": 0},), "watermark": False, "compile": compiled, "top": 1}
     if toy:
         return resolve(ScanSettings(**common, width=64, height=64, num_steps=2))
-    files = write_stand_ins(folder, configs["flux-dev"], set(PROMPT.split()), device)
+    files = write_random_model(folder, configs["flux-dev"], set(PROMPT.split()), device)
     paths = {"weights": files.flow, "ae_weights": files.ae, "text_encoders": files.text}
     paths = {name: str(path) for name, path in paths.items()}
     paths["encoder"] = str(write_dinov2(folder / "dinov2", device))
@@ -52,7 +54,7 @@ def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) 
 
 
 def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) -> float:
-    """Median time of one picture with `layers` bypassed."""
+    """Measures the median time of one image with `layers` skipped."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -62,8 +64,9 @@ def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) ->
 
 
 def waiting(pipe: Pipeline, settings: ScanSettings, layers: list[int]) -> dict:
-    """Of a scan of two prompts: the time from its first step to its last, and the share of it in which no
-    step is under way: for pictures decoded, written and scored, and for the next prompt's text.
+    """Measures a scan of two prompts: the time from its first step to its last, and the share without a step.
+
+    In that share, images are decoded, written and scored, or the next prompt is encoded.
     """
     denoising, worked = pipe.denoising, []
 
@@ -85,7 +88,7 @@ def waiting(pipe: Pipeline, settings: ScanSettings, layers: list[int]) -> dict:
 
 
 def one_process(settings: ScanSettings) -> dict:
-    """Times of plain and bypassed pictures, the whole scan's projected from them, and `waiting`."""
+    """Measures plain images and images with a skipped layer, projects a whole scan, and adds `waiting`."""
     begin = time.perf_counter()
     pipe = Pipeline.load(settings)
     skipper = LayerSkipper(settings, pipe)
@@ -108,18 +111,17 @@ def one_process(settings: ScanSettings) -> dict:
 
 
 def shared(settings: ScanSettings, workers: int) -> dict:
-    """Pictures a second of so many workers, from the moment when each has delivered its first."""
+    """Measures images a second of so many workers, after each has delivered its first one."""
     from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks
 
     num_layers = configs[settings.model].num_layers
     count = workers * (1 + TASKS_EACH)
-    # Of one prompt and the same few layers for every worker, so that all numbers of workers do equal work.
+    # One prompt and the same few layers for every worker, so that all numbers of workers do equal work.
     tasks = [Task(0, PROMPT, 0, ((i // workers * 4 % num_layers,),)) for i in range(count)]
-    begin, times = time.perf_counter(), []
+    begin = time.perf_counter()
     gpus = gpus_per_worker(settings.device)
     results = run_tasks(LayerSkipper, (settings,), tasks, workers, None, gpus)
-    for _ in finish_beside(results, lambda _, decode: decode()):
-        times.append(time.perf_counter())
+    times = [time.perf_counter() for _ in finish_beside(results, lambda _, decode: decode())]
     measured = times[-1] - times[workers - 1]
     return {"start_s": times[0] - begin, "pictures_per_s": (count - workers) / measured}
 
@@ -132,6 +134,7 @@ def main(
     toy: bool = False,
     output: str | None = None,
 ) -> None:
+    """Runs the benchmark."""
     device = pick_device("auto")
     settings = settings_for(toy, Path(folder), device, compiled)
     result = {

@@ -1,73 +1,71 @@
-"""A denoising step of FLUX.1-dev at full size, with random weights: every way we have, beside diffusers.
+"""Measures a denoising step of FLUX.1-dev at full size, with random weights: all our variants, and diffusers.
 
     python -m benchmarks.step_speed [--output benchmarks/results/step_speed.json] [--only WORDS] [--toy]
 
-One batch of weights, made on the device, serves all ways, which take turns; medians in milliseconds. Needs a
-GPU with 60 GB and no network, and is meant to be done in six minutes. `--only fp8,diffusers` measures those
-whose names hold one of the words; "epilogues" are there on a Hopper card with the extra `hopper`. `--toy` is
-the same on a tiny model, on any machine; `--whole` adds the whole transformer compiled as one, which may take
-minutes.
+All variants share one set of weights, made on the device, and are interleaved; medians in milliseconds. Needs
+a GPU with 60 GB and no network, and takes about six minutes. `--only fp8,diffusers` measures the variants
+whose names contain one of the words. The variants "epilogues" need a Hopper GPU and the extra `hopper`.
+`--toy` runs the same on a tiny model, on any machine. `--whole` adds the whole transformer compiled at once,
+which may take minutes.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import fire
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.common import (
+    GIB,
+    StepSize,
+    full_step,
+    machine,
+    markdown,
+    milliseconds,
+    random_inputs,
+    relative_error,
+)
 from benchmarks.diffusers_peer import peer_transformer
-from benchmarks.full_size import relative_error
 from benchmarks.random_weights import random_transformer
-from benchmarks.report import GIB, machine, markdown, milliseconds
-from flux import sampling
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.intervention import NOTHING, Intervention
-from flux.model import Flux, FluxParams, with_epilogues
+from flux.model import Flux, Inputs, hopper_kernels
 from flux.modules import ops
 from flux.runtime.devices import pick_device
-from flux.runtime.quantize import check_device, to_fp8
+from flux.runtime.quantize import check_fp8_support, to_fp8
 from flux.specs import configs
 
-# TFLOP/s that one H200 really gives, for the floors.
+# TFLOP/s that one H200 reaches in practice, for the floors.
 LINEAR, LINEAR_FP8, ATTENTION = 750, 1310, 600
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 BATCH = 4
 
 
-@dataclass(frozen=True)
-class Size:
-    params: FluxParams
-    side: int
-    text: int
-    layers: tuple[int, ...]
-    rounds: int
-
-
-def full_size() -> Size:
-    dev = configs["flux-dev"]
-    return Size(dev.params, 1024, 512, dev.vital_layers, rounds=10)
-
-
-def toy_size() -> Size:
+def toy_step() -> StepSize:
+    """Returns the step of a tiny model."""
     small = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6]}
-    return Size(replace(configs["flux-dev"].params, **small), 64, 8, (0, 1, 2), rounds=3)
+    return StepSize(replace(configs["flux-dev"].params, **small), 64, 8, (0, 1, 2), rounds=3)
 
 
-def tokens(size: Size) -> int:
+def tokens(size: StepSize) -> int:
+    """Counts the tokens of the image and the text."""
     return (size.side // 16) ** 2 + size.text
 
 
-def floor_ms(size: Size, batch: int, fp8: bool) -> float:
-    """The step's products at the chip's own speed: the blocks' linear layers, modulations left out, and the
-    attention.
+def floor_ms(size: StepSize, batch: int, fp8: bool) -> float:
+    """Computes the time of a step's matrix products at the chip's own speed, in milliseconds.
+
+    These are the attention and the linear layers of the blocks, without modulations.
     """
     p, rows = size.params, batch * tokens(size)
     weights = (p.depth + p.depth_single_blocks) * (4 + 2 * p.mlp_ratio) * p.hidden_size**2
@@ -77,148 +75,148 @@ def floor_ms(size: Size, batch: int, fp8: bool) -> float:
 
 
 class Bench:
-    """The nets, all with the same weights, and the inputs of a step.
+    """Builds the variants, all with the same weights.
 
     Args:
-        backend: of torch.compile.
-        whole: compile all blocks as one too, which may take minutes.
+        size: The size of the step.
+        device: The device.
+        backend: The backend of torch.compile.
+        whole: Whether to compile all blocks at once too, which may take minutes.
     """
 
-    def __init__(self, size: Size, device: torch.device, backend: str, whole: bool):
+    def __init__(self, size: StepSize, device: torch.device, backend: str, whole: bool):
         self.size, self.device, self.backend, self.whole = size, device, backend, whole
         torch.manual_seed(0)
         self.weights = {n: x.to(device) for n, x in random_transformer(size.params, device).items()}
 
-    def net(self, compiled: bool = False, fp8: bool = False, epilogues: bool = False) -> Flux:
+    def build(self, compiled: bool = False, fp8: bool = False, epilogues: bool = False) -> Flux:
+        """Builds our transformer."""
         with torch.device("meta"):
-            net = Flux(self.size.params)
-        net.load_state_dict(self.weights, assign=True)
-        net.eval().requires_grad_(False)
+            model = Flux(self.size.params)
+        model.load_state_dict(self.weights, assign=True)
+        model.eval().requires_grad_(False)
         if fp8:
-            to_fp8([net.double_blocks, net.single_blocks])
+            to_fp8([model.double_blocks, model.single_blocks])
         if compiled:
-            self.compile((*net.double_blocks, *net.single_blocks))
+            self.compile((*model.double_blocks, *model.single_blocks))
         if epilogues:
-            net.compile_blocks(self.device)
-        return net
+            model.compile_blocks(self.device)
+        return model
 
-    def compile(self, blocks) -> None:
-        # As `Flux.compile_blocks`, but for one shape, whatever else has been compiled in this process.
+    def compile(self, blocks: Iterable[nn.Module]) -> None:
+        """Compiles blocks as `Flux.compile_blocks` does, but for one shape each."""
         torch._dynamo.config.recompile_limit = 64
         ops.prepare_compiling()
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, backend=self.backend)
 
-    def peer(self, compiled: bool = False):
-        peer = peer_transformer(self.net())
+    def build_peer(self, compiled: bool = False) -> FluxTransformer2DModel:
+        """Builds diffusers' transformer."""
+        peer = peer_transformer(self.build())
         if compiled:
             self.compile((*peer.transformer_blocks, *peer.single_transformer_blocks))
         return peer
 
-    def given(self, batch: int = 1) -> dict[str, Tensor]:
-        p, side, text = self.size.params, self.size.side, self.size.text
-        draw = partial(torch.randn, device=self.device, dtype=torch.bfloat16)
-        ones = torch.ones(batch, device=self.device, dtype=torch.bfloat16)
-        ids = sampling.image_ids(batch, side, side, self.device)
-        return {
-            "img": draw(batch, ids.shape[1], p.in_channels),
-            "img_ids": ids,
-            "txt": draw(batch, text, p.context_in_dim),
-            "txt_ids": torch.zeros(batch, text, 3, device=self.device),
-            "timesteps": 0.5 * ones,
-            "y": draw(1, p.vec_in_dim).expand(batch, -1),
-            "guidance": 3.5 * ones,
-        }
+    def inputs(self, batch: int = 1) -> Inputs:
+        """Draws inputs that share one pooled text."""
+        return random_inputs(self.size, batch, self.device)
 
     def ours(
-        self, net: Flux, given: dict, ahead: bool = False, intervention: Intervention = NOTHING
+        self, model: Flux, inputs: Inputs, ahead: bool = False, intervention: Intervention = NOTHING
     ) -> Callable:
-        """A step; `ahead`: with the modulations there already."""
+        """Makes our step. With `ahead`, its modulations are computed in advance."""
         mods = None
         if ahead:
-            mods = net.modulations(*(given[name][:1] for name in ("timesteps", "y", "guidance")))
-        return lambda: net.observe(**given, intervention=intervention, mods=mods)[0]
+            guidance = None if inputs.guidance is None else inputs.guidance[:1]
+            mods = model.modulations(inputs.timesteps[:1], inputs.y[:1], guidance)
+        return lambda: model.observe(inputs, intervention=intervention, mods=mods)[0]
 
-    def theirs(self, net, given: dict) -> Callable:
+    def theirs(self, peer: FluxTransformer2DModel, inputs: Inputs) -> Callable:
+        """Makes diffusers' step."""
         arguments = {
-            "hidden_states": given["img"],
-            "encoder_hidden_states": given["txt"],
-            "pooled_projections": given["y"],
-            "timestep": given["timesteps"],
-            "guidance": given["guidance"].float(),
-            "img_ids": given["img_ids"][0],
-            "txt_ids": given["txt_ids"][0],
+            "hidden_states": inputs.img,
+            "encoder_hidden_states": inputs.txt,
+            "pooled_projections": inputs.y,
+            "timestep": inputs.timesteps,
+            "guidance": inputs.guidance.float(),
+            "img_ids": inputs.img_ids[0],
+            "txt_ids": inputs.txt_ids[0],
         }
-        return lambda: net(**arguments, return_dict=False)[0]
+        return lambda: peer(**arguments, return_dict=False)[0]
 
     def graphed(self, step: Callable) -> Callable:
-        """The step as one CUDA graph, replayed."""
+        """Records the step as one CUDA graph, which is replayed."""
         for _ in range(3):
             step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = step()
-        # It reads what the step holds, wherever that lay.
+        # The graph reads the step's tensors where they are, so they must stay.
         return lambda: (graph.replay(), result, step)[1]
 
-    def ways(self) -> dict[str, tuple[Callable[[], Callable], int, bool]]:
-        """By name: what makes a step ready, the images in it, and whether it is in 8 bits."""
-        one, four, on_gpu = self.given(), self.given(BATCH), self.device.type == "cuda"
-        eager, compiled = self.net(), self.net(compiled=True)
+    def variants(self) -> dict[str, tuple[Callable[[], Callable], int, bool]]:
+        """Names the variants: what prepares the step, the images in it, and whether it computes in 8 bits."""
+        one, four, on_gpu = self.inputs(), self.inputs(BATCH), self.device.type == "cuda"
+        eager, compiled = self.build(), self.build(compiled=True)
         layers = frozenset(self.size.layers)
-        kept = eager.observe(**one, intervention=Intervention(keep=layers))[1].kept
-        keeping, taking = Intervention(keep=layers), Intervention(take=kept)
+        kept = eager.observe(one, intervention=Intervention(keep=layers))[1].kept
+        keeping, injecting = Intervention(keep=layers), Intervention(inject=kept)
 
         def whole() -> Callable:
-            # All blocks in one graph of the compiler, and one of CUDA.
-            step = self.ours(self.net(), one, ahead=True)
+            # All blocks in one graph of the compiler, and in one CUDA graph.
+            step = self.ours(self.build(), one, ahead=True)
             return torch.compile(step, mode="reduce-overhead", fullgraph=True)
 
-        ways = {
+        variants = {
             "ours eager": (lambda: self.ours(eager, one), 1, False),
             "ours eager, modulations ahead": (lambda: self.ours(eager, one, True), 1, False),
-            "diffusers eager": (lambda: self.theirs(self.peer(), one), 1, False),
+            "diffusers eager": (lambda: self.theirs(self.build_peer(), one), 1, False),
             "ours compiled": (lambda: self.ours(compiled, one), 1, False),
             "ours compiled, modulations ahead": (lambda: self.ours(compiled, one, True), 1, False),
-            "diffusers compiled": (lambda: self.theirs(self.peer(True), one), 1, False),
+            "diffusers compiled": (lambda: self.theirs(self.build_peer(True), one), 1, False),
             "reference, kept": (lambda: self.ours(compiled, one, True, keeping), 1, False),
-            "edit of a kept reference": (lambda: self.ours(compiled, one, True, taking), 1, False),
+            "edit of a kept reference": (lambda: self.ours(compiled, one, True, injecting), 1, False),
         }
         if on_gpu:
-            ways |= {
+            variants |= {
                 "ours compiled, CUDA graph": (
                     lambda: self.graphed(self.ours(compiled, one, True)), 1, False
                 ),
             }  # fmt: skip
             if self.whole:
-                ways["ours whole, reduce-overhead"] = (whole, 1, False)
-        fp8 = self.net(compiled=True, fp8=True)
-        ways |= {
-            "fp8 eager": (lambda: self.ours(self.net(fp8=True), one, True), 1, True),
+                variants["ours whole, reduce-overhead"] = (whole, 1, False)
+        fp8 = self.build(compiled=True, fp8=True)
+        variants |= {
+            "fp8 eager": (lambda: self.ours(self.build(fp8=True), one, True), 1, True),
             "fp8 compiled": (lambda: self.ours(fp8, one, True), 1, True),
-            "fp8 edit of a kept reference": (lambda: self.ours(fp8, one, True, taking), 1, True),
+            "fp8 edit of a kept reference": (lambda: self.ours(fp8, one, True, injecting), 1, True),
         }
         if on_gpu:
-            ways["fp8 compiled, CUDA graph"] = (lambda: self.graphed(self.ours(fp8, one, True)), 1, True)
-        if with_epilogues(self.device):
-            joined, fp8_joined = (self.net(epilogues=True, fp8=fp8) for fp8 in (False, True))
-            ways |= {
+            variants["fp8 compiled, CUDA graph"] = (lambda: self.graphed(self.ours(fp8, one, True)), 1, True)
+        if hopper_kernels(self.device):
+            joined, fp8_joined = (self.build(epilogues=True, fp8=fp8) for fp8 in (False, True))
+            variants |= {
                 "epilogues, modulations in the step": (lambda: self.ours(joined, one), 1, False),
                 "epilogues": (lambda: self.ours(joined, one, True), 1, False),
                 "epilogues, reference, kept": (lambda: self.ours(joined, one, True, keeping), 1, False),
-                "epilogues, edit of it": (lambda: self.ours(joined, one, True, taking), 1, False),
+                "epilogues, edit of it": (lambda: self.ours(joined, one, True, injecting), 1, False),
                 "epilogues, fp8": (lambda: self.ours(fp8_joined, one, True), 1, True),
-                "epilogues, fp8, edit of it": (lambda: self.ours(fp8_joined, one, True, taking), 1, True),
+                "epilogues, fp8, edit of it": (lambda: self.ours(fp8_joined, one, True, injecting), 1, True),
                 f"epilogues, batch {BATCH}": (lambda: self.ours(joined, four, True), BATCH, False),
             }
-        return ways | {
+        return variants | {
             f"ours compiled, batch {BATCH}": (lambda: self.ours(compiled, four, True), BATCH, False),
-            f"diffusers compiled, batch {BATCH}": (lambda: self.theirs(self.peer(True), four), BATCH, False),
+            f"diffusers compiled, batch {BATCH}": (
+                lambda: self.theirs(self.build_peer(True), four),
+                BATCH,
+                False,
+            ),
         }
 
     def parts(self) -> dict[str, Callable]:
-        """Pieces of a step by themselves: attention by its kernels, and the single blocks' second projection
-        with one product of joined inputs or two that add up.
+        """Names parts of a step: attention by kernel, and the second projection of a single block.
+
+        The projection is one matrix product of joined inputs, or two that are added.
         """
         p, n = self.size.params, tokens(self.size)
         draw = partial(torch.randn, device=self.device, dtype=torch.bfloat16)
@@ -231,10 +229,10 @@ class Bench:
         parts = {"attention, torch's choice": partial(attend, None)}
         if self.device.type == "cuda":
             parts |= {f"attention, {name}": partial(attend, backend) for name, backend in BACKENDS.items()}
-        epilogues = with_epilogues(self.device)
+        epilogues = hopper_kernels(self.device)
         if epilogues:
-            parts["attention, flash-attn-4"] = partial(epilogues.Joined.attend, q, k, v)
-        linear, width = self.net().single_blocks[0].linear2, p.hidden_size
+            parts["attention, flash-attn-4"] = partial(epilogues.attend, q, k, v)
+        linear, width = self.build().single_blocks[0].linear2, p.hidden_size
         mixed, wide = draw(n, width), draw(n, 7 * width)
         joined, left, right = linear.weight, linear.weight[:, :width], linear.weight[:, width:]
 
@@ -253,7 +251,7 @@ class Bench:
 
 
 def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
-    """What the step takes beside what is there."""
+    """Measures the memory that a step needs in addition."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -265,13 +263,13 @@ def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
 
 
 def prepared(make: Callable[[], Callable]) -> tuple[Callable | None, dict]:
-    """The step, warm, and how long that took; or None and why not."""
+    """Prepares a step and warms it up. Returns it with the time that this took, or None with the error."""
     begin = time.perf_counter()
     try:
         step = make()
         for _ in range(3):
             step()
-    except Exception as error:  # the others' numbers are worth having
+    except Exception as error:  # the other numbers are still useful
         return None, {"error": f"{type(error).__name__}: {error}"[:1000]}
     return step, {"warm_up_s": time.perf_counter() - begin}
 
@@ -286,12 +284,13 @@ def main(
     only: str | tuple[str, ...] = "",
     whole: bool = False,
 ) -> None:
-    size, where = toy_size() if toy else full_size(), pick_device(device)
-    check_device(where, torch.bfloat16)
+    """Runs the benchmark."""
+    size, where = toy_step() if toy else full_step(), pick_device(device)
+    check_fp8_support(where, torch.bfloat16)
     bench = Bench(size, where, backend, whole)
     words = only.split(",") if isinstance(only, str) else only
-    chosen = {name: way for name, way in bench.ways().items() if any(word in name for word in words)}
-    results = {"machine": machine(where), "side": size.side, "steps": {}, "parts": {}}
+    chosen = {name: way for name, way in bench.variants().items() if any(word in name for word in words)}
+    results: dict[str, Any] = {"machine": machine(where), "side": size.side, "steps": {}, "parts": {}}
     ready: dict[str, Callable] = {}
     found = results["steps"]
     for name, (make, batch, in_8bit) in chosen.items():
@@ -300,14 +299,14 @@ def main(
         if step:
             ready[name] = step
             found[name] |= {"peak_gib": peak_gib(step, where), "ms": []}
-            # A CUDA graph's result lies where its next replay writes.
+            # The next replay of a CUDA graph overwrites its result.
             found[name]["answer"] = step().float().cpu()
         print(name, {key: value for key, value in found[name].items() if key != "answer"}, flush=True)
     parts = {name: prepared(lambda make=make: make)[0] for name, make in bench.parts().items()}
     times = {name: [] for name, part in parts.items() if part}
     for _ in range(size.rounds):
         for name, step in ready.items():
-            step()  # so that no way pays for the one before it
+            step()  # so that no variant pays for the one before it
             found[name]["ms"].append(milliseconds(step, where))
         for name in times:
             times[name].append(milliseconds(parts[name], where))
@@ -328,6 +327,7 @@ def main(
 
 
 def table(found: dict[str, dict]) -> str:
+    """Formats the results."""
     rows = []
     for name, entry in found.items():
         ms = entry.get("median_ms")
