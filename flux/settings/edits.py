@@ -69,7 +69,7 @@ class Turn(DoseSettings, frozen=True):
         names = (*DOSE_NUMBERS, "mask")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         dose = replace(DOSES[self.dose or DEFAULT_DOSE], **given)
-        return replace(dose, all_over_until=None) if "inject_until" in given else dose
+        return replace(dose, hold_subject_until=None) if "inject_until" in given else dose
 
 
 def _prompt_form(entry: Any) -> str:
