@@ -4,6 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from flux.errors import InputError
@@ -61,12 +64,43 @@ def test_a_mask_as_the_benchmarks_own_size():
     assert mask.sum() == 4 * 511 + 1
 
 
-def test_encoding_is_the_way_back():
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        mask = random.random((7, 9)) < 0.5
-        mask[[0, -1]] = mask[:, [0, -1]] = True
-        assert (decode_mask(encode_mask(mask), 9, 7) == mask).all()
+masks = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(lambda shape: arrays(bool, shape))
+
+
+def with_frame(mask: np.ndarray) -> np.ndarray:
+    framed = mask.copy()
+    framed[[0, -1]] = framed[:, [0, -1]] = True
+    return framed
+
+
+@given(masks)
+def test_decoding_restores_an_encoded_mask(mask):
+    height, width = mask.shape
+    assert (decode_mask(encode_mask(mask), width, height) == with_frame(mask)).all()
+
+
+@given(masks)
+def test_runs_are_as_few_as_can_be(mask):
+    """They ascend, and a pixel that is false stands between each and the next."""
+    runs = encode_mask(mask)
+    starts, lengths = runs[::2], runs[1::2]
+    assert sum(lengths) == mask.sum()
+    assert all(length > 0 for length in lengths)
+    ends = [start + length for start, length in zip(starts, lengths)]
+    assert all(end < start for end, start in zip(ends, starts[1:]))
+
+
+@given(st.lists(st.integers(0, 99), max_size=12), st.integers(1, 8), st.integers(1, 8))
+def test_any_runs_make_a_mask_of_the_right_size(numbers, width, height):
+    """Runs may overlap, come in any order, and lead beyond the last pixel."""
+    runs = numbers[: len(numbers) // 2 * 2]
+    mask = decode_mask(runs, width, height)
+    covered = {start + n for start, length in zip(runs[::2], runs[1::2]) for n in range(length)}
+    by_pixel = np.array([number in covered for number in range(width * height)])
+    assert (mask == with_frame(by_pixel.reshape(height, width))).all()
+
+
+def test_encoded_masks_by_hand():
     assert encode_mask(np.zeros((3, 3), dtype=bool)) == []
     assert encode_mask(np.ones((3, 3), dtype=bool)) == [0, 9]
 
