@@ -139,12 +139,13 @@ def test_own_numbers_replace_those_of_the_dose():
 
 
 def test_an_own_end_of_the_window_holds_for_all_areas():
-    assert Turn(prompt="a cat", dose="auto", inject_until=0.3).effective_dose().all_over_until is None
+    assert Turn(prompt="a cat", dose="auto", inject_until=0.3).effective_dose().hold_subject_until is None
 
 
 # ---- any settings
 
 texts = some.text(some.characters(codec="utf-8"), min_size=1).filter(str.strip)
+paths = texts.filter(lambda text: not set(text) & set("\b\f\n\r\t"))
 fractions = some.floats(0, 1, allow_nan=False)
 layers = some.lists(some.integers(0, 56), min_size=1, max_size=5, unique=True)
 models = some.fixed_dictionaries(
@@ -152,7 +153,7 @@ models = some.fixed_dictionaries(
     optional={
         "model": texts,
         "device": texts,
-        "lora": some.lists(texts | some.fixed_dictionaries({"file": texts, "weight": fractions}), max_size=2),
+        "lora": some.lists(paths | some.fixed_dictionaries({"file": paths, "weight": fractions}), max_size=2),
         "width": some.integers(16, 4096),
         "num_steps": some.integers(1, 99),
         "guidance": some.floats(0, 99),
@@ -168,7 +169,7 @@ doses = some.fixed_dictionaries(
         "weight": fractions | some.dictionaries(some.integers(0, 56).map(str), fractions, max_size=3),
         "top": some.integers(1, 57),
         "falling": some.booleans(),
-        "mask": texts,
+        "mask": paths,
     },
 )
 turns = texts | some.tuples(some.fixed_dictionaries({"prompt": texts}), doses).map(
@@ -192,7 +193,7 @@ def test_any_skip_settings_come_back_from_json(model, prompt, skipped):
     assert back_from_json(settings) == settings
 
 
-@given(models, doses, texts, some.lists(turns, min_size=1, max_size=3), layers | texts)
+@given(models, doses, texts, some.lists(turns, min_size=1, max_size=3), layers | paths)
 def test_any_edit_settings_come_back_from_json(model, dose, prompt, edits, vital):
     settings = check_settings(
         EditSettings, {**model, **dose, "prompt": prompt, "edits": edits, "vital_layers": vital}
