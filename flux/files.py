@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import json
 import os
@@ -10,20 +10,21 @@ from flux.errors import InputError
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes `data` as indented JSON, whole or not at all."""
+    """Writes indented JSON. Raises InputError as `write_bytes`."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file, whole or not at all."""
+    """Writes a UTF-8 text file. Raises InputError as `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file, making its folder if need be; at every moment the older or the new one is there whole.
+    """Writes a file, and its folder if there is none. At any moment, either the old or the new file is there.
 
-    Raises InputError if that fails (full disk, no permission, ...); the older file then stays and no other is
-    left behind.
+    Raises:
+        InputError: The file cannot be written (full disk, no permission, ...). The old file is then left
+            unchanged, and no other file is left behind.
     """
     path = Path(path)
     partial = path.with_name(f".flux-{uuid4().hex}.tmp")
@@ -35,5 +36,5 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror.lower()
+        reason = (error.strerror or str(error)).lower()
         raise InputError(f"Cannot write {path} ({reason}): make room or name another folder") from error

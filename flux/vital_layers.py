@@ -1,4 +1,4 @@
-"""Which layers an edit injects in: published sets by name, a scan's, a model's own."""
+"""The layers that an edit injects in: a published set, the result of a scan, or the model's own."""
 
 import json
 import os
@@ -10,23 +10,24 @@ from flux.files import write_text
 from flux.intervention import check_layers
 from flux.specs import VITAL_LAYERS_DEV, ModelSpec
 
-# Sets that others publish for FLUX.1-dev. The methods differ in more than the set: what they take there, and
-# when, is said beside it and has settings of its own (`parts`, `mask`, `inject_until`).
+# Sets that papers publish for FLUX.1-dev. Their methods differ in more than the set: what they inject and in
+# which steps is noted beside it, and is chosen by other settings (`parts`, `mask`, `inject_until`).
 PRESETS: dict[str, tuple[int, ...]] = {
     "stable-flow": VITAL_LAYERS_DEV,
-    # The set in the method's public code, which lets layer 2 go for looser edits.
+    # The set in the method's public code, which leaves out layer 2 for looser edits.
     "stable-flow-code": tuple(layer for layer in VITAL_LAYERS_DEV if layer != 2),
-    # FreeFlux: layers that answer to content, for non-rigid edits, and to position, for added objects; its
-    # background edits take all layers, with a mask.
+    # FreeFlux: layers that depend on content, for non-rigid edits, and layers that depend on position, for
+    # added objects. Its background edits use all layers, with a mask.
     "freeflux-content": (0, 7, 8, 9, 10, 18, 25, 28, 37, 42, 45, 50, 56),
     "freeflux-position": (1, 2, 4, 26, 30, 54, 55),
     "freeflux-background": tuple(range(57)),
-    # RF-Solver-Edit: values only, in the first steps; FireFlow: the same layers, in the first of eight steps.
+    # RF-Solver-Edit injects values only, in the first steps. FireFlow uses the same layers, in the first of
+    # eight steps.
     "rf-solver-edit": tuple(range(39, 57)),
     "fireflow": tuple(range(39, 57)),
-    # KV-Edit: the tokens outside the mask, everywhere.
+    # KV-Edit injects the tokens outside the mask in all layers.
     "kv-edit": tuple(range(57)),
-    # LayerVerse: its layers of masked keys and values.
+    # LayerVerse injects masked keys and values.
     "layerverse": (1, 51, 52, 53, 54, 55, 56),
 }
 
@@ -34,11 +35,20 @@ PRESETS: dict[str, tuple[int, ...]] = {
 def find_vital_layers(
     choice: str | Sequence[int], spec: ModelSpec, checkpoint: str | None = None
 ) -> tuple[int, ...]:
-    """The layers that an edit injects in, the most vital first: a list of them, "auto" (the model's own),
-    "all", a preset, or a scan's JSON file.
+    """Finds the layers that an edit injects in.
+
+    Args:
+        choice: A list of layers, "all", the name of a preset, the vital_layers.json of a scan, or "auto": a
+            remembered scan of this checkpoint, otherwise the model's own layers.
+        spec: The model.
+        checkpoint: The fingerprint of its weights, if known.
+
+    Returns:
+        The layers, the most vital first as far as that is known.
 
     Raises:
-        InputError: a model whose vital layers nobody knows, an unknown preset, or a file that is no scan's.
+        InputError: The model's vital layers are not known, there is no such preset or file, the file is not
+            that of a scan, or the model lacks one of the layers.
     """
     scan = remembered_scan(checkpoint) if checkpoint else None
     if choice == "auto" and scan and scan.is_file():
@@ -62,6 +72,7 @@ def find_vital_layers(
 
 
 def _read_scan(path: Path) -> list[int]:
+    """Reads a vital_layers.json, the most vital layers first."""
     if not path.is_file():
         raise InputError(
             f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
@@ -76,28 +87,37 @@ def _read_scan(path: Path) -> list[int]:
         ) from error
     if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
         raise InputError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
-    known = scan.get("vitality", {})
-    return sorted(layers, key=lambda layer: -known.get(f"{layer:02d}", {}).get("vitality", 0))
+    vitality = scan.get("vitality", {})
+    return sorted(layers, key=lambda layer: -vitality.get(f"{layer:02d}", {}).get("vitality", 0))
 
 
 def remembered_scan(checkpoint: str) -> Path:
-    """Where the scan of a checkpoint (its fingerprint) is remembered for demo 4's "auto"."""
+    """Returns the path at which the scan of a checkpoint is remembered. The file need not exist.
+
+    Args:
+        checkpoint: The fingerprint of the checkpoint.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "flux-stable-flow" / "scans" / f"{checkpoint}.json"
 
 
 def remember_scan(path: Path) -> bool:
-    """Remembers the vital_layers.json at `path` for its checkpoint, if it can stand for it: all layers truly
-    bypassed one by one, and enough prompts for a confidence interval. Returns whether it does.
+    """Remembers a vital_layers.json for its checkpoint, for the "auto" of later edits.
+
+    It must be that of a complete scan: each layer was skipped by itself, with nothing of its output kept, and
+    with enough prompts for confidence intervals.
+
+    Returns:
+        Whether the scan is remembered.
     """
     scan = json.loads(path.read_text(encoding="utf-8"))
-    protocol, known = scan["protocol"], all("low" in layer for layer in scan["vitality"].values())
-    whole = protocol["layers"] == "all" and protocol.get("scale", 0) == 0 and known
-    if not (whole and scan["checkpoint"] and scan["vital_layers"]):
+    protocol, has_intervals = scan["protocol"], all("low" in layer for layer in scan["vitality"].values())
+    is_complete = protocol["layers"] == "all" and protocol.get("scale", 0) == 0 and has_intervals
+    if not (is_complete and scan["checkpoint"] and scan["vital_layers"]):
         return False
     try:
         write_text(remembered_scan(scan["checkpoint"]), path.read_text(encoding="utf-8"))
-    except InputError as error:  # the scan is done, and demo 4 can be given its file
+    except InputError as error:  # no reason to fail: the scan is done, and demo 4 can read its file
         print(f'not remembered for the "auto" of demo 4: {error}')
         return False
     return True

@@ -1,7 +1,8 @@
-"""What a run writes down about itself, so that it can be repeated."""
+"""The record that a run leaves, so that it can be repeated."""
 
 import platform
 from importlib import metadata
+from typing import Any
 
 from flux.settings.demos import ModelSettings, Settings
 
@@ -9,7 +10,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package, and of the packages that results depend on."""
+    """Returns the versions of Python, of this package, and of the packages that results depend on."""
     from flux import __version__
 
     return {
@@ -19,14 +20,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def run_record(settings: Settings, **more) -> dict:
-    """The contents of a run.json: which demo reads it, its full settings, versions, and what is given."""
+def run_record(settings: Settings, **more: Any) -> dict[str, Any]:
+    """Returns the contents of a run.json: the demo that reads it, its settings, the versions, and `more`."""
     return {"demo": settings.demo, "settings": settings.to_json(), "versions": versions(), **more}
 
 
-def about(settings: ModelSettings, prompt: str, seed: int, **more) -> dict | None:
-    """What a picture's file says of it: a run record, and the picture's own prompt and seed. None if not
-    wanted.
+def image_metadata(settings: ModelSettings, prompt: str, seed: int, **more: Any) -> dict[str, Any] | None:
+    """Returns what an image file says about its image: a run record, its own prompt and seed, and `more`.
+
+    None if the settings ask for no metadata.
     """
     if not settings.metadata:
         return None

@@ -1,0 +1,1 @@
+"""Scans: which layers of a model are vital."""

@@ -18,7 +18,8 @@ from flux.scan.plots import plot_vitality
 from flux.scan.publish import publish
 from flux.scan.scores import Rule, Scores, is_settled
 from flux.scan.similarity import gather, score_row
-from flux.scan.sweep import Sweep, Task, image_path
+from flux.scan.skipper import Task
+from flux.scan.sweep import Sweep, image_path
 from flux.settings.resolved import ResolvedScan
 from flux.specs import encoder_of, get_spec
 

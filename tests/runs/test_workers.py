@@ -1,9 +1,5 @@
-"""Tasks shared out by Ray over the two hosts of a cluster on this machine, whose processes and hosts die.
+"""Tasks done here, or shared by Ray among the two hosts of a cluster on this machine, which die at times."""
 
-This file is imported by the workers too: heavy things are imported where they are used.
-"""
-
-import io
 import os
 import signal
 import socket
@@ -11,94 +7,20 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers.ray_work import HOST, WAIT, Packing, Picky, Stillborn, Surroundings, Toy, until
 
 from flux.errors import InputError
 from flux.runs import workers
-from flux.runs.workers import run_tasks
+from flux.runs.workers import device_on_worker, finish_beside, run_tasks
 
 # One test of the whole runs by default; the others together take a minute, and more on a busy machine.
 slow = pytest.mark.slow
 
-TESTS = Path(__file__).resolve().parents[1]
-HOST = {
-    "num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20, "wait": False
-}  # fmt: skip
-WAIT = 240  # seconds for what must come to pass, however busy the machine is
-# On a busy machine a process that is slow is not dead; one that is, is known to be so soon.
-PATIENT = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": f"{WAIT}000",
-    "RAY_worker_register_timeout_seconds": f"{WAIT}",
-    "RAY_gcs_server_request_timeout_seconds": f"{WAIT}",
-    "RAY_gcs_rpc_server_connect_timeout_s": f"{WAIT}",
-    "RAY_gcs_server_port_wait_time_s": f"{WAIT}",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """Workers find this file, nobody is told of the tests, and no cluster of the person's own is taken."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, TESTS.parent))))
-        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **PATIENT}.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def hosts(environment):
-    """A cluster of two hosts with one CPU each; the tests' own process joins the first."""
-    from ray.cluster_utils import Cluster
-
-    hosts = Cluster(initialize_head=True, head_node_args=HOST)
-    yield hosts
-    hosts.shutdown()
-
-
-@pytest.fixture
-def two_hosts(hosts):
-    """That cluster, whole again after a test that took a host away."""
-    if not hosts.worker_nodes:
-        hosts.add_node(**HOST)
-    hosts.wait_for_nodes(timeout=WAIT)
-    return hosts
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what other processes do: however slow the machine is, the order of things is the same."""
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
-
-
-class Toy:
-    """Squares numbers and says in which process; what else it does is in the task."""
-
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
-        (folder / f"worker_{os.getpid()}").touch() if folder else None
-
-    def run(self, task: dict) -> tuple[int, int]:
-        time.sleep(task.get("seconds", 0.0))
-        for kind in {"worker", "done"} & task.keys():
-            until(lambda: len(list(self.folder.glob(f"{kind}_*"))) >= task[kind])
-        if "die_once" in task and not (self.folder / "died").exists():
-            (self.folder / "died").touch()
-            os._exit(1)
-        if "die" in task:
-            os._exit(1)
-        if "wrong" in task:
-            raise task["wrong"]
-        (self.folder / f"done_{task['number']}").touch() if self.folder else None
-        return task["number"] ** 2, os.getpid()
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def numbers(count: int, **more) -> list[dict]:
@@ -117,7 +39,98 @@ def expected(count: int) -> dict[int, int]:
     return {number: number**2 for number in range(count)}
 
 
-# ---- sharing out
+# ---- in this process
+
+
+class Here:
+    """Notes its tasks, and packs nothing."""
+
+    made = 0
+
+    def __init__(self, log: list[str]):
+        self.log = log
+        Here.made += 1
+
+    def run(self, task: int) -> int:
+        self.log.append(f"run {task}")
+        return task * 10
+
+    def pack(self, result: int) -> int:
+        pytest.fail("packed")
+
+
+def test_one_worker_without_an_address_works_here(monkeypatch):
+    """The work is made once there is a task to do, and each task runs when its result is asked for."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(Here, "made", 0)
+    log = []
+    assert list(run_tasks(Here, (log,), [])) == []
+    assert Here.made == 0
+    results = run_tasks(Here, (log,), [3, 1, 2])
+    assert next(results) == (0, 30)
+    assert log == ["run 3"]
+    assert list(results) == [(1, 10), (2, 20)]
+    assert Here.made == 1
+
+
+def test_results_are_finished_beside_the_next_task():
+    """Each in another thread, one at a time and in order, while the next result is made."""
+    made, finishing, threads = [], [], set()
+
+    def results():
+        for number in range(4):
+            if number:
+                until(lambda number=number: len(finishing) == number)
+            made.append(number)
+            yield number, f"result {number}"
+
+    def finish(number: int, result: str) -> str:
+        finishing.append(number)
+        threads.add(threading.get_ident())
+        if number < 3:
+            until(lambda: len(made) > number + 1)
+        return f"{number}: {result}"
+
+    assert list(finish_beside(results(), finish)) == [f"{number}: result {number}" for number in range(4)]
+    assert finishing == [0, 1, 2, 3]
+    assert len(threads) == 1
+    assert threads != {threading.get_ident()}
+
+
+@pytest.mark.parametrize("error", [InputError("a full disk"), KeyboardInterrupt()], ids=repr)
+def test_an_error_while_finishing_ends_the_run(error):
+    """When the next result is there; no more are made."""
+    log = []
+
+    def finish(number: int, result: int) -> None:
+        if number == 1:
+            raise error
+
+    with pytest.raises(type(error)):
+        list(finish_beside(run_tasks(Here, (log,), range(9)), finish))
+    assert log == ["run 0", "run 1", "run 2"]
+
+
+def test_stopping_early_stops_the_tasks():
+    closed = []
+
+    def results():
+        try:
+            yield from enumerate(range(9))
+        finally:
+            closed.append(True)
+
+    with closing(finish_beside(results(), lambda number, result: number)) as finished:
+        assert next(finished) == 0
+    assert closed == [True]
+
+
+def test_a_ray_worker_sees_its_gpu_as_the_first():
+    devices = ("cuda:1", "cuda", "cpu", "auto")
+    assert [device_on_worker(device) for device in devices] == ["cuda", "cuda", "cpu", "auto"]
+
+
+# ---- shared by Ray
 
 
 @slow
@@ -141,32 +154,11 @@ def test_whoever_is_free_gets_the_next_task(two_hosts, tmp_path):
     assert sum(process == slow for _, (_, process) in results) <= 2
 
 
-class Packing:
-    """The first two results are packed only when the next task has begun."""
-
-    def __init__(self):
-        self.thread, self.begun = threading.get_ident(), 0
-
-    def run(self, task: int) -> tuple[int, bool]:
-        self.begun += 1
-        return self.begun, threading.get_ident() == self.thread
-
-    def pack(self, result: tuple[int, bool]) -> tuple[bool, str]:
-        number, own_thread = result
-        until(lambda: self.begun > min(number, 2))
-        return own_thread, "packed"
-
-
 @slow
 def test_packing_does_not_hold_up_the_next_task(two_hosts):
     """All work is in the thread that made it, and packing in another."""
     results = dict(run_tasks(Packing, (), range(4), 1, two_hosts.address))
     assert results == dict.fromkeys(range(4), (True, "packed"))
-
-
-class Surroundings:
-    def run(self, task: None) -> tuple:
-        return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]
 
 
 @slow
@@ -229,15 +221,10 @@ def test_a_host_lost_mid_way_and_a_new_one(two_hosts, tmp_path, capfd):
     assert capfd.readouterr().err.count("was lost, others go on") == 1
 
 
-class Stillborn:
-    def __init__(self):
-        os._exit(1)
-
-
 @slow
 def test_workers_that_all_die_at_the_start(two_hosts):
     """They are not replaced for ever."""
-    with pytest.raises(InputError, match="No worker could start .the last one was lost"):
+    with pytest.raises(InputError, match=r"No worker could start .the last one was lost"):
         list(run_tasks(Stillborn, (), [1, 2, 3], 2, two_hosts.address))
 
 
@@ -258,14 +245,9 @@ def test_an_error_of_a_task_ends_the_run(two_hosts, wrong, capfd):
     assert "was lost" not in capfd.readouterr().err
 
 
-class Picky:
-    def __init__(self, weights: str):
-        raise InputError(f"no file {weights}")
-
-
 @slow
 def test_an_error_of_the_work_at_the_start(two_hosts):
-    with pytest.raises(InputError, match="^no file x.safetensors$"):
+    with pytest.raises(InputError, match=r"^no file x.safetensors$"):
         list(run_tasks(Picky, ("x.safetensors",), [1], 1, two_hosts.address))
 
 
@@ -274,7 +256,7 @@ def test_more_workers_than_there_is_room_for(two_hosts, capfd):
     """Those for which there is room do it; where there is none for a single one it is said at once."""
     assert squares(run_tasks(Toy, (), numbers(8), 5, two_hosts.address)) == expected(8)
     assert "5 workers want 1 CPU each, the cluster has room for " in capfd.readouterr().err
-    with pytest.raises(InputError, match="No host of the cluster has 2 GPU for a worker"):
+    with pytest.raises(InputError, match=r"No host of the cluster has 2 GPU for a worker"):
         list(run_tasks(Toy, (), numbers(2), 2, two_hosts.address, num_gpus_per_worker=2))
 
 
@@ -288,7 +270,7 @@ def test_a_cluster_that_others_use(two_hosts, monkeypatch):
     try:
         others = [ray.remote(num_cpus=1)(Toy).remote() for _ in range(2)]
         ray.get([other.run.remote({"number": 1}) for other in others])
-        with pytest.raises(InputError, match="No worker is left.*no room for one .all are in use"):
+        with pytest.raises(InputError, match=r"No worker is left.*no room for one .all are in use"):
             list(run_tasks(Toy, (), numbers(2), 2))
         assert ray.is_initialized()  # it was connected before, so it stays
     finally:
@@ -325,7 +307,7 @@ def test_addresses_without_a_cluster(monkeypatch):
 @slow
 def test_another_version_on_a_host(two_hosts, monkeypatch):
     monkeypatch.setattr(workers, "__version__", "0.0.0")
-    with pytest.raises(InputError, match="Got a worker on .* here it is 0.0.0: install the same"):
+    with pytest.raises(InputError, match=r"Got a worker on .* here it is 0.0.0: install the same"):
         list(run_tasks(Toy, (), numbers(2), 1, two_hosts.address))
 
 
@@ -386,9 +368,9 @@ SWEEP = {
 def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
     """The pictures are those of one process, bit for bit."""
     import numpy as np
-    from PIL import Image
 
-    from flux.scan.sweep import LayerSkipper, plan
+    from flux.scan.skipper import LayerSkipper
+    from flux.scan.sweep import plan
     from flux.settings.complete import resolve
     from flux.settings.demos import SkipSettings
 
@@ -398,10 +380,10 @@ def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
     wanted = [skipper.make(task) for task in tasks]
     [host] = two_hosts.worker_nodes
     found = {}
-    for number, files in run_tasks(LayerSkipper, (settings,), tasks, 2, two_hosts.address):
+    for number, decode in run_tasks(LayerSkipper, (settings,), tasks, 2, two_hosts.address):
         if not found:
             two_hosts.remove_node(host, allow_graceful=False)
-        found[number] = [Image.open(io.BytesIO(file)) for file in files]
+        found[number] = decode()
     assert len(tasks) == 4
     assert found.keys() == set(range(4))
     for number, pictures in enumerate(wanted):

@@ -1,5 +1,7 @@
 """The scan's plots: every bar, mark, whisker and name where it belongs."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from matplotlib import colormaps
@@ -56,7 +58,7 @@ def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
     assert any(np.allclose(line.get_ydata(), 0.3) for line in ax.lines)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [str(layer) for layer in range(num_layers)]
     boxes = [tick.get_window_extent() for tick in ax.get_xticklabels()]
-    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "labels overlap"
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), "labels overlap"
     legend = [text.get_text() for text in ax.figure.legends[0].get_texts()]
     assert legend == ["double-stream", "single-stream", "vital", "threshold 0.3"]
     with Image.open(tmp_path / "p.png") as image:
@@ -89,7 +91,7 @@ def test_plot_of_many_sets_turns_its_labels(axes, tmp_path):
     scores = {(0, 5, layer): layer / 40 for layer in range(7, 37)}
     plot_vitality(scores, 19, set(), None, tmp_path / "p.png")
     boxes = [tick.get_window_extent() for tick in axes[0].get_xticklabels()]
-    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "labels overlap"
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), "labels overlap"
 
 
 @pytest.mark.parametrize("vital", [set(), {0, 2}])
@@ -118,7 +120,7 @@ def test_plot_of_one_score_or_none(axes, tmp_path):
     (bar,) = axes[0].patches
     left, right = axes[0].get_xlim()
     assert bar.get_width() < (right - left) / 8
-    with pytest.raises(ValueError, match="at least one score"):
+    with pytest.raises(ValueError, match=r"at least one score"):
         plot_vitality({}, 5, set(), None, tmp_path / "p.png")
 
 
@@ -165,5 +167,5 @@ def test_heat_map_of_a_whole_scan(axes, tmp_path):
     plot_heat_map(similarity, [(i,) for i in range(57)], ["a dog"] * 64, 19, {0}, tmp_path / "h.png")
     across = [tick.get_window_extent() for tick in axes[0].get_xticklabels()]
     down = [tick.get_window_extent() for tick in axes[0].get_yticklabels()]
-    assert all(a.x1 < b.x0 for a, b in zip(across, across[1:], strict=False))
-    assert all(b.y1 < a.y0 for a, b in zip(down, down[1:], strict=False))
+    assert all(a.x1 < b.x0 for a, b in pairwise(across))
+    assert all(b.y1 < a.y0 for a, b in pairwise(down))

@@ -153,7 +153,7 @@ def test_texts_of_the_user_stay_texts(page):
     assert not elements.of("b")[0]
     assert not elements.of("i")[0].get("onclick")
     assert HOSTILE in elements.text
-    assert [a["title"] for a in elements.of("th") if "title" in a][0] == f"prompt 0, seed 7: {HOSTILE}"
+    assert next(a["title"] for a in elements.of("th") if "title" in a) == f"prompt 0, seed 7: {HOSTILE}"
     assert "<script>document" not in page
 
 
@@ -190,7 +190,7 @@ def test_sweep_that_ended_early_and_seeds(sweep, tmp_path):
 
 def test_missing_picture_leaves_the_older_report(sweep, tmp_path):
     (tmp_path / "r.html").write_text("older")
-    with pytest.raises(InputError, match="nowhere.png"):
+    with pytest.raises(InputError, match=r"nowhere.png"):
         report(sweep, tmp_path / "r.html", image_path=lambda *_: tmp_path / "nowhere.png")
     assert (tmp_path / "r.html").read_text() == "older"
 

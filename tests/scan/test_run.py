@@ -20,9 +20,11 @@ from flux.images.io import read_image
 from flux.metrics.base import Metric
 from flux.scan.__main__ import main
 from flux.scan.run import scan
-from flux.scan.sweep import LayerSkipper, check_sweep
+from flux.scan.skipper import LayerSkipper
+from flux.scan.sweep import check_sweep
 from flux.settings.complete import resolve
-from flux.settings.demos import EditSettings, ScanSettings, SkipSettings
+from flux.settings.demos import ScanSettings, SkipSettings
+from flux.settings.edits import EditSettings
 from flux.vital_layers import find_vital_layers, remembered_scan
 from flux.weights.checkpoint import open_checkpoint
 from flux.weights.find import checkpoint_of
@@ -170,7 +172,7 @@ def test_sets_of_layers_are_scored_but_never_vital(tmp_path, plain_pictures, syn
 def test_two_scans_that_differ_only_in_how_they_score_share_a_folder(tmp_path, numbers_only):
     assert scan(settings(tmp_path), progress=False) == [5]
     assert scan(settings(tmp_path, top=2, stop_when="stable"), progress=False) == [5, 12]
-    with pytest.raises(InputError, match="another num_steps"):
+    with pytest.raises(InputError, match=r"another num_steps"):
         scan(settings(tmp_path, num_steps=2), progress=False)
 
 
@@ -256,7 +258,7 @@ def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_pictures, monkeypatc
             raise InputError("Got a picture that is too small")
 
     monkeypatch.setattr("flux.scan.run.load_metrics", lambda *_: {"dino": Failing()})
-    with pytest.raises(InputError, match="too small"):
+    with pytest.raises(InputError, match=r"too small"):
         scan(settings(tmp_path, prompts=[f"{number}" for number in range(60)]), progress=False)
     assert len(list(tmp_path.glob("prompt_*"))) < 60
 
@@ -264,7 +266,7 @@ def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_pictures, monkeypatc
 def test_pictures_of_unequal_size(tmp_path, plain_pictures, monkeypatch, synthetic, capsys):
     scan(settings(tmp_path / "scan"), progress=False)
     Image.new("RGB", (16, 16)).save(tmp_path / "scan" / "prompt_001" / "skip_05.png")
-    with pytest.raises(InputError, match="unequal size.*skip_05.png has 16x16 .* reference 96x64"):
+    with pytest.raises(InputError, match=r"unequal size.*skip_05.png has 16x16 .* reference 96x64"):
         scan(settings(tmp_path / "scan"), progress=False)
     with pytest.raises(SystemExit):
         demo_3(monkeypatch, tmp_path / "scan")

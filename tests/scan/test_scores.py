@@ -1,216 +1,19 @@
-"""The metrics against what they are defined as; vitality, selection and the bootstrap by hand and on numbers
-whose truth is known; the files.
-"""
+"""Vitality, selection and the bootstrap, by hand and on numbers whose truth is known."""
 
 import csv
 import io
-import json
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.scores import TABLE, scattered, table
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flux.errors import InputError
-from flux.metrics.features import Clip, Dino, Lpips
-from flux.metrics.pixels import MAX_PSNR, Psnr, Ssim
-from flux.metrics.table import METRICS, load_metrics
-from flux.runs.record import run_record
-from flux.scan.publish import write_scores
+from flux.metrics.table import METRICS
 from flux.scan.scores import Rule, Scores, is_settled, settled_after, spearman
-from flux.scan.similarity import score
-from flux.scan.sweep import image_path
-from flux.settings.complete import resolve
-from flux.settings.demos import DinoSettings, SkipSettings
-from flux.specs import configs
-from flux.vital_layers import find_vital_layers
-
-RANDOM = np.random.default_rng(0)
-
-
-def noise(width: int = 32, height: int = 24) -> Image.Image:
-    return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def table(*vitalities: float, rows: int = 1) -> Scores:
-    """Single layers 0, 1, ... of these vitalities, every row the same."""
-    sets = [(layer,) for layer in range(len(vitalities))]
-    return Scores(sets, {"dino": 1 - np.array([vitalities] * rows)})
-
-
-def scattered(truth, rows: int, spread: float, sets=None, prompts=None) -> Scores:
-    """Vitalities that scatter normally about their truth from row to row."""
-    truth = np.asarray(truth)
-    values = truth + spread * np.random.default_rng(5).standard_normal((rows, len(truth)))
-    return Scores(sets or [(layer,) for layer in range(len(truth))], {"dino": 1 - values}, prompts)
-
-
-# ---- metrics
-
-
-def test_psnr_by_hand():
-    """A fifth of the range off everywhere: 20 log10(5) dB, and a fifth is the change."""
-    black, grey = Image.new("RGB", (20, 16)), Image.new("RGB", (20, 16), (51, 51, 51))
-    values = Psnr().compare([black, black], [grey, black])
-    assert values == pytest.approx([20 * np.log10(5), MAX_PSNR])
-    assert Psnr.change(np.array(values)) == pytest.approx([0.2, 0])
-
-
-def test_psnr_of_nearly_equal_pictures_is_below_that_of_equal_ones():
-    black, dot = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))
-    dot.putpixel((3, 3), (1, 0, 0))
-    assert Psnr().compare([black], [dot]) == pytest.approx([10 * np.log10(255**2 * 64 * 64 * 3)])
-
-
-def literal_ssim(a: Image.Image, b: Image.Image) -> float:
-    """Window by window, as section III-B of the paper has it."""
-    offsets = np.arange(11) - 5
-    weights = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
-    weights /= weights.sum()
-    a, b = (np.asarray(image, dtype=float) for image in (a, b))
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    values = []
-    for top, left, colour in np.ndindex(a.shape[0] - 10, a.shape[1] - 10, 3):
-        x, y = (image[top : top + 11, left : left + 11, colour] for image in (a, b))
-        mx, my = (weights * x).sum(), (weights * y).sum()
-        vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
-        cov = (weights * (x - mx) * (y - my)).sum()
-        values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
-    return float(np.mean(values))
-
-
-def test_ssim_is_its_definition():
-    """Of unrelated and of related pictures, one flat, which is where rounding would show."""
-    a, flat = noise(), Image.new("RGB", (32, 24), (250, 3, 128))
-    pairs = [(a, noise()), (a, Image.blend(a, noise(), 0.3)), (flat, Image.blend(flat, a, 0.02)), (a, a)]
-    values = Ssim.load().compare(*zip(*pairs))
-    assert values == pytest.approx([literal_ssim(*pair) for pair in pairs], abs=1e-7)
-    assert values[-1] == pytest.approx(1)
-
-
-def test_ssim_needs_a_whole_window():
-    tiny = Image.new("RGB", (30, 10))
-    with pytest.raises(InputError, match="30x10.*11x11"):
-        Ssim().compare([tiny], [tiny])
-
-
-def test_dino_is_the_cosine_and_embeds_a_reference_once(monkeypatch):
-    metric = Dino.load(configs["flux-nano"].dinov2)
-    reference, others = noise(), [noise(), noise()]
-    features = metric.encoder.embed([reference, *others])
-    embed, embedded = metric.encoder.embed, []
-    monkeypatch.setattr(metric.encoder, "embed", lambda images: embedded.extend(images) or embed(images))
-    values = metric.compare([reference] * 3, [*others, reference])
-    assert values == pytest.approx([*(features[1:] @ features[0]).tolist(), 1], abs=1e-5)
-    assert len(embedded) == 3
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A CLIP vision model of random weights."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    folder = tmp_path_factory.mktemp("clip")
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    sides = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=sides).save_pretrained(folder)
-    return folder
-
-
-def test_clip_is_the_cosine_of_its_image_embeddings(clip_folder):
-    """At the model's own size nothing is resized, so the preparation is one line."""
-    from transformers import CLIPVisionModelWithProjection
-
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    model = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
-    pictures = [noise(32, 32) for _ in range(3)]
-    pixels = np.stack([(np.asarray(picture) / 255 - mean) / std for picture in pictures])
-    pixels = torch.from_numpy(pixels).float().permute(0, 3, 1, 2)
-    a, *others = model(pixel_values=pixels).image_embeds
-    expected = [torch.cosine_similarity(a, b, dim=0).item() for b in others]
-    values = Clip.load(str(clip_folder)).compare([pictures[0]] * 2, pictures[1:])
-    assert values == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_clip_that_is_not_whole_is_refused(clip_folder, tmp_path):
-    """transformers would fill the projection with random numbers and go on."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(clip_folder, tmp_path / "clip")
-    file = tmp_path / "clip" / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["visual_projection.weight"]
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(InputError, match="no whole CLIP vision model: visual_projection.weight is missing"):
-        Clip.load(str(tmp_path / "clip"))
-    with pytest.raises(InputError, match="no whole CLIP vision model"):
-        Clip.load(str(configs["flux-nano"].dinov2))
-    with pytest.raises(InputError, match="a folder without a whole CLIP vision model"):
-        Clip.load(str(tmp_path))
-
-
-def test_a_clip_that_cannot_be_had(tmp_path):
-    with pytest.raises(InputError, match="nobody/nothing.*the hub did not give it: give a folder"):
-        Clip.load("nobody/nothing")
-
-
-def test_lpips_is_turned_into_a_similarity(monkeypatch):
-    """The package's net takes -1..1 and hands back a distance for each row, "B 1 1 1"."""
-
-    class Net(torch.nn.Module):
-        def forward(self, a, b):
-            assert a.min() == -1
-            assert a.max() == 1
-            return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True) / 4
-
-    def make(net, verbose):
-        assert net == "alex"
-        return Net()
-
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=make))
-    half = Image.new("RGB", (16, 16))
-    half.paste("white", (0, 0, 16, 8))
-    values = Lpips.load().compare([half, half], [half, half.rotate(180)])
-    assert values == pytest.approx([1, 0.5])
-    assert Lpips.change(np.array(values)) == pytest.approx([0, 0.5])
-
-
-def test_lpips_without_its_package_or_weights(monkeypatch):
-    def offline(**_):
-        raise OSError("no route to host")
-
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(InputError, match="pip install lpips"):
-        Lpips.load()
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=offline))
-    with pytest.raises(InputError, match="no route to host.*put alexnet-owt-7be5be79.pth into"):
-        Lpips.load()
-
-
-def test_only_the_metrics_asked_for_are_loaded(monkeypatch):
-    monkeypatch.setattr(Dino, "load", lambda *_: pytest.fail("loaded"))
-    assert list(load_metrics(["ssim", "psnr"])) == ["ssim", "psnr"]
-    with pytest.raises(InputError, match="unknown metric 'dine': expected some of dino, psnr"):
-        load_metrics(["psnr", "dine"])
-
-
-def test_a_bypass_that_changes_nothing_has_no_vitality():
-    for name, unchanged in {"dino": 1, "clip": 1, "ssim": 1, "lpips": 1, "psnr": MAX_PSNR}.items():
-        assert METRICS[name].change(np.array([unchanged])) == 0
+from flux.settings.demos import DinoSettings
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -221,14 +24,6 @@ def test_less_alike_is_more_vital(metric):
 
 
 # ---- vitality and selection
-
-TABLE = Scores(
-    [(0,), (1, 2), (2,), (1,)],
-    {
-        "dino": np.array([[0.9, 0.1, 0.8, 0.5], [0.7, 0.1, 1.0, 0.7]]),
-        "psnr": np.array([[20.0, 100, 40, 20], [40, 100, 40, 20]]),
-    },
-)
 
 
 def test_vitality_is_1_minus_the_mean_similarity():
@@ -293,7 +88,7 @@ def test_a_rule_says_one_thing():
         {"gap": True},
     ]
     for wrong in ({}, {"top": 1, "gap": True}, {"top": 1, "threshold": 0.5}):
-        with pytest.raises(ValueError, match="exactly one"):
+        with pytest.raises(ValueError, match=r"exactly one"):
             Rule(**wrong)
 
 
@@ -415,7 +210,7 @@ def test_a_part_of_the_rows():
     assert part.num_rows == 2
 
 
-# ---- folders and files
+# ---- the table
 
 
 def test_the_table_as_csv():
@@ -426,95 +221,51 @@ def test_the_table_as_csv():
     assert rows[9] == {"prompt": "1", "layers": "00", "metric": "psnr", "similarity": "40.000000"}
 
 
-def write(folder, scores, rule, **more) -> dict:
-    given = {"model": "flux-nano", "checkpoint": "sha256:12ab", "protocol": {"prompts": ["é"] * 64}}
-    layers = write_scores(folder, scores, rule, **{**given, **more})
-    data = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
-    assert layers == data["vital_layers"] == scores.vital(rule)
-    return data
+# ---- properties of ranks and rules
+
+# Few different values, so that many are equal.
+VALUES = st.integers(0, 5).map(float)
 
 
-def test_files_of_the_scores(tmp_path):
-    scores = scattered([0.9, 0.1, 0.7], 10, 0.01, [(0,), (2,), (0, 2)])
-    scores.tables["psnr"] = scores.tables["dino"] * 50
-    data = write(tmp_path / "new", scores, Rule(gap=True), sources={"dino": "facebook/dinov2-giant"})
-    assert (tmp_path / "new" / "similarity.csv").read_text() == scores.csv()
-    assert (data["model"], data["checkpoint"]) == ("flux-nano", "sha256:12ab")
-    assert data["rule"] == {"metric": "dino", "gap": True}
-    assert data["rows"] == 10
-    assert data["stable"] is True
-    assert data["stable_after"] == 8
-    low, high = scores.intervals()[(0,)]
-    vitality = scores.vitality()[(0,)]
-    assert data["vitality"]["00"] == {"vitality": vitality, "low": low, "high": high, "membership": 1.0}
-    assert data["vitality"]["00-02"].keys() == {"vitality", "low", "high"}
-    assert data["vitality_by_other_metrics"]["psnr"]["02"] == scores.vitality("psnr")[(2,)]
-    assert data["agreement"] == {"dino": {"psnr": 1.0}}
-    assert data["nets"] == {"dino": "facebook/dinov2-giant"}
-    assert data["protocol"]["prompts"] == ["é"] * 64
-    assert find_vital_layers(str(tmp_path / "new" / "vital_layers.json"), configs["flux-nano"]) == (0,)
+def by_definition(a: list[float], b: list[float]) -> float | None:
+    """Pearson's correlation of the mean ranks."""
+    ranks = [
+        [sum(y < x for y in values) + (sum(y == x for y in values) + 1) / 2 for x in values]
+        for values in (a, b)
+    ]
+    if any(len(set(each)) < 2 for each in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
-def test_few_prompts_say_no_more_than_they_can(tmp_path):
-    data = write(tmp_path, TABLE, Rule(threshold=0.15))
-    assert data["vitality"]["00"] == {"vitality": 0.2}
-    assert data["stable"] is False
-    assert data["stable_after"] is None
+@given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=12))
+def test_rank_correlation_is_its_definition(pairs):
+    a, b = (list(values) for values in zip(*pairs))
+    assert spearman(a, b) == pytest.approx(by_definition(a, b), abs=1e-6)
+    assert spearman(a, b) == spearman(b, a)
 
 
-def test_a_person_can_read_the_file(tmp_path):
-    """A line for each layer, none beyond an editor's width."""
-    write(tmp_path, scattered(np.linspace(0, 1, 57), 16, 0.1), Rule(top=40))
-    lines = (tmp_path / "vital_layers.json").read_text(encoding="utf-8").splitlines()
-    assert max(map(len, lines)) <= 110
-    assert sum('"membership"' in line for line in lines) == 57
+@given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=12))
+def test_rank_correlation_depends_on_the_order_alone(pairs):
+    a, b = (list(values) for values in zip(*pairs))
+    assert spearman([x**3 - 7 for x in a], b) == spearman(a, b)
 
 
-SETTINGS = {"prompts": ["a", "b"], "layers": [3, 0], "width": 32, "height": 32, "output_dir": ""}
+@given(st.lists(VALUES, min_size=1, max_size=12), st.integers(1, 15))
+def test_the_top_layers_are_the_most_vital(vitalities, top):
+    chosen = Rule(top=top).choose(np.array(vitalities))
+    assert chosen.sum() == min(top, len(vitalities))
+    values = np.array(vitalities)
+    if not chosen.all():
+        assert values[chosen].min() >= values[~chosen].max()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A finished sweep: the first prompt's reference with noise of 0 and 1/5 of the range, the other's
-    pictures equal.
-    """
-    settings = resolve(SkipSettings(**{**SETTINGS, "output_dir": str(tmp_path)}))
-    for number in (0, 1):
-        (tmp_path / f"prompt_{number:03d}").mkdir()
-        for layers, value in (((), 0), ((3,), 51 * (1 - number)), ((0,), 0)):
-            Image.new("RGB", (32, 32), (value,) * 3).save(image_path(tmp_path, number, layers))
-    (tmp_path / "run.json").write_text(json.dumps(run_record(settings)))
-    return tmp_path
-
-
-def test_scores_of_a_folder(folder, monkeypatch):
-    """In the order of the sets, whatever the number of pictures in memory at once."""
-    for chunk in (32, 1):
-        monkeypatch.setattr("flux.scan.similarity.CHUNK", chunk)
-        scores = score(folder, load_metrics(["psnr", "ssim"]), progress=False)
-        assert scores.layer_sets == [(3,), (0,)]
-        assert scores.prompts == ["a", "b"]
-        assert scores.tables["psnr"].tolist() == [[round(20 * np.log10(5), 6), 100], [100, 100]]
-        assert scores.vitality() == {(3,): 0.1, (0,): 0}
-        assert scores.tables["ssim"].argmin() == 0
-        assert scores.tables["ssim"][1].tolist() == [1, 1]
-
-
-def test_rows_of_one_prompt_are_known_as_such(folder):
-    settings = resolve(SkipSettings(**{**SETTINGS, "prompts": ["a"], "seeds": 2, "output_dir": str(folder)}))
-    (folder / "run.json").write_text(json.dumps(run_record(settings)))
-    scores = score(folder, load_metrics(["psnr"]), progress=False)
-    assert scores.prompts == ["a", "a"]
-    assert scores.num_rows == 2
-
-
-def test_pictures_of_unequal_size(folder):
-    Image.new("RGB", (16, 48)).save(image_path(folder, 1, (0,)))
-    with pytest.raises(InputError, match="unequal size: .*prompt_001.*skip_00.png has 16x48.*32x32"):
-        score(folder, load_metrics(["psnr"]), progress=False)
-
-
-def test_an_unfinished_sweep_is_not_scored(folder):
-    image_path(folder, 1, (0,)).unlink()
-    with pytest.raises(InputError, match="lacks 1 of its 6 images.*skip_00.png"):
-        score(folder, load_metrics(["psnr"]), progress=False)
+@given(st.lists(VALUES, min_size=1, max_size=12))
+def test_a_gap_parts_the_layers_or_there_is_none(vitalities):
+    values = np.array(vitalities)
+    chosen = Rule(gap=True).choose(values)
+    if len(set(vitalities)) == 1:
+        assert chosen.all()
+    else:
+        gap = values[chosen].min() - values[~chosen].max()
+        assert gap == max(np.diff(sorted(values)))
