@@ -11,7 +11,7 @@ TORCHRUN_GRACE_S = 5.0
 
 
 class InputError(ValueError):
-    """Wrong input. The message is one line: what we got, what we expected, what to do."""
+    """Wrong input. The message is one line for each problem: what we got, what we expected, what to do."""
 
 
 class Stopped(Exception):  # noqa: N818  # a cancelled run is not an error
@@ -20,11 +20,12 @@ class Stopped(Exception):  # noqa: N818  # a cancelled run is not an error
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """End the program with one line instead of a traceback: status 2 for an `InputError`, 130 for Ctrl-C."""
+    """End the program with its message instead of a traceback: status 2 for `InputError`, 130 for Ctrl-C."""
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was already written stays", file=sys.stderr)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from flux.errors import InputError
 from flux.settings.demos import ModelSettings
 from flux.settings.edits import EditSettings
-from flux.settings.fields import Seed, Text, Words
+from flux.settings.fields import FilePath, Seed, Text, Words
 from flux.settings.files import check_settings
 
 # Fields that all methods share.
@@ -29,7 +29,7 @@ class EvaluateSettings(ModelSettings, frozen=True):
     """Settings of an evaluation. A field such as num_steps is for all methods that do not name their own."""
 
     demo: ClassVar[str] = "evaluate"
-    benchmark: Text = Field(description="folder in PIE-Bench's layout")
+    benchmark: FilePath = Field(description="folder in PIE-Bench's layout")
     methods: Annotated[tuple[Fields, ...], Field(strict=False, min_length=1)] = Field(
         description='list of {"name": ...} with fields of an edit\'s settings, or with "strength": img2img'
     )
@@ -45,18 +45,18 @@ class EvaluateSettings(ModelSettings, frozen=True):
     metrics: Annotated[tuple[Literal["structure", "lpips", "clip"], ...], Field(strict=False)] = Field(
         ("structure",), description="measures that need a model"
     )
-    encoder: Text | None = Field(
+    encoder: FilePath | None = Field(
         None, description="DINO of structure: hub id or folder; by default the model's own"
     )
-    clip: Text = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
-    judge: Text | None = Field(
+    clip: FilePath = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
+    judge: FilePath | None = Field(
         None,
         description="measuring.pt, to tell which edits succeed; for python -m training.evaluate_edits",
     )
     batch_size: int = Field(16, ge=1, description="edits made at once")
     workers: int = Field(1, ge=1, description="processes that share the work through Ray, one per GPU")
     ray_address: Text | None = Field(None, description='a Ray cluster: "auto", or its head\'s address')
-    output_dir: Text = Field("output/evaluate", description="folder to write to, or to resume")
+    output_dir: FilePath = Field("output/evaluate", description="folder to write to, or to resume")
 
     @field_validator("methods")
     @classmethod

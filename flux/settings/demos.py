@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from flux.settings.fields import (
     LIST,
+    FilePath,
     Guidance,
     Metrics,
     Numbers,
@@ -60,7 +61,7 @@ class Settings(StrictModel, frozen=True):
 class Lora(StrictModel, frozen=True):
     """A LoRA to add to the model."""
 
-    file: Text = Field(description="file of the LoRA")
+    file: FilePath = Field(description="file of the LoRA")
     weight: float = Field(default=1.0, description="how much of it is added")
 
 
@@ -79,15 +80,19 @@ class ModelSettings(Settings, frozen=True):
     """The model, where it runs, and how it samples."""
 
     model: Text = Field(default="flux-nano", description="name of the model, one of flux.specs.configs")
-    weights: Text | None = Field(
+    weights: FilePath | None = Field(
         default=None, description="file or folder of the transformer, or of the whole model"
     )
-    ae_weights: Text | None = Field(default=None, description="file or folder of the autoencoder's weights")
-    t5_weights: Text | None = Field(default=None, description="file or folder of the T5 encoder's weights")
-    clip_weights: Text | None = Field(
+    ae_weights: FilePath | None = Field(
+        default=None, description="file or folder of the autoencoder's weights"
+    )
+    t5_weights: FilePath | None = Field(
+        default=None, description="file or folder of the T5 encoder's weights"
+    )
+    clip_weights: FilePath | None = Field(
         default=None, description="file or folder of the CLIP encoder's weights"
     )
-    text_encoders: Text | None = Field(
+    text_encoders: FilePath | None = Field(
         default=None, description="folder that holds text_encoder, text_encoder_2, tokenizer and tokenizer_2"
     )
     lora: Loras = Field(
@@ -125,7 +130,7 @@ class ModelSettings(Settings, frozen=True):
     batch_size: int = Field(default=1, ge=1, description="images sampled at once")
     watermark: bool | None = Field(default=None, description="put the invisible watermark into the images")
     metadata: bool = Field(default=True, description="write prompt, seed and settings into the image files")
-    output_dir: Text = Field(default="output", description="folder to write to")
+    output_dir: FilePath = Field(default="output", description="folder to write to")
 
     @property
     def named_layers(self) -> tuple[int, ...]:
@@ -179,14 +184,14 @@ class GenerateSettings(Divisible, PromptSettings, frozen=True):
     """Demo 0: one image per prompt."""
 
     demo: ClassVar[str] = "test"
-    image: Text | None = Field(default=None, description="start from this image: image-to-image")
+    image: FilePath | None = Field(default=None, description="start from this image: image-to-image")
     strength: float = Field(default=0.8, gt=0, le=1, description="how much of the schedule then runs")
     cache: float | None = Field(
         default=None,
         gt=0,
         description="spare steps at which the first layer changes by less than this, for example 0.08",
     )
-    output_dir: Text = Field(default="output/test", description="folder to write to")
+    output_dir: FilePath = Field(default="output/test", description="folder to write to")
 
 
 class LayerSettings(Divisible, PromptSettings, frozen=True):
@@ -201,7 +206,7 @@ class LayerSettings(Divisible, PromptSettings, frozen=True):
         default=(), description="steps to show it at; if none, the first, the middle and the last"
     )
     words: Words = Field(default=(), description="words of the prompt to show it for; if none, all of them")
-    output_dir: Text = Field(default="output/layer", description="folder to write to")
+    output_dir: FilePath = Field(default="output/layer", description="folder to write to")
 
     @model_validator(mode="after")
     def _move_prompt(self) -> "LayerSettings":
@@ -230,7 +235,7 @@ class SkipSettings(PromptSettings, frozen=True):
     ray_address: Text | None = Field(
         default=None, description='a Ray cluster: "auto", or its head\'s address'
     )
-    output_dir: Text = Field(default="output/skip", description="folder to write to, or to resume in")
+    output_dir: FilePath = Field(default="output/skip", description="folder to write to, or to resume in")
 
     @property
     def named_layers(self) -> tuple[int, ...]:
@@ -269,9 +274,9 @@ class DinoSettings(SelectionSettings, frozen=True):
     """Demo 3: how much each skipped layer matters, and which ones are vital."""
 
     demo: ClassVar[str] = "dino"
-    input_dir: Text = Field(description="folder that demo 2 wrote")
-    output_dir: Text | None = Field(default=None, description="folder to write to; if None, input_dir")
-    model: Text = Field(
+    input_dir: FilePath = Field(description="folder that demo 2 wrote")
+    output_dir: FilePath | None = Field(default=None, description="folder to write to; if None, input_dir")
+    model: FilePath = Field(
         default="flux-nano", description="the DINOv2: that of one of our models, a hub id or a folder"
     )
     device: Text = Field(default="auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
@@ -281,10 +286,10 @@ class ScanSettings(SkipSettings, SelectionSettings, frozen=True):
     """Demos 2 and 3 in a row: skip, score, report."""
 
     demo: ClassVar[str] = "scan"
-    encoder: Text | None = Field(
+    encoder: FilePath | None = Field(
         default=None, description="the DINOv2: a hub id or a folder; if None, the model's own"
     )
     stop_when: Literal["never", "stable"] = Field(
         default="never", description="stable: once the vital set is settled"
     )
-    output_dir: Text = Field(default="output/scan", description="folder to write to, or to resume in")
+    output_dir: FilePath = Field(default="output/scan", description="folder to write to, or to resume in")

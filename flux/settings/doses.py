@@ -21,8 +21,9 @@ class Dose:
         top: Number of vital layers, the most vital first. If None, all of them.
         mask: With "auto", the area that an edit may change is found while it runs, see
             `flux.editing.automask`. An edit may also put an image file here, or "none".
-        hold_subject_until: For edits whose automatic mask covers the whole image, such as another place: until
-            when the subject that both prompts name is held. Everything else is held until `inject_until`.
+        hold_subject_until: For edits whose automatic mask covers the whole image, such as another place:
+            until when the subject that both prompts name is held. Everything else is held until
+            `inject_until`.
     """
 
     weight: float | Mapping[int, float] = 1.0

@@ -9,6 +9,7 @@ from flux.settings.demos import Divisible
 from flux.settings.doses import DEFAULT_DOSE, DOSES, PUBLISHED_GUIDANCE, Dose, DoseName
 from flux.settings.fields import (
     LIST,
+    FilePath,
     Fraction,
     Guidance,
     Seed,
@@ -45,7 +46,7 @@ class DoseSettings(StrictModel, frozen=True):
     parts: Literal["kv", "k", "v"] | None = Field(
         default=None, description="what is injected: keys, values or both"
     )
-    mask: Text | None = Field(
+    mask: FilePath | None = Field(
         default=None, description='image, white where the edit may change; "auto"; "none"'
     )
 
@@ -112,11 +113,11 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     parts: Literal["kv", "k", "v"] = Field(
         default="kv", description=DoseSettings.model_fields["parts"].description
     )
-    photo: Text | None = Field(
+    photo: FilePath | None = Field(
         default=None, description="image file to edit instead of a generated reference"
     )
     paste_back: bool = Field(default=False, description="return edits of a photo in the photo's full size")
-    caption_model: Text | None = Field(
+    caption_model: FilePath | None = Field(
         default=None, description="hub id or folder of a model that writes the prompt for a photo without one"
     )
     inversion: Literal["euler", "midpoint", "fireflow", "fixed-point", "none"] = Field(
@@ -141,7 +142,7 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     mimic_percentile: float = Field(
         default=0.995, gt=0, le=1, description="share of values that the mimicked range holds"
     )
-    output_dir: Text = Field(default="output/edit", description="folder to write to")
+    output_dir: FilePath = Field(default="output/edit", description="folder to write to")
 
     @model_validator(mode="after")
     def _prompt_given(self) -> "EditSettings":

@@ -1,5 +1,6 @@
-"""The types of the settings' fields: texts, lists of layers, weights."""
+"""The types of the settings' fields: texts, paths, lists of layers, weights."""
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,13 @@ def _not_blank(text: str) -> str:
     if not text.strip():
         raise _expected("some text")
     return text
+
+
+def _expanded(path: str) -> str:
+    """Replace a leading ~ by the home folder; refuse what JSON reads in place of a single backslash."""
+    if set(path) & set("\b\f\n\r\t"):
+        raise _expected(r"a path (for each \ in it, write / or \\)")
+    return os.path.expanduser(path)
 
 
 def _no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -69,6 +77,9 @@ LIST_OR_EMPTY = Field(strict=False)
 
 String = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[String, AfterValidator(_not_blank)]
+FilePath = Annotated[
+    Text, AfterValidator(_expanded)
+]  # or the word or the hub id that may stand there instead
 Words = Annotated[tuple[Text, ...], LIST_OR_EMPTY]
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -93,7 +104,7 @@ Sweep = Annotated[
     _by_form('"all", a list of layers, or a list of lists of layers'),
 ]
 VitalLayers = Annotated[
-    Annotated[Text, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
+    Annotated[FilePath, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],
     _by_form('"auto", a list of layers, a vital_layers.json, or the name of a preset'),
 ]
 

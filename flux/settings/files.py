@@ -7,19 +7,37 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from flux.errors import InputError
-from flux.settings.demos import Settings
+from flux.settings.demos import (
+    DinoSettings,
+    GenerateSettings,
+    LayerSettings,
+    ScanSettings,
+    Settings,
+    SkipSettings,
+)
+from flux.settings.edits import EditSettings
 from flux.settings.messages import describe, show
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-DEMOS = ("test", "layer", "skip", "dino", "edit")  # by number: demo_0_test.py to demo_4_edit.py
+PROGRAMS: dict[type[Settings], str] = {
+    GenerateSettings: "demo_0_test.py",
+    LayerSettings: "demo_1_layer.py",
+    SkipSettings: "demo_2_skip.py",
+    DinoSettings: "demo_3_dino.py",
+    EditSettings: "demo_4_edit.py",
+    ScanSettings: "python -m flux.scan",
+}
 # Fields that may name files beside the JSON file, as those of a studio's run.json do.
 FILES = {"image", "photo", "mask", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders"}
+
+MOST_LINES = 10  # in one error
 
 S = TypeVar("S", bound=Settings)
 
@@ -46,6 +64,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     """
     path, given = _find(file), dict(overrides or {})
     data = _with_new_names(cls, _settings_in(cls, path), path)
+    _check_program(cls, data, path)
     data = _with_files_beside(data, path)
     data = _without_rivals(cls, data, given) | given
     sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
@@ -72,14 +91,18 @@ def check_settings(
         others: Where single fields come from instead.
 
     Raises:
-        InputError: A field is missing, unknown or wrong.
+        InputError: A field is missing, unknown or wrong. The message has a line for each such field.
     """
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        field, message = describe(error, cls, data)
-        place = (others or {}).get(field or "", source)
-        raise InputError(f"{place}: {message}" if place else message) from None
+        lines = []
+        for field, message in describe(error, cls, data):
+            place = (others or {}).get(field, source)
+            lines.append(f"{place}: {message}" if place else message)
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES - 1 :] = [f"{len(lines) - MOST_LINES + 1} more problems like these"]
+        raise InputError("\n".join(lines)) from None
 
 
 # ---- the steps of reading
@@ -94,11 +117,28 @@ def _settings_in(cls: type[Settings], path: Path) -> dict[str, Any]:
         return data
     demo = data.get("demo", cls.demo)
     if demo != cls.demo:
-        script = f", run demo_{DEMOS.index(demo)}_{demo}.py with it" if demo in DEMOS else ""
-        raise InputError(f'{path}: got a run of demo {show(demo)}, expected one of "{cls.demo}"{script}')
+        programs = [program for other, program in PROGRAMS.items() if other.demo == demo]
+        hint = f", run {programs[0]} with it" if programs else ""
+        raise InputError(f'{path}: got a run of demo {show(demo)}, expected one of "{cls.demo}"{hint}')
     if not isinstance(data["settings"], dict):
         raise InputError(f"{path}: settings: expected an object {{...}}, got {show(data['settings'])}")
     return data["settings"]
+
+
+def _check_program(cls: type[Settings], data: dict[str, Any], path: Path) -> None:
+    """Raise InputError if a file has fields that these settings lack, and is right for other programs."""
+    if data.keys() <= cls.model_fields.keys() | cls.renamed.keys():
+        return
+    text = isinstance(data.get("prompts"), str)  # a file of prompts, which is not read for this
+    data = data | ({"prompts": ["text"]} if text else {})
+    fitting = []
+    for other, program in PROGRAMS.items():
+        with suppress(ValidationError):
+            other.model_validate(data)
+            fitting.append(program)
+    if fitting:
+        expected = f"expected one for {PROGRAMS.get(cls, cls.demo)}"
+        raise InputError(f"{path}: got a file for {' or '.join(fitting)}, {expected}")
 
 
 def _with_new_names(cls: type[Settings], data: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -161,7 +201,7 @@ def _beside(path: Path, name: Any) -> Any:
 def _find(name: str | os.PathLike, beside: Path | None = None) -> Path:
     """Return the file called `name`: as given, else in the folder `beside`, else in configs/."""
     folders = [Path(), beside, CONFIGS] if beside else [Path(), CONFIGS]
-    candidates = list(dict.fromkeys(folder / str(name) for folder in folders))
+    candidates = list(dict.fromkeys(folder / os.path.expanduser(name) for folder in folders))
     for path in candidates:
         # os.path, unlike Path, also answers for what is too long to be a name, such as a prompt.
         if os.path.exists(path) and not os.path.isdir(path):
@@ -182,7 +222,8 @@ def _load(path: Path) -> Any:
         raise InputError(f"{path}: not UTF-8 text (from byte {error.start} on), save it as UTF-8") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path}: broken JSON at {where}: {error.msg}") from None
+        problem = r"for each \ in a text, write / or \\" if "escape" in error.msg else error.msg
+        raise InputError(f"{path}: broken JSON at {where}: {problem}") from None
     except (ValueError, RecursionError) as error:  # a field twice, a number too long, lists too deep
         raise InputError(f"{path}: {error}") from None
 

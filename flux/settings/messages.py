@@ -1,4 +1,4 @@
-"""Errors of settings in one line: the field's path, what was expected there, and the nearest known name."""
+"""Errors of settings, a line each: the field's path, what was expected there, and the nearest known name."""
 
 import difflib
 import json
@@ -31,35 +31,45 @@ EXPECTED = {
 ENTRIES: dict[str | int, type[BaseModel]] = {"edits": Edit, "lora": Lora}
 
 
-def describe(error: ValidationError, cls: type[BaseModel], data: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Return the top-level field of the first problem, and a line about it that counts the others."""
+def describe(error: ValidationError, cls: type[BaseModel], data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a line about each problem, after the top-level field that it is in ("" if in none)."""
     problems = error.errors(include_url=False)
-    # A misspelt field goes first: it explains the missing one.
-    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    kind, loc, context = problem["type"], problem["loc"], problem.get("ctx", {})
-    if kind in ("extra_forbidden", "missing"):
-        *loc, name = loc
-        fields = (ENTRIES.get(loc[0], Prompt) if loc else cls).model_fields
-        missing = f"missing field {name!r}"
-        message = (
-            f"{missing}: {fields[str(name)].description}"
-            if kind == "missing"
-            else unknown_field(str(name), fields)
-        )
-    elif kind == "value_error":
-        message = str(context["error"])
-    else:
-        expected = EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
-        message = f"expected {expected}, got {show(problem['input'])}"
-    path = path_of(loc, data)
-    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    field = str(problem["loc"][0]) if problem["loc"] else None
-    return field, (f"{path}: " if path else "") + message + others
+    # Misspelt fields go first: each one explains why the field that was meant is missing.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    lines, meant = [], set()
+    for problem in problems:
+        kind, loc, context = problem["type"], problem["loc"], problem.get("ctx", {})
+        if kind == "too_short" and problem["input"]:
+            continue  # pydantic counts only the entries that are right; the others have lines of their own
+        place = loc
+        if kind in ("extra_forbidden", "missing"):
+            *place, name = loc
+            fields = (ENTRIES.get(place[0], Prompt) if place else cls).model_fields
+            if kind == "missing" and (*place, name) in meant:
+                continue
+            if kind == "missing":
+                message = f"missing field {name!r}: {fields[str(name)].description}"
+            else:
+                message = unknown_field(str(name), fields)
+                meant |= {(*place, near) for near in nearest(str(name), fields)}
+        elif kind == "value_error":
+            message = str(context["error"])
+        else:
+            expected = EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
+            message = f"expected {expected}, got {show(problem['input'])}"
+        path = path_of(place, data)
+        lines.append((str(loc[0]) if loc else "", (f"{path}: " if path else "") + message))
+    return lines
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known name that is most like this one, if any is like it."""
+    return difflib.get_close_matches(name, known, n=1)
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """Return a message about an unknown field, with the nearest known name or all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = nearest(name, known)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown field {name!r}, {hint}"
 

@@ -5,7 +5,7 @@
 
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
-from flux.settings.fields import Guidance, Side, Steps, StrictModel, Text, TrueCfg
+from flux.settings.fields import FilePath, Guidance, Side, Steps, StrictModel, TrueCfg
 
 
 class FilledIn(StrictModel, frozen=True):
@@ -17,7 +17,7 @@ class FilledIn(StrictModel, frozen=True):
     guidance: Guidance
     true_cfg: TrueCfg
     watermark: bool
-    output_dir: Text
+    output_dir: FilePath
 
 
 class ResolvedModel(FilledIn, ModelSettings, frozen=True):

@@ -1,10 +1,12 @@
 """Files of settings: how they are found and read, and what overrides do."""
 
 import json
+import os
 
 import pytest
 from helpers.settings_files import SettingsFolder, message_of
 
+from flux.errors import InputError
 from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, Prompt, SkipSettings
 from flux.settings.edits import EditSettings
 from flux.settings.files import CONFIGS, check_settings, read_settings
@@ -111,7 +113,6 @@ def test_overrides(read, cls, data, overrides, expected):
         ({"num_stepz": 3}, "command line: unknown field 'num_stepz', did you mean 'num_steps'?"),
         ({"width": "big"}, 'command line: width: expected an integer, got "big"'),
         ({"edits": ("a", 7)}, "command line: edits[1]: expected a string, got 7"),
-        ({"width": "big", "height": 8}, 'command line: width: expected an integer, got "big" (and 1 more)'),
     ],
 )
 def test_wrong_overrides(read, overrides, message):
@@ -147,6 +148,40 @@ def test_a_renamed_field_is_still_read(read, capsys):
     assert capsys.readouterr().err == "file.json: field 'sampling_steps' is now called 'num_steps'\n"
 
 
+def test_problems_are_reported_where_they_are(read):
+    with pytest.raises(InputError) as error:
+        read(EditSettings, EDIT | {"width": 1}, seed="x")
+    assert str(error.value).splitlines() == [
+        "file.json: width: expected at least 16, got 1",
+        'command line: seed: expected an integer, got "x"',
+    ]
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize(
+    "field", ["weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders", "output_dir", "photo",
+              "mask", "vital_layers", "caption_model"],
+)  # fmt: skip
+def test_home_in_a_path(read, tmp_path, monkeypatch, field):
+    """It is the home folder in a file and on the command line. run.json holds the path itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = os.path.join(str(tmp_path), "a b")
+    assert getattr(read(EditSettings, EDIT | {field: "~/a b"}), field) == expected
+    assert read(EditSettings, EDIT, **{field: "~/a b"}).to_json()[field] == expected
+    assert getattr(read(EditSettings, EDIT | {field: "a~b"}), field) == "a~b"
+
+
+def test_home_in_other_paths(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list.json").write_text('["a"]')
+    settings = read(GenerateSettings, {"prompts": "~/list.json", "lora": "~/x"})
+    assert (settings.lora[0].file, settings.prompts[0].prompt) == (str(tmp_path / "x"), "a")
+    assert read_settings(GenerateSettings, "~/file.json").prompts == settings.prompts
+    assert read(DinoSettings, DINO | {"top": 1, "input_dir": "~/x"}).input_dir == str(tmp_path / "x")
+
+
 # ---- files that cannot be read
 
 
@@ -155,6 +190,10 @@ def test_a_renamed_field_is_still_read(read, capsys):
     [
         (b'{"a": 1,\n "b" 2}', "file.json: broken JSON at line 2, column 6"),
         (b"", "file.json: broken JSON at line 1, column 1"),
+        (
+            rb'{"photo": "C:\models"}',
+            r"file.json: broken JSON at line 1, column 14: for each \ in a text, write / or \\",
+        ),
         (b'{"prompt": "\xff"}', "file.json: not UTF-8 text (from byte 12 on)"),
         (b'{"seed": 1, "seed": 2}', "file.json: field 'seed' stands twice in one object"),
         (b'{"seed": ' + b"1" * 5000 + b"}", "file.json: Exceeds the limit"),

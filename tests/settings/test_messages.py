@@ -3,6 +3,7 @@
 import pytest
 from helpers.settings_files import SettingsFolder, message_of
 
+from flux.errors import InputError
 from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, SkipSettings
 from flux.settings.edits import EditSettings
 
@@ -23,13 +24,24 @@ WRONG = [
     (EditSettings, {"prompt": "a dog"}, "missing field 'edits': list of prompts, one for each edited image"),
     (EditSettings, EDIT | {"prompt": None}, "missing field 'prompt': what the reference shows"),
     (EditSettings, EDIT | {"editz": []}, "unknown field 'editz', did you mean 'edits'?"),
-    (EditSettings, {"prompt": "a", "edit": []}, "unknown field 'edit', did you mean 'edits'? (and 1 more)"),
+    (EditSettings, {"prompt": "a", "edit": []}, "unknown field 'edit', did you mean 'edits'?"),
+    (EditSettings, EDIT | {"edits": [5]}, "edits[0]: expected a string, got 5"),
+    (EditSettings, EDIT | {"edits": ["  "]}, 'edits[0]: expected some text, got "  "'),
+    (
+        EditSettings,
+        EDIT | {"edits": [{"promt": "b"}]},
+        "edits[0]: unknown field 'promt', did you mean 'prompt'?",
+    ),
+    (
+        EditSettings,
+        EDIT | {"photo": "C:\new.png"},
+        r'photo: expected a path (for each \ in it, write / or \\), got "C:\n',
+    ),
     (EditSettings, EDIT | {"two\nlines": 1}, "unknown field 'two\\nlines', known are model, "),
     (EditSettings, EDIT | {"width": 0}, "width: expected at least 16, got 0"),
     (EditSettings, EDIT | {"width": "512"}, 'width: expected an integer, got "512"'),
     (EditSettings, EDIT | {"width": 512.5}, "width: expected an integer, got 512.5"),
     (EditSettings, EDIT | {"height": True}, "height: expected an integer, got true"),
-    (EditSettings, EDIT | {"height": -64, "width": -64}, "width: expected at least 16, got -64 (and 1 more)"),
     (EditSettings, EDIT | {"num_steps": 0}, "num_steps: expected at least 1, got 0"),
     (EditSettings, EDIT | {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     (EditSettings, EDIT | {"guidance": "3.5"}, 'guidance: expected a number, got "3.5"'),
@@ -168,6 +180,21 @@ WRONG = [
         'got a run of demo "skip", expected one of "edit", run demo_2_',
     ),
     (EditSettings, {"demo": "x", "settings": {}}, 'file.json: got a run of demo "x", expected one of "edit"'),
+    (
+        EditSettings,
+        {"prompts": ["a"], "strength": 0.5},
+        "file.json: got a file for demo_0_test.py, expected one for demo_4_edit.py",
+    ),
+    (
+        DinoSettings,
+        {"prompts": "a.json", "layers": [[1]]},
+        "file.json: got a file for demo_2_skip.py, expected one for demo_3_dino.py",
+    ),
+    (
+        SkipSettings,
+        {"prompts": ["a"], "stop_when": "never", "gap": True},
+        "got a file for python -m flux.scan, expected one for demo_2_skip.py",
+    ),
 ]
 
 
@@ -176,3 +203,23 @@ def test_wrong_settings(read, cls, data, part):
     message = message_of(read, cls, data)
     assert message.startswith("file.json: ")
     assert part in message
+
+
+def test_each_problem_has_a_line(read):
+    """Problems are counted, not the branches of a union that were tried."""
+    data = {"prompt": "a", "edits": ["b", 5, " "], "height": -64, "widht": 64}
+    with pytest.raises(InputError) as error:
+        read(EditSettings, data)
+    assert str(error.value).splitlines() == [
+        "file.json: unknown field 'widht', did you mean 'width'?",
+        "file.json: height: expected at least 16, got -64",
+        "file.json: edits[1]: expected a string, got 5",
+        'file.json: edits[2]: expected some text, got " "',
+    ]
+
+
+def test_long_lists_of_problems_are_cut(read):
+    with pytest.raises(InputError) as error:
+        read(EditSettings, EDIT | {"edits": list(range(30))})
+    lines = str(error.value).splitlines()
+    assert lines[8:] == ["file.json: edits[8]: expected a string, got 8", "21 more problems like these"]
