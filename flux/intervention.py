@@ -181,7 +181,7 @@ class LayerSkip:
     """How one layer is skipped.
 
     Attributes:
-        rows: Whether all rows skip the layer, none does, or, where they differ, which ones do ("B 1 1", bool).
+        rows: Whether all rows skip the layer or none does. If they differ, which ones do, "B 1 1", bool.
         scale: Fraction of a skipped layer's output that is kept.
     """
 

@@ -1,7 +1,7 @@
 """Attention, the rotary embedding of positions, and what an intervention changes in one layer's attention.
 
-Shapes, here and in the whole package: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size,
-C = H D channels.
+Shapes, in the whole package: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size, C = H D
+channels.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ KeysValues = tuple[Tensor, Tensor]
 PartialKeysValues = tuple[Tensor | None, Tensor | None]
 """Keys and values, of which either may be missing."""
 QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
-"""Queries and keys (after QK-norm and rotary embedding) and values of all tokens in one layer, "B H N D" each."""
+"""Queries, keys and values of all tokens in one layer, "B H N D" each, as attention uses them."""
 Exchange = Callable[[Tensor, Tensor], Callable[[], KeysValues]]
-"""Where processes share the tokens: starts to gather keys and values, and returns a function that waits for them.
+"""If processes share the tokens: starts to gather keys and values, returns a function that waits for them.
 
-Keys and values are "B H n D" of this process's tokens on the way in, "B H N D" of all tokens on the way out.
+In go those of this process's tokens, "B H n D" each. Out come those of all tokens, "B H N D" each.
 """
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,24 @@ from flux.modules.step_cache import StepCache
 
 @dataclass(frozen=True)
 class FluxParams:
+    """The sizes of a transformer, as upstream names them.
+
+    Attributes:
+        in_channels: Channels of an image token that goes in.
+        out_channels: Channels of an image token that comes out.
+        vec_in_dim: CLIP features.
+        context_in_dim: T5 features of a token.
+        hidden_size: Width of the streams, C.
+        mlp_ratio: Hidden channels of an MLP, relative to the width.
+        num_heads: Heads of each attention, H.
+        depth: Number of double-stream blocks.
+        depth_single_blocks: Number of single-stream blocks.
+        axes_dim: Channels of a head that each axis of the positions rotates.
+        theta: Base of the rotary embedding's frequencies.
+        qkv_bias: Whether the double blocks' projections to queries, keys and values have a bias.
+        guidance_embed: Whether the model takes a distilled guidance scale.
+    """
+
     in_channels: int
     out_channels: int
     vec_in_dim: int
@@ -87,6 +106,30 @@ class Streams:
         return Streams(self.layer, torch.cat((self.img, other.img)), torch.cat((self.txt, other.txt)))
 
 
+class VelocityModel(Protocol):
+    """The transformer as samplers use it: `Flux`, or `flux.runtime.parallel.SequenceParallelFlux`."""
+
+    def observe(
+        self,
+        inputs: Inputs,
+        intervention: Intervention = NOTHING,
+        *,
+        start: Streams | None = None,
+        mods: Sequence[Tensor] | None = None,
+        cache: StepCache | None = None,
+    ) -> tuple[Tensor, Recorded]:
+        """The velocity, and what the intervention keeps and watches."""
+        ...
+
+    def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
+        """Both streams on their way into each layer."""
+        ...
+
+    def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
+        """The modulations of each layer and of the last one."""
+        ...
+
+
 HOPPER = 9  # first number of the CUDA compute capability
 HOPPER_PACKAGES = ("quack", "flash_attn")
 
@@ -147,7 +190,9 @@ class Flux(nn.Module):
     @property
     def blocks(self) -> list[layers.DoubleStreamBlock | layers.SingleStreamBlock]:
         """All blocks, in the order of their layer numbers."""
-        return [*self.double_blocks, *self.single_blocks]
+        # nn.ModuleList does not tell the type of its modules.
+        stacks = [*self.double_blocks, *self.single_blocks]
+        return cast(list[layers.DoubleStreamBlock | layers.SingleStreamBlock], stacks)
 
     @property
     def num_layers(self) -> int:
@@ -283,24 +328,25 @@ class Flux(nn.Module):
         img, txt = streams.img, streams.txt
         batch, num_txt, num_double = img.shape[0], txt.shape[1], len(self.double_blocks)
 
+        # nn.ModuleList does not tell the type of its modules.
+        double_blocks = cast(Sequence[layers.DoubleStreamBlock], self.double_blocks)
+        single_blocks = cast(Sequence[layers.SingleStreamBlock], self.single_blocks)
+
         for layer in range(streams.layer, num_double):
             skip = intervention.skip_at(layer, img.device)
             if not skip.everywhere:
-                block, edit = self.double_blocks[layer], intervention.edit_at(layer, batch, exchange)
-                new_img, new_txt, qkv = block.run(img, txt, modulation(layer), pe, edit)
+                edit = intervention.edit_at(layer, batch, exchange)
+                new_img, new_txt, qkv = double_blocks[layer].run(img, txt, modulation(layer), pe, edit)
                 recorded.add(intervention, layer, num_txt, qkv)
                 img, txt = skip.apply(img, new_img), skip.apply(txt, new_txt)
             yield Streams(layer + 1, img, txt)
 
         x = torch.cat((txt, img), dim=1)
         for layer in range(max(streams.layer, num_double), self.num_layers):
-            skip = intervention.skip_at(layer, img.device)
+            skip = intervention.skip_at(layer, x.device)
             if not skip.everywhere:
-                block, edit = (
-                    self.single_blocks[layer - num_double],
-                    intervention.edit_at(layer, batch, exchange),
-                )
-                new_x, qkv = block.run(x, modulation(layer), pe, num_txt, edit)
+                edit = intervention.edit_at(layer, batch, exchange)
+                new_x, qkv = single_blocks[layer - num_double].run(x, modulation(layer), pe, num_txt, edit)
                 recorded.add(intervention, layer, num_txt, qkv)
                 x = skip.apply(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])

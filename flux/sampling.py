@@ -1,15 +1,15 @@
-"""The path between noise and latent: start noise, packing, schedule, Euler steps down and back up.
+"""The path between noise and latent: start noise, packing, schedule, Euler steps, guidance.
 
-A latent is "B 16 h w" with h and w an eighth of the picture's sides; packed, 2x2 places make one token: "B I
-64".
+A latent is "B 16 h w" with h and w an eighth of the image's sides. Packed, 2x2 of its places make one token:
+"B I 64".
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import repeat
-from typing import Generic, Protocol, TypeVar
+from itertools import count, pairwise, repeat
+from typing import Generic, TypeVar
 
 import torch
 from einops import rearrange
@@ -19,50 +19,58 @@ from torch import Tensor
 from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import KeysValues
-from flux.model import Inputs, Streams
+from flux.model import Inputs, Streams, VelocityModel
 from flux.modules.step_cache import StepCache
 
 
 def latent_size(height: int, width: int) -> tuple[int, int]:
-    """Sides of the latent of a picture of that size in pixels, rounded up to whole tokens."""
+    """Sides of the latent of an image of that size in pixels, rounded up to whole tokens."""
     return 2 * math.ceil(height / 16), 2 * math.ceil(width / 16)
 
 
 def get_noise(
     num_samples: int, height: int, width: int, device: torch.device | str, dtype: torch.dtype, seed: int
 ) -> Tensor:
-    """Start noise "num_samples 16 h w" for pictures of that size in pixels. Drawn on the CPU: equal on every
-    device.
+    """Draw start noise, "num_samples 16 h w", on the CPU, so that it is the same on every device.
+
+    Args:
+        num_samples: Number of images.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        device: Device of the result.
+        dtype: Dtype in which the noise is drawn.
+        seed: Seed of the random numbers.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(num_samples, 16, *latent_size(height, width), dtype=dtype, generator=generator).to(
-        device
-    )
+    shape = num_samples, 16, *latent_size(height, width)
+    return torch.randn(shape, dtype=dtype, generator=generator).to(device)
 
 
 def pack(latent: Tensor) -> Tensor:
-    """ "B c h w" -> tokens of 2x2 places, "B I 4c"."""
+    """Pack 2x2 places to one token: "B c h w" -> "B I 4c"."""
     return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
-def unpack(x: Tensor, height: int, width: int) -> Tensor:
-    """Back from tokens, "B I 4c", to the latent "B c h w" of a picture of that size in pixels."""
+def unpack(x: Tensor, height: int, width: int) -> Tensor:  # noqa: ARG001  (upstream's call)
+    """Unpack the tokens of an image of that size in pixels: "B I 4c" -> "B c h w"."""
     return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=math.ceil(height / 16), ph=2, pw=2)
 
 
 def image_ids(batch: int, height: int, width: int, device: torch.device | str) -> Tensor:
-    """Positions (0, row, column) of a picture's tokens, "B I 3", float32. The size is the picture's, in
-    pixels.
-    """
+    """Positions (0, row, column) of the tokens of an image of that size in pixels, "B I 3", float32."""
     rows, columns = (side // 2 for side in latent_size(height, width))
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
     return tile(ids, "i axes -> b i axes", b=batch).to(device)
 
 
 def prepare(t5: Callable, clip: Callable, img: Tensor, prompt: str | list[str]) -> dict[str, Tensor]:
-    """Everything `denoise` needs: the packed latent, the texts' features and the positions of both.
+    """Make everything that `denoise` needs: the packed latent, the texts' features, the positions of both.
 
-    One prompt serves all rows of `img` ("B 16 h w"), one row serves all prompts.
+    Args:
+        t5: Encodes prompts to "B T features".
+        clip: Encodes prompts to "B features".
+        img: Latent, "B 16 h w". A single row serves all prompts.
+        prompt: One for each row, or one that serves all rows.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if img.shape[0] == 1:
@@ -81,7 +89,7 @@ def prepare(t5: Callable, clip: Callable, img: Tensor, prompt: str | list[str]) 
 
 
 def time_shift(mu: float, sigma: float, t: Tensor) -> Tensor:
-    """Noise levels moved towards the noisy end by exp(mu) (arXiv 2403.03206, section 5.3.2)."""
+    """Move noise levels towards the noisy end by exp(mu) (arXiv 2403.03206, section 5.3.2)."""
     return math.exp(mu) / (math.exp(mu) + (1 / t - 1) ** sigma)
 
 
@@ -96,8 +104,14 @@ def get_lin_function(
 def get_schedule(
     num_steps: int, image_seq_len: int, base_shift: float = 0.5, max_shift: float = 1.15, shift: bool = True
 ) -> list[float]:
-    """The num_steps + 1 noise levels from 1 to 0; more image tokens stay longer at the noisy end, unless not
-    shifted.
+    """The num_steps + 1 noise levels from 1 to 0.
+
+    Args:
+        num_steps: Number of steps.
+        image_seq_len: Number of image tokens.
+        base_shift: Shift towards the noisy end, `mu` of `time_shift`, for 256 image tokens.
+        max_shift: The same for 4096 image tokens.
+        shift: Whether levels are shifted; otherwise they are evenly spaced.
     """
     levels = torch.linspace(1, 0, num_steps + 1)
     if shift:
@@ -119,7 +133,7 @@ class Modulations:
     layers: list[Tensor]
 
     @classmethod
-    def of(cls, model: "VelocityModel", levels: Sequence[float], cond: "Conditioning") -> "Modulations":
+    def of(cls, model: VelocityModel, levels: Sequence[float], cond: "Conditioning") -> "Modulations":
         """Compute them in one go. Rows with the same prompt and guidance share one row."""
         rows = [cond.vec] if cond.guidance is None else [cond.vec, cond.guidance]
         if all(bool((x == x[:1]).all()) for x in rows):
@@ -164,7 +178,7 @@ class Conditioning:
     mimic_percentile: float = 0.995
     modulations: Modulations | None = None
 
-    def scheduled(self, model: "VelocityModel", timesteps: Sequence[float]) -> "Conditioning":
+    def scheduled(self, model: VelocityModel, timesteps: Sequence[float]) -> "Conditioning":
         """The same with the modulations at all these noise levels, so that no step computes its own.
 
         With a negative pass, which may begin in a later step, the conditioning is returned as it is. The
@@ -195,7 +209,8 @@ class Conditioning:
         return Conditioning(txt, txt_ids, torch.cat((self.vec, other.vec)), guidance)
 
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,30 +267,6 @@ class Step:
         return self.noisy - self.t * self.velocity
 
 
-class VelocityModel(Protocol):
-    """What samplers need of the transformer: `flux.model.Flux`, or one whose tokens are shared by processes."""
-
-    def observe(
-        self,
-        inputs: Inputs,
-        intervention: Intervention = NOTHING,
-        *,
-        start: Streams | None = None,
-        mods: Sequence[Tensor] | None = None,
-        cache: StepCache | None = None,
-    ) -> tuple[Tensor, Recorded]:
-        """The velocity, and what the intervention keeps and watches."""
-        ...
-
-    def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
-        """Both streams on their way into each layer."""
-        ...
-
-    def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
-        """The modulations of each layer and of the last one."""
-        ...
-
-
 def model_inputs(img: Tensor, img_ids: Tensor, cond: Conditioning, t: float) -> Inputs:
     """The transformer's inputs for the latent `img` at noise level t, the same in all rows."""
     levels = torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
@@ -323,7 +314,13 @@ def euler_step(
         cache: See `sample`. Not used with a negative pass.
     """
 
-    def observe(img, cond, intervention, start, cache=None):
+    def observe(
+        img: Tensor,
+        cond: Conditioning,
+        intervention: Intervention,
+        start: Streams | None,
+        cache: StepCache | None = None,
+    ) -> tuple[Tensor, Recorded]:
         inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
         return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
 
@@ -362,15 +359,22 @@ def in_one_batch(img: Tensor) -> bool:
 
 
 def guided(img: Tensor, t: float, velocity: Tensor, away: Tensor, cond: Conditioning) -> Tensor:
-    """The velocity of true guidance at noise level t, "B I 64".
+    """The velocity of true classifier-free guidance at noise level t, "B I 64".
 
-    With a `mimic_scale`, dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3, as ComfyUI's and
-    AUTOMATIC1111's users know it by mcmonkey4eva's "mimic scale"). With x(s) = img - t (away + s (velocity -
-    away)), the clean latent that guidance of scale s points at, and x' its deviation from the mean over its
-    image tokens, each row and channel by itself:
+    With a `mimic_scale`, by dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3; known from
+    mcmonkey4eva's "mimic scale" for ComfyUI and AUTOMATIC1111). With x(s) = img - t (away + s (velocity -
+    away)), the clean latent that guidance of scale s points at, and x' its deviation from the mean over the
+    image tokens, of each row and channel:
 
         M = max |x'(mimic_scale)|, P = the percentile of |x'(true_cfg)|, S = max(M, P)
         x = mean of x(true_cfg) + M / S * clamp(x'(true_cfg), -S, S)
+
+    Args:
+        img: Noisy latent, "B I 64".
+        t: Its noise level.
+        velocity: Velocity of the prompt's pass, "B I 64".
+        away: Velocity of the negative prompt's pass, "B I 64".
+        cond: Has the scales.
     """
 
     def of_scale(scale: float) -> Tensor:
@@ -396,20 +400,24 @@ def sample(
     interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
     cache: StepCache | None = None,
 ) -> Iterator[Step]:
-    """Euler's method, step by step: yields each of the len(timesteps) - 1 steps as soon as it is taken.
+    """Take the steps of Euler's method: yield each of the len(timesteps) - 1 steps as soon as it is taken.
 
     Args:
-        img: packed latent at noise level timesteps[0], "B I 64".
-        interventions: one for all steps, or one for each; asked for only when its step begins, so that it may
-            come from another sampling that runs beside this one.
-        cache: spares steps that change little most of their work; a new one for each sampling.
+        model: The transformer.
+        img: Packed latent at noise level timesteps[0], "B I 64".
+        img_ids: Positions of the image tokens, "B I 3" or "1 I 3".
+        cond: Prompts and guidance.
+        timesteps: Noise levels, falling.
+        interventions: One for all steps, or one for each. A step's own is asked for only when the step
+            begins, so that it may come from another sampling that runs beside this one.
+        cache: Spares steps that change little most of their work. Give a new one to each sampling.
 
     Raises:
-        ValueError: fewer interventions than steps.
+        ValueError: There are fewer interventions than steps.
     """
     each = repeat(interventions) if isinstance(interventions, Intervention) else iter(interventions)
     cond = cond.scheduled(model, timesteps[:-1])
-    for t, t_next in zip(timesteps, timesteps[1:]):
+    for t, t_next in pairwise(timesteps):
         intervention = next(each, None)
         if intervention is None:
             raise ValueError(f"Got too few interventions for {len(timesteps) - 1} steps: give one for each")
@@ -427,9 +435,21 @@ def denoise(
     vec: Tensor,
     timesteps: Sequence[float],
     guidance: float = 4.0,
-    interventions: Intervention | Iterable[Intervention] = NOTHING,
+    interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
 ) -> Tensor:
-    """The packed latent at the last of `timesteps`, "B I 64": upstream's call, with interventions."""
+    """Sample: the packed latent at the last of `timesteps`, "B I 64". Upstream's call, with interventions.
+
+    Args:
+        model: The transformer.
+        img: Packed latent at noise level timesteps[0], "B I 64".
+        img_ids: Positions of the image tokens, "B I 3".
+        txt: T5 features, "B T features".
+        txt_ids: Positions of the text tokens, "B T 3".
+        vec: Pooled CLIP features, "B features".
+        timesteps: Noise levels, falling.
+        guidance: Distilled guidance scale.
+        interventions: One for all steps, or one for each.
+    """
     cond = Conditioning(
         txt, txt_ids, vec, torch.full((img.shape[0],), guidance, device=img.device, dtype=img.dtype)
     )
@@ -444,15 +464,18 @@ def step_at(fraction: float, num_steps: int) -> int:
 
 
 def window(num_steps: int, start: float, stop: float) -> range:
-    """The steps that lie in the fractions start..stop of a schedule, at least one of them.
+    """The steps within the fractions start..stop of a schedule, at least one.
 
     Raises:
-        InputError: if no step does.
+        InputError: No step is.
     """
     steps = range(step_at(start, num_steps), step_at(stop, num_steps))
+    if start >= stop:
+        raise InputError(f"Got inject_from {start:g} and inject_until {stop:g}, expected inject_from to be smaller")
     if not steps:
+        enough = next(n for n in count(num_steps) if step_at(start, n) < step_at(stop, n))
         raise InputError(
-            f"Got {num_steps} steps, none of which lies in {start:g}..{stop:g} of them, where keys and "
-            "values are taken over: give more num_steps, or inject_from and inject_until that hold one"
+            f"Got {num_steps} step{'s' * (num_steps != 1)}, none of which lies in {start:g}..{stop:g} of them, "
+            f"where this dose injects keys and values: give num_steps {enough} or more, or another dose"
         )
     return steps

@@ -489,9 +489,9 @@ def test_keys_and_values_that_do_not_belong_together(model, given):
 @pytest.mark.parametrize("layer", [0, 5])
 def test_keys_and_values_of_another_size_of_picture(model, given, layer):
     """Else double-stream blocks would attend to them without a word, and pictures would be quietly wrong."""
-    kept = model.observe(Inputs(**tiny_models.inputs(1, 64, 64)), intervention=Intervention(keep=frozenset({layer})))[
-        1
-    ].kept
+    kept = model.observe(
+        Inputs(**tiny_models.inputs(1, 64, 64)), intervention=Intervention(keep=frozenset({layer}))
+    )[1].kept
     with pytest.raises(InputError):
         model(**given, intervention=Intervention(inject=kept))
 

@@ -4,6 +4,7 @@ form.
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -200,7 +201,7 @@ def test_denoise_is_the_last_latent_of_sample():
     levels = sampling.get_schedule(3, 16)
     got = sampling.denoise(model, **arguments, vec=given["y"], timesteps=levels, guidance=2.5)
     x = given["img"]
-    for t, t_next in zip(levels, levels[1:]):
+    for t, t_next in pairwise(levels):
         rows = {"timesteps": torch.full((2,), t), "guidance": torch.full((2,), 2.5)}
         x = x + (t_next - t) * model(**{**given, "img": x, **rows})
     # One product makes the modulations of all steps there, and rounds otherwise than one for each.
@@ -394,7 +395,7 @@ def test_the_negative_pass_takes_from_the_references_negative_pass(model, row):
 
 def test_too_few_interventions_are_told(model, row):
     """Three for five steps: without a word, the picture would stay half denoised."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="give one for each"):
         list(sampling.sample(model, row["img"], row["img_ids"], steered(row), LEVELS, [NOTHING] * 3))
 
 
@@ -404,13 +405,10 @@ def test_too_few_interventions_are_told(model, row):
 @pytest.mark.parametrize("steps", [1, 4, 20, 50])
 @pytest.mark.parametrize("cut", [0.2, 0.4, 0.5])
 def test_windows_that_meet_cover_each_step_once(steps, cut):
-    parts = []
-    for start, stop in ((0.0, cut), (cut, 1.0)):
-        try:
-            parts += sampling.window(steps, start, stop)
-        except InputError:
-            assert steps == 1
-    assert parts == list(range(steps))
+    meeting = sampling.step_at(cut, steps)
+    parts = [(0.0, cut)] * (meeting > 0) + [(cut, 1.0)] * (meeting < steps)
+    assert len(parts) == 2 or steps == 1
+    assert [step for part in parts for step in sampling.window(steps, *part)] == list(range(steps))
 
 
 def test_window_of_all_steps_and_of_forty_percent():
@@ -445,7 +443,7 @@ def test_a_schedule_works_its_modulations_out_once(model, monkeypatch):
         assert made.pop() == rows * (len(LEVELS) - 1)
         assert not made
         latent = given["img"]
-        for t, t_next in zip(LEVELS, LEVELS[1:]):
+        for t, t_next in pairwise(LEVELS):
             latent = sampling.euler_step(model, latent, ids, each, t, t_next).latent
         assert_close(last.latent, latent, rtol=0, atol=1e-5)
     list(sampling.sample(model, given["img"], ids, replace(cond, negative=cond), LEVELS))

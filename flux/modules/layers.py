@@ -63,6 +63,7 @@ class MLPEmbedder(nn.Module):
         self.out_layer = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed: "B in_dim" -> "B hidden_dim"."""
         return self.out_layer(self.silu(self.in_layer(x)))
 
 
@@ -114,6 +115,7 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
+        """The modulations of the first branch, and of the second if there is one."""
         first, *second = split_modulation(self.project(vec), self.num_branches)
         return first, second[0] if second else None
 
@@ -133,20 +135,21 @@ class DoubleStreamBlock(Block):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
         super().__init__()
-        mlp_hidden_dim = int(hidden_size * mlp_ratio)
-        self.num_heads, self.hidden_size = num_heads, hidden_size
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
 
         self.img_mod = Modulation(hidden_size, double=True)
         self.img_norm1 = layer_norm(hidden_size)
         self.img_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
         self.img_norm2 = layer_norm(hidden_size)
-        self.img_mlp = _mlp(hidden_size, mlp_hidden_dim)
+        self.img_mlp = _mlp(hidden_size, self.mlp_hidden_dim)
 
         self.txt_mod = Modulation(hidden_size, double=True)
         self.txt_norm1 = layer_norm(hidden_size)
         self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
         self.txt_norm2 = layer_norm(hidden_size)
-        self.txt_mlp = _mlp(hidden_size, mlp_hidden_dim)
+        self.txt_mlp = _mlp(hidden_size, self.mlp_hidden_dim)
 
     def modulate(self, vec: Tensor) -> Tensor:
         """The modulations that `run` takes, the image's first: "B C" -> "B 12C"."""
@@ -204,13 +207,17 @@ class SingleStreamBlock(Block):
     """Text and image as one sequence; attention and MLP side by side, as in arXiv 2302.05442."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, qk_scale: float | None = None
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qk_scale: float | None = None,  # noqa: ARG002  (upstream's)
     ):
         super().__init__()
         self.hidden_dim = hidden_size
         self.num_heads = num_heads
         self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
-        # One projection to queries, keys, values and the MLP's hidden channels, one back from attention and MLP.
+        # One projection to queries, keys, values and hidden channels, one back from attention and MLP.
         self.linear1: AnyLinear = nn.Linear(hidden_size, hidden_size * 3 + self.mlp_hidden_dim)
         self.linear2: AnyLinear = nn.Linear(hidden_size + self.mlp_hidden_dim, hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
@@ -284,7 +291,16 @@ class LastLayer(nn.Module):
         return self.adaLN_modulation(vec)
 
     def forward(self, x: Tensor, vec: Tensor | None = None, mod: Tensor | None = None) -> Tensor:
-        """ "B I C" -> "B I channels", modulated by `mod`, or else by the modulations of `vec`."""
+        """Project "B I C" to "B I channels".
+
+        Args:
+            x: Image stream, "B I C".
+            vec: Conditioning vector, "B C". Not needed if `mod` is given.
+            mod: What `modulate` returns, "B 2C" or "1 2C".
+
+        Raises:
+            ValueError: Both are None.
+        """
         if mod is None:
             if vec is None:
                 raise ValueError("Got neither vec nor its modulations: give one of them")

@@ -49,8 +49,18 @@ def can_project_rows(linear: AnyLinear) -> bool:
     return isinstance(linear, nn.Linear) or linear.can_project_rows()
 
 
-def project_rows(linear: AnyLinear, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Compute only the output channels start..stop of a linear layer of any kind."""
+def project_rows(
+    linear: AnyLinear, x: Tensor | Rounded, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Compute only the output channels start..stop of a linear layer of any kind.
+
+    Raises:
+        TypeError: `x` is `Rounded`, which this layer does not take.
+    """
+    if isinstance(linear, Fp8Linear):
+        return linear.project(x, start, stop)
+    if isinstance(x, Rounded):
+        raise TypeError(f"Got an input rounded to 8 bits for a {type(linear).__name__}")
     if isinstance(linear, CustomLinear):
         return linear.project(x, start, stop)
     return F.linear(x, linear.weight[start:stop], _rows(linear.bias, start, stop))

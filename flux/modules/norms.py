@@ -17,6 +17,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise "... dim"."""
         return F.rms_norm(x, self.scale.shape, self.scale, eps=self.eps)
 
 
@@ -28,12 +29,16 @@ class QKNorm(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(dim), RMSNorm(dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise queries and keys, "B H N D" each, in the dtype of the values."""
         return self.query_norm(q).to(v), self.key_norm(k).to(v)
 
 
 @dataclass
 class ModulationOut:
-    """Shift, scale and gate of one residual branch, "B 1 C" each: x + gate * f((1 + scale) * norm(x) + shift)."""
+    """Shift, scale and gate of one residual branch, "B 1 C" each.
+
+    The branch f makes x + gate * f((1 + scale) * norm(x) + shift) of x.
+    """
 
     shift: Tensor
     scale: Tensor

@@ -117,14 +117,14 @@ def qk_norm_rope(
         pe: Rotations, "B 1 N D/2 2 2".
     """
     if ops_triton is not None and _serves_heads(q):
-        return ops_triton.qk_norm_rope(pe, eps, q, q_scale, k, k_scale)
+        return ops_triton.qk_norm_rope(q, k, q_scale, k_scale, eps, pe)
     return _norm_rope(q, q_scale, eps, pe), _norm_rope(k, k_scale, eps, pe)
 
 
 def norm_rope(x: Tensor, scale: Tensor, eps: float, pe: Tensor) -> Tensor:
     """Queries or keys alone, "B H N D", as `qk_norm_rope` makes them."""
     if ops_triton is not None and _serves_heads(x):
-        return ops_triton.qk_norm_rope(pe, eps, x, scale)[0]
+        return ops_triton.norm_rope(x, scale, eps, pe)
     return _norm_rope(x, scale, eps, pe)
 
 

@@ -1,7 +1,12 @@
-"""Kernels in Triton for what lies between a block's products, where a compiler goes over memory repeatedly.
+"""Triton kernels for the operations between a block's linear layers, each one pass over memory.
 
-`flux.modules.ops` has the same in plain PyTorch, and says when these are taken. They know no gradients.
+`flux.modules.ops` has the same in plain PyTorch, and decides which of them is used. There are no gradients.
 """
+
+# Kernels are in Triton's own language, and its stubs do not know that a launch may leave out parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
+# ruff: noqa: N803  (constants of a kernel are in capitals)
 
 import torch
 import triton
@@ -11,14 +16,14 @@ from torch import Tensor
 from flux.modules.float8 import E4M3, E4M3_MAX
 
 LARGEST = tl.constexpr(E4M3_MAX)
-HEADS = 8  # treated at once
+HEADS = 8  # heads that are computed at once
 
 
 @triton.jit
 def _norm_rotate(x, scale, a, b, c, d, dtype, EPS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):
     x = x.to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / SIZE + EPS) * scale
-    # As in plain PyTorch, what is normed is rounded before it is turned.
+    # As in plain PyTorch, the norm is rounded before the rotation.
     first, second = tl.split(tl.reshape(x.to(dtype).to(tl.float32), (HEADS, SIZE // 2, 2)))
     return tl.reshape(tl.join(a * first + b * second, c * first + d * second), (HEADS, SIZE)).to(dtype)
 
@@ -48,31 +53,56 @@ def _qk_norm_rope(
         tl.store(new_q + target, _norm_rotate(own_q, of_q, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
         if BOTH:
             own_k = tl.load(k + source, mask=inside)
-            tl.store(new_k + target, _norm_rotate(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside)
+            tl.store(
+                new_k + target, _norm_rotate(own_k, of_k, a, b, c, d, dtype, EPS, HEADS, SIZE), mask=inside
+            )
 
 
 def qk_norm_rope(
-    pe: Tensor, eps: float, q: Tensor, q_scale: Tensor, k: Tensor | None = None, k_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Queries and keys, or either alone, normalised per head and turned: "B H N D" each, in memory "B N H D".
+    q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, eps: float, pe: Tensor
+) -> tuple[Tensor, Tensor]:
+    """RMS-normalise queries and keys per head and rotate them.
 
     Args:
-        q, k: "B H N D", D a power of two; both lie alike, the channels of a head side by side.
-        q_scale, k_scale: of the norms, "D".
-        pe: rotations "B 1 N D/2 2 2" or "1 1 N D/2 2 2", float32.
+        q: Queries, "B H N D", D a power of two, contiguous along D.
+        k: Keys, with the shape and strides of `q`.
+        q_scale: Scale of the queries' norm, "D".
+        k_scale: Scale of the keys' norm, "D".
+        eps: Added to the mean square.
+        pe: Rotations "B 1 N D/2 2 2" or "1 1 N D/2 2 2", float32.
+
+    Returns:
+        Queries and keys, "B H N D" each, in memory "B N H D".
     """
+    new_q, new_k = _heads_like(q), _heads_like(q)
+    _launch_norm_rope(q, k, new_q, new_k, q_scale, k_scale, eps, pe)
+    return new_q, new_k
+
+
+def norm_rope(x: Tensor, scale: Tensor, eps: float, pe: Tensor) -> Tensor:
+    """The same for queries or keys alone."""
+    result = _heads_like(x)
+    _launch_norm_rope(x, None, result, None, scale, None, eps, pe)
+    return result
+
+
+def _heads_like(x: Tensor) -> Tensor:
+    batch, heads, tokens, size = x.shape
+    return x.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+
+def _launch_norm_rope(
+    q: Tensor, k: Tensor | None, new_q: Tensor, new_k: Tensor | None, q_scale: Tensor,
+    k_scale: Tensor | None, eps: float, pe: Tensor,
+) -> None:  # fmt: skip
     batch, heads, tokens, size = q.shape
     pe = pe.contiguous()
-    new_q, new_k = (
-        None if x is None else q.new_empty(batch, tokens, heads, size).transpose(1, 2) for x in (q, k)
-    )
-    places = [x.stride(axis) for x in (q, new_q) for axis in (0, 2, 1)]
+    strides = [x.stride(axis) for x in (q, new_q) for axis in (0, 2, 1)]
     _qk_norm_rope[(tokens, batch)](
-        q, k, *places[:3], new_q, new_k, *places[3:], q_scale, k_scale,
+        q, k, *strides[:3], new_q, new_k, *strides[3:], q_scale, k_scale,
         pe, 0 if pe.shape[0] == 1 else pe.stride(0), heads, eps, size, HEADS, k is not None,
         num_warps=2,
     )  # fmt: skip
-    return new_q, new_k
 
 
 @triton.jit
@@ -100,12 +130,20 @@ def _norm_modulate(
     _write(x, tl.max(tl.abs(x), axis=0), result, scales, row, row * WIDTH + channel, inside, ROUND)
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool) -> tuple[Tensor, Tensor]:
-    """Layer norm, times 1 + scale, plus shift: "B N C" of `x`, and with `rounding` in e4m3 over a scale of
-    each row, "B N 1".
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, rounding: bool
+) -> tuple[Tensor, Tensor]:
+    """(1 + scale) * layer_norm(x) + shift, in e4m3 if `rounding`.
 
     Args:
-        x: "B N C"; shift and scale "B 1 C" or "1 1 C", lying alike.
+        x: "B N C".
+        shift: "B 1 C" or "1 1 C".
+        scale: With the shape and strides of `shift`.
+        eps: Added to the variance.
+        rounding: Whether to round to e4m3, with a scale for each row.
+
+    Returns:
+        "B N C", and the scales, "B N 1". Without rounding there are none: "B 0 1".
     """
     tokens, width = x.shape[1:]
     rows = x.flatten(0, 1)
@@ -139,16 +177,28 @@ def _concat_gelu(
         _write(y, largest, result, scales, row, place + MIXED + second, second < HIDDEN, ROUND)
 
 
-def concat_gelu(mixed: Tensor | None, hidden: Tensor | None, rounding: bool) -> tuple[Tensor, Tensor]:
-    """`mixed` and behind it the GELU (by tanh) of `hidden`, "B N C" each, either left out: "B N C", and with
-    `rounding` in e4m3 over a scale of each row, "B N 1".
+def concat_gelu(x: Tensor | None, hidden: Tensor | None, rounding: bool) -> tuple[Tensor, Tensor]:
+    """Concatenate `x` and the GELU (tanh) of `hidden` along the channels, in e4m3 if `rounding`.
+
+    Args:
+        x: "B N C" or None.
+        hidden: "B N M", or None if `x` is given.
+        rounding: Whether to round to e4m3, with a scale for each row.
+
+    Returns:
+        "B N C+M", and the scales, "B N 1". Without rounding there are none: "B 0 1".
+
+    Raises:
+        ValueError: Both are None.
     """
-    one = hidden if mixed is None else mixed
-    rows = [one if x is None else x.flatten(0, 1) for x in (mixed, hidden)]
-    widths = [0 if x is None else x.shape[-1] for x in (mixed, hidden)]
-    result, scales = _results(one, sum(widths), rounding)
+    like = hidden if x is None else x
+    if like is None:
+        raise ValueError("Got neither x nor hidden: give one of them")
+    rows = [(like if part is None else part).flatten(0, 1) for part in (x, hidden)]
+    widths = [0 if part is None else part.shape[-1] for part in (x, hidden)]
+    result, scales = _results(like, sum(widths), rounding)
     blocks = [triton.next_power_of_2(max(1, width)) for width in widths]
-    _concat_gelu[(one.shape[0] * one.shape[1],)](
+    _concat_gelu[(like.shape[0] * like.shape[1],)](
         rows[0], rows[0].stride(-2), rows[1], rows[1].stride(-2), result, scales, *widths, *blocks, rounding,
         num_warps=2 if sum(widths) <= 4096 else 8,
     )  # fmt: skip
@@ -158,5 +208,5 @@ def concat_gelu(mixed: Tensor | None, hidden: Tensor | None, rounding: bool) -> 
 def _results(x: Tensor, width: int, rounding: bool) -> tuple[Tensor, Tensor]:
     batch, tokens = x.shape[:2]
     result = torch.empty(batch, tokens, width, dtype=E4M3 if rounding else x.dtype, device=x.device)
-    # Not written to without rounding.
+    # Without rounding nothing is written to the scales.
     return result, torch.empty(batch, tokens if rounding else 0, 1, device=x.device)

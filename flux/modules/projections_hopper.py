@@ -3,14 +3,17 @@
 These operations are GELU, the norm and rotation of queries and keys, and the gated sum. The matmuls come from
 quack-kernels, attention from flash-attn-4. Kernels are compiled when they are first called, and kept on disk.
 
-Results are float32 up to the end and rounded once, where `flux.modules.layers` rounds in between. There are no
-gradients. Each row of a batch comes out as it would alone.
+Results stay in float32 until they are written and are rounded once, where `flux.modules.layers` rounds in
+between. There are no gradients. Each row of a batch comes out as it would alone.
 """
+
+# These packages are installed on Hopper GPUs only.
+# pyright: reportMissingImports=false
 
 import math
 import os
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -174,10 +177,10 @@ T = TypeVar("T")
 
 def cached_by_tensor(make: Callable[..., T]) -> Callable[..., T]:
     """Cache `make(tensor, *more)` as long as the tensor lives, which functools.cache would keep alive."""
-    results: MutableMapping[Tensor, dict[tuple, T]] = WeakTensorKeyDictionary()
+    results = WeakTensorKeyDictionary()
 
     def cached(tensor: Tensor, *more) -> T:
-        known = results.setdefault(tensor, {})
+        known: dict[tuple, T] = results.setdefault(tensor, {})  # pyright: ignore  (its stub forgets the type)
         if more not in known:
             known[more] = make(tensor, *more)
         return known[more]
@@ -189,7 +192,7 @@ def cached_by_tensor(make: Callable[..., T]) -> Callable[..., T]:
 def _operands(
     matrix: Tensor, bias: Tensor, scale: Tensor | None, start: int, stop: int | None, batch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rows of a linear layer's matrix, "B channels K", and the vectors that belong to them, "B channels" each."""
+    """Rows of a linear layer's matrix, "B channels K", and their bias and scales, "B channels" each."""
     # Of their data: a view of the matrix itself would keep it alive, and so this entry.
     vectors = {"bias": bias.data[start:stop].expand(batch, -1)}
     if scale is not None:
@@ -369,18 +372,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor
     return attn.flatten(2) if out is None else out
 
 
-def _hidden(linear: nn.Module, x: Tensor | Rounded, start: int = 0, before: int = 0) -> Tensor:
-    """The GELU of the MLP's hidden channels, "B N M": the output channels of `linear` from `start` on.
+def _hidden(linear: nn.Module, x: Tensor | Rounded, width: int, start: int = 0, free: int = 0) -> Tensor:
+    """The GELU of the MLP's hidden channels, "B N M".
 
-    They come behind `before` uninitialised channels, for attention's result.
+    Args:
+        linear: Projects to the hidden channels, with its output channels from `start` on.
+        x: Input, "B N C".
+        width: Number of hidden channels, M.
+        start: First of the output channels.
+        free: Number of uninitialised channels to put before them, for attention's result.
     """
-    wide = x.new_empty(*x.shape[:2], before + linear.out_features - start)
-    GELU(linear, x, start, None, wide[..., before:])
+    wide = x.new_empty(*x.shape[:2], free + width)
+    GELU(linear, x, start, None, wide[..., free:])
     return wide
 
 
 def _add_gated(stream: Tensor, gate: Tensor, linear: nn.Module, x: Tensor | Rounded) -> Tensor:
-    """stream + gate * linear(x), "B N C"."""
+    """The sum stream + gate * linear(x), "B N C"."""
     gate = gate[:, 0].expand(stream.shape[0], -1)
     return GATED(linear, x, stream=stream.contiguous(), gate=gate)
 
@@ -400,11 +408,13 @@ class HopperDoubleBlock(DoubleStreamBlock):
         img_attn, txt_attn, qkv = self.fused_attention(img_in, txt_in, pe, edit)
 
         img = _add_gated(img, img_mod1.gate, self.img_attn.proj, img_attn)
-        hidden = _hidden(self.img_mlp[0], modulate(self.img_norm2, img, img_mod2, self.img_mlp[0]))
+        img_in = modulate(self.img_norm2, img, img_mod2, self.img_mlp[0])
+        hidden = _hidden(self.img_mlp[0], img_in, self.mlp_hidden_dim)
         img = _add_gated(img, img_mod2.gate, self.img_mlp[2], hidden)
 
         txt = _add_gated(txt, txt_mod1.gate, self.txt_attn.proj, txt_attn)
-        hidden = _hidden(self.txt_mlp[0], modulate(self.txt_norm2, txt, txt_mod2, self.txt_mlp[0]))
+        txt_in = modulate(self.txt_norm2, txt, txt_mod2, self.txt_mlp[0])
+        hidden = _hidden(self.txt_mlp[0], txt_in, self.mlp_hidden_dim)
         txt = _add_gated(txt, txt_mod2.gate, self.txt_mlp[2], hidden)
         return img, txt, qkv
 
@@ -453,7 +463,7 @@ class HopperSingleBlock(SingleStreamBlock):
         q, k, v = self.fused_heads(x_in, pe, num_txt, edit)
 
         wait = edit.start_exchange(k, v)
-        hidden = _hidden(self.linear1, x_in, 3 * self.hidden_dim, before=self.hidden_dim)
+        hidden = _hidden(self.linear1, x_in, self.mlp_hidden_dim, 3 * self.hidden_dim, free=self.hidden_dim)
         attend(q, *wait(), hidden[..., : self.hidden_dim])
         x = _add_gated(x, own_mod.gate, self.linear2, hidden)
         return x, (q, k, v) if edit.record else None
@@ -480,7 +490,10 @@ class HopperSingleBlock(SingleStreamBlock):
 
 def use_hopper(block: DoubleStreamBlock | SingleStreamBlock) -> None:
     """Turn a block into one with fused kernels, in place: the same weights, another `run`."""
-    block.__class__ = HopperDoubleBlock if isinstance(block, DoubleStreamBlock) else HopperSingleBlock
+    if isinstance(block, DoubleStreamBlock):
+        block.__class__ = HopperDoubleBlock
+    else:
+        block.__class__ = HopperSingleBlock
 
 
 def serves(block: nn.Module) -> bool:

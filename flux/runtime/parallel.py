@@ -43,7 +43,7 @@ class ProcessGroup:
     device: torch.device | None = None
 
     def shard(self, tokens: Tensor) -> Tensor:
-        """This process's slice of the tokens, "B n ...". If uneven, the first processes hold one token more."""
+        """This process's slice of the tokens, "B n ...". If uneven, the first processes get one extra."""
         return tokens.tensor_split(self.count, dim=1)[self.rank]
 
     def sizes(self, *runs: int) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class ProcessGroup:
         return x
 
     def gather(self, x: Tensor, dim: int, *runs: int) -> Tensor:
-        """All tokens, from each process's shards `x` of runs of such lengths, one after another along `dim`."""
+        """All tokens, from each process's shards `x` of runs of such lengths, in turn along `dim`."""
         places = [self.shard(run[None])[0] for run in torch.arange(sum(runs), device=x.device).split(runs)]
         shape = [*x.shape[:dim], sum(runs), *x.shape[dim + 1 :]]
         # A sum with zeros is exact and, unlike an all-gather, takes shards of different sizes.
@@ -88,7 +88,9 @@ def join(parallel: int, device: str) -> ProcessGroup:
         command = shlex.join(("torchrun", "--nproc_per_node", str(parallel), *sys.argv))
         raise InputError(f"Got parallel {parallel}, but this is a single process: start it with {command}")
     if started != parallel:
-        raise InputError(f"Got parallel {parallel}, but torchrun started {started} processes: make them equal")
+        raise InputError(
+            f"Got parallel {parallel}, but torchrun started {started} processes: make them equal"
+        )
     if parallel == 1:
         return ALONE
     if device not in ("auto", "cpu", "cuda"):
@@ -117,7 +119,9 @@ WIDE = torch.complex128  # the widest dtype: the fewer numbers are copied, the f
 
 @dataclass(frozen=True)
 class AllGatherKV:
-    """A `flux.math.Exchange` by all-gather. The tokens come in the order of the processes; attention ignores it.
+    """A `flux.math.Exchange` by all-gather.
+
+    The tokens come in the order of the processes. Attention gives the same in any order.
 
     Attributes:
         group: The processes.
@@ -183,7 +187,7 @@ def shared_memory(size: int, device: torch.device) -> Tensor:
 
     symm_mem.set_backend("NCCL")
     memory = symm_mem.empty(size, dtype=torch.uint8, device=device)
-    symm_mem.rendezvous(memory, dist.group.WORLD)
+    symm_mem.rendezvous(memory, dist.group.WORLD)  # pyright: ignore  (None only before init_process_group)
     return memory
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, Inputs
 from flux.modules.step_cache import StepCache
-from flux.runtime.parallel import SequenceParallelFlux, ProcessGroup
+from flux.runtime.parallel import ProcessGroup, SequenceParallelFlux
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
 from helpers import hopper_stub, tiny_models
 
@@ -64,7 +64,9 @@ def layers_bypassed(model, given) -> Answers:
 @case
 def layers_bypassed_in_each_row(model, given) -> Answers:
     rows = (frozenset({0, tiny_models.NUM_DOUBLE}), frozenset({1}))
-    return ask(model, given, Intervention(skip=rows)) + ask(model, given, Intervention(skip=rows, skip_scale=0.3))
+    return ask(model, given, Intervention(skip=rows)) + ask(
+        model, given, Intervention(skip=rows, skip_scale=0.3)
+    )
 
 
 @case

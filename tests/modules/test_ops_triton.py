@@ -65,12 +65,12 @@ def test_qk_norm_rope(kernels, heads, rows, dtype):
     for part in (norm.query_norm, norm.key_norm):
         part.scale.copy_(random(16) + part.eps)
     pe = EmbedND(16, 10000, [4, 6, 6])(3 * random(rows, 5, 3))
-    found = kernels.qk_norm_rope(pe, norm.query_norm.eps, q, norm.query_norm.scale, k, norm.key_norm.scale)
+    found = kernels.qk_norm_rope(q, k, norm.query_norm.scale, norm.key_norm.scale, norm.query_norm.eps, pe)
     for x, expected in zip(found, apply_rope(*norm(q, k, v), pe)):
         assert x.dtype == dtype
         same(x, expected)
     for part, x, both in ((norm.query_norm, q, found[0]), (norm.key_norm, k, found[1])):
-        assert torch.equal(kernels.qk_norm_rope(pe, part.eps, x, part.scale)[0], both)
+        assert torch.equal(kernels.norm_rope(x, part.scale, part.eps, pe), both)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

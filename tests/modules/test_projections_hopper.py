@@ -1,4 +1,4 @@
-"""Hopper blocks answer like plain ones: their arithmetic with stand-ins for the packages, on a GPU with the real ones."""
+"""Hopper blocks answer like plain ones: with stand-ins for the packages, and on a GPU with the real ones."""
 
 import gc
 import sys
@@ -13,9 +13,9 @@ from helpers import hopper_stub, tiny_models
 from flux.intervention import Intervention
 from flux.model import Inputs, hopper_kernels
 from flux.modules.layers import Block, SingleStreamBlock
+from flux.modules.linear import LowRankLinear
 from flux.runtime.offload import Offloaded
 from flux.runtime.quantize import to_fp8
-from flux.modules.linear import LowRankLinear
 
 LAYERS = frozenset((1, 4))
 SMALL = {"height": 32, "width": 32, "num_txt": 3}

@@ -52,7 +52,9 @@ def test_the_rule_by_hand(given, threshold):
         if change >= threshold:
             full += 1
             seen = []
-            hook = model.final_layer.register_forward_hook(lambda net, args, _: seen.append(args[0]))
+            hook = model.final_layer.register_forward_hook(
+                lambda net, args, _, seen=seen: seen.append(args[0])
+            )
             model(**rows)
             hook.remove()
             known = (first, seen[0] - after)
