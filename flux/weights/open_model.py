@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flux.errors import InputError
@@ -15,6 +16,7 @@ from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.layers import timestep_embedding
+from flux.modules.linear import AnyLinear, LowRankLinear
 from flux.specs import ModelSpec
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import parse_json
@@ -291,8 +293,16 @@ def _wrong_encoder(folder: Path, config: "PretrainedConfig", part: Part) -> Inpu
 
 def _fold_guidance(model: Flux, spec: ModelSpec) -> None:
     """Add one guidance scale's embedding to the time embedder's last bias, and drop the guidance input."""
-    bias = model.time_in.out_layer.bias
-    scale = torch.tensor([spec.guidance], device=bias.device)
-    added = model.guidance_in.float()(timestep_embedding(scale, 256))[0]
-    model.time_in.out_layer.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
+    embedder, last = model.guidance_in, model.time_in.out_layer
+    owner = last.base if isinstance(last, LowRankLinear) else last
+    scale = torch.tensor([spec.guidance], device=owner.bias.device)
+    hidden = embedder.silu(_in_float32(embedder.in_layer, timestep_embedding(scale, 256)))
+    added = _in_float32(embedder.out_layer, hidden)[0]
+    owner.bias = nn.Parameter((owner.bias.float() + added).to(owner.bias.dtype), requires_grad=False)
     model.guidance_in, model.params = nn.Identity(), spec.params
+
+
+def _in_float32(linear: AnyLinear, x: torch.Tensor) -> torch.Tensor:
+    """Map with a layer's weights in float32, whatever it computes in and however it is stored."""
+    bias = linear.base.bias if isinstance(linear, LowRankLinear) else linear.bias
+    return F.linear(x, linear.weight.float(), bias.float())
