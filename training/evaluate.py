@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ def score_samples(seen: Recognition, scenes: Sequence[Scene]) -> dict[str, float
 
 def _on_its_side(x: Tensor, content: Content) -> bool:
     first, second = (x[INDEX[subject.name]] for subject in content.subjects)
-    return bool(first < second) == ("left" in content.relation)
+    return bool(first < second) == ("left" in (content.relation or ""))
 
 
 def evaluate_samples(
@@ -158,7 +159,7 @@ def evaluate_samples(
     rows = torch.tensor([scene.row() for scene in scenes])
     renderer = Renderer(models.device)
     real = torch.cat([renderer(part, side, side, seed=7) for part in rows.split(64)])
-    result = {"real renders": score_samples(recognize(measuring, real)[0], scenes)}
+    result: dict[str, Any] = {"real renders": score_samples(recognize(measuring, real)[0], scenes)}
     result["autoencoder, dB"] = round(round_trip_psnr(models.ae, (real[:128] * 255).round().byte()), 2)
     for name, model_steps in (("nano", steps), ("schnell", 4)):
         images = generate_images(models, models.flux(name), name, captions, side, model_steps)
@@ -180,7 +181,7 @@ def evaluate_speed() -> dict[str, float]:
     from flux.vital_layers import find_vital_layers
 
     seconds = {}
-    prompt, edits = "a dog on the grass", ["a cat on the grass"] * 3
+    prompt, edits = "a dog on the grass", ("a cat on the grass",) * 3
     for name in [name for name in ("flux-nano", "flux-nano-schnell") if name in configs]:
         settings = resolve(EditSettings(prompt=prompt, edits=edits, model=name, device="cpu", batch_size=3))
         begin = time.perf_counter()

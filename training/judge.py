@@ -112,8 +112,12 @@ class MeasuringJudge:
         """Judges each edit by the image before it, the edit itself, and what was asked for."""
         (_, old), (recognition, new) = self.see(before), self.see(after)
         return [
-            Verdict(shows(recognition, row, each), overlap(*masks), changeable(*masks, each))
-            for row, (each, *masks) in enumerate(zip(asked, old, new))
+            Verdict(
+                shows(recognition, row, each),
+                overlap(old[row], new[row]),
+                changeable(old[row], new[row], each),
+            )
+            for row, each in enumerate(asked)
         ]
 
 

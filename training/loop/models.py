@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.modules.layers import Modulation
 from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, Dinov2Model, T5EncoderModel
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Generator(nn.Module):
         return txt, self.clip(input_ids=clip_tokens).pooler_output
 
 
-def build_t5(sizes: Sizes, tokenizer: Path) -> nn.Module:
+def build_t5(sizes: Sizes, tokenizer: Path) -> "T5EncoderModel":
     """Builds a T5 encoder for the tokenizer's words."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -109,7 +113,7 @@ def build_t5(sizes: Sizes, tokenizer: Path) -> nn.Module:
     return T5EncoderModel(config)
 
 
-def build_clip(sizes: Sizes, tokenizer: Path) -> nn.Module:
+def build_clip(sizes: Sizes, tokenizer: Path) -> "CLIPTextModel":
     """Builds a CLIP text encoder for the tokenizer's words."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
@@ -140,7 +144,7 @@ DINO_SIDE, DINO_PATCH = 128, 8
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build_dinov2(sizes: Sizes) -> nn.Module:
+def build_dinov2(sizes: Sizes) -> "Dinov2Model":
     """Builds the perceptual encoder."""
     from transformers import Dinov2Config, Dinov2Model
 

@@ -55,7 +55,7 @@ TOY_PLAN: dict[str, StagePlan] = {
     "dinov2": StagePlan(1.0, 4, 1e-3, 24),
     "measuring": StagePlan(1.0, 4, 2e-3, 24),
 }
-STAGES = (
+STAGES: tuple[str, ...] = (
     "tokenizers", "autoencoder", "text", "flow128", "flow256", "guidance", "schnell", "export", "dinov2",
     "measuring",
 )  # fmt: skip
@@ -114,5 +114,5 @@ class Work:
         """Draws the scenes of a stage. Every process draws others."""
         scenes, cores = self.plan_for(stage).scenes, (os.cpu_count() or 1) // self.cluster.world
         processes = max(1, min(16, cores, scenes // 1000))
-        seed = 100 * list(STAGES).index(stage) + self.cluster.rank
+        seed = 100 * STAGES.index(stage) + self.cluster.rank
         return draw_pool(scenes, self.tokenizers, seed, processes=processes)

@@ -113,9 +113,9 @@ def extent(thing: Thing, shape: Shape = SQUARE) -> tuple[float, float, float, fl
     height = (bottom - top) * thing.size
     if thing.hat >= 0:
         height += max(0.0, _hat_above(thing.sprite, thing.hat, thing.size))
-        head_x, _, head_width = SPRITES[thing.sprite].head
+        (head_x, _, head_width), (hat_width, _) = _head_and_hat(thing.sprite, thing.hat)
         offset = (head_x - (left + right) / 2) * thing.size
-        hat_half = head_width * SPRITES[thing.hat].hat[0] * HAT_SCALE * thing.size / 2
+        hat_half = head_width * hat_width * HAT_SCALE * thing.size / 2
         left_edge, right_edge = min(-half, offset - hat_half), max(half, offset + hat_half)
     else:
         left_edge, right_edge = -half, half
@@ -127,14 +127,20 @@ def extent(thing: Thing, shape: Shape = SQUARE) -> tuple[float, float, float, fl
     )
 
 
+def _head_and_hat(sprite: int, hat: int) -> tuple[tuple[float, float, float], tuple[float, float]]:
+    head, fit = SPRITES[sprite].head, SPRITES[hat].hat
+    if head is None or fit is None:
+        raise ValueError(f"Got a {SPRITES[sprite].name} that wears a {SPRITES[hat].name}")
+    return head, fit
+
+
 def hat_placement(sprite: int, hat: int, size: float) -> tuple[float, float, float]:
     """Computes the size of a worn hat, and the offsets of its centre and foot from the wearer's.
 
     All three are in lengths of the shorter side.
     """
     left, _, right, bottom = boxes()[sprite]
-    head_x, head_y, head_width = SPRITES[sprite].head
-    width, sink = SPRITES[hat].hat
+    (head_x, head_y, head_width), (width, sink) = _head_and_hat(sprite, hat)
     hat_left, _, hat_right, _ = boxes()[hat]
     hat_size = head_width * size * width * HAT_SCALE / (hat_right - hat_left)
     return hat_size, (head_x - (left + right) / 2) * size, (head_y - bottom) * size + sink * hat_size

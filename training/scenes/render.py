@@ -58,7 +58,7 @@ class Renderer:
     @torch.no_grad()
     def __call__(self, rows: Tensor, width: int, height: int, seed: int | None = None) -> Tensor:
         """Renders rows `B COLUMNS`, on the CPU, to images `B 3 height width` in 0..1."""
-        return self._draw(rows, width, height, seed)[0]
+        return self._draw(rows, width, height, seed)
 
     @torch.no_grad()
     def with_masks(
@@ -71,8 +71,8 @@ class Renderer:
             drawn, `B 4 H W`, booleans.
         """
         masks = torch.zeros(2, len(rows), THING_SLOTS, height, width, device=self.device)
-        image, masks = self._draw(rows, width, height, seed, masks)
-        return image, masks[0], masks[1] > 0
+        images = self._draw(rows, width, height, seed, masks)
+        return images, masks[0], masks[1] > 0
 
     @torch.no_grad()
     def pairs(
@@ -100,7 +100,10 @@ class Renderer:
             changes.append(changed)
         return torch.cat(images), torch.cat(others), torch.cat(changes)
 
-    def _draw(self, rows: Tensor, width: int, height: int, seed: int | None, masks: Tensor | None = None):
+    def _draw(
+        self, rows: Tensor, width: int, height: int, seed: int | None, masks: Tensor | None = None
+    ) -> Tensor:
+        """Draws the scenes, and each subject's opacity and touched pixels into `masks`, `2 B 4 H W`."""
         if seed is not None:
             self.generator.manual_seed(seed)
         image = torch.empty(len(rows), 3, height, width, device=self.device)
@@ -115,7 +118,7 @@ class Renderer:
             mask = masks[:, :, slot - DETAIL_SLOTS] if masks is not None and first >= FIRST_THING else None
             self._stamp(image, layer, rows, mask, shadow=True)
             self._stamp(image, hats, rows, mask, shadow=False)
-        return image.clamp_(0, 1), masks
+        return image.clamp_(0, 1)
 
     def _canvas(self, rows: Tensor, width: int, height: int) -> Canvas:
         on_device = rows[:, :FIRST_DETAIL].to(self.device, torch.float32)
@@ -180,7 +183,7 @@ class Renderer:
         theta[:, 0, 0], theta[:, 0, 2] = 1 / size_x, (1 - 2 * centre_x) / size_x
         theta[:, 1, 1], theta[:, 1, 2] = 1 / size_y, (1 - 2 * centre_y) / size_y
         images = atlas[part.sprite.to(self.device)]
-        grid = F.affine_grid(theta.to(self.device), (len(theta), 4, height, width), align_corners=False)
+        grid = F.affine_grid(theta.to(self.device), [len(theta), 4, height, width], align_corners=False)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _shadow(self, part: _Layer, width: int, height: int) -> Tensor:

@@ -143,8 +143,11 @@ cube 1f9ca, star 1f31f, masks 1f3ad, microphone 1f399-fe0f, piano 1f3b9, circus 
 """
 
 
-def _numbers(text: str) -> tuple[float, ...] | None:
-    return tuple(float(number) for number in text.split(",")) if text else None
+def _read_head(text: str) -> tuple[float, float, float] | None:
+    if not text:
+        return None
+    x, y, width = map(float, text.split(","))
+    return x, y, width
 
 
 def _read_objects() -> list[Sprite]:
@@ -153,17 +156,21 @@ def _read_objects() -> list[Sprite]:
         name, file, head, flags, more = (part.strip() for part in line.split("|"))
         words = (name, more) if more else (name,)
         sprites.append(
-            Sprite(name, file, words, _numbers(head), None, "c" in flags, "f" in flags, common="+" in flags)
+            Sprite(name, file, words, _read_head(head), None, "c" in flags, "f" in flags, common="+" in flags)
         )
     for line in _HATS.strip().splitlines():
         name, file, fit, more = line.split("|")
-        sprites.append(Sprite(name, file, (name, more), hat=_numbers(fit)))
+        width, sink = map(float, fit.split(","))
+        sprites.append(Sprite(name, file, (name, more), hat=(width, sink)))
     return sprites
 
 
 OBJECTS: list[Sprite] = _read_objects()
 DETAILS: list[Sprite] = [
-    Sprite(*entry.strip().rsplit(" ", 1)) for entry in _DETAILS.replace("\n", " ").strip().split(",")
+    Sprite(name, file)
+    for name, file in (
+        entry.strip().rsplit(" ", 1) for entry in _DETAILS.replace("\n", " ").strip().split(",")
+    )
 ]
 SPRITES: list[Sprite] = OBJECTS + DETAILS
 INDEX: dict[str, int] = {sprite.name: number for number, sprite in enumerate(SPRITES)}

@@ -7,9 +7,10 @@ floats. Everything else is in half precision.
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux.weights.load import read_weights
 from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
@@ -18,6 +19,9 @@ from training.loop.trainer import save_atomically
 from training.scenes.vocabulary import all_words
 from training.stages.autoencoder import load_autoencoder
 from training.stages.flow import load_generator
+
+if TYPE_CHECKING:
+    from transformers import Dinov2Model
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -66,7 +70,7 @@ def export(work: Work) -> bool:
 
 def take_over(work: Work) -> None:
     """Copies what needs no training from the files in `work.begin`, and marks those stages as complete."""
-    if not work.cluster.first:
+    if not work.cluster.first or work.begin is None:
         return
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(work.begin / name, work.tokenizers / name, dirs_exist_ok=True)
@@ -77,7 +81,7 @@ def take_over(work: Work) -> None:
         (work.folder / f"{stage}.done").touch()
 
 
-def export_dinov2(dinov2: nn.Module, folder: Path) -> None:
+def export_dinov2(dinov2: "Dinov2Model", folder: Path) -> None:
     """Writes the perceptual encoder, and how images are prepared for it."""
     dinov2.half().save_pretrained(folder)
     side = {"height": DINO_SIDE, "width": DINO_SIDE}

@@ -132,12 +132,12 @@ def train_flow(work: Work, stage: str) -> bool:
 
     def loss() -> Tensor:
         latents.refresh(plan.fresh)
-        clean, *tokens = latents.batch(plan.batch)
-        tokens = empty.replace_some(*tokens, EMPTY)
+        clean, t5, clip = latents.batch(plan.batch)
+        t5, clip = empty.replace_some(t5, clip, EMPTY)
         t = noise_levels(plan.batch, shift, device)
         x, target = add_noise(clean, t)
         with autocast(device):
-            txt, vec = generator.text(*tokens)
+            txt, vec = generator.text(t5, clip)
             velocity = generator.flux(x, img_ids, txt, txt_ids, t, vec)
         return F.mse_loss(velocity.float(), target)
 
@@ -179,13 +179,13 @@ def train_guidance(work: Work) -> bool:
 
     def loss() -> Tensor:
         latents.refresh(plan.fresh)
-        clean, *tokens = latents.batch(plan.batch)
+        clean, t5, clip = latents.batch(plan.batch)
         t = noise_levels(plan.batch, shift, device)
         low, high = GUIDANCE_RANGE
         scale = low + (high - low) * torch.rand(plan.batch, device=device)
         with torch.no_grad(), autocast(device):
             x, _ = add_noise(clean, t)
-            txt, vec = teacher.text(*tokens)
+            txt, vec = teacher.text(t5, clip)
             conditional = teacher.flux(x, img_ids, txt, txt_ids, t, vec).float()
             unconditional = teacher.flux(x, img_ids, no_txt, txt_ids, t, no_vec).float()
             target = unconditional + scale[:, None, None] * (conditional - unconditional)

@@ -120,11 +120,11 @@ def train_schnell(work: Work) -> bool:
         return flux(x, img_ids, txt, txt_ids, t, vec).float()
 
     def loss() -> Tensor:
-        clean, *tokens = latents.batch(batch)
+        clean, t5, clip = latents.batch(batch)
         quarter = torch.randint(4, (batch,), device=device)
         begin, end = levels[quarter], levels[quarter + 1]
         with torch.no_grad(), autocast(device):
-            txt, vec = generator.text(*tokens)
+            txt, vec = generator.text(t5, clip)
             x = torch.randn_like(clean)
             for step in range(3):  # the student's own path to the start of the quarter
                 velocity = velocity_of(student, x, levels[step].expand(batch).contiguous(), txt, vec)
