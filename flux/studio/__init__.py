@@ -29,6 +29,6 @@ wait for their turn. A call that asks for too much, or for something that does n
 that says why.
 
 What a session made is deleted a day after its last use; scans are kept. Saved settings name no folder of the
-server. Weights and LoRAs that the studio was started with are given by their bare names: a demo looks for them
-beside the run.json, then where it runs, unless it is told (`--weights`, `--lora`, ...).
+server: they give the weights and LoRAs that the studio was started with by their bare names. A demo looks for
+these beside the run.json, then where it runs, unless it is told (`--weights`, `--lora`, ...).
 """

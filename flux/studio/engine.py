@@ -3,10 +3,11 @@
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
+from uuid import uuid4
 
 import torch.nn.functional as F
 from PIL import Image
@@ -133,10 +134,17 @@ class Progress(Generic[R]):
 
 @dataclass(frozen=True, eq=False)
 class KeptReference:
-    """A reference, and the settings and photograph that it was made from."""
+    """A reference that edits may use again.
+
+    Attributes:
+        key: The settings and the photograph that it was made from.
+        reference: The reference.
+        id: A name that no other reference has.
+    """
 
     key: list[Any]
     reference: Reference
+    id: str = field(default_factory=lambda: uuid4().hex)
 
 
 class Engine:
@@ -155,6 +163,11 @@ class Engine:
         self.kept: KeptReference | None = None
         self.metrics: Mapping[str, Metric] | None = None
         self._lock = threading.Lock()
+
+    @property
+    def kept_id(self) -> str | None:
+        """The id of the kept reference."""
+        return self.kept.id if self.kept else None
 
     @property
     def running(self) -> bool:

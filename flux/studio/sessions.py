@@ -68,12 +68,14 @@ class Session:
         runs: The session's runs, oldest first.
         stop: Set to cancel the session's run, even while it is still queued.
         busy: Whether a run is in progress.
+        reference_id: The id of the kept reference on the session's mask canvas. None before the first one.
     """
 
     folder: Path
     runs: list[Run] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     busy: bool = False
+    reference_id: str | None = None
 
     def begin_run(self, settings: ModelSettings, inputs: Mapping[str, Image.Image] | None = None) -> Run:
         """Starts a run and writes its run.json.

@@ -200,7 +200,7 @@ class EditTab:
         def work(
             session: Session, settings: ResolvedEdit, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
-            kept, mask = self.studio.engine.kept, painted_mask(form["mask"])
+            mask = painted_mask(form["mask"])
             for update, run in run_edit(self.studio, session, settings, photo_in(form), mask):
                 if (made := update.result) is None:
                     yield update, self._previewed(update)
@@ -208,7 +208,9 @@ class EditTab:
                 shown: Changes = {self.preview: made.image}
                 if made.name != "reference":
                     shown = self._shown(run, made.name)
-                elif self.studio.engine.kept is not kept:
+                elif session.reference_id != self.studio.engine.kept_id:
+                    # Not if it is there already: this would erase the mask that was painted on it.
+                    session.reference_id = self.studio.engine.kept_id
                     shown |= self.canvas.show(made.image)
                 yield update, shown | history.changes(session)
 
@@ -223,6 +225,7 @@ class EditTab:
                 if image:
                     shown[self.preview] = gr.update(visible=True, value=image)
                 if update.result:
+                    session.reference_id = self.studio.engine.kept_id
                     shown |= {part: gr.update(visible=False) for part in (self.slider, self.gallery)}
                     shown |= self.canvas.show(update.result)
                 yield update, shown
