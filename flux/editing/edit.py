@@ -5,6 +5,7 @@ The reference's image keys and values are injected in the vital layers of each e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from PIL import Image
 
@@ -13,6 +14,7 @@ from flux.editing.photo import Mask, mask_image, token_mask
 from flux.editing.reference import OnStep, Reference, Source, find_source
 from flux.errors import InputError
 from flux.images.io import read_image
+from flux.modules.conditioner import cut_words, shortened
 from flux.pipeline import Pipeline
 from flux.sampling import window
 from flux.settings.edits import Edit
@@ -60,10 +62,14 @@ def edit(
         progress: whether to show progress bars.
 
     Raises:
-        InputError: as `check_edits`, before any work.
+        InputError: as `check_edits`, `check_prompts` and `flux.editing.reference.find_source`.
     """
     masks = check_edits(settings, layers, photo, mask)
+    if settings.prompt is not None:
+        check_prompts(pipe, settings, [settings.prompt])
     source = find_source(pipe, settings, photo, on_step, progress)
+    if settings.prompt is None:
+        check_prompts(pipe, settings, source.prompts)
     batches = start_batches(pipe, source, settings, layers, masks)
     latent = run_batches(pipe, source, batches, on_step=on_step, progress=progress)
     [reference] = source.decode(pipe, latent)
@@ -96,7 +102,8 @@ def edit_reference(
         The edits in the order of `settings.entries`.
 
     Raises:
-        InputError: as `check_edits`; layers that were not kept; settings of another reference.
+        InputError: as `check_edits` and `check_prompts`; layers that were not kept; settings of another
+            reference.
     """
     settings = check_settings(ResolvedEdit, {**settings.model_dump(), "edits": edits})
     source = reference.source
@@ -107,6 +114,7 @@ def edit_reference(
     if missing := sorted(set(layers) - set(reference.layers)):
         raise InputError(f"Got vital layers {missing}, but the reference was kept with {reference.layers}")
     masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
+    check_prompts(pipe, settings, source.prompts)
     batches = start_batches(pipe, source, settings, layers, masks)
     run_batches(pipe, source, batches, reference.steps, on_step, progress)
     return _decode_edits(pipe, source, batches, masks)
@@ -155,6 +163,27 @@ def check_edits(
             image = images[entry.mask]
         masks.append((image, token_mask(image, sizes, *size)) if image else None)
     return masks
+
+
+def check_prompts(pipe: Pipeline, settings: ResolvedEdit, sources: Sequence[str]) -> None:
+    """Checks that the model can tell the edits' prompts from their sources'.
+
+    A prompt that is the source's letter by letter is meant so.
+
+    Raises:
+        InputError: two different prompts become the same tokens.
+    """
+    for prompt, entry in product(sources, settings.entries):
+        encoders = pipe.t5, pipe.clip
+        if entry.prompt == prompt or any(e.token_ids(prompt) != e.token_ids(entry.prompt) for e in encoders):
+            continue
+        hint = "it has no tokens for what differs, choose other words"
+        if cut_words(pipe.t5, prompt) or cut_words(pipe.t5, entry.prompt):
+            hint = f"it sees their first {pipe.t5.max_length} tokens, shorten both"
+        raise InputError(
+            f"Got the edit {shortened(entry.prompt)!r}, which the model reads as the same tokens as the "
+            f"reference's prompt: {hint}"
+        )
 
 
 def _decode_edits(

@@ -194,8 +194,13 @@ def find_source(
     A photograph without a prompt is described by `caption_model`. For the other arguments see `photo_source`.
 
     Raises:
-        InputError: there is no prompt, or the caption model cannot write one.
+        InputError: the settings name a photograph, but `image` is missing; there is no prompt, or the caption
+            model cannot write one.
     """
+    if settings.photo and image is None:
+        raise InputError(
+            f"Got the setting photo {str(settings.photo)!r}, but no image: pass what read_image returns"
+        )
     photo = Photograph.of(image, settings.width, settings.height) if image else None
     prompt = settings.prompt
     if prompt is None:

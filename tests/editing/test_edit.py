@@ -21,8 +21,9 @@ from helpers.editing import (
 from PIL import Image
 
 from flux import sampling
-from flux.editing.edit import edit
+from flux.editing.edit import edit, edit_reference
 from flux.editing.photo import Photograph
+from flux.editing.reference import keep_reference
 from flux.errors import InputError, Stopped
 from flux.intervention import NOTHING, Intervention
 
@@ -55,6 +56,39 @@ def test_batch_size_and_order_do_not_matter(small, edited):
 def test_an_edit_to_the_same_prompt_is_the_reference(small):
     same = make(small, edits=[DOG])
     assert difference(same.reference, same.edits[0]) <= 1
+
+
+LONG = "a dog and a cat on the grass " * 5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("prompt", "edited", "hint"),
+    [
+        (LONG + "at sunset", LONG + "in the snow", "it sees their first 40 tokens, shorten both"),
+        (DOG, f"{DOG} ", "it has no tokens for what differs"),
+    ],
+)
+def test_an_edit_that_is_the_reference_to_the_model_is_refused(small, passes, prompt, edited, hint):
+    with pytest.raises(InputError, match=f"Got the edit {edited[:20]!r}".rstrip("'") + f".*{hint}"):
+        make(small, prompt=prompt, edits=[edited])
+    assert passes == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_edit_of_a_kept_reference_that_is_the_same_to_the_model_is_refused(small):
+    wanted = settings(num_steps=1, prompt=LONG + "at sunset")
+    kept = keep_reference(small, wanted, LAYERS, progress=False)
+    with pytest.raises(InputError, match="shorten both"):
+        edit_reference(small, kept, [LONG + "in the snow"], wanted, progress=False)
+
+
+def test_a_photo_in_the_settings_alone_is_refused(small, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    wanted = settings(photo=str(tmp_path / "photo.png"))
+    for work in (edit, keep_reference):
+        with pytest.raises(InputError, match=r"photo\.png', but no image"):
+            work(small, wanted, LAYERS)
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (0.0, 0.4), (0.4, 0.8)])

@@ -8,7 +8,7 @@ from helpers import tiny_models
 from safetensors.torch import load_file, save_file
 
 from flux.errors import InputError
-from flux.modules.conditioner import HFEmbedder
+from flux.modules.conditioner import HFEmbedder, cut_words, unreadable_words
 from flux.specs import NANO_FOLDER
 
 PROMPTS = ["a dog wearing a top hat on the grass", "", "a red car, on the street."]
@@ -23,9 +23,49 @@ def test_features_equal_diffusers(nano, nano_diffusers):
     assert vec.shape == (3, 128)
 
 
+@pytest.mark.filterwarnings("ignore:The model sees only")
 def test_long_prompts_are_truncated(nano):
     long = "a dog and a cat and " * 20
     assert nano.t5([long]).shape == (1, 40, 256)
+
+
+def test_words_that_are_cut_off_are_listed(nano):
+    assert cut_words(nano.t5, "a dog on the grass") == []
+    assert cut_words(nano.t5, "a dog and " * 13) == []
+    assert cut_words(nano.t5, "a dog and " * 13 + "in the snow.") == ["in", "the", "snow."]
+
+
+def test_a_word_that_is_cut_in_two_is_listed(nano):
+    assert cut_words(nano.t5, "a dog and " * 12 + "zyzzyva a") == ["zyzzyva", "a"]
+
+
+def test_of_text_without_blanks_the_rest_is_listed(nano):
+    [rest] = cut_words(nano.t5, "z" * 80)
+    assert 40 <= len(rest) <= 42
+
+
+def test_words_without_tokens_are_listed(nano):
+    assert unreadable_words(nano.t5, "a dog — on, the grass & zyzzyva") == []
+    assert unreadable_words(nano.t5, "a 猫 on the 草地。 🐶") == ["猫", "草地。"]
+
+
+def test_a_prompt_that_is_cut_off_is_told_in_one_line(nano):
+    with pytest.warns(
+        UserWarning, match=r"only the first 40 tokens of 'a dog and .*last words, 'in the snow'"
+    ) as found:
+        nano.condition(["a dog and " * 13 + "in the snow", "a dog"], 3.5)
+    assert len(found) == 1
+    assert "\n" not in str(found[0].message)
+
+
+def test_a_negative_prompt_that_is_cut_off_is_told(nano):
+    with pytest.warns(UserWarning, match="'in the snow'"):
+        nano.condition(["a dog"], 3.5, true_cfg=2.0, negative_prompt="a dog and " * 13 + "in the snow")
+
+
+def test_letters_that_t5_lacks_are_told(nano):
+    with pytest.warns(UserWarning, match="no tokens for '草地' in 'a dog on 草地'"):
+        nano.t5(["a dog on 草地"])
 
 
 def test_the_config_tells_which_encoder_it_is(nano):
