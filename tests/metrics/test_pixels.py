@@ -24,7 +24,7 @@ def test_psnr_by_hand():
     assert Psnr.change(np.array(values)) == pytest.approx([0.2, 0])
 
 
-def test_psnr_of_nearly_equal_pictures_is_below_that_of_equal_ones():
+def test_psnr_of_nearly_equal_images_is_below_that_of_equal_ones():
     black, dot = Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))
     dot.putpixel((3, 3), (1, 0, 0))
     assert Psnr().compare([black], [dot]) == pytest.approx([10 * np.log10(255**2 * 64 * 64 * 3)])
@@ -57,7 +57,7 @@ def literal_ssim(a: Image.Image, b: Image.Image) -> float:
 
 
 def test_ssim_is_its_definition():
-    """Of unrelated and of related pictures, one flat, which is where rounding would show."""
+    """Of unrelated and of related images, one flat, which is where rounding would show."""
     a, flat = noise(), Image.new("RGB", (32, 24), (250, 3, 128))
     pairs = [(a, noise()), (a, Image.blend(a, noise(), 0.3)), (flat, Image.blend(flat, a, 0.02)), (a, a)]
     values = Ssim.load().compare(*zip(*pairs))

@@ -59,12 +59,12 @@ def test_clip_is_the_cosine_of_its_image_embeddings(clip_folder):
 
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     model = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
-    pictures = [noise(32, 32) for _ in range(3)]
-    pixels = np.stack([(np.asarray(picture) / 255 - mean) / std for picture in pictures])
+    images = [noise(32, 32) for _ in range(3)]
+    pixels = np.stack([(np.asarray(image) / 255 - mean) / std for image in images])
     pixels = torch.from_numpy(pixels).float().permute(0, 3, 1, 2)
     a, *others = model(pixel_values=pixels).image_embeds
     expected = [torch.cosine_similarity(a, b, dim=0).item() for b in others]
-    values = Clip.load(str(clip_folder)).compare([pictures[0]] * 2, pictures[1:])
+    values = Clip.load(str(clip_folder)).compare([images[0]] * 2, images[1:])
     assert values == pytest.approx(expected, abs=1e-5)
 
 

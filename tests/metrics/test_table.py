@@ -16,6 +16,6 @@ def test_only_the_metrics_asked_for_are_loaded(monkeypatch):
         load_metrics(["psnr", "dine"])
 
 
-def test_a_bypass_that_changes_nothing_has_no_vitality():
+def test_a_skip_that_changes_nothing_has_no_vitality():
     for name, unchanged in {"dino": 1, "clip": 1, "ssim": 1, "lpips": 1, "psnr": MAX_PSNR}.items():
         assert METRICS[name].change(np.array([unchanged])) == 0

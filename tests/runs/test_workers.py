@@ -366,7 +366,7 @@ SWEEP = {
 
 
 def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
-    """The pictures are those of one process, bit for bit."""
+    """The images are those of one process, bit for bit."""
     import numpy as np
 
     from flux.scan.skipper import LayerSkipper
@@ -386,6 +386,6 @@ def test_a_sweep_on_two_hosts_of_which_one_is_lost(nano, two_hosts):
         found[number] = decode()
     assert len(tasks) == 4
     assert found.keys() == set(range(4))
-    for number, pictures in enumerate(wanted):
-        assert len(pictures) == len(found[number])
-        assert all(np.array_equal(*pair) for pair in zip(pictures, found[number]))
+    for number, images in enumerate(wanted):
+        assert len(images) == len(found[number])
+        assert all(np.array_equal(*pair) for pair in zip(images, found[number]))

@@ -55,8 +55,8 @@ def small_model(monkeypatch, nano):
 
 
 @pytest.fixture
-def plain_pictures(monkeypatch):
-    """Pictures made at once, of a grey that tells their seed."""
+def plain_images(monkeypatch):
+    """Images made at once, of a grey that tells their seed."""
 
     def make(skipper, task):
         return lambda: [Image.new("RGB", (96, 64), (task.seed % 256,) * 3)] * len(task.layer_sets)
@@ -99,7 +99,7 @@ def synthetic(monkeypatch):
 
 
 @pytest.fixture
-def numbers_only(plain_pictures, synthetic, monkeypatch):
+def numbers_only(plain_images, synthetic, monkeypatch):
     """Nothing is painted that the test does not look at."""
     for name in ("plot_heat_map", "plot_vitality", "write_report"):
         monkeypatch.setattr(f"flux.scan.publish.{name}", lambda *given: None)
@@ -154,8 +154,8 @@ def test_a_scan_writes_everything_and_demo_3_reads_it(tmp_path, monkeypatch, cap
     demo_3(monkeypatch, folder, metrics=metrics, top=3)
     assert written(folder)["vital_layers"] == [0, 5, 12]
     assert (folder / "similarity.csv").read_bytes() == first["similarity.csv"]
-    # A second scan makes no pictures, and says the same as the first.
-    monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made pictures again"))
+    # A second scan makes no images, and says the same as the first.
+    monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made images again"))
     main(str(file), num_steps=2)
     for name in ("similarity.csv", "vital_layers.json"):
         assert (folder / name).read_bytes() == first[name]
@@ -163,7 +163,7 @@ def test_a_scan_writes_everything_and_demo_3_reads_it(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("layers", [[[0, 1], [5]], [[0, 1], [5, 6]]], ids=["one alone", "pairs only"])
 @pytest.mark.parametrize("rule", [{"top": 1}, {"top": None, "gap": True}], ids=["top", "gap"])
-def test_sets_of_layers_are_scored_but_never_vital(tmp_path, plain_pictures, synthetic, layers, rule):
+def test_sets_of_layers_are_scored_but_never_vital(tmp_path, plain_images, synthetic, layers, rule):
     given = settings(tmp_path, layers=layers, prompts=MANY[:8], **rule)
     assert scan(given, progress=False) == [layer for [layer, *more] in layers if not more]
     assert set(written(tmp_path)["vitality"]) == {"-".join(f"{n:02d}" for n in entry) for entry in layers}
@@ -194,7 +194,7 @@ def test_a_settled_scan_stops(tmp_path, synthetic, monkeypatch, capsys):
     assert len((folder / "similarity.csv").read_text().splitlines()) == 1 + 9 * 3
     assert check_sweep(folder)[0]["rows"] == 9
 
-    monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made pictures again"))
+    monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made images again"))
     assert scan(given, progress=False) == [5]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
     demo_3(monkeypatch, folder, output_dir=str(tmp_path / "dino"))
@@ -250,12 +250,12 @@ def test_never_means_never(tmp_path, numbers_only):
 # ---- what goes wrong
 
 
-def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_pictures, monkeypatch):
+def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_images, monkeypatch):
     """Not after all prompts: 64 of them may take a day."""
 
     class Failing(MadeByHand):
         def compare(self, references, images):
-            raise InputError("Got a picture that is too small")
+            raise InputError("Got an image that is too small")
 
     monkeypatch.setattr("flux.scan.run.load_metrics", lambda *_: {"dino": Failing()})
     with pytest.raises(InputError, match=r"too small"):
@@ -263,7 +263,7 @@ def test_scores_that_fail_end_the_scan_soon(tmp_path, plain_pictures, monkeypatc
     assert len(list(tmp_path.glob("prompt_*"))) < 60
 
 
-def test_pictures_of_unequal_size(tmp_path, plain_pictures, monkeypatch, synthetic, capsys):
+def test_images_of_unequal_size(tmp_path, plain_images, monkeypatch, synthetic, capsys):
     scan(settings(tmp_path / "scan"), progress=False)
     Image.new("RGB", (16, 16)).save(tmp_path / "scan" / "prompt_001" / "skip_05.png")
     with pytest.raises(InputError, match=r"unequal size.*skip_05.png has 16x16 .* reference 96x64"):
@@ -273,7 +273,7 @@ def test_pictures_of_unequal_size(tmp_path, plain_pictures, monkeypatch, synthet
     assert re.search(r"error: Got images of unequal size: .*\n", capsys.readouterr().err)
 
 
-def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_pictures, monkeypatch, synthetic, capsys):
+def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_images, monkeypatch, synthetic, capsys):
     """No sweep at all, or one without a reference: one line and status 2."""
     scan(settings(tmp_path / "scan"), progress=False)
     (tmp_path / "scan" / "prompt_001" / "reference.png").unlink()
@@ -286,7 +286,7 @@ def test_demo_3_tells_what_the_folder_lacks(tmp_path, plain_pictures, monkeypatc
         assert re.fullmatch(rf"error: Got .*{told}.*\n", capsys.readouterr().err)
 
 
-def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_pictures, monkeypatch, capsys, request):
+def test_ctrl_c_does_not_wait_for_all_scores(tmp_path, plain_images, monkeypatch, capsys, request):
     """A scan that goes on finds many rows to score at once; those that wait are dropped."""
     scored = []
 
@@ -353,7 +353,7 @@ def test_demo_3_is_remembered_as_well(tmp_path, numbers_only, monkeypatch):
     ids=str,
 )
 def test_what_cannot_stand_for_a_checkpoint_is_not_remembered(tmp_path, numbers_only, changes):
-    """Too few prompts, not all layers, not bypassed, or nothing vital found."""
+    """Too few prompts, not all layers, not skipped, or nothing vital found."""
     scan(settings(tmp_path / "scan", **{**WHOLE, **changes}), progress=False)
     assert not (tmp_path / "cache").exists()
     assert auto() == NANO.vital_layers

@@ -151,7 +151,7 @@ def test_intervals_cover_the_truth():
 
 
 def test_prompts_are_drawn_with_all_their_seeds():
-    """The same picture under three more seeds adds nothing, and must not make an interval narrower."""
+    """The same image under three more seeds adds nothing, and must not make an interval narrower."""
     once = scattered([0.2, 0.3], 12, 0.1)
     names = [f"prompt {number:02d}" for number in range(12)]
     similarities = np.repeat(once.tables["dino"], 4, axis=0)

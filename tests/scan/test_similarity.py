@@ -20,7 +20,7 @@ SETTINGS = {"prompts": ["a", "b"], "layers": [3, 0], "width": 32, "height": 32, 
 @pytest.fixture
 def folder(tmp_path):
     """A finished sweep: the first prompt's reference with noise of 0 and 1/5 of the range, the other's
-    pictures equal.
+    images equal.
     """
     settings = resolve(SkipSettings(**{**SETTINGS, "output_dir": str(tmp_path)}))
     for number in (0, 1):
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def test_scores_of_a_folder(folder, monkeypatch):
-    """In the order of the sets, whatever the number of pictures in memory at once."""
+    """In the order of the sets, whatever the number of images in memory at once."""
     for chunk in (32, 1):
         monkeypatch.setattr("flux.scan.similarity.CHUNK", chunk)
         scores = score(folder, load_metrics(["psnr", "ssim"]), progress=False)
@@ -52,7 +52,7 @@ def test_rows_of_one_prompt_are_known_as_such(folder):
     assert scores.num_rows == 2
 
 
-def test_pictures_of_unequal_size(folder):
+def test_images_of_unequal_size(folder):
     Image.new("RGB", (16, 48)).save(image_path(folder, 1, (0,)))
     with pytest.raises(InputError, match=r"unequal size: .*prompt_001.*skip_00.png has 16x48.*32x32"):
         score(folder, load_metrics(["psnr"]), progress=False)

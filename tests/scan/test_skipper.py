@@ -23,7 +23,7 @@ from flux.settings.resolved import ResolvedSkip
 
 
 def full(pipe, given: ResolvedSkip, layers: tuple[int, ...]) -> Image.Image:
-    """A picture without shortcuts: every layer of every step computed for it alone."""
+    """An image without shortcuts: every layer of every step computed for it alone."""
     prompt, size = given.prompts[0], (given.width, given.height)
     cond = pipe.condition([prompt.prompt], given.guidance, given.true_cfg, given.negative_prompt)
     levels = pipe.schedule(given.num_steps, *size)
@@ -46,18 +46,18 @@ SETS = [(), (0,), (4,), (5,), (14,), (2, 9), (13, 14)]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_first_steps_shortcut_changes_no_bit(nano, tmp_path, way):
-    """What enters the first bypassed layer in the first step is the reference's own."""
+    """What enters the first skipped layer in the first step is the reference's own."""
     given = skip_settings(tmp_path, **WAYS[way])
     skipper, found = LayerSkipper(given, nano), []
     for layers in SETS:
-        [picture] = skipper.make(Task(0, *PROMPTS[0].values(), (layers,)))
-        assert largest_difference(picture, full(nano, given, layers)) == 0, layers
-        found.append(picture.tobytes())
+        [image] = skipper.make(Task(0, *PROMPTS[0].values(), (layers,)))
+        assert largest_difference(image, full(nano, given, layers)) == 0, layers
+        found.append(image.tobytes())
     assert len(set(found)) == len(SETS)
 
 
 def test_the_shortcut_spares_the_layers_below(nano, tmp_path, monkeypatch):
-    """In the only step, a picture without the last layer computes no layer, one without layer 12 the last
+    """In the only step, an image without the last layer computes no layer, one without layer 12 the last
     two.
     """
     computed = []
@@ -78,8 +78,8 @@ def test_the_shortcut_spares_the_layers_below(nano, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["plain", "scaled"])
-def test_rows_of_a_batch_are_pictures_of_their_own(nano, tmp_path, way):
-    """As one by one but for rounding; and whatever another row bypasses, not a bit of this row changes."""
+def test_rows_of_a_batch_are_images_of_their_own(nano, tmp_path, way):
+    """As one by one but for rounding; and whatever another row skips, not a bit of this row changes."""
     given = skip_settings(tmp_path, **WAYS[way])
     skipper = LayerSkipper(given, nano)
 
@@ -111,7 +111,7 @@ def beside(monkeypatch):
     monkeypatch.setattr("flux.scan.skipper.decodes_beside", lambda pipe: True)
 
 
-def test_steps_do_not_wait_for_the_last_pictures(nano, swept, tmp_path, monkeypatch, beside):
+def test_steps_do_not_wait_for_the_last_images(nano, swept, tmp_path, monkeypatch, beside):
     """Here a task is decoded only when the next one has been denoised; and no third one is begun."""
     waiting, decoded = [], []
     denoise, decode = LayerSkipper.denoise, LayerSkipper.decode
@@ -135,7 +135,7 @@ def test_steps_do_not_wait_for_the_last_pictures(nano, swept, tmp_path, monkeypa
     assert waiting == [1, *[2] * 7]
 
 
-@pytest.mark.parametrize("error", [InputError("Got pictures full of NaN"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [InputError("Got images full of NaN"), KeyboardInterrupt()], ids=repr)
 def test_what_stops_the_thread_stops_the_sweep(nano, swept, tmp_path, monkeypatch, beside, error):
     """At the next task; started again, it ends as if undisturbed."""
     begun, decode = [], LayerSkipper.decode

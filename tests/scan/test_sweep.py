@@ -39,7 +39,7 @@ from flux.weights.checkpoint import open_checkpoint
 
 @pytest.fixture
 def made(monkeypatch):
-    """The tasks whose pictures are made from here on."""
+    """The tasks whose images are made from here on."""
     tasks, make = [], LayerSkipper.run
     monkeypatch.setattr(LayerSkipper, "run", lambda self, task: tasks.append(task) or make(self, task))
     return tasks
@@ -75,12 +75,12 @@ def test_files_of_a_sweep(swept):
     assert (about["prompt"], about["seed"], about["bypassed"]) == ("a red car on the street", 9, [5])
 
 
-def test_the_reference_is_the_plain_picture(nano, swept):
+def test_the_reference_is_the_plain_image(nano, swept):
     [plain] = nano.generate(["a dog on the grass"], [3], **skip_settings(swept).sampling(), progress=False)
     assert largest_difference(plain, read_image(swept / "prompt_000" / "reference.png")) == 0
 
 
-def test_batches_make_the_same_pictures(nano, swept, tmp_path):
+def test_batches_make_the_same_images(nano, swept, tmp_path):
     batched = run_sweep(nano, tmp_path, batch_size=3)
     assert names(batched) == names(swept)
     for name in image_names(swept):
@@ -101,12 +101,12 @@ def test_two_seeds_of_each_prompt(nano, swept, tmp_path):
 
 
 def test_sets_of_layers(nano, tmp_path):
-    """A list of lists bypasses each set as a whole; "05-07" in the file's name."""
+    """A list of lists skips each set as a whole; "05-07" in the file's name."""
     folder = run_sweep(nano, tmp_path, layers=[[7, 5], [1]], prompts=PROMPTS[:1], num_steps=1)
     assert {"prompt_000/skip_05-07.png", "prompt_000/skip_01.png"} <= names(folder)
 
 
-def test_each_finished_reference_is_told_in_order(nano, swept, tmp_path, made):
+def test_each_finished_reference_is_reported_in_order(nano, swept, tmp_path, made):
     """The one that is enough is the last: a sweep that is started again ends there too, without a model."""
     told = []
 
@@ -142,7 +142,7 @@ def test_a_finished_sweep_makes_nothing(swept):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_only_what_is_missing_is_made(nano, swept, tmp_path, made, size):
-    """A batch that is half there is made as a whole, so that its missing pictures are what they would have
+    """A batch that is half there is made as a whole, so that its missing images are what they would have
     been; those that are there stay as they are.
     """
     folder = run_sweep(nano, tmp_path / "whole", batch_size=size)
@@ -204,7 +204,7 @@ def start(tmp_path):
         process.communicate()
 
 
-def wait_for_pictures(process: subprocess.Popen, folder: Path, more_than: int) -> None:
+def wait_for_images(process: subprocess.Popen, folder: Path, more_than: int) -> None:
     end = time.monotonic() + 120
     while process.poll() is None and len(image_names(folder)) <= more_than and time.monotonic() < end:
         time.sleep(0.005)
@@ -217,7 +217,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(nano, undisturbed, start
     for _ in range(kills):
         before = len(image_names(folder))
         process = start(size)
-        wait_for_pictures(process, folder, before)
+        wait_for_images(process, folder, before)
         time.sleep(chance.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -232,7 +232,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(nano, undisturbed, start
 
 def test_ctrl_c_ends_in_one_line_and_loses_nothing(nano, undisturbed, start, tmp_path):
     folder, process = tmp_path / "out", start(1)
-    wait_for_pictures(process, folder, 1)
+    wait_for_images(process, folder, 1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -249,7 +249,7 @@ def test_ctrl_c_ends_in_one_line_and_loses_nothing(nano, undisturbed, start, tmp
 
 @pytest.mark.parametrize("room", [0, 1, 4, 9], ids="{} files fit".format)
 def test_a_full_disk(nano, swept, tmp_path, monkeypatch, room):
-    """run.json, three pictures, all but the overview: whatever still fits, it is told and nothing is lost."""
+    """run.json, three images, all but the overview: whatever still fits, nothing is lost."""
     written, write = [], Path.write_bytes
 
     def limited(path, data):
@@ -291,7 +291,7 @@ def test_a_full_disk(nano, swept, tmp_path, monkeypatch, room):
     ids=str,
 )
 def test_another_sweeps_folder_is_refused(swept, changes, field):
-    """Pictures of two different sweeps in one folder would be scored as if they were one."""
+    """Images of two different sweeps in one folder would be scored as if they were one."""
     with pytest.raises(InputError, match=rf"another .*\b{field}\b.*another output_dir"):
         open_sweep(skip_settings(swept, **changes))
 
@@ -311,12 +311,12 @@ def test_other_weights_of_the_same_name_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"batch_size": 4}, {"offload": True}, {"compile": True}, {"workers": 2}], ids=str
 )
-def test_what_changes_no_picture_may_change(swept, changes):
+def test_what_changes_no_image_may_change(swept, changes):
     assert open_sweep(skip_settings(swept, **changes)) == swept
 
 
 def test_an_unknown_run_json_is_refused_and_stays(tmp_path):
-    """Another demo's, or no JSON at all: it is told, and not written over."""
+    """Another demo's, or no JSON at all: it is reported, and not written over."""
     for content, told in (('{"demo": "edit", "settings": {}}', "'edit' wrote"), ("{", "cannot be read")):
         (tmp_path / "run.json").write_text(content)
         for refuse in (check_sweep, lambda folder: open_sweep(skip_settings(folder))):
@@ -325,7 +325,7 @@ def test_an_unknown_run_json_is_refused_and_stays(tmp_path):
         assert (tmp_path / "run.json").read_text() == content
 
 
-def test_settings_that_cannot_be_are_told(copy):
+def test_settings_that_cannot_be_are_refused(copy):
     record = json.loads((copy / "run.json").read_text())
     record["settings"]["scale"] = 7
     (copy / "run.json").write_text(json.dumps(record))
