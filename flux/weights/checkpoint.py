@@ -116,7 +116,12 @@ def _headers_in_folder(folder: Path) -> tuple[FileHeader, ...]:
     )
 
 
-def _headers_of_shards(index: Path) -> tuple[FileHeader, ...]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor, as an index says.
+
+    Raises:
+        InputError: The index is broken.
+    """
     try:
         text = index.read_bytes()
     except OSError as error:
@@ -124,6 +129,11 @@ def _headers_of_shards(index: Path) -> tuple[FileHeader, ...]:
     weight_map = parse_json(text, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"Got {index}, which has no weight_map: fetch it again")
+    return weight_map
+
+
+def _headers_of_shards(index: Path) -> tuple[FileHeader, ...]:
+    weight_map = read_weight_map(index)
     headers = []
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):

@@ -10,14 +10,18 @@ from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
 from flux.weights.layouts import Part, holds_part, require_part
 from flux.weights.lora import read_lora
 from flux.weights.open_model import TOKENIZERS, ModelFiles, OpenFiles, OpenModel
+from flux.weights.tokenizers import check_tokenizer
+
+ENV_TEXT = ("FLUX_TEXT_ENCODERS",)
+"""Environment variables that name a local folder of both text encoders and their tokenizers."""
 
 
 def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     """Find the files that these settings name. What is not on this machine is downloaded.
 
     Each file is the one that the settings name, else the one that an environment variable names
-    (`ModelSpec.env_flow`, `env_ae`), else the transformer's file or folder if that holds it too, else the
-    package's own or the hub's. All local files are checked before anything is downloaded.
+    (`ModelSpec.env_flow`, `env_ae`, `ENV_TEXT`), else the transformer's file or folder if that holds it too,
+    else the package's own or the hub's. All local files are checked before anything is downloaded.
 
     Args:
         settings: Which model, and paths of its files.
@@ -37,7 +41,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         return flow if holds else None
 
     ae = _first(settings.ae_weights, path_from_env(spec.env_ae)) or in_flow("vae")
-    text, t5, clip = map(_first, (settings.text_encoders, settings.t5_weights, settings.clip_weights))
+    # The small models' text encoders are part of the package, as their autoencoder is.
+    text = _first(settings.text_encoders, None if spec.folder else path_from_env(ENV_TEXT))
+    t5, clip = map(_first, (settings.t5_weights, settings.clip_weights))
     if text is None:
         t5, clip = t5 or in_flow("text_encoder_2"), clip or in_flow("text_encoder")
         if flow is not None and all((flow / folder).is_dir() for folder in TEXT_FOLDERS):
@@ -83,7 +89,7 @@ def checkpoint_of(settings: ModelSettings) -> str | None:
 
 def path_from_env(names: tuple[str, ...]) -> str | None:
     """The value of the first of these environment variables that is set."""
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    return next((os.path.expanduser(os.environ[name]) for name in names if os.environ.get(name)), None)
 
 
 def _first(*candidates: str | None) -> Path | None:
@@ -94,6 +100,7 @@ def _check_text_folder(folder: Path, given: dict[Part, Path | None], opened: Ope
     missing = [name for name in TEXT_FOLDERS if not (folder / name).is_dir()]
     if missing:
         raise InputError(f"Got {folder} for the text encoders, but it has no folder {' or '.join(missing)}")
-    for part in TOKENIZERS:
+    for part, tokenizer in TOKENIZERS.items():
+        check_tokenizer(folder / tokenizer, tokenizer)
         if given[part] is None:
             require_part(opened.open(folder / part), part)

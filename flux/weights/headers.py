@@ -114,18 +114,23 @@ def read_header(path: Path) -> FileHeader:
         ) from None
     except OSError as error:
         raise unreadable(path, error) from error
-    if start.startswith(LFS_POINTER):
-        true_size = re.search(rb"\nsize (\d+)", start)
-        target = f" to {int(true_size[1])} bytes" if true_size else ""
-        raise InputError(
-            f"Got {path}, which is a Git-LFS pointer{target} and not the file itself: run `git lfs pull`"
-        )
+    refuse_lfs_pointer(path, start)
     if start.startswith(b"GGUF"):
         return _gguf_header(path, size)
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if start[8:9] == b"{" and 2 <= length <= MAX_HEADER_BYTES:
         return _safetensors_header(path, size, length)
     raise InputError(f"Got {path}, which is {_other_format(start, size)}")
+
+
+def refuse_lfs_pointer(path: Path, start: bytes) -> None:
+    """Raise an `InputError` if a file that begins with these bytes is only a Git-LFS pointer."""
+    if start.startswith(LFS_POINTER):
+        true_size = re.search(rb"\nsize (\d+)", start)
+        target = f" to {int(true_size[1])} bytes" if true_size else ""
+        raise InputError(
+            f"Got {path}, which is a Git-LFS pointer{target} and not the file itself: run `git lfs pull`"
+        )
 
 
 def _other_format(start: bytes, size: int) -> str:
@@ -211,6 +216,7 @@ def parse_json(text: str | bytes, source: Path) -> dict[str, Any]:
     Raises:
         InputError: The text is broken, holds something else, or repeats a key.
     """
+    refuse_lfs_pointer(source, text[:512] if isinstance(text, bytes) else text[:512].encode())
     try:
         data = json.loads(text, object_pairs_hook=_unique_keys)
         if not isinstance(data, dict):

@@ -19,6 +19,8 @@ from typing import TypeVar
 
 from flux.errors import InputError
 from flux.specs import ModelSpec, get_spec
+from flux.weights.checkpoint import read_weight_map
+from flux.weights.tokenizers import VOCABULARIES, vocabulary_files
 
 T = TypeVar("T")
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -91,7 +93,7 @@ def fetch(
 
             raise LocalEntryNotFoundError("offline")
         commit, files = repository.list_files(wanted, weights)
-        # `cached` takes a text folder with its config.json for complete: these come last.
+        # `cached` takes a folder of shards with its config.json and no index for complete: these come last.
         files.sort(key=lambda file: file.name.endswith("config.json"))
         repository.announce(files)
         for file in files:
@@ -156,8 +158,7 @@ class _Repository:
             return None
         for name in wanted:
             if name in TEXT_FOLDERS:
-                patterns = ["*config.json", *["*.safetensors"] * (weights and "encoder" in name)]
-                if not all(any((snapshot / name).glob(pattern)) for pattern in patterns):
+                if not _is_whole(snapshot / name, weights):
                     return None
             elif not (snapshot / name).is_file():
                 return None
@@ -268,6 +269,21 @@ class _Repository:
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
+
+
+def _is_whole(folder: Path, weights: bool) -> bool:
+    """Whether a cached text folder has all its files."""
+    if folder.name in VOCABULARIES:
+        has_config = (folder / "tokenizer_config.json").is_file()
+        return has_config and bool(vocabulary_files(folder, folder.name))
+    if not (folder / "config.json").is_file():
+        return False
+    shards = {
+        file for index in folder.glob("*.safetensors.index.json") for file in read_weight_map(index).values()
+    }
+    if not weights or shards:
+        return not weights or all((folder / file).is_file() for file in shards)
+    return any(path.is_file() for path in folder.glob("*.safetensors"))
 
 
 def _size(path: Path) -> int:

@@ -15,7 +15,7 @@ from flux.errors import InputError
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
-from flux.modules.layers import timestep_embedding
+from flux.modules.layers import MLPEmbedder, timestep_embedding
 from flux.modules.linear import AnyLinear, LowRankLinear
 from flux.specs import ModelSpec
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
@@ -25,12 +25,17 @@ from flux.weights.layouts import TITLES, Part, TensorSource, find_sources
 from flux.weights.load import load_into, match_names, on_meta
 from flux.weights.lora import LoraFile, match_patches, read_lora
 from flux.weights.lora_formats import Patch, apply_patches
+from flux.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, PretrainedConfig, T5EncoderModel
+    from transformers import CLIPTextModel, PretrainedConfig, PreTrainedTokenizerBase, T5EncoderModel
 
 M = TypeVar("M", bound=nn.Module)
 TOKENIZERS: dict[Part, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+EMBEDDINGS: dict[Part, str] = {
+    "text_encoder": "embeddings.token_embedding.weight",
+    "text_encoder_2": "shared.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class OpenModel:
     def __init__(self, spec: ModelSpec, files: ModelFiles, opened: OpenFiles | None = None):
         self.spec, self.files = spec, files
         self._opened = opened or OpenFiles()
+        self._tokenizers: dict[Part, PreTrainedTokenizerBase] = {}
 
     def checkpoint(self, part: Part) -> Checkpoint:
         """The opened checkpoint of a network.
@@ -125,6 +131,8 @@ class OpenModel:
             InputError: A file is missing, broken, or another model's.
         """
         self.sources()
+        for part in TOKENIZERS:
+            self._tokenizer(part)
 
     def sources(self) -> dict[Part, dict[str, TensorSource]]:
         """How each tensor of each network is made of a file's.
@@ -206,6 +214,14 @@ class OpenModel:
             raise _wrong_encoder(folder, config, "text_encoder")
         return self._open("text_encoder", lambda: on_meta(CLIPTextModel, own), self.loras)
 
+    def _tokenizer(self, part: Part) -> "PreTrainedTokenizerBase":
+        """The tokenizer of a text encoder."""
+        if part not in self._tokenizers:
+            embedding = self.text_encoder(part).sources[EMBEDDINGS[part]]
+            name = TOKENIZERS[part]
+            self._tokenizers[part] = load_tokenizer(self.files.text / name, name, embedding.shape[0])
+        return self._tokenizers[part]
+
     def _open(self, part: Part, build: Callable[[], M], loras: list[LoraFile]) -> OpenPart[M]:
         module = build()
         sources = match_names(module, self.checkpoint(part), part)
@@ -223,7 +239,7 @@ class OpenModel:
             raise InputError(f"Got {folder}, which has no config.json: expected the folder of an encoder")
         parse_json((folder / "config.json").read_bytes(), folder / "config.json")
         try:
-            return folder, AutoConfig.from_pretrained(str(folder))
+            return folder, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise InputError(f"Got {folder}, whose config.json is no encoder's: fetch it again") from error
 
@@ -275,6 +291,7 @@ class OpenModel:
         Raises:
             InputError: As `check`, for the encoder's files.
         """
+        tokenizer = self._tokenizer(part)
         module = self.text_encoder(part).load(device, dtype, keep_8bit)
         if part == "text_encoder_2":
             module.set_input_embeddings(module.get_input_embeddings())  # T5 has one, in two places
@@ -284,7 +301,7 @@ class OpenModel:
             positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             module.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
         length = self.spec.text_length if part == "text_encoder_2" else self.spec.clip_length
-        return HFEmbedder.from_encoder(module, max_length or length, str(self.files.text / TOKENIZERS[part]))
+        return HFEmbedder.from_encoder(module, max_length or length, tokenizer)
 
 
 def _wrong_encoder(folder: Path, config: "PretrainedConfig", part: Part) -> InputError:
@@ -294,15 +311,24 @@ def _wrong_encoder(folder: Path, config: "PretrainedConfig", part: Part) -> Inpu
 def _fold_guidance(model: Flux, spec: ModelSpec) -> None:
     """Add one guidance scale's embedding to the time embedder's last bias, and drop the guidance input."""
     embedder, last = model.guidance_in, model.time_in.out_layer
+    if not isinstance(embedder, MLPEmbedder):
+        raise TypeError("Expected a model with a guidance input")
     owner = last.base if isinstance(last, LowRankLinear) else last
-    scale = torch.tensor([spec.guidance], device=owner.bias.device)
+    bias = _bias_of(owner)
+    scale = torch.tensor([spec.guidance], device=bias.device)
     hidden = embedder.silu(_in_float32(embedder.in_layer, timestep_embedding(scale, 256)))
     added = _in_float32(embedder.out_layer, hidden)[0]
-    owner.bias = nn.Parameter((owner.bias.float() + added).to(owner.bias.dtype), requires_grad=False)
+    owner.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
     model.guidance_in, model.params = nn.Identity(), spec.params
 
 
 def _in_float32(linear: AnyLinear, x: torch.Tensor) -> torch.Tensor:
     """Map with a layer's weights in float32, whatever it computes in and however it is stored."""
+    return F.linear(x, linear.weight.float(), _bias_of(linear).float())
+
+
+def _bias_of(linear: nn.Module) -> torch.Tensor:
     bias = linear.base.bias if isinstance(linear, LowRankLinear) else linear.bias
-    return F.linear(x, linear.weight.float(), bias.float())
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"Expected a bias, got {type(bias).__name__}")
+    return bias

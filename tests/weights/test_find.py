@@ -48,6 +48,21 @@ def test_each_way_to_name_a_file(small, tmp_path, monkeypatch):
     assert files_of("flux-dev", text_encoders=text).text == NANO_FOLDER
 
 
+def test_text_encoders_by_a_variable(tmp_path, monkeypatch):
+    """A path in the settings wins over it. A leading ~ is the home folder, as in every variable."""
+    save_file({"img_in.weight": torch.zeros(1)}, tmp_path / "flow.safetensors")
+    save_file({"decoder.mid.attn_1.q.weight": torch.zeros(1)}, tmp_path / "ae.safetensors")
+    monkeypatch.setenv("HOME", str(NANO_FOLDER.parent))
+    monkeypatch.setenv("FLUX_TEXT_ENCODERS", "~/nano")
+    paths = {"weights": str(tmp_path / "flow.safetensors"), "ae_weights": str(tmp_path / "ae.safetensors")}
+    assert files_of("flux-dev", **paths).text == NANO_FOLDER
+    monkeypatch.setenv("FLUX_TEXT_ENCODERS", "/nowhere")
+    assert files_of("flux-dev", **paths, text_encoders=str(NANO_FOLDER)).text == NANO_FOLDER
+    assert files_of("flux-nano").text == NANO_FOLDER, "the small models keep their own"
+    with pytest.raises(InputError, match="Got /nowhere for the text encoders"):
+        files_of("flux-dev", **paths)
+
+
 @pytest.mark.parametrize("variable", ["FLUX_MODEL", "FLUX_DEV", "FLUX_AE", "AE", "FLUX_SCHNELL"])
 def test_flux_nano_ignores_the_variables(monkeypatch, variable):
     monkeypatch.setenv(variable, "/nowhere.safetensors")

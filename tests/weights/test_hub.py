@@ -28,6 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPEC = configs["flux-dev"]
 FLOW = save({"a": torch.arange(20_000.0)})
 FILES = {"flux1-dev.safetensors": FLOW, "ae.safetensors": FLOW[:-8] + bytes(8)}
+FILES |= {"tokenizer/vocab.json": b"{}", "tokenizer/merges.txt": b"#", "tokenizer_2/spiece.model": b"s"}
 for folder in TEXT_FOLDERS:
     FILES[f"{folder}/{'config.json' if 'encoder' in folder else 'tokenizer_config.json'}"] = (
         b"{}" + folder.encode()
@@ -418,4 +419,44 @@ def test_the_variables_are_obeyed(server, tmp_path):
     done = run()
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'home' / 'hub'}" in done.stdout
-    assert "8 files" in done.stdout
+    assert "11 files" in done.stdout
+
+
+# ---- a cache that lacks something
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/merges.txt",
+        "tokenizer_2/spiece.model",
+        "text_encoder/model.safetensors",
+        "text_encoder/config.json",
+    ],
+)
+def test_what_a_cached_folder_lacks_is_fetched(server, name):
+    folder = own_text_folder(SPEC, True)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match="not on this machine"):
+        own_text_folder(SPEC, False)
+    assert own_text_folder(SPEC, True) == folder
+    assert (folder / name).read_bytes() == FILES[name]
+
+
+def test_a_missing_shard_is_fetched(server, monkeypatch):
+    """All that the index names is needed, not any one file."""
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()
+    monkeypatch.delitem(FILES, "text_encoder_2/model.safetensors")
+    for name, content in zip(
+        [*shards, "model.safetensors.index.json"], [FLOW, FLOW + b"2", index], strict=True
+    ):
+        monkeypatch.setitem(FILES, f"text_encoder_2/{name}", content)
+    folder = own_text_folder(SPEC, True)
+    lost = folder / "text_encoder_2" / shards[1]
+    lost.resolve().unlink()
+    lost.unlink()
+    server.asked.clear()
+    own_text_folder(SPEC, True)
+    assert len(server.transfers) == 1
+    assert lost.read_bytes() == FLOW + b"2"
