@@ -14,7 +14,7 @@ import pytest
 from helpers.ray_work import HOST, WAIT, Packing, Picky, Stillborn, Surroundings, Toy, until
 
 from flux.errors import InputError
-from flux.runs import workers
+from flux.runs import ray_pool
 from flux.runs.workers import device_on_worker, finish_beside, run_tasks
 
 # One test of the whole runs by default; the others together take a minute, and more on a busy machine.
@@ -265,7 +265,7 @@ def test_a_cluster_that_others_use(two_hosts, monkeypatch):
     """A run that finds no room for a single worker gives up."""
     import ray
 
-    monkeypatch.setattr(workers, "NO_WORKER_SECONDS", 1.0)
+    monkeypatch.setattr(ray_pool, "NO_WORKER_SECONDS", 1.0)
     ray.init(address=two_hosts.address, log_to_driver=False, logging_level="ERROR")
     try:
         others = [ray.remote(num_cpus=1)(Toy).remote() for _ in range(2)]
@@ -287,7 +287,7 @@ def test_addresses_without_a_cluster(monkeypatch):
     """Found out before Ray is asked, which would take minutes and then end the program."""
     import ray
 
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(ray_pool, "CONNECT_SECONDS", 1.0)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked Ray"))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -306,7 +306,7 @@ def test_addresses_without_a_cluster(monkeypatch):
 
 @slow
 def test_another_version_on_a_host(two_hosts, monkeypatch):
-    monkeypatch.setattr(workers, "__version__", "0.0.0")
+    monkeypatch.setattr(ray_pool, "__version__", "0.0.0")
     with pytest.raises(InputError, match=r"Got a worker on .* here it is 0.0.0: install the same"):
         list(run_tasks(Toy, (), numbers(2), 1, two_hosts.address))
 
