@@ -471,11 +471,13 @@ def window(num_steps: int, start: float, stop: float) -> range:
     """
     steps = range(step_at(start, num_steps), step_at(stop, num_steps))
     if start >= stop:
-        raise InputError(f"Got inject_from {start:g} and inject_until {stop:g}, expected inject_from to be smaller")
+        got = f"Got inject_from {start:g} and inject_until {stop:g}"
+        raise InputError(f"{got}, expected inject_from to be smaller")
     if not steps:
         enough = next(n for n in count(num_steps) if step_at(start, n) < step_at(stop, n))
+        got = f"Got {num_steps} step{'s' * (num_steps != 1)}"
         raise InputError(
-            f"Got {num_steps} step{'s' * (num_steps != 1)}, none of which lies in {start:g}..{stop:g} of them, "
+            f"{got}, none of which lies in {start:g}..{stop:g} of them, "
             f"where this dose injects keys and values: give num_steps {enough} or more, or another dose"
         )
     return steps

@@ -121,13 +121,17 @@ class Modulation(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, of which the model calls `run`."""
+    """A transformer block. The model calls its `run`; `forward` is upstream's call."""
 
     run: Callable
 
     def compile(self, **options) -> None:
-        """Compile `run` with torch.compile, given its options."""
+        """Compile `run`, with the options of torch.compile."""
         self.run = torch.compile(self.run, **options)
+
+    def __getstate__(self) -> dict:
+        # A copy gets its own `run`: the compiled one belongs to this block.
+        return {name: value for name, value in super().__getstate__().items() if name != "run"}
 
 
 class DoubleStreamBlock(Block):
@@ -135,8 +139,7 @@ class DoubleStreamBlock(Block):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
         super().__init__()
-        self.hidden_size = hidden_size
-        self.num_heads = num_heads
+        self.num_heads, self.hidden_size = num_heads, hidden_size
         self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
 
         self.img_mod = Modulation(hidden_size, double=True)
@@ -161,18 +164,18 @@ class DoubleStreamBlock(Block):
         return img, txt
 
     def run(
-        self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor, edit: AttentionEdit = PLAIN
+        self, img: Tensor, txt: Tensor, mods: Tensor, pe: Tensor, edit: AttentionEdit = PLAIN
     ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
         """Both streams one layer on, and the queries, keys and values if `edit` records them.
 
         Args:
             img: Image stream, "B I C".
             txt: Text stream, "B T C".
-            mod: What `modulate` returns, "B 12C" or "1 12C".
+            mods: What `modulate` returns, "B 12C" or "1 12C".
             pe: Rotations, text first, "B 1 N D/2 2 2".
             edit: What changes in the attention.
         """
-        img_mod1, img_mod2, txt_mod1, txt_mod2 = split_modulation(mod, 4)
+        img_mod1, img_mod2, txt_mod1, txt_mod2 = split_modulation(mods, 4)
         img_in = modulate(self.img_norm1, img, img_mod1, self.img_attn.qkv)
         txt_in = modulate(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
         img_attn, txt_attn, qkv = self.joint_attention(img_in, txt_in, pe, edit)
@@ -192,13 +195,15 @@ class DoubleStreamBlock(Block):
     ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
         """Attention of both streams to both: "B I C" and "B T C", and what `edit` records."""
         num_txt = txt.shape[1]
+        # Project, normalise and rotate. The image's own keys and values may not be needed.
         txt_q, txt_k, txt_v = self.txt_attn.heads(txt, pe[:, :, :num_txt])
-        img_q, own_kv = self.img_attn.lazy_heads(img, pe[:, :, num_txt:], edit.splits_qkv)
-        img_k, img_v = edit.whole_kv or edit.inject(*own_kv())  # Stable Flow, section 3.2
+        project_q, project_kv = self.img_attn.lazy_heads(img, pe[:, :, num_txt:], edit.splits_qkv)
+        # Inject keys and values of another pass (Stable Flow, section 3.2), wholly or with a weight.
+        img_k, img_v = edit.whole_kv or edit.inject(*project_kv())
         k, v = join_streams(txt_k, img_k), join_streams(txt_v, img_v)
-
+        # If processes share the tokens, all keys and values arrive while the queries are projected.
         wait = edit.start_exchange(k, v)
-        q = join_streams(txt_q, img_q())
+        q = join_streams(txt_q, project_q())
         attn = attend(q, *wait())
         return attn[:, num_txt:], attn[:, :num_txt], (q, k, v) if edit.record else None
 
@@ -233,28 +238,32 @@ class SingleStreamBlock(Block):
         return self.run(x, self.modulate(vec), pe)[0]
 
     def run(
-        self, x: Tensor, mod: Tensor, pe: Tensor, num_txt: int = 0, edit: AttentionEdit = PLAIN
+        self, x: Tensor, mods: Tensor, pe: Tensor, num_txt: int = 0, edit: AttentionEdit = PLAIN
     ) -> tuple[Tensor, QueriesKeysValues | None]:
         """The sequence one layer on, and the queries, keys and values if `edit` records them.
 
         Args:
             x: Text and image tokens, "B N C".
-            mod: What `modulate` returns, "B 3C" or "1 3C".
+            mods: What `modulate` returns, "B 3C" or "1 3C".
             pe: Rotations, "B 1 N D/2 2 2".
             num_txt: Number of text tokens, T. Needed only if `edit` injects.
             edit: What changes in the attention.
         """
-        (own_mod,) = split_modulation(mod, 1)
-        x_in = modulate(self.pre_norm, x, own_mod, self.linear1)
-        q, k, v, hidden = self.project(x_in, pe, num_txt, edit)
-        if edit.kv:  # Stable Flow, section 3.2
+        (mod,) = split_modulation(mods, 1)
+        x_in = modulate(self.pre_norm, x, mod, self.linear1)
+        q, k, v, project_hidden = self.project(x_in, pe, num_txt, edit)
+
+        # Inject image keys and values of another pass (Stable Flow, section 3.2), wholly or with a weight.
+        if edit.kv is not None:
             img_k, img_v = edit.inject(k[:, :, num_txt:], v[:, :, num_txt:])
             k, v = join_streams(k[:, :, :num_txt], img_k), join_streams(v[:, :, :num_txt], img_v)
 
+        # If processes share the tokens, all keys and values arrive while the hidden channels are projected.
         wait = edit.start_exchange(k, v)
-        mlp_in = hidden()
+        hidden = project_hidden()
         attn = attend(q, *wait())
-        x = torch.addcmul(x, own_mod.gate, gelu_linear(self.linear2, mlp_in, attn))  # x + gate * y
+        # addcmul(x, gate, y) is x + gate * y.
+        x = torch.addcmul(x, mod.gate, gelu_linear(self.linear2, hidden, attn))
         return x, (q, k, v) if edit.record else None
 
     def project(
@@ -262,19 +271,21 @@ class SingleStreamBlock(Block):
     ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
         """Queries, keys, values, and a function that returns the MLP's hidden channels, "B N M".
 
-        Image keys and values that `edit` replaces are left out.
+        All come from one matmul, unless `edit` needs no image keys and values, which are then left out, or
+        needs them early.
         """
-        width, args = 3 * self.hidden_dim, (self.linear1, self.norm)
+        qkv_width = 3 * self.hidden_dim
         if not (edit.splits_qkv and can_project_rows(self.linear1)):
-            qkv, hidden = self.linear1(x).split((width, self.mlp_hidden_dim), dim=-1)
+            qkv, hidden = self.linear1(x).split((qkv_width, self.mlp_hidden_dim), dim=-1)
             return *qkv_heads(qkv, self.norm, pe, self.num_heads), lambda: hidden
         if edit.whole_kv:
-            q = q_heads(*args, x, pe, self.num_heads)
-            k, v = kv_heads(*args, x[:, :num_txt], pe[:, :, :num_txt], self.num_heads)
+            q = q_heads(self.linear1, self.norm, x, pe, self.num_heads)
+            txt, txt_pe = x[:, :num_txt], pe[:, :, :num_txt]
+            k, v = kv_heads(self.linear1, self.norm, txt, txt_pe, self.num_heads)
         else:
-            qkv = project_rows(self.linear1, x, 0, width)
+            qkv = project_rows(self.linear1, x, 0, qkv_width)
             q, k, v = qkv_heads(qkv, self.norm, pe, self.num_heads)
-        return q, k, v, partial(project_rows, self.linear1, x, width)
+        return q, k, v, partial(project_rows, self.linear1, x, qkv_width)
 
 
 class LastLayer(nn.Module):

@@ -397,12 +397,12 @@ class HopperDoubleBlock(DoubleStreamBlock):
     """A double-stream block with fused kernels. On a CPU, or with gradients, it is a plain one."""
 
     def run(
-        self, img: Tensor, txt: Tensor, mod: Tensor, pe: Tensor, edit: AttentionEdit = PLAIN_EDIT
+        self, img: Tensor, txt: Tensor, mods: Tensor, pe: Tensor, edit: AttentionEdit = PLAIN_EDIT
     ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
         """See `DoubleStreamBlock.run`."""
         if not has_kernel(img):
-            return super().run(img, txt, mod, pe, edit)
-        img_mod1, img_mod2, txt_mod1, txt_mod2 = split_modulation(mod, 4)
+            return super().run(img, txt, mods, pe, edit)
+        img_mod1, img_mod2, txt_mod1, txt_mod2 = split_modulation(mods, 4)
         img_in = modulate(self.img_norm1, img, img_mod1, self.img_attn.qkv)
         txt_in = modulate(self.txt_norm1, txt, txt_mod1, self.txt_attn.qkv)
         img_attn, txt_attn, qkv = self.fused_attention(img_in, txt_in, pe, edit)
@@ -453,19 +453,19 @@ class HopperSingleBlock(SingleStreamBlock):
     """A single-stream block with fused kernels. On a CPU, or with gradients, it is a plain one."""
 
     def run(
-        self, x: Tensor, mod: Tensor, pe: Tensor, num_txt: int = 0, edit: AttentionEdit = PLAIN_EDIT
+        self, x: Tensor, mods: Tensor, pe: Tensor, num_txt: int = 0, edit: AttentionEdit = PLAIN_EDIT
     ) -> tuple[Tensor, QueriesKeysValues | None]:
         """See `SingleStreamBlock.run`."""
         if not has_kernel(x):
-            return super().run(x, mod, pe, num_txt, edit)
-        (own_mod,) = split_modulation(mod, 1)
-        x_in = modulate(self.pre_norm, x, own_mod, self.linear1)
+            return super().run(x, mods, pe, num_txt, edit)
+        (mod,) = split_modulation(mods, 1)
+        x_in = modulate(self.pre_norm, x, mod, self.linear1)
         q, k, v = self.fused_heads(x_in, pe, num_txt, edit)
 
         wait = edit.start_exchange(k, v)
         hidden = _hidden(self.linear1, x_in, self.mlp_hidden_dim, 3 * self.hidden_dim, free=self.hidden_dim)
         attend(q, *wait(), hidden[..., : self.hidden_dim])
-        x = _add_gated(x, own_mod.gate, self.linear2, hidden)
+        x = _add_gated(x, mod.gate, self.linear2, hidden)
         return x, (q, k, v) if edit.record else None
 
     def fused_heads(
