@@ -1,5 +1,7 @@
-"""quack-kernels and flash-attn-4 as plain PyTorch: epilogues are functions, and here they are called with
-whole tensors. What the real kernels refuse is refused.
+"""Stand-ins for quack-kernels and flash-attn-4 in plain PyTorch.
+
+An epilogue is a function; here it is called with whole tensors. Arguments that the real kernels refuse are
+refused.
 """
 
 import sys
@@ -35,7 +37,7 @@ class Column(Op):
 
 
 class Rotary(Op):
-    """Cosines and sines by turns, "m D", one table for the whole batch."""
+    """Cosines and sines, interleaved, "m D", one table for the whole batch."""
 
     def laid_out(self, value: Tensor, acc: Tensor) -> Tensor:
         assert value.shape[0] == acc.shape[1]
@@ -44,7 +46,7 @@ class Rotary(Op):
 
 
 class HeadRstd(Op):
-    """1 over the root mean square of each head, of the head size given."""
+    """1 over the root mean square of each head, of the given size."""
 
     def finished(self, squares: Tensor, size: int) -> Tensor:
         heads = squares.unflatten(-1, (-1, size)).mean(-1, keepdim=True)
@@ -121,17 +123,18 @@ MODULES = {
 
 
 def install(patch) -> None:
-    """Puts these in place of the packages, for as long as the patch lasts."""
+    """Put these in place of the packages, for as long as the patch lasts."""
     for name, content in MODULES.items():
         module = types.ModuleType(name)
         vars(module).update(content)
         patch.setitem(sys.modules, name, module)
-    card = types.SimpleNamespace(multi_processor_count=132)
-    patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    gpu = types.SimpleNamespace(multi_processor_count=132)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     forget()
 
 
 def forget() -> None:
-    """What was made with these is imported anew."""
-    sys.modules.pop("flux.modules.projections_hopper", None)
-    vars(flux.modules).pop("projections_hopper", None)
+    """Have the modules that were imported with these imported anew."""
+    for name in ("matmul_hopper", "projections_hopper"):
+        sys.modules.pop(f"flux.modules.{name}", None)
+        vars(flux.modules).pop(name, None)

@@ -137,9 +137,11 @@ def test_other_weights_are_taken(hopper):
     ],
 )
 def test_tiles_that_were_the_fastest(hopper, product, tokens, inner, channels, best):
-    """Of all, on an H200, or as fast as the fastest within what differs from one time to the next."""
+    """On an H200, or as fast as the fastest within the noise of the measurement."""
+    from flux.modules import matmul_hopper
+
     left, right = (torch.empty(1, n, inner, dtype=torch.bfloat16, device="meta") for n in (tokens, channels))
-    tile = getattr(hopper, product).tile(left, right)
+    tile = getattr(matmul_hopper, product).tile(left, right)
     assert (tile.tokens, tile.channels) == best
 
 
