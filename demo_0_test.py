@@ -31,10 +31,11 @@ def main(file: str = "test.json", **overrides: Any) -> None:
     from flux.pipeline import Pipeline
     from flux.runs.record import image_metadata, run_record
     from flux.runtime.parallel import join
-    from flux.settings.complete import resolve
+    from flux.settings.complete import check_run, resolve
 
     ranks = join(settings.parallel, settings.device)
     settings = resolve(settings)
+    check_run(settings)
     source = read_image(settings.image) if settings.image else None
     if source:
         source = crop_to_fit(source, settings.width, settings.height)

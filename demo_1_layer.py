@@ -35,10 +35,11 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     from flux.pipeline import Pipeline
     from flux.runs.record import image_metadata, run_record
     from flux.runtime.parallel import join
-    from flux.settings.complete import resolve
+    from flux.settings.complete import check_run, resolve
 
     ranks = join(settings.parallel, settings.device)
     settings = resolve(settings)
+    check_run(settings)
     check_watch(settings)
     pipe = Pipeline.load(settings, ranks)
     out = Path(settings.output_dir)

@@ -25,9 +25,11 @@ def main(file: str = "skip.json", **overrides: Any) -> None:
     settings = read_settings(SkipSettings, file, overrides)
 
     from flux.scan.sweep import sweep
-    from flux.settings.complete import resolve
+    from flux.settings.complete import check_run, resolve
 
-    print(sweep(resolve(settings)) / "grid.png")
+    settings = resolve(settings)
+    check_run(settings)
+    print(sweep(settings) / "grid.png")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     from flux.runs.record import image_metadata, run_record
     from flux.runtime.devices import pick_device
     from flux.runtime.parallel import join
-    from flux.settings.complete import resolve
+    from flux.settings.complete import check_run, resolve
     from flux.specs import get_spec
     from flux.vital_layers import find_vital_layers
     from flux.weights.find import local_model
@@ -51,14 +51,15 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     opened = local_model(settings)
     checkpoint = opened.fingerprint() if opened else None
     layers = find_vital_layers(settings.vital_layers, spec, checkpoint)
+    # run.json repeats this run even after "auto" has come to mean other layers.
+    settings = settings.model_copy(update={"vital_layers": layers})
+    check_run(settings)
     check_edits(settings, layers, photo)
     if photo:
         part = Photograph.of(photo, settings.width, settings.height).part
         if settings.prompt is None and settings.caption_model:
             prompt = describe(part, settings.caption_model, str(pick_device(settings.device)))
             settings = settings.model_copy(update={"prompt": prompt})
-    # run.json repeats this run even after "auto" has come to mean other layers.
-    settings = settings.model_copy(update={"vital_layers": layers})
     pipe = Pipeline.load(settings, ranks, opened)
     with count_evaluations(pipe) as evaluations:
         made = edit(pipe, settings, layers, photo)

@@ -7,9 +7,11 @@ Any other field of a demo's model (--weights, --dtype, ...) may be given too. Th
 output_dir, into a folder for each session. `flux.studio` describes how programs use it over HTTP.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from flux.errors import exit_on_input_error
+from flux.errors import InputError, exit_on_input_error
 from flux.settings.command_line import run
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -44,12 +46,17 @@ def main(
         output_dir: folder to write to
         model: more fields of a model's settings
     """
+    if not find_spec("gradio"):
+        raise InputError('The studio needs gradio, which is not installed: pip install -e ".[gradio]"')
     settings = check_settings(ModelSettings, {"model": name, "device": device, "offload": offload, **model})
 
+    from flux.files import check_folder
     from flux.studio.app import check_address, open_studio, serve
 
     check_address(host, port, auth)
-    studio = open_studio(settings, output_dir, content_filter, track_usage)
+    folder = Path(output_dir).expanduser()
+    check_folder(folder)
+    studio = open_studio(settings, folder, content_filter, track_usage)
     serve(studio, host, port, share, auth)
 
 

@@ -3,8 +3,8 @@
     python -m flux [--name flux-dev] [--prompt "a dog|a cat"] [--width 1024] [--height 1024] [--loop] [...]
     python -m flux download NAME
 
-The first form writes img_0.jpg, img_1.jpg, ... to output_dir. The second one fetches a model's files in
-advance.
+The first form writes img_0.jpg, img_1.jpg, ... to output_dir. Further fields of a demo's model (--weights,
+--lora, --quantize, ...) may be given too. The second form fetches a model's files in advance.
 """
 
 import re
@@ -20,6 +20,8 @@ from flux.errors import InputError, exit_on_input_error
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+    from flux.settings.demos import SessionSettings
 
 DEFAULT_PROMPT = "a dog wearing a top hat on the grass"
 
@@ -74,6 +76,10 @@ def read_command(line: str, options: SamplingOptions) -> tuple[SamplingOptions, 
         raise InputError(f"Got {line!r}. {HELP}") from error
 
 
+# Fields of a model's settings that `main` has under another name, or no use for.
+NOT_OPTIONS = {"model", "batch_size", "metadata"}
+
+
 def next_index(folder: Path) -> int:
     """Return one more than the highest number of the images img_N.jpg in a folder."""
     numbers = [
@@ -82,6 +88,26 @@ def next_index(folder: Path) -> int:
         if (match := re.fullmatch(r"img_(\d+)\.\w+", path.name))
     ]
     return max(numbers, default=-1) + 1
+
+
+def reserve_path(folder: Path) -> Path:
+    """Create the next img_N.jpg, still empty, so that no other process takes the same number.
+
+    Raises:
+        InputError: The folder cannot be written to.
+    """
+    number = next_index(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = folder / f"img_{number}.jpg"
+            try:
+                path.touch(exist_ok=False)
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise InputError(f"Cannot write to {folder} ({error.strerror}): name another folder") from error
 
 
 def save_sample(
@@ -127,7 +153,7 @@ def main(
     guidance: float | None = None, offload: bool | str = False, output_dir: str = "output",
     add_sampling_metadata: bool = True, track_usage: bool = False,
     init_image: str | None = None, strength: float = 0.8,
-    true_cfg: float | None = None, negative_prompt: str = "",
+    true_cfg: float | None = None, negative_prompt: str = "", **model: Any,
 ) -> None:  # fmt: skip
     """Make images and save them as img_0.jpg, img_1.jpg, ... in a folder.
 
@@ -149,19 +175,36 @@ def main(
         strength: how much of the schedule then runs, above 0 and at most 1; 1 keeps nothing of the image
         true_cfg: true CFG away from negative_prompt, above 1
         negative_prompt: what true CFG leads away from
+        model: more fields of a model's settings
     """
     with exit_on_input_error():
+        from flux.files import check_folder
+        from flux.settings.demos import SessionSettings
+        from flux.settings.files import check_settings
         from flux.specs import HOSTED
 
         options = SamplingOptions(prompt, width, height, num_steps, guidance, seed)
-        saving = Path(output_dir), add_sampling_metadata, track_usage
+        fields = {
+            "device": device,
+            "offload": offload,
+            "true_cfg": true_cfg,
+            "negative_prompt": negative_prompt,
+            "output_dir": output_dir,
+            "init_image": init_image,
+            "strength": strength,
+            **model,
+        }
+        settings = check_settings(
+            SessionSettings, {"model": name, **fields, "seed": seed, **numbers_of(options)}
+        )
+        check_folder(settings.output_dir)
+        saving = Path(settings.output_dir), add_sampling_metadata, track_usage
         if name not in HOSTED:
-            model = {"model": name, "device": device, "offload": offload}
-            model |= {"true_cfg": true_cfg, "negative_prompt": negative_prompt}
-            LocalSession(name, *saving, model, init_image, strength).run(options, loop)
-        elif init_image or true_cfg or negative_prompt or track_usage:
+            LocalSession(name, *saving, settings).run(options, loop)
+        elif init_image or true_cfg or negative_prompt or track_usage or model:
+            given = "".join(f", {field}" for field in model)
             raise InputError(
-                f"Got init_image, true_cfg, negative_prompt or track_usage for {name}, which is not run "
+                f"Got init_image, true_cfg, negative_prompt, track_usage{given} for {name}, which is not run "
                 "here: it takes prompt, seed, width and height, some models num_steps and guidance too"
             )
         else:
@@ -195,14 +238,15 @@ class Session:
         self.load()
         if loop:
             print(HELP)
-        while True:
-            for prompt in prompts:
-                self.generate(prompt)
-            answer = ask(replace(options, prompt=prompts[-1], seed=self.seed)) if loop else None
-            if answer is None:
-                return
-            self.use(answer)
-            options, prompts = answer, [answer.prompt]
+        for prompt in prompts:
+            self.generate(prompt)
+        options = replace(options, prompt=prompts[-1])
+        while loop and (answer := ask(replace(options, seed=self.seed), self.use)):
+            options = answer
+            try:
+                self.generate(options.prompt)
+            except InputError as error:
+                print(f"error: {error}")
 
     def generate(self, prompt: str) -> None:
         """Make, save and report one image; the next one's seed is one higher."""
@@ -212,17 +256,25 @@ class Session:
         seed = self.seed if self.seed is not None else time.time_ns() % 2**32
         begin = time.perf_counter()
         image = self.draw(prompt, seed)
-        path = self.output_dir / f"img_{next_index(self.output_dir)}.jpg"
         about = {"model": self.name, "prompt": prompt, "seed": seed, **self.about()}
-        save_image(image, path, about if self.metadata else None)
+        path = reserve_path(self.output_dir)
+        try:
+            save_image(image, path, about if self.metadata else None)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         if self.track_usage:
             track_usage_via_api(self.name, 1)
         print(f"{path}  seed {seed}  {time.perf_counter() - begin:.1f} s")
         if self.seed is not None:
-            self.seed += 1
+            self.seed = (self.seed + 1) % 2**63  # as high as a seed may be
 
     def use(self, options: SamplingOptions) -> None:
         """Make the next images with these options. Raises InputError if the model cannot use them."""
+        from flux.settings.demos import SessionSettings
+        from flux.settings.files import check_settings
+
+        check_settings(SessionSettings, {"seed": options.seed, **numbers_of(options)})
         self.seed = options.seed
 
     def load(self) -> None:
@@ -245,9 +297,7 @@ class LocalSession(Session):
         output_dir: Folder to write to.
         metadata: Whether the prompt and the settings are written into the files.
         track_usage: Whether each image is reported to BFL.
-        model: Fields of `flux.settings.ModelSettings` that do not change within the session.
-        init_image: File of an image to start from.
-        strength: How much of the schedule then runs.
+        settings: The model and how it runs, what to start from, and the first options.
     """
 
     def __init__(
@@ -256,23 +306,25 @@ class LocalSession(Session):
         output_dir: Path,
         metadata: bool,
         track_usage: bool,
-        model: dict[str, Any],
-        init_image: str | None,
-        strength: float,
+        settings: "SessionSettings",
     ):
         super().__init__(name, output_dir, metadata, track_usage)
-        self.model, self.init_image, self.strength = model, init_image, strength
+        self.given, self.init_image, self.strength = settings, settings.init_image, settings.strength
+        self.warned: set[str] = set()
 
     def use(self, options: SamplingOptions) -> None:
         """Make the next images with these options. Raises InputError if the model cannot use them."""
         from flux.settings.complete import resolve
-        from flux.settings.demos import ModelSettings
-        from flux.settings.files import check_settings
+        from flux.settings.effect import settings_warnings
+        from flux.specs import get_spec
 
         super().use(options)
-        self.settings = resolve(check_settings(ModelSettings, {**self.model, **numbers_of(options)}))
-        if not 0 < self.strength <= 1:
-            raise InputError(f"Got strength {self.strength}, expected a number above 0 and at most 1")
+        settings = self.given.model_copy(update=numbers_of(options))
+        self.settings = resolve(settings)
+        for line in settings_warnings(settings, get_spec(self.name)):
+            if line not in self.warned:
+                print(f"warning: {line}", file=sys.stderr)
+                self.warned.add(line)
 
     def load(self) -> None:
         """Read the image to start from and load the model."""
@@ -323,8 +375,12 @@ def numbers_of(options: SamplingOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("width", "height", "num_steps", "guidance")}
 
 
-def ask(options: SamplingOptions) -> SamplingOptions | None:
+def ask(options: SamplingOptions, use: Callable[[SamplingOptions], None]) -> SamplingOptions | None:
     """Ask for the next prompt on the terminal, and answer the commands before it.
+
+    Args:
+        options: The options so far.
+        use: Called with the options after each command. Options that raise InputError are not kept.
 
     Returns:
         The options for the next image. If None, the user has quit.
@@ -337,7 +393,10 @@ def ask(options: SamplingOptions) -> SamplingOptions | None:
         if line in ("/q", "/quit"):
             return None
         try:
-            options, answer = read_command(line, options)
+            changed, answer = read_command(line, options)
+            if answer is not None:
+                use(changed)
+            options = changed
         except InputError as error:
             answer = str(error)
         if answer is None:
@@ -360,9 +419,13 @@ def fetch_model(name: str) -> None:
 def app() -> None:
     """Run `python -m flux` and the `flux` command. Upstream's sub-command t2i may be named or left out."""
     from flux.settings.command_line import run
+    from flux.settings.demos import ModelSettings
 
     first = sys.argv[1:2]
     if first == ["download"]:
         run(fetch_model, __doc__, positional="name", arguments=sys.argv[2:])
     else:
-        run(main, __doc__, arguments=sys.argv[2:] if first == ["t2i"] else sys.argv[1:])
+        fields = {
+            name: field for name, field in ModelSettings.model_fields.items() if name not in NOT_OPTIONS
+        }
+        run(main, __doc__, fields, arguments=sys.argv[2:] if first == ["t2i"] else sys.argv[1:])

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from io import TextIOWrapper
 
 TORCHRUN_GRACE_S = 5.0
 """Seconds within which torchrun ends a process after another one has failed."""
@@ -30,6 +31,13 @@ def exit_on_input_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped; what was already written stays", file=sys.stderr)
         sys.exit(130)
+
+
+def print_anything() -> None:
+    """Let stdout and stderr write what their encoding lacks as escapes, where print would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def launched() -> bool:

@@ -18,10 +18,10 @@ from flux.model import Flux, Inputs, Streams
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.step_cache import StepCache
-from flux.runtime.devices import pick_device, pick_dtype
+from flux.runtime.devices import check_compiler, pick_device, pick_dtype
 from flux.runtime.offload import Offloaded
 from flux.runtime.parallel import ALONE, ProcessGroup, SequenceParallelFlux
-from flux.runtime.plan import Plan, make_plan
+from flux.runtime.plan import Plan, check_size, make_plan
 from flux.runtime.quantize import BITS, check_fp8_support, quantize_linears, to_fp8
 from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step, VelocityModel
@@ -82,6 +82,9 @@ class Pipeline:
         dtype = pick_dtype(settings.dtype, device, spec)
         if settings.quantize == "fp8":
             check_fp8_support(device, dtype)
+        if settings.compile:
+            check_compiler(device)
+        check_size(settings, spec, dtype, device, group.count)
         opened = opened or find_model(settings)
         opened.check()
         # T5 overflows in float16.

@@ -176,19 +176,37 @@ HOSTED = {
 }
 
 
+# Upstream's models that are steered by an image.
+ELSEWHERE = {
+    f"flux-dev-{kind}"
+    for kind in ("kontext", "fill", "canny", "canny-lora", "depth", "depth-lora", "redux")
+}  # fmt: skip
+OTHER_NAMES = {
+    "flux-krea-dev": "flux-dev-krea",
+    "flux-krea": "flux-dev-krea",
+    "flux-1-krea-dev": "flux-dev-krea",
+}
+
+
 def get_spec(name: str) -> ModelSpec:
     """Return the model of that name.
 
     Raises:
-        InputError: The name is unknown, with the nearest known one, or belongs to a hosted model.
+        InputError: The name is unknown, with the nearest known one, or belongs to a hosted model or to one
+            of upstream's models that this package does not have.
     """
     if name in HOSTED:
         raise InputError(
             f"Got model {name!r}, which only Black Forest Labs runs: its layers are not here, so nothing can "
             f"be skipped, injected, watched or edited in it. It makes images: python -m flux --name {name}"
         )
+    if name in ELSEWHERE:
+        raise InputError(
+            f"Got model {name!r}, which takes an image as a condition: such models are not part of this "
+            f"package. It has {', '.join(configs)}"
+        )
     if name not in configs:
-        near = difflib.get_close_matches(name, configs, n=1)
+        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, configs, n=1)
         hint = f", did you mean {near[0]!r}?" if near else "."
         raise InputError(f"Got unknown model {name!r}{hint} Known are {', '.join(configs)}")
     return configs[name]

@@ -1,12 +1,19 @@
 """`python -m flux`: the commands of its loop, and sessions of one image after another."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 
 from flux import cli
-from flux.cli import SamplingOptions, next_index, read_command
+from flux.cli import SamplingOptions, next_index, read_command, reserve_path
 from flux.errors import InputError
 from flux.images.io import read_metadata
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = SamplingOptions("a dog", None, None, None, None, 3)
 SMALL = {"width": 64, "height": 64, "num_steps": 1, "device": "cpu"}
 
@@ -64,6 +71,84 @@ def test_a_loop(tmp_path, monkeypatch, capsys):
     assert "Got '/n x'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["/w 5", "/n 0", "/g -1", "/s 99999999999999999999999"])
+def test_a_wrong_value_in_the_loop(tmp_path, monkeypatch, capsys, line):
+    """The line says what is wrong at once, and the session goes on with the options before it."""
+    lines = iter(["/h 80", line, "a cat"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/q"))
+    cli.main(**SMALL, seed=3, prompt="a dog", loop=True, output_dir=str(tmp_path))
+    assert [read_metadata(file)["seed"] for file in sorted(tmp_path.iterdir())] == [3, 4]
+    answers = capsys.readouterr().out
+    assert "expected at " in answers
+
+
+def test_an_image_that_fails_does_not_end_the_loop(tmp_path, monkeypatch, capsys):
+    lines = iter(["a cat", "a pig"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/q"))
+    draw = cli.LocalSession.draw
+
+    def failing(session, prompt, seed):
+        if prompt == "a cat":
+            raise InputError("no cats")
+        return draw(session, prompt, seed)
+
+    monkeypatch.setattr(cli.LocalSession, "draw", failing)
+    cli.main(**SMALL, seed=3, prompt="a dog", loop=True, output_dir=str(tmp_path))
+    found = [read_metadata(file) for file in sorted(tmp_path.iterdir())]
+    assert [each["prompt"] for each in found] == ["a dog", "a pig"]
+    assert "error: no cats" in capsys.readouterr().out
+
+
+def test_the_highest_seed_is_followed_by_the_lowest(tmp_path):
+    cli.main(**SMALL, seed=2**63 - 1, prompt="a dog|a cat", output_dir=str(tmp_path))
+    assert [read_metadata(file)["seed"] for file in sorted(tmp_path.iterdir())] == [2**63 - 1, 0]
+
+
+def test_two_processes_never_take_the_same_number(tmp_path, monkeypatch):
+    """Both may have looked before either has written."""
+    (tmp_path / "img_0.jpg").touch()
+    monkeypatch.setattr(cli, "next_index", lambda folder: 0)
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: reserve_path(tmp_path), range(32)))
+    assert sorted(path.name for path in paths) == sorted(f"img_{number}.jpg" for number in range(1, 33))
+
+
+def test_a_failed_write_leaves_no_empty_image(tmp_path, monkeypatch):
+    def failing(*_):
+        raise InputError("full")
+
+    monkeypatch.setattr("flux.images.io.save_image", failing)
+    with pytest.raises(SystemExit):
+        cli.main(**SMALL, seed=3, output_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_console_that_cannot_print_the_path(tmp_path):
+    """Its letters are printed as escapes, and all images are made."""
+    folder = tmp_path / "写真"
+    command = [sys.executable, "-m", "flux", "--width", "64", "--height", "64", "--num_steps", "1"]
+    command += ["--prompt", "a dog|a cat", "--output_dir", str(folder)]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in folder.iterdir()) == ["img_0.jpg", "img_1.jpg"]
+    assert rb"\u5199\u771f" in done.stdout
+
+
+def test_fields_without_effect_are_named_once(tmp_path, capsys):
+    cli.main(**SMALL, seed=3, negative_prompt="x", prompt="a dog|a cat", output_dir=str(tmp_path))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "without effect" in line]
+    assert lines == ["warning: without effect: negative_prompt (true_cfg is 1)"]
+
+
+def test_a_folder_that_is_a_file_is_found_before_loading(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.LocalSession, "load", lambda _: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        cli.main(**SMALL, output_dir=str(tmp_path / "file"))
+    assert "is a file" in capsys.readouterr().err
+
+
 def test_image_to_image(tmp_path):
     """Its start is scaled to the size, and named in the metadata."""
     cli.main(**SMALL, seed=3, output_dir=str(tmp_path))
@@ -82,13 +167,26 @@ def test_without_metadata(tmp_path):
     ("fields", "message"),
     [
         ({"prompt": " | "}, "Got an empty prompt"),
-        ({"strength": 0.0}, "Got strength 0.0"),
+        ({"strength": 0.0}, "strength: expected more than 0, got 0.0"),
+        ({"strength": "high"}, 'strength: expected a number, got "high"'),
         ({"width": 8}, "width"),
+        ({"seed": 2**63}, "seed: expected at most 9223372036854775807"),
+        ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
+        ({"seed": "abc"}, 'seed: expected an integer, got "abc"'),
+        ({"prompt": "a|b", "weights": "lost.safetensors"}, "lost.safetensors"),
+        ({"quantize": "2bit"}, "quantize: expected 'none', '8bit', '4bit' or 'fp8', got \"2bit\""),
+        ({"lora": [{"file": "a", "wait": 1}]}, "lora[0]: unknown field 'wait', did you mean 'weight'?"),
+        ({"text_encoders": ""}, "text_encoders: expected some text"),
+        ({"name": "flux-pro", "t5": "8bit"}, "t5 for flux-pro, which is not run here"),
+        ({"width": 30_000, "height": 30_000}, "Got 30000x30000, expected at most 89 million pixels"),
     ],
 )
 def test_wrong_options(tmp_path, capsys, fields, message):
     with pytest.raises(SystemExit) as end:
         cli.main(**(SMALL | fields), output_dir=str(tmp_path / "out"))
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert errors.count("error: ") == 1
     assert not (tmp_path / "out").exists()

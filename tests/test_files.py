@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flux.errors import InputError
-from flux.files import write_json, write_text
+from flux.files import check_folder, write_json, write_text
 from flux.images.io import save_animation, save_image
 from flux.scan.plots import plot_vitality
 
@@ -97,3 +97,23 @@ def test_json_that_cannot_be_said_keeps_the_older_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_folders_that_files_can_be_written_to(tmp_path):
+    """A folder that is not there yet is not created by the check."""
+    check_folder(tmp_path)
+    check_folder(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300 + "/a"])
+def test_folders_that_cannot_be(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"Cannot write.* name another folder"):
+        check_folder(tmp_path / name)
+
+
+def test_folders_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(InputError, match="no permission in"):
+        check_folder(tmp_path / "a")

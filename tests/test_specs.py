@@ -57,6 +57,18 @@ def test_an_unknown_model_is_told_with_a_near_one(name, near):
     assert f"did you mean '{near}'" in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["kontext", "fill", "canny", "depth", "canny-lora", "depth-lora", "redux"])
+def test_models_of_upstream_that_are_not_here(kind):
+    with pytest.raises(InputError, match="such models are not part of this package") as error:
+        get_spec(f"flux-dev-{kind}")
+    assert "did you mean" not in str(error.value)
+
+
+def test_krea_by_its_other_name():
+    with pytest.raises(InputError, match="did you mean 'flux-dev-krea'"):
+        get_spec("flux-krea-dev")
+
+
 def test_an_unknown_model_with_no_near_one():
     with pytest.raises(InputError) as error:
         get_spec("stable-diffusion")

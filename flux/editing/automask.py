@@ -95,7 +95,9 @@ def subject_tokens(
         text = torch.eye(q.shape[2], num_txt, device=q.device)
         totals.append(mean_attention(q[:, :, num_txt:], k, text))
     total = reduce(torch.add, totals)
-    unevenness = total.std(dim=1, keepdim=True) / total.mean(dim=1, keepdim=True)
+    correction = min(1, total.shape[1] - 1)  # torch warns of the deviation of a single token
+    spread = total.std(dim=1, correction=correction, keepdim=True)
+    unevenness = spread / total.mean(dim=1, keepdim=True)
     maps = torch.where(is_shared.to(total.device), total * unevenness, 0).sum(dim=2)
     return dilated_mask(maps, width, height)[:, :, 0] & (maps > 0)
 

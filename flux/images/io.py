@@ -5,6 +5,7 @@ Outside the models an image is a PIL image of mode RGB. Inside it is a float ten
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from flux.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+JPEG_METADATA = 2**16 - 2**10  # bytes of comment and EXIF that pillow's buffer for a JPEG's header holds
 
 
 # ---- tensors
@@ -159,7 +162,8 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | 
         path: file name, ending in .png, .jpg or .jpeg.
         metadata: any JSON object, to be read by `read_metadata`. It becomes the text chunk "flux" of a PNG
             and the comment of a JPEG. As in upstream, EXIF then says that the image is generated, with the
-            "model" and "prompt" found in the metadata. If None, neither is written.
+            "model" and "prompt" found in the metadata. If None, neither is written. Texts too long for a
+            JPEG are cut, and a line on stderr says so.
 
     Raises:
         InputError: another suffix, or the file cannot be written.
@@ -167,20 +171,39 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | 
     suffix = Path(path).suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"Got {path} as the name of an image: expected it to end in .png, .jpg or .jpeg")
-    options: dict[str, Any] = {} if metadata is None else {"exif": _exif(metadata)}
+    options: dict[str, Any] = {}
     if suffix == ".png":
         options["format"] = "PNG"
         if metadata is not None:
+            options["exif"] = _exif(metadata)
             options["pnginfo"] = PngImagePlugin.PngInfo()
             options["pnginfo"].add_itxt("flux", json.dumps(metadata, ensure_ascii=False))
     else:
         # Full colour resolution, as upstream has it: the watermark is in the colour channels.
         options |= {"format": "JPEG", "quality": 95, "subsampling": 0}
         if metadata is not None:
-            options["comment"] = json.dumps({"flux": metadata}, ensure_ascii=False).encode()
+            fitting = _fit_jpeg(metadata)
+            if fitting != metadata:
+                print(f"{path}: metadata are cut, since a JPEG holds only 64 KiB of them", file=sys.stderr)
+            options |= {"exif": _exif(fitting), "comment": _comment(fitting)}
     buffer = BytesIO()
     image.save(buffer, **options)
     write_bytes(path, buffer.getvalue())
+
+
+def _fit_jpeg(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metadata with texts cut so that a JPEG holds them, and without the rest if need be."""
+    for longest in (None, 6000, 1000):
+        single = {name: value for name, value in metadata.items() if not isinstance(value, dict | list | tuple)}
+        short = {name: value[:longest] if isinstance(value, str) else value for name, value in single.items()}
+        for fitting in (metadata | short, short):
+            if len(_comment(fitting)) + len(_exif(fitting).tobytes()) <= JPEG_METADATA:
+                return fitting
+    return {}
+
+
+def _comment(metadata: dict[str, Any]) -> bytes:
+    return json.dumps({"flux": metadata}, ensure_ascii=False).encode()
 
 
 def _exif(metadata: dict[str, Any]) -> Image.Exif:

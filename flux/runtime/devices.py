@@ -1,6 +1,7 @@
 """Devices and dtypes by name."""
 
 import os
+import shutil
 import sys
 
 import torch
@@ -29,6 +30,35 @@ def pick_device(name: str) -> torch.device:
             f"Got device {name!r}, which is not here: give cpu, cuda, cuda:1, mps or auto"
         ) from error
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile finds the C or C++ compiler that it needs for this device.
+
+    Raises:
+        InputError: There is none.
+    """
+    if device.type == "cpu":
+        usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+        variable, names = "CXX", [os.environ.get("CXX") or usual]
+    elif device.type == "cuda" and sys.platform == "linux":  # Triton builds its launchers with it
+        variable, names = "CC", [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    else:
+        return
+    if not any(shutil.which(name.split()[0]) for name in names):
+        raise InputError(
+            f"Got compile true, which needs a compiler, and {' or '.join(names)} is not here: install one, "
+            f"name it in the environment variable {variable}, or leave compile out"
+        )
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory of a GPU or, for the CPU, of this machine. If None, they are not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def pick_dtype(name: str, device: torch.device, spec: ModelSpec) -> torch.dtype:

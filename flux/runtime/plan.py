@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 
 from flux.errors import InputError
+from flux.runtime.devices import total_memory
 from flux.runtime.estimate import MemoryEstimator
 from flux.settings.demos import ModelSettings
+from flux.specs import ModelSpec
 from flux.weights.open_model import OpenModel
 
 MIB, GIB = 2**20, 2**30
@@ -148,6 +150,35 @@ class Plan:
     def peak(self) -> int:
         """Bytes of tensors on the device at most, within a tenth."""
         return max(stage.peak for stage in self.stages)
+
+
+def check_size(
+    settings: ModelSettings, spec: ModelSpec, dtype: torch.dtype, device: torch.device, gpus: int = 1
+) -> None:
+    """Check that the memory of the device can hold images of that size, whatever its weights take.
+
+    Args:
+        settings: The run.
+        spec: Its model.
+        dtype: Type of the transformer and the autoencoder.
+        device: Where they compute.
+        gpus: Number of GPUs that share each image.
+
+    Raises:
+        InputError: It cannot: what a block, or the decoder's last layer, reads and writes does not fit.
+    """
+    width, height = (side or spec.size for side in (settings.width, settings.height))
+    tokens = (width // 16) * (height // 16) // gpus  # of one image: a batch may be smaller than batch_size
+    # A single-stream block holds its stream, and the queries, keys, values and MLP made of it.
+    numbers = [tokens * spec.params.hidden_size * (4 + int(spec.params.mlp_ratio))]
+    if not settings.tiled and settings.offload != "auto":
+        numbers.append(2 * width * height * spec.ae_params.ch)
+    needed, memory = max(numbers) * dtype.itemsize, total_memory(device)
+    if memory is not None and needed > memory:
+        raise InputError(
+            f"Got {width}x{height}, which needs more than {needed / GIB:.0f} GiB of memory, and {device} has "
+            f"{memory / GIB:.0f}: make the image smaller"
+        )
 
 
 def make_plan(

@@ -22,10 +22,13 @@ def main(file: str = "scan.json", **overrides: Any) -> None:
         file: JSON file of settings, looked for as given, then in configs/
         overrides: fields of the settings, in place of those of the file
     """
-    from flux.scan.run import scan
-    from flux.settings.complete import resolve
+    settings = read_settings(ScanSettings, file, overrides)
 
-    settings = resolve(read_settings(ScanSettings, file, overrides))
+    from flux.scan.run import scan
+    from flux.settings.complete import check_run, resolve
+
+    settings = resolve(settings)
+    check_run(settings)
     vital = scan(settings)
     print(f"vital layers: {vital}\n{Path(settings.output_dir) / 'report.html'}")
 

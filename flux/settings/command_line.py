@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flux.errors import InputError, exit_on_input_error, only_rank_zero_prints
+from flux.errors import InputError, exit_on_input_error, only_rank_zero_prints, print_anything
 from flux.settings.messages import show, unknown_field
 
 Fields = Mapping[str, FieldInfo]
@@ -41,6 +41,7 @@ def run(
         positional: The parameter that an argument without a name is for. If None, there is none.
         arguments: The arguments. If None, those of the program.
     """
+    print_anything()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {**fields_of(main)}
     options |= {name: field for name, field in (fields or {}).items() if name not in options}

@@ -2,9 +2,12 @@
 
 from typing import overload
 
+from flux.errors import InputError
+from flux.files import check_folder
 from flux.intervention import check_layers
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
+from flux.settings.effect import print_warnings
 from flux.settings.resolved import (
     ResolvedEdit,
     ResolvedGenerate,
@@ -14,6 +17,9 @@ from flux.settings.resolved import (
     ResolvedSkip,
 )
 from flux.specs import get_spec
+
+MOST_PIXELS = 2**30 // 12
+"""Pixels of the largest image that pillow reads without a warning (PIL.Image.MAX_IMAGE_PIXELS)."""
 
 RESOLVED: dict[type[ModelSettings], type[ResolvedModel]] = {
     GenerateSettings: ResolvedGenerate,
@@ -47,7 +53,8 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
         The resolved settings of the same demo, or the model's part of them for settings of another kind.
 
     Raises:
-        InputError: The model is unknown, or the settings name layers that it does not have.
+        InputError: The model is unknown, the settings name layers that it does not have, or the size is
+            beyond all image files that this package would read.
     """
     spec = get_spec(settings.model)
     given = {
@@ -65,10 +72,25 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
     values = {name: usual[name] if value is None else value for name, value in given.items()}
     for side in ("width", "height"):
         values[side] = whole_tokens(values[side], side)
+    if values["width"] * values["height"] > MOST_PIXELS:
+        got = f"{values['width']}x{values['height']}"
+        raise InputError(
+            f"Got {got}, expected at most {MOST_PIXELS / 1e6:.0f} million pixels: make it smaller"
+        )
     check_layers(settings.named_layers, spec.num_layers)
     cls = next(RESOLVED[base] for base in type(settings).__mro__ if base in RESOLVED)
     # Everything else has been validated already.
     return cls.model_construct(**{name: getattr(settings, name) for name in cls.model_fields} | values)
+
+
+def check_run(settings: ResolvedModel) -> None:
+    """Print a warning of settings without effect. Called once for a run, before its model is loaded.
+
+    Raises:
+        InputError: The folder of the results cannot be written to.
+    """
+    print_warnings(settings, get_spec(settings.model))
+    check_folder(settings.output_dir)
 
 
 def whole_tokens(side: int, name: str) -> int:

@@ -18,6 +18,7 @@ from flux.settings.fields import (
     Seed,
     Side,
     Steps,
+    Strength,
     StrictModel,
     String,
     Sweep,
@@ -152,6 +153,14 @@ class ModelSettings(Settings, frozen=True):
         return Workload(self.batch_size)
 
 
+class SessionSettings(ModelSettings, frozen=True):
+    """The settings of `python -m flux`, apart from its prompts."""
+
+    seed: Seed | None = Field(default=None, description="seed of the first image")
+    init_image: FilePath | None = Field(default=None, description="start from this image")
+    strength: Strength = Field(default=0.8, description="how much of the schedule then runs")
+
+
 class PromptSettings(ModelSettings, frozen=True):
     """A model and the prompts to run it on. A prompt without a seed gets `seed` plus its number."""
 
@@ -185,7 +194,7 @@ class GenerateSettings(Divisible, PromptSettings, frozen=True):
 
     demo: ClassVar[str] = "test"
     image: FilePath | None = Field(default=None, description="start from this image: image-to-image")
-    strength: float = Field(default=0.8, gt=0, le=1, description="how much of the schedule then runs")
+    strength: Strength = Field(default=0.8, description="how much of the schedule then runs")
     cache: float | None = Field(
         default=None,
         gt=0,

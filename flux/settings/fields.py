@@ -88,6 +88,7 @@ Steps = Annotated[int, Field(ge=1)]
 Guidance = Annotated[float, Field(ge=0)]
 TrueCfg = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(gt=0, le=1)]
 Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
 
 Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]

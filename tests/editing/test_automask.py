@@ -1,5 +1,6 @@
 """Automatic masks, on maps and on attention made by hand."""
 
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -83,6 +84,10 @@ def test_the_subject_is_where_a_shared_word_is_looked_at():
     assert subject[inside].all()
     assert not subject[~rim].any()
     assert not found("cats").any(), "no word is shared"
+
+    with warnings.catch_warnings(action="error"):
+        watched = WatchedPass([prompt], {0: (q[:, :, : num_txt + 1], k[:, :, : num_txt + 1])})
+        assert not subject_tokens(t5, watched, ["a dog"], 16, 16).any(), "one token is no place"
 
 
 def test_words_that_only_one_prompt_has():

@@ -302,6 +302,30 @@ def test_metadata_survive(name, tmp_path):
     assert exif[ExifTags.Base.ImageDescription].encode("latin-1").decode("utf-8") == METADATA["prompt"]
 
 
+@pytest.mark.parametrize("prompt", ["a dog " * 6000, "a dog " * 12_000, "犬" * 30_000, '"' * 40_000])
+def test_metadata_too_long_for_a_jpeg_are_cut(prompt, tmp_path, capsys):
+    """The image is written all the same, and its metadata hold the beginning of the prompt."""
+    path = tmp_path / "a.jpg"
+    save_image(noise(), path, {"model": "flux-dev", "prompt": prompt, "seed": 3})
+    found = read_metadata(path)
+    assert (found["model"], found["seed"]) == ("flux-dev", 3)
+    assert len(found["prompt"]) >= 1000
+    assert prompt.startswith(found["prompt"])
+    assert capsys.readouterr().err == f"{path}: metadata are cut, since a JPEG holds only 64 KiB of them\n"
+    assert read_image(path).size == noise().size
+
+
+@pytest.mark.parametrize("length", range(30_000, 34_000, 250))
+def test_long_metadata_at_the_limit(length, tmp_path):
+    save_image(noise(), tmp_path / "a.jpg", {"model": "flux-dev", "prompt": "x" * length})
+    assert len(read_metadata(tmp_path / "a.jpg")["prompt"]) in (length, 6000)
+
+
+def test_long_lists_in_the_metadata_of_a_jpeg_go(tmp_path):
+    save_image(noise(), tmp_path / "a.jpg", {"seed": 3, "settings": {"prompts": ["a dog"] * 20_000}})
+    assert read_metadata(tmp_path / "a.jpg") == {"seed": 3}
+
+
 def test_png_text_is_international(tmp_path):
     """A tEXt chunk holds latin-1 only."""
     save_image(noise(), tmp_path / "a.png", METADATA)

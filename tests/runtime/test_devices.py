@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flux.errors import InputError
-from flux.runtime.devices import pick_device, pick_dtype
+from flux.runtime.devices import check_compiler, pick_device, pick_dtype, total_memory
 from flux.specs import configs
 
 
@@ -48,3 +48,31 @@ def test_dtypes():
     assert pick_dtype("auto", cpu, dev) == torch.bfloat16
     assert pick_dtype("auto", torch.device("cuda"), nano) == torch.bfloat16
     assert pick_dtype("float16", cpu, dev) == torch.float16
+
+
+def test_a_compiler_is_looked_for(tmp_path, monkeypatch):
+    """On a GPU it is C's, for Triton, on the CPU C++'s. A variable that names one decides."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"compile true.* g\+\+ is not here: .* CXX"):
+        check_compiler(torch.device("cpu"))
+    with pytest.raises(InputError, match=r"gcc or clang or cc is not here: .* CC,"):
+        check_compiler(torch.device("cuda"))
+    check_compiler(torch.device("mps"))
+    for name in ("mine", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh")
+        (tmp_path / name).chmod(0o755)
+    check_compiler(torch.device("cuda"))
+    monkeypatch.setenv("CXX", "mine -O2")
+    check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("CC", "lost")
+    with pytest.raises(InputError, match="lost is not here"):
+        check_compiler(torch.device("cuda"))
+
+
+def test_memory_of_this_machine():
+    memory = total_memory(torch.device("cpu"))
+    assert memory is None or memory > 2**28
+    assert total_memory(torch.device("meta")) is None

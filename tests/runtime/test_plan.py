@@ -11,7 +11,7 @@ from flux.errors import InputError
 from flux.pipeline import Pipeline
 from flux.runtime import plan
 from flux.runtime.estimate import MemoryEstimator
-from flux.runtime.plan import GIB, MIB, Plan, Stage, describe, free_memory, make_plan
+from flux.runtime.plan import GIB, MIB, Plan, Stage, check_size, describe, free_memory, make_plan
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import configs
@@ -155,3 +155,32 @@ def test_auto_plans_for_the_present_gpu(capsys):
     assert re.match(
         r"memory: all models stay on the device; at most 0\.\d of \d+\.\d GiB", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus", "fits"),
+    [
+        ({"width": 1024, "height": 1024}, 1, True),
+        ({"width": 8192, "height": 8192}, 1, False),
+        ({"width": 8192, "height": 8192, "tiled": True}, 1, False),
+        ({"width": 8192, "height": 8192, "tiled": True}, 8, True),
+        ({"width": 8192, "height": 8192, "offload": "auto"}, 8, True),
+        ({"batch_size": 64}, 1, True),
+    ],
+)
+def test_sizes_that_no_plan_fits(monkeypatch, fields, gpus, fits):
+    """The check is of what must be there at once. It refuses nothing that may run."""
+    monkeypatch.setattr(plan, "total_memory", lambda device: 8 * GIB)
+    settings = ModelSettings(model="flux-dev", **fields)
+    if fits:
+        check_size(settings, configs["flux-dev"], BF16, CPU, gpus)
+        return
+    with pytest.raises(InputError, match=r"needs more than .* GiB of memory, and cpu has 8: make the image"):
+        check_size(settings, configs["flux-dev"], BF16, CPU, gpus)
+
+
+def test_sizes_are_checked_before_files_are_looked_for(monkeypatch):
+    monkeypatch.setattr(plan, "total_memory", lambda device: 2**20)
+    monkeypatch.setattr("flux.pipeline.find_model", lambda *_: pytest.fail("looked for files"))
+    with pytest.raises(InputError, match="256x256"):
+        Pipeline.load(resolve(ModelSettings(device="cpu")))

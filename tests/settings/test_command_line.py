@@ -12,6 +12,7 @@ from helpers.settings_files import SettingsFolder, message_of
 from hypothesis import given
 from hypothesis import strategies as some
 
+import demo_gr
 from flux.settings.command_line import fields_of, help_text, parse, type_name
 from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, Prompt, SkipSettings
 from flux.settings.edits import EditSettings
@@ -195,7 +196,7 @@ PROGRAMS = {
     "demo_3_dino.py": "threshold",
     "demo_4_edit.py": "vital_layers",
     "demo_gr.py": "content_filter",
-    "-m flux": "init_image",
+    "-m flux": "text_encoders",
     "-m flux.scan": "stop_when",
     "-m flux.evaluate": "benchmark",
 }
@@ -235,3 +236,12 @@ def test_programs_end_on_an_unknown_option(name):
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert errors == ["error: command line: unknown field 'devise', did you mean 'device'?"]
+
+
+def test_the_studio_without_gradio(monkeypatch, capsys):
+    monkeypatch.setattr(demo_gr, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        demo_gr.main(name="no model")
+    assert end.value.code == 2
+    message = 'error: The studio needs gradio, which is not installed: pip install -e ".[gradio]"\n'
+    assert capsys.readouterr().err == message

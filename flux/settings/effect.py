@@ -1,0 +1,106 @@
+"""Settings that change nothing, or that ask for a size that the model was not made for: lines that warn."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SessionSettings
+from flux.settings.doses import PUBLISHED_GUIDANCE
+from flux.settings.edits import EditSettings
+
+if TYPE_CHECKING:
+    from flux.specs import ModelSpec
+
+SMALLEST_AREA, LARGEST_AREA = 0.1, 2.0  # of images that a model draws well, as parts of its own size's area
+PHOTO_FIELDS = ("paste_back", "as_published", "inversion", "nudging", "correct_drift", "caption_model")
+
+
+def fields_without_effect(settings: ModelSettings, spec: "ModelSpec") -> list[str]:
+    """Return the fields whose values change nothing, each with the reason: "guidance (... has none)".
+
+    Only values other than the default count, since a run.json names every field.
+
+    Args:
+        settings: Settings of any demo, resolved or not.
+        spec: The spec of their model.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, reason in _without_effect(settings, spec):
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+
+
+def settings_warnings(settings: ModelSettings, spec: "ModelSpec") -> list[str]:
+    """Return a line about the fields without effect and one about the size, where there is a reason."""
+    lines = []
+    if fields := fields_without_effect(settings, spec):
+        lines.append(f"without effect: {'; '.join(fields)}")
+    width, height = (side or spec.size for side in (settings.width, settings.height))
+    if not SMALLEST_AREA <= width * height / spec.size**2 <= LARGEST_AREA:
+        lines.append(
+            f"{width}x{height} is far from {spec.size}x{spec.size}, the size that {settings.model} was made "
+            "for: expect scenes that repeat or fall apart"
+        )
+    return lines
+
+
+def print_warnings(settings: ModelSettings, spec: "ModelSpec") -> None:
+    """Print the `settings_warnings` to stderr."""
+    for line in settings_warnings(settings, spec):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple[str, str]]:
+    """Yield each field without effect, with the reason."""
+    if (settings.true_cfg or spec.true_cfg) == 1:
+        for name in _changed(settings, "negative_prompt", "cfg_from", "mimic_scale", "mimic_percentile"):
+            yield name, "true_cfg is 1"
+    elif isinstance(settings, EditSettings) and settings.mimic_scale is None:
+        for name in _changed(settings, "mimic_percentile"):
+            yield name, "no mimic_scale"
+    if not spec.params.guidance_embed:
+        usual = {None, spec.guidance}
+        if isinstance(settings, EditSettings) and settings.as_published:
+            usual.add(PUBLISHED_GUIDANCE)
+        turns = settings.entries if isinstance(settings, EditSettings) else ()
+        if not {settings.guidance, *(turn.guidance for turn in turns)} <= usual:
+            yield "guidance", f"{settings.model} takes none"
+    if isinstance(settings, GenerateSettings | SessionSettings):
+        field = "image" if isinstance(settings, GenerateSettings) else "init_image"
+        if getattr(settings, field) is None:
+            for name in _changed(settings, "strength"):
+                yield name, f"no {field}"
+        elif settings.strength == 1:
+            yield field, "strength is 1"
+    if isinstance(settings, LayerSettings) and not settings.layers:
+        for name in _changed(settings, "at_steps", "words"):
+            yield name, "no layers"
+    if isinstance(settings, EditSettings):
+        yield from _without_effect_on_edits(settings)
+    if isinstance(settings, ScanSettings):
+        count = spec.num_layers if settings.layers == "all" else len(settings.layers)
+        if settings.top is not None and settings.top > count:
+            yield f"top {settings.top}", f"only {count} layers are scanned"
+
+
+def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]]:
+    if settings.photo is None:
+        for name in _changed(settings, *PHOTO_FIELDS):
+            yield name, "no photo"
+    elif settings.as_published:
+        if settings.inversion != "euler":
+            for name in _changed(settings, "inversion"):
+                yield name, "as_published uses euler"
+    elif settings.inversion == "none":
+        for name in _changed(settings, "nudging", "correct_drift"):
+            yield name, 'inversion is "none"'
+    if isinstance(settings.vital_layers, tuple):
+        count = len(settings.vital_layers)
+        for top in sorted({entry.top for entry in settings.entries if entry.top and entry.top > count}):
+            yield f"top {top}", f"only {count} vital layers"
+
+
+def _changed(settings: ModelSettings, *names: str) -> list[str]:
+    """Return the names of the fields that are there and have another value than their default."""
+    fields: Mapping = type(settings).model_fields
+    return [name for name in names if name in fields and getattr(settings, name) != fields[name].default]

@@ -1,0 +1,139 @@
+"""Warnings about settings that change nothing, and about sizes that the model was not made for."""
+
+import pytest
+from helpers.settings_files import SettingsFolder
+
+from flux.errors import InputError
+from flux.settings.complete import MOST_PIXELS, check_run, resolve
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SessionSettings
+from flux.settings.edits import EditSettings
+from flux.settings.effect import fields_without_effect, settings_warnings
+from flux.settings.files import check_settings
+from flux.specs import get_spec
+
+EDIT = {"prompt": "a dog", "edits": ["a cat"]}
+GENERATE = {"prompts": ["a dog"]}
+LAYER = {"prompt": "a dog"}
+SCAN = {"prompts": ["a dog"], "top": 3}
+SCHNELL = {"model": "flux-nano-schnell"}
+
+CASES = [
+    (GenerateSettings, GENERATE | {"negative_prompt": "x"}, ["negative_prompt (true_cfg is 1)"]),
+    (
+        GenerateSettings,
+        GENERATE | {"negative_prompt": "x", "true_cfg": 1},
+        ["negative_prompt (true_cfg is 1)"],
+    ),
+    (GenerateSettings, GENERATE | {"negative_prompt": "x", "true_cfg": 2}, []),
+    (GenerateSettings, GENERATE | SCHNELL | {"guidance": 1}, ["guidance (flux-nano-schnell takes none)"]),
+    (GenerateSettings, GENERATE | {"guidance": 1}, []),
+    (GenerateSettings, GENERATE | {"strength": 0.5}, ["strength (no image)"]),
+    (GenerateSettings, GENERATE | {"strength": 0.5, "image": "a.png"}, []),
+    (GenerateSettings, GENERATE | {"strength": 1, "image": "a.png"}, ["image (strength is 1)"]),
+    (SessionSettings, {"strength": 0.5}, ["strength (no init_image)"]),
+    (SessionSettings, {"strength": 0.5, "init_image": "a.png"}, []),
+    (LayerSettings, LAYER | {"at_steps": [1], "words": ["dog"]}, ["at_steps, words (no layers)"]),
+    (LayerSettings, LAYER | {"at_steps": [1], "words": ["dog"], "layers": [1]}, []),
+    (ScanSettings, SCAN | {"top": 9, "layers": [1, 2]}, ["top 9 (only 2 layers are scanned)"]),
+    (ScanSettings, SCAN | {"top": 16}, ["top 16 (only 15 layers are scanned)"]),
+    (ScanSettings, SCAN | {"top": 2, "layers": [1, 2]}, []),
+    (EditSettings, EDIT | {"paste_back": True, "inversion": "none"}, ["paste_back, inversion (no photo)"]),
+    (EditSettings, EDIT | {"as_published": True, "nudging": 1.1}, ["as_published, nudging (no photo)"]),
+    (
+        EditSettings,
+        EDIT | {"correct_drift": False, "caption_model": "x"},
+        ["correct_drift, caption_model (no photo)"],
+    ),
+    (EditSettings, EDIT | {"paste_back": True, "nudging": 1.1, "photo": "a.png"}, []),
+    (
+        EditSettings,
+        EDIT | {"photo": "a.png", "inversion": "none", "nudging": 1.1},
+        ['nudging (inversion is "none")'],
+    ),
+    (
+        EditSettings,
+        EDIT | {"photo": "a.png", "inversion": "fireflow", "as_published": True},
+        ["inversion (as_published uses euler)"],
+    ),
+    (EditSettings, EDIT | SCHNELL | {"photo": "a.png", "as_published": True}, []),
+    (EditSettings, EDIT | {"cfg_from": 0.5, "mimic_scale": 3}, ["cfg_from, mimic_scale (true_cfg is 1)"]),
+    (EditSettings, EDIT | {"true_cfg": 2, "mimic_percentile": 0.9}, ["mimic_percentile (no mimic_scale)"]),
+    (EditSettings, EDIT | {"true_cfg": 2, "cfg_from": 0.5, "mimic_scale": 3, "mimic_percentile": 0.9}, []),
+    (EditSettings, EDIT | {"vital_layers": [4, 0], "top": 9}, ["top 9 (only 2 vital layers)"]),
+    (
+        EditSettings,
+        EDIT | {"vital_layers": [4, 0], "edits": [{"prompt": "a", "top": 3}]},
+        ["top 3 (only 2 vital layers)"],
+    ),
+    (EditSettings, EDIT | {"vital_layers": [4, 0], "top": 2}, []),
+    (
+        EditSettings,
+        EDIT | SCHNELL | {"edits": [{"prompt": "a", "guidance": 9}]},
+        ["guidance (flux-nano-schnell takes none)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("cls", "fields", "expected"), CASES)
+def test_fields_without_effect(cls, fields, expected):
+    settings = check_settings(cls, fields)
+    spec = get_spec(settings.model)
+    assert fields_without_effect(settings, spec) == expected
+    if cls is not SessionSettings:
+        assert fields_without_effect(resolve(settings), spec) == expected
+
+
+@pytest.mark.parametrize("model", ["flux-nano", "flux-nano-schnell", "flux-dev", "flux-schnell"])
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [(GenerateSettings, GENERATE), (LayerSettings, LAYER), (ScanSettings, SCAN), (EditSettings, EDIT)],
+    ids=["generate", "layer", "scan", "edit"],
+)
+def test_defaults_need_no_warning(cls, fields, model):
+    """Nor does the run.json of such a run, which names every field."""
+    settings = resolve(check_settings(cls, fields | {"model": model}))
+    assert not settings_warnings(settings, get_spec(model))
+    assert not settings_warnings(check_settings(cls, settings.to_json()), get_spec(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "height", "warned"),
+    [
+        ("flux-nano", 512, 512, True),
+        ("flux-nano", 64, 64, True),
+        ("flux-nano", 256, 384, False),
+        ("flux-nano", 128, 128, False),
+        ("flux-dev", 512, 512, False),
+        ("flux-dev", 1536, 1024, False),
+        ("flux-dev", 2048, 2048, True),
+        ("flux-dev", 256, 256, True),
+    ],
+)
+def test_sizes(model, width, height, warned):
+    settings = ModelSettings(model=model, width=width, height=height)
+    lines = settings_warnings(settings, get_spec(model))
+    assert [line.partition(" is far from ")[0] for line in lines] == [f"{width}x{height}"] * warned
+
+
+def test_the_warning_is_one_line_on_stderr(capsys, tmp_path):
+    fields = {"negative_prompt": "x", "strength": 0.5, "output_dir": str(tmp_path / "out")}
+    check_run(resolve(check_settings(GenerateSettings, GENERATE | fields)))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "warning: without effect: negative_prompt (true_cfg is 1); strength (no image)\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, monkeypatch):
+    folder = SettingsFolder(tmp_path, monkeypatch)
+    (tmp_path / "taken").touch()
+    settings = resolve(folder(GenerateSettings, GENERATE | {"output_dir": "taken/out"}))
+    with pytest.raises(InputError, match="taken is a file"):
+        check_run(settings)
+
+
+@pytest.mark.parametrize("side", [9472, 30_000, 100_000])
+def test_sizes_beyond_all_image_files(side):
+    with pytest.raises(InputError, match=f"Got {side}x{side}, expected at most 89 million pixels"):
+        resolve(ModelSettings(width=side, height=side))
+    assert resolve(ModelSettings(width=9456, height=9456)).width ** 2 <= MOST_PIXELS
