@@ -13,7 +13,7 @@ from flux.editing.batches import Batch, run_batches, start_batches
 from flux.editing.photo import Mask, mask_image, token_mask
 from flux.editing.reference import OnStep, Reference, Source, find_source
 from flux.errors import InputError
-from flux.images.io import read_image
+from flux.images.masks import as_mask, read_mask
 from flux.modules.conditioner import cut_words, shortened
 from flux.pipeline import Pipeline
 from flux.sampling import window
@@ -65,6 +65,8 @@ def edit(
         InputError: as `check_edits`, `check_prompts` and `flux.editing.reference.find_source`.
     """
     masks = check_edits(settings, layers, photo, mask)
+    if progress:
+        print_shares(settings, masks)
     if settings.prompt is not None:
         check_prompts(pipe, settings, [settings.prompt])
     source = find_source(pipe, settings, photo, on_step, progress)
@@ -154,15 +156,26 @@ def check_edits(
         if entry.mask == "auto" and inversion_free:
             raise InputError('Got mask "auto" with inversion "none": FlowEdit has no attention to compare')
         if entry.mask is None:
-            image = mask
+            image = mask and as_mask(mask)
         elif entry.mask in ("auto", "none"):
             image = None
         else:
             if entry.mask not in images:
-                images[entry.mask] = read_image(entry.mask)
+                images[entry.mask] = read_mask(entry.mask)
             image = images[entry.mask]
         masks.append((image, token_mask(image, sizes, *size)) if image else None)
     return masks
+
+
+def print_shares(settings: ResolvedEdit, masks: Sequence[Mask | None]) -> None:
+    """Prints for each painted mask how much of the image may change, so that a wrong mask is noticed."""
+    shares = {
+        entry.mask or "the mask": mask[1].float().mean().item()
+        for entry, mask in zip(settings.entries, masks)
+        if mask
+    }
+    for name, share in shares.items():
+        print(f"{name}: {max(1, round(100 * share))} % of the image may change")
 
 
 def check_prompts(pipe: Pipeline, settings: ResolvedEdit, sources: Sequence[str]) -> None:

@@ -113,7 +113,9 @@ def token_mask(mask: Image.Image, sizes: Sequence[tuple[int, int]], width: int, 
     # The maximum, so that thin strokes survive being scaled down.
     white = torch.nn.functional.adaptive_max_pool2d(white, (height // TOKEN, width // TOKEN))[0, 0] > 0
     if not white.any():
-        raise InputError("Got a mask that is black all over: paint white what the edit may change")
+        raise InputError(
+            "Got a mask that is black all over, or not painted: paint white what the edit may change"
+        )
     return rearrange(white, "h w -> 1 (h w) 1")
 
 

@@ -34,11 +34,14 @@ def to_uint8(x: "Tensor") -> np.ndarray:
     Values are rounded to the nearest level; values outside -1..1 are clipped.
 
     Raises:
-        InputError: a value is NaN, the usual result of an overflow in float16.
+        InputError: a value is NaN, from an overflow or from the weights.
     """
     x = x.detach().float()
     if x.isnan().any():
-        raise InputError("Got images full of NaN: the models overflowed, choose dtype bfloat16 or float32")
+        raise InputError(
+            "Got images full of NaN: either the models overflowed in float16 (choose dtype bfloat16 or "
+            "float32), or the weights or a LoRA hold NaN (leave out the LoRA, or get the file again)"
+        )
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
@@ -61,27 +64,27 @@ def to_tensor(image: Image.Image) -> "Tensor":
 def read_image(path: str | Path) -> Image.Image:
     """Reads an image file as RGB and upright (EXIF orientation applied), without its metadata.
 
-    Transparent parts become white; 16-bit greys are scaled to 8 bits.
+    Transparent parts become white; 16-bit greys are scaled to 8 bits; colours of an embedded profile
+    (Display P3, Adobe RGB, ...) are converted to sRGB. A broken profile is ignored, with a warning.
+
+    Raises:
+        InputError: as `read_upright`.
+    """
+    with _opened(path) as file:
+        rgb = _as_rgb(_upright(file, path), path)
+    rgb.info.clear()
+    return rgb
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """Reads an image file upright (EXIF orientation applied), in 8 bits of its own colours and transparency.
 
     Raises:
         InputError: the file is missing, not an image, damaged or cut short, an animation, or has more pixels
             than pillow considers safe (PIL.Image.MAX_IMAGE_PIXELS). The message names the file.
     """
-    with _opened(path) as image:
-        # MPO is the JPEG of a camera or phone. After its first image come previews and depth maps.
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":
-            raise InputError(
-                f"Got {path}, which holds {frames} images (animation or pages), but expected one: "
-                "save the one you mean as PNG or JPEG"
-            )
-        image.load()
-        upright: Image.Image = image
-        with suppress(Exception):  # an image with broken EXIF is still an image
-            upright = ImageOps.exif_transpose(image)
-        rgb = _as_rgb(upright)
-    rgb.info.clear()
-    return rgb
+    with _opened(path) as file:
+        return _upright(file, path)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -123,15 +126,67 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"Cannot read the image {path} ({reason}): expected an undamaged file") from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
+def _upright(image: Image.Image, path: str | Path) -> Image.Image:
+    # MPO is the JPEG of a camera or phone. After its first image come previews and depth maps.
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise InputError(
+            f"Got {path}, which holds {frames} images (animation or pages), but expected one: "
+            "save the one you mean as PNG or JPEG"
+        )
+    image.load()
+    upright: Image.Image = image
+    with suppress(Exception):  # an image with broken EXIF is still an image
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
         raise ValueError("its colours are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):  # pillow's own conversion would make everything above 255 white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if upright.mode.startswith("I"):  # pillow's own conversion would make everything above 255 white
+        eight_bits = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+        eight_bits.info = upright.info
+        # Beside 16 bits, the key colour that is transparent has 16 bits too.
+        if isinstance(key := eight_bits.info.pop("transparency", None), int):
+            eight_bits.putalpha(Image.fromarray(((np.asarray(upright) != key) * 255).astype(np.uint8)))
+        upright = eight_bits
+    return upright
+
+
+def _as_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    profile, alpha = image.info.get("icc_profile"), None
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if profile:
+        image = _in_srgb(image, profile, path)
+    if alpha:
+        image = image.convert("RGB")
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _in_srgb(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image:
+    """Converts colours of an embedded profile to sRGB. Those that are sRGB already stay bit for bit."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        mode = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}[profile[16:20]]  # colour space of the header
+        converted = ImageCms.profileToProfile(
+            image if image.mode == mode else image.convert(mode),
+            source,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        return converted or image  # it is None only where an image is changed in place
+    except Exception:  # pillow raises OSError, PyCMSError, ValueError and more
+        warnings.warn(
+            f"Got {path}, whose colour profile is broken: its colours are taken for sRGB", stacklevel=4
+        )
+        return image
 
 
 # ---- scaling

@@ -201,6 +201,23 @@ def test_masks_that_cannot_be_used(small, monkeypatch, mask, message):
 # ---- edits of a photograph
 
 
+def test_paint_on_a_transparent_layer_is_told_and_nothing_else_changes(small, capsys, tmp_path):
+    layer = Image.new("RGBA", (WIDTH, HEIGHT), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (0, 0, WIDTH // 2, HEIGHT))
+    layer.save(tmp_path / "layer.png")
+    plain, given, file = (
+        edit(small, settings(**ONE, **changes), LAYERS, None, mask)
+        for changes, mask in (({}, half_mask()), ({}, layer), ({"mask": str(tmp_path / "layer.png")}, None))
+    )
+    assert difference(plain.edits[0], given.edits[0]) == 0
+    assert difference(plain.edits[0], file.edits[0]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "the mask: 50 % of the image may change",
+        "the mask: 50 % of the image may change",
+        f"{tmp_path / 'layer.png'}: 50 % of the image may change",
+    ]
+
+
 def test_a_photograph_and_its_edit(small, photo):
     result = make(small, photo, **ONE)
     assert difference(result.reference, through(small, photo)) <= 1

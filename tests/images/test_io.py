@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from flux.errors import InputError
 from flux.images.io import (
@@ -69,7 +69,7 @@ def test_to_pil_rounds_and_cuts():
 
 
 def test_nan_is_told():
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(InputError, match=r"NaN.*float16.*LoRA"):
         to_pil(torch.full((3, 2, 2), float("nan")))
 
 
@@ -158,6 +158,63 @@ def test_sixteen_bits(tmp_path):
     (tmp_path / "deep.pgm").write_bytes(b"P5 4 1 65535\n" + deep.byteswap().tobytes())
     for name in ("deep.png", "deep.tiff", "deep.pgm"):
         assert np.array(read_image(tmp_path / name))[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)], name
+
+
+def test_a_transparent_sixteen_bit_grey(tmp_path):
+    deep = Image.fromarray(np.array([[257, 32896]], dtype=np.uint16))
+    deep.save(tmp_path / "deep.png", transparency=257)
+    assert np.array(read_image(tmp_path / "deep.png"))[0].tolist() == [[255] * 3, [128] * 3]
+
+
+def adobe_rgb() -> bytes:
+    """A profile of sRGB's curve with Adobe RGB's far greener green, told only by its numbers."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for name, xyz in {b"rXYZ": (0.60974, 0.31111, 0.01947), b"gXYZ": (0.20528, 0.62567, 0.06087)}.items():
+        place = profile.index(name, 128)
+        start = int.from_bytes(profile[place + 4 : place + 8], "big")
+        for number, value in enumerate(xyz):
+            at = start + 8 + 4 * number
+            profile[at : at + 4] = round(value * 65536).to_bytes(4, "big")
+    return bytes(profile).replace("sRGB".encode("utf-16-be"), "Wide".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_of_a_wider_profile_are_converted(mode, tmp_path):
+    """Green is brighter there: in sRGB it has no red at all."""
+    Image.new("RGB", (2, 1), (100, 200, 100)).convert(mode).save(tmp_path / "a.png", icc_profile=adobe_rgb())
+    red, green, blue = np.array(read_image(tmp_path / "a.png"))[0, 0].tolist()
+    assert red < 40
+    assert 195 < green < 210
+    assert 80 < blue < 110
+
+
+def test_transparency_stays_beside_a_profile(tmp_path):
+    image = Image.new("RGBA", (2, 1), (100, 200, 100, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.save(tmp_path / "a.png", icc_profile=adobe_rgb())
+    pixels = np.array(read_image(tmp_path / "a.png"))[0].tolist()
+    assert pixels[0][0] < 40
+    assert pixels[1] == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_profile_of_srgb_changes_nothing(mode, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise().convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+    assert same(read_image(tmp_path / "a.png"), noise().convert(mode).convert("RGB"))
+
+
+def test_greys_may_have_a_profile_of_colours(tmp_path):
+    Image.new("L", (2, 1), 100).save(tmp_path / "a.png", icc_profile=adobe_rgb())
+    pixel = np.array(read_image(tmp_path / "a.png"))[0, 0]
+    assert np.ptp(pixel.astype(int)) < 30
+
+
+@pytest.mark.parametrize("profile", [b"no profile", adobe_rgb()[:200]], ids=["text", "cut short"])
+def test_a_broken_profile_is_told_and_ignored(profile, tmp_path):
+    quadrants().save(tmp_path / "a.png", icc_profile=profile)
+    with pytest.warns(UserWarning, match=r"a\.png, whose colour profile is broken"):
+        assert same(read_image(tmp_path / "a.png"), quadrants())
 
 
 def test_cmyk(tmp_path):
