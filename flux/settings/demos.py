@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from flux.settings.fields import (
     LIST,
+    MAX_SEED,
     FilePath,
     Guidance,
     Metrics,
@@ -245,6 +246,15 @@ class SkipSettings(PromptSettings, frozen=True):
         default=None, description='a Ray cluster: "auto", or its head\'s address'
     )
     output_dir: FilePath = Field(default="output/skip", description="folder to write to, or to resume in")
+
+    @model_validator(mode="after")
+    def _seeds_in_range(self) -> "SkipSettings":
+        highest = max(entry.seed for entry in self.prompts) + self.seeds - 1
+        if highest > MAX_SEED:
+            raise ValueError(
+                f"got seeds {self.seeds}, which lead to seed {highest}, expected at most {MAX_SEED}"
+            )
+        return self
 
     @property
     def named_layers(self) -> tuple[int, ...]:

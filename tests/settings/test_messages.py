@@ -116,6 +116,11 @@ WRONG = [
         "layers: expected each only once, got [[1, 2], ",
     ),
     (SkipSettings, {"prompts": ["a"], "layers": [[1, True]]}, "layers[0][1]: expected an integer, got true"),
+    (
+        SkipSettings,
+        {"prompts": ["a", {"prompt": "b", "seed": 2**63 - 2}], "seeds": 3},
+        "got seeds 3, which lead to seed 9223372036854775808, expected at most 9223372036854775807",
+    ),
     (GenerateSettings, {}, "missing field 'prompts': list of prompts"),
     (GenerateSettings, {"promts": ["a"]}, "unknown field 'promts', did you mean 'prompts'?"),
     (GenerateSettings, {"prompts": []}, "prompts: expected at least one entry, got []"),
