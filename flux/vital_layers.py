@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flux.errors import InputError
 from flux.files import write_text
 from flux.intervention import check_layers
-from flux.specs import VITAL_LAYERS_DEV, ModelSpec
+from flux.specs import VITAL_LAYERS_DEV, ModelSpec, configs
 
 # Sets that papers publish for FLUX.1-dev. Their methods differ in more than the set: what they inject and in
 # which steps is noted beside it, and is chosen by other settings (`parts`, `mask`, `inject_until`).
@@ -48,11 +49,11 @@ def find_vital_layers(
 
     Raises:
         InputError: The model's vital layers are not known, there is no such preset or file, the file is not
-            that of a scan, or the model lacks one of the layers.
+            that of a scan of this model, or the model lacks one of the layers.
     """
     scan = remembered_scan(checkpoint) if checkpoint else None
     if choice == "auto" and scan and scan.is_file():
-        layers = _read_scan(scan)
+        layers = _read_scan(scan, spec)
         print(f"vital layers {layers}, from a scan of this checkpoint: {scan}")
     elif choice == "auto":
         if spec.vital_layers is None:
@@ -64,15 +65,15 @@ def find_vital_layers(
     elif choice == "all":
         layers = range(spec.num_layers)
     elif isinstance(choice, str):
-        layers = PRESETS[choice] if choice in PRESETS else _read_scan(Path(choice))
+        layers = PRESETS[choice] if choice in PRESETS else _read_scan(Path(choice), spec)
     else:
         layers = choice
     check_layers(layers, spec.num_layers)
     return tuple(layers)
 
 
-def _read_scan(path: Path) -> list[int]:
-    """Reads a vital_layers.json, the most vital layers first."""
+def _read_scan(path: Path, spec: ModelSpec) -> list[int]:
+    """Reads the vital_layers.json of a scan of this model, the most vital layers first."""
     if not path.is_file():
         raise InputError(
             f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
@@ -87,8 +88,28 @@ def _read_scan(path: Path) -> list[int]:
         ) from error
     if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
         raise InputError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
+    _check_model(path, scan, spec)
     vitality = scan.get("vitality", {})
     return sorted(layers, key=lambda layer: -vitality.get(f"{layer:02d}", {}).get("vitality", 0))
+
+
+def _check_model(path: Path, scan: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Raises InputError if a scan is that of another model, or of one with another number of layers."""
+    name = next((name for name, known in configs.items() if known == spec), None)
+    scanned = scan.get("model")
+    if name and scanned and scanned != name:
+        raise InputError(
+            f"Got {path}, a scan of {scanned}, but the model is {name}: scan it (python -m flux.scan), or "
+            f"give the layers {scan['vital_layers']} as a list to try them all the same"
+        )
+    protocol = scan.get("protocol")
+    is_whole = isinstance(protocol, dict) and protocol.get("layers") == "all"
+    count = sum(layers.isdecimal() for layers in scan.get("vitality", {}))
+    if is_whole and count and count != spec.num_layers:
+        raise InputError(
+            f"Got {path}, a scan of a model with {count} layers, but {name or 'this model'} has "
+            f"{spec.num_layers}: scan it (python -m flux.scan)"
+        )
 
 
 def remembered_scan(checkpoint: str) -> Path:

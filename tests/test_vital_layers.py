@@ -34,6 +34,30 @@ def test_vital_layers_from_a_scan(tmp_path):
     assert find_vital_layers(str(path), configs["flux-nano"]) == (5, 2), "the most vital first"
 
 
+@pytest.mark.parametrize(
+    ("scanned", "model"), [("flux-dev", "flux-nano"), ("flux-nano", "flux-nano-schnell")]
+)
+def test_a_scan_of_another_model_is_refused(scanned, model, tmp_path):
+    path = tmp_path / "vital_layers.json"
+    path.write_text(json.dumps({"model": scanned, "vital_layers": [0, 2]}))
+    with pytest.raises(
+        InputError, match=rf"vital_layers\.json, a scan of {scanned}, but the model is {model}:"
+    ):
+        find_vital_layers(str(path), configs[model])
+    assert find_vital_layers(str(path), configs[scanned]) == (0, 2)
+
+
+def test_a_scan_of_another_number_of_layers_is_refused(tmp_path):
+    path = tmp_path / "vital_layers.json"
+    vitality = {f"{layer:02d}": {"vitality": 0.1} for layer in range(12)}
+    scan = {"vital_layers": [0, 2], "vitality": {**vitality, "00-02": {}}, "protocol": {"layers": "all"}}
+    path.write_text(json.dumps(scan))
+    with pytest.raises(InputError, match="a model with 12 layers, but flux-nano has 15"):
+        find_vital_layers(str(path), configs["flux-nano"])
+    path.write_text(json.dumps({**scan, "protocol": {"layers": [0, 1]}}))
+    assert find_vital_layers(str(path), configs["flux-nano"]) == (0, 2)
+
+
 def test_vital_layers_that_nobody_knows():
     with pytest.raises(InputError, match="not known: scan it"):
         find_vital_layers("auto", configs["flux-schnell"])

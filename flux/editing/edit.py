@@ -3,6 +3,7 @@
 The reference's image keys and values are injected in the vital layers of each edit.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -153,6 +154,11 @@ def check_edits(
         window(settings.num_steps, dose.inject_from, dose.inject_until)
         if isinstance(dose.weight, Mapping) and (others := sorted(dose.weight.keys() - set(layers))):
             raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
+        if dose.top is not None and dose.top > len(layers):
+            warnings.warn(
+                f"Got top {dose.top}, but there are {len(layers)} vital layers: all of them inject",
+                stacklevel=3,
+            )
         if entry.mask == "auto" and inversion_free:
             raise InputError('Got mask "auto" with inversion "none": FlowEdit has no attention to compare')
         if entry.mask is None:

@@ -21,7 +21,7 @@ from helpers.editing import (
 from PIL import Image
 
 from flux import sampling
-from flux.editing.edit import edit, edit_reference
+from flux.editing.edit import check_edits, edit, edit_reference
 from flux.editing.photo import Photograph
 from flux.editing.reference import keep_reference
 from flux.errors import InputError, Stopped
@@ -167,6 +167,16 @@ def test_turns_take_from_the_first_source(small, edited):
     """Each turn is an edit of the same reference: no drift, whatever the turns before it did."""
     chain = make(small, edits=[{"prompt": EDITS[0], "then": [EDITS[1], EDITS[2]]}])
     assert all(difference(a, b) == 0 for a, b in zip(chain.edits, edited.edits, strict=True))
+
+
+def test_more_layers_than_there_are_are_told():
+    with pytest.warns(UserWarning, match="Got top 9, but there are 2 vital layers"):
+        check_edits(settings(top=9), (4, 0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_as_many_layers_as_there_are_are_not_told():
+    check_edits(settings(top=2), (4, 0))
 
 
 def test_turns_inherit():
