@@ -2,6 +2,7 @@
 each.
 """
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -118,14 +119,14 @@ def test_full_size_has_the_names_and_shapes_of_the_published_file(name):
     assert model.num_layers == 57
 
 
-def test_wrong_sizes_are_told():
+def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="divisible"):
         tiny_models.flux(num_heads=3)
     with pytest.raises(ValueError, match="axes"):
         tiny_models.flux(axes_dim=[4, 4, 4])
 
 
-def test_wrong_inputs_are_told():
+def test_wrong_inputs_are_refused():
     model, given = tiny_models.flux(), tiny_models.inputs(1)
     with pytest.raises(ValueError, match="guidance"):
         model(**{**given, "guidance": None})
@@ -164,9 +165,9 @@ def test_modulations_made_ahead_are_those_made_layer_by_layer(guidance_embed):
 
 def test_streamed_blocks_make_the_same_modulations():
     model, plain = tiny_models.flux(), tiny_models.flux()
-    net = Offloaded(model, torch.device("cpu"), [model.double_blocks, model.single_blocks], 3)
+    offloaded = Offloaded(model, torch.device("cpu"), [model.double_blocks, model.single_blocks], 3)
     rows = [tiny_models.inputs(2)[name] for name in ("timesteps", "y", "guidance")]
-    with net.on_device():
+    with offloaded.on_device():
         got = model.modulations(*rows)
     assert all(torch.equal(a, b) for a, b in zip(got, plain.modulations(*rows), strict=True))
 
@@ -192,8 +193,8 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_bypass_sweep_compiles_nothing_new(graphs):
-    """One graph for each kind of block, whichever layers are bypassed. Compiling the model would give one per
+def test_a_sweep_of_skips_compiles_nothing_new(graphs):
+    """One graph for each kind of block, whichever layers are skipped. Compiling the model would give one per
     set.
     """
     model, eager = tiny_models.flux(), tiny_models.flux()
@@ -207,8 +208,8 @@ def test_a_bypass_sweep_compiles_nothing_new(graphs):
     assert len(graphs) == 2
 
 
-def test_keep_and_take_compile_once_each(graphs):
-    """Plain, keeping and taking blocks of both kinds are six graphs, whichever layers keep and take."""
+def test_keep_and_inject_compile_once_each(graphs):
+    """Plain, recording and injecting blocks of both kinds are six graphs, whichever layers these are."""
     model = tiny_models.flux()
     given = tiny_models.inputs(2)
     model.compile_blocks()
@@ -231,9 +232,9 @@ def test_a_session_of_edits_stays_compiled(graphs):
         keeping = Intervention(keep=frozenset({0, 5}))
         kept = model.observe(Inputs(**tiny_models.inputs(1, *size)), intervention=keeping)[1].kept
         for batch in (1, 3, 2):
-            given, taking = tiny_models.inputs(batch, *size), Intervention(inject=kept)
-            expected = eager(**given, intervention=taking)
-            assert_close(model(**given, intervention=taking), expected, rtol=0, atol=1e-5)
+            given, inject = tiny_models.inputs(batch, *size), Intervention(inject=kept)
+            expected = eager(**given, intervention=inject)
+            assert_close(model(**given, intervention=inject), expected, rtol=0, atol=1e-5)
     assert len(graphs) == before, "the third size compiled again"
 
 
@@ -242,3 +243,13 @@ def test_interventions_on_a_compiled_model_are_checked(graphs):
     model.compile_blocks()
     with pytest.raises(InputError, match=r"0\.\.6"):
         model(**tiny_models.inputs(1), intervention=Intervention(skip=frozenset({7})))
+
+
+def test_a_copy_of_a_compiled_block_has_its_own_weights(graphs):
+    model, given = tiny_models.flux(), tiny_models.inputs(1)
+    model.compile_blocks()
+    expected = model(**given)
+    copied = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert_close(copied(**given), expected, rtol=0, atol=5e-6)

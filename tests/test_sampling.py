@@ -1,6 +1,4 @@
-"""Noise, packing, schedule and Euler steps, against diffusers' helpers and against integrals known in closed
-form.
-"""
+"""Noise, packing, schedule and Euler steps, against diffusers' helpers and integrals in closed form."""
 
 import math
 from dataclasses import replace
@@ -19,7 +17,7 @@ from flux import sampling
 from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.model import Inputs
-from flux.sampling import Conditioning, Passes, Step
+from flux.sampling import Conditioning, Step
 from flux.specs import configs
 
 SIZES = [(64, 64), (48, 80), (1024, 1024), (720, 1072)]
@@ -31,7 +29,7 @@ VITAL = frozenset({1, 4})
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_noise_packing_and_positions_equal_diffusers(height, width):
-    """The same seed starts the same picture in both."""
+    """The same seed starts the same image in both."""
     noise = sampling.get_noise(2, height, width, "cpu", torch.float32, seed=3)
     rows, columns = height // 8, width // 8
     expected = randn_tensor((2, 16, rows, columns), torch.Generator().manual_seed(3), dtype=torch.float32)
@@ -50,7 +48,7 @@ def test_noise_packing_and_positions_equal_diffusers(height, width):
 
 
 def test_noise_in_bfloat16_is_drawn_in_bfloat16():
-    """As upstream draws it; rounding float32 noise would give other pictures for the same seed."""
+    """As upstream draws it; rounding float32 noise would give other images for the same seed."""
     noise = sampling.get_noise(1, 64, 64, "cpu", torch.bfloat16, seed=3)
     expected = torch.randn(1, 16, 8, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
     assert torch.equal(noise, expected)
@@ -164,10 +162,10 @@ def test_euler_is_exact_on_a_constant_field(noise, ids, steps):
     """
     field = Field(lambda x, t, txt: torch.full_like(x, 0.7))
     levels = sampling.get_schedule(steps, 1024)
-    taken = list(sampling.sample(field, noise, ids, NO_TEXT, levels))
-    assert len(taken) == len(field.asked) == steps
-    assert_close(taken[-1].latent, noise - 0.7, rtol=0, atol=2e-6)
-    for step in taken:
+    steps_taken = list(sampling.sample(field, noise, ids, NO_TEXT, levels))
+    assert len(steps_taken) == len(field.asked) == steps
+    assert_close(steps_taken[-1].latent, noise - 0.7, rtol=0, atol=2e-6)
+    for step in steps_taken:
         assert_close(step.clean, noise - 0.7, rtol=0, atol=2e-6)
 
 
@@ -227,7 +225,7 @@ def row():
     return tiny_models.inputs(1, 32, 48)
 
 
-def steered(row, seed=None, **more) -> Conditioning:
+def conditioning(row, seed=None, **more) -> Conditioning:
     txt = row["txt"] if seed is None else tiny_models.inputs(1, 32, 48, seed=seed)["txt"]
     return Conditioning(txt, row["txt_ids"], row["y"], row["guidance"], **more)
 
@@ -238,7 +236,7 @@ LEVELS = sampling.get_schedule(5, 6, shift=False)
 def test_one_intervention_serves_all_steps(model, row):
     skip = Intervention(skip=frozenset({2}))
     ends = [
-        list(sampling.sample(model, row["img"], row["img_ids"], steered(row), LEVELS, given))[-1].latent
+        list(sampling.sample(model, row["img"], row["img_ids"], conditioning(row), LEVELS, given))[-1].latent
         for given in (skip, [skip] * 5)
     ]
     assert torch.equal(*ends)
@@ -250,7 +248,7 @@ def test_steps_outside_a_window_are_plain(model, row):
     assert list(inside) == [1, 2]
     x = row["img"]
     given = [skip if index in inside else NOTHING for index in range(5)]
-    cond = steered(row).scheduled(model, LEVELS[:-1])
+    cond = conditioning(row).scheduled(model, LEVELS[:-1])
     steps = sampling.sample(model, x, row["img_ids"], cond, LEVELS, given)
     for index, (step, t, t_next) in enumerate(zip(steps, LEVELS, LEVELS[1:])):
         own = skip if index in (1, 2) else NOTHING
@@ -263,16 +261,16 @@ def test_edits_beside_their_reference(model, row):
     """The interventions of one sampling come from another that runs beside it, each asked for when its step
     begins; it equals both in one batch with the reference's keys and values written over by rows.
     """
-    reference, edit, order = steered(row), steered(row, seed=1), []
+    reference, edit, order = conditioning(row), conditioning(row, seed=1), []
 
-    def taking():
+    def injecting():
         keep = Intervention(keep=VITAL)
         for step in sampling.sample(model, row["img"], row["img_ids"], reference, LEVELS, keep):
             order.append(("reference", step.t))
             yield step.kept.map(lambda kept: Intervention(inject=kept))
 
     latents = []
-    for step in sampling.sample(model, row["img"], row["img_ids"], edit, LEVELS, taking()):
+    for step in sampling.sample(model, row["img"], row["img_ids"], edit, LEVELS, injecting()):
         order.append(("edit", step.t))
         latents.append(step.latent)
     assert order == [(who, t) for t in LEVELS[:-1] for who in ("reference", "edit")]
@@ -286,10 +284,10 @@ def test_edits_beside_their_reference(model, row):
         assert_close(latent, both["img"][1:], rtol=0, atol=2e-5)
 
 
-def test_too_few_interventions_are_told(model, row):
-    """Three for five steps: without a word, the picture would stay half denoised."""
+def test_too_few_interventions_are_refused(model, row):
+    """Three for five steps: without an error, the image would stay half denoised."""
     with pytest.raises(ValueError, match="give one for each"):
-        list(sampling.sample(model, row["img"], row["img_ids"], steered(row), LEVELS, [NOTHING] * 3))
+        list(sampling.sample(model, row["img"], row["img_ids"], conditioning(row), LEVELS, [NOTHING] * 3))
 
 
 # ---- windows
@@ -316,12 +314,16 @@ def test_half_a_step_counts():
     assert sampling.step_at(0.25, 10) == 3
 
 
-def test_a_window_without_steps_is_told():
-    with pytest.raises(InputError, match=r"4 steps, none of which lies in 0\.\.0\.1 of them, .* num_steps 5 or"):
+def test_a_window_without_steps_is_refused():
+    with pytest.raises(
+        InputError, match=r"4 steps, none of which lies in 0\.\.0\.1 of them, .* num_steps 5 or"
+    ):
         sampling.window(4, 0.0, 0.1)
     with pytest.raises(InputError, match=r"^Got 1 step, none .* this dose injects .* num_steps 2 or more"):
         sampling.window(1, 0.0, 0.25)
-    with pytest.raises(InputError, match="inject_from 0.5 and inject_until 0.4, expected inject_from to be sm"):
+    with pytest.raises(
+        InputError, match=r"inject_from 0\.5 and inject_until 0\.4, expected inject_from to be sm"
+    ):
         sampling.window(20, 0.5, 0.4)
 
 

@@ -1,4 +1,4 @@
-"""What each process computes for test_parallel.py: passes shared out, beside the same ones undivided.
+"""The work of each process for test_parallel.py: sequence-parallel passes beside plain ones.
 
 torchrun parallel_work.py ERRORS.json [cases]
 """
@@ -29,7 +29,7 @@ def case(make: Callable) -> Callable:
 
 
 def share_of(model: Flux | SequenceParallelFlux, whole: torch.Tensor) -> torch.Tensor:
-    """Of keys or values of all image tokens, "B H I D", what this model takes."""
+    """This model's share of keys or values of all image tokens, "B H I D"."""
     if isinstance(model, Flux):
         return whole
     return whole.tensor_split(model.group.count, dim=2)[model.group.rank]
@@ -57,12 +57,12 @@ def with_modulations_ahead(model, given) -> Answers:
 
 
 @case
-def layers_bypassed(model, given) -> Answers:
+def layers_skipped(model, given) -> Answers:
     return ask(model, given, Intervention(skip=frozenset(LAYERS)))
 
 
 @case
-def layers_bypassed_in_each_row(model, given) -> Answers:
+def layers_skipped_in_each_row(model, given) -> Answers:
     rows = (frozenset({0, tiny_models.NUM_DOUBLE}), frozenset({1}))
     return ask(model, given, Intervention(skip=rows)) + ask(
         model, given, Intervention(skip=rows, skip_scale=0.3)
@@ -70,20 +70,20 @@ def layers_bypassed_in_each_row(model, given) -> Answers:
 
 
 @case
-def keys_and_values_kept_and_taken(model, given) -> Answers:
+def keys_and_values_kept_and_injected(model, given) -> Answers:
     velocity, found = model.observe(Inputs(**reference()), Intervention(keep=frozenset(LAYERS)))
     return [velocity, *ask(model, given, Intervention(inject=found.kept))]
 
 
 @case
-def taken_in_part(model, given) -> Answers:
+def injected_in_part(model, given) -> Answers:
     """A weight, a weight for each token, keys alone and values alone."""
     kept = model.observe(Inputs(**reference()), Intervention(keep=frozenset(LAYERS)))[1].kept
     tokens = torch.linspace(0, 1, given["img"].shape[1])[None]
     answers = ask(model, given, Intervention(inject=kept, inject_weights={LAYERS[0]: 0.4, LAYERS[1]: tokens}))
     for part in (0, 1):
-        take = {n: tuple(x if i == part else None for i, x in enumerate(pair)) for n, pair in kept.items()}
-        answers += ask(model, given, Intervention(inject=take, inject_weights={LAYERS[2]: tokens > 0.5}))
+        shares = {n: tuple(x if i == part else None for i, x in enumerate(pair)) for n, pair in kept.items()}
+        answers += ask(model, given, Intervention(inject=shares, inject_weights={LAYERS[2]: tokens > 0.5}))
     return answers
 
 
@@ -93,11 +93,11 @@ def what_is_kept_is_a_share(model, given) -> Answers:
     keep = Intervention(keep=frozenset(LAYERS))
     whole = (model if isinstance(model, Flux) else model.model).observe(Inputs(**given), keep)[1].kept
     own = model.observe(Inputs(**given), keep)[1].kept
-    take = {n: tuple(share_of(model, x) for x in pair) for n, pair in whole.items()}
+    shares = {n: tuple(share_of(model, x) for x in pair) for n, pair in whole.items()}
     for n, pair in own.items():
-        for x, expected in zip(pair, take[n], strict=True):
+        for x, expected in zip(pair, shares[n], strict=True):
             torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
-    return ask(model, tiny_models.inputs(2, 48, 80, seed=3), Intervention(inject=take))
+    return ask(model, tiny_models.inputs(2, 48, 80, seed=3), Intervention(inject=shares))
 
 
 @case
@@ -129,7 +129,7 @@ def conditioning(given: dict, **more) -> Conditioning:
 
 @case
 def true_guidance(model, given) -> Answers:
-    """Of a reference and of what takes from it, the range brought down."""
+    """Of a reference and of edits that inject from it, with thresholding."""
     own, other = reference(), tiny_models.inputs(1, 48, 80, seed=9)
     source = conditioning(own, negative=conditioning(other), true_cfg=3.0)
     keep = Intervention(keep=frozenset(LAYERS))

@@ -33,7 +33,7 @@ AE_PARAMS = replace(configs["flux-dev"].ae_params, ch=8, num_groups=4)
 
 
 def randomized(net: torch.nn.Module, seed: int):
-    """Every parameter drawn anew, norms' scales around 1, so that no part of the net is idle."""
+    """Every parameter drawn anew, norms' scales around 1, so that no part of the model is idle."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in net.named_parameters():
         draw = torch.randn(parameter.shape, generator=generator)
@@ -59,7 +59,7 @@ def inputs(
     seed: int = 0,
     params: FluxParams = PARAMS,
 ) -> dict[str, Tensor]:
-    """Arguments of `Flux.forward` for pictures of that size in pixels."""
+    """Arguments of `Flux.forward` for images of that size in pixels."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -250,7 +250,7 @@ def ask_diffusers(net, given: dict[str, Tensor]) -> Tensor:
 
 
 def diffusers_transformer(model: Flux):
-    """The same net in diffusers."""
+    """The same model in diffusers."""
     from diffusers import FluxTransformer2DModel
 
     p = model.params
@@ -296,7 +296,7 @@ def to_diffusers_autoencoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_autoencoder(ae: AutoEncoder):
-    """The same net in diffusers, without the scale and shift, which are its pipeline's business."""
+    """The same model in diffusers, without the scale and shift, which are its pipeline's business."""
     from diffusers import AutoencoderKL
 
     p = ae.params

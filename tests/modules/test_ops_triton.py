@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter, beside their plain twins. On a card: inside the model."""
+"""The Triton kernels, run by Triton's interpreter, beside plain PyTorch. On a GPU: inside the model."""
 
 import types
 
@@ -26,7 +26,7 @@ def kernels():
     they scale, and torch rounds.
     """
     if torch.cuda.is_available():
-        pytest.skip("the interpreter is for machines without a card: test_on_a_card runs the kernels here")
+        pytest.skip("the interpreter is for machines without a GPU: test_on_a_gpu runs the kernels here")
     pytest.importorskip("triton", reason="Triton is made for Linux alone")
     from flux.modules import ops_triton
 
@@ -105,8 +105,8 @@ def test_rows_of_zeros_stay_zeros(kernels):
 
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
-    """Keeping, rows that are bypassed, and taking with a weight in one layer and wholly in the other: every
-    way a block calls them.
+    """Keeping, rows that skip, and injecting with a weight in one layer and wholly in the other: every way a
+    block calls them.
     """
     small = {"height": 32, "width": 32, "num_txt": 3}
     model, given = tiny_models.flux(), tiny_models.inputs(2, **small)
@@ -137,7 +137,7 @@ def test_a_model_with_kernels_says_the_same(kernels, monkeypatch, eight_bit):
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
+def test_gpus_too_old_for_triton_have_no_kernel(monkeypatch, capability, expected):
     there = types.SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(ops, "ops_triton", ops)
     monkeypatch.setattr(ops, "gpu_capability", lambda: capability)
@@ -148,8 +148,8 @@ def test_cards_too_old_for_triton_do_without(monkeypatch, capability, expected):
         assert not ops.has_kernel(there)
 
 
-def test_a_compiler_does_not_look_into_the_question():
-    """A mark that torch's compiler goes by."""
+def test_the_compiler_treats_the_gpu_check_as_a_constant():
+    """A mark that torch's compiler reads."""
     tiny_models.flux().compile_blocks()
     assert ops.gpu_runs_triton._dynamo_marked_constant
 
@@ -164,8 +164,8 @@ def test_what_is_rounded_can_be_cut():
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("eight_bit", [False, True])
-def test_on_a_card(monkeypatch, compiled, eight_bit):
-    """In bfloat16, as near to float32 as the plain twin, for one picture and for two."""
+def test_on_a_gpu(monkeypatch, compiled, eight_bit):
+    """In bfloat16, as near to float32 as plain PyTorch, for one image and for two."""
     cuda = torch.device("cuda")
     for batch in (1, 2):
         given = {name: x.to(cuda) for name, x in tiny_models.inputs(batch).items() if x is not None}

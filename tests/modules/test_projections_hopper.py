@@ -40,7 +40,7 @@ def with_kernels(model, hopper):
 
 
 def ways(batch: int) -> dict[str, Intervention]:
-    """Every way a block is called: plainly, keeping and watching, taking wholly, in part, and keys alone."""
+    """Every way a block is called: plain, recording, skipped by rows, injecting all or some."""
     kept = (
         tiny_models.flux()
         .observe(Inputs(**tiny_models.inputs(1, seed=3, **SMALL)), intervention=Intervention(keep=LAYERS))[1]
@@ -51,9 +51,9 @@ def ways(batch: int) -> dict[str, Intervention]:
         "plain": Intervention(),
         "kept": Intervention(keep=LAYERS, watch=LAYERS),
         "skipped": Intervention(skip=tuple(frozenset((row,)) for row in range(batch))),
-        "taken": Intervention(inject=kept),
-        "taken in part": Intervention(inject=kept, inject_weights=dict.fromkeys(LAYERS, 0.5)),
-        "keys taken": Intervention(inject=keys),
+        "injected": Intervention(inject=kept),
+        "injected in part": Intervention(inject=kept, inject_weights=dict.fromkeys(LAYERS, 0.5)),
+        "keys injected": Intervention(inject=keys),
     }
 
 
@@ -212,7 +212,7 @@ def test_on_a_card(eight_bit):
     """In bfloat16, as near to float32 as separate products; each row of a batch as it would be by itself."""
     cuda = torch.device("cuda")
     if hopper_kernels(cuda) is None:
-        pytest.skip("needs a Hopper card, quack-kernels and flash-attn-4")
+        pytest.skip("needs a Hopper GPU, quack-kernels and flash-attn-4")
     given = {name: x.to(cuda) for name, x in tiny_models.inputs(2).items() if x is not None}
     narrow = {n: x.bfloat16() if x.is_floating_point() and "ids" not in n else x for n, x in given.items()}
     errors = []

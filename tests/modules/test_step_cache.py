@@ -1,7 +1,6 @@
-"""Which steps are spared, by the rule written out here, and that interventions and full steps are not
-touched.
-"""
+"""Which steps reuse the later layers, by the rule written out here; interventions and full steps do not."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -88,23 +87,23 @@ def test_steps_with_an_intervention_are_computed_whole(given, intervention):
     assert (cache.full, cache.reused) == (0, 0)
 
 
-def test_what_is_taken_is_taken(given):
+def test_injecting_steps_are_computed_whole(given):
     model, cache = tiny_models.flux(), StepCache(1e9)
     kept = model.observe(
         Inputs(**tiny_models.inputs(1, 48, 48, seed=3)), intervention=Intervention(keep=frozenset({1}))
     )[1]
-    taking = Intervention(inject=kept.kept)
-    assert torch.equal(path(model, given, cache, taking)[-1], path(model, given, None, taking)[-1])
+    inject = Intervention(inject=kept.kept)
+    assert torch.equal(path(model, given, cache, inject)[-1], path(model, given, None, inject)[-1])
 
 
-def test_plain_steps_among_others_are_spared(given):
+def test_plain_steps_among_others_are_reused(given):
     model, cache = tiny_models.flux(), StepCache(1e9)
     keeping = Intervention(keep=frozenset({1}))
     path(model, given, cache, [keeping if index % 3 == 0 else Intervention() for index in range(12)])
     assert (cache.full, cache.reused) == (1, 7)
 
 
-def test_two_pass_guidance_does_without(given):
+def test_true_guidance_reuses_nothing(given):
     model, cache, negative = (
         tiny_models.flux(),
         StepCache(1e9),
@@ -113,3 +112,20 @@ def test_two_pass_guidance_does_without(given):
     guided = {"negative": negative, "true_cfg": 2.0}
     assert torch.equal(path(model, given, cache, **guided)[-1], path(model, given, **guided)[-1])
     assert (cache.full, cache.reused) == (0, 0)
+
+
+def test_the_cache_alone():
+    """Layers that are not needed are not even computed."""
+    cache, img = StepCache(0.1), torch.zeros(1, 2, 3)
+
+    def layers(*added: float):
+        out = img
+        for value in added:
+            assert value == value, "this layer is not to be computed"
+            out = out + value
+            yield out
+
+    assert torch.equal(cache.image_out(img, layers(1.0, 2.0, 3.0)), torch.full_like(img, 6.0))
+    assert torch.equal(cache.image_out(img, layers(1.05, math.nan)), torch.full_like(img, 1.05) + 5.0)
+    assert torch.equal(cache.image_out(img, layers(1.2, 0.0)), torch.full_like(img, 1.2))
+    assert (cache.full, cache.reused) == (2, 1)

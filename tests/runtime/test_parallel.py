@@ -1,6 +1,4 @@
-"""Pictures shared out over processes are those of one process, and what cannot be shared out is said in one
-line.
-"""
+"""Images computed by several processes are those of one process; wrong settings are refused in one line."""
 
 import json
 import os
@@ -22,7 +20,7 @@ from flux.runtime import parallel
 from flux.runtime.parallel import ALONE, ProcessGroup, join
 
 ROOT = Path(__file__).parents[2]
-FEW = ("plain", "equal_shares", "taken_in_part", "spared_steps")  # cases for four processes
+FEW = ("plain", "equal_shares", "injected_in_part", "spared_steps")  # cases for four processes
 
 
 def torchrun(count: int, *arguments) -> subprocess.CompletedProcess:
@@ -57,7 +55,7 @@ def test_four_processes_equal_one(tmp_path):
     assert max(found.values()) < 1e-6, found
 
 
-def test_demo_4_shared_out(tmp_path):
+def test_demo_4_in_two_processes(tmp_path):
     """Two processes write what one does, and the first alone is heard."""
     fields = {"num_steps": 2, "width": 64, "height": 80, "edits": ["a cat on the grass"]}
     given = [text for name, value in fields.items() for text in (f"--{name}", json.dumps(value))]
@@ -135,8 +133,8 @@ def test_processes_that_do_not_fit_the_settings(launched, monkeypatch, parallel_
 
 
 @pytest.fixture
-def cards(launched, monkeypatch):
-    """Two processes of one machine with two cards, as far as questions about them go."""
+def gpus(launched, monkeypatch):
+    """Two processes of one machine with two GPUs, as far as torch is asked about them."""
     launched(1, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -149,7 +147,7 @@ def cards(launched, monkeypatch):
 
 
 @pytest.mark.parametrize("set_before", [None, "0"])
-def test_copies_are_left_to_copy_engines(cards, monkeypatch, set_before):
+def test_copies_are_left_to_copy_engines(gpus, monkeypatch, set_before):
     """Unless whoever started the processes wants something else."""
     monkeypatch.setenv("NCCL_CTA_POLICY", set_before or "")  # undone afterwards, whatever becomes of it
     if not set_before:
@@ -163,7 +161,7 @@ def test_copies_are_left_to_copy_engines(cards, monkeypatch, set_before):
     assert seen == [set_before or "2"]
 
 
-def test_memory_within_reach_is_made_once(cards, monkeypatch):
+def test_peer_memory_is_allocated_once(gpus, monkeypatch):
     """For all shapes that a power of two of bytes holds; it is no tensor of inference alone."""
     made = []
     memory = types.SimpleNamespace(
@@ -184,7 +182,7 @@ def test_memory_within_reach_is_made_once(cards, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["another machine", "no way from one to the other"])
-def test_cards_out_of_reach(cards, monkeypatch, what):
+def test_gpus_that_are_no_peers(gpus, monkeypatch, what):
     if what == "another machine":
         monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
     else:
