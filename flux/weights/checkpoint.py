@@ -5,6 +5,7 @@ Only headers are read until a tensor is asked for.
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from flux.weights.headers import (
 from flux.weights.scales import ScaledTensor, pair_with_scales
 
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.safetensors|\.gguf)")
+MAX_SHARDS = 1000
 SAMPLE_BYTES = 4096  # hashed of each tensor
 
 
@@ -78,7 +81,7 @@ def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
     if path.is_dir():
         headers = _headers_in_folder(path / subfolder if (path / subfolder).is_dir() else path)
     else:
-        headers = (read_header(path),)
+        headers = tuple(map(read_header, _all_shards(path)))
     stored: dict[str, StoredTensor] = {}
     for header in headers:
         repeated = stored.keys() & header.tensors.keys()
@@ -103,8 +106,8 @@ def _headers_in_folder(folder: Path) -> tuple[FileHeader, ...]:
     if indices and not usual:
         return _headers_of_shards(indices[0])
     files = usual or files
-    if len(files) == 1:
-        return (read_header(files[0]),)
+    if files and set(files) <= set(shards := _all_shards(files[0])):
+        return tuple(map(read_header, shards))
     if files:
         names = ", ".join(path.name for path in files[:3]) + (" ..." if len(files) > 3 else "")
         raise InputError(f"Got {folder}, a folder of several files ({names}): give the path of one of them")
@@ -114,6 +117,24 @@ def _headers_in_folder(folder: Path) -> tuple[FileHeader, ...]:
     raise InputError(
         f"Got {folder}, which is a folder and holds no .safetensors file: give the path of the file itself"
     )
+
+
+def _all_shards(path: Path) -> list[Path]:
+    """The file, and the other shards that belong to it by its name, "...-00001-of-00003.safetensors".
+
+    Raises:
+        InputError: Shards are missing.
+    """
+    found = SHARD.fullmatch(path.name)
+    if not found or not path.is_file():
+        return [path]
+    count = min(int(found[2]), MAX_SHARDS)
+    shards = [path.with_name(f"{found[1]}-{i:05}-of-{found[2]}{found[3]}") for i in range(1, count + 1)]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise InputError(f"Got {path}, one of {count} shards, where {names} is missing: fetch all of them")
+    return shards
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

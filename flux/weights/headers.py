@@ -189,7 +189,11 @@ def _safetensors_entry(path: Path, entry: dict[str, Any], data_begin: int) -> St
     begin, end = map(operator.index, entry["data_offsets"])
     if entry["dtype"] not in DTYPES:
         kind = str(entry["dtype"])[:20]
-        raise InputError(f"Got {path}, whose header has numbers of kind {kind!r}, not known here")
+        mlx = "; it is quantised for Apple's MLX" if kind == "U32" else ""
+        raise InputError(
+            f"Got {path}, whose header has numbers of kind {kind!r}, not known here{mlx}: take a "
+            "GGUF or fp8 file"
+        )
     size = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != size:
         raise ValueError("shape and size differ")

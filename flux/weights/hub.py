@@ -8,6 +8,7 @@ before it is put in place. Hence neither `snapshot_download(dry_run=True)`, whic
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -362,10 +363,20 @@ def _reason(error: Exception, repository: _Repository) -> str | None:
 
     page = f"{constants.ENDPOINT}/{repository.id}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    said = _words_of_hub(error)
+    if isinstance(error, errors.DisabledRepoError) or "disabled" in said:
+        return f"the hub has disabled it{said}: give the files' paths"
+    if "fine-grained" in said:
+        return (
+            f"the token may not read it{said}: allow it public gated repositories at "
+            f"{constants.ENDPOINT}/settings/tokens, or set HF_TOKEN to another one"
+        )
+    if re.search("invalid.*(credentials|token|username)", said, re.IGNORECASE):
+        return f"the token is not valid{said}: log in again with `hf auth login`, or set HF_TOKEN anew"
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return (
             f"access to it has to be asked for: accept its licence ({repository.licence}) at {page}, "
-            "then log in with `hf auth login` or set HF_TOKEN"
+            f"then log in with `hf auth login` or set HF_TOKEN{said}"
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return f"there is no {page}, or it is not shown without a token: `hf auth login`, or HF_TOKEN"
@@ -376,12 +387,33 @@ def _reason(error: Exception, repository: _Repository) -> str | None:
         )
     if status in RETRY_STATUS:
         return f"it answers with status {status}: try again later; what has come so far is kept"
+    if type(error).__name__ == "ProxyError" or (
+        isinstance(error, ValueError | ImportError) and "proxy" in f"{error}".lower()
+    ):
+        return (
+            f"the proxy refuses ({_one_line(str(error), 120)}): mend or unset HTTPS_PROXY, HTTP_PROXY and "
+            "ALL_PROXY, or give the files' paths"
+        )
     if _is_temporary(error):
         return (
             f"it cannot be reached or breaks off ({type(error).__name__}): try again, it goes on where "
             "it stopped; or set HF_ENDPOINT to a mirror, or give the files' paths"
         )
     return str(error).strip().splitlines()[0] if isinstance(error, OSError) else None
+
+
+def _words_of_hub(error: Exception) -> str:
+    """What the hub says of a refusal, in brackets; empty if it says nothing."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    words = error.response.headers.get("X-Error-Message") if isinstance(error, HfHubHTTPError) else None
+    return f' (it says: "{_one_line(words, 200)}")' if words else ""
+
+
+def _one_line(text: str, length: int) -> str:
+    """A foreign text in one printable line of at most so many characters."""
+    line = "".join(sign if sign.isprintable() else " " for sign in " ".join(text.split()))
+    return line if len(line) <= length else f"{line[:length]} ..."
 
 
 # ---- the command

@@ -214,7 +214,8 @@ class Layout:
 
 
 T5_UNUSED = r"decoder\..*|(lm_head|encoder\.embed_tokens|shared)\.weight|spiece_model|logit_scale"
-CLIP_UNUSED = r"embeddings\.position_ids|text_projection\.weight|logit_scale|vision_model\..*"
+T5_GGUF_UNUSED = r"dec\..*|output\.weight"
+CLIP_UNUSED = r"embeddings\.position_ids|(text|visual)_projection\.weight|logit_scale|vision_model\..*"
 LAYOUTS: dict[Part, tuple[Layout, ...]] = {
     "transformer": (
         Layout(
@@ -246,7 +247,9 @@ LAYOUTS: dict[Part, tuple[Layout, ...]] = {
             ("", "text_encoders.t5xxl.transformer."),
             unused=T5_UNUSED,
         ),
-        Layout(("enc.blk.0.attn_q.weight", "enc.output_norm.weight"), names=_t5_in_gguf),
+        Layout(
+            ("enc.blk.0.attn_q.weight", "enc.output_norm.weight"), names=_t5_in_gguf, unused=T5_GGUF_UNUSED
+        ),
     ),
     "text_encoder": (
         Layout(
@@ -329,6 +332,15 @@ def require_part(checkpoint: Checkpoint, part: Part) -> tuple[Layout, str]:
     return found
 
 
+def _other_name(name: str) -> str | None:
+    """The second name that files of our own layout have for this tensor."""
+    if name == "shared.weight":  # T5's one embedding
+        return "encoder.embed_tokens.weight"
+    if name.endswith("_norm.scale"):  # as ComfyUI writes norms
+        return name.removesuffix("scale") + "weight"
+    return None
+
+
 def find_sources(
     checkpoint: Checkpoint, part: Part, names: Iterable[str]
 ) -> tuple[dict[str, TensorSource], list[str]]:
@@ -351,9 +363,9 @@ def find_sources(
     sources = {}
     for name in names:
         theirs = [prefix + their for their in layout.names(name)]
-        # T5's one embedding has two names; a file may have either.
-        if name == "shared.weight" and theirs[0] not in left:
-            theirs = [prefix + "encoder.embed_tokens.weight"]
+        other = _other_name(name)
+        if other is not None and theirs[0] not in left:
+            theirs = [prefix + other]
         if all(their in left for their in theirs):
             sources[name] = TensorSource(
                 tuple(checkpoint.tensors[their] for their in theirs),

@@ -1,6 +1,7 @@
 """From a checkpoint to a module: names are matched strictly, tensors go straight to a device."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,12 +75,27 @@ def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[
     """What the file may be instead."""
     if not reshaped and all("guidance_in." in name or "guidance_embedder." in name for name in differing):
         if missing:
-            return "; it is a schnell file (no guidance_in), load it as flux-schnell"
+            return (
+                "; it is a schnell file (no guidance_in), load it as flux-schnell; or a de-distilled dev, "
+                "which loads as flux-schnell too: give true_cfg 3.5 and num_steps 28"
+            )
         return "; it is a dev file (it has guidance_in), load it as flux-dev"
     columns = sources["img_in.weight"].shape[-1:] if "img_in.weight" in sources else ()
     if columns and columns[0] in CONTROL_INPUTS:
         return f"; it is {CONTROL_INPUTS[columns[0]]}, which is not known here"
+    for stack in ("double", "single"):
+        left, lost = (_blocks_in(names, stack) for names in (sources, differing if missing else ()))
+        if left and lost and left.isdisjoint(lost):
+            return (
+                f"; it has {len(left)} of {len(left | lost)} {stack} blocks: it is a pruned model (such as "
+                "FLUX.1-lite or Flex.1), which is not known here"
+            )
     return ""
+
+
+def _blocks_in(names: Iterable[str], stack: str) -> set[int]:
+    found = (re.match(rf"{stack}_blocks\.(\d+)\.", name) for name in names)
+    return {int(match[1]) for match in found if match}
 
 
 def load_into(

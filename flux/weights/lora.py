@@ -5,8 +5,9 @@ The formats of the changes, and how they are applied, are in `flux.weights.lora_
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,29 @@ from flux.weights.scales import ScaledTensor
 
 # How a tensor's name ends, and its role for the module that the rest names.
 ROLES = (
-    (r"\.(?:lora_down|lora_A|lora_A\.default|lora_linear_layer\.down|lora\.down|down)\.weight", "down"),
-    (r"\.(?:lora_up|lora_B|lora_B\.default|lora_linear_layer\.up|lora\.up|up)\.weight", "up"),
-    (r"\.(?:lora_B|lora_B\.default|lora_up)\.bias", "bias"),
+    (r"\.(?:lora_down|lora_A(?:\.[^.]+)?|lora_linear_layer\.down|lora\.down|down)\.weight", "down"),
+    (r"\.(?:lora_up|lora_B(?:\.[^.]+)?|lora_linear_layer\.up|lora\.up|up)\.weight", "up"),
+    (r"\.(?:lora_B(?:\.[^.]+)?|lora_up)\.bias", "bias"),
     (r"\.diff_b", "diff_b"),
     (r"\.alpha", "alpha"),
     (r"\.diff", "diff"),
     (r"\.set_weight|(?<=_norm)\.scale", "set"),
     (r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab])", None),  # the name is the role
 )
-DORA = r"\.(dora_scale|lora_magnitude_vector)\b"
+# Forms that are no plain sums, each by a pattern that one of its tensors' names matches.
+OTHER_FORMS = (
+    (r"\.(dora_scale|lora_magnitude_vector)\b", "a DoRA"),
+    (r"(^|\.)b?oft_(blocks|diag|R|s|unet)", "an OFT"),
+    (r"\.(lora_mid|lokr_t2|hada_t[12])\b", "a LoCon in Tucker's form"),
+    (r"\.(ia3_l|vera_lambda_[bd]|hra_u)\b", "an adapter of PEFT's other than LoRA"),
+)
+EMBEDDING = "bundle_emb."  # a trained word that OneTrainer puts beside a LoRA
 TEXT_PREFIXES: dict[Part, tuple[str, ...]] = {
     "text_encoder": ("lora_te1_", "lora_te_", "text_encoder.", "text_encoders.clip_l.transformer."),
     "text_encoder_2": ("lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoders.t5xxl.transformer."),
 }
 PREFIXES = (
-    "base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
+    "base_model.model.", "transformer.", "unet.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
     "lora_transformer_", "lycoris_",
 )  # fmt: skip
 # XLabs has two names for the image's and the text's projections in each block.
@@ -80,25 +88,45 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
     """Sort a LoRA file's tensors by module and role. Reads none of them.
 
     Raises:
-        InputError: The checkpoint is no LoRA, or a form that is not a sum (DoRA).
+        InputError: The checkpoint is no LoRA, or a form that is not a sum (DoRA, OFT, ...).
     """
     path = checkpoint.path
     modules: dict[str, dict[str, ScaledTensor]] = {}
-    unknown = []
+    unknown, embeddings = [], set[str]()
     for name, tensor in checkpoint.tensors.items():
-        if re.search(DORA, name):
-            raise InputError(
-                f"Got {path}, which is a DoRA ({short_name(name)}): not supported, only plain sums are"
-            )
+        for sign, title in OTHER_FORMS:
+            if re.search(sign, name):
+                raise InputError(
+                    f"Got {path}, which is {title} ({short_name(name)}): not supported, only plain sums are"
+                )
+        if name.startswith(EMBEDDING):
+            embeddings.add(name.split(".")[1])
+            continue
         for ending, role in ROLES:
             if found := re.search(f"(?:{ending})$", name):
-                modules.setdefault(name[: found.start()], {})[role or found[1]] = tensor
+                fields = modules.setdefault(name[: found.start()].rstrip("_"), {})
+                if (role or found[1]) in fields:
+                    raise InputError(
+                        f"Got {path}, with two adapters in one file ({short_name(name)}): save one "
+                        "of them alone"
+                    )
+                fields[role or found[1]] = _as_matrix(tensor)
                 break
         else:
             unknown.append(name)
     if unknown or not modules:
         raise _unmatched(path, unknown or ["none at all"])
+    if embeddings:
+        words = ", ".join(map(short_name, sorted(embeddings)))
+        warnings.warn(f"{path}: the words {words}, trained with it, are left out", stacklevel=2)
     return LoraFile(checkpoint, strength, modules, _metadata(checkpoint))
+
+
+def _as_matrix(tensor: ScaledTensor) -> ScaledTensor:
+    """A 1x1 convolution without its two last axes; any other tensor as it is."""
+    if len(tensor.shape) == 4 and tensor.shape[2:] == (1, 1):
+        return replace(tensor, stored=replace(tensor.stored, shape=tensor.shape[:2]))
+    return tensor
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -197,6 +225,8 @@ def _other_names(whole: Place, columns: int) -> dict[str, Place]:
         # Queries, keys and values have as many rows as the model has columns; the rest follows them.
         stop = start + columns if index < 3 and len(theirs) > 1 else whole.stop
         places[their] = Place(module, start, stop, columns, module == SWAPPED)
+        if len(theirs) > 1:  # OneTrainer numbers the parts
+            places[f"{module}.{index}"] = places[their]
         start = stop
     for pattern, their in XLABS.items():
         if re.fullmatch(pattern, module):

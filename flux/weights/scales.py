@@ -24,11 +24,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MARKER = "scaled_fp8"
 SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # the first one that a matrix has is used
 UNUSED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")  # beside a matrix with a scale
+WHOLE_NUMBERS = {"I8": "8-bit whole numbers", "U8": "packed bytes", "I32": "packed whole numbers"}
 UNSUPPORTED_ENDINGS = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit (nf4)",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes 4-bit (fp4)",
     ".wscales": "Nunchaku (SVDQuant) 4-bit",
     "._data": "quanto",
+    ".SCB": "bitsandbytes 8-bit",
+    ".weight_scale_2": "nvfp4",
 }
 
 
@@ -120,11 +123,17 @@ def _extras_of_scaled(scales: Iterable[str]) -> set[str]:
 # ---- formats that are not supported
 
 
-def _refuse_unsupported(path: Path, names: Iterable[str]) -> None:
-    for name in names:
+def _refuse_unsupported(path: Path, stored: Mapping[str, StoredTensor]) -> None:
+    for name in stored:
         for ending, title in UNSUPPORTED_ENDINGS.items():
             if name.endswith(ending):
                 raise InputError(f"Got {path}, which is {title}: not supported, take a GGUF or fp8 file")
+    for name, tensor in stored.items():
+        if name.endswith(".weight") and tensor.kind in WHOLE_NUMBERS:
+            raise InputError(
+                f"Got {path}, where {short_name(name)} is in {WHOLE_NUMBERS[tensor.kind]} (int8 and the "
+                "like, with scales): not supported, take a GGUF or fp8 file"
+            )
 
 
 def _check_declared(path: Path, declared: Iterable[Mapping[str, Any]]) -> None:

@@ -460,3 +460,63 @@ def test_a_missing_shard_is_fetched(server, monkeypatch):
     own_text_folder(SPEC, True)
     assert len(server.transfers) == 1
     assert lost.read_bytes() == FLOW + b"2"
+
+
+# ---- refusals in the hub's own words
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words", "expected"),
+    [
+        (
+            403,
+            "",
+            "Please enable access to public gated repositories in your fine-grained token settings.",
+            r"the token may not read it .*fine-grained.*settings/tokens",
+        ),
+        (
+            401,
+            "",
+            "Invalid credentials in Authorization header",
+            r"token is not valid .*Invalid cred.*HF_TOKEN",
+        ),
+        (
+            403,
+            "DisabledRepo",
+            "Access to this resource is disabled.",
+            "has disabled it .*give the files' paths",
+        ),
+        (403, "GatedRepo", "Your request is awaiting a review.", "accept its licence .*awaiting a review"),
+    ],
+)
+def test_the_hubs_words_are_passed_on(server, status, code, words, expected):
+    headers = {"X-Error-Message": words, **({"X-Error-Code": code} if code else {})}
+    server.refusals, server.stubborn = [(status, headers)], True
+    with pytest.raises(InputError, match=expected) as caught:
+        flow()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "nonsense://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_refuses(server, proxy, tmp_path):
+    """In a process of its own, since the hub's client keeps its session."""
+    own = {
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://hub.invalid",
+        "HTTP_PROXY": proxy,
+        "http_proxy": proxy,
+    }
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    code = "import sys, time; time.sleep = print; sys.argv = ['flux', 'download', 'flux-dev']; "
+    code += "from flux import cli; cli.app()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **own}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: Could not get")
+    assert "Traceback" not in done.stderr

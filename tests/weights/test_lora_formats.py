@@ -5,6 +5,7 @@ import torch
 from helpers import tiny_models, weight_files
 from helpers.lora_files import ALPHA, MODULES, RANK, STRENGTH, added, close, file_of, pairs
 
+from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.model import Inputs
 from flux.modules.linear import LowRankLinear
@@ -186,3 +187,61 @@ def test_text_encoders(tmp_path, part, prefix, packed):
     expected = plain.hf_module.get_submodule(module).weight + STRENGTH * ALPHA / RANK * (up @ down)
     assert torch.allclose(changed.hf_module.get_submodule(module).weight, expected, atol=1e-6)
     assert not torch.equal(changed(["a dog"]), plain(["a dog"]))
+
+
+@pytest.mark.parametrize(
+    ("module", "down", "up"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q", "lora_A.default_0.weight", "lora_B.default_0.weight"),
+        ("unet.transformer_blocks.0.attn.to_q", "lora_A.weight", "lora_B.weight"),
+        ("transformer.double_blocks.0.img_attn.qkv.0", "lora_down.weight", "lora_up.weight"),
+        ("lora_unet_double_blocks_0_img_attn_qkv_0", "lora_down.weight", "lora_up.weight"),
+        ("lora_unet_transformer_blocks_0_attn_to_q_", "lora_down.weight", "lora_up.weight"),
+    ],
+)
+@pytest.mark.parametrize("axes", [(), (1, 1)])
+def test_spellings_of_a_change_to_the_queries(tmp_path, weights, base, module, down, up, axes):
+    """Adapter names, numbered parts, a trailing underscore, 1x1 convolutions."""
+    matrix = weights["double_blocks.0.img_attn.qkv.weight"]
+    [pair] = pairs({"q.weight": matrix[: matrix.shape[1]]}, ["q"]).values()
+    file = {f"{module}.{name}": x.reshape(*x.shape, *axes) for name, x in zip((down, up), pair, strict=True)}
+    path = weight_files.save(file, tmp_path / "lora")
+    expected = dict(weights)
+    changed = matrix.clone()
+    changed[: matrix.shape[1]] += pair[1] @ pair[0]
+    expected["double_blocks.0.img_attn.qkv.weight"] = changed
+    assert close(weight_files.load(base, loras=[(path, 1.0)]), expected)
+
+
+def test_a_trained_word_is_left_out_with_a_warning(tmp_path, weights, base):
+    chosen = pairs(weights, ["img_in"])
+    file = file_of(chosen, lambda m: m, None, "lora_A", "lora_B")
+    path = weight_files.save({**file, "bundle_emb.sks.clip_l": torch.zeros(2, 8)}, tmp_path / "lora")
+    with pytest.warns(UserWarning, match="sks, trained with it, are left out"):
+        model = weight_files.load(base, loras=[(path, 1.0)])
+    assert close(model, added(weights, chosen, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("oft_unet_double_blocks_1_img_attn_qkv.oft_blocks", "an OFT"),
+        ("transformer.x_embedder.oft_R.weight", "an OFT"),
+        ("transformer.x_embedder.lora_magnitude_vector", "a DoRA"),
+        ("lora_unet_img_in.dora_scale", "a DoRA"),
+        ("lora_unet_img_in.lora_mid.weight", "Tucker"),
+        ("transformer.x_embedder.ia3_l", "other than LoRA"),
+    ],
+)
+def test_forms_that_are_no_sums_are_named(tmp_path, base, name, expected):
+    path = weight_files.save({name: torch.zeros(4, 4)}, tmp_path / "lora")
+    with pytest.raises(InputError, match=f"which is .*{expected}.*: not supported"):
+        weight_files.load(base, loras=[(path, 1.0)])
+
+
+def test_two_adapters_in_one_file(tmp_path, weights, base):
+    down, up = pairs(weights, ["img_in"])["img_in"]
+    file = {f"img_in.lora_{x}.{adapter}.weight": m for adapter in "ab" for x, m in (("A", down), ("B", up))}
+    path = weight_files.save(file, tmp_path / "lora")
+    with pytest.raises(InputError, match="two adapters in one file"):
+        weight_files.load(base, loras=[(path, 1.0)])
