@@ -1,0 +1,47 @@
+"""The font of captions has the letters of their texts."""
+
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from flux.images import fonts
+from flux.images.fonts import caption_font, font_file
+
+FOLDER = Path(matplotlib.get_data_path(), "fonts", "ttf")
+SERIF, STIX = FOLDER / "DejaVuSerif.ttf", FOLDER / "STIXGeneral.ttf"
+OWN = {False: FOLDER / "DejaVuSans.ttf", True: FOLDER / "DejaVuSans-Bold.ttf"}
+HOOKED = "\u1d81"  # a letter of STIX that DejaVu Sans lacks
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets the fonts that the machine has."""
+    return lambda *files: monkeypatch.setattr(fonts, "installed_fonts", lambda: list(files))
+
+
+@pytest.mark.parametrize("bold", [False, True])
+def test_usual_letters_have_the_usual_font(installed, bold):
+    """No other font is looked for, and what is not drawn needs none."""
+    installed(None)
+    assert font_file("éßøЖλő→ \n\u200d\ufe0f", bold) == OWN[bold]
+    assert caption_font(13, bold).getname()[0] == "DejaVu Sans"
+
+
+def test_other_letters_have_an_installed_font(installed, tmp_path, capsys):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    installed(tmp_path / "broken.ttf", SERIF, STIX)
+    assert font_file("a dog " + HOOKED) == STIX
+    assert caption_font(13, letters=HOOKED).getmask(HOOKED).getbbox()
+    assert capsys.readouterr().err == ""
+
+
+def test_letters_of_no_font_are_named_once(installed, capsys):
+    installed(SERIF)
+    for text in ("草地", "草地上", "草地"):
+        assert font_file(text) == OWN[False]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "no installed font has 地草",
+        "no installed font has 上地草",
+    ]
