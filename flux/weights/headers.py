@@ -33,6 +33,8 @@ OTHER_FORMATS = {
     b"\x80": NO_PICKLE,
     b"<": "a web page: the download went wrong, fetch it again",
 }
+ZERO_TAIL_BYTES = 2**20
+UNFINISHED = (".incomplete", ".part", ".aria2", ".crdownload", ".download")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -110,17 +112,41 @@ def read_header(path: Path) -> FileHeader:
             start = file.read(512)
     except FileNotFoundError:
         raise InputError(
-            f"Got {path}, which does not exist: give the path of a .safetensors or .gguf file"
+            f"Got {path}, which does not exist: give the path of a .safetensors or .gguf "
+            f"file{_unfinished_beside(path)}"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from error
     refuse_lfs_pointer(path, start)
+    _refuse_zero_tail(path, size)
     if start.startswith(b"GGUF"):
         return _gguf_header(path, size)
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if start[8:9] == b"{" and 2 <= length <= MAX_HEADER_BYTES:
         return _safetensors_header(path, size, length)
     raise InputError(f"Got {path}, which is {_other_format(start, size)}")
+
+
+def _refuse_zero_tail(path: Path, size: int) -> None:
+    """Refuse a file that was given its full size but never filled to its end."""
+    if size <= ZERO_TAIL_BYTES:
+        return
+    with path.open("rb") as file:
+        file.seek(size - ZERO_TAIL_BYTES)
+        tail = file.read(ZERO_TAIL_BYTES)
+    if not tail.strip(b"\0"):
+        raise InputError(
+            f"Got {path}, whose last {ZERO_TAIL_BYTES >> 20} MiB are zeros: the download did not finish, "
+            f"fetch it again{_unfinished_beside(path)}"
+        )
+
+
+def _unfinished_beside(path: Path) -> str:
+    """A note of a file beside it that a download was written to."""
+    for ending in UNFINISHED:
+        if os.path.exists(f"{path}{ending}"):
+            return f" ({path.name}{ending} beside it is unfinished)"
+    return ""
 
 
 def refuse_lfs_pointer(path: Path, start: bytes) -> None:
@@ -149,7 +175,7 @@ def _gguf_header(path: Path, size: int) -> FileHeader:
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:  # UnicodeDecodeError too
-        raise InputError(f"Got {path}, a GGUF file, but {error}") from error
+        raise InputError(f"Got {path}, a GGUF file, but {error}{_unfinished_beside(path)}") from error
     return FileHeader(
         path, size, (0, end), {name: StoredTensor(path, *entry) for name, entry in entries.items()}
     )
@@ -179,7 +205,8 @@ def _safetensors_header(path: Path, size: int, length: int) -> FileHeader:
         end += tensor.size
     if size != end:
         raise InputError(
-            f"Got {path} with {size} bytes, expected {end}: the download did not finish, fetch it again"
+            f"Got {path} with {size} bytes, expected {end}: the download did not finish, fetch it "
+            f"again{_unfinished_beside(path)}"
         )
     return FileHeader(path, size, (8, 8 + length), tensors, metadata)
 

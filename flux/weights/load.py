@@ -13,6 +13,7 @@ from flux.modules.linear import PackedLinear
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import short_name
 from flux.weights.layouts import Part, TensorSource, find_sources
+from flux.weights.numbers import FiniteCheck
 from flux.weights.scales import EIGHT_BIT_FLOATS
 
 P = TypeVar("P")
@@ -113,17 +114,27 @@ def load_into(
         device: Where the tensors are put.
         dtype: The dtype of everything that does not stay packed.
         keep_8bit: Whether matrices of 8-bit floats stay as they are stored, as GGUF blocks always do.
+
+    Raises:
+        InputError: A tensor holds numbers that are NaN or infinite.
     """
+    check = FiniteCheck()
     for name, source in sources.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        kind = source.kind
+        kind, path = source.kind, source.parts[0].stored.path
         stays_packed = source.is_packed and (keep_8bit or kind not in EIGHT_BIT_FLOATS)
         if leaf == "weight" and isinstance(owner, nn.Linear) and kind is not None and stays_packed:
             packed, scale = source.read_packed(device)
+            check.add_packed(name, path, packed, kind)
+            if scale is not None:
+                check.add(f"the scale of {name}", path, scale)
             parent, _, attribute = owner_name.rpartition(".")
             linear = PackedLinear(packed, kind, owner.bias, scale, dtype)
             setattr(module.get_submodule(parent), attribute, linear)
         else:
-            setattr(owner, leaf, nn.Parameter(source.read(device, dtype), requires_grad=False))
+            values = source.read(device, dtype)
+            check.add(name, path, values)
+            setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
+    check.finish(dtype)
     module.eval().requires_grad_(False)

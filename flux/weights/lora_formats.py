@@ -17,6 +17,7 @@ from typing_extensions import override
 from flux.errors import InputError
 from flux.modules.linear import LowRankLinear, PackedLinear
 from flux.modules.norms import RMSNorm
+from flux.weights.numbers import FiniteCheck
 from flux.weights.scales import ScaledTensor
 
 Fields = Mapping[str, ScaledTensor]
@@ -201,7 +202,10 @@ class LoHa(LoKr):
 
 
 def _read(tensor: ScaledTensor, device: torch.device) -> Tensor:
-    return tensor.read(device).float()
+    values, check = tensor.read(device).float(), FiniteCheck()
+    check.add("a tensor", tensor.stored.path, values)
+    check.finish(torch.float32)
+    return values
 
 
 def _product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...] | None:
