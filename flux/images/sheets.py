@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from flux.images.fonts import caption_font
 
 INK, FRAME, PAPER = "#222222", "#dddddd", "#ffffff"
 MAX_SHEET_PIXELS, MAX_SHEET_SIDE = 32e6, 16000  # larger files are slow to write, and viewers refuse them
@@ -53,6 +54,8 @@ class Sheet:
         width: of each image.
         height: of each image.
         gap: between images, and around all. It is the size of the text, too.
+        regular: the font of captions.
+        bold: the font of titles.
     """
 
     rows: list[Row]
@@ -60,6 +63,8 @@ class Sheet:
     width: int
     height: int
     gap: int
+    regular: ImageFont.FreeTypeFont
+    bold: ImageFont.FreeTypeFont
 
     @classmethod
     def measure(
@@ -81,14 +86,15 @@ class Sheet:
         width, height = max(1, round(first.width * shrink)), max(1, round(first.height * shrink))
         gap = max(12, round(width / 22))
         whole_width = columns * (width + gap) - gap
-        regular, bold = caption_font(gap), caption_font(gap, bold=True)
+        letters = "".join([*(row_titles or []), *(text for row in captions or [] for text in row)])
+        regular, bold = caption_font(gap, False, letters), caption_font(gap, True, letters)
         rows = [
             Row(row, wrap_text(title, bold, whole_width), [wrap_text(text, regular, width) for text in texts])
             for row, title, texts in zip(
                 images, row_titles or [""] * len(images), captions or [[]] * len(images)
             )
         ]
-        return cls(rows, columns, width, height, gap)
+        return cls(rows, columns, width, height, gap, regular, bold)
 
     @property
     def line(self) -> int:
@@ -119,13 +125,13 @@ class Sheet:
 
     def _draw_row(self, sheet: Image.Image, row: Row, top: int) -> None:
         gap, width, height = self.gap, self.width, self.height
-        draw, regular, bold = ImageDraw.Draw(sheet), caption_font(gap), caption_font(gap, bold=True)
+        draw = ImageDraw.Draw(sheet)
 
         def write(left: int, top: int, lines: list[str], font: ImageFont.FreeTypeFont) -> None:
             for number, line in enumerate(lines):
                 draw.text((left, top + number * self.line), line, font=font, fill=INK, anchor="la")
 
-        write(gap, top, row.title, bold)
+        write(gap, top, row.title, self.bold)
         top += self.above(row)
         for column, image in enumerate(row.images):
             left = gap + column * (width + gap)
@@ -134,15 +140,7 @@ class Sheet:
                 padded = ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, PAPER)
                 sheet.paste(padded, (left, top))
             if column < len(row.captions):
-                write(left, top + height + gap // 2, row.captions[column], regular)
-
-
-def caption_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Loads one of matplotlib's fonts: pillow's own has no accents, no Greek and no Cyrillic."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+                write(left, top + height + gap // 2, row.captions[column], self.regular)
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from PIL import Image
 
 from flux.images import fonts
 from flux.images.fonts import caption_font, font_file
+from flux.images.sheets import Sheet
 
 FOLDER = Path(matplotlib.get_data_path(), "fonts", "ttf")
 SERIF, STIX = FOLDER / "DejaVuSerif.ttf", FOLDER / "STIXGeneral.ttf"
@@ -45,3 +47,12 @@ def test_letters_of_no_font_are_named_once(installed, capsys):
         "no installed font has 地草",
         "no installed font has 上地草",
     ]
+
+
+def test_a_sheet_has_one_font_for_all_captions(installed):
+    """Chosen by all of its texts, so that a sheet's captions look alike."""
+    installed(SERIF, STIX)
+    images = [[Image.new("RGB", (64, 64))] * 2]
+    sheet = Sheet.measure(images, [["a dog", HOOKED]], ["a title"])
+    assert sheet.regular.getname() == ("STIXGeneral", "Regular")
+    assert Sheet.measure(images, [["a dog", "a cat"]], ["a title"]).regular.getname()[0] == "DejaVu Sans"

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from flux.images import sheets
-from flux.images.sheets import Sheet, caption_font, grid, wrap_text
+from flux.images.fonts import caption_font
+from flux.images.sheets import Sheet, grid, wrap_text
 
 
 def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
