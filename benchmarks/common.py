@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.random_weights import write_random_model
+from flux.errors import InputError
 from flux.model import FluxParams, Inputs
 from flux.pipeline import Pipeline
 from flux.runs.record import versions
@@ -265,6 +266,14 @@ def known(plan: RunPlan) -> Iterator[None]:
 def words_of(texts: Sequence[str]) -> set[str]:
     """Splits texts into their words."""
     return {word for text in texts for word in text.split()}
+
+
+def check_full_size(device: torch.device, toy: bool) -> None:
+    """Raises InputError unless there is a GPU for FLUX.1 at full size, before its files are written."""
+    if not toy and device.type != "cuda":
+        raise InputError(
+            f"Got the device {device}, but this benchmark runs FLUX.1 at full size: use a GPU, or --toy"
+        )
 
 
 def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tuple[Pipeline, float]:

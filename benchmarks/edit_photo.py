@@ -24,6 +24,7 @@ from benchmarks.common import (
     GUIDANCE,
     PROMPT,
     PassClock,
+    check_full_size,
     full_plan,
     load_random,
     machine,
@@ -107,6 +108,7 @@ def main(
 ) -> None:
     """Runs the benchmark."""
     plan, where = toy_plan() if toy else full_plan(), pick_device(device)
+    check_full_size(where, toy)
     pipe, _ = load_random(plan, folder, where)
     size = plan.work[0]
     settings = EditSettings(

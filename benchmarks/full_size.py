@@ -23,6 +23,7 @@ from benchmarks.common import (
     PassClock,
     RunPlan,
     Work,
+    check_full_size,
     full_plan,
     load_random,
     machine,
@@ -154,6 +155,7 @@ def main(
 ) -> None:
     """Runs the benchmark."""
     plan, where = toy_plan() if toy else full_plan(), pick_device(device)
+    check_full_size(where, toy)
     results: dict[str, Any] = {"machine": machine(where), "model": plan.model, "dtype": plan.dtype}
 
     def note(name: str, found: object, part: dict = results) -> None:

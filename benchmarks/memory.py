@@ -33,6 +33,7 @@ from benchmarks.common import (
     GUIDANCE,
     PROMPT,
     PassClock,
+    check_full_size,
     machine,
     markdown,
     peak_gib,
@@ -371,6 +372,7 @@ def main(
 ) -> None:
     """Runs the benchmark."""
     begin, where = time.monotonic(), pick_device(device)
+    check_full_size(where, toy)
     caps = caps if isinstance(caps, list | tuple) else (caps,)
     wanted = [text.strip() for text in (only.split(",") if isinstance(only, str) else only)]
     if toy:

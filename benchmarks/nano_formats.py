@@ -1,7 +1,7 @@
 """Compares flux-nano in 8-bit floats and in each kind of GGUF with itself in float32: images and edits.
 
     python -m benchmarks.nano_formats [--size 256] [--num_steps 20] [--edits 6] [--device auto]
-                            [--folder FOLDER] [--output benchmarks/results/nano_formats.json]
+                            [--folder FOLDER] [--output output/benchmarks/nano_formats.json]
 
 Writes the files (into FOLDER, else a temporary one), loads each as a user would, and makes the reference and
 the first edits of configs/edit.json. Small differences may or may not grow on the path to an image, so the
@@ -73,7 +73,7 @@ def main(
     edits: int = 6,
     device: str = "auto",
     folder: str | None = None,
-    output: str = "benchmarks/results/nano_formats.json",
+    output: str = "output/benchmarks/nano_formats.json",
 ) -> None:
     """Runs the benchmark."""
     import torch

@@ -1,6 +1,6 @@
 """Measures a step of FLUX.1-dev at full size, with random weights, on one GPU and shared among several.
 
-    python -m benchmarks.parallel [--cards 2] [--output benchmarks/results/parallel_2.json]
+    python -m benchmarks.parallel [--cards 2] [--output output/benchmarks/parallel_2.json]
 
 Starts itself through torchrun, on all CUDA GPUs unless told how many. Measures an image of 1024x1024, and a
 reference with three edits that inject its keys and values as one batch; eager, and compiled unless
@@ -42,7 +42,7 @@ from flux.runtime.parallel import SequenceParallelFlux, join
 from flux.specs import configs
 
 EDITS = 3
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("output/benchmarks")
 
 
 def toy_step() -> StepSize:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import fire
 import torch
 
-from benchmarks.common import machine
+from benchmarks.common import check_full_size, machine
 from benchmarks.random_weights import write_dinov2, write_random_model
 from flux.errors import exit_on_input_error
 from flux.files import write_json
@@ -136,6 +136,7 @@ def main(
 ) -> None:
     """Runs the benchmark."""
     device = pick_device("auto")
+    check_full_size(device, toy)
     settings = settings_for(toy, Path(folder), device, compiled)
     result = {
         "machine": machine(device),

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.common import (
     GIB,
     StepSize,
+    check_full_size,
     full_step,
     machine,
     markdown,
@@ -286,6 +287,7 @@ def main(
 ) -> None:
     """Runs the benchmark."""
     size, where = toy_step() if toy else full_step(), pick_device(device)
+    check_full_size(where, toy)
     check_fp8_support(where, torch.bfloat16)
     bench = Bench(size, where, backend, whole)
     words = only.split(",") if isinstance(only, str) else only

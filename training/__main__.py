@@ -6,7 +6,7 @@ torchrun --standalone --nproc-per-node 4 -m training all --minutes 9
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,19 @@ from training.loop.plan import STAGES
 
 if TYPE_CHECKING:
     from training.loop.plan import Work
+
+NEEDS = {
+    "autoencoder": ("tokenizers",),
+    "text": ("tokenizers",),
+    "flow128": ("tokenizers", "autoencoder", "text"),
+    "flow256": ("tokenizers", "autoencoder", "flow128"),
+    "guidance": ("tokenizers", "autoencoder", "flow256"),
+    "schnell": ("tokenizers", "autoencoder", "guidance"),
+    "export": ("tokenizers", "autoencoder", "guidance", "schnell"),
+    "dinov2": ("tokenizers",),
+    "measuring": ("tokenizers",),
+}
+"""The stages whose results a stage reads."""
 
 
 def parse() -> argparse.Namespace:
@@ -43,7 +56,29 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.begin and not (arguments.begin / "transformer.safetensors").is_file():
         parser.error(f"no exported files in {arguments.begin}: flux/assets/nano has those that ship")
+    if missing := missing_stages(arguments.stage, arguments.folder, bool(arguments.begin)):
+        parser.error(
+            f"{arguments.folder} lacks the results of {', '.join(missing)}: name these stages too, or all"
+        )
     return arguments
+
+
+def missing_stages(wanted: Sequence[str], folder: Path, begins: bool) -> list[str]:
+    """Lists the stages that those wanted need, but that are neither wanted nor complete.
+
+    Args:
+        wanted: names of stages, or "all".
+        folder: the folder of the training.
+        begins: whether exported files are trained further, which replace the first stages.
+    """
+    given = set(STAGES if "all" in wanted else wanted)
+    given |= {stage for stage in STAGES if (folder / f"{stage}.done").exists()}
+    if begins:
+        given |= {"tokenizers", "autoencoder", "flow128"}
+    needed = {need for stage in wanted for need in NEEDS.get(stage, ())}
+    if begins and "flow256" in wanted:
+        needed.add("text")
+    return [stage for stage in STAGES if stage in needed - given]
 
 
 def stage_functions() -> "dict[str, Callable[[Work], bool]]":

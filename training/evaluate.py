@@ -241,6 +241,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--toy", action="store_true")
     arguments = parser.parse_args()
+    assets = arguments.assets or arguments.folder / "assets"
+    needed = [assets / "transformer.safetensors", arguments.folder / "measuring.pt"]
+    if "samples" in arguments.parts and (missing := [str(path) for path in needed if not path.is_file()]):
+        parser.error(
+            f"samples needs {' and '.join(missing)}: train first (python -m training all), or give another "
+            "--folder or --assets"
+        )
 
     budget = Budget(1e6, time.time())
     work = (Work.toy if arguments.toy else Work)(Cluster.join(), arguments.folder, budget)
@@ -252,7 +259,7 @@ def main() -> None:
         result["speed"] = evaluate_speed()
     if "samples" in arguments.parts:
         models, measuring = (
-            ExportedModels(work, arguments.assets or arguments.folder / "assets"),
+            ExportedModels(work, assets),
             load_measuring(work),
         )
         result["samples"] = evaluate_samples(

@@ -1,7 +1,12 @@
 """The plan of the full size."""
 
+import ast
+from pathlib import Path
+
+import pytest
 import torch
 
+from benchmarks import common, edit_photo, full_size, memory, scan, step_speed
 from benchmarks.common import full_plan
 from benchmarks.random_weights import random_transformer
 
@@ -15,3 +20,31 @@ def test_the_full_size_is_flux_dev():
     weights = random_transformer(plan.spec.params, torch.device("meta"))
     assert sum(tensor.numel() for tensor in weights.values()) == 11_901_408_320
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [(edit_photo, ["files"]), (full_size, ["files"]), (memory, []), (scan, ["files"]), (step_speed, [])],
+)
+def test_the_full_size_without_a_gpu_is_refused(module, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        module.main(*arguments)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: Got the device ")
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(common.__file__).parent.glob("*.py")), ids=lambda path: path.stem
+)
+def test_published_results_are_not_overwritten_by_default(path):
+    """No benchmark names their folder, except in its docstring."""
+    code = ast.parse(path.read_text(encoding="utf-8"))
+    docstring = ast.get_docstring(code, clean=False)
+    texts = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
+    assert not [x for x in texts if isinstance(x, str) and x != docstring and "benchmarks/results" in x]
+    assert "__file__" not in path.read_text(encoding="utf-8")

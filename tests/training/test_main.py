@@ -7,17 +7,56 @@ from pathlib import Path
 
 import pytest
 
+from training.__main__ import NEEDS, missing_stages, parse
+from training.loop.plan import STAGES
+
 ROOT = Path(__file__).parents[2]
 
 
 def test_nothing_to_begin_with_is_told_in_a_line(monkeypatch, capsys, tmp_path):
-    from training.__main__ import parse
-
     monkeypatch.setattr("sys.argv", ["training", "text", "--begin", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         parse()
     assert stop.value.code == 2
     assert f"no exported files in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stages", "lacks"),
+    [
+        (["measuring"], "tokenizers"),
+        (["text", "flow128"], "tokenizers, autoencoder"),
+        (["schnell", "export"], "tokenizers, autoencoder, guidance"),
+    ],
+)
+def test_a_stage_without_those_that_it_needs_is_told_in_a_line(stages, lacks, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["training", *stages, "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        parse()
+    assert f"{tmp_path} lacks the results of {lacks}: name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "begins"), [(["all"], False), (["text", "flow256"], True), (["dinov2"], False)]
+)
+def test_stages_that_have_what_they_need(wanted, begins, tmp_path):
+    (tmp_path / "tokenizers.done").touch()
+    assert missing_stages(wanted, tmp_path, begins) == []
+
+
+def test_every_stage_but_the_first_needs_another():
+    assert STAGES[0] == "tokenizers"
+    assert set(NEEDS) == set(STAGES) - {"tokenizers"}
+
+
+def test_samples_without_their_files_are_told_in_a_line(monkeypatch, capsys, tmp_path):
+    from training.evaluate import main
+
+    monkeypatch.setattr("sys.argv", ["training.evaluate", "samples", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert f"samples needs {tmp_path}/assets/transformer.safetensors and" in capsys.readouterr().err
 
 
 @pytest.mark.slow
