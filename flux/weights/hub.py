@@ -6,6 +6,7 @@ before it is put in place. Hence neither `snapshot_download(dry_run=True)`, whic
 `http_backoff`, which does not know how far a transfer came, is used.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -93,6 +94,11 @@ def fetch(
             from huggingface_hub.errors import LocalEntryNotFoundError
 
             raise LocalEntryNotFoundError("offline")
+        if str(repository.folder).startswith("~"):
+            raise InputError(
+                f"Got no home folder for the cache of {repository.id}: set HF_HOME to a folder that can be "
+                "written, or give the files' paths"
+            )
         commit, files = repository.list_files(wanted, weights)
         # `cached` takes a folder of shards with its config.json and no index for complete: these come last.
         files.sort(key=lambda file: file.name.endswith("config.json"))
@@ -385,6 +391,8 @@ def _reason(error: Exception, repository: _Repository) -> str | None:
             "it is not on this machine, and the hub cannot be reached or HF_HUB_OFFLINE is set: "
             "go online, or give the files' paths"
         )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename} cannot be written: set HF_HOME to a folder that can"
     if status in RETRY_STATUS:
         return f"it answers with status {status}: try again later; what has come so far is kept"
     if type(error).__name__ == "ProxyError" or (

@@ -95,7 +95,7 @@ def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[
 
 
 def _blocks_in(names: Iterable[str], stack: str) -> set[int]:
-    found = (re.match(rf"{stack}_blocks\.(\d+)\.", name) for name in names)
+    found = (re.match(rf"{stack}_blocks\.(\d{{1,4}})\.", name) for name in names)
     return {int(match[1]) for match in found if match}
 
 

@@ -5,7 +5,9 @@ Never another error, never a hang, never more memory than such a small file can 
 
 import json
 import random
+import re
 import resource
+import shutil
 import signal
 import struct
 from dataclasses import replace
@@ -15,10 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_models, weight_files
+from PIL import Image
 
-from flux.errors import InputError
+from flux.errors import InputError, exit_on_input_error
+from flux.files import write_json
+from flux.images.io import read_image
 from flux.model import Flux
+from flux.settings import GenerateSettings, read_settings
 from flux.specs import NANO_FOLDER, configs
+from flux.weights.hub import TEXT_FOLDERS
 from flux.weights.open_model import ModelFiles, OpenModel
 
 PARAMS = replace(tiny_models.PARAMS, depth=1, depth_single_blocks=1)
@@ -158,8 +165,6 @@ def test_differences(tmp_path, model):
 
 def test_encoders(tmp_path):
     """A T5 whose config.json is cut short anywhere."""
-    import shutil
-
     shutil.copytree(NANO_FOLDER / "text_encoder_2", tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"
     good = config.read_bytes()
@@ -188,3 +193,86 @@ def test_no_pickle_is_ever_loaded(tmp_path, name):
         folder = outcome(lambda: weight_files.load(tmp_path))
         assert isinstance(folder, str)
     assert not (tmp_path / "sprung").exists()
+
+
+# ---- whole programs: a thousand broken files of every kind, a thousand single lines
+
+
+def in_random_places(data: bytes, dice: random.Random) -> bytes:
+    """Cut anywhere, emptied, full of zeros, a web page instead, or a brace or quote too many."""
+    at = dice.randrange(len(data) * 9 // 10)
+    return dice.choice(
+        (data[:at], b"", bytes(len(data)), b"<html>404</html>", weight_files.LFS_POINTER, b"\xff\xfe" + data)
+    )
+
+
+def broken_header(data: bytes, dice: random.Random) -> bytes:
+    """Another dtype, length, shape or name in a safetensors header, always one that cannot be right."""
+    head = head_of(data)
+    changed = bytearray(data)
+    kind = dice.randrange(4)
+    if kind == 0:
+        changed[:8] = struct.pack("<Q", dice.choice(LENGTHS))
+    elif kind == 1:
+        at = dice.choice([match.start() for match in re.finditer(b'"F16"|"F32"|"BF16"', data[:head])])
+        changed[at + 1 : at + 4] = dice.choice((b"F99", b"I64", b"\x00\x00\x00"))
+    elif kind == 2:
+        at = dice.choice([match.end() for match in re.finditer(b'"shape":\\[(?=\\d)', data[:head])])
+        changed[at] = ord(dice.choice("-xe]"))
+    else:
+        return data[: dice.randrange(len(data) - 1)]
+    return bytes(changed)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """flux-nano's files, an image and a settings file, in a folder of their own."""
+    for name in TEXT_FOLDERS:
+        shutil.copytree(NANO_FOLDER / name, tmp_path / name)
+    for name in ("ae.safetensors", "transformer.safetensors"):
+        (tmp_path / name).write_bytes((NANO_FOLDER / name).read_bytes())
+    Image.effect_noise((64, 64), 50).save(tmp_path / "image.png")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "image.jpg")
+    write_json(tmp_path / "settings.json", {"model": "flux-nano", "prompts": ["a dog"], "seed": 1})
+    return tmp_path
+
+
+DAMAGE = {
+    "transformer.safetensors": broken_header,
+    "ae.safetensors": broken_header,
+    "text_encoder/model.safetensors": broken_header,
+    "text_encoder_2/model.safetensors": broken_header,
+    "tokenizer/tokenizer.json": in_random_places,
+    "tokenizer_2/tokenizer.json": in_random_places,
+    "text_encoder_2/config.json": in_random_places,
+    "image.png": in_random_places,
+    "image.jpg": in_random_places,
+    "settings.json": in_random_places,
+}
+
+
+def open_all(folder: Path, name: str) -> None:
+    """Read the file of that name as a demo does."""
+    if name.startswith("image"):
+        read_image(folder / name)
+    elif name.startswith("settings"):
+        read_settings(GenerateSettings, folder / name)
+    else:
+        flow, ae = folder / "transformer.safetensors", folder / "ae.safetensors"
+        OpenModel(configs["flux-nano"], ModelFiles(flow, ae, folder)).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_hundred_of_each_end_in_one_line(whole, name, capsys):
+    good = (whole / name).read_bytes()
+    open_all(whole, name)
+    for seed in range(100):
+        (whole / name).write_bytes(DAMAGE[name](good, random.Random(seed)))
+        signal.alarm(SECONDS)
+        with pytest.raises(SystemExit) as end, exit_on_input_error():
+            open_all(whole, name)
+        signal.alarm(0)
+        assert end.value.code == 2, seed
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: "), seed

@@ -520,3 +520,23 @@ def test_a_proxy_that_refuses(server, proxy, tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: Could not get")
     assert "Traceback" not in done.stderr
+
+
+# ---- a home that is missing or closed
+
+
+def test_no_home_folder(server, monkeypatch):
+    """Then the hub's client has "~" for the folder, which would be made where one stands."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(InputError, match=r"no home folder for the cache .*: set HF_HOME"):
+        flow()
+    assert not Path("~").exists()
+
+
+def test_a_cache_that_cannot_be_written(server, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"blobs cannot be written: set HF_HOME to a folder that can$"):
+        flow()
