@@ -28,7 +28,7 @@ def main(file: str = "test.json", **overrides: Any) -> None:
     from flux.files import write_json
     from flux.images.io import crop_to_fit, read_image, save_image
     from flux.images.sheets import grid
-    from flux.pipeline import Pipeline
+    from flux.pipeline import Pipeline, batch_name
     from flux.runs.record import image_metadata, run_record
     from flux.runtime.parallel import join
     from flux.settings.complete import check_run, resolve
@@ -50,6 +50,7 @@ def main(file: str = "test.json", **overrides: Any) -> None:
             image=source,
             strength=settings.strength,
             cache=settings.cache,
+            progress=batch_name(start, len(batch), len(settings.prompts)),
             **settings.sampling(),
         )
         if ranks.rank:  # only the first process writes

@@ -265,7 +265,7 @@ class Pipeline:
         watermark: bool = False,
         cache: float | None = None,
         on_step: Callable[[Step], None] | None = None,
-        progress: bool = True,
+        progress: bool | str = True,
     ) -> list[Image.Image]:
         """Generate one image for each prompt and seed, as one batch.
 
@@ -286,7 +286,7 @@ class Pipeline:
             watermark: Whether to embed the invisible watermark.
             cache: Threshold of `flux.modules.step_cache.StepCache`. If None, every step is computed in full.
             on_step: Called with each step as soon as it is taken.
-            progress: Whether to show a progress bar.
+            progress: Whether to show a progress bar, or what to write before it.
         """
         cond = self.condition(prompts, guidance, true_cfg, negative_prompt, mimic_scale, mimic_percentile)
         latent, levels = self.noise(seeds, width, height), self.schedule(num_steps, width, height)
@@ -298,11 +298,19 @@ class Pipeline:
         with self.denoising() as model:
             step_cache = StepCache(cache, self.group.total) if cache else None
             steps = sampling.sample(model, latent, ids, cond, levels, cache=step_cache)
-            for step in tqdm(steps, total=len(levels) - 1, desc="denoise", unit="step", disable=not progress):
+            name = progress if isinstance(progress, str) else "denoise"
+            for step in tqdm(steps, total=len(levels) - 1, desc=name, unit="step", disable=not progress):
                 latent = step.latent
                 if on_step:
                     on_step(step)
         return self.decode(latent, width, height, watermark)
+
+
+def batch_name(start: int, count: int, total: int) -> str:
+    """Name the images of a batch before its progress bar: "image 3 of 8", "images 3-4 of 8"."""
+    if count == total:
+        return "denoise"
+    return f"image {start + 1} of {total}" if count == 1 else f"images {start + 1}-{start + count} of {total}"
 
 
 class _Reporting:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flux import sampling
 from flux.errors import InputError
-from flux.pipeline import Pipeline, count_evaluations
+from flux.pipeline import Pipeline, batch_name, count_evaluations
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -331,3 +331,11 @@ def test_four_bits_come_near(nano):
 
 def bytes_of(net) -> int:
     return sum(x.nbytes for x in (*net.parameters(), *net.buffers()))
+
+
+def test_progress_says_which_image(nano, capsys):
+    assert [batch_name(0, 8, 8), batch_name(2, 1, 8), batch_name(4, 4, 8)] == [
+        "denoise", "image 3 of 8", "images 5-8 of 8",
+    ]  # fmt: skip
+    nano.generate([DOG], [1], **{**QUICK, "num_steps": 1, "progress": "image 3 of 8"})
+    assert "image 3 of 8: 100%" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A scan's scores as images: the bars of vitality, and the heat map of every prompt and layer."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flux.files import write_bytes
+from flux.images.fonts import font_file
 from flux.images.sheets import FRAME, INK
 from flux.scan.layers import Interval, LayerSet, ScoredSet, kind_of, layer_ranges, scored_sets
 
@@ -131,11 +133,16 @@ def plot_heat_map(
         for prompt in prompts
     ]
     axes.set_yticks(range(len(prompts)), names, fontsize=8)
+    families = _font_families("".join(names))
     for tick in axes.get_yticklabels():
         tick.set_parse_math(False)  # two dollar signs in a prompt are not a formula
+        if families:
+            tick.set_fontfamily(families)
     axes.set_xlabel("skipped (bold: vital)" if vital else "skipped")
     figure.colorbar(image, ax=axes, label="change (1 \N{MINUS SIGN} similarity)", pad=0.01)
-    _finish(figure, axes, _kind_patches(kinds), path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # `font_file` has named them, in one line
+        _finish(figure, axes, _kind_patches(kinds), path)
 
 
 class ColourLimits(TypedDict):
@@ -173,3 +180,16 @@ def _finish(figure: "Figure", axes: "Axes", legend: "list[Artist]", path: str | 
     buffer = BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png")
     write_bytes(path, buffer.getvalue())
+
+
+def _font_families(letters: str) -> list[str]:
+    """Returns the usual font and an installed one for the letters it lacks. Empty if it lacks none."""
+    from matplotlib import font_manager
+
+    file = font_file(letters)
+    if file == font_file(""):
+        return []
+    name = font_manager.FontProperties(fname=file).get_name()
+    if all(known.name != name for known in font_manager.fontManager.ttflist):
+        font_manager.fontManager.addfont(file)
+    return ["DejaVu Sans", name]

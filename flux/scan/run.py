@@ -20,7 +20,7 @@ from flux.scan.scores import Rule, Scores, is_settled
 from flux.scan.similarity import gather, score_row
 from flux.scan.skipper import Task
 from flux.scan.sweep import Sweep, image_path
-from flux.settings.resolved import ResolvedScan
+from flux.settings.resolved import ResolvedScan, ResolvedSkip
 from flux.specs import encoder_of, get_spec
 
 REDRAW_SECONDS = 2.0  # between two drawings of a growing vitality.png
@@ -95,6 +95,12 @@ def scan(
     return publish(sweep.folder, sweep.folder, _scores(sweep, rows), rule, sources, shown_settings)
 
 
+def _bar_name(settings: ResolvedSkip) -> str:
+    """Names the progress bar. The total and the time left of a scan that may stop early are upper bounds."""
+    may_stop = isinstance(settings, ResolvedScan) and settings.stop_when == "stable"
+    return "skip, at most" if may_stop else "skip"
+
+
 MayStop = Callable[[int, Callable[[], Sequence[Row]]], bool]
 
 
@@ -113,7 +119,7 @@ def _score_rows(
             return may_stop(row, lambda: [scored.result() for scored in rows[:row]])
 
         try:
-            sweep.run(pipe, on_row, progress=progress)
+            sweep.run(pipe, on_row, progress=progress, name=_bar_name(sweep.settings))
         except BaseException:
             scorer.shutdown(wait=False, cancel_futures=True)
             raise
@@ -131,7 +137,13 @@ def _score_batches(
 ) -> list[Row]:
     """Runs the sweep, scores each batch once it is written, and reports the vitalities so far."""
     batches = _BatchScorer(sweep, metrics, on_progress)
-    sweep.run(pipe, lambda row: may_stop(row, lambda: batches.rows(row)), batches.add, progress)
+    sweep.run(
+        pipe,
+        lambda row: may_stop(row, lambda: batches.rows(row)),
+        batches.add,
+        progress,
+        _bar_name(sweep.settings),
+    )
     sweep.finish()
     return batches.rows(sweep.rows_done)
 

@@ -95,6 +95,7 @@ class Sweep:
         on_row: Callable[[int], bool] | None = None,
         on_task: Callable[[Task], None] | None = None,
         progress: bool = True,
+        name: str = "skip",
     ) -> None:
         """Makes the missing images.
 
@@ -108,6 +109,7 @@ class Sweep:
             on_task: Called with each task whose images are there: with those of earlier starts first, then
                 with each as soon as its images are written. An exception from it ends the sweep.
             progress: Whether to show a progress bar.
+            name: What to write before it.
 
         Raises:
             InputError: An image cannot be written, or as `LayerSkipper` or `run_tasks`.
@@ -123,9 +125,7 @@ class Sweep:
                 if task not in still_missing:
                     on_task(task)
         with (
-            tqdm(
-                total=total, initial=total - missing, desc="skip", unit="image", disable=not progress
-            ) as bar,
+            tqdm(total=total, initial=total - missing, desc=name, unit="image", disable=not progress) as bar,
             closing(self._written(pending, pipe)) as written,
         ):
             if self._report_rows(left, on_row):

@@ -1,13 +1,18 @@
 """The scan's plots: every bar, mark, whisker and name where it belongs."""
 
 from itertools import pairwise
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib import colormaps
 from PIL import Image
 
+from flux.scan import plots
 from flux.scan.plots import COLOUR_MAP, KIND_COLOURS, plot_heat_map, plot_vitality
+
+HOOKED = "\u1d81"  # a letter of STIX that DejaVu Sans lacks
 
 
 @pytest.fixture
@@ -169,3 +174,23 @@ def test_heat_map_of_a_whole_scan(axes, tmp_path):
     down = [tick.get_window_extent() for tick in axes[0].get_yticklabels()]
     assert all(a.x1 < b.x0 for a, b in pairwise(across))
     assert all(b.y1 < a.y0 for a, b in pairwise(down))
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_in_other_letters_have_an_installed_font(tmp_path, monkeypatch):
+    """STIX has a letter that DejaVu Sans lacks. What no font has is told in one line, by `font_file`."""
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    for name in ("STIXGeneral", "DejaVuSans"):
+
+        def found(letters: str, name: str = name) -> Path:
+            return folder / f"{name if HOOKED in letters else 'DejaVuSans'}.ttf"
+
+        monkeypatch.setattr(plots, "font_file", found)
+        for number, prompt in enumerate([f"a {HOOKED}og", "a dog", f"a {HOOKED}og and 草地"]):
+            plot_heat_map([[0.5]], [(0,)], [prompt], 1, set(), tmp_path / f"{name}{number}.png")
+    with_letter, with_box = (
+        (tmp_path / f"{name}0.png").read_bytes() for name in ("STIXGeneral", "DejaVuSans")
+    )
+    assert with_letter != with_box
+    plain, same = ((tmp_path / f"{name}1.png").read_bytes() for name in ("STIXGeneral", "DejaVuSans"))
+    assert plain == same

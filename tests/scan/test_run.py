@@ -179,6 +179,12 @@ def test_two_scans_that_differ_only_in_how_they_score_share_a_folder(tmp_path, n
 # ---- early stop
 
 
+@pytest.mark.parametrize(("stop_when", "name"), [("never", "skip:"), ("stable", "skip, at most:")])
+def test_the_time_of_a_scan_that_may_stop_is_an_upper_bound(stop_when, name, tmp_path, numbers_only, capsys):
+    scan(settings(tmp_path, stop_when=stop_when))
+    assert name in capsys.readouterr().err
+
+
 def test_a_settled_scan_stops(tmp_path, synthetic, monkeypatch, capsys):
     """After eight prompts the set is settled: while the eighth is scored the ninth is made, and that is all.
     Begun anew it ends at the same place, and demo 3 takes the nine for a whole sweep.
