@@ -84,9 +84,12 @@ class HFEmbedder(nn.Module):
         self.is_clip = isinstance(encoder, CLIPTextModel)
         self.max_length = max_length
         self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
-        if isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, subfolder=subfolder)
-        self.tokenizer = tokenizer
+        is_folder = isinstance(tokenizer, str)
+        # The library annotates neither what AutoTokenizer returns nor that a tokenizer may be called.
+        loaded: Any = (
+            AutoTokenizer.from_pretrained(tokenizer, subfolder=subfolder) if is_folder else tokenizer
+        )
+        self.tokenizer = loaded
         self.hf_module = encoder
 
     def token_ids(self, prompt: str) -> list[int]:
