@@ -12,12 +12,14 @@ MANY_COLOURS = 24  # more than a painter's palette: a photograph
 
 
 def read_mask(path: str | Path) -> Image.Image:
-    """Reads a painted mask, see `as_mask`.
+    """Reads a painted mask without its metadata, see `as_mask`.
 
     Raises:
         InputError: as `flux.images.io.read_upright`.
     """
-    return as_mask(read_upright(path))
+    mask = as_mask(read_upright(path))
+    mask.info.clear()
+    return mask
 
 
 def as_mask(image: Image.Image) -> Image.Image:

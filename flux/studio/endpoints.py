@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from flux.errors import InputError
+from flux.images.io import read_image
+from flux.images.masks import read_mask
 from flux.studio.engine import MadeImage, Update
 from flux.studio.forms import SAMPLING, edit_settings, generate_settings, scan_settings, warnings_about
 from flux.studio.sessions import Run, Session
@@ -28,8 +30,8 @@ Answer = tuple[list[FileData], FileData, list[str]]
 def add_endpoints(studio: Studio) -> None:
     """Adds /generate, /edit and /scan to the page that is being built."""
 
-    def upload(data: Any) -> Image.Image | None:
-        return None if data is None else studio.limits.read_upload(data, Path(get_upload_folder()))
+    def upload(data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
+        return None if data is None else studio.limits.read_upload(data, Path(get_upload_folder()), read)
 
     def session_of(request: gr.Request) -> Session:
         session = studio.sessions.of(request.session_hash)
@@ -87,7 +89,7 @@ def add_endpoints(studio: Studio) -> None:
         form |= {"layers": known_layers(studio)[0] if layers is None else layers}
         form |= {"dose": dose, "weight": weight, "inject_from": inject_from, "inject_until": inject_until}
         form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back}
-        source, area = upload(photo), upload(mask)
+        source, area = upload(photo), upload(mask, read_mask)
         settings = edit_settings(studio, form)
         updates = run_edit(studio, session_of(request), settings, source, area)
         return _answer(updates, warnings_about(studio, settings, form))

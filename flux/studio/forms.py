@@ -7,6 +7,7 @@ from typing import Any
 
 from flux.attention.watch import check_watch
 from flux.errors import InputError
+from flux.modules.conditioner import unseen_words_warnings
 from flux.scan.sweep import FREE_FIELDS
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, PromptSettings, ScanSettings
@@ -103,9 +104,10 @@ def film_settings(studio: Studio, form: Form) -> ResolvedLayer:
 
 
 def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[str]:
-    """Lists the words that the model does not know, and the sizes that were rounded."""
-    vocabulary = studio.spec.vocabulary
-    warnings = vocabulary_warnings(dict.fromkeys(texts_in(settings)), vocabulary) if vocabulary else []
+    """Lists the words that the model does not know or see, and the sizes that were rounded."""
+    vocabulary, texts = studio.spec.vocabulary, list(dict.fromkeys(texts_in(settings)))
+    warnings = vocabulary_warnings(texts, vocabulary) if vocabulary else []
+    warnings += unseen_words_warnings(studio.engine.pipe.t5, texts)
     for side in ("width", "height"):
         if form[side] not in (None, (used := getattr(settings, side))):
             warnings.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")

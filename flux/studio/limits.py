@@ -1,6 +1,6 @@
 """Limits on what one visitor may ask for, and checks of uploaded images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,15 @@ class Limits:
         if (longest := max((len(text) for text in texts), default=0)) > self.letters:
             raise InputError(f"Got a text of {longest} letters, expected at most {self.letters}")
 
-    def read_upload(self, upload: Any, inside: Path) -> Image.Image:
+    def read_upload(
+        self, upload: Any, inside: Path, read: Callable[[Path], Image.Image] = read_image
+    ) -> Image.Image:
         """Reads an uploaded image as bare pixels.
 
         Args:
             upload: What a browser or a program sent: `{"path": ...}` if it is valid.
             inside: The folder that uploads are written to.
+            read: Reads the file: `read_image`, or `flux.images.masks.read_mask`.
 
         Raises:
             InputError: The upload is not an image in the folder `inside`, or it is too large.
@@ -100,7 +103,7 @@ class Limits:
             most = self.upload_pixels // 10**6
             raise InputError(f"Got {pixels // 10**6} million pixels, expected at most {most}: scale it down")
         try:
-            return read_image(path)
+            return read(path)
         except InputError as error:
             # The visitor knows the file by its name, and should not learn the server's folders.
             raise InputError(str(error).replace(str(path), path.name)) from None

@@ -84,4 +84,4 @@ def test_demo_tells_a_wrong_word_before_loading(monkeypatch, file, capsys):
     with pytest.raises(SystemExit) as end:
         demo(monkeypatch, file, words=["cat"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: Got the word 'cat'")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: Got the word 'cat'")

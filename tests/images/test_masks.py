@@ -92,6 +92,14 @@ def test_a_mask_is_turned_upright(tmp_path):
     assert read_mask(tmp_path / "mask.png").size == SIZE[::-1]
 
 
+def test_a_mask_is_bare_pixels(tmp_path):
+    """Who publishes a run need not publish where its mask was drawn."""
+    exif = Image.Exif()
+    exif[0x010E] = "where I live"
+    layer(255, 0, "L").save(tmp_path / "mask.png", exif=exif, dpi=(300, 300))
+    assert not read_mask(tmp_path / "mask.png").info
+
+
 def test_files_that_are_no_masks_are_named(tmp_path):
     with pytest.raises(InputError, match=r"mask\.png"):
         read_mask(tmp_path / "mask.png")

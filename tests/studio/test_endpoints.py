@@ -34,6 +34,9 @@ def test_warnings_come_back(client):
     assert len(warned) == 1
     assert "dogg" in warned[0]
     assert client.predict("an elephant", width=64, **how)[2] == []
+    *_, warned = client.predict("a dog and " * 13 + "in the snow", width=64, **how)
+    assert len(warned) == 1
+    assert "overlooks its last words, 'in the snow'" in warned[0]
 
 
 def test_the_content_filter_over_http(client, filtered, photo_file):

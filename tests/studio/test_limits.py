@@ -3,6 +3,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import save_image
+from flux.images.masks import read_mask
 from flux.studio.limits import Limits
 
 
@@ -16,6 +17,14 @@ def test_uploads_are_bare_pixels(studio, tmp_path, photo):
     kept = studio.sessions.of("a").keep_upload(image)
     assert b"where I live" not in kept.read_bytes()
     assert kept.suffix == ".png"
+
+
+def test_a_mask_may_be_paint_on_a_transparent_layer(studio, tmp_path):
+    layer = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    layer.save(tmp_path / "layer.png")
+    mask = studio.limits.read_upload({"path": tmp_path / "layer.png"}, tmp_path, read_mask)
+    assert (mask.getpixel((0, 0)), mask.getpixel((63, 0))) == (255, 0)
 
 
 def test_uploads_from_elsewhere_are_refused(studio, tmp_path, photo):
