@@ -7,13 +7,13 @@ import pytest
 # Read when huggingface_hub is imported, so set before anything can import it: no test reaches a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     # Kernels run by Triton's interpreter: read when Triton is imported, as torch's compiler may do.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import tiny_models  # noqa: E402
+from helpers import tiny_models
 
 SKIPPED = {"slow": "--run-slow", "gpu": "--run-gpu"}
 

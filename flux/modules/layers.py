@@ -219,8 +219,7 @@ class SingleStreamBlock(Block):
         qk_scale: float | None = None,  # noqa: ARG002  (upstream's)
     ):
         super().__init__()
-        self.hidden_dim = hidden_size
-        self.num_heads = num_heads
+        self.num_heads, self.hidden_dim = num_heads, hidden_size
         self.mlp_hidden_dim = int(hidden_size * mlp_ratio)
         # One projection to queries, keys, values and hidden channels, one back from attention and MLP.
         self.linear1: AnyLinear = nn.Linear(hidden_size, hidden_size * 3 + self.mlp_hidden_dim)

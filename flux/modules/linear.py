@@ -49,9 +49,7 @@ def can_project_rows(linear: AnyLinear) -> bool:
     return isinstance(linear, nn.Linear) or linear.can_project_rows()
 
 
-def project_rows(
-    linear: AnyLinear, x: Tensor | Rounded, start: int = 0, stop: int | None = None
-) -> Tensor:
+def project_rows(linear: AnyLinear, x: Tensor | Rounded, start: int = 0, stop: int | None = None) -> Tensor:
     """Compute only the output channels start..stop of a linear layer of any kind.
 
     Raises:
