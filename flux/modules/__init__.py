@@ -1,0 +1,1 @@
+"""The parts of the models: transformer blocks, linear layers, autoencoder, text encoders."""
