@@ -12,7 +12,9 @@ from flux.math import AttentionEdit, Exchange, KeysValues, PartialKeysValues, Qu
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """What one forward pass does besides computing. The empty intervention changes nothing, bit for bit.
+    """The changes to one forward pass, and what it hands out.
+
+    The empty intervention changes nothing, bit for bit.
 
     Layers are numbered over the whole model, double-stream blocks first (0..18 in FLUX.1), single-stream
     blocks after (19..56). For another intervention in each step, hand a sequence of them to
@@ -84,7 +86,7 @@ class Intervention:
         )
 
     def edit_at(self, layer: int, batch: int, exchange: Exchange | None = None) -> AttentionEdit:
-        """What changes in the attention of one layer, for a batch of so many rows."""
+        """The change in the attention of one layer, for a batch of so many rows."""
         record = layer in self.keep or layer in self.watch
         if layer not in self.inject:
             return AttentionEdit(record=record, exchange=exchange)
@@ -140,7 +142,7 @@ def check_layers(layers: Iterable[int], num_layers: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """What a forward pass hands out beside its velocity, by layer.
+    """The tensors that a forward pass hands out beside its velocity, by layer.
 
     Attributes:
         kept: Image keys and values, "B H I D" each, after QK-norm and rotary embedding.

@@ -77,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
-    """What an intervention changes in one layer's attention. The empty edit changes nothing.
+    """The change that an intervention makes in one layer's attention. The empty edit changes nothing.
 
     Attributes:
         kv: Image keys and values to inject, "B H I D" each. If one of them is None, the layer's own stay.

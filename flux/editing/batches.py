@@ -28,7 +28,7 @@ AUTO_MASK_AT = 0.25  # of the steps: by then the layout is settled, and little h
 
 @dataclass(frozen=True)
 class BatchKind:
-    """What all edits of a batch have in common.
+    """The properties that all edits of a batch share.
 
     Attributes:
         dose: how much is injected. Its mask is "auto", or None for a painted mask and for none.

@@ -15,7 +15,7 @@ TOKEN = 16  # a token's side in pixels
 WHITE = 128  # of 255: greys of a mask from here on count as white
 
 Mask = tuple[Image.Image, Tensor]
-"""What an edit may change of its source: as an image, white there, and as tokens, "1 I 1", bool."""
+"""The part of its source that an edit may change: as an image, white there, and as tokens, "1 I 1", bool."""
 
 
 def natural_size(image: Image.Image, side: int) -> tuple[int, int]:

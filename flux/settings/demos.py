@@ -1,4 +1,4 @@
-"""What each demo's JSON file may say.
+"""The fields of each demo's JSON file.
 
 None in a field means "as the model's spec says". No model is known here, hence no highest layer:
 `flux.settings.complete.resolve` fills such fields in and checks the layers.

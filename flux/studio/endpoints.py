@@ -106,7 +106,7 @@ def add_endpoints(studio: Studio) -> None:
         guidance: float | None = None,
         true_cfg: float | None = None,
     ) -> tuple[dict, FileData, list[str]]:
-        """What vital_layers.json says, vitality.png, and warnings. Asked again, it resumes."""
+        """The contents of vital_layers.json, vitality.png, and warnings. Asked again, it resumes."""
         sampling = (width, height, num_steps, guidance, true_cfg, "")
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompts": as_lines("prompts", prompts), "seed": seed, "top": top}

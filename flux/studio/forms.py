@@ -1,4 +1,4 @@
-"""What the page's forms and the endpoints send, checked and turned into settings."""
+"""The fields that the page's forms and the endpoints send, checked and turned into settings."""
 
 import hashlib
 import json

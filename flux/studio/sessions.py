@@ -1,4 +1,4 @@
-"""What each browser session has made: one folder per session, with one folder per run in it."""
+"""The images of each browser session: one folder per session, with one folder per run in it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What all parts of the studio share: the model, the limits, the sessions and the folder."""
+"""The state that all parts of the studio share: the model, the limits, the sessions and the folder."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """What all parts of the studio share.
+    """The state that all parts of the studio share.
 
     Attributes:
         engine: The loaded model.

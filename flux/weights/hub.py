@@ -411,7 +411,7 @@ def _reason(error: Exception, repository: _Repository) -> str | None:
 
 
 def _words_of_hub(error: Exception) -> str:
-    """What the hub says of a refusal, in brackets; empty if it says nothing."""
+    """The hub's own words on a refusal, in brackets; empty if it says nothing."""
     from huggingface_hub.errors import HfHubHTTPError
 
     words = error.response.headers.get("X-Error-Message") if isinstance(error, HfHubHTTPError) else None

@@ -73,7 +73,7 @@ def match_names(module: nn.Module, checkpoint: Checkpoint, part: Part) -> dict[s
 
 
 def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[str, TensorSource]) -> str:
-    """What the file may be instead."""
+    """A guess at the file's real kind."""
     if not reshaped and all("guidance_in." in name or "guidance_embedder." in name for name in differing):
         if missing:
             return (

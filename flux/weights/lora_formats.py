@@ -21,7 +21,7 @@ from flux.weights.numbers import FiniteCheck
 from flux.weights.scales import ScaledTensor
 
 Fields = Mapping[str, ScaledTensor]
-"""What a file holds for one module: tensors by their role, "down", "up", "alpha", "lokr_w1", ..."""
+"""A file's tensors for one module by their role, "down", "up", "alpha", "lokr_w1", ..."""
 BIASES = ("bias", "diff_b")
 NO_MATRIX = {"alpha", *BIASES}
 

@@ -116,7 +116,7 @@ def _scaled_fp8_extras(stored: Mapping[str, StoredTensor]) -> set[str]:
 
 
 def _extras_of_scaled(scales: Iterable[str]) -> set[str]:
-    """What stands beside matrices that have a scale."""
+    """The scales beside quantised matrices."""
     return {name.removesuffix(".weight") + ending for name in scales for ending in UNUSED_ENDINGS}
 
 

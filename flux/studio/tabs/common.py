@@ -1,4 +1,4 @@
-"""What the tabs share: a run from click to end, and fields of the settings of every model."""
+"""Parts that the tabs share: a run from click to end, and fields of the settings of every model."""
 
 import html
 import json
