@@ -25,7 +25,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     """
     settings = read_settings(EditSettings, file, overrides)
 
-    from flux.editing.caption import describe
+    from flux.editing.caption import describe_image
     from flux.editing.edit import check_edits, edit
     from flux.editing.photo import Photograph, natural_size
     from flux.files import write_json
@@ -58,7 +58,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     if photo:
         part = Photograph.of(photo, settings.width, settings.height).part
         if settings.prompt is None and settings.caption_model:
-            prompt = describe(part, settings.caption_model, str(pick_device(settings.device)))
+            prompt = describe_image(part, settings.caption_model, str(pick_device(settings.device)))
             settings = settings.model_copy(update={"prompt": prompt})
     pipe = Pipeline.load(settings, ranks, opened)
     with count_evaluations(pipe) as evaluations:

@@ -30,7 +30,7 @@ from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.layers import REFERENCE
 from flux.scan.run import scan
-from flux.scan.skipper import LayerSkipper, Task
+from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings
 from flux.specs import configs
@@ -58,7 +58,7 @@ def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) ->
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        skipper.make(Task(0, PROMPT, 0, (layers,)))
+        skipper.make(SkipTask(0, PROMPT, 0, (layers,)))
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
@@ -117,7 +117,7 @@ def shared(settings: ScanSettings, workers: int) -> dict:
     num_layers = configs[settings.model].num_layers
     count = workers * (1 + TASKS_EACH)
     # One prompt and the same few layers for every worker, so that all numbers of workers do equal work.
-    tasks = [Task(0, PROMPT, 0, ((i // workers * 4 % num_layers,),)) for i in range(count)]
+    tasks = [SkipTask(0, PROMPT, 0, ((i // workers * 4 % num_layers,),)) for i in range(count)]
     begin = time.perf_counter()
     gpus = gpus_per_worker(settings.device)
     results = run_tasks(LayerSkipper, (settings,), tasks, workers, None, gpus)

@@ -22,7 +22,7 @@ BUSY = {429, 500, 503}  # status codes that another attempt may change
 ATTEMPTS, FIRST_WAIT = 5, 1.0  # seconds, doubled from one attempt to the next
 POLL_EVERY, GIVE_UP_AFTER, ANSWER_WITHIN = 0.5, 600.0, 60.0  # seconds
 NOT_YET_KNOWN = 5  # times that a new task may be unknown
-LARGEST = 2**26  # bytes of an answer
+MAX_IMAGE_BYTES = 2**26  # bytes of an answer
 SMALLEST_SIDE, SIDE_STEP, LONGEST_SHAPE = 256, 32, 21 / 9
 
 ENDINGS = {
@@ -204,7 +204,7 @@ def _send(url: str, body: dict[str, Any] | None = None, key: str | None = None) 
     Redirects are followed only without a key, so that the key goes nowhere else.
 
     Raises:
-        OSError: The server cannot be reached, or sends more than `LARGEST` bytes.
+        OSError: The server cannot be reached, or sends more than `MAX_IMAGE_BYTES` bytes.
     """
     import httpx
 
@@ -214,8 +214,8 @@ def _send(url: str, body: dict[str, Any] | None = None, key: str | None = None) 
         with httpx.stream("GET" if body is None else "POST", url, json=body, **how) as answer:
             for piece in answer.iter_bytes():
                 content += piece
-                if len(content) > LARGEST:
-                    raise OSError(f"more than {LARGEST} bytes")
+                if len(content) > MAX_IMAGE_BYTES:
+                    raise OSError(f"more than {MAX_IMAGE_BYTES} bytes")
             return answer.status_code, answer.reason_phrase, content
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise OSError(str(error) or type(error).__name__) from error

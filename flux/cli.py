@@ -211,7 +211,7 @@ def main(
             HostedSession(name, *saving).run(options, loop)
 
 
-class Session:
+class PromptSession:
     """Makes one image after another by one model and saves them as img_N.jpg.
 
     Args:
@@ -289,7 +289,7 @@ class Session:
         raise NotImplementedError
 
 
-class LocalSession(Session):
+class LocalSession(PromptSession):
     """A session with a model that runs here.
 
     Args:
@@ -349,7 +349,7 @@ class LocalSession(Session):
         return {**self.settings.sampling(), **start}
 
 
-class HostedSession(Session):
+class HostedSession(PromptSession):
     """A session with a model that only Black Forest Labs runs."""
 
     def use(self, options: SamplingOptions) -> None:

@@ -216,7 +216,7 @@ def test_a_broken_key(server, monkeypatch, key):
 
 
 def test_too_much(server, monkeypatch):
-    monkeypatch.setattr(bfl, "LARGEST", 100)
+    monkeypatch.setattr(bfl, "MAX_IMAGE_BYTES", 100)
     refused("could not be fetched .more than 100 bytes")
 
 

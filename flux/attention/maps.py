@@ -13,11 +13,11 @@ from torch import Tensor
 
 from flux.attention.tokens import TextTokens
 
-CHUNK = 512  # queries at a time
+QUERY_CHUNK = 512  # queries at a time
 
 
 @torch.no_grad()
-def mean_attention(q: Tensor, k: Tensor, groups: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
+def mean_attention(q: Tensor, k: Tensor, groups: Tensor | None = None, chunk: int = QUERY_CHUNK) -> Tensor:
     """Computes softmax(q k^T / sqrt(D)) in float32, averaged over heads and summed over groups of keys.
 
     The largest tensors hold the scores of `chunk` queries in one head, "B chunk N"; two of them are alive at
@@ -70,7 +70,7 @@ class LayerAttention:
         return 1 - self.text
 
 
-def layer_attention(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = CHUNK) -> LayerAttention:
+def layer_attention(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = QUERY_CHUNK) -> LayerAttention:
     """Measures the attention of one layer. For the memory it takes see `mean_attention`.
 
     Args:

@@ -5,7 +5,7 @@ from PIL import Image
 from flux.errors import InputError
 
 
-def describe(image: Image.Image, model: str, device: str = "cpu") -> str:
+def describe_image(image: Image.Image, model: str, device: str = "cpu") -> str:
     """Describes an image in words.
 
     Args:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.editing.caption import describe
+from flux.editing.caption import describe_image
 from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.inversion import INVERSIONS
 from flux.editing.photo import Photograph
@@ -206,7 +206,7 @@ def find_source(
     if prompt is None:
         if photo is None or settings.caption_model is None:
             raise InputError("Got no prompt: say what the reference shows, or give a photo and caption_model")
-        prompt = describe(photo.part, settings.caption_model, str(pipe.device))
+        prompt = describe_image(photo.part, settings.caption_model, str(pipe.device))
     if photo is None:
         return generated_source(pipe, settings, [prompt], [settings.seed])
     return photo_source(pipe, settings, [prompt], pipe.encode(photo.part), photo, on_step, progress)

@@ -10,7 +10,7 @@ from flux.evaluate.benchmark import Item
 from flux.evaluate.judge import Judge, Verdict
 from flux.evaluate.methods import EditResult
 from flux.evaluate.resolve import ResolvedEvaluate
-from flux.evaluate.summary import Row
+from flux.evaluate.summary import ResultRow
 from flux.metrics.edits import EditMetrics, MeasuredEdit
 from flux.runtime.devices import pick_device
 from flux.specs import encoder_of
@@ -33,7 +33,7 @@ class Measurer:
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
-    def rows(self, method: str, items: Sequence[Item], results: Sequence[EditResult]) -> list[Row]:
+    def rows(self, method: str, items: Sequence[Item], results: Sequence[EditResult]) -> list[ResultRow]:
         """Measures one method's edits of some items: the rows of results.csv."""
         with torch.cuda.stream(self.stream):
             size = self.settings.size
@@ -46,7 +46,7 @@ class Measurer:
                 if verdict:
                     scores |= {"success": float(verdict.success), "overlap": verdict.overlap}
                 scores |= {"seconds": result.seconds, "evaluations": result.evaluations}
-                rows.append(Row(item.key, item.kind, method, scores))
+                rows.append(ResultRow(item.key, item.kind, method, scores))
             return rows
 
     def _verdicts(

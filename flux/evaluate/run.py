@@ -26,7 +26,7 @@ from flux.evaluate.methods import EditResult, MethodRunner
 from flux.evaluate.resolve import ResolvedEvaluate, ResolvedMethod, resolve_evaluation, resolve_methods
 from flux.evaluate.settings import BASELINES, EvaluateSettings
 from flux.evaluate.store import Store
-from flux.evaluate.summary import Row, write_summary
+from flux.evaluate.summary import ResultRow, write_summary
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.pipeline import Pipeline
@@ -216,7 +216,7 @@ def _sheet(store: Store, items: Sequence[Item], titles: Mapping[str, str]) -> Im
     return grid(images, captions, [f"{item.kind}: {item.target}" for item in shown])
 
 
-def _caption(title: str, row: Row) -> str:
+def _caption(title: str, row: ResultRow) -> str:
     success, psnr = row.scores.get("success"), row.scores["psnr"]
     verdict = "" if success is None else ", yes" if success else ", no"
     return f"{title}{'' if psnr is None else f': {psnr:.1f} dB'}{verdict}"

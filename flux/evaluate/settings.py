@@ -22,7 +22,7 @@ FOREIGN_TO_METHODS = {
     *SHARED, "prompt", "edits", "photo", "seed", "paste_back", "caption_model", "batch_size", "metadata",
     "output_dir",
 }  # fmt: skip
-Fields = dict[str, Any]
+MethodFields = dict[str, Any]
 
 
 class EvaluateSettings(ModelSettings, frozen=True):
@@ -30,7 +30,7 @@ class EvaluateSettings(ModelSettings, frozen=True):
 
     demo: ClassVar[str] = "evaluate"
     benchmark: FilePath = Field(description="folder in PIE-Bench's layout")
-    methods: Annotated[tuple[Fields, ...], Field(strict=False, min_length=1)] = Field(
+    methods: Annotated[tuple[MethodFields, ...], Field(strict=False, min_length=1)] = Field(
         description='list of {"name": ...} with fields of an edit\'s settings, or with "strength": img2img'
     )
     references: Literal["photo", "generated"] = Field(
@@ -60,7 +60,7 @@ class EvaluateSettings(ModelSettings, frozen=True):
 
     @field_validator("methods")
     @classmethod
-    def _each_with_a_name(cls, methods: tuple[Fields, ...]) -> tuple[Fields, ...]:
+    def _each_with_a_name(cls, methods: tuple[MethodFields, ...]) -> tuple[MethodFields, ...]:
         for fields in methods:
             name = fields.get("name")
             if not isinstance(name, str) or not slug(name):

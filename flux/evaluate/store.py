@@ -12,7 +12,7 @@ from flux.evaluate.benchmark import benchmark_fingerprint
 from flux.evaluate.methods import EditResult
 from flux.evaluate.resolve import ResolvedEvaluate
 from flux.evaluate.settings import EvaluateSettings
-from flux.evaluate.summary import Row
+from flux.evaluate.summary import ResultRow
 from flux.files import write_text
 from flux.images.io import read_image
 from flux.metrics.edits import NETS, OUTSIDE
@@ -51,7 +51,7 @@ class Store:
     def __init__(self, settings: ResolvedEvaluate):
         self.path, self.columns = Path(settings.output_dir), columns(settings)
         self.folder = ResumableFolder(self.path, settings.demo, "an evaluation", "python -m flux.evaluate")
-        self.rows: dict[tuple[str, str], Row] = {}
+        self.rows: dict[tuple[str, str], ResultRow] = {}
         self.settings, self.outdated = settings, False
         self.generated = settings.references == "generated"
         judge = Path(settings.judge or "")
@@ -95,7 +95,7 @@ class Store:
                 images = [self.image(method, item), self.image(method, item, reference=self.generated)]
                 if all(image.is_file() for image in images):
                     scores = {name: float(value) if value else None for name, value in fields.items()}
-                    self.rows[method, item] = Row(item, kind, method, scores)
+                    self.rows[method, item] = ResultRow(item, kind, method, scores)
 
     def result(self, method: str, key: str) -> EditResult:
         """Reads an edit that is done."""
@@ -107,7 +107,7 @@ class Store:
         """Names the file of an edit, or of the generated reference it was made from."""
         return self.path / method / (f"{key}_reference.png" if reference else f"{key}.png")
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[ResultRow]) -> None:
         """Adds rows and writes results.csv. The rows' images must exist already."""
         self.rows |= {(row.method, row.item): row for row in rows}
         text = StringIO()

@@ -40,7 +40,7 @@ share of its batch. Local: edits of a part of the picture, not of its place, tim
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One row of results.csv: the measures of one method's edit of one item.
 
     Attributes:
@@ -56,7 +56,7 @@ class Row:
     scores: Mapping[str, float | None]
 
 
-def means(rows: Sequence[Row]) -> dict[str, float]:
+def means(rows: Sequence[ResultRow]) -> dict[str, float]:
     """Averages each measure over the rows that have it. A measure that no row has is left out."""
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -69,13 +69,13 @@ def means(rows: Sequence[Row]) -> dict[str, float]:
     return {name: sum(each) / len(each) for name, each in values.items()}
 
 
-def means_by_kind(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def means_by_kind(rows: Sequence[ResultRow]) -> dict[str, dict[str, float]]:
     """Averages the measures of each kind of edit, in the order in which the kinds come.
 
     The first entries are "all" and, if some kinds change the whole image, "local": the edits of other kinds.
     Each entry has the number of edits as "items".
     """
-    groups: dict[str, list[Row]] = {"all": list(rows)}
+    groups: dict[str, list[ResultRow]] = {"all": list(rows)}
     if any(row.kind in SCENE for row in rows):
         groups["local"] = [row for row in rows if row.kind not in SCENE]
     for row in rows:
@@ -83,7 +83,7 @@ def means_by_kind(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return {kind: {"items": len(group)} | means(group) for kind, group in groups.items() if group}
 
 
-def write_summary(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
+def write_summary(folder: Path, rows: Mapping[str, Sequence[ResultRow]]) -> None:
     """Writes summary.csv and summary.md from the rows of each method, by its name.
 
     Raises:

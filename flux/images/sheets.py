@@ -36,7 +36,7 @@ def grid(
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class SheetRow:
     """One row of a sheet: its images, with title and captions broken into lines."""
 
     images: Sequence[Image.Image | None]
@@ -58,7 +58,7 @@ class Sheet:
         bold: the font of titles.
     """
 
-    rows: list[Row]
+    rows: list[SheetRow]
     columns: int
     width: int
     height: int
@@ -89,7 +89,9 @@ class Sheet:
         letters = "".join([*(row_titles or []), *(text for row in captions or [] for text in row)])
         regular, bold = caption_font(gap, False, letters), caption_font(gap, True, letters)
         rows = [
-            Row(row, wrap_text(title, bold, whole_width), [wrap_text(text, regular, width) for text in texts])
+            SheetRow(
+                row, wrap_text(title, bold, whole_width), [wrap_text(text, regular, width) for text in texts]
+            )
             for row, title, texts in zip(
                 images, row_titles or [""] * len(images), captions or [[]] * len(images)
             )
@@ -101,11 +103,11 @@ class Sheet:
         """The height of a line of text."""
         return round(1.35 * self.gap)
 
-    def above(self, row: Row) -> int:
+    def above(self, row: SheetRow) -> int:
         """Returns the height of a row's title."""
         return self._text_height(len(row.title))
 
-    def below(self, row: Row) -> int:
+    def below(self, row: SheetRow) -> int:
         """Returns the height of a row's longest caption."""
         return self._text_height(max(map(len, row.captions), default=0))
 
@@ -123,7 +125,7 @@ class Sheet:
             top += height
         return sheet
 
-    def _draw_row(self, sheet: Image.Image, row: Row, top: int) -> None:
+    def _draw_row(self, sheet: Image.Image, row: SheetRow, top: int) -> None:
         gap, width, height = self.gap, self.width, self.height
         draw = ImageDraw.Draw(sheet)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 32  # images in memory at once, and in a batch of a metric's model
-FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+DINOV2_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 
 # ---- loading
@@ -97,7 +97,7 @@ def load_vision(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if Path(source).is_dir():
-            problem = f"a folder without a whole {kind.name} in it ({', '.join(FILES)})"
+            problem = f"a folder without a whole {kind.name} in it ({', '.join(DINOV2_FILES)})"
             raise InputError(f"{got} {problem}: {kind.advice}") from error
         raise InputError(f"{got} no folder here, and the hub did not give it: {kind.advice}") from error
     if kind.all_weights and report["missing_keys"]:

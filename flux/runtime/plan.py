@@ -202,7 +202,7 @@ def make_plan(
     # A device without memory of its own shares the host's: offloading saves none.
     on_device = Plan.of(estimate, "none", tiled=settings.tiled)
     plan = on_device if free is None else Plan.fitting(estimate, free)
-    print(describe(plan, estimate, free))
+    print(describe_plan(plan, estimate, free))
     return plan
 
 
@@ -217,7 +217,7 @@ def free_memory(device: torch.device) -> int | None:
     return round(min(free + reserved, allowed) - allocated)
 
 
-def describe(plan: Plan, estimate: MemoryEstimator, free: int | None) -> str:
+def describe_plan(plan: Plan, estimate: MemoryEstimator, free: int | None) -> str:
     """Return one line that says where the models are placed and how much memory that needs at most."""
     parts = ["all models stay on the device" if plan.offload == "none" else "each model comes when it works"]
     if plan.streamed:

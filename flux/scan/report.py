@@ -83,7 +83,7 @@ def write_report(
         shown = tqdm(entries[: len(change)], "report", unit="prompt", disable=not progress)
         for number, (prompt, seed) in enumerate(shown):
             paths = [image_path(number, layers) for layers in (REFERENCE, *layer_sets)]
-            reference, *thumbnails = pool.map(thumbnail, paths)
+            reference, *thumbnails = pool.map(embedded_thumbnail, paths)
             cells = list(zip(change[number].tolist(), _colours(change[number], **limits), thumbnails))
             mean = change[number].mean()
             rows.append(
@@ -174,7 +174,7 @@ def _colours(values: np.ndarray, vmin: float, vmax: float) -> list[str]:
     return [to_hex(colour) for colour in colormaps[COLOUR_MAP]((values - vmin) / (vmax - vmin))]
 
 
-def thumbnail(path: Path) -> Thumbnail:
+def embedded_thumbnail(path: Path) -> Thumbnail:
     """Reads an image file and makes it small."""
     image = read_image(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

@@ -18,14 +18,14 @@ from flux.scan.plots import plot_vitality
 from flux.scan.publish import publish
 from flux.scan.scores import Rule, Scores, is_settled
 from flux.scan.similarity import gather, score_row
-from flux.scan.skipper import Task
+from flux.scan.skipper import SkipTask
 from flux.scan.sweep import Sweep, image_path
 from flux.settings.resolved import ResolvedScan, ResolvedSkip
 from flux.specs import encoder_of, get_spec
 
 REDRAW_SECONDS = 2.0  # between two drawings of a growing vitality.png
 
-Row = Mapping[str, Sequence[float]]  # for each metric, the similarities of one reference's images
+RowSimilarities = Mapping[str, Sequence[float]]  # for each metric, the similarities of one reference's images
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def scan(
     if metrics is None:
         metrics = load_metrics(settings.metrics, sources, pick_device(settings.device))
 
-    def may_stop(row: int, rows_before: Callable[[], Sequence[Row]]) -> bool:
+    def may_stop(row: int, rows_before: Callable[[], Sequence[RowSimilarities]]) -> bool:
         if settings.stop_when == "never" or row == 0 or not is_settled(_scores(sweep, rows_before()), rule):
             return False
         print(f"the vital layers are settled after {row} references")
@@ -101,12 +101,12 @@ def _bar_name(settings: ResolvedSkip) -> str:
     return "skip, at most" if may_stop else "skip"
 
 
-MayStop = Callable[[int, Callable[[], Sequence[Row]]], bool]
+MayStop = Callable[[int, Callable[[], Sequence[RowSimilarities]]], bool]
 
 
 def _score_rows(
     sweep: Sweep, pipe: Pipeline | None, metrics: Mapping[str, Metric], may_stop: MayStop, progress: bool
-) -> list[Row]:
+) -> list[RowSimilarities]:
     """Runs the sweep, and scores each finished reference in a thread while the next ones are made."""
     rows: list[Future[dict[str, list[float]]]] = []
     with ThreadPoolExecutor(1) as scorer:
@@ -134,7 +134,7 @@ def _score_batches(
     may_stop: MayStop,
     on_progress: Callable[[ScanProgress], None],
     progress: bool,
-) -> list[Row]:
+) -> list[RowSimilarities]:
     """Runs the sweep, scores each batch once it is written, and reports the vitalities so far."""
     batches = _BatchScorer(sweep, metrics, on_progress)
     sweep.run(
@@ -162,7 +162,7 @@ class _BatchScorer:
         self.done = 0
         self.drawn = 0.0  # when vitality.png was last drawn
 
-    def add(self, task: Task) -> None:
+    def add(self, task: SkipTask) -> None:
         """Scores the images of a task and reports them."""
         folder = self.sweep.folder
         skipped = [layers for layers in task.layer_sets if layers != REFERENCE]
@@ -188,7 +188,7 @@ class _BatchScorer:
         change = METRICS[first].change
         return {layers: float(change(np.array(values)).mean()) for layers, values in known.items() if values}
 
-    def rows(self, count: int) -> list[Row]:
+    def rows(self, count: int) -> list[RowSimilarities]:
         """Returns the similarities of the first references, which must be complete."""
         return [
             {name: [values[layers] for layers in self.sweep.layer_sets] for name, values in row.items()}
@@ -196,6 +196,6 @@ class _BatchScorer:
         ]
 
 
-def _scores(sweep: Sweep, rows: Sequence[Row]) -> Scores:
+def _scores(sweep: Sweep, rows: Sequence[RowSimilarities]) -> Scores:
     prompts = [entry.prompt for entry in sweep.settings.entries[: len(rows)]]
     return gather(sweep.layer_sets, rows, prompts)

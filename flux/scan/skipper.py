@@ -17,7 +17,7 @@ from flux.settings.resolved import ResolvedSkip
 
 
 @dataclass(frozen=True)
-class Task:
+class SkipTask:
     """Images that are made as one batch: one prompt and seed, and in each row another set of skipped layers.
 
     The images depend on the task and the settings alone, not on what was made before or by which worker. If
@@ -75,11 +75,11 @@ class LayerSkipper:
         self._stream = torch.cuda.Stream(self.pipe.device) if has_stream else None
         self.reference: _Reference | None = None
 
-    def make(self, task: Task) -> list[Image.Image]:
+    def make(self, task: SkipTask) -> list[Image.Image]:
         """Makes the task's images, in the order of its sets."""
         return self.run(task)()
 
-    def run(self, task: Task) -> Callable[[], list[Image.Image]]:
+    def run(self, task: SkipTask) -> Callable[[], list[Image.Image]]:
         """Takes the task's steps.
 
         Returns:
@@ -107,7 +107,7 @@ class LayerSkipper:
         """Turns what `pack` made into a result of `run` again."""
         return lambda: [Image.open(BytesIO(file)).convert("RGB") for file in files]
 
-    def denoise(self, task: Task) -> Tensor:
+    def denoise(self, task: SkipTask) -> Tensor:
         """Returns the task's final latents, "B I 64"."""
         pipe, settings = self.pipe, self.settings
         width, height, batch = settings.width, settings.height, len(task.layer_sets)
@@ -136,7 +136,7 @@ class LayerSkipper:
         with torch.cuda.stream(self._stream):
             return self.pipe.decode(latents, settings.width, settings.height, settings.watermark)
 
-    def _reference_of(self, task: Task, noise: Tensor, levels: list[float]) -> _Reference:
+    def _reference_of(self, task: SkipTask, noise: Tensor, levels: list[float]) -> _Reference:
         key = (task.prompt, task.seed)
         if self.reference and self.reference.key == key:
             return self.reference

@@ -26,7 +26,7 @@ from flux.runs.folder import ResumableFolder
 from flux.runs.record import image_metadata
 from flux.runs.workers import device_on_worker, finish_beside, gpus_per_worker, run_tasks, uses_ray
 from flux.scan.layers import REFERENCE, LayerSet, layer_sets, layers_text
-from flux.scan.skipper import LayerSkipper, Task
+from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.settings.demos import Prompt, SkipSettings
 from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedSkip
@@ -38,12 +38,12 @@ FREE_FIELDS = {"output_dir", "batch_size", "device", "offload", "compile", "work
 OVERVIEW_ROWS, OVERVIEW_SIDE = 8, 256
 
 
-def plan(settings: SkipSettings, num_layers: int) -> list[Task]:
+def plan(settings: SkipSettings, num_layers: int) -> list[SkipTask]:
     """Lists the tasks of a sweep, reference by reference."""
     all_sets = [REFERENCE, *layer_sets(settings.layers, num_layers)]
     size = settings.batch_size
     return [
-        Task(row, entry.prompt, entry.seed, tuple(all_sets[start : start + size]))
+        SkipTask(row, entry.prompt, entry.seed, tuple(all_sets[start : start + size]))
         for row, entry in enumerate(settings.entries)
         for start in range(0, len(all_sets), size)
     ]
@@ -85,7 +85,7 @@ class Sweep:
         """The number of images of the whole sweep."""
         return sum(len(task.layer_sets) for task in self.tasks)
 
-    def pending(self) -> list[Task]:
+    def pending(self) -> list[SkipTask]:
         """Lists the tasks of which images are missing."""
         return [task for task in self.tasks if self._missing(task)]
 
@@ -93,7 +93,7 @@ class Sweep:
         self,
         pipe: Pipeline | None = None,
         on_row: Callable[[int], bool] | None = None,
-        on_task: Callable[[Task], None] | None = None,
+        on_task: Callable[[SkipTask], None] | None = None,
         progress: bool = True,
         name: str = "skip",
     ) -> None:
@@ -155,7 +155,7 @@ class Sweep:
             sweep_settings(self.settings), rows=self.rows_done, checkpoint=checkpoint, timings=timings
         )
 
-    def _missing(self, task: Task) -> list[int]:
+    def _missing(self, task: SkipTask) -> list[int]:
         """Lists the places in the task's batch of the images that are not there yet."""
         paths = [image_path(self.folder, task.row, layers) for layers in task.layer_sets]
         return [place for place, path in enumerate(paths) if not path.exists()]
@@ -168,7 +168,7 @@ class Sweep:
                 return True
         return False
 
-    def _written(self, pending: Sequence[Task], pipe: Pipeline | None) -> Generator[Task, None, None]:
+    def _written(self, pending: Sequence[SkipTask], pipe: Pipeline | None) -> Generator[SkipTask, None, None]:
         """Yields each of these tasks once its images are written."""
         settings = self.settings
         by_ray = uses_ray(settings.workers, settings.ray_address)
@@ -183,7 +183,7 @@ class Sweep:
             gpus_per_worker(settings.device) if by_ray else 0,
         )
 
-        def write(number: int, decode: Callable[[], list[Image.Image]]) -> Task:
+        def write(number: int, decode: Callable[[], list[Image.Image]]) -> SkipTask:
             task, images = pending[number], decode()
             for place in self._missing(task):
                 layers = task.layer_sets[place]

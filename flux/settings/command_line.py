@@ -21,13 +21,13 @@ from pydantic_core import PydanticUndefined
 from flux.errors import InputError, exit_on_input_error, only_rank_zero_prints, print_anything
 from flux.settings.messages import show, unknown_field
 
-Fields = Mapping[str, FieldInfo]
+OptionFields = Mapping[str, FieldInfo]
 
 
 def run(
     main: Callable[..., object],
     text: str | None,
-    fields: Fields | None = None,
+    fields: OptionFields | None = None,
     *,
     positional: str | None = None,
     arguments: Sequence[str] | None = None,
@@ -71,7 +71,7 @@ def fields_of(function: Callable[..., object]) -> dict[str, FieldInfo]:
     return found
 
 
-def parse(fields: Fields, arguments: Sequence[str], positional: str | None = None) -> dict[str, Any]:
+def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None = None) -> dict[str, Any]:
     """Return the values that the arguments give, by name.
 
     Options are written `--name value` or `--name=value`; a switch may stand alone.
@@ -139,7 +139,7 @@ def value_of(text: str, annotation: Any) -> Any:
     return text
 
 
-def help_text(fields: Fields, text: str | None, positional: str | None = None) -> str:
+def help_text(fields: OptionFields, text: str | None, positional: str | None = None) -> str:
     """Return the help: `text`, then each option with its type, description and default."""
     lines = [(text or "").strip(), "", "Options:"]
     for name, field in fields.items():

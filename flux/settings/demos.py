@@ -18,11 +18,11 @@ from flux.settings.fields import (
     Offload,
     Seed,
     Side,
+    SkippedLayers,
     Steps,
     Strength,
     StrictModel,
     String,
-    Sweep,
     Text,
     TrueCfg,
     Words,
@@ -232,7 +232,7 @@ class SkipSettings(PromptSettings, frozen=True):
     """Demo 2: the same images with layers skipped: a list one by one, a list of lists in sets."""
 
     demo: ClassVar[str] = "skip"
-    layers: Sweep = Field(
+    layers: SkippedLayers = Field(
         default="all", description='what to skip: "all" one by one, a list, or a list of sets'
     )
     scale: float = Field(

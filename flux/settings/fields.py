@@ -91,14 +91,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(gt=0, le=1)]
 Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
 
-Metric = Literal["dino", "psnr", "ssim", "lpips", "clip"]
-Metrics = Annotated[tuple[Metric, ...], LIST, AfterValidator(_no_repeats)]
+MetricName = Literal["dino", "psnr", "ssim", "lpips", "clip"]
+Metrics = Annotated[tuple[MetricName, ...], LIST, AfterValidator(_no_repeats)]
 
 Number = Annotated[int, Field(ge=0)]
 Numbers = Annotated[tuple[Number, ...], LIST_OR_EMPTY, AfterValidator(_no_repeats)]
 LayerNumbers = Annotated[tuple[Number, ...], LIST, AfterValidator(_no_repeats)]
 LayerSets = Annotated[tuple[LayerNumbers, ...], LIST, AfterValidator(_no_repeats)]
-Sweep = Annotated[
+SkippedLayers = Annotated[
     Annotated[Literal["all"], Tag("word")]
     | Annotated[LayerNumbers, Tag("numbers")]
     | Annotated[LayerSets, Tag("sets")],

@@ -23,7 +23,7 @@ from flux.settings.demos import (
     SkipSettings,
 )
 from flux.settings.edits import EditSettings
-from flux.settings.messages import describe, show
+from flux.settings.messages import describe_errors, show
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PROGRAMS: dict[type[Settings], str] = {
@@ -97,7 +97,7 @@ def check_settings(
         return cls.model_validate(data)
     except ValidationError as error:
         lines = []
-        for field, message in describe(error, cls, data):
+        for field, message in describe_errors(error, cls, data):
             place = (others or {}).get(field, source)
             lines.append(f"{place}: {message}" if place else message)
         if len(lines) > MOST_LINES:

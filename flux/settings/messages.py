@@ -31,7 +31,9 @@ EXPECTED = {
 ENTRIES: dict[str | int, type[BaseModel]] = {"edits": Edit, "lora": Lora}
 
 
-def describe(error: ValidationError, cls: type[BaseModel], data: Mapping[str, Any]) -> list[tuple[str, str]]:
+def describe_errors(
+    error: ValidationError, cls: type[BaseModel], data: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     """Return a line about each problem, after the top-level field that it is in ("" if in none)."""
     problems = error.errors(include_url=False)
     # Misspelt fields go first: each one explains why the field that was meant is missing.

@@ -14,7 +14,7 @@ from flux.studio.state import Studio
 from flux.studio.tabs.edit import EditTab
 from flux.studio.tabs.film import FilmTab
 from flux.studio.tabs.generate import GenerateTab
-from flux.studio.tabs.history import History, Place
+from flux.studio.tabs.history import History, HistoryPlace
 from flux.studio.tabs.scan import ScanTab
 
 STYLE = Path(__file__).with_name("studio.css")
@@ -71,9 +71,9 @@ def build(studio: Studio) -> Page:
             tab.wire(history)
         scan.wire(tabs, edit)
         places = {
-            GenerateSettings: Place("generate", generate),
-            EditSettings: Place("edit", edit),
-            LayerSettings: Place("look", film),
+            GenerateSettings: HistoryPlace("generate", generate),
+            EditSettings: HistoryPlace("edit", edit),
+            LayerSettings: HistoryPlace("look", film),
         }
         history.wire(tabs, places)
         add_endpoints(studio)

@@ -23,7 +23,7 @@ from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings
 from flux.settings.edits import EditSettings
 from flux.settings.files import FILES, check_settings
 
-KINDS: dict[str, type[ModelSettings]] = {
+RUN_KINDS: dict[str, type[ModelSettings]] = {
     cls.demo: cls for cls in (GenerateSettings, LayerSettings, EditSettings)
 }
 MAX_SESSIONS = 200
@@ -88,7 +88,7 @@ class Session:
         files = {name: f"{name}.png" for name in inputs or {}}
         for name, image in (inputs or {}).items():
             save_image(image, folder / files[name])
-        run = Run(folder, check_settings(KINDS[settings.demo], portable(settings.to_json() | files)))
+        run = Run(folder, check_settings(RUN_KINDS[settings.demo], portable(settings.to_json() | files)))
         write_json(run.record, run_record(run.settings))
         self.runs.append(run)
         return run
@@ -193,7 +193,7 @@ def read_back(path: Path) -> tuple[ModelSettings, dict[str, Any]]:
         record = read_metadata(path)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         record = {}
-    cls = KINDS.get(record["demo"]) if isinstance(record.get("demo"), str) else None
+    cls = RUN_KINDS.get(record["demo"]) if isinstance(record.get("demo"), str) else None
     if cls is None:
         raise InputError(f"Got {path.name}, which does not say how it was made: give an image made here")
     types = {"prompt": str, "seed": int, "layers": list}

@@ -194,13 +194,13 @@ def results(
     )
 
 
-def download(label: str) -> gr.DownloadButton:
+def download_button(label: str) -> gr.DownloadButton:
     """Makes a button that downloads a file, disabled until it has one."""
     return gr.DownloadButton(label, size="sm", interactive=False)
 
 
 def downloadable(path: Path | str) -> dict[str, Any]:
-    """Gives a `download` its file."""
+    """Gives a `download_button` its file."""
     return gr.update(value=str(path), interactive=True)
 
 

@@ -18,7 +18,7 @@ from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
 from flux.weights.layouts import SWAPPED, Part, diffusers_modules
-from flux.weights.lora_formats import BIASES, Fields, Patch, Place, change_in, check_fields
+from flux.weights.lora_formats import BIASES, LoraFields, LoraPlace, Patch, change_in, check_fields
 from flux.weights.scales import ScaledTensor
 
 # How a tensor's name ends, and its role for the module that the rest names.
@@ -168,7 +168,7 @@ def match_patches(files: Iterable[LoraFile], part: Part, model: nn.Module) -> li
     return [patch for file in files for patch in _patches_of(file, part, places)]
 
 
-def _patches_of(file: LoraFile, part: Part, places: dict[str, Place]) -> list[Patch]:
+def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace]) -> list[Patch]:
     prefixes = TEXT_PREFIXES.get(part, PREFIXES)
     patches, unmatched = [], []
     for module, fields in file.modules.items():
@@ -199,16 +199,16 @@ def _part_of(module: str) -> Part:
     return "transformer"
 
 
-def _places(part: Part, model: nn.Module) -> dict[str, Place]:
+def _places(part: Part, model: nn.Module) -> dict[str, LoraPlace]:
     """Every name that files have for a module of ours, without prefix."""
     places = {}
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
-            places[name] = Place(name, 0, module.scale.shape[0], None)
+            places[name] = LoraPlace(name, 0, module.scale.shape[0], None)
         if not isinstance(module, nn.Linear):
             continue
         rows, columns = module.weight.shape
-        whole = Place(name, 0, rows, columns)
+        whole = LoraPlace(name, 0, rows, columns)
         places[name] = whole
         if part == "text_encoder":
             places[f"text_model.{name}"] = whole
@@ -217,25 +217,25 @@ def _places(part: Part, model: nn.Module) -> dict[str, Place]:
     return places
 
 
-def _other_names(whole: Place, columns: int) -> dict[str, Place]:
+def _other_names(whole: LoraPlace, columns: int) -> dict[str, LoraPlace]:
     """The names that diffusers and XLabs have for a linear layer of the transformer, or for rows of it."""
     module, places = whole.module, {}
     theirs, start = diffusers_modules(module), 0
     for index, their in enumerate(theirs):
         # Queries, keys and values have as many rows as the model has columns; the rest follows them.
         stop = start + columns if index < 3 and len(theirs) > 1 else whole.stop
-        places[their] = Place(module, start, stop, columns, module == SWAPPED)
+        places[their] = LoraPlace(module, start, stop, columns, module == SWAPPED)
         if len(theirs) > 1:  # OneTrainer numbers the parts
             places[f"{module}.{index}"] = places[their]
         start = stop
     for pattern, their in XLABS.items():
         if re.fullmatch(pattern, module):
             stop = 3 * columns if module.endswith("linear1") else whole.stop
-            places[re.sub(pattern, their, module)] = Place(module, 0, stop, columns)
+            places[re.sub(pattern, their, module)] = LoraPlace(module, 0, stop, columns)
     return places
 
 
-def _scale(file: LoraFile, module: str, part: Part, fields: Fields, rank: int) -> float:
+def _scale(file: LoraFile, module: str, part: Part, fields: LoraFields, rank: int) -> float:
     """The factor alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
     if "alpha" in fields:
         return float(fields["alpha"].read()) / rank

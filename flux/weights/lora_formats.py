@@ -20,14 +20,14 @@ from flux.modules.norms import RMSNorm
 from flux.weights.numbers import FiniteCheck
 from flux.weights.scales import ScaledTensor
 
-Fields = Mapping[str, ScaledTensor]
+LoraFields = Mapping[str, ScaledTensor]
 """A file's tensors for one module by their role, "down", "up", "alpha", "lokr_w1", ..."""
 BIASES = ("bias", "diff_b")
 NO_MATRIX = {"alpha", *BIASES}
 
 
 @dataclass(frozen=True)
-class Place:
+class LoraPlace:
     """Rows of a module's weight.
 
     Attributes:
@@ -79,7 +79,7 @@ class WeightChange(ABC):
     def _values(self, device: torch.device) -> Tensor:
         """The change in float32, rows in the file's order."""
 
-    def matrix(self, place: Place, factor: float, device: torch.device) -> Tensor:
+    def matrix(self, place: LoraPlace, factor: float, device: torch.device) -> Tensor:
         """Read the change in float32, "out in", with rows in our order and times `factor`."""
         return place.in_order(self._values(device)) * factor
 
@@ -120,7 +120,7 @@ class LowRank(WeightChange):
     def shape(self) -> tuple[int, ...] | None:
         return _product_shape(self.up.shape, self.down.shape)
 
-    def factors(self, place: Place, factor: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def factors(self, place: LoraPlace, factor: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Read down, "rank in", and up, "out rank", the latter with rows in our order and times `factor`."""
         return _read(self.down, device), place.in_order(_read(self.up, device)) * factor
 
@@ -128,7 +128,7 @@ class LowRank(WeightChange):
         return _read(self.up, device) @ _read(self.down, device)
 
     @override
-    def matrix(self, place: Place, factor: float, device: torch.device) -> Tensor:
+    def matrix(self, place: LoraPlace, factor: float, device: torch.device) -> Tensor:
         down, up = self.factors(place, factor, device)  # cheaper than scaling the product
         return up @ down
 
@@ -142,7 +142,7 @@ class Factor:
     b: ScaledTensor | None
 
     @classmethod
-    def named(cls, name: str, fields: Fields) -> "Factor":
+    def named(cls, name: str, fields: LoraFields) -> "Factor":
         """Take the factor of that name from a file's tensors for a module."""
         return cls(fields.get(name), fields.get(f"{name}_a"), fields.get(f"{name}_b"))
 
@@ -212,7 +212,7 @@ def _product_shape(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, 
     return (left[0], right[1]) if len(left) == len(right) == 2 and left[1] == right[0] else None
 
 
-def change_in(fields: Fields) -> WeightChange | None:
+def change_in(fields: LoraFields) -> WeightChange | None:
     """The change to the weight that these tensors make up; None if they make up none."""
     roles = fields.keys() - NO_MATRIX
     if "set" in roles and roles <= {"set", "diff"}:
@@ -242,9 +242,9 @@ class Patch:
         factor: That strength times alpha / rank.
     """
 
-    place: Place
+    place: LoraPlace
     change: WeightChange | None
-    biases: Fields
+    biases: LoraFields
     strength: float = 1.0
     factor: float = 1.0
 
@@ -258,7 +258,7 @@ class Patch:
         return self.place.in_order(total)
 
 
-def check_fields(path: Path, place: Place, fields: Fields) -> None:
+def check_fields(path: Path, place: LoraPlace, fields: LoraFields) -> None:
     """Check that a file's tensors for a module are complete and of its size. Reads none of them.
 
     Raises:

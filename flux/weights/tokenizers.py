@@ -15,7 +15,7 @@ VOCABULARIES = {
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
 # How the vocabulary of each encoder is called in tokenizer.json.
-KINDS = {"tokenizer": ("BPE", "CLIP"), "tokenizer_2": ("Unigram", "T5")}
+TOKENIZER_KINDS = {"tokenizer": ("BPE", "CLIP"), "tokenizer_2": ("Unigram", "T5")}
 
 
 def vocabulary_files(folder: Path, name: str) -> list[Path]:
@@ -58,10 +58,11 @@ def check_tokenizer(folder: Path, name: str) -> None:
 def _check_kind(folder: Path, name: str, model: object) -> None:
     if not isinstance(model, dict) or not model.get("vocab"):
         raise InputError(f"Got {folder / 'tokenizer.json'}, which has no vocabulary: fetch it again")
-    for other, (kind, title) in KINDS.items():
+    for other, (kind, title) in TOKENIZER_KINDS.items():
         if other != name and model.get("type") == kind:
             raise InputError(
-                f"Got {folder}, which is {title}'s tokenizer; expected {KINDS[name][1]}'s: swap the folders"
+                f"Got {folder}, which is {title}'s tokenizer; "
+                f"expected {TOKENIZER_KINDS[name][1]}'s: swap the folders"
             )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux.editing.caption import describe
+from flux.editing.caption import describe_image
 from flux.errors import InputError
 
 
@@ -48,13 +48,13 @@ def captioner(tmp_path_factory):
 
 
 def test_a_caption(captioner):
-    words = describe(noise(50, 40), captioner).split()
+    words = describe_image(noise(50, 40), captioner).split()
     assert words
     assert set(words) <= {"a", "dog", "cat", "on", "the", "grass", "[UNK]", "[MASK]"}
-    assert describe(noise(50, 40), captioner).split() == words
+    assert describe_image(noise(50, 40), captioner).split() == words
 
 
 def test_captioners_that_are_none(tmp_path):
     with pytest.raises(InputError, match=r"caption_model '.*nothing'.*say in prompt") as error:
-        describe(noise(50, 40), str(tmp_path / "nothing"))
+        describe_image(noise(50, 40), str(tmp_path / "nothing"))
     assert len(str(error.value).splitlines()) == 1

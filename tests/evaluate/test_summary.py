@@ -1,10 +1,10 @@
 """Tables of an evaluation."""
 
-from flux.evaluate.summary import Row, markdown, means, means_by_kind
+from flux.evaluate.summary import ResultRow, markdown, means, means_by_kind
 
 
-def row(kind: str, **scores: float | None) -> Row:
-    return Row("an item", kind, "a method", scores)
+def row(kind: str, **scores: float | None) -> ResultRow:
+    return ResultRow("an item", kind, "a method", scores)
 
 
 def test_means_leave_out_what_was_not_measured():

@@ -11,7 +11,7 @@ from torch import nn
 from flux.pipeline import Pipeline
 from flux.runtime.estimate import MemoryEstimator, live_bytes
 from flux.runtime.plan import GIB, Plan
-from flux.scan.skipper import LayerSkipper, Task
+from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings, SkipSettings
 from flux.weights.find import find_model
@@ -136,7 +136,7 @@ def test_a_sweep_keeps_the_streams_into_each_layer(nano):
     opened, dtype = find_model(settings), torch.float32
     estimate = MemoryEstimator(settings, opened.spec, opened.sources(), dtype, dtype, on_gpu=False)
     skipper = LayerSkipper(settings, nano)
-    skipper.make(Task(0, "a dog", 0, ((),)))
+    skipper.make(SkipTask(0, "a dog", 0, ((),)))
     kept = [x for passes in skipper.reference.streams for each in passes for x in (each.img, each.txt)]
     assert estimate.streams == sum(x.nbytes for x in kept)
     none, model = (Plan.of(estimate, offload)["denoise"].activations for offload in ("none", "model"))

@@ -11,7 +11,7 @@ from flux.errors import InputError
 from flux.pipeline import Pipeline
 from flux.runtime import plan
 from flux.runtime.estimate import MemoryEstimator
-from flux.runtime.plan import GIB, MIB, Plan, Stage, check_size, describe, free_memory, make_plan
+from flux.runtime.plan import GIB, MIB, Plan, Stage, check_size, describe_plan, free_memory, make_plan
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import configs
@@ -72,11 +72,11 @@ def test_too_little_memory_is_an_error_before_anything_loads(dev):
 
 
 def test_a_plan_is_described_in_one_line(dev):
-    line = describe(Plan.fitting(dev, 8 * GIB), dev, 8 * GIB)
+    line = describe_plan(Plan.fitting(dev, 8 * GIB), dev, 8 * GIB)
     assert "transformer blocks are streamed" in line
     assert "T5's blocks" in line
     assert "of 8.0 GiB" in line
-    assert "all models stay on the device" in describe(Plan.of(dev, "none"), dev, None)
+    assert "all models stay on the device" in describe_plan(Plan.of(dev, "none"), dev, None)
 
 
 def test_a_stage_fits_with_a_margin():

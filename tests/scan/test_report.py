@@ -12,7 +12,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import save_image
-from flux.scan.report import THUMBNAIL, thumbnail
+from flux.scan.report import THUMBNAIL, embedded_thumbnail
 
 
 def test_everything_is_there_with_its_scores(page, coloured_images):
@@ -115,4 +115,4 @@ def test_thumbnails_of_busy_images_are_small(tmp_path):
     x = np.moveaxis(np.fft.ifft2(noise).real, 0, -1)
     x = 0.5 + 0.2 * (x - x.mean()) / x.std()
     save_image(Image.fromarray((x.clip(0, 1) * 255).astype(np.uint8)), tmp_path / "busy.png")
-    assert 3000 < len(thumbnail(tmp_path / "busy.png").url) + 100 < 25e6 / (64 * 58)
+    assert 3000 < len(embedded_thumbnail(tmp_path / "busy.png").url) + 100 < 25e6 / (64 * 58)

@@ -17,7 +17,7 @@ from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
 from flux.sampling import sample
-from flux.scan.skipper import LayerSkipper, Task
+from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.scan.sweep import sweep
 from flux.settings.resolved import ResolvedSkip
 
@@ -50,7 +50,7 @@ def test_the_first_steps_shortcut_changes_no_bit(nano, tmp_path, way):
     given = skip_settings(tmp_path, **WAYS[way])
     skipper, found = LayerSkipper(given, nano), []
     for layers in SETS:
-        [image] = skipper.make(Task(0, *PROMPTS[0].values(), (layers,)))
+        [image] = skipper.make(SkipTask(0, *PROMPTS[0].values(), (layers,)))
         assert largest_difference(image, full(nano, given, layers)) == 0, layers
         found.append(image.tobytes())
     assert len(set(found)) == len(SETS)
@@ -70,10 +70,10 @@ def test_the_shortcut_spares_the_layers_below(nano, tmp_path, monkeypatch):
 
         monkeypatch.setattr(block, "run", counted)
     skipper, expected = LayerSkipper(skip_settings(tmp_path, num_steps=1), nano), {(14,): [], (12,): [13, 14]}
-    skipper.make(Task(0, "a dog", 0, ((0,),)))
+    skipper.make(SkipTask(0, "a dog", 0, ((0,),)))
     for layers, layers_above in expected.items():
         computed.clear()
-        skipper.make(Task(0, "a dog", 0, (layers,)))
+        skipper.make(SkipTask(0, "a dog", 0, (layers,)))
         assert computed == layers_above
 
 
@@ -84,7 +84,7 @@ def test_rows_of_a_batch_are_images_of_their_own(nano, tmp_path, way):
     skipper = LayerSkipper(given, nano)
 
     def batch(*sets):
-        return skipper.make(Task(0, *PROMPTS[0].values(), sets))
+        return skipper.make(SkipTask(0, *PROMPTS[0].values(), sets))
 
     rows = batch((), (1,), (12,), (3, 8))
     for layers, row in zip([(), (1,), (12,), (3, 8)], rows):

@@ -21,7 +21,7 @@ from flux.studio.widgets import UNLISTED, Changes, duration, status_html
 from flux.vocabulary import unknown_words
 
 S = TypeVar("S", bound=ModelSettings)
-Fields = dict[str, Component]
+FormFields = dict[str, Component]
 """The components of a form, by the names of their values."""
 
 
@@ -114,7 +114,7 @@ class RunButton(Generic[S]):
 
     studio: Studio
     controls: RunControls
-    fields: Fields
+    fields: FormFields
     settings_of: Callable[[Form], S]
     work: Callable[[Session, S, Form], Iterator[tuple[Update, Changes]]]
 
@@ -250,7 +250,7 @@ def add_presets(
             button.click(partial(value_of, tuple(layers)), None, strip, **UNQUEUED)
 
 
-def size_and_seed_fields(studio: Studio, seed: int) -> Fields:
+def size_and_seed_fields(studio: Studio, seed: int) -> FormFields:
     """Makes fields for size, steps and seed, by the names of the settings."""
     defaults, limits = studio.defaults, studio.limits
     with gr.Row():
@@ -262,7 +262,7 @@ def size_and_seed_fields(studio: Studio, seed: int) -> Fields:
     return {"width": width, "height": height, "num_steps": steps, "seed": number}
 
 
-def guidance_fields(studio: Studio) -> Fields:
+def guidance_fields(studio: Studio) -> FormFields:
     """Makes fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
     distilled = studio.spec.params.guidance_embed
     return {

@@ -21,7 +21,7 @@ from flux.studio.state import Studio
 from flux.studio.tabs.common import (
     UNQUEUED,
     Examples,
-    Fields,
+    FormFields,
     RunButton,
     RunControls,
     add_presets,
@@ -32,7 +32,7 @@ from flux.studio.tabs.history import History
 from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.widgets import (
     Changes,
-    download,
+    download_button,
     downloadable,
     held_image,
     image_input,
@@ -47,7 +47,7 @@ from flux.studio.work.edit import known_layers, run_edit, run_reference
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
-INVERSIONS = ["midpoint", "euler", "fireflow", "fixed-point", "none"]
+INVERSION_CHOICES = ["midpoint", "euler", "fireflow", "fixed-point", "none"]
 EXAMPLES = {
     "flux-nano": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
@@ -63,7 +63,7 @@ EXAMPLES = {
     ],
 }
 
-Result = tuple[str, str, str]
+ShownEdit = tuple[str, str, str]
 """Name, file and caption of an image of the last run."""
 
 
@@ -93,7 +93,7 @@ class EditTab:
 
     # ---- components
 
-    def _inputs(self) -> Fields:
+    def _inputs(self) -> FormFields:
         letters = self.studio.limits.letters
         self.source = gr.Radio([PROMPT, PHOTO], value=PROMPT, label="The reference comes from")
         self.upload, self.photo = image_input(
@@ -133,7 +133,7 @@ class EditTab:
         self.gallery = results("Edits", "edit-gallery")
         with gr.Row(elem_classes="save"):
             self.go_on = gr.Button("Continue from this edit", size="sm", interactive=False)
-            self.png, self.record = download("Image"), download("run.json")
+            self.png, self.record = download_button("Image"), download_button("run.json")
 
     def _layer_choice(self) -> gr.HTML:
         spec = self.studio.spec
@@ -150,7 +150,7 @@ class EditTab:
         add_presets(presets, strip, self.strip)
         return strip
 
-    def _dose(self) -> Fields:
+    def _dose(self) -> FormFields:
         default = dose_values(DEFAULT_DOSE)
         with gr.Row():
             dose = gr.Dropdown(list(DOSES), value=DEFAULT_DOSE, label="Dose", min_width=120)
@@ -162,7 +162,7 @@ class EditTab:
             start = gr.Slider(0, 1, default["inject_from"], step=0.05, label="From", min_width=120)
             end = gr.Slider(0, 1, default["inject_until"], step=0.05, label="Until", min_width=120)
         falling = gr.Checkbox(bool(default["falling"]), label="Strength falls to zero on the way")
-        numbers: Fields = {
+        numbers: FormFields = {
             "weight": weight,
             "inject_from": start,
             "inject_until": end,
@@ -171,13 +171,16 @@ class EditTab:
         dose.input(lambda name: list(dose_values(name).values()), dose, list(numbers.values()), **UNQUEUED)
         return {"dose": dose, "parts": parts, **numbers}
 
-    def _settings(self) -> Fields:
+    def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="edit-settings"):
             return {
                 **size_and_seed_fields(self.studio, seed=7),
                 **guidance_fields(self.studio),
                 "inversion": gr.Dropdown(
-                    INVERSIONS, value=INVERSIONS[0], label="Inversion of a photograph", visible=False
+                    INVERSION_CHOICES,
+                    value=INVERSION_CHOICES[0],
+                    label="Inversion of a photograph",
+                    visible=False,
                 ),
                 "paste_back": gr.Checkbox(
                     False, label="Give the photograph back in its full size", visible=False
@@ -270,12 +273,12 @@ class EditTab:
         """Lets a click show a result beside its reference, and a further turn start from it."""
         edits = self.fields["edits"]
 
-        def choose(results: list[Result], event: gr.SelectData) -> tuple[Any, ...]:
+        def choose(results: list[ShownEdit], event: gr.SelectData) -> tuple[Any, ...]:
             name, path, _ = results[event.index]
             pair = gr.update(value=(results[0][1], path))
             return name, pair, downloadable(path), gr.update(interactive=name != "reference")
 
-        def go_on(results: list[Result], chosen: str, text: str) -> str:
+        def go_on(results: list[ShownEdit], chosen: str, text: str) -> str:
             caption = next((caption for name, _, caption in results if name == chosen), "")
             lines = (text or "").splitlines()
             prompts = [line.lstrip("> ").strip() for line in lines]

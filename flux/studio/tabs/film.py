@@ -14,7 +14,7 @@ from flux.studio.forms import SAMPLING, Form, film_settings
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
-    Fields,
+    FormFields,
     RunButton,
     RunControls,
     size_and_seed_fields,
@@ -23,7 +23,7 @@ from flux.studio.tabs.common import (
 from flux.studio.tabs.history import History
 from flux.studio.widgets import (
     Changes,
-    download,
+    download_button,
     downloadable,
     layer_strip,
     results,
@@ -64,11 +64,11 @@ class FilmTab:
                     "Sheets", "film-sheets", columns=3, preview=True, object_fit="contain", fullscreen=True
                 )
                 with gr.Row(elem_classes="save"):
-                    self.save, self.record = download("Film"), download("run.json")
+                    self.save, self.record = download_button("Film"), download_button("run.json")
             with gr.Column(elem_classes="options"):
                 self.fields = {"prompt": self.prompt, **self._options()}
 
-    def _options(self) -> Fields:
+    def _options(self) -> FormFields:
         params = self.studio.spec.params
         gr.Markdown("Layers whose attention is shown", elem_classes="label")
         middle = params.depth + params.depth_single_blocks // 2

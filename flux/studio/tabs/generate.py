@@ -15,7 +15,7 @@ from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
     Examples,
-    Fields,
+    FormFields,
     RunButton,
     RunControls,
     guidance_fields,
@@ -24,7 +24,7 @@ from flux.studio.tabs.common import (
 from flux.studio.tabs.history import History
 from flux.studio.widgets import (
     Changes,
-    download,
+    download_button,
     downloadable,
     held_image,
     image_input,
@@ -76,18 +76,18 @@ class GenerateTab:
                 self.controls.add_status()
                 self.stage = stage("Image", "Your image appears here.", "generate-stage")
                 with gr.Row(elem_classes="save"):
-                    self.png, self.record = download("Image"), download("run.json")
+                    self.png, self.record = download_button("Image"), download_button("run.json")
             with gr.Column(elem_classes="options"):
                 self.fields = {"prompt": self.prompt, **self._settings(), **self._start_image()}
 
-    def _settings(self) -> Fields:
+    def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
             fields = size_and_seed_fields(self.studio, seed=0)
             fields["count"] = gr.Slider(1, self.studio.limits.images, 1, step=1, label="Images")
             self.new_seed = gr.Checkbox(False, label="A new seed each time")
             return fields | guidance_fields(self.studio)
 
-    def _start_image(self) -> Fields:
+    def _start_image(self) -> FormFields:
         with gr.Accordion("Start from an image", open=False, elem_id="generate-start"):
             self.upload, image = image_input(self.studio, label="Image", elem_id="generate-image")
             strength = gr.Slider(

@@ -42,7 +42,7 @@ class RestorableTab(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class HistoryPlace:
     """A tab to return to, with its id among the page's tabs."""
 
     id: str
@@ -73,7 +73,7 @@ class History:
         """Shows all images of the session."""
         return {self.gallery: [(str(path), run.captions[name]) for run, name, path in session.images()]}
 
-    def wire(self, tabs: gr.Tabs, places: Mapping[type[ModelSettings], Place]) -> None:
+    def wire(self, tabs: gr.Tabs, places: Mapping[type[ModelSettings], HistoryPlace]) -> None:
         """Lets images and files bring settings back.
 
         Args:

@@ -16,7 +16,7 @@ from flux.studio.sessions import Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
     UNQUEUED,
-    Fields,
+    FormFields,
     RunButton,
     RunControls,
     add_presets,
@@ -24,7 +24,15 @@ from flux.studio.tabs.common import (
     true_cfg_slider,
 )
 from flux.studio.tabs.edit import EditTab
-from flux.studio.widgets import Changes, download, downloadable, layer_strip, results, stage, strip_value
+from flux.studio.widgets import (
+    Changes,
+    download_button,
+    downloadable,
+    layer_strip,
+    results,
+    stage,
+    strip_value,
+)
 from flux.studio.work.scan import Vital, read_vitality, run_scan
 
 PROMPTS = "a dog on the grass\nan owl in the forest\na red car on the street"
@@ -63,7 +71,7 @@ class ScanTab:
         self.verdict = gr.Markdown("", elem_id="scan-verdict")
         with gr.Row(elem_classes="save"):
             self.send = gr.Button("Edit with this set", size="sm", interactive=False, elem_id="scan-send")
-            self.vital, self.report = download("vital_layers.json"), download("report.html")
+            self.vital, self.report = download_button("vital_layers.json"), download_button("report.html")
         self.layer = gr.Slider(
             0,
             self.studio.spec.num_layers - 1,
@@ -75,7 +83,7 @@ class ScanTab:
         )
         self.skipped = results("Images without the layer", "scan-skipped", preview=True, object_fit="contain")
 
-    def _options(self) -> Fields:
+    def _options(self) -> FormFields:
         spec = self.studio.spec
         every = range(spec.num_layers)
         gr.Markdown("Layers to skip, one after the other", elem_classes="label")
