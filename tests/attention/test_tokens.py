@@ -86,7 +86,7 @@ NAMES = st.sampled_from(["dog", "cat", "Dog", "top-hat", "zyzzyva", "a", "the", 
 
 @given(st.lists(NAMES, max_size=30))
 def test_every_token_before_the_padding_is_a_words_or_the_end(nano, names):
-    """Of a prompt of words alone: each token belongs to the words that it spells, and to no padding."""
+    """In a prompt of words alone, each token belongs to the words that it spells, and to no padding."""
     tokens = text_tokens(nano.t5, " ".join(names))
     masks = [*tokens.words.values()]
     in_words = torch.stack([torch.zeros_like(tokens.padding), *masks]).any(dim=0)

@@ -38,7 +38,7 @@ def edited(small):
 
 @pytest.fixture(scope="module")
 def photo(small):
-    """Of another size and shape than the edits'."""
+    """An image of another size and shape than the edits'."""
     size = {"width": 128, "height": 64, "num_steps": 6, "guidance": 3.5}
     with torch.inference_mode():
         [picture] = small.generate([DOG], [11], **size, progress=False)

@@ -245,7 +245,7 @@ def test_a_painted_mask_takes_the_place_of_an_automatic_one():
     st.integers(1, 5),
 )
 def test_every_edit_is_in_one_batch(edits, batch_size):
-    """Of its own kind, and only the last batch of a kind has room left."""
+    """Each batch has one kind, and only the last batch of a kind has room left."""
     entries = [Turn(prompt="a", dose="paper", weight=weight, parts="kv") for weight, _ in edits]
     found = group_edits(entries, [painted for _, painted in edits], batch_size)
     assert sorted(place for _, places in found for place in places) == list(range(len(edits)))

@@ -131,7 +131,7 @@ def test_a_folder_of_other_settings_is_refused(benchmark, tmp_path, painting):
 
 
 def test_other_measures_are_taken_from_the_pictures_there(benchmark, tmp_path, painting, monkeypatch):
-    """Of all rows, those left out this time included; time and work stay what they were. Nothing is made."""
+    """The summary covers all rows, those left out this time too. Time and work stay; nothing is made."""
     settings = settings_of(
         benchmark, tmp_path, references="generated", methods=[{"name": "a"}, {"name": "b"}]
     )

@@ -1,4 +1,4 @@
-"""What an evaluation's file may say."""
+"""The fields of an evaluation's file."""
 
 import pytest
 from helpers.evaluation import settings_of
