@@ -1,4 +1,4 @@
-"""What all tests share: marks, a clean environment, no network, and the small model loaded once."""
+"""Parts that all tests share: marks, a clean environment, no network, and the small model loaded once."""
 
 import os
 

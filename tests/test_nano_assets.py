@@ -1,4 +1,4 @@
-"""What flux-nano ships: its files are whole, small, in the promised formats, and agree with each other."""
+"""The files of flux-nano: they are whole, small, in the promised formats, and agree with each other."""
 
 import json
 

@@ -117,7 +117,7 @@ def test_chunks_change_nothing(chunk):
 
 
 def test_softmax_is_float32():
-    """Of half-precision queries and keys too: bfloat16 scores would be wrong in the second digit."""
+    """Half-precision queries and keys count as well: bfloat16 scores would be wrong in the second digit."""
     q, k = random_heads(dtype=torch.bfloat16)
     full = torch.softmax(q.double() @ k.double().mT / math.sqrt(8), dim=-1).mean(dim=1).float()
     got = mean_attention(q, k)

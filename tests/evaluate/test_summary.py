@@ -25,7 +25,7 @@ def test_means_leave_out_what_was_not_measured():
 
 
 def test_the_table_means_by_kind():
-    """What nobody measured of a kind is a dash."""
+    """A value that was not measured for a kind is shown as a dash."""
     rows = [
         row("add", success=1.0, overlap=0.5, psnr=30.0),
         row("time", success=1.0, overlap=0.5, psnr=None),

@@ -129,7 +129,7 @@ def conditioning(given: dict, **more) -> Conditioning:
 
 @case
 def true_guidance(model, given) -> Answers:
-    """Of a reference and of edits that inject from it, with thresholding."""
+    """A reference and edits that inject from it, with thresholding."""
     own, other = reference(), tiny_models.inputs(1, 48, 80, seed=9)
     source = conditioning(own, negative=conditioning(other), true_cfg=3.0)
     keep = Intervention(keep=frozenset(LAYERS))

@@ -1,4 +1,4 @@
-"""What a visitor does on the studio's page, in a browser that playwright drives."""
+"""A visitor's actions on the studio's page, in a browser that playwright drives."""
 
 import re
 from pathlib import Path

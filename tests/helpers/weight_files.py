@@ -82,7 +82,7 @@ def random_blocks(rows: int, columns: int, kind: str, seed: int = 0) -> np.ndarr
 
 
 def packable(name: str, x: Tensor) -> bool:
-    """What quantisers pack: matrices within the blocks."""
+    """The matrices that quantisers pack: those within the blocks."""
     return x.ndim == 2 and "block" in name and name.endswith(".weight")
 
 

@@ -14,7 +14,7 @@ from flux.images.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, embed_water
 
 
 def package_bits(image: Image.Image) -> list[int]:
-    """What the invisible-watermark package reads, which takes BGR."""
+    """The bits that the invisible-watermark package reads. It takes BGR."""
     bgr = np.ascontiguousarray(np.asarray(image)[..., ::-1])
     return [int(bit) for bit in WatermarkDecoder("bits", 48).decode(bgr, "dwtDct")]
 

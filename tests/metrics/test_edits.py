@@ -1,4 +1,4 @@
-"""What is measured of edits, against definitions written out."""
+"""The measures of edits, against definitions written out."""
 
 import json
 import sys

@@ -57,7 +57,7 @@ def literal_ssim(a: Image.Image, b: Image.Image) -> float:
 
 
 def test_ssim_is_its_definition():
-    """Of unrelated and of related images, one flat, which is where rounding would show."""
+    """Unrelated and related images are compared, one of them flat, where rounding would show."""
     a, flat = noise(), Image.new("RGB", (32, 24), (250, 3, 128))
     pairs = [(a, noise()), (a, Image.blend(a, noise(), 0.3)), (flat, Image.blend(flat, a, 0.02)), (a, a)]
     values = Ssim.load().compare(*zip(*pairs))

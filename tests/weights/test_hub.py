@@ -144,7 +144,7 @@ def server(running, tmp_path, monkeypatch):
 
 
 def lie_at(endpoint: str, monkeypatch) -> None:
-    """What HF_ENDPOINT does before the hub's client is imported."""
+    """Sets the endpoint as HF_ENDPOINT does before the hub's client is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

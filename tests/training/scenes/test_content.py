@@ -1,4 +1,4 @@
-"""What scenes show."""
+"""The contents of scenes."""
 
 import random
 
