@@ -143,7 +143,7 @@ def test_an_interval_is_as_wide_as_the_standard_error_says():
 
 
 def test_intervals_cover_the_truth():
-    """About 95 % of 1000 intervals for 32 prompts hold the truth: a percentile interval is a little narrow."""
+    """About 95 % of 1000 intervals for 32 prompts hold the truth: percentile intervals are narrow."""
     truth = np.linspace(0, 1, 1000)
     intervals = scattered(truth, 32, 0.1).intervals()
     covered = np.mean([low <= value <= high for value, (low, high) in zip(truth, intervals.values())])
