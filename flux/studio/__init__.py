@@ -5,7 +5,7 @@ Modules, from top to bottom: `app` loads the model and serves the page; `page` b
 values into settings; `state` holds what all share; `engine` runs one thing at a time; `sessions` keeps what
 each visitor made; `limits` bounds requests; `hardening` keeps gradio from fetching or serving anything else.
 
-Programs call three named endpoints, with gradio_client or plain HTTP (`docs/studio_client.py` is an example).
+Programs call three named endpoints, with gradio_client or plain HTTP (`examples/studio_client.py` is an example).
 Parameters that are left out have the page's values. Layers are numbered over the whole model, from 0.
 
 /generate   prompt, seed, count, width, height, num_steps, guidance, true_cfg, negative_prompt, image,

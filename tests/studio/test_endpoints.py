@@ -15,7 +15,7 @@ from flux.studio.app import serve
 
 
 def test_client_example(url, capsys):
-    spec = importlib.util.spec_from_file_location("studio_client", ROOT / "docs" / "studio_client.py")
+    spec = importlib.util.spec_from_file_location("studio_client", ROOT / "examples" / "studio_client.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.main(url, num_steps=2, size=64)

@@ -1,7 +1,7 @@
 """The studio from another program: an image, an edit of the same scene, and a scan of three layers.
 
 python demo_gr.py --port 7860 &
-python docs/studio_client.py [http://127.0.0.1:7860] [--num_steps 20]
+python examples/studio_client.py [http://127.0.0.1:7860] [--num_steps 20]
 """
 
 import fire
