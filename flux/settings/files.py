@@ -18,6 +18,7 @@ from flux.settings.demos import (
     DinoSettings,
     GenerateSettings,
     LayerSettings,
+    ModelSettings,
     ScanSettings,
     Settings,
     SkipSettings,
@@ -25,7 +26,9 @@ from flux.settings.demos import (
 from flux.settings.edits import EditSettings
 from flux.settings.messages import describe_errors, show
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PACKAGE = Path(__file__).resolve().parents[1]
+# A checkout has the folder beside the package, a wheel inside it (setup.py).
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 PROGRAMS: dict[type[Settings], str] = {
     GenerateSettings: "demo_0_test.py",
     LayerSettings: "demo_1_layer.py",
@@ -36,6 +39,9 @@ PROGRAMS: dict[type[Settings], str] = {
 }
 # Fields that may name files beside the JSON file, as those of a studio's run.json do.
 FILES = {"image", "photo", "mask", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders"}
+
+# Fields that hold for one model. A model that is named in place of the file's brings its own.
+OF_A_MODEL = ("weights", "width", "height", "num_steps", "guidance", "true_cfg", "vital_layers")
 
 MOST_LINES = 10  # in one error
 
@@ -53,6 +59,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     | `prompts` as a text     | that file: as given; beside the JSON file; in configs/                       |
     | seeds of the prompts    | `seed` in `overrides`, counted on; the prompt's own; `seed`, counted on      |
     | an image, weights, LoRA | from `overrides`: as given; from the file: beside it; as given               |
+    | numbers of the model    | `overrides`; the file, unless `overrides` names another model; the model     |
 
     Args:
         cls: The settings to read.
@@ -66,6 +73,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     data = _with_new_names(cls, _settings_in(cls, path), path)
     _check_program(cls, data, path)
     data = _with_files_beside(data, path)
+    data = _without_other_model(cls, data, given, path)
     data = _without_rivals(cls, data, given) | given
     sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
     if "prompts" in cls.model_fields and isinstance(data.get("prompts"), str):
@@ -161,6 +169,28 @@ def _with_files_beside(data: dict[str, Any], path: Path) -> dict[str, Any]:
             for each in data["lora"]
         ]
     return found
+
+
+def _without_other_model(
+    cls: type[Settings], data: dict[str, Any], given: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Return the data without OF_A_MODEL if an override names another model, and print what is left out.
+
+    A preset or a file of vital layers stays: it says itself which model it is for, or that it is a trial.
+    """
+    if not issubclass(cls, ModelSettings) or "model" not in given:
+        return data
+    model, other = given["model"], data.get("model", cls.model_fields["model"].default)
+    if model == other:
+        return data
+    left_out = {
+        name: data[name]
+        for name in OF_A_MODEL
+        if data.get(name) is not None and not (name == "vital_layers" and isinstance(data[name], str))
+    }
+    if told := [f"{name} {show(value)}" for name, value in left_out.items() if name not in given]:
+        print(f"{path} is for {other}: {model} brings its own in place of {', '.join(told)}", file=sys.stderr)
+    return {name: value for name, value in data.items() if name not in left_out}
 
 
 def _without_rivals(cls: type[Settings], data: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

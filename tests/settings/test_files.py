@@ -81,6 +81,37 @@ def test_check_settings():
 # ---- overrides
 
 
+FOR_NANO = {**EDIT, "model": "flux-nano", "num_steps": 20, "width": 256, "vital_layers": [4, 0], "seed": 3}
+
+
+def test_a_model_named_in_place_of_the_files_brings_its_own_numbers(read, capsys):
+    settings = read(EditSettings, FOR_NANO, model="flux-nano-schnell", guidance=2.0)
+    numbers = settings.width, settings.num_steps, settings.vital_layers, settings.guidance, settings.seed
+    assert numbers == (None, None, "auto", 2.0, 3)
+    assert capsys.readouterr().err == (
+        "file.json is for flux-nano: flux-nano-schnell brings its own in place of "
+        "width 256, num_steps 20, vital_layers [4, 0]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "steps"),
+    [
+        (FOR_NANO, {"model": "flux-nano"}, 20),
+        (FOR_NANO, {"num_steps": 5}, 5),
+        ({**EDIT, "num_steps": 20}, {"model": "flux-nano"}, 20),
+        ({**EDIT, "num_steps": 9}, {"model": "flux-dev", "num_steps": 9}, 9),
+        ({**EDIT, "vital_layers": "stable-flow"}, {"model": "flux-dev"}, None),
+    ],
+    ids=["the file's own", "no model named", "the default", "given with it", "nothing to leave out"],
+)
+def test_nothing_is_said_where_the_files_numbers_hold(read, capsys, data, overrides, steps):
+    settings = read(EditSettings, data, **overrides)
+    assert settings.num_steps == steps
+    assert settings.vital_layers == (tuple(v) if isinstance(v := data.get("vital_layers", "auto"), list) else v)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("cls", "data", "overrides", "expected"),
     [
