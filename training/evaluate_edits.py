@@ -39,9 +39,7 @@ def main(file: str = "evaluate.json", **overrides: Any) -> None:
     judge = load_judge(settings)
 
     from flux.evaluate.run import evaluate
-    from flux.files import check_folder
 
-    check_folder(settings.output_dir)
     folder = evaluate(settings, judge=judge)
     print((folder / "summary.md").read_text(encoding="utf-8"))
     print(folder / "summary.md")

@@ -25,9 +25,7 @@ def main(file: str = "evaluate.json", **overrides: Any) -> None:
     settings = read_settings(EvaluateSettings, file, overrides)
 
     from flux.evaluate.run import evaluate
-    from flux.files import check_folder
 
-    check_folder(settings.output_dir)
     folder = evaluate(settings)
     print((folder / "summary.md").read_text(encoding="utf-8"))
     print(folder / "summary.md")

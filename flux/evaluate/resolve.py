@@ -1,5 +1,6 @@
 """Fills in what an evaluation's settings leave to the model's spec."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ from flux.editing.edit import check_edits
 from flux.errors import InputError
 from flux.evaluate.settings import EvaluateSettings, Method, methods_of
 from flux.settings.complete import resolve
+from flux.settings.effect import settings_warnings
 from flux.settings.fields import Side, StrictModel
 from flux.settings.resolved import ResolvedEdit
 from flux.specs import get_spec
@@ -70,3 +72,20 @@ def resolve_methods(settings: EvaluateSettings) -> list[ResolvedMethod]:
             raise InputError(f"method {method.name!r}: {error}") from error
         methods.append(ResolvedMethod(method.name, edit, method.strength, layers=layers))
     return methods
+
+
+def evaluation_warnings(settings: EvaluateSettings, methods: Sequence[ResolvedMethod]) -> list[str]:
+    """Return the `settings_warnings` of all methods: what they have in common once, else with the name."""
+    spec = get_spec(settings.model)
+    lines = [settings_warnings(method.settings, spec) for method in methods]
+    common = [line for line in lines[0] if all(line in own for own in lines)]
+    for name, metric in (("encoder", "structure"), ("clip", "clip")):
+        default = EvaluateSettings.model_fields[name].default
+        if getattr(settings, name) != default and metric not in settings.metrics:
+            common.append(f"without effect: {name} (no {metric} in metrics)")
+    return common + [
+        f"method {method.name!r}: {line}"
+        for method, own in zip(methods, lines)
+        for line in own
+        if line not in common
+    ]

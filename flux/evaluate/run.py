@@ -10,6 +10,7 @@ An evaluation may be stopped at any moment and resumed: finished edits are kept.
 metrics they are measured again, but not made again.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,17 @@ from flux.evaluate.benchmark import Item, read_benchmark, select_evenly, select_
 from flux.evaluate.judge import Judge
 from flux.evaluate.measure import Measurer
 from flux.evaluate.methods import EditResult, MethodRunner
-from flux.evaluate.resolve import ResolvedEvaluate, ResolvedMethod, resolve_evaluation, resolve_methods
+from flux.evaluate.resolve import (
+    ResolvedEvaluate,
+    ResolvedMethod,
+    evaluation_warnings,
+    resolve_evaluation,
+    resolve_methods,
+)
 from flux.evaluate.settings import BASELINES, EvaluateSettings
 from flux.evaluate.store import Store
 from flux.evaluate.summary import ResultRow, write_summary
+from flux.files import check_folder
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.pipeline import Pipeline
@@ -63,6 +71,9 @@ def evaluate(
     every = read_benchmark(settings.benchmark)
     items = select_evenly(select_kinds(every, settings.kinds), settings.count)
     methods = resolve_methods(settings)
+    for line in evaluation_warnings(settings, methods):
+        print(f"warning: {line}", file=sys.stderr)
+    check_folder(settings.output_dir)
     store = Store(settings)
     measurer = Measurer(settings, judge)
     if store.outdated:

@@ -11,17 +11,23 @@ from flux.settings.demos import ModelSettings
 from flux.settings.edits import EditSettings
 from flux.settings.fields import FilePath, Seed, Text, Words
 from flux.settings.files import check_settings
+from flux.settings.messages import show
 
 # Fields that all methods share.
 SHARED = (
     "model", "weights", "ae_weights", "text_encoders", "device", "dtype", "offload", "compile", "width",
     "height", "watermark",
 )  # fmt: skip
-# Fields that a method cannot have: shared ones, those that the benchmark says, and those without a use here.
+# What a method may have of the settings of all models; `EditSettings` adds its own.
+SAMPLING = ("num_steps", "guidance", "true_cfg", "negative_prompt")
+# Fields that a method cannot have: those of the model and the run, those that the benchmark says, and those
+# without a use here.
 FOREIGN_TO_METHODS = {
-    *SHARED, "prompt", "edits", "photo", "seed", "paste_back", "caption_model", "batch_size", "metadata",
-    "output_dir",
+    *(ModelSettings.model_fields.keys() - set(SAMPLING)), "prompt", "edits", "photo", "seed", "paste_back",
+    "caption_model", "parallel",
 }  # fmt: skip
+# Fields that image-to-image has a use for.
+IMAGE_TO_IMAGE = {*SAMPLING, "mimic_scale", "mimic_percentile"}
 MethodFields = dict[str, Any]
 
 
@@ -29,6 +35,7 @@ class EvaluateSettings(ModelSettings, frozen=True):
     """Settings of an evaluation. A field such as num_steps is for all methods that do not name their own."""
 
     demo: ClassVar[str] = "evaluate"
+    program: ClassVar[str] = "python -m flux.evaluate"
     benchmark: FilePath = Field(description="folder in PIE-Bench's layout")
     methods: Annotated[tuple[MethodFields, ...], Field(strict=False, min_length=1)] = Field(
         description='list of {"name": ...} with fields of an edit\'s settings, or with "strength": img2img'
@@ -115,8 +122,7 @@ def methods_of(settings: EvaluateSettings) -> list[Method]:
     Raises:
         InputError: a field that no edit has, or a wrong value.
     """
-    names = (*SHARED, "num_steps", "guidance", "true_cfg", "negative_prompt")
-    shared = {name: getattr(settings, name) for name in names}
+    shared = {name: getattr(settings, name) for name in (*SHARED, *SAMPLING)}
     # Settings of an edit need these; the benchmark replaces them.
     placeholders = {"prompt": "the photo", "edits": ["the edit"]}
     if settings.references == "photo":
@@ -131,6 +137,12 @@ def methods_of(settings: EvaluateSettings) -> list[Method]:
             settings.references != "photo" or type(strength) not in (int, float) or not 0 < strength <= 1
         ):
             raise InputError(f"{where}: expected a strength in 0..1, and photos, got {strength!r}")
+        if strength is not None and (useless := sorted(own.keys() - IMAGE_TO_IMAGE)):
+            raise InputError(
+                f"{where}: got {', '.join(useless)} with strength: image-to-image has no use for that"
+            )
+        if own.get("mask") not in (None, "given", "auto", "none"):
+            raise InputError(f'{where}: mask: expected "given", "auto" or "none", got {show(own["mask"])}')
         edit = check_settings(EditSettings, {**shared, **own, **placeholders}, where)
         methods.append(Method(fields["name"], edit, strength))
     return methods

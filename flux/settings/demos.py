@@ -41,11 +41,19 @@ Prompts = Annotated[tuple[Prompt, ...], LIST]
 
 
 class Settings(StrictModel, frozen=True):
-    """The base of all settings: their demo, fields of which exactly one must be given, and renamed fields."""
+    """The base of all settings.
+
+    Attributes:
+        demo: The demo's name in run.json.
+        program: The program that reads such a file, as typed on the command line.
+        either: Fields of which exactly one must be given.
+        renamed: Former names of fields, still read from files.
+    """
 
     demo: ClassVar[str]
+    program: ClassVar[str]
     either: ClassVar[tuple[str, ...]] = ()
-    renamed: ClassVar[dict[str, str]] = {}  # former names of fields, still read from files
+    renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Settings":
@@ -194,6 +202,7 @@ class GenerateSettings(Divisible, PromptSettings, frozen=True):
     """Demo 0: one image per prompt."""
 
     demo: ClassVar[str] = "test"
+    program: ClassVar[str] = "demo_0_test.py"
     image: FilePath | None = Field(default=None, description="start from this image: image-to-image")
     strength: Strength = Field(default=0.8, description="how much of the schedule then runs")
     cache: float | None = Field(
@@ -208,6 +217,7 @@ class LayerSettings(Divisible, PromptSettings, frozen=True):
     """Demo 1: a prompt's way from noise to image. After reading, `prompt` has moved to `prompts`."""
 
     demo: ClassVar[str] = "layer"
+    program: ClassVar[str] = "demo_1_layer.py"
     either: ClassVar[tuple[str, ...]] = ("prompt", "prompts")
     prompt: String | None = Field(default=None, description="the one prompt to follow")
     prompts: Prompts = Field(default=(), description="instead of prompt: several, as a list or a file")
@@ -232,6 +242,7 @@ class SkipSettings(PromptSettings, frozen=True):
     """Demo 2: the same images with layers skipped: a list one by one, a list of lists in sets."""
 
     demo: ClassVar[str] = "skip"
+    program: ClassVar[str] = "demo_2_skip.py"
     layers: SkippedLayers = Field(
         default="all", description='what to skip: "all" one by one, a list, or a list of sets'
     )
@@ -293,6 +304,7 @@ class DinoSettings(SelectionSettings, frozen=True):
     """Demo 3: how much each skipped layer matters, and which ones are vital."""
 
     demo: ClassVar[str] = "dino"
+    program: ClassVar[str] = "demo_3_dino.py"
     input_dir: FilePath = Field(description="folder that demo 2 wrote")
     output_dir: FilePath | None = Field(default=None, description="folder to write to; if None, input_dir")
     model: FilePath = Field(
@@ -305,6 +317,7 @@ class ScanSettings(SkipSettings, SelectionSettings, frozen=True):
     """Demos 2 and 3 in a row: skip, score, report."""
 
     demo: ClassVar[str] = "scan"
+    program: ClassVar[str] = "python -m flux.scan"
     encoder: FilePath | None = Field(
         default=None, description="the DINOv2: a hub id or a folder; if None, the model's own"
     )

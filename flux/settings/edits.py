@@ -99,6 +99,7 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
 
     demo: ClassVar[str] = "edit"
+    program: ClassVar[str] = "demo_4_edit.py"
     prompt: String | None = Field(
         default=None, description="what the reference shows, or what is on the photo"
     )

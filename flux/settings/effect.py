@@ -31,10 +31,12 @@ def fields_without_effect(settings: ModelSettings, spec: "ModelSpec") -> list[st
 
 
 def settings_warnings(settings: ModelSettings, spec: "ModelSpec") -> list[str]:
-    """Return a line about the fields without effect and one about the size, where there is a reason."""
-    lines = []
-    if fields := fields_without_effect(settings, spec):
-        lines.append(f"without effect: {'; '.join(fields)}")
+    """Return a line for each reason of fields without effect, and one about the size where it is unusual.
+
+    Command lines print them to stderr (`print_warnings`). A page calls this with the settings that it runs
+    with, and shows the lines beside its images.
+    """
+    lines = [f"without effect: {field}" for field in fields_without_effect(settings, spec)]
     width, height = (side or spec.size for side in (settings.width, settings.height))
     if not SMALLEST_AREA <= width * height / spec.size**2 <= LARGEST_AREA:
         lines.append(

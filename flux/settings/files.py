@@ -29,13 +29,20 @@ from flux.settings.messages import describe_errors, show
 PACKAGE = Path(__file__).resolve().parents[1]
 # A checkout has the folder beside the package, a wheel inside it (setup.py).
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-PROGRAMS: dict[type[Settings], str] = {
-    GenerateSettings: "demo_0_test.py",
-    LayerSettings: "demo_1_layer.py",
-    SkipSettings: "demo_2_skip.py",
-    DinoSettings: "demo_3_dino.py",
-    EditSettings: "demo_4_edit.py",
-    ScanSettings: "python -m flux.scan",
+READ_BY_DEMOS: tuple[type[Settings], ...] = (
+    GenerateSettings,
+    LayerSettings,
+    SkipSettings,
+    DinoSettings,
+    EditSettings,
+    ScanSettings,
+)
+PROGRAMS = {cls.demo: cls.program for cls in READ_BY_DEMOS} | {"evaluate": "python -m flux.evaluate"}
+"""The program that runs with the files of each demo."""
+# Files of which this room has no settings: fields that no other file has, and what such a file is.
+TOLD_BY_FIELDS = {
+    ("benchmark", "methods"): f"a file for {PROGRAMS['evaluate']}",
+    ("rule", "vitality"): "a file of vital layers, which demo_4_edit.py takes as vital_layers",
 }
 # Fields that may name files beside the JSON file, as those of a studio's run.json do.
 FILES = {"image", "photo", "mask", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders"}
@@ -125,8 +132,8 @@ def _settings_in(cls: type[Settings], path: Path) -> dict[str, Any]:
         return data
     demo = data.get("demo", cls.demo)
     if demo != cls.demo:
-        programs = [program for other, program in PROGRAMS.items() if other.demo == demo]
-        hint = f", run {programs[0]} with it" if programs else ""
+        known = isinstance(demo, str) and demo in PROGRAMS
+        hint = f", run {PROGRAMS[demo]} with it" if known else ""
         raise InputError(f'{path}: got a run of demo {show(demo)}, expected one of "{cls.demo}"{hint}')
     if not isinstance(data["settings"], dict):
         raise InputError(f"{path}: settings: expected an object {{...}}, got {show(data['settings'])}")
@@ -137,16 +144,18 @@ def _check_program(cls: type[Settings], data: dict[str, Any], path: Path) -> Non
     """Raise InputError if a file has fields that these settings lack, and is right for other programs."""
     if data.keys() <= cls.model_fields.keys() | cls.renamed.keys():
         return
-    text = isinstance(data.get("prompts"), str)  # a file of prompts, which is not read for this
-    data = data | ({"prompts": ["text"]} if text else {})
-    fitting = []
-    for other, program in PROGRAMS.items():
-        with suppress(ValidationError):
-            other.model_validate(data)
-            fitting.append(program)
-    if fitting:
-        expected = f"expected one for {PROGRAMS.get(cls, cls.demo)}"
-        raise InputError(f"{path}: got a file for {' or '.join(fitting)}, {expected}")
+    kinds = [what for fields, what in TOLD_BY_FIELDS.items() if set(fields) <= data.keys()]
+    if not kinds:
+        text = isinstance(data.get("prompts"), str)  # a file of prompts, which is not read for this
+        data = data | ({"prompts": ["text"]} if text else {})
+        fitting = []
+        for other in READ_BY_DEMOS:
+            with suppress(ValidationError):
+                other.model_validate(data)
+                fitting.append(other.program)
+        kinds = [f"a file for {' or '.join(fitting)}"] if fitting else []
+    if kinds and kinds[0] != f"a file for {cls.program}":
+        raise InputError(f"{path}: got {kinds[0]}, expected one for {cls.program}")
 
 
 def _with_new_names(cls: type[Settings], data: dict[str, Any], path: Path) -> dict[str, Any]:

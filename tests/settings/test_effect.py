@@ -115,12 +115,15 @@ def test_sizes(model, width, height, warned):
     assert [line.partition(" is far from ")[0] for line in lines] == [f"{width}x{height}"] * warned
 
 
-def test_the_warning_is_one_line_on_stderr(capsys, tmp_path):
+def test_each_reason_is_a_line_on_stderr(capsys, tmp_path):
     fields = {"negative_prompt": "x", "strength": 0.5, "output_dir": str(tmp_path / "out")}
     check_run(resolve(check_settings(GenerateSettings, GENERATE | fields)))
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "warning: without effect: negative_prompt (true_cfg is 1); strength (no image)\n"
+    assert printed.err.splitlines() == [
+        "warning: without effect: negative_prompt (true_cfg is 1)",
+        "warning: without effect: strength (no image)",
+    ]
     assert not (tmp_path / "out").exists()
 
 

@@ -200,6 +200,12 @@ WRONG = [
         {"prompts": ["a"], "stop_when": "never", "gap": True},
         "got a file for python -m flux.scan, expected one for demo_2_skip.py",
     ),
+    (
+        EditSettings,
+        {"model": "flux-nano", "rule": {}, "vitality": {}, "vital_layers": [1]},
+        "got a file of vital layers, which demo_4_edit.py takes as vital_layers, expected one for demo_4",
+    ),
+    (EditSettings, {"demo": ["skip"], "settings": {}}, 'file.json: got a run of demo ["skip"]'),
 ]
 
 
