@@ -4,7 +4,7 @@ The reference's image keys and values are injected in the vital layers of each e
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -87,6 +87,7 @@ def edit_reference(
     *,
     mask: Image.Image | None = None,
     on_step: OnStep | None = None,
+    on_mask: Callable[[int, Image.Image], object] | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """Makes edits of a kept reference. A step computes the edits alone.
@@ -99,6 +100,8 @@ def edit_reference(
             may name fewer layers than were kept.
         mask: what edits without a mask of their own may change, see `flux.editing.photo.token_mask`.
         on_step: called with each step, its number and the number of steps. An exception from it ends the run.
+        on_mask: called with the number of an edit and the mask that was found for it, white where it may
+            change the reference. Not called for a painted mask, nor if the whole image may change.
         progress: whether to show a progress bar.
 
     Returns:
@@ -120,7 +123,7 @@ def edit_reference(
     check_prompts(pipe, settings, source.prompts)
     batches = start_batches(pipe, source, settings, layers, masks)
     run_batches(pipe, source, batches, reference.steps, on_step, progress)
-    return _decode_edits(pipe, source, batches, masks)
+    return _decode_edits(pipe, source, batches, masks, on_mask)
 
 
 def check_edits(
@@ -206,9 +209,13 @@ def check_prompts(pipe: Pipeline, settings: ResolvedEdit, sources: Sequence[str]
 
 
 def _decode_edits(
-    pipe: Pipeline, source: Source, batches: Sequence[Batch], masks: Sequence[Mask | None]
+    pipe: Pipeline,
+    source: Source,
+    batches: Sequence[Batch],
+    masks: Sequence[Mask | None],
+    on_mask: Callable[[int, Image.Image], object] | None = None,
 ) -> list[Image.Image]:
-    """Decodes the finished edits and returns them in their order."""
+    """Decodes the finished edits and returns them in their order. Hands out the masks that were found."""
     edits: dict[int, Image.Image] = {}
     for batch in batches:
         for row, (place, image) in enumerate(zip(batch.places, source.decode(pipe, batch.latent))):
@@ -217,5 +224,7 @@ def _decode_edits(
                 mask = painted[0]
             else:
                 mask = None if batch.mask is None else mask_image(batch.mask[row], *source.size)
+                if mask and on_mask and not batch.mask[row].all():
+                    on_mask(place, mask)
             edits[place] = source.paste_back(image, mask)
     return [edits[place] for place in sorted(edits)]

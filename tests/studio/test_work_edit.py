@@ -1,14 +1,16 @@
 import zipfile
 from pathlib import Path
 
+import numpy as np
 from helpers.studio import assert_same_image, finish, run_demo
 from PIL import Image
 
+from flux.images.io import read_image
 from flux.settings.edits import EditSettings
 from flux.settings.files import read_settings
 from flux.specs import configs
 from flux.studio.forms import edit_settings
-from flux.studio.work.edit import known_layers, run_edit, run_reference
+from flux.studio.work.edit import FOUND_MASK, known_layers, run_edit, run_reference
 
 
 def test_demo_4_repeats_an_edit_of_a_photograph(studio, tmp_path, photo):
@@ -50,3 +52,20 @@ def test_a_reference_alone_is_kept_and_not_saved(studio):
 
 def test_layers_that_are_on_at_first(studio):
     assert known_layers(studio)[0] == configs["flux-nano"].vital_layers
+
+
+def test_the_masks_that_were_found_are_saved(studio):
+    """Beside their edits; a painted mask is not found, and nothing is where the whole image may change."""
+    form = {"prompt": "a dog on the grass", "edits": "a cat on the grass", "layers": {"on": [0, 4]}, "seed": 7}
+    form |= {"width": 256, "height": 256, "num_steps": 4}
+    session = studio.sessions.of("a")
+    made = finish(run_edit(studio, session, edit_settings(studio, form)))
+    mask = np.asarray(Image.open(made.folder / FOUND_MASK.format("edit_0")))
+    assert mask.shape == (256, 256)
+    assert 0 < (mask > 127).mean() < 0.9
+    kept = mask == 0
+    reference, edit = (np.asarray(read_image(made.images[name])) for name in ("reference", "edit_0"))
+    changes = np.abs(reference.astype(int) - edit).mean(axis=2)
+    assert changes[mask > 127].mean() > 5 * changes[kept].mean()
+    painted = finish(run_edit(studio, session, edit_settings(studio, form), mask=Image.fromarray(mask)))
+    assert not list(painted.folder.glob(FOUND_MASK.format("*")))

@@ -1,12 +1,13 @@
 """The work of the Edit tab: a reference that is kept, and edits of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from PIL import Image
 
 from flux.editing.edit import REFERENCE_FIELDS, edit_reference
 from flux.editing.reference import Reference, keep_reference
 from flux.errors import InputError
+from flux.images.io import save_image
 from flux.settings.resolved import ResolvedEdit
 from flux.studio.engine import Engine, KeptReference, MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
@@ -14,6 +15,9 @@ from flux.studio.state import Studio
 from flux.studio.work.scan import read_vitality
 from flux.vital_layers import PRESETS, find_vital_layers, remembered_scan
 from flux.weights.find import checkpoint_of
+
+FOUND_MASK = "{}_mask.png"
+"""The file of the mask that was found for an edit, beside the edit's own."""
 
 
 def make_reference(
@@ -53,6 +57,7 @@ def make_edits(
     progress: Progress[MadeImage],
     photo: Image.Image | None = None,
     mask: Image.Image | None = None,
+    on_mask: Callable[[int, Image.Image], object] | None = None,
 ) -> None:
     """Emits the reference and its edits, under the names that demo 4 saves them with.
 
@@ -62,6 +67,7 @@ def make_edits(
         progress: Receives steps and images.
         photo: Edit this photograph instead of a generated reference.
         mask: White where the edits may change the reference. If None, as the dose says.
+        on_mask: Receives the masks that are found, see `flux.editing.edit.edit_reference`.
 
     Raises:
         InputError: The content filter objects to an image, or the edits are wrong.
@@ -70,7 +76,14 @@ def make_edits(
     progress.emit(MadeImage("reference", reference.image, settings.prompt or "", settings.seed))
     progress.begin("edits", settings.num_steps, settings.width, settings.height)
     images = edit_reference(
-        engine.pipe, reference, settings.edits, settings, mask=mask, on_step=progress.step_at, progress=False
+        engine.pipe,
+        reference,
+        settings.edits,
+        settings,
+        mask=mask,
+        on_step=progress.step_at,
+        on_mask=on_mask,
+        progress=False,
     )
     for number, (entry, image) in enumerate(zip(settings.entries, images)):
         progress.emit(MadeImage(f"edit_{number}", engine.check(image), entry.prompt, settings.seed))
@@ -88,8 +101,11 @@ def run_edit(
         size = photo.size if photo else (settings.width, settings.height)
         mask = mask.resize(size, Image.Resampling.NEAREST)
 
-    def work(progress: Progress[MadeImage], _: Run) -> None:
-        make_edits(studio.engine, settings, progress, photo, mask)
+    def work(progress: Progress[MadeImage], run: Run) -> None:
+        def save_mask(number: int, found: Image.Image) -> None:
+            save_image(found, run.folder / FOUND_MASK.format(f"edit_{number}"))
+
+        make_edits(studio.engine, settings, progress, photo, mask, save_mask)
 
     inputs = {name: image for name, image in (("photo", photo), ("mask", mask)) if image is not None}
     return studio.run(session, settings, work, inputs, layers=settings.vital_layers)
