@@ -1,6 +1,6 @@
 """Interventions on a forward pass: skip layers, keep image keys and values, inject those of another pass."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,6 +8,33 @@ from torch import Tensor
 
 from flux.errors import InputError
 from flux.math import AttentionEdit, Exchange, KeysValues, PartialKeysValues, QueriesKeysValues
+
+
+@dataclass(frozen=True, eq=False)
+class FreeTokens:
+    """The image tokens that a pass computes, where all others are those of another pass.
+
+    Attributes:
+        computed: Places of the tokens that are computed, "M", in ascending order.
+        others: Places of all others in `kv`, "I - M".
+        kv: Image keys and values of all tokens in every layer, "R H I D" each, of which those of the others
+            are attended to. R divides the batch.
+    """
+
+    computed: Tensor
+    others: Tensor
+    kv: Mapping[int, KeysValues] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "FreeTokens":
+        """The tokens where `mask` is true, "I", still without keys and values of the others."""
+        computed, others = (x.nonzero()[:, 0] for x in (mask, ~mask))
+        return cls(computed, others)
+
+    def others_at(self, layer: int, batch: int) -> KeysValues:
+        """Keys and values of the others in one layer, "B H I-M D" each."""
+        k, v = (rows_to_batch(x.index_select(2, self.others), batch) for x in self.kv[layer])
+        return k, v
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +61,8 @@ class Intervention:
         inject_weights: Weight of what is injected, 0..1, by layer: own + weight * (injected - own). A tensor
             has one weight for each image token, "R I", its rows as in `inject`. In a layer without a weight,
             the injected ones replace the row's own, which are then not computed.
+        free: The image tokens to compute. The velocity of all others is 0. What is kept and watched is that
+            of the computed ones. If None, all are computed.
     """
 
     skip: frozenset[int] | tuple[frozenset[int], ...] = frozenset()
@@ -42,6 +71,7 @@ class Intervention:
     watch: frozenset[int] = frozenset()
     inject: Mapping[int, PartialKeysValues] = field(default_factory=dict)
     inject_weights: Mapping[int, float | Tensor] = field(default_factory=dict)
+    free: FreeTokens | None = None
 
     def check(self, num_layers: int, batch: int, num_img: int) -> None:
         """Raise InputError for layers that the model lacks, and for rows or image tokens that do not fit."""
@@ -66,6 +96,10 @@ class Intervention:
                     )
             elif not 0 <= weight <= 1:
                 raise InputError(f"Got the weight {weight} for layer {layer}: expected 0..1")
+        if self.free is not None and (missing := sorted(set(range(num_layers)) - self.free.kv.keys())):
+            raise InputError(
+                f"Got free tokens without the others' keys and values for layers {missing}: give all layers"
+            )
 
     @property
     def _skip_rows(self) -> tuple[frozenset[int], ...]:
@@ -75,7 +109,8 @@ class Intervention:
     @property
     def is_plain(self) -> bool:
         """Whether the pass is left as it is."""
-        return not (self.keep or self.inject or self.watch or any(self._skip_rows))
+        changes = self.keep or self.inject or self.watch or self.free is not None
+        return not (changes or any(self._skip_rows))
 
     def skip_at(self, layer: int, device: torch.device) -> "LayerSkip":
         """How the rows of a batch on that device skip the layer."""
@@ -87,26 +122,60 @@ class Intervention:
 
     def edit_at(self, layer: int, batch: int, exchange: Exchange | None = None) -> AttentionEdit:
         """The change in the attention of one layer, for a batch of so many rows."""
-        record = layer in self.keep or layer in self.watch
+        others = None if self.free is None else self.free.others_at(layer, batch)
+        plain = AttentionEdit(
+            record=layer in self.keep or layer in self.watch, others=others, exchange=exchange
+        )
         if layer not in self.inject:
-            return AttentionEdit(record=record, exchange=exchange)
+            return plain
         k, v = (None if x is None else rows_to_batch(x, batch) for x in self.inject[layer])
         weight, like = self.inject_weights.get(layer, 1.0), v if k is None else k
         if like is None or (not isinstance(weight, Tensor) and weight == 1):
-            return AttentionEdit((k, v), None, record, exchange)
+            return replace(plain, kv=(k, v))
         if isinstance(weight, Tensor):
             weight = rows_to_batch(weight, batch).to(like)[:, None, :, None]
         else:
             # A tensor, since compiled blocks would be compiled anew for each number.
             weight = like.new_full((1, 1, 1, 1), weight)
-        return AttentionEdit((k, v), weight, record, exchange)
+        return replace(plain, kv=(k, v), kv_weight=weight)
+
+    def at_tokens(self, places: Tensor) -> "Intervention":
+        """The same with what is injected restricted to the image tokens at these places, "M"."""
+        inject = {
+            layer: _of_both(kv, lambda x: x.index_select(2, places)) for layer, kv in self.inject.items()
+        }
+        return replace(self, inject=inject, inject_weights=self._weights(lambda x: x[:, places]))
+
+    def at_rows(self, rows: Sequence[int], batch: int) -> "Intervention":
+        """The same for some rows of a batch, each with its own part of what is injected.
+
+        Args:
+            rows: The rows.
+            batch: Number of rows of the whole batch.
+
+        Raises:
+            ValueError: The rows of the batch skip different layers.
+        """
+        if isinstance(self.skip, tuple):
+            raise ValueError("Got a set of layers to skip for each row: a part of the rows cannot have it")
+        inject = {layer: _of_both(kv, lambda x: rows_of(x, rows, batch)) for layer, kv in self.inject.items()}
+        return replace(self, inject=inject, inject_weights=self._weights(lambda x: rows_of(x, rows, batch)))
+
+    def _weights(self, change: Callable[[Tensor], Tensor]) -> dict[int, float | Tensor]:
+        """The weights, with those of each image token changed."""
+        return {
+            layer: change(weight) if isinstance(weight, Tensor) else weight
+            for layer, weight in self.inject_weights.items()
+        }
 
     def stacked(self, other: "Intervention") -> "Intervention":
         """Two interventions as that of one batch: the rows of this one, then those of `other`.
 
         Raises:
-            ValueError: The two differ in more than what they inject.
+            ValueError: The two differ in more than what they inject, or do not compute all tokens.
         """
+        if self.free is not None or other.free is not None:
+            raise ValueError("Both passes must compute all tokens to be one batch")
         alike = (self.skip, self.skip_scale, self.keep) == (other.skip, other.skip_scale, other.keep)
         if not alike or self.inject.keys() != other.inject.keys():
             raise ValueError("Both passes must skip, keep and inject in the same layers to be one batch")
@@ -118,10 +187,7 @@ class Intervention:
             layer: (both(k, other.inject[layer][0]), both(v, other.inject[layer][1]))
             for layer, (k, v) in self.inject.items()
         }
-        weights = {
-            layer: weight.repeat(2, 1) if isinstance(weight, Tensor) else weight
-            for layer, weight in self.inject_weights.items()
-        }
+        weights = self._weights(lambda x: x.repeat(2, 1))
         skip = 2 * self.skip if isinstance(self.skip, tuple) else self.skip
         return replace(self, skip=skip, inject=inject, inject_weights=weights)
 
@@ -131,6 +197,19 @@ def rows_to_batch(x: Tensor, batch: int) -> Tensor:
     if x.shape[0] == 1:
         return x.expand(batch, *x.shape[1:])
     return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
+
+
+def rows_of(x: Tensor, rows: Sequence[int], batch: int) -> Tensor:
+    """Those of R rows that serve some rows of a batch. A single row serves all; one row is not copied."""
+    if x.shape[0] == 1:
+        return x
+    served = [row * x.shape[0] // batch for row in rows]
+    return x[served[0] : served[0] + 1] if len(set(served)) == 1 else x[served]
+
+
+def _of_both(kv: PartialKeysValues, change: Callable[[Tensor], Tensor]) -> PartialKeysValues:
+    k, v = (None if x is None else change(x) for x in kv)
+    return k, v
 
 
 def check_layers(layers: Iterable[int], num_layers: int) -> None:

@@ -83,13 +83,16 @@ class AttentionEdit:
         kv: Image keys and values to inject, "B H I D" each. If one of them is None, the layer's own stay.
         kv_weight: How far these replace the layer's own, 0..1, in a shape that broadcasts to "B H I D". If
             None, they replace them wholly.
-        record: Whether the block returns the queries, keys and values that it used.
+        others: Keys and values of the image tokens that the pass does not compute, "B H R D" each. If None,
+            it computes all of them.
+        record: Whether the block returns the queries, keys and values that it computed or injected.
         exchange: Gathers the keys and values of all tokens, if processes share them.
     """
 
     kv: PartialKeysValues | None = None
     kv_weight: Tensor | None = None
     record: bool = False
+    others: KeysValues | None = None
     exchange: Exchange | None = None
 
     @property
@@ -122,11 +125,14 @@ class AttentionEdit:
             return own
         return injected if self.kv_weight is None else torch.lerp(own, injected, self.kv_weight)
 
-    def start_exchange(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
+    def gather(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
         """Start to gather the keys and values of all tokens; return a function that waits for them.
 
-        If no processes share the tokens, `k` and `v` are those of all tokens already.
+        `k` and `v` are those that this process computes. The tokens that are not computed come after them,
+        then those of the other processes. Attention gives the same in any order.
         """
+        if self.others is not None:
+            k, v = join_streams(k, self.others[0]), join_streams(v, self.others[1])
         return self.exchange(k, v) if self.exchange else lambda: (k, v)
 
 

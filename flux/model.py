@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Protocol, cast
@@ -81,6 +81,10 @@ class Inputs:
     timesteps: Tensor
     y: Tensor
     guidance: Tensor | None = None
+
+    def at_tokens(self, places: Tensor) -> "Inputs":
+        """The inputs of the image tokens at these places, "M"."""
+        return replace(self, img=self.img[:, places], img_ids=self.img_ids[:, places])
 
     def __post_init__(self):
         if self.img.ndim != 3 or self.txt.ndim != 3:
@@ -259,8 +263,10 @@ class Flux(nn.Module):
             ValueError: The model needs a guidance scale and got none.
             InputError: The intervention does not fit the model or the batch.
         """
-        batch, num_img = inputs.img.shape[:2]
-        intervention.check(self.num_layers, batch, num_img)
+        whole, free, batch = inputs.img, intervention.free, len(inputs.img)
+        intervention.check(self.num_layers, batch, whole.shape[1])
+        if free is not None:
+            inputs, intervention = inputs.at_tokens(free.computed), intervention.at_tokens(free.computed)
         modulation = self._modulation(inputs) if mods is None else mods.__getitem__
         streams = self._embed(inputs) if start is None else start.expanded(batch)
         recorded = Recorded()
@@ -272,7 +278,12 @@ class Flux(nn.Module):
             img = streams.img
             for img in images:  # noqa: B007  (only the last one matters)
                 pass
-        return self.final_layer(img, mod=modulation(self.num_layers)), recorded
+        velocity = self.final_layer(img, mod=modulation(self.num_layers))
+        if free is not None:
+            velocity = velocity.new_zeros(*whole.shape[:2], self.out_channels).index_copy(
+                1, free.computed, velocity
+            )
+        return velocity, recorded
 
     def streams(
         self, inputs: Inputs, mods: Sequence[Tensor] | None = None, exchange: Exchange | None = None

@@ -143,6 +143,10 @@ class Modulations:
         made = model.modulations(t, *(x.repeat(steps, *[1] * (x.ndim - 1)) for x in rows))
         return cls(tuple(levels), [x.unflatten(0, (steps, count)) for x in made])
 
+    def at_rows(self, rows: Sequence[int]) -> "Modulations":
+        """Those of some rows."""
+        return replace(self, layers=[x if x.shape[1] == 1 else x[:, rows] for x in self.layers])
+
     def at(self, t: float) -> list[Tensor] | None:
         """Each layer's modulations in the step at noise level t. None if it is not of this schedule."""
         if t not in self.levels:
@@ -198,6 +202,19 @@ class Conditioning:
             vec=self.vec.expand(batch, -1),
             guidance=None if self.guidance is None else self.guidance.expand(batch),
             negative=None if self.negative is None else self.negative.expanded(batch),
+        )
+
+    def at_rows(self, rows: Sequence[int]) -> "Conditioning":
+        """The conditioning of some rows."""
+        rows = list(rows)
+        return replace(
+            self,
+            txt=self.txt[rows],
+            txt_ids=self.txt_ids[rows],
+            vec=self.vec[rows],
+            guidance=None if self.guidance is None else self.guidance[rows],
+            negative=None if self.negative is None else self.negative.at_rows(rows),
+            modulations=None if self.modulations is None else self.modulations.at_rows(rows),
         )
 
     def stacked(self, other: "Conditioning") -> "Conditioning":
@@ -331,7 +348,7 @@ def euler_step(
         return Step(t, t_next, img, velocity, Passes(found.kept), found.watched)
 
     other = each.negative or replace(each.positive, watch=frozenset())
-    if in_one_batch(img):
+    if in_one_batch(img) and each.positive.free is None:
         batch = img.shape[0]
         if first and second:
             first = first.expanded(batch).stacked(second.expanded(batch))

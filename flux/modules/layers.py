@@ -202,7 +202,7 @@ class DoubleStreamBlock(Block):
         img_k, img_v = edit.whole_kv or edit.inject(*project_kv())
         k, v = join_streams(txt_k, img_k), join_streams(txt_v, img_v)
         # If processes share the tokens, all keys and values arrive while the queries are projected.
-        wait = edit.start_exchange(k, v)
+        wait = edit.gather(k, v)
         q = join_streams(txt_q, project_q())
         attn = attend(q, *wait())
         return attn[:, num_txt:], attn[:, :num_txt], (q, k, v) if edit.record else None
@@ -258,7 +258,7 @@ class SingleStreamBlock(Block):
             k, v = join_streams(k[:, :, :num_txt], img_k), join_streams(v[:, :, :num_txt], img_v)
 
         # If processes share the tokens, all keys and values arrive while the hidden channels are projected.
-        wait = edit.start_exchange(k, v)
+        wait = edit.gather(k, v)
         hidden = project_hidden()
         attn = attend(q, *wait())
         # addcmul(x, gate, y) is x + gate * y.

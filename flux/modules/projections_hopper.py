@@ -191,7 +191,7 @@ class HopperDoubleBlock(DoubleStreamBlock):
             img_heads.project_v()
         _inject(edit, k[:, :, num_txt:], values[:, :, num_txt:])
 
-        wait = edit.start_exchange(k, values)
+        wait = edit.gather(k, values)
         if edit.splits_qkv:
             img_heads.project_q()
         attn = attend(q, *wait())
@@ -211,7 +211,7 @@ class HopperSingleBlock(SingleStreamBlock):
         x_in = modulate(self.pre_norm, x, mod, self.linear1)
         q, k, v = self.fused_heads(x_in, pe, num_txt, edit)
 
-        wait = edit.start_exchange(k, v)
+        wait = edit.gather(k, v)
         hidden = _hidden(self.linear1, x_in, self.mlp_hidden_dim, 3 * self.hidden_dim, free=self.hidden_dim)
         attend(q, *wait(), hidden[..., : self.hidden_dim])
         x = _add_gated(x, mod.gate, self.linear2, hidden)

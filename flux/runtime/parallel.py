@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flux.errors import InputError, launched
-from flux.intervention import NOTHING, Intervention, Recorded
+from flux.intervention import NOTHING, FreeTokens, Intervention, Recorded
 from flux.math import KeysValues
 from flux.model import Flux, Inputs, Streams
 from flux.modules.step_cache import StepCache
@@ -212,6 +212,8 @@ class SequenceParallelFlux:
         cache: StepCache | None = None,
     ) -> tuple[Tensor, Recorded]:
         """See `Flux.observe`."""
+        if intervention.free is not None:
+            return self._observe_free(inputs, intervention, intervention.free, mods)
         shard, gather = self.group.shard, self.group.gather
         runs = inputs.txt.shape[1], inputs.img.shape[1]
         weights = {
@@ -230,6 +232,32 @@ class SequenceParallelFlux:
             layer: (gather(q, 2, *runs), gather(k, 2, *runs)) for layer, (q, k) in recorded.watched.items()
         }
         return gather(velocity, 1, runs[1]), replace(recorded, watched=watched)
+
+    def _observe_free(
+        self, inputs: Inputs, intervention: Intervention, free: FreeTokens, mods: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Recorded]:
+        """Compute this process's share of the free tokens; the others stay where they were kept."""
+        shard, num_img = self.group.shard, inputs.img.shape[1]
+        ends = torch.tensor(self.group.sizes(num_img), device=free.others.device).cumsum(0)
+        owners = torch.searchsorted(ends, free.others, right=True)
+        held = owners.bincount(minlength=self.group.count).tolist()
+        computed = self.group.sizes(inputs.txt.shape[1], len(free.computed))
+        start = ends[self.group.rank] - self.group.sizes(num_img)[self.group.rank]
+        own = FreeTokens(
+            shard(free.computed[None])[0], free.others[owners == self.group.rank] - start, free.kv
+        )
+        # The free tokens of this process may have been kept by others.
+        inject = {
+            layer: tuple(None if x is None else self.group.gather(x, 2, num_img) for x in kv)
+            for layer, kv in intervention.inject.items()
+        }
+        velocity, recorded = self.model.observe(
+            replace(inputs, txt=shard(inputs.txt), txt_ids=shard(inputs.txt_ids)),
+            replace(intervention, inject=inject, free=own),
+            mods=mods,
+            exchange=AllGatherKV(self.group, tuple(map(sum, zip(computed, held)))),
+        )
+        return self.group.total(velocity), recorded
 
     def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
         """See `Flux.streams`. The streams are those of this process's share."""

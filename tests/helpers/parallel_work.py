@@ -6,12 +6,13 @@ torchrun parallel_work.py ERRORS.json [cases]
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from flux.intervention import NOTHING, Intervention
+from flux.intervention import NOTHING, FreeTokens, Intervention
 from flux.model import Flux, Inputs
 from flux.modules.step_cache import StepCache
 from flux.runtime.parallel import ProcessGroup, SequenceParallelFlux
@@ -84,6 +85,22 @@ def injected_in_part(model, given) -> Answers:
     for part in (0, 1):
         shares = {n: tuple(x if i == part else None for i, x in enumerate(pair)) for n, pair in kept.items()}
         answers += ask(model, given, Intervention(inject=shares, inject_weights={LAYERS[2]: tokens > 0.5}))
+    return answers
+
+
+@case
+def free_tokens(model, given) -> Answers:
+    """Few and many of them, in a block and scattered; with keys and values injected, wholly and in part."""
+    every = frozenset(range(tiny_models.NUM_LAYERS))
+    kept = model.observe(Inputs(**reference()), Intervention(keep=every))[1].kept
+    vital, answers = {layer: kept[layer] for layer in LAYERS}, []
+    tokens = torch.linspace(0, 1, given["img"].shape[1])[None]
+    for mask in (tokens[0] < 0.3, tokens[0] > 0.9, torch.arange(15) % 2 == 0):
+        free = replace(FreeTokens.of(mask), kv=kept)
+        answers += ask(model, given, Intervention(free=free))
+        answers += ask(model, given, Intervention(inject=vital, free=free))
+        weights = {LAYERS[0]: 0.4, LAYERS[1]: tokens}
+        answers += ask(model, given, Intervention(inject=vital, inject_weights=weights, free=free))
     return answers
 
 

@@ -89,9 +89,15 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 # ---- the transformer by hand: complex rotations, explicit softmax, layers one after the other
 
 
-def hand_forward(model: Flux, given: dict[str, Tensor], inject: frozenset[int] = frozenset()) -> Tensor:
+def hand_forward(
+    model: Flux,
+    given: dict[str, Tensor],
+    inject: frozenset[int] = frozenset(),
+    held: Tensor | None = None,
+) -> Tensor:
     """The velocity, from the model's linear layers alone; in the layers of `inject` every row has row 0's
-    image keys and values, written over its own before the rotation.
+    image keys and values, written over its own before the rotation. In all layers, so do the image tokens
+    where `held` is true, "I".
     """
     p = model.params
     img, txt = model.img_in(given["img"]), model.txt_in(given["txt"])
@@ -104,6 +110,10 @@ def hand_forward(model: Flux, given: dict[str, Tensor], inject: frozenset[int] =
         if layer in inject:
             for x in (k, v):
                 x[:, :, num_txt:] = x[:1, :, num_txt:].clone()
+        if held is not None:
+            places = num_txt + held.nonzero()[:, 0]
+            for x in (k, v):
+                x[:, :, places] = x[:1, :, places].clone()
         q, k = (hand_rotation(x, ids, p) for x in (q, k))
         weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
         return (weights @ v).transpose(1, 2).flatten(2)

@@ -5,12 +5,13 @@ import sys
 import types
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import hopper_stub, tiny_models
 
-from flux.intervention import Intervention
+from flux.intervention import FreeTokens, Intervention
 from flux.model import Inputs, hopper_kernels
 from flux.modules.layers import Block, SingleStreamBlock
 from flux.modules.linear import LowRankLinear
@@ -47,6 +48,10 @@ def ways(batch: int) -> dict[str, Intervention]:
         .kept
     )
     keys = {layer: (k, None) for layer, (k, _) in kept.items()}
+    every = frozenset(range(tiny_models.NUM_LAYERS))
+    reference = Inputs(**tiny_models.inputs(1, seed=3, **SMALL))
+    kv = tiny_models.flux().observe(reference, Intervention(keep=every))[1].kept
+    free = replace(FreeTokens.of(torch.tensor([True, False, True, False])), kv=kv)
     return {
         "plain": Intervention(),
         "kept": Intervention(keep=LAYERS, watch=LAYERS),
@@ -54,6 +59,8 @@ def ways(batch: int) -> dict[str, Intervention]:
         "injected": Intervention(inject=kept),
         "injected in part": Intervention(inject=kept, inject_weights=dict.fromkeys(LAYERS, 0.5)),
         "keys injected": Intervention(inject=keys),
+        "some tokens free": Intervention(inject=kept, free=free),
+        "some tokens free, kept": Intervention(keep=LAYERS, watch=LAYERS, free=free),
     }
 
 

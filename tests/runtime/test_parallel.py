@@ -20,7 +20,7 @@ from flux.runtime import parallel
 from flux.runtime.parallel import ALONE, ProcessGroup, join
 
 ROOT = Path(__file__).parents[2]
-FEW = ("plain", "equal_shares", "injected_in_part", "spared_steps")  # cases for four processes
+FEW = ("plain", "equal_shares", "injected_in_part", "free_tokens", "spared_steps")  # cases for four processes
 
 
 def torchrun(count: int, *arguments) -> subprocess.CompletedProcess:
