@@ -25,7 +25,7 @@ def fields_without_effect(settings: ModelSettings, spec: "ModelSpec") -> list[st
         spec: The spec of their model.
     """
     reasons: dict[str, list[str]] = {}
-    for name, reason in _without_effect(settings, spec):
+    for name, reason in without_effect(settings, spec):
         reasons.setdefault(reason, []).append(name)
     return [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
 
@@ -52,7 +52,7 @@ def print_warnings(settings: ModelSettings, spec: "ModelSpec") -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple[str, str]]:
+def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple[str, str]]:
     """Yield each field without effect, with the reason."""
     if (settings.true_cfg or spec.true_cfg) == 1:
         for name in _changed(settings, "negative_prompt", "cfg_from", "mimic_scale", "mimic_percentile"):
