@@ -149,6 +149,11 @@ class Sessions:
                 self._sessions.popitem(last=False)
             return session
 
+    def with_folder(self, folder: Path) -> Session | None:
+        """Returns a session that writes to this folder, or None if there is none."""
+        with self._lock:
+            return next((known for known in self._sessions.values() if known.folder == folder), None)
+
 
 def delete_unused(folder: Path) -> set[Path]:
     """Deletes the folders in `folder` that have not changed for KEEP_SECONDS, and returns them."""
@@ -179,7 +184,8 @@ def read_back(path: Path) -> tuple[ModelSettings, dict[str, Any]]:
     """Reads the settings in an image or a run.json of the studio or a demo.
 
     Returns:
-        The settings, and what an image says of itself: "prompt", "seed" and "layers", as far as it has them.
+        The settings, and what an image says of itself: "prompt", "seed", "layers" and "mask" (see
+        `flux.studio.visits.unpack_mask`), as far as it has them.
 
     Raises:
         InputError: A file that is not ours, or that belongs to a demo without a tab on the page.
@@ -196,6 +202,6 @@ def read_back(path: Path) -> tuple[ModelSettings, dict[str, Any]]:
     cls = RUN_KINDS.get(record["demo"]) if isinstance(record.get("demo"), str) else None
     if cls is None:
         raise InputError(f"Got {path.name}, which does not say how it was made: give an image made here")
-    types = {"prompt": str, "seed": int, "layers": list}
+    types = {"prompt": str, "seed": int, "layers": list, "mask": str}
     own = {name: record[name] for name, type_ in types.items() if isinstance(record.get(name), type_)}
     return check_settings(cls, record["settings"], path.name), own

@@ -12,6 +12,7 @@ from flux.settings.resolved import ResolvedEdit
 from flux.studio.engine import Engine, KeptReference, MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
+from flux.studio.visits import pack_mask
 from flux.studio.work.scan import read_vitality
 from flux.vital_layers import PRESETS, find_vital_layers, remembered_scan
 from flux.weights.find import checkpoint_of
@@ -108,7 +109,9 @@ def run_edit(
         make_edits(studio.engine, settings, progress, photo, mask, save_mask)
 
     inputs = {name: image for name, image in (("photo", photo), ("mask", mask)) if image is not None}
-    return studio.run(session, settings, work, inputs, layers=settings.vital_layers)
+    # So an image file alone brings its mask back.
+    carried = {} if mask is None else {"mask": pack_mask(mask)}
+    return studio.run(session, settings, work, inputs, layers=settings.vital_layers, **carried)
 
 
 def run_reference(
