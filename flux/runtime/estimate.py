@@ -9,6 +9,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -144,27 +145,43 @@ class WeightFormat:
         """Return whether a matrix stays as its file packs it."""
         return source.is_packed and (self.bits == 8 or source.kind not in EIGHT_BIT_FLOATS)
 
-    def nbytes(self, source: TensorSource, quantized: bool) -> int:
-        """Return the bytes of one tensor. `quantized` tells whether `bits` applies to it."""
+    def nbytes(self, source: TensorSource, quantized: bool, rank: int | None = 0) -> int:
+        """Return the bytes of one tensor.
+
+        Args:
+            source: Where it comes from.
+            quantized: Whether `bits` applies to it.
+            rank: Rank of the LoRA branch that it gets if it stays packed. If None, LoRA files change it in a
+                way that has to be merged, which expands it.
+        """
         if len(source.shape) == 2:
-            if self.keeps_packed(source):
-                return sum(part.stored.size for part in source.parts)
+            if self.keeps_packed(source) and rank is not None:
+                branch = rank * sum(source.shape) * self.dtype.itemsize
+                return sum(part.stored.size for part in source.parts) + branch
             if quantized and self.bits < 16:
                 return quantized_bytes(*source.shape, self.bits, self.dtype.itemsize)
         return math.prod(source.shape) * self.dtype.itemsize
 
-    def size_of(self, sources: Mapping[str, TensorSource]) -> ModuleSize:
-        """Return the size of the model whose tensors have these sources, by name."""
+    def size_of(
+        self, sources: Mapping[str, TensorSource], ranks: Mapping[str, int | None] = MappingProxyType({})
+    ) -> ModuleSize:
+        """Return the size of a model.
+
+        Args:
+            sources: The sources of its tensors, by name.
+            ranks: What LoRA files change, by module, see `OpenModel.ranks_beside`.
+        """
         blocks: dict[tuple[str, int], int] = {}
         rest = 0
         for name, source in sources.items():
             block = re.match(BLOCK, name)
+            rank = ranks.get(name.removesuffix(".weight"), 0)
             if block:
                 key = (block[1], int(block[2]))
                 quantized = not (self.fp8 and re.search(r"mod(ulation)?\.lin\.", name))
-                blocks[key] = blocks.get(key, 0) + self.nbytes(source, quantized)
+                blocks[key] = blocks.get(key, 0) + self.nbytes(source, quantized, rank)
             else:
-                rest += self.nbytes(source, quantized=False)
+                rest += self.nbytes(source, False, rank)
         return ModuleSize(tuple(blocks[key] for key in sorted(blocks)), rest)
 
 
@@ -204,6 +221,7 @@ class MemoryEstimator:
         dtype: Type of the transformer and the autoencoder.
         text_dtype: Type of the text encoders.
         on_gpu: Whether CUDA libraries allocate workspaces.
+        ranks: What LoRA files change, by network and module, see `OpenModel.ranks_beside`.
 
     Attributes:
         transformer: Size of the transformer's weights.
@@ -226,6 +244,7 @@ class MemoryEstimator:
         dtype: torch.dtype,
         text_dtype: torch.dtype,
         on_gpu: bool,
+        ranks: Mapping[Part, Mapping[str, int | None]] = MappingProxyType({}),
     ):
         self.settings, self.spec, self.dtype = settings, spec, dtype
         self.workload = settings.workload()
@@ -237,11 +256,11 @@ class MemoryEstimator:
         weight_format = WeightFormat(dtype, BITS[settings.quantize], settings.quantize == "fp8")
         text_format = WeightFormat(text_dtype)
         t5_format = WeightFormat(text_dtype, 8) if settings.t5 == "8bit" else text_format
-        self.transformer = weight_format.size_of(sources["transformer"])
+        self.transformer = weight_format.size_of(sources["transformer"], ranks.get("transformer", {}))
         self.autoencoder = WeightFormat(dtype).size_of(sources["vae"]).total
-        self.clip = text_format.size_of(sources["text_encoder"]).total
-        on_cpu = settings.t5 == "cpu"
-        self.t5 = ModuleSize((), 0) if on_cpu else t5_format.size_of(sources["text_encoder_2"])
+        self.clip = text_format.size_of(sources["text_encoder"], ranks.get("text_encoder", {})).total
+        on_cpu, t5_ranks = settings.t5 == "cpu", ranks.get("text_encoder_2", {})
+        self.t5 = ModuleSize((), 0) if on_cpu else t5_format.size_of(sources["text_encoder_2"], t5_ranks)
 
         self.text = self._text(text_dtype.itemsize)
         self.denoise = self._denoise(one_block_model(spec.params, sources["transformer"], weight_format))

@@ -197,7 +197,8 @@ def make_plan(
         streamed = ALL_BLOCKS if settings.offload == "blocks" else 0
         return Plan(settings.offload, streamed, streamed, settings.tiled)
     on_gpu = device.type == "cuda"
-    estimate = MemoryEstimator(settings, model.spec, model.sources(), dtype, text_dtype, on_gpu)
+    sources, ranks = model.sources(), model.ranks_beside()
+    estimate = MemoryEstimator(settings, model.spec, sources, dtype, text_dtype, on_gpu, ranks)
     free = free_memory(device)
     # A device without memory of its own shares the host's: offloading saves none.
     on_device = Plan.of(estimate, "none", tiled=settings.tiled)

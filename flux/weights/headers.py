@@ -48,6 +48,7 @@ class StoredTensor:
         shape: The tensor's shape; for packed kinds the shape of the expanded tensor.
         offset: Where its bytes begin in the file.
         size: How many bytes it has.
+        name: Its name in the file, for messages.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     size: int
+    name: str = ""
 
     def read(self, device: torch.device | str = "cpu") -> Tensor:
         """Read the tensor in its stored dtype; a packed kind as uint8, "rows bytes".
@@ -176,9 +178,8 @@ def _gguf_header(path: Path, size: int) -> FileHeader:
         raise unreadable(path, error) from error
     except ValueError as error:  # UnicodeDecodeError too
         raise InputError(f"Got {path}, a GGUF file, but {error}{_unfinished_beside(path)}") from error
-    return FileHeader(
-        path, size, (0, end), {name: StoredTensor(path, *entry) for name, entry in entries.items()}
-    )
+    tensors = {name: StoredTensor(path, *entry, name) for name, entry in entries.items()}
+    return FileHeader(path, size, (0, end), tensors)
 
 
 def _safetensors_header(path: Path, size: int, length: int) -> FileHeader:
@@ -193,7 +194,7 @@ def _safetensors_header(path: Path, size: int, length: int) -> FileHeader:
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError
-        tensors = {name: _safetensors_entry(path, entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: _safetensors_entry(path, name, entry, 8 + length) for name, entry in header.items()}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -211,7 +212,7 @@ def _safetensors_header(path: Path, size: int, length: int) -> FileHeader:
     return FileHeader(path, size, (8, 8 + length), tensors, metadata)
 
 
-def _safetensors_entry(path: Path, entry: dict[str, Any], data_begin: int) -> StoredTensor:
+def _safetensors_entry(path: Path, name: str, entry: dict[str, Any], data_begin: int) -> StoredTensor:
     shape = tuple(map(operator.index, entry["shape"]))
     begin, end = map(operator.index, entry["data_offsets"])
     if entry["dtype"] not in DTYPES:
@@ -224,7 +225,7 @@ def _safetensors_entry(path: Path, entry: dict[str, Any], data_begin: int) -> St
     size = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != size:
         raise ValueError("shape and size differ")
-    return StoredTensor(path, entry["dtype"], shape, data_begin + begin, end - begin)
+    return StoredTensor(path, entry["dtype"], shape, data_begin + begin, end - begin, name)
 
 
 # ---- shared by the readers of other files

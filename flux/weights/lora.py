@@ -1,6 +1,7 @@
 """LoRA files: what they change in which module, by the names that trainers give.
 
-The formats of the changes, and how they are applied, are in `flux.weights.lora_formats`.
+The formats of the changes are in `flux.weights.lora_formats`, how they are applied in
+`flux.weights.lora_patches`.
 """
 
 import math
@@ -18,7 +19,8 @@ from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
 from flux.weights.layouts import SWAPPED, Part, diffusers_modules
-from flux.weights.lora_formats import BIASES, LoraFields, LoraPlace, Patch, change_in, check_fields
+from flux.weights.lora_formats import LoraFields, LoraPlace, WeightChange
+from flux.weights.lora_patches import BIASES, Patch, change_in, check_fields
 from flux.weights.scales import ScaledTensor
 
 # How a tensor's name ends, and its role for the module that the rest names.
@@ -30,12 +32,16 @@ ROLES = (
     (r"\.alpha", "alpha"),
     (r"\.diff", "diff"),
     (r"\.set_weight|(?<=_norm)\.scale", "set"),
-    (r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab])", None),  # the name is the role
+    (r"\.lora_magnitude_vector(?:\.[^.]+){0,2}", "magnitude"),
+    (r"\.oft_R(?:\.[^.]+)?\.weight", "oft_R"),
+    # The name is the role.
+    (r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|dora_scale|oft_blocks(?:\.\d+)?|rescale)", None),
+    (r"\.oft_R\.(scaled_oft)", None),
 )
-# Forms that are no plain sums, each by a pattern that one of its tensors' names matches.
+# Forms that are not known, each by a pattern that one of its tensors' names matches.
 OTHER_FORMS = (
-    (r"\.(dora_scale|lora_magnitude_vector)\b", "a DoRA"),
-    (r"(^|\.)b?oft_(blocks|diag|R|s|unet)", "an OFT"),
+    (r"\.boft_[Rs]\b", "a BOFT"),
+    (r"\.oft_(diag|r|s)\b", "an OFT of an early form"),
     (r"\.(lora_mid|lokr_t2|hada_t[12])\b", "a LoCon in Tucker's form"),
     (r"\.(ia3_l|vera_lambda_[bd]|hra_u)\b", "an adapter of PEFT's other than LoRA"),
 )
@@ -46,7 +52,7 @@ TEXT_PREFIXES: dict[Part, tuple[str, ...]] = {
 }
 PREFIXES = (
     "base_model.model.", "transformer.", "unet.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
-    "lora_transformer_", "lycoris_",
+    "lora_transformer_", "lycoris_", "oft_unet_",
 )  # fmt: skip
 # XLabs has two names for the image's and the text's projections in each block.
 XLABS = {
@@ -88,7 +94,7 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
     """Sort a LoRA file's tensors by module and role. Reads none of them.
 
     Raises:
-        InputError: The checkpoint is no LoRA, or a form that is not a sum (DoRA, OFT, ...).
+        InputError: The checkpoint is no LoRA, or of a form that is not known.
     """
     path = checkpoint.path
     modules: dict[str, dict[str, ScaledTensor]] = {}
@@ -96,9 +102,7 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
     for name, tensor in checkpoint.tensors.items():
         for sign, title in OTHER_FORMS:
             if re.search(sign, name):
-                raise InputError(
-                    f"Got {path}, which is {title} ({short_name(name)}): not supported, only plain sums are"
-                )
+                raise _other_form(path, title, name)
         if name.startswith(EMBEDDING):
             embeddings.add(name.split(".")[1])
             continue
@@ -111,6 +115,8 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
                         "of them alone"
                     )
                 fields[role or found[1]] = _as_matrix(tensor)
+                if found[0].startswith(".oft_blocks") and len(tensor.shape) == 4:
+                    raise _other_form(path, "a BOFT", name)
                 break
         else:
             unknown.append(name)
@@ -120,6 +126,13 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
         words = ", ".join(map(short_name, sorted(embeddings)))
         warnings.warn(f"{path}: the words {words}, trained with it, are left out", stacklevel=2)
     return LoraFile(checkpoint, strength, modules, _metadata(checkpoint))
+
+
+def _other_form(path: Path, title: str, name: str) -> InputError:
+    return InputError(
+        f"Got {path}, which is {title} ({short_name(name)}): not supported, take a LoRA, LoKr, LoHa, DoRA "
+        "or OFT"
+    )
 
 
 def _as_matrix(tensor: ScaledTensor) -> ScaledTensor:
@@ -181,12 +194,12 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace]) -> lis
         if place is None:
             unmatched.append(module)
             continue
-        check_fields(file.path, place, fields)
-        change, biases = change_in(fields), {role: fields[role] for role in BIASES if role in fields}
-        scale = (
-            1.0 if change is None or change.rank is None else _scale(file, module, part, fields, change.rank)
-        )
-        patches.append(Patch(place, change, biases, file.strength, file.strength * scale))
+        change = _change_in(file, part, fields)
+        check_fields(file.path, place, fields, change)
+        biases = {role: fields[role] for role in BIASES if role in fields}
+        rank = None if change is None else change.rank
+        scale = 1.0 if rank is None else _scale(file, module, part, fields, rank)
+        patches.append(Patch(place, change, biases, file.strength, scale))
     if unmatched:
         raise _unmatched(file.path, unmatched)
     return patches
@@ -235,11 +248,23 @@ def _other_names(whole: LoraPlace, columns: int) -> dict[str, LoraPlace]:
     return places
 
 
+def _change_in(file: LoraFile, part: Part, fields: LoraFields) -> WeightChange | None:
+    try:
+        return change_in(fields, _config(file, part))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Got {file.path}, whose configuration cannot be read: fetch it again") from error
+
+
+def _config(file: LoraFile, part: Part) -> dict[str, Any]:
+    """PEFT's configuration for one network; empty if the file has none."""
+    return {key.removeprefix(f"{part}."): value for key, value in file.metadata.items()}
+
+
 def _scale(file: LoraFile, module: str, part: Part, fields: LoraFields, rank: int) -> float:
     """The factor alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
     if "alpha" in fields:
         return float(fields["alpha"].read()) / rank
-    config = {key.removeprefix(f"{part}."): value for key, value in file.metadata.items()}
+    config = _config(file, part)
     try:
         special = (config.get("alpha_pattern") or {}).items()
         own = (value for key, value in special if re.search(rf"(^|\.){key}$", module))

@@ -24,7 +24,7 @@ from flux.weights.hub import own_file
 from flux.weights.layouts import TITLES, Part, TensorSource, find_sources
 from flux.weights.load import load_into, match_names, on_meta
 from flux.weights.lora import LoraFile, match_patches, read_lora
-from flux.weights.lora_formats import Patch, apply_patches
+from flux.weights.lora_patches import Patch, apply_patches, ranks_beside
 from flux.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -145,6 +145,18 @@ class OpenModel:
             "vae": self.autoencoder.sources,
             "text_encoder": self.text_encoder("text_encoder").sources,
             "text_encoder_2": self.text_encoder("text_encoder_2").sources,
+        }
+
+    def ranks_beside(self) -> dict[Part, dict[str, int | None]]:
+        """What the LoRA files make of packed weights, by network and module, see `lora_patches.ranks_beside`.
+
+        Raises:
+            InputError: As `check`.
+        """
+        return {
+            "transformer": ranks_beside(self.transformer.patches),
+            "text_encoder": ranks_beside(self.text_encoder("text_encoder").patches),
+            "text_encoder_2": ranks_beside(self.text_encoder("text_encoder_2").patches),
         }
 
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import full_size, tiny_models
+from helpers import full_size, lora_files, tiny_models, weight_files
 from torch import nn
 
 from flux.pipeline import Pipeline
@@ -14,7 +14,9 @@ from flux.runtime.plan import GIB, Plan
 from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings, SkipSettings
+from flux.specs import NANO_FOLDER
 from flux.weights.find import find_model
+from flux.weights.load import read_weights
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200.json"
 
@@ -27,8 +29,9 @@ def dev() -> MemoryEstimator:
 def counted_and_loaded(**fields) -> tuple[MemoryEstimator, Pipeline]:
     settings = resolve(ModelSettings(device="cpu", dtype="float32", **fields))
     model = find_model(settings)
+    dtype = torch.float32
     estimate = MemoryEstimator(
-        settings, model.spec, model.sources(), torch.float32, torch.float32, on_gpu=False
+        settings, model.spec, model.sources(), dtype, dtype, False, model.ranks_beside()
     )
     return estimate, Pipeline.load(settings)
 
@@ -51,6 +54,25 @@ def test_weights_need_the_counted_bytes(quantize, t5):
     }
     # The scales of 8-bit floats and the encoders' position ids are not counted.
     assert counted == pytest.approx(loaded, rel=2e-4)
+
+
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("form", ["LoRA", "DoRA"])
+def test_loras_over_packed_weights_need_the_counted_bytes(tmp_path, quantize, form):
+    """A LoRA's branch is small; what a DoRA changes is expanded, and quantised where blocks are."""
+    weights = read_weights(NANO_FOLDER / "transformer.safetensors", "cpu", torch.float32)
+    packed = tmp_path / "m.gguf"
+    weight_files.save_gguf(weights, packed, "Q4_0", pack=lambda name, x: x.ndim == 2 and x.shape[1] % 32 == 0)
+    modules = ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.2.linear1")
+    lora = lora_files.file_of(lora_files.pairs(weights, modules, rank=16), lambda module: module)
+    if form == "DoRA":
+        lora |= {f"{m}.dora_scale": torch.ones(len(weights[f"{m}.weight"]), 1) for m in modules}
+    file = weight_files.save(lora, tmp_path / "lora.safetensors")
+    given = {"weights": str(packed), "quantize": quantize}
+    plain, _ = counted_and_loaded(**given)
+    estimate, pipe = counted_and_loaded(**given, lora=[str(file)])
+    assert estimate.transformer.total == pytest.approx(bytes_of(pipe.model), rel=2e-4)
+    assert estimate.transformer.total > plain.transformer.total * 1.005
 
 
 def test_live_bytes_are_those_alive_at_the_same_time():

@@ -208,11 +208,6 @@ def test_an_empty_file(tmp_path, base):
     refused(tmp_path, base, {}, "no part of this model: none at all")
 
 
-def test_dora(tmp_path, weights, base):
-    file = file_of(pairs(weights, ["img_in"]), lambda m: m)
-    refused(tmp_path, base, {**file, "img_in.dora_scale": torch.ones(32, 1)}, "DoRA")
-
-
 def test_a_broken_header(tmp_path, weights, base):
     file = file_of(pairs(weights, ["img_in"]), lambda m: m)
     refused(tmp_path, base, file, "JSON is broken", lora_adapter_metadata="{")

@@ -225,16 +225,16 @@ def test_a_trained_word_is_left_out_with_a_warning(tmp_path, weights, base):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("oft_unet_double_blocks_1_img_attn_qkv.oft_blocks", "an OFT"),
-        ("transformer.x_embedder.oft_R.weight", "an OFT"),
-        ("transformer.x_embedder.lora_magnitude_vector", "a DoRA"),
-        ("lora_unet_img_in.dora_scale", "a DoRA"),
+        ("lycoris_img_in.oft_diag", "an OFT of an early form"),
+        ("transformer.x_embedder.oft_r", "an OFT of an early form"),
+        ("transformer.x_embedder.boft_R", "a BOFT"),
+        ("lycoris_img_in.oft_blocks", "a BOFT"),
         ("lora_unet_img_in.lora_mid.weight", "Tucker"),
         ("transformer.x_embedder.ia3_l", "other than LoRA"),
     ],
 )
-def test_forms_that_are_no_sums_are_named(tmp_path, base, name, expected):
-    path = weight_files.save({name: torch.zeros(4, 4)}, tmp_path / "lora")
+def test_forms_that_are_not_known_are_named(tmp_path, base, name, expected):
+    path = weight_files.save({name: torch.zeros(2, 4, 4, 4)}, tmp_path / "lora")
     with pytest.raises(InputError, match=f"which is .*{expected}.*: not supported"):
         weight_files.load(base, loras=[(path, 1.0)])
 
