@@ -31,9 +31,9 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     from flux.attention.film import Film
     from flux.attention.watch import check_watch, watch
     from flux.files import write_json
-    from flux.images.io import save_image
     from flux.pipeline import Pipeline
-    from flux.runs.record import image_metadata, run_record
+    from flux.results import write_film
+    from flux.runs.record import run_record
     from flux.runtime.parallel import join
     from flux.settings.complete import check_run, resolve
 
@@ -45,19 +45,13 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     out = Path(settings.output_dir)
     for number, entry in enumerate(settings.prompts):
         folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"
-        record = image_metadata(settings, entry.prompt, entry.seed)
         steps, attention = watch(pipe, entry.prompt, entry.seed, settings)
         if ranks.rank:  # only the first process writes
             continue
         [final] = pipe.decode(steps[-1].latent, settings.width, settings.height, settings.watermark)
         film = Film.of(pipe, entry.prompt, steps, attention, final)
-        for index, (noisy, clean) in enumerate(zip(film.noisy, film.clean)):
-            save_image(noisy, folder / f"step_{index:02d}_noisy.png", record)
-            save_image(clean, folder / f"step_{index:02d}_clean.png", record)
-        film.save(folder / "steps.gif")
-        for name, sheet in film.sheets():
-            save_image(sheet, folder / f"{name}.png", None if name == "steps" else record)
-            print(folder / f"{name}.png")
+        for path in write_film(folder, settings, entry, film):
+            print(path)
     if ranks.rank:
         return
     write_json(out / "run.json", run_record(settings, timings=pipe.timings))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux import sampling
-from flux.images.io import to_pil, to_tensor
+from flux.errors import InputError
+from flux.images.io import crop_to_fit, to_pil, to_tensor
 from flux.images.watermark import embed_watermark
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.model import Flux, Inputs, Streams
@@ -26,15 +27,16 @@ from flux.runtime.quantize import BITS, check_fp8_support, quantize_linears, to_
 from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step, VelocityModel
 from flux.settings.demos import ModelSettings
-from flux.specs import ModelSpec, get_spec
+from flux.settings.resolved import ResolvedGenerate
+from flux.specs import ModelSpec, configs, get_spec
 from flux.vocabulary import warn_of_unknown_words
 from flux.weights.find import find_model
 from flux.weights.open_model import OpenModel
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline:
-    """One model, loaded.
+    """One model, loaded. Programs that make whole images or edits meet it as `flux.Pipeline`, with defaults.
 
     Attributes:
         spec: The model.
@@ -63,20 +65,26 @@ class Pipeline:
     timings: dict[str, float] = field(default_factory=dict)
     _listeners: list[Callable[[int], None]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        name = next((name for name, spec in configs.items() if spec == self.spec), "of a spec of its own")
+        return f"<Pipeline {name}, {self.device}, {str(self.dtype).removeprefix('torch.')}>"
+
     @classmethod
     def load(
-        cls, settings: ModelSettings, group: ProcessGroup = ALONE, opened: OpenModel | None = None
+        cls, settings: ModelSettings | str, group: ProcessGroup = ALONE, opened: OpenModel | None = None
     ) -> "Pipeline":
         """Find, download, check and load what the settings name.
 
         Args:
-            settings: The model and how it runs.
+            settings: The model and how it runs, or only the model's name.
             group: The processes that share each image, see `flux.runtime.parallel.join`.
             opened: The model's files, if they are open already, see `flux.weights.find.local_model`.
 
         Raises:
             InputError: Something does not fit. It is raised before the first model is loaded.
         """
+        if isinstance(settings, str):
+            settings = ModelSettings(model=settings)
         spec = get_spec(settings.model)
         device = group.device or pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device, spec)
@@ -193,7 +201,13 @@ class Pipeline:
         return sampling.pack(torch.cat(draws))
 
     def schedule(self, num_steps: int, width: int, height: int) -> list[float]:
-        """The model's num_steps + 1 noise levels for images of that size in pixels."""
+        """The model's num_steps + 1 noise levels for images of that size in pixels.
+
+        Raises:
+            InputError: There is no step.
+        """
+        if num_steps < 1:
+            raise InputError(f"Got {num_steps} steps, expected at least 1")
         tokens = (height // 16) * (width // 16)
         spec = self.spec
         return sampling.get_schedule(num_steps, tokens, spec.base_shift, spec.max_shift, spec.shifted)
@@ -249,8 +263,8 @@ class Pipeline:
 
     def generate(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int],
         *,
         width: int,
         height: int,
@@ -270,7 +284,7 @@ class Pipeline:
         """Generate one image for each prompt and seed, as one batch.
 
         Args:
-            prompts: The prompts.
+            prompts: The prompts. A text is one prompt.
             seeds: The seed of each prompt.
             width: Width of the images in pixels, a multiple of 16.
             height: Height of the images in pixels, a multiple of 16.
@@ -287,7 +301,14 @@ class Pipeline:
             cache: Threshold of `flux.modules.step_cache.StepCache`. If None, every step is computed in full.
             on_step: Called with each step as soon as it is taken.
             progress: Whether to show a progress bar, or what to write before it.
+
+        Raises:
+            InputError: There is no step, or not one seed for each prompt.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        seeds = [seeds] if isinstance(seeds, int) else seeds
+        if len(prompts) != len(seeds):
+            raise InputError(f"Got {len(prompts)} prompts and {len(seeds)} seeds, expected a seed for each")
         cond = self.condition(prompts, guidance, true_cfg, negative_prompt, mimic_scale, mimic_percentile)
         latent, levels = self.noise(seeds, width, height), self.schedule(num_steps, width, height)
         if image is not None:
@@ -304,6 +325,33 @@ class Pipeline:
                 if on_step:
                     on_step(step)
         return self.decode(latent, width, height, watermark)
+
+
+def generate_all(
+    pipe: Pipeline, settings: ResolvedGenerate, image: Image.Image | None = None, progress: bool = True
+) -> Iterator[Image.Image]:
+    """Generate the image of each prompt, `batch_size` at once, and yield each batch as soon as it is there.
+
+    Args:
+        pipe: The model.
+        settings: The prompts, and how to sample.
+        image: Start from this image, scaled and cropped to the size of the images, instead of from noise
+            alone.
+        progress: Whether to show progress bars.
+    """
+    start_image = crop_to_fit(image, settings.width, settings.height) if image else None
+    total = len(settings.prompts)
+    for start in range(0, total, settings.batch_size):
+        batch = settings.prompts[start : start + settings.batch_size]
+        yield from pipe.generate(
+            [entry.prompt for entry in batch],
+            [entry.seed for entry in batch],
+            image=start_image,
+            strength=settings.strength,
+            cache=settings.cache,
+            progress=batch_name(start, len(batch), total) if progress else False,
+            **settings.sampling(),
+        )
 
 
 def batch_name(start: int, count: int, total: int) -> str:

@@ -152,6 +152,21 @@ def test_a_watermark_is_a_choice(nano):
     assert bits[1] == list(WATERMARK_BITS)
 
 
+def test_a_text_is_one_prompt(nano):
+    """Not one for each of its letters."""
+    [one], [listed] = nano.generate(DOG, 1, **QUICK), nano.generate([DOG], [1], **QUICK)
+    assert difference(one, listed) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "steps", "message"),
+    [(DOG, 1, 0, "Got 0 steps, expected at least 1"), ([DOG, CAR], [1], 2, "Got 2 prompts and 1 seeds")],
+)
+def test_no_step_and_no_seed(nano, prompts, seeds, steps, message):
+    with pytest.raises(InputError, match=message):
+        nano.generate(prompts, seeds, **{**QUICK, "num_steps": steps})
+
+
 # ---- image-to-image
 
 
@@ -256,6 +271,10 @@ def test_a_published_model_by_its_files(monkeypatch, tmp_path):
         assert (difference(low, high) > 0) == guided
         cond = pipe.condition([DOG], 1.0)
         assert cond.txt.shape[1] == spec.text_length
+
+
+def test_a_name_is_enough():
+    assert repr(Pipeline.load("flux-nano")).startswith("<Pipeline flux-nano, ")
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ OF_A_MODEL = ("weights", "width", "height", "num_steps", "guidance", "true_cfg",
 MOST_LINES = 10  # in one error
 
 S = TypeVar("S", bound=Settings)
+M = TypeVar("M", bound=ModelSettings)
 
 
 def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> S:
@@ -85,7 +86,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
     if "prompts" in cls.model_fields and isinstance(data.get("prompts"), str):
         named_by = sources.get("prompts", path)
-        data["prompts"], sources["prompts"] = _read_prompts(data["prompts"], path.parent, named_by)
+        data["prompts"], sources["prompts"] = read_prompts(data["prompts"], path.parent, named_by)
     if "seed" in given and isinstance(data.get("prompts"), list):
         data["prompts"] = [_without_seed(entry) for entry in data["prompts"]]
     return check_settings(cls, data, path, sources)
@@ -118,6 +119,21 @@ def check_settings(
         if len(lines) > MOST_LINES:
             lines[MOST_LINES - 1 :] = [f"{len(lines) - MOST_LINES + 1} more problems like these"]
         raise InputError("\n".join(lines)) from None
+
+
+def with_fields(cls: type[M], model: ModelSettings, fields: Mapping[str, Any]) -> M:
+    """Return settings of another kind for the same model.
+
+    Args:
+        cls: The settings to make.
+        model: The model, and how it runs.
+        fields: Values by field. A field that is None keeps its default.
+
+    Raises:
+        InputError: As `check_settings`.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    return check_settings(cls, {**model.model_dump(exclude={"output_dir"}), **given})
 
 
 # ---- the steps of reading
@@ -209,13 +225,24 @@ def _without_rivals(cls: type[Settings], data: dict[str, Any], given: Mapping[st
     return {name: value for name, value in data.items() if name not in cls.either}
 
 
-def _read_prompts(name: str, beside: Path, named_by: Path | str) -> tuple[list[Any], Path]:
-    """Return the list in the JSON file `name`, and the path of that file."""
+def read_prompts(
+    name: str, beside: Path | None = None, named_by: Path | str | None = None
+) -> tuple[list[Any], Path]:
+    """Return the list in the JSON file `name`, and the path of that file.
+
+    Args:
+        name: The file, as given, in the folder `beside`, or in configs/.
+        beside: A folder.
+        named_by: What names the file; errors begin with it. If None, the name itself.
+
+    Raises:
+        InputError: The file cannot be read, or holds no list.
+    """
     try:
         path = _find(name, beside)
     except InputError as error:
         hint = 'a prompt itself is written as a list: ["..."]'
-        raise InputError(f"{named_by}: prompts: {error}; {hint}") from None
+        raise InputError(f"{named_by or name}: prompts: {error}; {hint}") from None
     prompts = _load(path)
     if not isinstance(prompts, list):
         raise InputError(f"{path}: expected a list of prompts [...], got {show(prompts)}")

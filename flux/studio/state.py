@@ -9,7 +9,7 @@ from PIL import Image
 
 from flux.bfl import track_usage_via_api
 from flux.settings.demos import ModelSettings
-from flux.settings.files import check_settings
+from flux.settings.files import with_fields
 from flux.settings.resolved import ResolvedModel
 from flux.specs import ModelSpec, get_spec
 from flux.studio.engine import Engine, MadeImage, Progress, Update
@@ -58,9 +58,7 @@ class Studio:
         Raises:
             InputError: A value cannot be used.
         """
-        defaults = self.defaults.model_dump(exclude={"output_dir"})
-        given = {name: value for name, value in fields.items() if value is not None}
-        return check_settings(cls, {**defaults, **given})
+        return with_fields(cls, self.defaults, fields)
 
     def run(
         self,
