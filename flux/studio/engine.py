@@ -137,12 +137,12 @@ class KeptReference:
     """A reference that edits may use again.
 
     Attributes:
-        key: The settings and the photograph that it was made from.
+        key: What shaped it: its `reference_fields`, and the photograph's pixels or None.
         reference: The reference.
         id: A name that no other reference has.
     """
 
-    key: list[Any]
+    key: tuple[dict[str, Any], object]
     reference: Reference
     id: str = field(default_factory=lambda: uuid4().hex)
 

@@ -62,7 +62,7 @@ def test_fewer_layers_than_were_kept(small):
 
 def test_a_kept_reference_is_bound_to_what_it_was_kept_with(small):
     kept = keep_reference(small, settings(num_steps=1), LAYERS, progress=False)
-    with pytest.raises(InputError, match="another seed, num_steps"):
+    with pytest.raises(InputError, match="another num_steps, seed"):
         edit_reference(small, kept, EDITS, settings(num_steps=2, seed=9), progress=False)
 
 
@@ -132,6 +132,7 @@ def test_an_edit_to_the_photographs_own_prompt_is_the_photograph(small, photo, m
 
 def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monkeypatch):
     """Passes outside the window are only made to correct drift; edits start from the noisiest latent."""
+    inverted = {**ONE, "inversion": "midpoint"}
     seen, edits, euler_step = [], [], reference.euler_step
 
     def reference_step(model, img, ids, cond, t, t_next, intervention):
@@ -144,11 +145,11 @@ def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monke
 
     monkeypatch.setattr(reference, "euler_step", reference_step)
     monkeypatch.setattr(batch_room, "euler_step", edit_step)
-    source = reference.find_source(small, settings(**ONE), photo)
+    source = reference.find_source(small, settings(**inverted), photo)
     levels = source.levels[:-1]
     for drift, expected in ((True, levels), (False, levels[:2])):
         seen.clear(), edits.clear()
-        make(small, photo, **ONE, inject_until=0.4, correct_drift=drift)
+        make(small, photo, **inverted, inject_until=0.4, correct_drift=drift)
         assert seen == expected
         assert [injected for _, injected in edits] == [True] * 2 + [False] * 3
         assert torch.equal(edits[0][0], source.start)
@@ -178,7 +179,7 @@ def test_as_published(small, photo):
     assert difference(made.reference, *small.decode(true[STEPS - 2], WIDTH, HEIGHT)) == 0
 
 
-@pytest.mark.parametrize("method", ["midpoint", "none"])
+@pytest.mark.parametrize("method", ["noising", "midpoint", "none", "decflowedit"])
 def test_a_kept_photograph(small, photo, method):
     wanted = settings(edits=EDITS[:2], inversion=method, batch_size=2)
     at_once = edit(small, wanted, LAYERS, photo, half_mask(photo.size), progress=False)

@@ -2,9 +2,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.studio import assert_same_image, finish, run_demo
 from PIL import Image
 
+from flux.errors import InputError
 from flux.images.io import read_image
 from flux.settings.edits import EditSettings
 from flux.settings.files import read_settings
@@ -42,6 +44,27 @@ def test_a_kept_reference_is_used_again(studio):
     assert studio.engine.kept is not kept
 
 
+def test_an_edit_is_the_same_whatever_was_asked_before(studio, photo):
+    form = {"prompt": "a dog", "edits": "a cat", "layers": {"on": [0, 1]}, "guidance": 3}
+    session = studio.sessions.of("a")
+    for changes, image in (({"guidance": 7}, None), ({"paste_back": True}, photo)):
+        studio.engine.kept = None
+        alone = finish(run_edit(studio, session, edit_settings(studio, form), image))
+        finish(run_edit(studio, session, edit_settings(studio, {**form, **changes}), image))
+        after = finish(run_edit(studio, session, edit_settings(studio, form), image))
+        for name in ("reference", "edit_0"):
+            assert_same_image(alone.images[name], after.images[name])
+
+
+def test_edits_are_refused_before_their_reference_is_made(studio):
+    """Words beyond the encoder's length: the edit reads as its reference."""
+    long = "a dog and " * 20
+    form = {"prompt": f"{long} a cat", "edits": f"{long} an owl", "layers": {"on": [0]}}
+    with pytest.raises(InputError, match="same tokens"):
+        finish(run_edit(studio, studio.sessions.of("a"), edit_settings(studio, form)))
+    assert studio.engine.kept is None
+
+
 def test_a_reference_alone_is_kept_and_not_saved(studio):
     form = {"prompt": "a dog", "edits": "-", "layers": {"on": [0]}}
     session = studio.sessions.of("a")
@@ -56,7 +79,12 @@ def test_layers_that_are_on_at_first(studio):
 
 def test_the_masks_that_were_found_are_saved(studio):
     """Beside their edits; a painted mask is not found, and nothing is where the whole image may change."""
-    form = {"prompt": "a dog on the grass", "edits": "a cat on the grass", "layers": {"on": [0, 4]}, "seed": 7}
+    form = {
+        "prompt": "a dog on the grass",
+        "edits": "a cat on the grass",
+        "layers": {"on": [0, 4]},
+        "seed": 7,
+    }
     form |= {"width": 256, "height": 256, "num_steps": 4}
     session = studio.sessions.of("a")
     made = finish(run_edit(studio, session, edit_settings(studio, form)))

@@ -1,11 +1,13 @@
 """The work of the Edit tab: a reference that is kept, and edits of it."""
 
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 
 from PIL import Image
 
-from flux.editing.edit import REFERENCE_FIELDS, edit_reference
+from flux.editing.edit import check_edits, check_prompts, edit_reference
 from flux.editing.reference import Reference, keep_reference
+from flux.editing.reference_fields import reference_fields
 from flux.errors import InputError
 from flux.images.io import save_image
 from flux.settings.resolved import ResolvedEdit
@@ -36,7 +38,8 @@ def make_reference(
         InputError: The content filter objects to the photograph or the reference.
     """
     layers = _layers(settings)
-    key = [*(getattr(settings, name) for name in REFERENCE_FIELDS), photo and (photo.size, photo.tobytes())]
+    pixels = photo and (photo.mode, photo.size, sha256(photo.tobytes()).digest())
+    key = (reference_fields(settings, photo is not None), pixels)
     kept = engine.kept
     if kept and kept.key == key and set(layers) <= set(kept.reference.layers):
         return kept.reference
@@ -73,6 +76,9 @@ def make_edits(
     Raises:
         InputError: The content filter objects to an image, or the edits are wrong.
     """
+    # Whatever is wrong with the edits is said before minutes go into their reference.
+    check_edits(settings, _layers(settings), photo, mask)
+    check_prompts(engine.pipe, settings, [settings.prompt or ""])
     reference = make_reference(engine, settings, progress, photo)
     progress.emit(MadeImage("reference", reference.image, settings.prompt or "", settings.seed))
     progress.begin("edits", settings.num_steps, settings.width, settings.height)
