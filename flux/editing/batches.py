@@ -1,7 +1,7 @@
 """Batches of edits that go through the model together, beside their reference."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from flux.editing.automask import WatchedPass, changed_tokens, subject_tokens
 from flux.editing.flow_edit import flow_edit
 from flux.editing.photo import Mask
 from flux.editing.reference import OnStep, ReferenceStep, Source, guidance_args, prefetch
+from flux.editing.sparse import RowGroup, group_rows, sparse_step
 from flux.intervention import NOTHING, Intervention
 from flux.math import KeysValues, PartialKeysValues
 from flux.pipeline import Pipeline
@@ -91,6 +92,8 @@ class Batch:
             found.
         held: the subject's tokens in edits whose automatic mask is the whole image, "B I", bool. None if
             there is no such edit, as far as is known.
+        sparse: whether tokens that may not change are left out, once the mask is known.
+        groups: the rows by the tokens that they compute. Empty while all rows compute all tokens.
     """
 
     kind: BatchKind
@@ -104,6 +107,12 @@ class Batch:
     latent: Tensor
     mask: Tensor | None = None
     held: Tensor | None = None
+    sparse: bool = False
+    groups: list[RowGroup] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.sparse and self.mask is not None:
+            self.groups = group_rows(self.mask)
 
     @classmethod
     def start(
@@ -146,6 +155,7 @@ class Batch:
             cond=pipe.condition(prompts, guidance, **guidance_args(settings)),
             latent=source.start.expand(num, -1, -1),
             mask=torch.cat(painted).to(pipe.device) if painted else None,
+            sparse=settings.sparse and source.can_be_sparse,
         )
 
     def share_at(self, index: int) -> float:
@@ -158,6 +168,10 @@ class Batch:
         """Returns the layers in which step `index` injects."""
         share = self.share_at(index)
         return frozenset(layer for layer in self.layers if share * self.kind.dose.of_layer(layer) > 0)
+
+    def needs_at(self, index: int, every: frozenset[int]) -> frozenset[int]:
+        """Returns the layers whose keys and values step `index` needs of the reference, of `every` layer."""
+        return every if self.groups else self.layers_at(index)
 
     def weight_at(self, layer: int, index: int) -> float | Tensor:
         """Returns the weight of what is injected: one for all tokens, or one for each, "B I"."""
@@ -173,7 +187,7 @@ class Batch:
         """Returns what step `index` injects of the reference, for each pass."""
         layers = self.layers_at(index)
         if not layers:
-            return Passes(NOTHING)
+            return reference.kept.map(lambda _: NOTHING)
         weights = {layer: self.weight_at(layer, index) for layer in layers}
         partial = {
             layer: weight for layer, weight in weights.items() if isinstance(weight, Tensor) or weight < 1
@@ -191,6 +205,7 @@ class Batch:
         """Sets the automatic mask, "B I 1", and the subject's tokens, "B I"; both bool."""
         self.mask, whole_image = mask, mask.all(dim=1)
         self.held = subject & whole_image if subject is not None and whole_image.any() else None
+        self.groups = group_rows(mask) if self.sparse else []
 
     def step(
         self, pipe: Pipeline, model: VelocityModel, source: Source, index: int, reference: ReferenceStep
@@ -206,7 +221,11 @@ class Batch:
         if finds_mask:
             watching = replace(interventions.positive, watch=pipe.model.params.junction_layers)
             interventions = replace(interventions, positive=watching)
-        step = euler_step(model, self.latent, ids, cond, reference.t, reference.t_next, interventions)
+        where = model, self.latent, ids, cond, reference.t, reference.t_next
+        if self.groups and reference.has_all(pipe.model.num_layers):
+            step = sparse_step(*where, interventions, reference.kept, self.groups, reference.velocity)
+        else:
+            step = euler_step(*where, interventions)
         if finds_mask:
             self.set_mask(*auto_mask(pipe, model, source, reference, self, step))
             step.watched.clear()
@@ -302,10 +321,11 @@ def run_batches(
             return source.start
         if kept is not None:
             return _follow(pipe, model, source, prefetch(kept, pipe.device), batches, report)
+        every = frozenset(range(pipe.model.num_layers))
         steps = source.steps(
             model,
             pipe.image_ids(1, *source.size),
-            lambda index: frozenset[int]().union(*(batch.layers_at(index) for batch in batches)),
+            lambda index: frozenset[int]().union(*(batch.needs_at(index, every) for batch in batches)),
         )
         return _follow(pipe, model, source, steps, batches, report)
 

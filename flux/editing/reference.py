@@ -57,6 +57,15 @@ class ReferenceStep:
     step: Step | None = None
     drift: Tensor | None = None
 
+    @property
+    def velocity(self) -> Tensor:
+        """The velocity that leads from `latent` to `next_latent`, "R I 64"."""
+        return (self.next_latent - self.latent) / (self.t_next - self.t)
+
+    def has_all(self, num_layers: int) -> bool:
+        """Whether the keys and values of so many layers are kept, in every pass."""
+        return all(len(kept) == num_layers for kept in self.kept)
+
     def tensors(self) -> list[Tensor]:
         """Lists all kept keys and values."""
         return [x for kept in self.kept for kv in kept.values() for x in kv]
@@ -119,6 +128,17 @@ class Source:
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         return self.settings.width, self.settings.height
+
+    @property
+    def can_be_sparse(self) -> bool:
+        """Whether edits may leave out the tokens that they may not change.
+
+        Not where the reference's pass would be computed for their sake alone, as in replays without drift
+        correction, nor with a mimicked scale, whose range is that of all tokens.
+        """
+        settings = self.settings
+        replays = self.path is not None and (settings.as_published or not settings.correct_drift)
+        return settings.mimic_scale is None and not replays
 
     @property
     def inverted_steps(self) -> int:

@@ -143,6 +143,9 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     mimic_percentile: float = Field(
         default=0.995, gt=0, le=1, description="share of values that the mimicked range holds"
     )
+    sparse: bool = Field(
+        default=False, description="compute only the tokens that an edit may change, once they are known"
+    )
     output_dir: FilePath = Field(default="output/edit", description="folder to write to")
 
     @model_validator(mode="after")

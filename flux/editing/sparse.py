@@ -1,0 +1,100 @@
+"""Sparse steps of edits: only the tokens that an edit may change are computed.
+
+Everything else is the reference's, so its keys and values serve in all layers. A whole step would give the same
+if its other tokens had the reference's keys and values injected in every layer. Their queries are not needed,
+since their latent is the reference's too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flux.intervention import FreeTokens, Intervention, rows_of
+from flux.math import KeysValues
+from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """The rows of a batch that may change the same tokens. They share a pass.
+
+    Attributes:
+        rows: The rows, ascending.
+        free: The tokens. If None, all of them.
+    """
+
+    rows: list[int]
+    free: FreeTokens | None
+
+    def intervention(self, whole: Intervention, kv: Mapping[int, KeysValues], batch: int) -> Intervention:
+        """The intervention of this group's pass.
+
+        Args:
+            whole: The intervention for all rows and tokens.
+            kv: Image keys and values of the reference in all layers, "R H I D" each.
+            batch: Number of rows of the whole batch, which R divides.
+        """
+        if len(self.rows) < batch:
+            whole = whole.at_rows(self.rows, batch)
+        if self.free is None:
+            return whole
+        # A kept reference has a single row, and its layers are fetched one by one.
+        if len(next(iter(kv.values()))[0]) > 1:
+            kv = {n: (rows_of(k, self.rows, batch), rows_of(v, self.rows, batch)) for n, (k, v) in kv.items()}
+        return replace(whole, free=replace(self.free, kv=kv))
+
+
+def group_rows(mask: Tensor) -> list[RowGroup]:
+    """Group the rows of a mask, "B I 1", by the tokens that they may change.
+
+    Returns:
+        The groups. Empty if every row may change all tokens, so that nothing is spared.
+    """
+    alike: dict[bytes, list[int]] = {}
+    for row, tokens in enumerate(mask[:, :, 0].cpu()):
+        alike.setdefault(tokens.numpy().tobytes(), []).append(row)
+    groups = []
+    for rows in alike.values():
+        tokens = mask[rows[0], :, 0]
+        groups.append(RowGroup(rows, None if tokens.all() else FreeTokens.of(tokens)))
+    return groups if any(group.free for group in groups) else []
+
+
+def sparse_step(
+    model: VelocityModel,
+    img: Tensor,
+    img_ids: Tensor,
+    cond: Conditioning,
+    t: float,
+    t_next: float,
+    interventions: Passes[Intervention],
+    kept: Passes[dict[int, KeysValues]],
+    groups: Sequence[RowGroup],
+    elsewhere: Tensor,
+) -> Step:
+    """Take one Euler step of a batch, a pass for each group of its rows.
+
+    Args:
+        model: The transformer.
+        img: Packed latent, "B I 64".
+        img_ids: Positions of the image tokens, "1 I 3".
+        cond: Prompts and guidance.
+        t: Noise level of `img`.
+        t_next: Noise level to go to.
+        interventions: What each pass injects, for all rows and tokens.
+        kept: Image keys and values of the reference in all layers, for each pass.
+        groups: The rows, see `group_rows`.
+        elsewhere: The reference's velocity, "R I 64", which stands where nothing is computed.
+    """
+    batch, velocity = len(img), torch.empty_like(img)
+    for group in groups:
+        each = Passes(*(group.intervention(*pair, batch) for pair in zip(interventions, kept)))
+        part, own = (img, cond) if len(group.rows) == batch else (img[group.rows], cond.at_rows(group.rows))
+        found = euler_step(model, part, img_ids, own, t, t_next, each).velocity
+        if group.free is not None:
+            others = group.free.others
+            found[:, others] = rows_of(elsewhere, group.rows, batch)[:, others].to(found)
+        velocity[group.rows] = found
+    return Step(t, t_next, img, velocity)
