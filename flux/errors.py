@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import TextIOWrapper
@@ -13,6 +14,30 @@ TORCHRUN_GRACE_S = 5.0
 
 class InputError(ValueError):
     """Wrong input. The message is one line for each problem: what we got, what we expected, what to do."""
+
+
+class InputWarning(UserWarning):
+    """Input that works otherwise than its user may think. It is shown as one line, "warning: ...".
+
+    Python's own form would put a line of this package's code under the message.
+    """
+
+
+def warn(message: str) -> None:
+    """Issue an `InputWarning`, once for each message and place."""
+    warnings.warn(message, InputWarning, stacklevel=2)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, InputWarning):
+        return f"warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
+
+
+_python_format = warnings.formatwarning
+warnings.formatwarning = _format_warning
 
 
 class Stopped(Exception):  # noqa: N818  # a cancelled run is not an error

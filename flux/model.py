@@ -1,6 +1,5 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from flux.errors import warn
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import Exchange
 from flux.modules import layers, ops
@@ -147,8 +147,7 @@ def hopper_kernels(device: torch.device) -> ModuleType | None:
     try:
         from flux.modules import projections_hopper
     except Exception as error:  # young packages may fail in any way
-        line = f"quack-kernels and flash-attn-4 do not start ({error}): torch compiles the blocks instead"
-        warnings.warn(line, stacklevel=2)
+        warn(f"quack-kernels and flash-attn-4 do not start ({error}): torch compiles the blocks instead")
         return None
     return projections_hopper
 

@@ -2,10 +2,11 @@
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+
+from flux.errors import warn
 
 
 @cache
@@ -38,6 +39,6 @@ def vocabulary_warnings(prompts: Iterable[str], file: Path) -> list[str]:
 
 
 def warn_of_unknown_words(prompts: Iterable[str], file: Path) -> None:
-    """Issue each of the `vocabulary_warnings` as a UserWarning."""
+    """Issue each of the `vocabulary_warnings`."""
     for line in vocabulary_warnings(prompts, file):
-        warnings.warn(line, stacklevel=3)
+        warn(line)

@@ -1,12 +1,11 @@
 """Text encoders: T5 for the features of each token, CLIP for one pooled vector."""
 
 import re
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +103,7 @@ class HFEmbedder(nn.Module):
         """
         if not self.is_clip:
             for line in unseen_words_warnings(self, text):
-                warnings.warn(line, stacklevel=4)  # who called the module, past torch's own two calls
+                warn(line)
         tokens = self.tokenizer(
             text, truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
         )

@@ -6,7 +6,6 @@ The formats of the changes are in `flux.weights.lora_formats`, how they are appl
 
 import math
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
@@ -124,7 +123,7 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
         raise _unmatched(path, unknown or ["none at all"])
     if embeddings:
         words = ", ".join(map(short_name, sorted(embeddings)))
-        warnings.warn(f"{path}: the words {words}, trained with it, are left out", stacklevel=2)
+        warn(f"{path}: the words {words}, trained with it, are left out")
     return LoraFile(checkpoint, strength, modules, _metadata(checkpoint))
 
 
