@@ -4,7 +4,7 @@ The reference's image keys and values are injected in the vital layers of each e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from PIL import Image
@@ -12,6 +12,7 @@ from PIL import Image
 from flux.editing.batches import Batch, run_batches, start_batches
 from flux.editing.photo import Mask, mask_image, token_mask
 from flux.editing.reference import OnStep, Reference, Source, find_source
+from flux.editing.reference_fields import reference_fields
 from flux.errors import InputError, warn
 from flux.images.masks import as_mask, read_mask
 from flux.modules.conditioner import cut_words, shortened
@@ -20,13 +21,6 @@ from flux.sampling import window
 from flux.settings.edits import Edit
 from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedEdit
-
-REFERENCE_FIELDS = (
-    "model", "prompt", "seed", "photo", "width", "height", "num_steps", "inversion", "nudging",
-    "correct_drift", "as_published", "true_cfg", "negative_prompt", "cfg_from", "mimic_scale",
-    "mimic_percentile",
-)  # fmt: skip
-"""Settings that edits of a kept reference share with it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ def edit_reference(
         pipe: the models.
         reference: see `flux.editing.reference.keep_reference`.
         edits: prompts, or prompts with settings of their own.
-        settings: of all edits. Those of REFERENCE_FIELDS must be the reference's. A list of `vital_layers`
+        settings: of all edits. Their `reference_fields` must be the reference's. A list of `vital_layers`
             may name fewer layers than were kept.
         mask: what edits without a mask of their own may change, see `flux.editing.photo.token_mask`.
         on_step: called with each step, its number and the number of steps. An exception from it ends the run.
@@ -111,13 +105,15 @@ def edit_reference(
             reference.
     """
     settings = check_settings(ResolvedEdit, {**settings.model_dump(), "edits": edits})
-    source = reference.source
-    other = [name for name in REFERENCE_FIELDS if getattr(settings, name) != getattr(source.settings, name)]
-    if other:
+    has_photo = reference.source.photo is not None
+    wanted = reference_fields(settings, has_photo)
+    kept = reference_fields(reference.source.settings, has_photo)
+    if other := [name for name in wanted | kept if wanted.get(name) != kept.get(name)]:
         raise InputError(f"Got another {', '.join(other)} than the reference was kept with: keep a new one")
     layers = reference.layers if isinstance(settings.vital_layers, str) else settings.vital_layers
     if missing := sorted(set(layers) - set(reference.layers)):
         raise InputError(f"Got vital layers {missing}, but the reference was kept with {reference.layers}")
+    source = replace(reference.source, settings=settings)
     masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
     check_prompts(pipe, settings, source.prompts)
     batches = start_batches(pipe, source, settings, layers, masks)

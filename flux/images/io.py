@@ -22,6 +22,7 @@ from flux.files import write_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 JPEG_METADATA = 2**16 - 2**10  # bytes of comment and EXIF that pillow's buffer for a JPEG's header holds
 
 
@@ -74,6 +75,46 @@ def read_image(path: str | Path) -> Image.Image:
         rgb = _as_rgb(_upright(file, path), path)
     rgb.info.clear()
     return rgb
+
+
+def as_rgb(image: ImageLike) -> Image.Image:
+    """Returns an image of a program as `read_image` returns that of a file: RGB and upright.
+
+    Args:
+        image: a path, a PIL image, or a NumPy array, see `as_pil`.
+
+    Raises:
+        InputError: as `read_image` and `as_pil`.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image))
+    image = as_pil(image)
+    if image.mode == "F":
+        raise InputError("Got an image of floating-point numbers of unknown range: convert it to RGB")
+    rgb = _as_rgb(_upright(image, "the image"), "the image").copy()
+    rgb.info.clear()
+    return rgb
+
+
+def as_pil(image: Image.Image | np.ndarray) -> Image.Image:
+    """Returns a NumPy array as an image: levels 0..255 of type uint8, "H W" or "H W C", or bool, "H W".
+
+    Raises:
+        InputError: It is another array, or nothing that holds an image.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"Got {type(image).__name__}, expected a path, a PIL image or a NumPy array")
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        shape = "x".join(map(str, image.shape))
+        raise InputError(
+            f"Got an array of type {image.dtype} and shape {shape}: expected levels 0..255 of type uint8, "
+            "height x width x 3"
+        )
+    return Image.fromarray(image)
 
 
 def read_upright(path: str | Path) -> Image.Image:
