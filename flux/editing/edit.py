@@ -144,7 +144,7 @@ def check_edits(
     """
     size = (settings.width, settings.height)
     sizes = [photo.size, size] if photo else [size]
-    inversion_free = settings.inversion == "none" and photo is not None
+    inversion_free = settings.inversion_free and photo is not None
     images: dict[str, Image.Image] = {}
     masks: list[Mask | None] = []
     for entry in settings.entries:
@@ -155,7 +155,9 @@ def check_edits(
         if dose.top is not None and dose.top > len(layers):
             warn(f"Got top {dose.top}, but there are {len(layers)} vital layers: all of them inject")
         if entry.mask == "auto" and inversion_free:
-            raise InputError('Got mask "auto" with inversion "none": FlowEdit has no attention to compare')
+            raise InputError(
+                f'Got mask "auto" with inversion "{settings.inversion}": FlowEdit has no attention to compare'
+            )
         if entry.mask is None:
             image = mask and as_mask(mask)
         elif entry.mask in ("auto", "none"):

@@ -27,11 +27,9 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
         if not settings.as_published:
             names.append("inversion")
         if settings.inverts:
-            names.append("nudging")
+            names += ["nudging", "correct_drift"]
         elif not inversion_free:
             names.append("seed")
-        if not inversion_free:
-            names.append("correct_drift")
         if settings.prompt is None:
             names.append("caption_model")
     shaping = {name: getattr(settings, name) for name in names}

@@ -34,6 +34,8 @@ BASES = {
     "two passes, mimicked": {"num_steps": 3, **MIMIC},
     "photo": {**PHOTO, "true_cfg": 1.0},
     "photo, two passes": {**PHOTO, **MIMIC},
+    "photo, inverted": {**PHOTO, "inversion": "midpoint", "true_cfg": 1.0},
+    "photo, inverted, two passes": {**PHOTO, "inversion": "midpoint", **MIMIC},
     "photo, as published": {**PHOTO, "true_cfg": 1.0, "as_published": True},
     "photo, FlowEdit": {**PHOTO, "inversion": "none", **MIMIC},
 }

@@ -47,7 +47,7 @@ def make_reference(
     engine.kept = kept = None
     if photo is not None:
         engine.check(photo)
-    inverted = settings.num_steps if photo is not None and settings.inversion != "none" else 0
+    inverted = settings.num_steps if photo is not None and settings.inverts else 0
     progress.begin("reference", inverted + settings.num_steps, settings.width, settings.height)
     reference = keep_reference(engine.pipe, settings, layers, photo, on_step=progress.step_at, progress=False)
     engine.check(reference.image)
