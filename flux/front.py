@@ -1,0 +1,435 @@
+"""The front door for Python: a model by its name, and an image, an edit or a scan in one call each."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from flux import pipeline
+from flux.attention.film import Film
+from flux.attention.watch import check_watch, watch
+from flux.editing.edit import check_edits, edit
+from flux.editing.prepare import complete_edit, with_caption
+from flux.images.io import ImageLike, as_pil, as_rgb
+from flux.images.masks import as_mask
+from flux.pipeline import count_evaluations, generate_all
+from flux.results import EditResult, FilmResult, ImagesResult, ScanResult, SkipResult
+from flux.scan.run import scan
+from flux.scan.sweep import sweep
+from flux.settings.complete import resolve
+from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
+from flux.settings.edits import Edit, EditSettings
+from flux.settings.effect import print_warnings
+from flux.settings.files import check_settings, read_prompts, with_fields
+from flux.weights.find import checkpoint_of
+
+S = TypeVar("S", bound=ModelSettings)
+SweepSettings = TypeVar("SweepSettings", bound=SkipSettings)
+
+PATHS = str | os.PathLike[str]
+
+
+class Pipeline:
+    """One model, loaded, with its own defaults: size, steps and guidance need not be given.
+
+    Layers are numbered over the whole model, double-stream blocks first. Wrong values raise
+    `flux.errors.InputError`, a ValueError of one line, before anything is computed.
+
+    >>> from flux import Pipeline
+    >>> pipe = Pipeline.load("flux-nano")
+    >>> images = pipe.generate("a dog on the grass", seed=7)
+    >>> edits = pipe.edit("a dog on the grass", ["a cat on the grass"], seed=7)
+    >>> scan = pipe.scan(["a dog on the grass"], layers=[0, 4, 9])
+
+    A notebook shows what these calls return. `save` writes it as the demos do, with a run.json that repeats
+    it.
+
+    Attributes:
+        settings: The model and how it runs.
+        models: The loaded networks, which the functions of `flux.editing`, `flux.scan` and `flux.attention`
+            take as `pipe`.
+    """
+
+    def __init__(self, models: pipeline.Pipeline, settings: ModelSettings):
+        """Hold a model that is loaded already. Programs call `load` instead."""
+        self.models, self.settings = models, settings
+
+    def __repr__(self) -> str:
+        changed = self.settings.model_dump(
+            mode="json", exclude_defaults=True, exclude={"model", "device", "dtype"}
+        )
+        more = "".join(f", {name}={value!r:.60}" for name, value in changed.items())
+        dtype = str(self.models.dtype).removeprefix("torch.")
+        return f"<Pipeline {self.settings.model}, {self.models.device}, {dtype}{more}>"
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "flux-nano",
+        *,
+        weights: PATHS | None = None,
+        ae_weights: PATHS | None = None,
+        t5_weights: PATHS | None = None,
+        clip_weights: PATHS | None = None,
+        text_encoders: PATHS | None = None,
+        lora: PATHS | Sequence[PATHS | Mapping[str, Any]] = (),
+        device: str = "auto",
+        dtype: str = "auto",
+        offload: str = "none",
+        quantize: str = "none",
+        t5: str = "same",
+        tiled: bool = False,
+        compile: bool = False,
+    ) -> "Pipeline":
+        """Find, download, check and load a model.
+
+        >>> from flux import Pipeline
+        >>> Pipeline.load("flux-nano-schnell", device="cpu", dtype="float32")
+        <Pipeline flux-nano-schnell, cpu, float32>
+
+        Args:
+            model: Its name: "flux-nano", "flux-nano-schnell", "flux-dev", "flux-dev-krea" or "flux-schnell".
+            weights: File or folder of the transformer, or of the whole model. If None, the package's own or
+                the hub's, as for the next four.
+            ae_weights: File or folder of the autoencoder.
+            t5_weights: File or folder of the T5 encoder.
+            clip_weights: File or folder of the CLIP encoder.
+            text_encoders: Folder of both text encoders and their tokenizers.
+            lora: LoRA files to add: a path, or a list of paths and of {"file": path, "weight": 0.8}.
+            device: Where to run: "auto", "cpu", "cuda", "cuda:1" or "mps".
+            dtype: What it computes in: "auto", "float32", "bfloat16" or "float16".
+            offload: What waits in main memory: "none", "model", "blocks", or "auto" as free memory requires.
+            quantize: The transformer in fewer bits: "none", "8bit", "4bit" or "fp8".
+            t5: The T5 encoder as the other models ("same"), in "8bit", or on the "cpu".
+            tiled: Whether images are decoded in tiles, in less memory.
+            compile: Whether blocks are compiled: a slower start, faster steps.
+
+        Raises:
+            InputError: The model is unknown, or a file is missing or another model's. It is raised before
+                the first network is loaded.
+        """
+        given = {
+            "model": model, "weights": weights, "ae_weights": ae_weights, "t5_weights": t5_weights,
+            "clip_weights": clip_weights, "text_encoders": text_encoders, "lora": lora, "device": device,
+            "dtype": dtype, "offload": offload, "quantize": quantize, "t5": t5, "tiled": tiled,
+            "compile": compile,
+        }  # fmt: skip
+        settings = check_settings(ModelSettings, _plain(given))
+        return cls(pipeline.Pipeline.load(resolve(settings)), settings)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str | Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        width: int | None = None,
+        height: int | None = None,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        image: ImageLike | None = None,
+        strength: float | None = None,
+        progress: bool = True,
+        **fields: Any,
+    ) -> ImagesResult:
+        """Make one image of a prompt, or one of each prompt in a list.
+
+        >>> from flux import Pipeline
+        >>> pipe = Pipeline.load()
+        >>> images = pipe.generate("a red car on the street", num_steps=4)
+        >>> images
+        <1 image of 256x256, flux-nano>
+        >>> images[0].size
+        (256, 256)
+
+        Args:
+            prompt: A text, or a list of texts and of {"prompt": ..., "seed": ...}.
+            seed: Seed of the noise of the first image; each later one's is one higher.
+            width: Width in pixels, rounded down to a multiple of 16. If None, the model's own.
+            height: Height in pixels, likewise.
+            num_steps: Number of steps. If None, the model's own.
+            guidance: Distilled guidance. If None, the model's own.
+            image: Start from this image (a path, a PIL image or a NumPy array) instead of from noise alone.
+            strength: How much of the schedule then runs, above 0 and at most 1. If None, 0.8.
+            progress: Whether to show progress bars.
+            **fields: Any other field of `flux.settings.GenerateSettings`: `true_cfg` with a
+                `negative_prompt`, `batch_size`, `watermark`, `cache`, ...
+
+        Raises:
+            InputError: A value cannot be used.
+        """
+        given = {
+            "prompts": [prompt] if isinstance(prompt, str) else prompt,
+            "seed": seed, "width": width, "height": height, "num_steps": num_steps, "guidance": guidance,
+            "strength": strength,
+        }  # fmt: skip
+        start, files, inputs = _image_input("image", image)
+        settings = resolve(self._settings(GenerateSettings, given | files | fields))
+        print_warnings(settings, self.models.spec)
+        images = list(generate_all(self.models, settings, start, progress))
+        return ImagesResult(settings, images, dict(self.models.timings), inputs)
+
+    def edit(
+        self,
+        prompt: str | None,
+        edits: str | Sequence[str | Mapping[str, Any] | Edit],
+        *,
+        photo: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        dose: str | None = None,
+        vital_layers: str | PATHS | Sequence[int] | None = None,
+        seed: int = 0,
+        width: int | None = None,
+        height: int | None = None,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        progress: bool = True,
+        **fields: Any,
+    ) -> EditResult:
+        """Make a reference and edits that keep what their prompts do not change.
+
+        >>> from flux import Pipeline
+        >>> pipe = Pipeline.load()
+        >>> result = pipe.edit("a dog on the grass", ["a cat on the grass"], seed=7, num_steps=4)
+        >>> result
+        <1 edit of 'a dog on the grass', flux-nano>
+        >>> result.edits[0].size == result.reference.size
+        True
+
+        Args:
+            prompt: What the reference shows, or what is on the photograph. It may be None for a photograph
+                with a `caption_model`.
+            edits: What each edited image shows: a text, or a list of texts and of objects with numbers of
+                their own, such as {"prompt": ..., "dose": "add", "then": ["a further turn"]}.
+            photo: The photograph to edit (a path, a PIL image or a NumPy array). If None, the reference is
+                generated.
+            mask: White where edits may change the image (a path, a PIL image or a NumPy array, of bool too);
+                or "auto", or "none". If None, as the dose says.
+            dose: How much of the reference is injected: "auto", "balanced", "replace", "add", "scene" or
+                "paper". If None, "auto", which finds a mask.
+            vital_layers: A list of layers, a vital_layers.json, the name of a published set, or "auto". If
+                None, "auto": those of a scan of these weights, else the model's own.
+            seed: Seed of the noise that reference and edits share.
+            width: Width in pixels, rounded down to a multiple of 16. If None, the model's own; for a
+                photograph, of its shape.
+            height: Height in pixels, likewise.
+            num_steps: Number of steps. If None, the model's own.
+            guidance: Distilled guidance. If None, the model's own.
+            progress: Whether to show progress bars.
+            **fields: Any other field of `flux.settings.EditSettings`: `weight`, `inject_until`, `inversion`,
+                `paste_back`, `batch_size`, `true_cfg` with a `negative_prompt`, ...
+
+        Raises:
+            InputError: A value cannot be used.
+        """
+        given = {
+            "prompt": prompt, "edits": [edits] if isinstance(edits, str) else edits, "dose": dose,
+            "vital_layers": vital_layers, "seed": seed, "width": width, "height": height,
+            "num_steps": num_steps, "guidance": guidance,
+        }  # fmt: skip
+        photograph, files, inputs = _image_input("photo", photo)
+        painted = None
+        if isinstance(mask, str | os.PathLike):
+            given["mask"] = mask
+        elif mask is not None:
+            painted = as_mask(as_pil(mask))
+            inputs["mask"] = painted
+        settings = self._settings(EditSettings, given | files | fields)
+        settings, layers = complete_edit(settings, photograph, self._checkpoint)
+        print_warnings(settings, self.models.spec)
+        check_edits(settings, layers, photograph, painted)
+        settings = with_caption(settings, photograph)
+        with count_evaluations(self.models) as evaluations:
+            made = edit(self.models, settings, layers, photograph, painted, progress=progress)
+        timings = dict(self.models.timings)
+        return EditResult(settings, made.reference, made.edits, timings, evaluations(), inputs)
+
+    def skip(
+        self,
+        prompt: str | Sequence[str | Mapping[str, Any]],
+        layers: int | str | Sequence[int] | Sequence[Sequence[int]] = "all",
+        *,
+        seed: int = 0,
+        folder: PATHS | None = None,
+        progress: bool = True,
+        **fields: Any,
+    ) -> SkipResult:
+        """Make the image of a prompt, and the same image with layers skipped.
+
+        >>> from flux import Pipeline
+        >>> pipe = Pipeline.load()
+        >>> skipped = pipe.skip("a dog on the grass", [4, 9], seed=7, num_steps=4)
+        >>> skipped
+        <1 prompt with 2 layers skipped, flux-nano>
+        >>> skipped.image(4).size
+        (256, 256)
+
+        Args:
+            prompt: A text, or a list of texts and of {"prompt": ..., "seed": ...}.
+            layers: A layer, a list of layers to skip one by one, a list of lists to skip together, or "all".
+            seed: Seed of the noise of the first prompt; each later one's is one higher.
+            folder: Folder to write to. A run that was stopped resumes there. If None, a temporary one.
+            progress: Whether to show a progress bar.
+            **fields: Any other field of `flux.settings.SkipSettings`: `num_steps`, `width`, `height`,
+                `batch_size`, `scale`, ...
+
+        Raises:
+            InputError: A value cannot be used.
+        """
+        files = TemporaryDirectory(prefix="flux-skip-") if folder is None else Path(folder)
+        settings = resolve(self._sweep_settings(SkipSettings, prompt, layers, seed, files, fields))
+        sweep(settings, self.models, progress=progress)
+        return SkipResult(settings, files)
+
+    def scan(
+        self,
+        prompts: str | Sequence[str | Mapping[str, Any]] | None = None,
+        layers: int | str | Sequence[int] | Sequence[Sequence[int]] = "all",
+        *,
+        top: int | None = None,
+        threshold: float | None = None,
+        seed: int = 0,
+        folder: PATHS | None = None,
+        progress: bool = True,
+        **fields: Any,
+    ) -> ScanResult:
+        """Skip each layer, measure how much the images change, and find the vital layers.
+
+        >>> from flux import Pipeline
+        >>> pipe = Pipeline.load()
+        >>> result = pipe.scan(["a dog on the grass"], [0, 4, 9], top=2, num_steps=4)
+        >>> result
+        <vital layers [0, 4] of flux-nano>
+
+        Args:
+            prompts: A text, or a list of texts and of {"prompt": ..., "seed": ...}. If None, the package's 64
+                prompts, and the scan stops once the vital layers are settled.
+            layers: As for `skip`.
+            top: Vital are so many layers, the most vital ones.
+            threshold: Vital are layers of this vitality or more. If None, and `top` too, vital are the layers
+                above the largest gap.
+            seed: Seed of the noise of the first prompt; each later one's is one higher.
+            folder: Folder to write to. A scan that was stopped resumes there. If None, a temporary one.
+            progress: Whether to show a progress bar.
+            **fields: Any other field of `flux.settings.ScanSettings`: `num_steps`, `batch_size`, `metrics`,
+                `seeds`, `workers`, ...
+
+        Raises:
+            InputError: A value cannot be used.
+        """
+        chosen = {"top": top, "threshold": threshold}
+        if top is None and threshold is None:
+            chosen["gap"] = True
+        if prompts is None:
+            prompts, _ = read_prompts("prompts_nano.json" if self.models.spec.vocabulary else "prompts.json")
+            chosen["stop_when"] = "stable"
+        files = TemporaryDirectory(prefix="flux-scan-") if folder is None else Path(folder)
+        settings = resolve(self._sweep_settings(ScanSettings, prompts, layers, seed, files, chosen | fields))
+        vital = scan(settings, self.models, progress=progress)
+        return ScanResult(settings, files, vital)
+
+    def watch(
+        self,
+        prompt: str,
+        layers: int | Sequence[int] = (),
+        *,
+        words: str | Sequence[str] = (),
+        at_steps: Sequence[int] = (),
+        seed: int = 0,
+        progress: bool = True,
+        **fields: Any,
+    ) -> FilmResult:
+        """Make an image, and show each of its steps and what its layers attend to.
+
+        >>> from flux import Pipeline
+        >>> pipe = Pipeline.load()
+        >>> film = pipe.watch("a dog on the grass", [4], words=["dog"], seed=7, num_steps=4)
+        >>> film
+        <4 steps of 'a dog on the grass', layers 4, flux-nano>
+        >>> sorted(film.sheets)
+        ['layers', 'steps', 'words']
+
+        Args:
+            prompt: What the image shows.
+            layers: The layers whose attention is shown. If there are none, only the steps are.
+            words: Words of the prompt to show it for. If there are none, all of them.
+            at_steps: Steps to show it at, from 0. If there are none, the first, the middle and the last.
+            seed: Seed of the noise.
+            progress: Whether to show a progress bar.
+            **fields: Any other field of `flux.settings.LayerSettings`: `num_steps`, `width`, `height`, ...
+
+        Raises:
+            InputError: A value cannot be used.
+        """
+        given = {
+            "prompt": prompt, "layers": [layers] if isinstance(layers, int) else layers,
+            "words": [words] if isinstance(words, str) else words, "at_steps": at_steps, "seed": seed,
+        }  # fmt: skip
+        settings = resolve(self._settings(LayerSettings, given | fields))
+        print_warnings(settings, self.models.spec)
+        check_watch(settings)
+        steps, attention = watch(self.models, prompt, seed, settings, progress)
+        size = settings.width, settings.height
+        [final] = self.models.decode(steps[-1].latent, *size, settings.watermark)
+        film = Film.of(self.models, prompt, steps, attention, final)
+        return FilmResult(settings, film, dict(film.sheets()), dict(self.models.timings))
+
+    @cached_property
+    def _checkpoint(self) -> str | None:
+        """The fingerprint of the transformer, by which a scan of it is found."""
+        return checkpoint_of(self.settings)
+
+    def _settings(self, cls: type[S], fields: Mapping[str, Any]) -> S:
+        """Return settings of one call. A field that is None keeps its default."""
+        return with_fields(cls, self.settings, _plain(fields))
+
+    def _sweep_settings(
+        self,
+        cls: type[SweepSettings],
+        prompts: str | Sequence[str | Mapping[str, Any]],
+        layers: int | str | Sequence[int] | Sequence[Sequence[int]],
+        seed: int,
+        folder: "Path | TemporaryDirectory[str]",
+        fields: Mapping[str, Any],
+    ) -> SweepSettings:
+        """Return the settings of `skip` and `scan`, and warn of those without effect."""
+        given = {
+            "prompts": [prompts] if isinstance(prompts, str) else prompts,
+            "layers": [layers] if isinstance(layers, int) else layers,
+            "seed": seed,
+            "output_dir": folder if isinstance(folder, Path) else folder.name,
+        }
+        settings = self._settings(cls, given | dict(fields))
+        print_warnings(settings, self.models.spec)
+        return settings
+
+
+def _image_input(
+    field: str, image: ImageLike | None
+) -> tuple[Image.Image | None, dict[str, Any], dict[str, Image.Image]]:
+    """Read an image that a call starts from.
+
+    Returns:
+        The image, what the settings say about it, and the image by its field if no file holds it.
+    """
+    if image is None:
+        return None, {}, {}
+    read = as_rgb(image)
+    if isinstance(image, str | os.PathLike):
+        return read, {field: image}, {}
+    return read, {field: f"{field}.png"}, {field: read}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in the types of settings: paths as texts, NumPy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple | range | np.ndarray):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
