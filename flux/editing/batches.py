@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux.editing.automask import WatchedPass, changed_tokens, subject_tokens
-from flux.editing.flow_edit import flow_edit
-from flux.editing.photo import Mask
+from flux.editing.flow_edit import flow_edit, spatial_prior
+from flux.editing.photo import TOKEN, Mask
 from flux.editing.reference import OnStep, ReferenceStep, Source, guidance_args, prefetch
 from flux.editing.sparse import RowGroup, group_rows, sparse_step
 from flux.intervention import NOTHING, Intervention
@@ -363,10 +363,12 @@ def _flow_edits(
     """Runs FlowEdit for each batch, with new noise in each step."""
     seed, ids = source.settings.seed, pipe.image_ids(1, *source.size)
     for number, batch in enumerate(batches):
-        noises = (pipe.noise([seed + index], *source.size) for index in range(source.num_steps))
-        latents = flow_edit(
-            model, source.start, ids, source.cond, batch.cond, source.levels, noises, batch.mask
-        )
+        noises = [pipe.noise([seed + index], *source.size) for index in range(source.num_steps)]
+        how = model, source.start, ids, source.cond, batch.cond, source.levels, noises
+        prior: Tensor | float = 1.0
+        if source.settings.inversion == "decflowedit":
+            prior = spatial_prior(*how, columns=source.size[0] // TOKEN)
+        latents = flow_edit(*how, batch.mask, prior)
         for index, latent in enumerate(latents):
             batch.latent = latent
             step = Step(0.0, 0.0, latent, torch.zeros_like(latent))

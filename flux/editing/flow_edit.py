@@ -1,9 +1,11 @@
-"""FlowEdit: editing an image without inversion."""
+"""FlowEdit and DecFlowEdit: editing an image without inversion, as published."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flux.editing.inversion import velocity_at
@@ -22,6 +24,7 @@ def flow_edit(
     timesteps: Sequence[float],
     noises: Iterable[Tensor],
     mask: Tensor | None = None,
+    prior: Tensor | float = 1.0,
 ) -> Iterator[Tensor]:
     """FlowEdit (arXiv 2412.08629, algorithm 1, with n_avg = 1 and n_min = 0).
 
@@ -29,7 +32,9 @@ def flow_edit(
     new noise e in each step:
 
         s = (1 - t) x + t e
-        z_next = z + (t_next - t) (v(z + s - x, t, target) - v(s, t, source))
+        z_next = z + (t_next - t) M (v(z + s - x, t, target) - v(s, t, source))
+
+    M is 1 in FlowEdit, and the prior in DecFlowEdit (arXiv 2609.34237, equation 6).
 
     Args:
         model: the transformer.
@@ -40,6 +45,7 @@ def flow_edit(
         timesteps: descending noise levels.
         noises: e of each step, "1 I 64".
         mask: which tokens may change, "B I 1", bool. If None, all.
+        prior: M, "B I 1" if it is not a number, see `spatial_prior`.
 
     Yields:
         The edits after each step, "B I 64". The noisiest steps, FLOW_EDIT_SKIPS of all, do not change them.
@@ -53,6 +59,62 @@ def flow_edit(
             noisy = (1 - t) * latent + t * noise
             source_velocity = velocity_at(model, noisy, img_ids, source, t)
             target_velocity = velocity_at(model, noisy + (edited - latent), ids, target, t)
-            moved = edited + (t_next - t) * (target_velocity - source_velocity)
+            moved = edited + (t_next - t) * (prior * (target_velocity - source_velocity))
             edited = moved if mask is None else torch.where(mask, moved, latent)
         yield edited
+
+
+PRIOR_SMOOTHING = 5  # tokens: the side of the mean filter
+PRIOR_THRESHOLD, PRIOR_SOFTNESS = 0.55, 0.08
+
+
+def spatial_prior(
+    model: VelocityModel,
+    latent: Tensor,
+    img_ids: Tensor,
+    source: Conditioning,
+    target: Conditioning,
+    timesteps: Sequence[float],
+    noises: Iterable[Tensor],
+    columns: int,
+) -> Tensor:
+    """DecFlowEdit's prior: how far FlowEdit may move each token (arXiv 2609.34237, section 4.2).
+
+    It comes from a FlowEdit of its own, whose guidance is 1 for source and target. With D_k, the difference
+    of its velocities in step k of T, with percentiles q over the tokens, and the sigmoid S:
+
+        E = |sum of D_k over 0.25 T <= k <= 0.75 T|, A = mean of E over 5x5 tokens        (equation 2)
+        M = S((clip((A - q10) / (q90 - q10), 0, 1) - 0.55) / 0.08)                 (equations 3 and 4)
+
+    Args:
+        model: as `flow_edit`, like the next six.
+        latent: see there.
+        img_ids: see there.
+        source: see there.
+        target: see there.
+        timesteps: see there.
+        noises: see there.
+        columns: tokens in a row of the image.
+
+    Returns:
+        M, "B I 1".
+    """
+    source, target = (unguided(cond) for cond in (source, target))
+    steps, before, total = list(pairwise(timesteps)), latent, torch.zeros_like(latent)
+    edits = flow_edit(model, latent, img_ids, source, target, timesteps, noises)
+    for index, ((t, t_next), edited) in enumerate(zip(steps, edits)):
+        if 0.25 * len(steps) <= index <= 0.75 * len(steps):
+            total = total + (edited - before) / (t_next - t)
+        before = edited
+    energy = total.float().norm(dim=2).unflatten(1, (-1, columns))[:, None]
+    half = PRIOR_SMOOTHING // 2
+    smooth = F.avg_pool2d(energy, PRIOR_SMOOTHING, 1, half, count_include_pad=False).flatten(1)
+    low, high = (smooth.quantile(share, dim=1, keepdim=True) for share in (0.1, 0.9))
+    relative = ((smooth - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+    return torch.sigmoid((relative - PRIOR_THRESHOLD) / PRIOR_SOFTNESS)[:, :, None].to(latent)
+
+
+def unguided(cond: Conditioning) -> Conditioning:
+    """Returns the conditioning with guidance 1 and without a negative pass."""
+    guidance = None if cond.guidance is None else torch.ones_like(cond.guidance)
+    return replace(cond, guidance=guidance, negative=None, modulations=None)

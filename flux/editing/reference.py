@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flux.editing.caption import describe_image
 from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.inversion import INVERSIONS
+from flux.editing.noising import noised_path
 from flux.editing.photo import Photograph
 from flux.errors import InputError
 from flux.intervention import Intervention
@@ -101,11 +102,12 @@ class Source:
         prompts: what each row shows.
         settings: of the reference.
         levels: noise levels of the schedule, from 1 to 0.
-        cond: steers its passes. For photographs the guidance is 1, at which inversions are faithful.
+        cond: steers its passes. For inverted photographs the guidance is 1, at which inversions are faithful.
         start: the noise of reference and edits, "R I 64". With FlowEdit, the clean latent.
         path: the latent before each step, and the last one. If None, the reference is sampled from `start`.
         scale: divisor of latents before they are decoded.
         photo: the photograph. None for a generated reference.
+        inverted_steps: the number of steps that an inversion took.
         inversion_free: whether edits walk from the clean latent by FlowEdit.
     """
 
@@ -117,6 +119,7 @@ class Source:
     path: list[Tensor] | None = None
     scale: float = 1.0
     photo: Photograph | None = None
+    inverted_steps: int = 0
     inversion_free: bool = False
 
     @property
@@ -136,14 +139,13 @@ class Source:
         Not where the reference's pass would be computed for their sake alone, as in replays without drift
         correction, nor with a mimicked scale, whose range is that of all tokens.
         """
-        settings = self.settings
-        replays = self.path is not None and (settings.as_published or not settings.correct_drift)
-        return settings.mimic_scale is None and not replays
+        replays = self.path is not None and (self.settings.as_published or not self.corrects_drift)
+        return self.settings.mimic_scale is None and not replays
 
     @property
-    def inverted_steps(self) -> int:
-        """The number of steps that the inversion took."""
-        return 0 if self.path is None else self.num_steps
+    def corrects_drift(self) -> bool:
+        """Whether what the reference's own steps miss of its path is added to the edits' steps."""
+        return self.settings.correct_drift or not self.settings.inverts
 
     def decode(self, pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
         """Decodes latents of the reference or of edits, "B I 64"."""
@@ -183,7 +185,7 @@ class Source:
             layers = layers_at(index)
             if self.path is not None:
                 latent = self.path[index]
-                if not layers and not self.settings.correct_drift:
+                if not layers and not self.corrects_drift:
                     yield ReferenceStep(t, t_next, latent, self.path[index + 1])
                     continue
             at_index = self.cond_at(cond, index)
@@ -191,7 +193,7 @@ class Source:
             next_latent, drift = step.latent, None
             if self.path is not None:
                 next_latent = self.path[index + 1]
-                drift = next_latent - step.latent if self.settings.correct_drift else None
+                drift = next_latent - step.latent if self.corrects_drift else None
             reference_step = ReferenceStep(t, t_next, latent, next_latent, step.kept, step, drift)
             yield reference_step
             # The caller still holds this step while the next one is computed: only one may stay in memory.
@@ -251,7 +253,7 @@ def photo_source(
     on_step: OnStep | None = None,
     progress: bool = False,
 ) -> Source:
-    """Inverts photographs, one row each. With inversion "none", edits begin at their latents.
+    """Adds noise to photographs, one row each, inverts them, or begins at their latents, as the settings say.
 
     Args:
         pipe: the models.
@@ -264,13 +266,15 @@ def photo_source(
         progress: whether to show a progress bar.
     """
     levels = pipe.schedule(settings.num_steps, settings.width, settings.height)
-    inversion_free = settings.inversion == "none" and not settings.as_published
-    guidance = FLOW_EDIT_GUIDANCE if inversion_free else 1.0
-    cond = pipe.condition(prompts, guidance, **guidance_args(settings))
-    if inversion_free:
+    inverts = settings.inverts
+    cond = pipe.condition(prompts, 1.0 if inverts else FLOW_EDIT_GUIDANCE, **guidance_args(settings))
+    if settings.inversion_free:
         return Source(list(prompts), settings, levels, cond, clean, photo=photo, inversion_free=True)
+    if not inverts:
+        path = noised_path(pipe, clean, levels, settings.width, settings.height, settings.seed)
+        return Source(list(prompts), settings, levels, cond, path[0], path, photo=photo)
     path, scale = inversion_path(pipe, settings, cond, clean, levels, on_step, progress)
-    return Source(list(prompts), settings, levels, cond, path[0], path, scale, photo)
+    return Source(list(prompts), settings, levels, cond, path[0], path, scale, photo, settings.num_steps)
 
 
 def inversion_path(

@@ -121,8 +121,12 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     caption_model: FilePath | None = Field(
         default=None, description="hub id or folder of a model that writes the prompt for a photo without one"
     )
-    inversion: Literal["euler", "midpoint", "fireflow", "fixed-point", "none"] = Field(
-        default="midpoint", description="how a photo becomes noise; with none, FlowEdit edits it instead"
+    inversion: Literal["noising", "midpoint", "euler", "fireflow", "fixed-point", "none", "decflowedit"] = (
+        Field(
+            default="noising",
+            description="how a photo becomes noise: noise is added in each step, or one of four inversions finds it; "
+            "with none, FlowEdit edits it instead, with decflowedit DecFlowEdit",
+        )
     )
     nudging: float | None = Field(
         default=None,
@@ -159,6 +163,16 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     def named_layers(self) -> tuple[int, ...]:
         """The vital layers, if they are listed."""
         return () if isinstance(self.vital_layers, str) else self.vital_layers
+
+    @property
+    def inversion_free(self) -> bool:
+        """Whether a photograph's edits walk from its latent, by FlowEdit or DecFlowEdit as published."""
+        return self.inversion in ("none", "decflowedit") and not self.as_published
+
+    @property
+    def inverts(self) -> bool:
+        """Whether a photograph's noise is found by an inversion."""
+        return self.as_published or self.inversion not in ("noising", "none", "decflowedit")
 
     @property
     def own_guidance(self) -> float | None:

@@ -93,9 +93,9 @@ def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]
         if settings.inversion != "euler":
             for name in _changed(settings, "inversion"):
                 yield name, "as_published uses euler"
-    elif settings.inversion == "none":
+    elif not settings.inverts:
         for name in _changed(settings, "nudging", "correct_drift"):
-            yield name, 'inversion is "none"'
+            yield name, f'inversion is "{settings.inversion}"'
     if isinstance(settings.vital_layers, tuple):
         count = len(settings.vital_layers)
         for top in sorted({entry.top for entry in settings.entries if entry.top and entry.top > count}):

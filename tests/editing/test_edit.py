@@ -246,9 +246,11 @@ def test_flow_edit_of_a_photograph(small, photo):
 
 
 def test_steps_of_a_photograph_count_its_inversion(small, photo):
-    seen = []
-    make(small, photo, **ONE, num_steps=2, on_step=lambda step, index, total: seen.append((index, total)))
-    assert seen == [(index, 4) for index in range(4)]
+    for method, steps in (("midpoint", 4), ("noising", 2)):
+        seen = []
+        same = {**ONE, "num_steps": 2, "inversion": method}
+        make(small, photo, **same, on_step=lambda step, index, total: seen.append((index, total)))
+        assert seen == [(index, steps) for index in range(steps)]
 
 
 def test_pasted_back(small, photo):

@@ -1,12 +1,13 @@
 """FlowEdit on fields that are known in closed form."""
 
+import numpy as np
 import pytest
 import torch
 from test_sampling import NO_TEXT, Field
 from torch.testing import assert_close
 
 from flux import sampling
-from flux.editing.flow_edit import flow_edit
+from flux.editing.flow_edit import flow_edit, spatial_prior
 from flux.sampling import Conditioning
 
 LEVELS = sampling.get_schedule(7, 1024)
@@ -66,3 +67,30 @@ def test_flow_edit_leaves_what_the_mask_forbids(latent, ids):
     *_, end = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises(), mask)
     assert torch.equal(end[:, [0, 1, 3, 4, 5]], latent[:, [0, 1, 3, 4, 5]])
     assert (end[:, 2] - latent[:, 2]).abs().min() > 1
+
+
+def test_the_prior_of_decflowedit(ids):
+    """Equations 2 to 4 of its paper, on a field whose difference is the token's number at every step."""
+    columns, rows = 12, 10
+    numbers = torch.arange(float(rows * columns))[None, :, None]
+    field = Field(lambda x, t, txt: txt * numbers.expand_as(x))
+    latent = torch.zeros(1, rows * columns, 64)
+    drawn = [torch.zeros_like(latent)] * 7
+    ids = sampling.image_ids(1, 16 * rows, 16 * columns, "cpu")
+    prior = spatial_prior(field, latent, ids, told(2.0), told(5.0), LEVELS, drawn, columns)
+    # Steps 2 to 5 of 7 lie in 0.25 T to 0.75 T: 1.75 to 5.25.
+    energy = (4 * 3.0 * 8 * numbers).view(rows, columns)
+    smooth = torch.empty_like(energy)
+    for row in range(rows):
+        for column in range(columns):
+            smooth[row, column] = energy[max(0, row - 2) : row + 3, max(0, column - 2) : column + 3].mean()
+    low, high = np.percentile(smooth, 10), np.percentile(smooth, 90)
+    expected = 1 / (1 + torch.exp(-((smooth - low) / (high - low)).clamp(0, 1).sub(0.55) / 0.08))
+    assert_close(prior.view(rows, columns), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prior_weighs_each_move(latent, ids):
+    field, prior = Field(lambda x, t, txt: txt * torch.ones_like(x)), torch.linspace(0, 1, 6)[None, :, None]
+    *_, plain = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises())
+    *_, weighed = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises(), prior=prior)
+    assert_close(weighed - latent, prior * (plain - latent), rtol=1e-5, atol=1e-5)

@@ -44,7 +44,12 @@ CASES = [
         EDIT | {"correct_drift": False, "caption_model": "x"},
         ["correct_drift, caption_model (no photo)"],
     ),
-    (EditSettings, EDIT | {"paste_back": True, "nudging": 1.1, "photo": "a.png"}, []),
+    (EditSettings, EDIT | {"paste_back": True, "nudging": 1.1, "photo": "a.png", "inversion": "euler"}, []),
+    (
+        EditSettings,
+        EDIT | {"photo": "a.png", "nudging": 1.1, "correct_drift": False},
+        ['nudging, correct_drift (inversion is "noising")'],
+    ),
     (
         EditSettings,
         EDIT | {"photo": "a.png", "inversion": "none", "nudging": 1.1},
