@@ -1,30 +1,29 @@
 """Compares editing methods on flux-nano's benchmark, with a judge that tells which edits succeed.
 
-    python -m training.evaluate_edits evaluate.json --judge measuring.pt [any other field of the file]
+    python -m training.evaluate_edits evaluate.json [--judge measuring.pt] [any other field of the file]
 
-Writes what `python -m flux.evaluate` writes, with the judge's verdicts in further columns.
+Writes what `python -m flux.evaluate` writes, with the judge's verdicts in further columns. Unless another
+judge is named, it is the one in this folder.
 """
 
 from typing import Any
 
-from flux.errors import InputError, exit_on_input_error
+from flux.errors import exit_on_input_error
 from flux.evaluate.settings import EvaluateSettings
 from flux.settings.command_line import run
 from flux.settings.files import read_settings
-from training.judge import MeasuringJudge
+from training.judge import SHIPPED, MeasuringJudge
 
 
 def load_judge(settings: EvaluateSettings) -> MeasuringJudge:
     """Loads the judge that the settings name.
 
     Raises:
-        InputError: they name none, or the file is missing or holds something else.
+        InputError: the file is missing or holds something else.
     """
     from flux.runtime.devices import pick_device
 
-    if settings.judge is None:
-        raise InputError("Got no judge: give --judge measuring.pt, or start python -m flux.evaluate")
-    return MeasuringJudge.load(settings.judge, pick_device(settings.device))
+    return MeasuringJudge.load(settings.judge or SHIPPED, pick_device(settings.device))
 
 
 @exit_on_input_error()
@@ -36,6 +35,8 @@ def main(file: str = "evaluate.json", **overrides: Any) -> None:
         overrides: fields of the settings, in place of those of the file
     """
     settings = read_settings(EvaluateSettings, file, overrides)
+    if settings.judge is None:
+        settings = settings.model_copy(update={"judge": str(SHIPPED)})
     judge = load_judge(settings)
 
     from flux.evaluate.run import evaluate

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from flux.errors import InputError
 from flux.evaluate.judge import Verdict
@@ -23,11 +24,13 @@ from flux.images.io import to_tensor
 from training.loop.models import NANO
 from training.scenes.content import Content
 from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
+from training.stages.export import restored_from_bytes
 from training.stages.vision import MeasuringModel, Recognition, recognize
 
 # An object counts as shown from this logit on. Each of ninety objects is rarely there, so the model is slow
 # to name the second of two. On rendered edits this threshold errs least, after an edit and before it alike.
 SHOWN_FROM = -3.0
+SHIPPED = Path(__file__).with_name("judge.safetensors")
 
 
 def asked_for(edit: str, before: Content, after: Content) -> dict[str, Any]:
@@ -77,8 +80,8 @@ class MeasuringJudge:
         self.model, self.device = model.float().to(device).eval().requires_grad_(False), device
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MeasuringJudge":
-        """Loads measuring.pt, which the stage "measuring" writes.
+    def load(cls, path: str | Path = SHIPPED, device: str | torch.device = "cpu") -> "MeasuringJudge":
+        """Loads a file that the stage "measuring" writes: measuring.pt, or the smaller judge.safetensors.
 
         Raises:
             InputError: the file is missing, or holds no measuring model.
@@ -88,7 +91,7 @@ class MeasuringJudge:
                 f"Got the judge {path}, which is not there: python -m training measuring makes measuring.pt"
             )
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = _read(Path(path))
             model = MeasuringModel(replace(NANO, measuring_width=len(weights["first.weight"])))
             model.load_state_dict(weights)
         except Exception as error:
@@ -119,6 +122,14 @@ class MeasuringJudge:
             )
             for row, each in enumerate(asked)
         ]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return restored_from_bytes(load_file(path))
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:

@@ -137,7 +137,7 @@ class Batch:
             places: likewise.
         """
         dose, entries, num = kind.dose, [settings.entries[place] for place in places], len(places)
-        steps = window(source.num_steps, dose.inject_from, dose.inject_until)
+        steps = window(source.num_steps, dose.inject_from, dose.until(source.is_noised))
         subject_steps = range(0)
         if dose.mask == "auto" and dose.hold_subject_until is not None:
             subject_steps = range(steps.stop, step_at(dose.hold_subject_until, source.num_steps))

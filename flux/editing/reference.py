@@ -143,9 +143,14 @@ class Source:
         return self.settings.mimic_scale is None and not replays
 
     @property
+    def is_noised(self) -> bool:
+        """Whether noise is added to the photograph, in place of an inversion."""
+        return self.path is not None and not self.settings.inverts
+
+    @property
     def corrects_drift(self) -> bool:
         """Whether what the reference's own steps miss of its path is added to the edits' steps."""
-        return self.settings.correct_drift or not self.settings.inverts
+        return self.settings.correct_drift or self.is_noised
 
     def decode(self, pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
         """Decodes latents of the reference or of edits, "B I 64"."""

@@ -70,28 +70,36 @@ class Item:
         """Crops and scales the photograph to `width` x `height` pixels. Raises InputError as `read_image`."""
         return Photograph.of(read_image(self.path), width, height).part
 
-    def mask(self, width: int, height: int) -> Image.Image:
-        """Cuts the mask like the photograph: an image of mode "1", white where pixels may change."""
-        mask = Image.fromarray(decode_mask(self.runs, *read_image(self.path).size))
+    def mask(self, width: int, height: int, guarded: bool = True) -> Image.Image:
+        """Cuts the mask like the photograph: an image of mode "1", white where pixels may change.
+
+        Args:
+            width: The width of the photograph's part in pixels.
+            height: Its height in pixels.
+            guarded: See `decode_mask`.
+        """
+        mask = Image.fromarray(decode_mask(self.runs, *read_image(self.path).size, guarded))
         return mask.resize((width, height), Image.Resampling.NEAREST, middle(mask.size, width, height))
 
 
-def decode_mask(runs: Sequence[int], width: int, height: int) -> np.ndarray:
+def decode_mask(runs: Sequence[int], width: int, height: int, guarded: bool = True) -> np.ndarray:
     """Decodes a run-length coded mask to booleans `height width`.
 
-    Pixels are numbered row by row. Runs beyond the last pixel are cut off. The outermost pixels are always
-    true, as in the benchmark's own evaluation, which calls it a guard against inexact annotation.
+    Pixels are numbered row by row. Runs beyond the last pixel are cut off.
 
     Args:
         runs: Start and length of each run of true pixels, in turn.
         width: The width in pixels.
         height: The height in pixels.
+        guarded: Whether the outermost pixels are true, as in the benchmark's own evaluation, which calls it a
+            guard against inexact annotation.
     """
     mask = np.zeros(height * width, dtype=bool)
     for start, length in zip(runs[::2], runs[1::2]):
         mask[start : start + length] = True
     mask = mask.reshape(height, width)
-    mask[[0, -1]] = mask[:, [0, -1]] = True
+    if guarded:
+        mask[[0, -1]] = mask[:, [0, -1]] = True
     return mask
 
 

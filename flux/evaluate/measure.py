@@ -46,6 +46,7 @@ class Measurer:
                 if verdict:
                     scores |= {"success": float(verdict.success), "overlap": verdict.overlap}
                 scores |= {"seconds": result.seconds, "evaluations": result.evaluations}
+                scores |= {"mask_iou": result.mask_iou}
                 rows.append(ResultRow(item.key, item.kind, method, scores))
             return rows
 

@@ -25,12 +25,15 @@ class EditResult:
         reference: The reference it was made from, if that was generated.
         seconds: The edit's share of its batch's whole time. None if it was not recorded.
         evaluations: The edit's share of the transformer's evaluations, counted per image.
+        mask_iou: Intersection over union of the tokens of the automatic mask and those that the benchmark's
+            mask touches. None without an automatic mask.
     """
 
     image: Image.Image
     reference: Image.Image | None
     seconds: float | None
     evaluations: float | None
+    mask_iou: float | None = None
 
 
 class MethodRunner:
@@ -63,15 +66,16 @@ class MethodRunner:
         """
         begin = time.perf_counter()
         references: Sequence[Image.Image | None] = [None] * len(items)
+        ious: Sequence[float | None] = [None] * len(items)
         with count_evaluations(self.pipe) as evaluations, torch.inference_mode():
             if method is None:
                 images = self._decoded(self._encoded(items))
             elif method.strength is not None:
                 images = self._image_to_image(method, method.strength, items)
             else:
-                images, references = self._edited(method, items)
+                images, references, ious = self._edited(method, items)
         shares = ((time.perf_counter() - begin) / len(items), evaluations() / len(items))
-        return [EditResult(*pair, *shares) for pair in zip(images, references)]
+        return [EditResult(image, ref, *shares, iou) for image, ref, iou in zip(images, references, ious)]
 
     def _photos(self, items: Sequence[Item]) -> list[Image.Image]:
         return [item.photo(*self.size) for item in items]
@@ -108,11 +112,12 @@ class MethodRunner:
 
     def _edited(
         self, method: ResolvedMethod, items: Sequence[Item]
-    ) -> tuple[list[Image.Image], Sequence[Image.Image | None]]:
+    ) -> tuple[list[Image.Image], Sequence[Image.Image | None], Sequence[float | None]]:
         """Edits each item as `flux.editing.edit.edit` does, but with all items in the rows of one batch.
 
         Returns:
-            The edits, and the references if they were generated, else None for each.
+            The edits; the references if they were generated, else None for each; and each edit's
+            `EditResult.mask_iou`.
         """
         pipe, settings, prompts = self.pipe, method.settings, [item.source for item in items]
         masks: list[Mask | None] = [None] * len(items)
@@ -134,4 +139,17 @@ class MethodRunner:
         [batch] = start_batches(pipe, source, settings, method.layers, masks)
         latent = run_batches(pipe, source, [batch])
         edits = self._decoded(batch.latent / source.scale)
-        return edits, [None] * len(items) if self.photos else self._decoded(latent)
+        nothing = [None] * len(items)
+        if not self.photos:
+            return edits, self._decoded(latent), nothing
+        found = batch.mask if batch.kind.dose.mask == "auto" else None
+        return edits, nothing, nothing if found is None else self._ious(found, items)
+
+    def _ious(self, masks: Tensor, items: Sequence[Item]) -> list[float | None]:
+        """Compares masks of tokens, "B I 1", with the benchmark's. None where that has no pixel."""
+        ious: list[float | None] = []
+        for found, item in zip(masks.cpu(), items):
+            image = item.mask(*self.size, guarded=False)
+            exact = token_mask(image, [self.size], *self.size)[0] if image.getbbox() else None
+            ious.append(None if exact is None else ((found & exact).sum() / (found | exact).sum()).item())
+        return ious

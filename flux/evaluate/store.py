@@ -34,7 +34,15 @@ JUDGED = ("success", "overlap")
 def columns(settings: EvaluateSettings) -> list[str]:
     """Lists the columns of results.csv."""
     by_model = [column for name in settings.metrics for column in NETS[name]]
-    return [*TEXTS, *(JUDGED if settings.judge else ()), *OUTSIDE, *by_model, "seconds", "evaluations"]
+    return [
+        *TEXTS,
+        *(JUDGED if settings.judge else ()),
+        *OUTSIDE,
+        *by_model,
+        "seconds",
+        "evaluations",
+        "mask_iou",
+    ]
 
 
 class Store:
@@ -101,7 +109,8 @@ class Store:
         """Reads an edit that is done."""
         scores, image = self.rows[method, key].scores, read_image(self.image(method, key))
         reference = read_image(self.image(method, key, reference=True)) if self.generated else None
-        return EditResult(image, reference, scores["seconds"], scores["evaluations"])
+        # Rows of an earlier version have no IoU.
+        return EditResult(image, reference, scores["seconds"], scores["evaluations"], scores.get("mask_iou"))
 
     def image(self, method: str, key: str, reference: bool = False) -> Path:
         """Names the file of an edit, or of the generated reference it was made from."""

@@ -29,12 +29,14 @@ SHOWN = {
     "clip": ("CLIP", 1, 2),
     "clip_edited": ("CLIP edited", 1, 2),
     "clip_direction": ("CLIP direction", 1, 3),
+    "mask_iou": ("mask IoU", 1, 2),
     "seconds": ("s", 1, 2),
     "evaluations": ("evaluations", 1, 0),
 }
 NOTES = f"""PSNR: dB over the pixels that the edit should keep. PIE PSNR, PIE MSE, SSIM and LPIPS: as in
 PIE-Bench's tables, of whole pictures whose edited part is black in both. "and {KEPT:g} dB": success with at
-least that PSNR. Overlap: of the subjects before and after. s and evaluations of the transformer: an edit's
+least that PSNR. Overlap: of the subjects before and after. Mask IoU: of the tokens of the automatic mask
+and those that the benchmark's mask touches. s and evaluations of the transformer: an edit's
 share of its batch. Local: edits of a part of the picture, not of its place, time or style.
 """
 

@@ -16,6 +16,8 @@ class Dose:
         weight: How much the injected kv count beside the edit's own, 0..1; a mapping gives it by layer.
         inject_from: Fraction of the steps where injection starts.
         inject_until: Fraction of the steps where injection ends.
+        noised_until: The same beside a photograph that noise is added to, whose every step begins at another
+            noise. If None, `inject_until`.
         falling: Whether the weight falls in a straight line, from the first step of that window to zero after
             its last.
         top: Number of vital layers, the most vital first. If None, all of them.
@@ -29,10 +31,19 @@ class Dose:
     weight: float | Mapping[int, float] = 1.0
     inject_from: float = 0.0
     inject_until: float = 1.0
+    noised_until: float | None = None
     falling: bool = False
     top: int | None = None
     mask: str | None = None
     hold_subject_until: float | None = None
+
+    def until(self, is_noised: bool) -> float:
+        """Return the fraction of the steps where injection ends.
+
+        Args:
+            is_noised: Whether the reference is a photograph that noise is added to.
+        """
+        return self.noised_until if is_noised and self.noised_until is not None else self.inject_until
 
     def of_layer(self, layer: int) -> float:
         """Return a layer's weight before any fall; 1 for a layer that a mapping does not name."""
@@ -47,7 +58,7 @@ DoseName = Literal["auto", "balanced", "replace", "add", "scene", "paper"]
 
 # These numbers stand nowhere else: to tune them, change them here.
 DOSES: dict[DoseName, Dose] = {
-    "auto": Dose(inject_until=0.25, mask="auto", hold_subject_until=1.0),
+    "auto": Dose(inject_until=0.25, noised_until=0.35, mask="auto", hold_subject_until=1.0),
     "balanced": Dose(inject_until=0.5, falling=True),
     "replace": Dose(inject_until=0.4),
     "add": Dose(inject_until=0.3, falling=True),

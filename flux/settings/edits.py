@@ -70,7 +70,8 @@ class Turn(DoseSettings, frozen=True):
         names = (*DOSE_NUMBERS, "mask")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         dose = replace(DOSES[self.dose or DEFAULT_DOSE], **given)
-        return replace(dose, hold_subject_until=None) if "inject_until" in given else dose
+        own = {"hold_subject_until": None, "noised_until": None}
+        return replace(dose, **own) if "inject_until" in given else dose
 
 
 def _prompt_form(entry: Any) -> str:
@@ -124,8 +125,8 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
     inversion: Literal["noising", "midpoint", "euler", "fireflow", "fixed-point", "none", "decflowedit"] = (
         Field(
             default="noising",
-            description="how a photo becomes noise: noise is added in each step, or one of four inversions finds it; "
-            "with none, FlowEdit edits it instead, with decflowedit DecFlowEdit",
+            description="how a photo becomes noise: it is added in each step, or one of four inversions "
+            "finds it; with none FlowEdit edits the photo instead, with decflowedit DecFlowEdit",
         )
     )
     nudging: float | None = Field(

@@ -245,12 +245,11 @@ def test_flow_edit_of_a_photograph(small, photo):
         edit(small, settings(**ONE, **same, mask="auto"), LAYERS, photo, progress=False)
 
 
-def test_steps_of_a_photograph_count_its_inversion(small, photo):
-    for method, steps in (("midpoint", 4), ("noising", 2)):
-        seen = []
-        same = {**ONE, "num_steps": 2, "inversion": method}
-        make(small, photo, **same, on_step=lambda step, index, total: seen.append((index, total)))
-        assert seen == [(index, steps) for index in range(steps)]
+@pytest.mark.parametrize(("method", "steps"), [("midpoint", 4), ("noising", 2)])
+def test_steps_of_a_photograph_count_its_inversion(small, photo, method, steps):
+    seen, same = [], {**ONE, "num_steps": 2, "inversion": method}
+    make(small, photo, **same, on_step=lambda step, index, total: seen.append((index, total)))
+    assert seen == [(index, steps) for index in range(steps)]
 
 
 def test_pasted_back(small, photo):

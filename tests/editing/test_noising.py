@@ -1,5 +1,6 @@
 """A photograph's path of added noise: edits beside it are FlowEdit's."""
 
+import pytest
 import torch
 from helpers.editing import DOG, HEIGHT, LAYERS, ONE, WIDTH, difference, half_mask, make, settings
 from torch.testing import assert_close
@@ -66,3 +67,20 @@ def test_a_photograph_with_noise_costs_two_passes_a_step(small, photo, passes):
     """The reference's and the edit's; nothing is inverted."""
     make(small, photo, **ONE, **PLAIN, num_steps=3)
     assert len(passes) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("how", "steps"),
+    [
+        ({}, 7),
+        ({"inversion": "midpoint"}, 5),
+        ({"inject_until": 0.1}, 2),
+        ({"dose": "balanced"}, 10),
+    ],
+)
+def test_how_long_kv_is_injected(small, photo, how, steps):
+    """The automatic dose injects for longer beside added noise, unless a number is given."""
+    wanted = settings(**{**ONE, "num_steps": 20, "dose": "auto", "true_cfg": 1.0, "photo": "a.png", **how})
+    source = reference.find_source(small, wanted, photo)
+    [batch] = start_batches(small, source, wanted, LAYERS, [None])
+    assert sorted(batch.shares) == list(range(steps))

@@ -111,3 +111,20 @@ def test_evaluations_are_counted_in_pictures(nano, benchmark, items, tmp_path):
     [method] = resolve_methods(settings_of(benchmark, tmp_path, methods=[fields], true_cfg=1.0))
     made = MethodRunner(nano, (SIDE, SIDE)).run(method, items)
     assert [each.evaluations for each in made] == [6, 6]
+
+
+def test_the_masks_of_edits_are_compared_with_the_benchmarks(nano, benchmark, items, tmp_path, monkeypatch):
+    """Token by token, without the benchmark's guard around the image; nothing where no mask is found."""
+    tokens = (SIDE // 16) ** 2
+    found = torch.zeros(len(items), tokens, 1, dtype=torch.bool)
+    found[:, :5] = True
+    monkeypatch.setattr(flux.editing.batches, "auto_mask", lambda *_: (found, None))
+    methods = [{"name": "auto", "mask": "auto"}, {"name": "given", "mask": "given"}]
+    auto, given = resolve_methods(settings_of(benchmark, tmp_path, methods=methods))
+    runner = MethodRunner(nano, (SIDE, SIDE))
+    for item, made in zip(items, runner.run(auto, items)):
+        pixels = np.asarray(item.mask(SIDE, SIDE, guarded=False))
+        exact = pixels.reshape(SIDE // 16, 16, SIDE // 16, 16).any(axis=(1, 3)).reshape(-1)
+        mine = found[0, :, 0].numpy()
+        assert made.mask_iou == pytest.approx((mine & exact).sum() / (mine | exact).sum())
+    assert [made.mask_iou for made in runner.run(given, items)] == [None] * len(items)

@@ -44,7 +44,6 @@ def test_another_judge_measures_again(rendered_edits, judge_file, tmp_path, monk
 @pytest.mark.parametrize(
     ("command", "judge", "message"),
     [
-        (main, {}, "Got no judge: give --judge measuring.pt"),
         (main, {"judge": "nowhere.pt"}, "judge nowhere.pt, which is not there: python -m training measuring"),
         (evaluate_main, {"judge": "nowhere.pt"}, "start python -m training.evaluate_edits"),
     ],

@@ -8,9 +8,11 @@ from helpers.training import perfect
 
 from flux.errors import InputError
 from flux.evaluate.benchmark import read_benchmark
-from flux.images.io import read_image
+from flux.images.io import read_image, to_pil
 from training.benchmark import draw
 from training.judge import MeasuringJudge, asked_for, changeable, overlap, shows
+from training.scenes.render import Renderer
+from training.stages.export import export_judge
 
 
 def test_what_is_asked_is_in_the_scene_after_and_not_before():
@@ -47,9 +49,35 @@ def test_a_judge_from_its_file(rendered_edits, judge_file):
     ]
 
 
+def test_the_shipped_judge_sees_what_is_rendered():
+    """It accepts the scenes after their edits, and not those before."""
+    pairs = [draw(number)[1] for number in range(18)]
+    asked = [asked_for(pair.edit, pair.before.content, pair.after.content) for pair in pairs]
+    before, after, _ = Renderer().pairs(pairs, 128, 128)
+    judge = MeasuringJudge.load()
+    for images, least, most in ((before, 0, 1), (after, 17, 18)):
+        seen, _ = judge.see([to_pil(2 * image - 1) for image in images])
+        assert least <= sum(shows(seen, n, each) for n, each in enumerate(asked)) <= most
+
+
+def test_a_judge_in_bytes_is_the_judge(judge_file, tmp_path):
+    """Each weight is off by at most half a step of its own channel's scale, as measured on the file."""
+    weights = torch.load(judge_file, weights_only=True)
+    export_judge(weights, tmp_path / "judge.safetensors")
+    judge = MeasuringJudge.load(tmp_path / "judge.safetensors")
+    for name, value in judge.model.state_dict().items():
+        exact = weights[name].float()
+        largest = exact.flatten(1).abs().amax(dim=1) if exact.ndim > 1 else torch.zeros(len(exact))
+        error = (value - exact).abs().reshape(len(exact), -1).amax(dim=1)
+        assert (error <= 0.51 * largest / 127).all(), name
+
+
 def test_what_is_no_judge(tmp_path):
     with pytest.raises(InputError, match="not there: python -m training measuring"):
         MeasuringJudge.load(tmp_path / "measuring.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="holds no measuring model"):
         MeasuringJudge.load(tmp_path / "other.pt")
+    (tmp_path / "other.safetensors").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="holds no measuring model"):
+        MeasuringJudge.load(tmp_path / "other.safetensors")

@@ -42,7 +42,7 @@ NANO = Sizes(
         scale_factor=0.3611, shift_factor=0.1159, num_groups=16,
     ),
     t5_layers=3, t5_hidden=512, clip_layers=2, dino_width=128, dino_layers=8, lora_rank=16,
-    measuring_width=48,
+    measuring_width=24,
 )  # fmt: skip
 TOY = Sizes(
     replace(

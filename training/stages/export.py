@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import Dinov2Model
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+INT8_MAX = torch.iinfo(torch.int8).max
+TINY = torch.finfo(torch.float16).tiny
 
 
 def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +43,47 @@ def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             file[name] = value.half()
     return file
+
+
+def rounded_to_bytes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rounds matrices and kernels to 8-bit integers, with a scale for each channel; vectors to float16.
+
+    The scales are named `X.scale`, in float16.
+    """
+    file = {}
+    for name, value in weights.items():
+        value = value.detach().float().cpu().contiguous()
+        if value.ndim > 1:
+            scale = (value.flatten(1).abs().amax(dim=1) / INT8_MAX).clamp(min=TINY).half()
+            file[name] = (value / per_channel(scale, value)).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+            file[f"{name}.scale"] = scale
+        else:
+            file[name] = value.half()
+    return file
+
+
+def restored_from_bytes(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights that `rounded_to_bytes` rounded, in float32."""
+    return {
+        name: value.float() * per_channel(file[f"{name}.scale"], value)
+        if value.dtype == torch.int8
+        else value.float()
+        for name, value in file.items()
+        if not name.endswith(".scale")
+    }
+
+
+def per_channel(scale: Tensor, weights: Tensor) -> Tensor:
+    """Shapes the scales of output channels, "C", to multiply weights of shape "C ..."."""
+    return scale.float().view(-1, *[1] * (weights.ndim - 1))
+
+
+def export_judge(weights: dict[str, Tensor], path: Path) -> None:
+    """Writes the measuring model as the judge that this folder ships, see `training.judge`."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(rounded_to_bytes(weights), path)
 
 
 def export(work: Work) -> bool:

@@ -1,7 +1,7 @@
 """Stages "dinov2" and "measuring": the models that recognize what images show.
 
-The Dinov2Model ships as flux-nano's perceptual encoder. The measuring model does not ship. It is a small
-convolutional model, trained on other scenes, for `training.evaluate` and `training.judge`.
+The Dinov2Model ships as flux-nano's perceptual encoder. The measuring model is a small convolutional model,
+trained on other scenes, for `training.evaluate` and `training.judge`. It lies in this folder, in 8 bits.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from training.scenes.labels import (
     labels_of,
 )
 from training.scenes.render import Renderer
-from training.stages.export import export_dinov2
+from training.stages.export import export_dinov2, export_judge
 from training.stages.flow import autocast
 
 _HEADS = {
@@ -224,6 +224,7 @@ def train_measuring(work: Work) -> bool:
     if work.cluster.first:
         halves = {name: value.half() for name, value in trainer.averaged().items()}
         save_atomically(halves, work.result("measuring"))
+        export_judge(halves, work.folder / "assets" / "judge.safetensors")
     return True
 
 
