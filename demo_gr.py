@@ -1,7 +1,9 @@
 """The studio, a web page: generate, edit and look inside.
 
     python demo_gr.py [--name flux-nano] [--device auto] [--offload] [--share] [--host 0.0.0.0] [--port 7860]
-        [--auth user:password] [--track_usage] [--content_filter auto|off|NAME] [--output_dir output/studio]
+        [--auth user:password] [--ssl_certfile FILE --ssl_keyfile FILE] [--root_path /studio]
+        [--allowed_hosts NAME,NAME] [--publish_scans] [--track_usage] [--content_filter auto|off|NAME]
+        [--output_dir output/studio]
 
 Any other field of a demo's model (--weights, --dtype, ...) may be given too. The page writes its images to
 output_dir, into a folder for each session. `flux.studio` describes how programs use it over HTTP.
@@ -26,6 +28,11 @@ def main(
     host: str | None = None,
     port: int | None = None,
     auth: str | None = None,
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
+    root_path: str | None = None,
+    allowed_hosts: str | tuple[str, ...] = (),
+    publish_scans: bool = False,
     track_usage: bool = False,
     content_filter: str = "auto",
     output_dir: str = "output/studio",
@@ -41,6 +48,11 @@ def main(
         host: address to listen at; if not set, only this machine can open the page
         port: port to listen at; if not set, a free one from 7860 on
         auth: "user:password" that the page asks for
+        ssl_certfile: file of a TLS certificate, to serve by HTTPS
+        ssl_keyfile: file of the certificate's key
+        root_path: path, or whole address, under which a proxy serves the studio
+        allowed_hosts: further names that the studio is reached under, with commas between
+        publish_scans: make the layers that a visitor's scan finds the default of everybody, also of demo 4
         track_usage: report each image to BFL, for licensed users (key in BFL_API_KEY)
         content_filter: image classifier that refuses images: "auto", "off", a hub id or a folder
         output_dir: folder to write to
@@ -51,13 +63,16 @@ def main(
     settings = check_settings(ModelSettings, {"model": name, "device": device, "offload": offload, **model})
 
     from flux.files import check_folder
-    from flux.studio.app import check_address, open_studio, serve
+    from flux.studio.app import Address, open_studio, serve
 
-    check_address(host, port, auth)
+    hosts = allowed_hosts.split(",") if isinstance(allowed_hosts, str) else allowed_hosts
+    names = tuple(name.strip() for name in hosts if name.strip())
+    address = Address(host, port, share, auth, ssl_certfile, ssl_keyfile, root_path, names)
+    address.check()
     folder = Path(output_dir).expanduser()
     check_folder(folder)
-    studio = open_studio(settings, folder, content_filter, track_usage)
-    serve(studio, host, port, share, auth)
+    studio = open_studio(settings, folder, content_filter, track_usage, publish_scans)
+    serve(studio, address)
 
 
 if __name__ == "__main__":

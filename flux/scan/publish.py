@@ -23,6 +23,7 @@ def publish(
     rule: Rule,
     sources: Mapping[str, str],
     shown_settings: Mapping[str, Any] | None = None,
+    remember: bool = True,
 ) -> list[int]:
     """Writes similarity.csv, vital_layers.json, vitality.png, heat_map.png and report.html.
 
@@ -33,6 +34,7 @@ def publish(
         rule: The rule that chooses the vital layers.
         sources: For each metric that loads a model, its hub id or folder.
         shown_settings: The sweep's settings as these files show them. If None, those in its run.json.
+        remember: Whether later edits with this checkpoint inject in these layers by default.
 
     Returns:
         The vital layers.
@@ -71,7 +73,8 @@ def publish(
         protocol=settings,
         sources=sources,
     )
-    remember_scan(out / "vital_layers.json")
+    if remember:
+        remember_scan(out / "vital_layers.json")
     return vital
 
 

@@ -55,6 +55,7 @@ def scan(
     on_progress: Callable[[ScanProgress], None] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     shown_settings: Mapping[str, Any] | None = None,
+    remember: bool = True,
 ) -> list[int]:
     """Makes the images of a sweep, scores them, and publishes the result in the same folder.
 
@@ -70,6 +71,7 @@ def scan(
             reference in a thread, which is faster.
         metrics: The metrics by name. If None, those that the settings name are loaded.
         shown_settings: As for `publish`.
+        remember: As for `publish`.
 
     Returns:
         The vital layers.
@@ -92,7 +94,7 @@ def scan(
         rows = _score_batches(sweep, pipe, metrics, may_stop, on_progress, progress)
     else:
         rows = _score_rows(sweep, pipe, metrics, may_stop, progress)
-    return publish(sweep.folder, sweep.folder, _scores(sweep, rows), rule, sources, shown_settings)
+    return publish(sweep.folder, sweep.folder, _scores(sweep, rows), rule, sources, shown_settings, remember)
 
 
 def _bar_name(settings: ResolvedSkip) -> str:

@@ -1,11 +1,13 @@
 """The studio: a web page to generate, edit and look inside, and the same over HTTP (`python demo_gr.py`).
 
-Modules, from top to bottom: `app` loads the model and serves the page; `page` builds it from `tabs`;
-`endpoints` serves programs; `work` holds the work of each tab; `widgets` holds components; `forms` turns form
-values into settings; `state` holds what all share; `engine` runs one thing at a time; `sessions` keeps what
-each visitor made; `limits` bounds requests; `hardening` keeps gradio from fetching or serving anything else.
+Modules, from top to bottom: `app` loads the model and serves the page; `guard` stands before the whole
+server; `page` builds the page from `tabs`; `endpoints` serves programs; `work` holds the work of each tab;
+`widgets` holds components; `forms` turns form values into settings; `state` holds what all share; `line` is
+the queue for the model, `engine` runs one thing at a time; `callers` knows who is connected, `sessions`
+keeps what each visitor made; `limits` bounds requests; `hardening` keeps gradio from fetching or serving
+anything else.
 
-Programs call three named endpoints, with gradio_client or plain HTTP (`examples/studio_client.py` is an example).
+Programs call three named endpoints, with gradio_client or plain HTTP (see `examples/studio_client.py`).
 Parameters that are left out have the page's values. Layers are numbered over the whole model, from 0.
 
 /generate   prompt, seed, count, width, height, num_steps, guidance, true_cfg, negative_prompt, image,
@@ -18,17 +20,24 @@ Parameters that are left out have the page's values. Layers are numbered over th
             edits: what each edited image shows; one that begins with ">" is a further turn of the one before.
             photo: edit this upload, which the prompt describes. mask: an upload of any size, white where the
             image may change; without one, the dose auto finds a mask by itself, and with any other dose the
-            whole image may change. layers: without any, the model's known vital layers. All others are fields
-            of `flux.settings.edits.EditSettings`.
+            whole image may change. layers: without any, those that this caller's own last scan found, then
+            the model's known vital layers. All others are fields of `flux.settings.edits.EditSettings`.
 /scan       prompts, seed, layers, top, width, height, num_steps, guidance, true_cfg
             -> the contents of vital_layers.json, vitality.png, and warnings. top: how many layers are vital;
             without it, those above the largest gap.
 
-warnings is a list of lines: words of the prompts that the model does not know, a size that was rounded. Calls
-wait for their turn. A call that asks for too much, or for something that does not exist, ends with one line
-that says why.
+warnings is a list of lines: words of the prompts that the model does not know or does not see, settings
+without effect, a size that was rounded or is far from the model's own. Calls wait for their turn; callers
+take turns. A call that asks for too much, or for something that does not exist, ends with one line that
+says why. So does a call while 8 others of the same caller wait. A run whose caller is gone for 5 seconds
+is cancelled.
 
-What a session made is deleted a day after its last use; scans are kept. Saved settings name no folder of the
-server: they give the weights and LoRAs that the studio was started with by their bare names. A demo looks for
-these beside the run.json, then where it runs, unless it is told (`--weights`, `--lora`, ...).
+Some answers come before any endpoint: 403 to a page of another site, 408 or 413 to a body that does not end
+or is too large, 421 to an unknown host, 429 to too many callers of one address or too many wrong passwords,
+507 to an upload that the disk has no room for.
+
+What a session made is deleted a day after its last use, its oldest runs once they take 500 MB; a scan is
+deleted a week after its last use. Saved settings name no folder of the server: they give the weights and
+LoRAs that the studio was started with by their bare names. A demo looks for these beside the run.json, then
+where it runs, unless it is told (`--weights`, `--lora`, ...).
 """

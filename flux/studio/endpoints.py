@@ -1,10 +1,9 @@
 """The named HTTP endpoints. `flux.studio` documents what each takes and returns."""
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from gradio import FileData
@@ -15,7 +14,6 @@ from PIL import Image
 from flux.errors import InputError
 from flux.images.io import read_image
 from flux.images.masks import read_mask
-from flux.studio.engine import MadeImage, Update
 from flux.studio.forms import SAMPLING, edit_settings, generate_settings, scan_settings, warnings_about
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
@@ -23,6 +21,8 @@ from flux.studio.work.edit import known_layers, run_edit
 from flux.studio.work.generate import run_generate
 from flux.studio.work.scan import run_scan
 
+R = TypeVar("R")
+ENDPOINT = "endpoint"  # of a job that no tab started
 Upload = FileData | None
 Answer = tuple[list[FileData], FileData, list[str]]
 
@@ -33,10 +33,24 @@ def add_endpoints(studio: Studio) -> None:
     def upload(data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
         return None if data is None else studio.limits.read_upload(data, Path(get_upload_folder()), read)
 
-    def session_of(request: gr.Request) -> Session:
-        session = studio.sessions.of(request.session_hash)
-        session.stop.clear()
-        return session
+    def in_turn(request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
+        """Waits for the caller's turn, does the work, and returns its last update."""
+        caller, last = request.session_hash, None
+        with studio.turn(caller, ENDPOINT) as (job, session, waiting):
+
+            def updates() -> Generator[Any, None, None]:
+                yield from waiting
+                if not job.stop.is_set():
+                    yield from work(session)
+
+            for update in (running := updates()):
+                last = update
+                if studio.callers.is_gone(caller):
+                    running.close()
+                    raise InputError("Nobody waits for this run any more")
+            if job.stop.is_set() or last is None:
+                raise InputError("The run was cancelled")
+        return last
 
     def generate(
         request: gr.Request,
@@ -55,10 +69,10 @@ def add_endpoints(studio: Studio) -> None:
         """Images from a prompt, the run.json that makes them again, and warnings."""
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
-        form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength}
-        start, settings = upload(image), generate_settings(studio, form)
-        updates = run_generate(studio, session_of(request), settings, start)
-        return _answer(updates, warnings_about(studio, settings, form))
+        form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength, "image": image}
+        settings = generate_settings(studio, form)
+        _, run = in_turn(request, lambda session: run_generate(studio, session, settings, upload(image)))
+        return _answer(run, warnings_about(studio, settings, form))
 
     def edit(
         request: gr.Request,
@@ -86,13 +100,16 @@ def add_endpoints(studio: Studio) -> None:
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "edits": as_lines("edits", edits), "seed": seed}
-        form |= {"layers": known_layers(studio)[0] if layers is None else layers}
+        own = studio.sessions.of(request.session_hash)
+        form |= {"layers": known_layers(studio, own)[0] if layers is None else layers}
         form |= {"dose": dose, "weight": weight, "inject_from": inject_from, "inject_until": inject_until}
-        form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back}
-        source, area = upload(photo), upload(mask, read_mask)
+        form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back, "photo": photo}
         settings = edit_settings(studio, form)
-        updates = run_edit(studio, session_of(request), settings, source, area)
-        return _answer(updates, warnings_about(studio, settings, form))
+        _, run = in_turn(
+            request,
+            lambda session: run_edit(studio, session, settings, upload(photo), upload(mask, read_mask)),
+        )
+        return _answer(run, warnings_about(studio, settings, form))
 
     def scan(
         request: gr.Request,
@@ -112,13 +129,13 @@ def add_endpoints(studio: Studio) -> None:
         form |= {"prompts": as_lines("prompts", prompts), "seed": seed, "top": top}
         form |= {"layers": list(range(studio.spec.num_layers)) if layers is None else layers}
         settings = scan_settings(studio, form)
-        deque(run_scan(studio, session_of(request), settings), maxlen=0)
+        in_turn(request, lambda session: run_scan(studio, session, settings))
         folder = Path(settings.output_dir)
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
         return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
 
     for endpoint in (generate, edit, scan):
-        api(endpoint, concurrency_id="model", concurrency_limit=1)
+        api(endpoint, concurrency_limit=None)
 
 
 def as_lines(name: str, texts: Any) -> str:
@@ -128,8 +145,7 @@ def as_lines(name: str, texts: Any) -> str:
     return "\n".join(" ".join(text.splitlines()) for text in texts)
 
 
-def _answer(updates: Iterator[tuple[Update[MadeImage], Run]], warnings: list[str]) -> Answer:
-    [(_, run)] = deque(updates, maxlen=1)
+def _answer(run: Run, warnings: list[str]) -> Answer:
     return [_file(path) for path in run.images.values()], _file(run.record), warnings
 
 

@@ -13,6 +13,7 @@ from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, PromptSettings, ScanSettings
 from flux.settings.doses import DOSES
 from flux.settings.edits import Edit, EditSettings
+from flux.settings.effect import settings_warnings
 from flux.settings.resolved import ResolvedEdit, ResolvedGenerate, ResolvedLayer, ResolvedScan
 from flux.studio.state import Studio
 from flux.vocabulary import vocabulary_warnings
@@ -104,14 +105,30 @@ def film_settings(studio: Studio, form: Form) -> ResolvedLayer:
 
 
 def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[str]:
-    """Lists the words that the model does not know or see, and the sizes that were rounded."""
-    vocabulary, texts = studio.spec.vocabulary, list(dict.fromkeys(texts_in(settings)))
-    warnings = vocabulary_warnings(texts, vocabulary) if vocabulary else []
-    warnings += unseen_words_warnings(studio.engine.pipe.t5, texts)
+    """Lists words that the model does not know or see, settings without effect, and rounded sizes."""
+    vocabulary = studio.spec.vocabulary
+    warnings = vocabulary_warnings(_texts_once(settings), vocabulary) if vocabulary else []
+    warnings += unseen_words(studio, settings)
+    warnings += settings_warnings(_with_uploads(settings, form), studio.spec)
     for side in ("width", "height"):
         if form[side] not in (None, (used := getattr(settings, side))):
             warnings.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
     return warnings
+
+
+def unseen_words(studio: Studio, settings: ModelSettings) -> list[str]:
+    """Lists the words of these settings that are beyond the length of the model's text encoder."""
+    return unseen_words_warnings(studio.engine.pipe.t5, _texts_once(settings))
+
+
+def _texts_once(settings: ModelSettings) -> list[str]:
+    return list(dict.fromkeys(texts_in(settings)))
+
+
+def _with_uploads(settings: ModelSettings, form: Form) -> ModelSettings:
+    """Names the uploads of a form in its settings, which are made without them."""
+    uploads = {name: "upload" for name in ("image", "photo") if form.get(name)}
+    return settings.model_copy(update=uploads)
 
 
 def texts_in(settings: ModelSettings) -> list[str]:

@@ -1,11 +1,12 @@
-"""Restrictions on gradio: no file of another host or folder, and every error as one readable line."""
+"""Restrictions on gradio: no file of another host or folder, none of ours named, errors of one line."""
 
 import html
 import json
 import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,79 @@ import gradio as gr
 import torch
 from gradio.block_function import BlockFunction
 from gradio.state_holder import SessionState
+from gradio.utils import get_upload_folder
 from gradio_client.utils import is_file_obj, is_http_url_like, traverse
+from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import flux
 from flux.errors import InputError
 
+ALIAS = "/studio-files"
+"""What visitors call the folder that the studio writes to."""
+TEXTS = ("text/html", "text/plain", "text/event-stream", "application/json")
 FILE = re.compile(r"/file[=/](.*)$", re.DOTALL)
-UNUSED = re.compile(r"/gradio_api/(proxy=|deep_link|process_recording|stream/|runs|run-history)|/monitoring")
+UNUSED = re.compile(
+    r"/gradio_api/(proxy=|deep_link|process_recording|stream/|runs|run-history|dev/|profiling)|vibe-|/monitoring"
+)
+FIELD_FILES = 3
+"""The most files of one field. gradio opens each, also if one file is named many times."""
+_FOLDERS = {
+    Path.home(),
+    Path.cwd(),
+    Path(tempfile.gettempdir()),
+    Path(sys.prefix),
+    Path(flux.__file__).parent,
+}
+OWN_FILES = re.compile(
+    "|".join(rf"{re.escape(str(folder))}/[^\s'\"()<>:,;]*" for folder in _FOLDERS if folder != Path("/"))
+)
+"""Paths of this machine, as messages have them."""
 
 
 class OwnFilesOnly:
     """Middleware that serves files of one folder only, and none of gradio's routes that this page lacks.
 
-    It refuses routes that fetch from other hosts. All other requests pass.
+    It refuses routes that fetch from other hosts. In answers the folder is called ALIAS, so that they do not
+    say where it is. All other requests pass.
     """
 
     def __init__(self, app: ASGIApp, folder: Path):
         self.app, self.folder = app, folder.resolve()
+        text = str(self.folder)
+        # gradio writes JSON with and without escapes.
+        self._names = list(dict.fromkeys([text.encode(), json.dumps(text)[1:-1].encode()]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuses a request, or passes it on."""
-        if scope["type"] == "http" and not self.allowed(scope["path"]):
-            await PlainTextResponse("Not served here", 403)(scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        scope["path"] = FILE.sub(lambda found: f"/file={real_path(found[1], self.folder)}", scope["path"])
+        if self.allowed(scope["path"]):
+            await self.app(scope, receive, self._renaming(send))
+        else:
+            await PlainTextResponse("Not served here", 403)(scope, receive, send)
+
+    def _renaming(self, send: Send) -> Send:
+        is_text = False
+
+        async def sending(message: Message) -> None:
+            nonlocal is_text
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                is_text = headers.get("content-type", "").startswith(TEXTS)
+                is_file = "content-disposition" in headers
+                if is_text := is_text and not is_file:
+                    del headers["content-length"]
+            elif is_text and (body := message.get("body")):
+                for name in self._names:
+                    body = body.replace(name, ALIAS.encode())
+                message = {**message, "body": body}
+            await send(message)
+
+        return sending
 
     def allowed(self, path: str) -> bool:
         """Tells whether a request may be answered, by its decoded path."""
@@ -51,11 +100,28 @@ class OwnFilesOnly:
             return False
 
 
+def real_path(path: str, folder: Path) -> str:
+    """Returns the path of a file that a visitor calls by ALIAS. Other paths stay."""
+    return f"{folder}{path[len(ALIAS) :]}" if path.startswith(f"{ALIAS}/") else path
+
+
+def with_real_paths(data: Any) -> Any:
+    """Returns what a page sent, with the real path of each of its files."""
+    folder = Path(get_upload_folder()).resolve().parent
+
+    def find(file: dict[str, Any]) -> dict[str, Any]:
+        return {**file, "path": real_path(file["path"], folder)}
+
+    return traverse(data, find, is_file_obj)
+
+
 class Page(gr.Blocks):
     """A page that shows every error as one readable line, and that fetches no file."""
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Processes a call as gradio does, with readable errors."""
+        if (event := kwargs.get("event_data")) is not None:
+            event._data = with_real_paths(event._data)  # of the image that was clicked
         with readable_errors():
             return await super().process_api(*args, **kwargs)
 
@@ -71,6 +137,7 @@ class Page(gr.Blocks):
         Raises:
             InputError: A value that no field of the page sends.
         """
+        inputs = with_real_paths(inputs)
         _check_values(block_fn.inputs, inputs)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
@@ -85,15 +152,22 @@ class Page(gr.Blocks):
 def _check_values(fields: Sequence[Any], values: Sequence[Any]) -> None:
     """Raises InputError for values that gradio mishandles.
 
-    These are an address instead of an upload, which gradio would fetch; text that it cannot send back; and a
-    missing number, as of a slider that was cleared.
+    These are an address instead of an upload, which gradio would fetch; more files than a field has, each of
+    which it would hold in memory; text that it cannot send back; and a missing number, as of a slider that
+    was cleared.
     """
+    files: list[str] = []
 
-    def refuse(file: dict[str, Any]) -> None:
+    def note(file: dict[str, Any]) -> None:
         if is_http_url_like(file["path"]):
             raise InputError("Got the address of a file: upload the file itself")
+        files.append(file["path"])
 
-    traverse(values, refuse, is_file_obj)
+    for value in values:
+        files.clear()
+        traverse(value, note, is_file_obj)
+        if len(files) > FIELD_FILES:
+            raise InputError(f"Got {len(files)} files in one field, expected at most {FIELD_FILES}")
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -105,6 +179,16 @@ def _check_values(fields: Sequence[Any], values: Sequence[Any]) -> None:
             raise InputError(f"{field.label}: expected a number, got {value!r:.60}")
 
 
+def without_folders(message: str) -> str:
+    """Removes the folders of this machine from a message: its files keep their bare names."""
+    return OWN_FILES.sub(lambda found: Path(found[0]).name, message)
+
+
+def toast(kind: Callable[[str], None], message: str) -> None:
+    """Shows a message, which may quote a file, with `gr.Info` or `gr.Warning`, which read it as HTML."""
+    kind(html.escape(without_folders(message), quote=False))
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turns every error into one line in the visitor's browser; also prints unexpected errors here."""
@@ -114,6 +198,10 @@ def readable_errors() -> Iterator[None]:
         raise
     except InputError as error:
         message = str(error)
+    except OSError as error:
+        # The folder is read-only, or the disk is full.
+        print(f"error: the studio cannot write: {error}", file=sys.stderr)
+        message = f"The studio cannot write to its disk ({error.strerror or 'an error'})"
     except torch.OutOfMemoryError:
         message = "This needs more memory than there is: choose a smaller size, or fewer layers"
     except Exception:
@@ -122,4 +210,5 @@ def readable_errors() -> Iterator[None]:
     else:
         return
     # The page shows messages as HTML, and they quote what the visitor typed.
-    raise gr.Error(html.escape(message, quote=False), print_exception=False)
+    message = html.escape(without_folders(message), quote=False)
+    raise gr.Error(message, print_exception=False)

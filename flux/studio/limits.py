@@ -1,5 +1,6 @@
 """Limits on what one visitor may ask for, and checks of uploaded images."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from flux.errors import InputError
 from flux.images.io import read_image
 from flux.settings.resolved import ResolvedModel
 from flux.specs import ModelSpec
+
+_DECODING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class Limits:
         letters: Most characters in one text.
         upload_bytes: Largest uploaded file, in bytes.
         upload_pixels: Largest uploaded image, in pixels.
-        waiting: Most requests in the queue.
+        waiting: Most runs that wait for the model, of all visitors.
+        waiting_each: Most runs that one page or program may have among them.
+        visit_bytes: Most bytes of one visit's runs. Beyond, its oldest runs are deleted.
+        disk_bytes: Most bytes of everything that is written. Beyond, uploads and runs are refused.
     """
 
     side: int
@@ -42,6 +48,9 @@ class Limits:
     upload_bytes: int = 20 * 2**20
     upload_pixels: int = 50_000_000
     waiting: int = 64
+    waiting_each: int = 8
+    visit_bytes: int = 500 * 2**20
+    disk_bytes: int = 20 * 2**30
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Limits":
@@ -103,7 +112,9 @@ class Limits:
             most = self.upload_pixels // 10**6
             raise InputError(f"Got {pixels // 10**6} million pixels, expected at most {most}: scale it down")
         try:
-            return read(path)
+            # One at a time: decoded, an image may take a thousand times its file's bytes.
+            with _DECODING:
+                return read(path)
         except InputError as error:
             # The visitor knows the file by its name, and should not learn the server's folders.
             raise InputError(str(error).replace(str(path), path.name)) from None

@@ -66,15 +66,13 @@ class Session:
     Attributes:
         folder: The session's folder.
         runs: The session's runs, oldest first.
-        stop: Set to cancel the session's run, even while it is still queued.
-        busy: Whether a run is in progress.
+        stop: Set to cancel the session's run that is in progress.
         reference_id: The id of the kept reference on the session's mask canvas. None before the first one.
     """
 
     folder: Path
     runs: list[Run] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
-    busy: bool = False
     reference_id: str | None = None
 
     def begin_run(self, settings: ModelSettings, inputs: Mapping[str, Image.Image] | None = None) -> Run:
@@ -84,7 +82,8 @@ class Session:
             settings: The run's settings.
             inputs: Input images by the settings field that names them. They are saved beside run.json.
         """
-        folder = self.folder / f"{len(self.runs):03d}_{settings.demo}"
+        number = int(self.runs[-1].folder.name[:3]) + 1 if self.runs else 0
+        folder = self.folder / f"{number:03d}_{settings.demo}"
         files = {name: f"{name}.png" for name in inputs or {}}
         for name, image in (inputs or {}).items():
             save_image(image, folder / files[name])
@@ -92,6 +91,26 @@ class Session:
         write_json(run.record, run_record(run.settings))
         self.runs.append(run)
         return run
+
+    @property
+    def vital_scan(self) -> Path:
+        """The vital_layers.json of this visit's last scan. The file need not exist."""
+        return self.folder / "vital_layers.json"
+
+    def remove(self, run: Run) -> None:
+        """Deletes a run."""
+        shutil.rmtree(run.folder, ignore_errors=True)
+        if run in self.runs:
+            self.runs.remove(run)
+
+    def make_room(self, most: int) -> None:
+        """Deletes the oldest runs until those of this visit take at most so many bytes."""
+        sizes = [folder_bytes(run.folder) for run in self.runs]
+        for run, size in zip(list(self.runs), sizes):
+            if sum(sizes) <= most:
+                break
+            self.remove(run)
+            sizes.remove(size)
 
     def keep_upload(self, image: Image.Image) -> Path:
         """Saves an uploaded image as bare pixels, and returns its path."""
@@ -120,10 +139,10 @@ class Session:
 
 
 class Sessions:
-    """The latest sessions, by the browser's session hash.
+    """The sessions, by the browser's session hash.
 
-    A session's folder is deleted KEEP_SECONDS after its last use: when the studio starts, and whenever a new
-    session begins.
+    A session's folder is deleted KEEP_SECONDS after its last use: when the studio starts, and by `tidy`.
+    Beyond MAX_SESSIONS, sessions that have made nothing are forgotten; others stay, however many ask.
     """
 
     def __init__(self, folder: Path):
@@ -137,17 +156,26 @@ class Sessions:
         with self._lock:
             session = self._sessions.pop(name or "", None)
             if session is None:
-                deleted = delete_unused(self.folder)
-                self._sessions = OrderedDict(
-                    (other, known) for other, known in self._sessions.items() if known.folder not in deleted
-                )
                 session = Session(self.folder / uuid4().hex)
             elif session.folder.is_dir():
                 os.utime(session.folder)
             self._sessions[name or ""] = session
-            while len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+            if len(self._sessions) > MAX_SESSIONS:
+                self._forget_empty()
             return session
+
+    def _forget_empty(self) -> None:
+        """Forgets the oldest sessions that have made nothing: names are free to make up."""
+        empty = [name for name, session in self._sessions.items() if not session.folder.is_dir()]
+        for name in empty[: len(self._sessions) - MAX_SESSIONS]:
+            del self._sessions[name]
+
+    def tidy(self) -> None:
+        """Deletes the folders that were not used for KEEP_SECONDS, and forgets their sessions."""
+        with self._lock:
+            deleted = delete_unused(self.folder)
+            for name in [name for name, session in self._sessions.items() if session.folder in deleted]:
+                del self._sessions[name]
 
     def with_folder(self, folder: Path) -> Session | None:
         """Returns a session that writes to this folder, or None if there is none."""
@@ -155,13 +183,42 @@ class Sessions:
             return next((known for known in self._sessions.values() if known.folder == folder), None)
 
 
-def delete_unused(folder: Path) -> set[Path]:
-    """Deletes the folders in `folder` that have not changed for KEEP_SECONDS, and returns them."""
-    oldest = time.time() - KEEP_SECONDS
+@dataclass
+class Disk:
+    """The disk space of everything that the studio writes, in bytes.
+
+    Attributes:
+        most: How much it may be.
+        used: How much it is; counted now and then, and added to by uploads.
+    """
+
+    most: int = 20 * 2**30
+    used: int = 0
+
+    def has_room(self, size: int = 0) -> bool:
+        """Tells whether so many bytes more may be written."""
+        return self.used + size < self.most
+
+
+def delete_unused(folder: Path, seconds: float = KEEP_SECONDS) -> set[Path]:
+    """Deletes the folders in `folder` that have not changed for so long, and returns them."""
+    oldest = time.time() - seconds
     unused = {path for path in folder.glob("*/") if path.stat().st_mtime < oldest}
     for path in unused:
         shutil.rmtree(path, ignore_errors=True)
     return unused
+
+
+def folder_bytes(folder: Path) -> int:
+    """Sums up the sizes of all files in a folder, in bytes."""
+
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except OSError:  # deleted meanwhile
+            return 0
+
+    return sum(size(path) for path in folder.rglob("*"))
 
 
 def portable(fields: Mapping[str, Any]) -> dict[str, Any]:

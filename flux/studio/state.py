@@ -1,20 +1,24 @@
 """The state that all parts of the studio share: the model, the limits, the sessions and the folder."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
 
 from flux.bfl import track_usage_via_api
+from flux.errors import InputError
 from flux.settings.demos import ModelSettings
 from flux.settings.files import with_fields
 from flux.settings.resolved import ResolvedModel
 from flux.specs import ModelSpec, get_spec
+from flux.studio.callers import Callers
 from flux.studio.engine import Engine, MadeImage, Progress, Update
 from flux.studio.limits import Limits
-from flux.studio.sessions import Run, Session, Sessions
+from flux.studio.line import Job, Line
+from flux.studio.sessions import Disk, Run, Session, Sessions
 
 S = TypeVar("S", bound=ModelSettings)
 R = TypeVar("R")
@@ -30,6 +34,11 @@ class Studio:
         sessions: What each visitor has made.
         folder: The folder of everything that is written or served.
         track_usage: Whether to report each image to Black Forest Labs, as some licences ask for.
+        publish_scans: Whether the layers that a visitor's scan finds become the default of everybody, of
+            the studio and of the demos on this machine.
+        line: The runs that wait for the model.
+        callers: Who is connected.
+        disk: How much has been written.
     """
 
     engine: Engine
@@ -37,6 +46,10 @@ class Studio:
     sessions: Sessions
     folder: Path
     track_usage: bool = False
+    publish_scans: bool = False
+    line: Line = field(default_factory=Line)
+    callers: Callers = field(default_factory=Callers)
+    disk: Disk = field(default_factory=Disk)
 
     @property
     def defaults(self) -> ResolvedModel:
@@ -60,6 +73,29 @@ class Studio:
         """
         return with_fields(cls, self.defaults, fields)
 
+    @contextmanager
+    def turn(self, caller: str | None, tab: str) -> Iterator[tuple[Job, Session, Iterator[Update]]]:
+        """Joins the line of runs for a caller's tab.
+
+        Within the block, the session's `stop` is this run's, once its turn has come.
+
+        Returns:
+            The place in the line, the caller's session, and the updates of the time until its turn. They end
+            early if the run is cancelled: `job.stop` is set then.
+
+        Raises:
+            InputError: As `Line.join`.
+        """
+        with self.line.join(caller, tab, self.callers.address(caller)) as job:
+            session = self.sessions.of(caller)
+
+            def waiting() -> Iterator[Update]:
+                yield from self.line.wait(job)
+                if not job.stop.is_set():
+                    session.stop = job.stop
+
+            yield job, session, waiting()
+
     def run(
         self,
         session: Session,
@@ -80,15 +116,22 @@ class Studio:
         Yields:
             Each update, with the run.
         """
+        if not self.disk.has_room():
+            raise InputError("The studio's disk quota is used up: try again tomorrow")
+        session.make_room(self.limits.visit_bytes)
         run = session.begin_run(settings, inputs)
 
         def in_run(progress: Progress[R]) -> None:
             work(progress, run)
 
-        for update in self.engine.run(in_run, session.stop):
-            made = update.result
-            if isinstance(made, MadeImage):
-                run.save(made.name, made.image, made.prompt, made.seed, **about)
-                if self.track_usage:
-                    track_usage_via_api(self.defaults.model, 1)
-            yield update, run
+        try:
+            for update in self.engine.run(in_run, session.stop):
+                made = update.result
+                if isinstance(made, MadeImage):
+                    run.save(made.name, made.image, made.prompt, made.seed, **about)
+                    if self.track_usage:
+                        track_usage_via_api(self.defaults.model, 1)
+                yield update, run
+        finally:
+            if not run.images:  # it was cancelled or refused
+                session.remove(run)

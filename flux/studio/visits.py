@@ -18,7 +18,7 @@ from flux.studio.sessions import Run, Session, Sessions, read_back
 
 EXAMPLE = Path(flux.__file__).parent / "assets" / "example"
 """The folder of a run that is shown before there is another."""
-GONE = "That image is gone: images are deleted a day after the session's last use"
+GONE = "That image is gone: images are deleted a day after the visit's last use, the oldest of many earlier"
 IMAGES = re.compile(r"(\d{3}|reference|edit_\d+|picture)\.(png|jpg)")
 """The files of a run's images, without its inputs, masks and sheets."""
 

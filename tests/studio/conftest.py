@@ -44,14 +44,14 @@ def served(nano, tmp_path_factory) -> Studio:
 
 @pytest.fixture(scope="module")
 def url(served):
-    from flux.studio.app import serve
+    from flux.studio.app import Address, serve
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
             patch.setenv(name, "restored afterwards")
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-        app, url, _ = serve(served, "127.0.0.1", prevent_thread_lock=True, quiet=True)
+        app, url, _ = serve(served, Address("127.0.0.1"), prevent_thread_lock=True, quiet=True)
         yield url
         app.get_blocks().close(verbose=False)
 

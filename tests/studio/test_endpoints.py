@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 import re
 import threading
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from gradio_client import Client, handle_file
 from helpers.studio import ROOT
 
-from flux.studio.app import serve
+from flux.studio.app import Address, serve
+from flux.vital_layers import remembered_scan
+from flux.weights.find import checkpoint_of
 
 
 def test_client_example(url, capsys):
@@ -23,18 +26,24 @@ def test_client_example(url, capsys):
 
 
 def test_warnings_come_back(client):
-    how = {"num_steps": 1, "height": 64, "api_name": "/generate"}
-    *_, warned = client.predict("an elefant", width=70, **how)
+    how = {"num_steps": 1, "height": 128, "api_name": "/generate"}
+    *_, warned = client.predict("an elefant", width=130, negative_prompt="a cat", **how)
     assert "'elefant' (near: elephant" in warned[0]
-    assert warned[1:] == ["width 70 is rounded down to 64, a multiple of 16"]
-    *_, warned = client.predict("a dog", ["a catt"], width=64, **{**how, "num_steps": 2, "api_name": "/edit"})
+    assert warned[1:] == [
+        "without effect: negative_prompt (true_cfg is 1)",
+        "width 130 is rounded down to 128, a multiple of 16",
+    ]
+    *_, warned = client.predict("a dog", width=64, **{**how, "height": 64})
+    assert "far from 256x256" in warned[0]
+    how["width"] = 128
+    *_, warned = client.predict("a dog", ["a catt"], **{**how, "num_steps": 2, "api_name": "/edit"})
     assert len(warned) == 1
     assert "catt" in warned[0]
-    *_, warned = client.predict(["a dogg"], layers=[0], width=64, **{**how, "api_name": "/scan"})
+    *_, warned = client.predict(["a dogg"], layers=[0], **{**how, "api_name": "/scan"})
     assert len(warned) == 1
     assert "dogg" in warned[0]
-    assert client.predict("an elephant", width=64, **how)[2] == []
-    *_, warned = client.predict("a dog and " * 13 + "in the snow", width=64, **how)
+    assert client.predict("an elephant", **how)[2] == []
+    *_, warned = client.predict("a dog and " * 13 + "in the snow", **how)
     assert len(warned) == 1
     assert "overlooks its last words, 'in the snow'" in warned[0]
 
@@ -56,11 +65,41 @@ def test_endpoints_are_named(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/edit", "/scan"}
 
 
-def test_twenty_at_once(client):
+def test_a_scan_stays_with_its_visitor(client, url, served, photo_file):
+    """It changes the default layers of nobody else, nor of the operator's own demo 4."""
+    how = {"width": 64, "height": 64, "num_steps": 2}
+    other = Client(url, verbose=False)
+
+    def layers(caller) -> list[int]:
+        _, record, _ = caller.predict("a dog", ["a cat"], **how, api_name="/edit")
+        return json.loads(Path(record).read_text())["settings"]["vital_layers"]
+
+    before = layers(other)
+    remembered = remembered_scan(checkpoint_of(served.defaults))
+    found, *_ = client.predict(["a nonsense"], top=1, **how, api_name="/scan")
+    assert layers(client) == found["vital_layers"] != before
+    assert layers(other) == before
+    assert not remembered.is_file()
+
+
+def test_nobody_fills_the_line(client, url):
+    jobs = [client.submit("a dog", num_steps=20, api_name="/generate") for _ in range(12)]
+    outcomes = [job.exception(timeout=120) for job in jobs]
+    refused = [str(error) for error in outcomes if error]
+    assert 1 <= len(refused) <= 4
+    assert all("at once" in message for message in refused)
+    assert client.predict("a dog", num_steps=1, api_name="/generate")
+
+
+def test_twenty_at_once(url):
     """All are answered, one after the other, and memory stays level."""
+    clients = [Client(url, verbose=False) for _ in range(5)]
 
     def round_of(count):
-        jobs = [client.submit("a dog", seed=seed, num_steps=1, api_name="/generate") for seed in range(count)]
+        jobs = [
+            clients[seed % 5].submit("a dog", seed=seed, num_steps=1, api_name="/generate")
+            for seed in range(count)
+        ]
         results = [job.result(timeout=120) for job in jobs]
         gc.collect()
         return results, resident()
@@ -149,7 +188,7 @@ def test_the_queue_cannot_be_passed_by(url):
 
 
 def test_auth(served):
-    app, url, _ = serve(served, "127.0.0.1", auth="me:secret", prevent_thread_lock=True, quiet=True)
+    app, url, _ = serve(served, Address("127.0.0.1", auth="me:secret"), prevent_thread_lock=True, quiet=True)
     try:
         with pytest.raises(Exception, match=r"(?i)auth|credentials|login"):
             Client(url, verbose=False)

@@ -14,7 +14,7 @@ from flux.settings.files import check_settings, read_settings
 from flux.specs import configs
 from flux.studio.app import open_studio
 from flux.studio.forms import generate_settings, scan_settings
-from flux.studio.sessions import KEEP_SECONDS, Sessions, portable, read_back
+from flux.studio.sessions import KEEP_SECONDS, Sessions, folder_bytes, portable, read_back
 from flux.studio.work.generate import run_generate
 from flux.studio.work.scan import run_scan
 
@@ -28,14 +28,17 @@ def test_files_of_others_are_refused(tmp_path, photo):
             read_back(tmp_path / name)
 
 
-def test_sessions_are_apart_and_bounded(tmp_path):
+def test_sessions_are_apart_and_bounded(tmp_path, photo):
+    """Those that made nothing are forgotten; nobody's images are, whoever else comes."""
     sessions = Sessions(tmp_path)
-    first = sessions.of("first")
+    used, first = sessions.of("used"), sessions.of("first")
+    used.keep_upload(photo)
     assert sessions.of("first") is first
     assert sessions.of("second").folder != first.folder
     for number in range(300):
         sessions.of(str(number))
     assert sessions.of("first") is not first
+    assert sessions.of("used") is used
     with pytest.raises(InputError, match="nothing to save"):
         first.zip()
 
@@ -51,7 +54,7 @@ def test_sessions_are_deleted_a_day_after_their_last_use(tmp_path, photo):
         age(session)
     assert sessions.of("used") is used
     assert old.folder.is_dir()
-    sessions.of("new")
+    sessions.tidy()
     assert used.folder.is_dir()
     assert not old.folder.exists()
     assert sessions.of("old") is not old
@@ -59,6 +62,24 @@ def test_sessions_are_deleted_a_day_after_their_last_use(tmp_path, photo):
     age(used)
     Sessions(tmp_path)  # a start tidies up too
     assert not used.folder.exists()
+
+
+def test_the_oldest_runs_make_room(studio, photo):
+    session, settings = studio.sessions.of("a"), generate_settings(studio, {"prompt": "a dog"})
+    for _ in range(3):
+        session.begin_run(settings).save("000", photo, "a dog", 0)
+    one = folder_bytes(session.runs[0].folder)
+    session.make_room(2 * one + 10)
+    assert [run.folder.name for run in session.runs] == ["001_test", "002_test"]
+    assert session.begin_run(settings).folder.name == "003_test"
+
+
+def test_a_run_without_an_image_leaves_nothing(studio):
+    session, settings = studio.sessions.of("a"), generate_settings(studio, {"prompt": "a dog"})
+    session.stop.set()
+    assert not list(run_generate(studio, session, settings))
+    assert not session.runs
+    assert not list(session.folder.glob("*"))
 
 
 def test_an_archive_holds_every_run(studio, photo, tmp_path):

@@ -4,7 +4,7 @@ import html
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import randrange
 from typing import Any, Generic, Literal, TypedDict, TypeVar
@@ -14,7 +14,7 @@ from gradio.components import Component
 
 from flux.settings.demos import ModelSettings
 from flux.studio.engine import Update
-from flux.studio.forms import Form, texts_in
+from flux.studio.forms import Form, texts_in, unseen_words
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
 from flux.studio.widgets import UNLISTED, Changes, duration, status_html
@@ -53,6 +53,7 @@ class RunControls:
         start: The buttons that start a run.
         stop: The button that cancels it.
         status: The line that shows its progress.
+        tab: The tab's name.
     """
 
     words: gr.HTML
@@ -61,7 +62,7 @@ class RunControls:
     status: gr.HTML
 
     def __init__(self, studio: Studio, tab: str):
-        self._studio, self._tab = studio, tab
+        self._studio, self.tab = studio, tab
 
     def add_buttons(self, label: str, *more: str) -> list[gr.Button]:
         """Adds the note, hidden as long as all words are known, then buttons to start and one to stop.
@@ -71,14 +72,14 @@ class RunControls:
         """
         self.words = gr.HTML("", elem_classes="words")
         with gr.Row(elem_classes="actions"):
-            self.start = [gr.Button(label, variant="primary", elem_id=f"{self._tab}-go")]
-            self.start += [gr.Button(other, elem_id=f"{self._tab}-{other.lower()}") for other in more]
-            self.stop = gr.Button("Stop", interactive=False, elem_id=f"{self._tab}-stop")
+            self.start = [gr.Button(label, variant="primary", elem_id=f"{self.tab}-go")]
+            self.start += [gr.Button(other, elem_id=f"{self.tab}-{other.lower()}") for other in more]
+            self.stop = gr.Button("Stop", interactive=False, elem_id=f"{self.tab}-stop")
         return self.start
 
     def add_status(self) -> None:
         """Adds the status line."""
-        self.status = gr.HTML(status_html("Ready."), elem_id=f"{self._tab}-status")
+        self.status = gr.HTML(status_html("Ready."), elem_id=f"{self.tab}-status")
 
     @property
     def buttons(self) -> list[gr.Button]:
@@ -94,7 +95,7 @@ class RunControls:
         """Lets the stop button cancel the session's run."""
 
         def cancel(request: gr.Request) -> dict[str, Any]:
-            self._studio.sessions.of(request.session_hash).stop.set()
+            self._studio.line.stop(request.session_hash, self.tab)
             return gr.update(interactive=False)
 
         self.stop.click(cancel, None, self.stop, **UNQUEUED)
@@ -110,6 +111,7 @@ class RunButton(Generic[S]):
         fields: The components whose values make the form.
         settings_of: Makes the run's settings from the form. Raises InputError if they cannot be used.
         work: Called when the model is free. Yields updates with what they change on the page.
+        saves: The buttons that save what it makes.
     """
 
     studio: Studio
@@ -117,6 +119,7 @@ class RunButton(Generic[S]):
     fields: FormFields
     settings_of: Callable[[Form], S]
     work: Callable[[Session, S, Form], Iterator[tuple[Update, Changes]]]
+    saves: list[gr.DownloadButton] = field(default_factory=list)
 
     def wire(
         self,
@@ -139,35 +142,46 @@ class RunButton(Generic[S]):
         else:
             begun = gr.on(list(triggers), self.begin, inputs, lines, **CONCURRENT)
         changed = [controls.status, *controls.buttons, *outputs]
-        begun.success(self.run, inputs, changed, concurrency_id="model", concurrency_limit=1, **UNLISTED)
+        self.saves.extend(part for part in outputs if isinstance(part, gr.DownloadButton))
+        begun.success(self.run, inputs, changed, concurrency_limit=None, **UNLISTED)
 
     def begin(self, request: gr.Request, *values: Any) -> Changes:
         """Checks the form, before the run waits for the model."""
-        session = self.studio.sessions.of(request.session_hash)
         unknown = words_note(self.studio, self.settings_of(self._form(values)))
-        if session.busy:  # Enter was pressed in a prompt
+        if self.studio.line.has(request.session_hash, self.controls.tab):  # Enter was pressed in a prompt
             return {self.controls.status: gr.skip()}
-        session.stop.clear()
         waiting = status_html(Update("waiting for the model"))
         return {self.controls.words: unknown, self.controls.status: waiting, **self.controls.switched(True)}
 
     def run(self, request: gr.Request, *values: Any) -> Iterator[Changes]:
-        """Does the work, and shows its progress."""
-        begin, session = time.perf_counter(), self.studio.sessions.of(request.session_hash)
-        status, form = self.controls.status, self._form(values)
-        session.busy = True
+        """Does the work when its turn comes, and shows its progress."""
+        caller, tab, status = request.session_hash, self.controls.tab, self.controls.status
+        if self.studio.line.has(caller, tab):  # "Edit" was clicked twice
+            yield {status: gr.skip()}
+            return
+        begin, form, finished = time.perf_counter(), self._form(values), Changes()
+        # An earlier image cannot be saved as if it were the one that is shown.
+        unsaved: Changes = {part: gr.update(interactive=False) for part in self.saves}
         try:
-            for update, changes in self.work(session, self.settings_of(form), form):
-                yield {status: status_html(update), **changes}
+            with self.studio.turn(caller, tab) as (job, session, waiting):
+                for update in waiting:
+                    yield {status: status_html(update)}
+                if not job.stop.is_set():
+                    begin = time.perf_counter()
+                    yield unsaved or {status: gr.skip()}
+                    for update, changes in self.work(session, self.settings_of(form), form):
+                        finished = finished if update.result is None else finished | changes
+                        yield {status: status_html(update), **changes}
+                is_stopped = job.stop.is_set()
         except Exception:
             # Here and not in an event that follows: gradio calls none after an error in mid-run.
             yield {status: status_html("Ready."), **self.controls.switched(False)}
             raise
-        finally:
-            session.busy = False
         took = duration(time.perf_counter() - begin)
-        text = f"Stopped after {took}." if session.stop.is_set() else f"Done in {took}."
-        yield {status: status_html(text), **self.controls.switched(False)}
+        text = f"Stopped after {took}." if is_stopped else f"Done in {took}."
+        # After Stop the last finished image, the one that is saved, takes the place of a preview.
+        again = finished if is_stopped else Changes()
+        yield {**again, status: status_html(text), **self.controls.switched(False)}
 
     def _form(self, values: Sequence[Any]) -> Form:
         return dict(zip(self.fields, values, strict=True))
@@ -182,19 +196,17 @@ def seed_of(new: bool, seed: float | None) -> float | None:
 
 
 def words_note(studio: Studio, settings: ModelSettings) -> str:
-    """Renders the words of these settings that the model was not trained on, each with similar ones."""
-    if studio.spec.vocabulary is None:
-        return ""
+    """Renders the words of these settings that the model was not trained on, or does not see."""
     found: dict[str, list[str]] = {}
     for text in texts_in(settings):
-        found |= unknown_words(text, studio.spec.vocabulary)
+        found |= unknown_words(text, studio.spec.vocabulary) if studio.spec.vocabulary else {}
     named = [
         f"<b>{html.escape(word)}</b>" + (f" (near: {', '.join(near)})" if near else "")
         for word, near in found.items()
     ]
-    if not named:
-        return ""
-    return f'<div class="note">Not known to {studio.defaults.model}, and ignored: {", ".join(named)}</div>'
+    known = f"Not known to {studio.defaults.model}, and ignored: {', '.join(named)}"
+    lines = [*[known] * bool(named), *map(html.escape, unseen_words(studio, settings))]
+    return f'<div class="note">{"<br>".join(lines)}</div>' if lines else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,19 +247,23 @@ class Examples:
 
 
 def add_presets(
-    presets: Mapping[str, Iterable[int]], strip: gr.HTML, value_of: Callable[[Iterable[int]], dict[str, Any]]
+    presets: Mapping[str, Iterable[int] | Callable[[gr.Request], dict[str, Any]]],
+    strip: gr.HTML,
+    value_of: Callable[[Iterable[int]], dict[str, Any]],
 ) -> None:
     """Adds one button per preset, which puts the preset's layers into a strip.
 
     Args:
-        presets: The layers of each preset, by the label of its button.
+        presets: The layers of each preset, or what makes the strip's value for a visitor, by the label of its
+            button.
         strip: The strip of layers.
         value_of: Makes the strip's value from layers.
     """
     with gr.Row(elem_classes="presets"):
         for label, layers in presets.items():
             button = gr.Button(label, size="sm", min_width=60)
-            button.click(partial(value_of, tuple(layers)), None, strip, **UNQUEUED)
+            value = layers if callable(layers) else partial(value_of, tuple(layers))
+            button.click(value, None, strip, **UNQUEUED)
 
 
 def size_and_seed_fields(studio: Studio, seed: int) -> FormFields:

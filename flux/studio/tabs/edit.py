@@ -141,7 +141,7 @@ class EditTab:
         strip = layer_strip(strip_value(self.studio, self.vital, self.vitality), elem_id="edit-layers")
         published = PRESETS["stable-flow"]
         presets = {
-            "Vital": self.vital,
+            "Vital": self.own_vital,
             **({"Paper's": published} if spec.num_layers > max(published) else {}),
             "Double": range(spec.params.depth),
             "All": range(spec.num_layers),
@@ -186,6 +186,10 @@ class EditTab:
                     False, label="Give the photograph back in its full size", visible=False
                 ),
             }
+
+    def own_vital(self, request: gr.Request) -> dict[str, Any]:
+        """Makes the value of the strip of layers with the vital ones, by the visitor's own scan first."""
+        return self.strip(*known_layers(self.studio, self.studio.sessions.of(request.session_hash)))
 
     def strip(self, layers: Iterable[int], vitality: dict[int, float] | None = None) -> dict[str, Any]:
         """Makes the value of the strip of layers, with this vitality or the one known at the start."""

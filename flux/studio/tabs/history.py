@@ -10,6 +10,7 @@ from gradio.components import Component
 
 from flux.errors import InputError
 from flux.settings.demos import ModelSettings
+from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
 from flux.studio.tabs.common import CONCURRENT
@@ -98,16 +99,17 @@ class History:
                 return {tabs: gr.skip()}
             settings, about = read_back(Path(path))
             if settings.model != self.studio.defaults.model:
-                gr.Warning(
-                    f"This was made with {settings.model}; this studio runs {self.studio.defaults.model}."
+                toast(
+                    gr.Warning,
+                    f"This was made with {settings.model}; this studio runs {self.studio.defaults.model}.",
                 )
             if any(getattr(settings, field, None) for field in INPUTS):
-                gr.Info("It began with an image that is not in the file: upload that again.")
+                toast(gr.Info, "It began with an image that is not in the file: upload that again.")
             return bring_back(settings, about, None)
 
         def bring_back(settings: ModelSettings, about: Mapping[str, Any], upload: Path | None) -> dict:
             if getattr(settings, "mask", None):
-                gr.Info("Its mask is not brought back: paint it again.")
+                toast(gr.Info, "Its mask is not brought back: paint it again.")
             place = places[type(settings)]
             return {tabs: gr.Tabs(selected=place.id), **place.tab.restored(settings, about, upload)}
 

@@ -131,8 +131,18 @@ def run_reference(
     return studio.engine.run(work, session.stop)
 
 
-def known_layers(studio: Studio) -> tuple[tuple[int, ...], dict[int, float] | None]:
-    """Finds the layers to inject in, and each layer's vitality if this checkpoint has been scanned."""
+def known_layers(
+    studio: Studio, session: Session | None = None
+) -> tuple[tuple[int, ...], dict[int, float] | None]:
+    """Finds the layers to inject in, and each layer's vitality if this checkpoint has been scanned.
+
+    Args:
+        studio: The studio.
+        session: A visitor's session, whose own scan counts first. If None, the default of all visitors.
+    """
+    if session and session.vital_scan.is_file():
+        layers = find_vital_layers(str(session.vital_scan), studio.spec)
+        return layers, read_vitality(session.vital_scan)
     checkpoint = checkpoint_of(studio.defaults)
     scan = remembered_scan(checkpoint) if checkpoint else None
     try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flux.files import write_text
 from flux.metrics.table import load_metrics
 from flux.scan.layers import layer_sets
 from flux.scan.run import ScanProgress, scan
@@ -23,13 +24,16 @@ class Vital:
     layers: list[int]
 
 
-def make_scan(engine: Engine, settings: ResolvedScan, progress: Progress[Path | Vital]) -> None:
+def make_scan(
+    engine: Engine, settings: ResolvedScan, progress: Progress[Path | Vital], remember: bool = False
+) -> None:
     """Scans with the loaded model.
 
     Args:
         engine: The loaded model.
         settings: The scan. Its folder is resumed if it was begun before.
         progress: Receives steps, the path of vitality.png whenever it is drawn, and at last the vital layers.
+        remember: Whether these layers become the default of everybody on this machine.
 
     Raises:
         InputError: The content filter objects to an image, or the scan cannot be done.
@@ -57,16 +61,19 @@ def make_scan(engine: Engine, settings: ResolvedScan, progress: Progress[Path | 
             metrics=engine.metrics,
             # Files that a visitor downloads name no folder of this machine.
             shown_settings=portable(sweep_settings(settings).to_json()),
+            remember=remember,
         )
     progress.emit(Path(settings.output_dir) / "vitality.png")
     progress.emit(Vital(vital))
 
 
 def run_scan(studio: Studio, session: Session, settings: ResolvedScan) -> Iterator[Update[Path | Vital]]:
-    """Scans, and yields each update."""
+    """Scans, and yields each update. The layers that it finds become the session's own."""
 
     def work(progress: Progress[Path | Vital]) -> None:
-        make_scan(studio.engine, settings, progress)
+        make_scan(studio.engine, settings, progress, studio.publish_scans)
+        found = Path(settings.output_dir) / session.vital_scan.name
+        write_text(session.vital_scan, found.read_text(encoding="utf-8"))
 
     return studio.engine.run(work, session.stop)
 

@@ -1,0 +1,181 @@
+"""Twenty visitors of a studio at once: whether all are answered, and what that costs in memory and on disk.
+
+    python -m benchmarks.studio_load [--visitors 20] [--seconds 240]
+
+Starts `demo_gr.py` with flux-nano and small images, and sends it what visitors send: images, edits of
+prompts and of photographs, mistakes, uploads, and runs that are abandoned. Prints the numbers as JSON; ends
+with Ctrl-C in a run.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+from gradio_client import Client, handle_file
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = {"width": 64, "height": 64, "num_steps": 2}
+SLOW = {"width": 256, "height": 256, "num_steps": 100}
+KINDS = (*["generate"] * 5, *["edit"] * 3, *["photo"] * 2, *["mistake"] * 2, "abandoned")
+
+
+class Visitors:
+    """Programs that ask one thing after the other until the time is over, and what became of it."""
+
+    def __init__(self, url: str, photo: Path, seconds: float):
+        self.url, self.photo, self.end = url, photo, time.monotonic() + seconds
+        self.seconds: list[float] = []
+        self.done: Counter[str] = Counter()
+        self.failed: list[str] = []
+
+    def run(self, count: int) -> None:
+        """Lets so many visitors come at once, and waits until all have left."""
+        threads = [threading.Thread(target=self.visit, args=[number]) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def visit(self, number: int) -> None:
+        """Asks one thing after the other."""
+        draw = random.Random(number)
+        client = Client(self.url, verbose=False)
+        while time.monotonic() < self.end:
+            kind, begin = draw.choice(KINDS), time.monotonic()
+            try:
+                self.ask(client, kind, draw.randrange(100))
+                self.done[kind] += 1
+            except Exception as error:
+                self.failed.append(f"{kind}: {str(error)[:200]}")
+            self.seconds.append(time.monotonic() - begin)
+        client.close()
+
+    def ask(self, client: Client, kind: str, seed: int) -> None:
+        """Asks one thing. Raises an error if the answer is not what it should be."""
+        if kind == "abandoned":
+            job = client.submit("a dog", seed=seed, **SLOW, api_name="/generate")
+            time.sleep(1)
+            client.close()
+            job.cancel()
+            client.__init__(self.url, verbose=False)
+        elif kind == "mistake":
+            try:
+                client.predict("a dog", ["a cat"], seed=seed, width=10**6, api_name="/edit")
+            except Exception as error:
+                if "choose a smaller one" not in str(error):
+                    raise
+            else:
+                raise RuntimeError("a mistake was not refused")
+        elif kind == "generate":
+            images, *_ = client.predict("a dog", seed=seed, **SIZE, api_name="/generate")
+            assert len(images) == 1
+        else:
+            how: dict[str, Any] = {"photo": handle_file(self.photo)} if kind == "photo" else {}
+            images, *_ = client.predict(
+                "a dog on the grass", ["a cat on the grass"], seed=seed, **how, **SIZE, api_name="/edit"
+            )
+            assert len(images) == 2
+
+
+def resident(process: subprocess.Popen) -> int:
+    """Returns the megabytes of a process in main memory."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) // 1024
+
+
+def watch(process: subprocess.Popen, until: threading.Event) -> list[int]:
+    """Lists the process's megabytes, every five seconds."""
+    found = []
+    while not until.wait(5):
+        found.append(resident(process))
+    return found
+
+
+def on_disk(folder: Path) -> dict[str, Any]:
+    """Counts what the studio has written: runs, and those without an image; copies served; broken uploads."""
+    runs = [path.parent for path in folder.glob("visits/*/*/run.json")]
+    return {
+        "runs": len(runs),
+        "runs_without_image": sum(not list(run.glob("[0-9r]*.png")) for run in runs),
+        "visits_mb": megabytes(folder / "visits"),
+        "served_mb": megabytes(folder / "served"),
+        "previews": len(list(folder.glob("served/*/image.*"))),
+        "broken_uploads": len([path for path in (folder / "served").glob("*") if path.is_file()]),
+    }
+
+
+def megabytes(folder: Path) -> float:
+    """Sums up the files of a folder."""
+    return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, 1)
+
+
+def main(visitors: int = 20, seconds: float = 240) -> None:
+    """Starts a studio, lets visitors come, and prints the numbers.
+
+    Args:
+        visitors: how many come at once
+        seconds: how long they stay
+    """
+    folder = Path(tempfile.mkdtemp(prefix="studio"))
+    photo = folder / "photo.png"
+    Image.fromarray(np.linspace(0, 255, 96 * 80 * 3).reshape(96, 80, 3).astype(np.uint8)).save(photo)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", "demo_gr.py", "--device", "cpu", "--port", str(port)]
+    command += ["--output_dir", str(folder / "studio")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    said: list[str] = []
+    while not said or "Running on" not in said[-1]:
+        said.append(process.stdout.readline())
+        if not said[-1]:
+            sys.exit("".join(said))
+    reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+    reader.start()
+    guests = Visitors(f"http://127.0.0.1:{port}/", photo, seconds)
+    over, memory = threading.Event(), []
+    watcher = threading.Thread(target=lambda: memory.extend(watch(process, over)))
+    watcher.start()
+    guests.run(visitors)
+    over.set()
+    watcher.join()
+    last = Client(guests.url, verbose=False)
+    last.submit("a dog", **SLOW, api_name="/generate")
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    status = process.wait(30)
+    reader.join(5)
+    result = {
+        "visitors": visitors,
+        "seconds": seconds,
+        "answered": dict(guests.done),
+        "failed": guests.failed,
+        "median_s": round(statistics.median(guests.seconds), 1),
+        "slowest_s": round(max(guests.seconds), 1),
+        "memory_mb": memory[:: max(1, len(memory) // 12)],
+        "disk": on_disk(folder / "studio"),
+        "exit_status_after_ctrl_c": status,
+        "last_lines": [line.rstrip() for line in said[-3:]],
+    }
+    print(json.dumps(result, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
