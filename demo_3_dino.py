@@ -25,7 +25,7 @@ def main(file: str = "dino.json", **overrides: Any) -> None:
     """
     settings = read_settings(DinoSettings, file, overrides)
 
-    from flux.files import check_folder
+    from flux.files import claim_folder
     from flux.metrics.table import load_metrics
     from flux.runtime.devices import pick_device
     from flux.scan.publish import publish
@@ -37,7 +37,7 @@ def main(file: str = "dino.json", **overrides: Any) -> None:
     folder = Path(settings.input_dir)
     out = Path(settings.output_dir or folder)
     check_sweep(folder)
-    check_folder(out)
+    claim_folder(out)
     sources = {"dino": encoder_of(settings.model)}
     scores = score(folder, load_metrics(settings.metrics, sources, pick_device(settings.device)))
     vital = publish(folder, out, scores, Rule.of(settings), sources)

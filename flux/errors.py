@@ -1,12 +1,18 @@
 """Errors that the user can mend, and how a program ends on one."""
 
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from io import TextIOWrapper
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 TORCHRUN_GRACE_S = 5.0
 """Seconds within which torchrun ends a process after another one has failed."""
@@ -44,25 +50,68 @@ class Stopped(Exception):  # noqa: N818  # a cancelled run is not an error
     """Raised by a callback to end a run that its user has cancelled."""
 
 
+class Terminated(KeyboardInterrupt):
+    """Raised when the program is told to end (SIGTERM), as its base is for Ctrl-C."""
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """End the program with its message instead of a traceback: status 2 for `InputError`, 130 for Ctrl-C."""
+    """End the program with one line instead of a traceback.
+
+    The exit status is 2 for `InputError`, 130 for Ctrl-C and 143 for `Terminated`.
+    """
     try:
         yield
     except InputError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; what was already written stays", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+def raise_when_terminated() -> None:
+    """Let SIGTERM raise `Terminated` in the main thread. torchrun's processes end at once, as it expects."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread() and not launched():
+        signal.signal(signal.SIGTERM, end)
+
+
+class _Unfailing(FileIO):
+    """An output file that drops what cannot be written, because its reader is gone or the disk is full."""
+
+    def write(self, data: "ReadableBuffer") -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def print_anything() -> None:
-    """Let stdout and stderr write what their encoding lacks as escapes, where print would raise an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Let no report end the work: what it prints may be lost, its results are in files.
+
+    What the encoding of stdout or stderr lacks is written as escapes. What goes to a closed pipe is dropped.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        file = getattr(stream.buffer, "raw", stream.buffer)  # with python -u there is no buffer between
+        if type(file) is FileIO and stream is getattr(sys, f"__{name}__"):
+            unfailing = _Unfailing(file.fileno(), "w", closefd=False)
+            buffer = TextIOWrapper(
+                BufferedWriter(unfailing),
+                encoding=stream.encoding,
+                errors="backslashreplace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, buffer)
 
 
 def launched() -> bool:

@@ -3,6 +3,9 @@
 import json
 import os
 import resource
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from PIL import Image
 
 from flux.errors import InputError
-from flux.files import check_folder, write_json, write_text
+from flux.files import LEAST_ROOM, check_folder, claim_folder, write_json, write_text
 from flux.images.io import save_animation, save_image
 from flux.scan.plots import plot_vitality
 
@@ -117,3 +120,69 @@ def test_folders_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(InputError, match="no permission in"):
         check_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "is_full"), [(2**40, 0, True), (2**40, LEAST_ROOM, False), (0, 0, False)]
+)
+def test_a_full_disk_is_found_first(tmp_path, monkeypatch, total, free, is_full):
+    """A file system that tells no sizes is not full."""
+    usage = shutil.disk_usage(tmp_path)._replace(total=total, free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    if is_full:
+        with pytest.raises(InputError, match="the disk is full"):
+            check_folder(tmp_path / "a")
+    else:
+        check_folder(tmp_path / "a")
+
+
+ROOT = Path(__file__).parents[1]
+CLAIM = """
+import sys
+from flux.files import claim_folder
+claim_folder(sys.argv[1])
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def claiming(folder: Path, **more) -> subprocess.Popen:
+    """A process that claims a folder, and holds it until its stdin is closed."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **more,
+    )  # fmt: skip
+
+
+def test_two_processes_never_write_to_one_folder(tmp_path):
+    """The second one is refused, also under another name of the folder, until the first has ended."""
+    folder, link = tmp_path / "a" / "out", tmp_path / "link"
+    with claiming(folder) as first:
+        assert first.stdout.readline() == "claimed\n"
+        link.symlink_to(folder)
+        for name in (folder, link, tmp_path / "a" / ".." / "a" / "out"):
+            with pytest.raises(InputError, match="another run is writing to it"):
+                claim_folder(name)
+        claim_folder(tmp_path / "a" / "other")
+        (folder / "000.png").touch()
+        first.kill()  # not even then a lock stays behind
+    claim_folder(folder)
+    claim_folder(folder)  # it is this process's own
+    assert names(folder) == ["000.png"]
+
+
+def test_a_claimed_folder_that_stays_empty_is_removed(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("new", "old"):
+        with claiming(tmp_path / name) as process:
+            process.stdout.readline()
+            assert (tmp_path / name).is_dir()
+    assert names(tmp_path) == ["old"]
+
+
+def test_of_torchruns_processes_one_claims_for_all(tmp_path):
+    launched = {**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    with claiming(tmp_path, env=launched | {"RANK": "0"}) as first:
+        assert first.stdout.readline() == "claimed\n"
+        with claiming(tmp_path, env=launched | {"RANK": "1"}) as second:
+            assert second.stdout.readline() == "claimed\n"

@@ -4,13 +4,15 @@ python -m training all --minutes 9
 torchrun --standalone --nproc-per-node 4 -m training all --minutes 9
 """
 
-import argparse
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux.files import claim_folder
+from training.arguments import Parser, start
 from training.loop.plan import STAGES
 
 if TYPE_CHECKING:
@@ -30,9 +32,9 @@ NEEDS = {
 """The stages whose results a stage reads."""
 
 
-def parse() -> argparse.Namespace:
+def parse() -> Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "stage", choices=("all", *STAGES), nargs="+", help="what to train; complete stages are skipped"
     )
@@ -114,6 +116,7 @@ def main() -> None:
     """Runs the command."""
     begin = time.time()
     arguments = parse()
+    claim_folder(arguments.folder)
 
     import torch
 
@@ -162,4 +165,4 @@ def run_stages(work: "Work", stages: "list[str] | tuple[str, ...]") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -3,16 +3,18 @@
     python -m training.benchmark --folder output/benchmark --count 240
 
 `flux.evaluate.benchmark` describes the folder. `training.evaluate_edits` runs on it. The first edits of a
-larger count are those of a smaller one. Training draws its scenes from other seeds.
+larger count are those of a smaller one; `--first 600` begins with the 600th. Training draws its scenes from
+other seeds.
 """
 
-import argparse
 import random
 from difflib import SequenceMatcher
 from pathlib import Path
 
 from flux.evaluate.benchmark import IMAGES, KINDS, encode_mask, write_benchmark
+from flux.files import claim_folder
 from flux.images.io import save_image, to_pil
+from training.arguments import Parser, start
 from training.judge import asked_for
 from training.scenes.edits import Pair, sample_pair
 from training.scenes.render import Renderer
@@ -47,10 +49,10 @@ def mark_changes(prompt: str, other: str) -> str:
     return " ".join(parts)
 
 
-def write(folder: Path, count: int, side: int = 256) -> None:
-    """Renders `count` edits of `side` x `side` pixels into the folder."""
+def write(folder: Path, count: int, side: int = 256, first: int = 0) -> None:
+    """Renders `count` edits of `side` x `side` pixels into the folder, from number `first` on."""
     renderer, entries = Renderer(), []
-    for number in range(count):
+    for number in range(first, first + count):
         kind, pair = draw(number)
         before, after, mask = renderer.pairs([pair], side, side, seed=number)
         names = [f"{kind}/{number:04d}{part}.png" for part in ("", "_target")]
@@ -77,13 +79,15 @@ def write(folder: Path, count: int, side: int = 256) -> None:
 def main() -> None:
     """Runs the command."""
     summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=summary)
+    parser = Parser(prog="python -m training.benchmark", description=summary)
     parser.add_argument("--folder", type=Path, default=Path("output/benchmark"))
     parser.add_argument("--count", type=int, default=240)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first edit")
     arguments = parser.parse_args()
-    write(arguments.folder, arguments.count)
+    claim_folder(arguments.folder)
+    write(arguments.folder, arguments.count, first=arguments.first)
     print(arguments.folder)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

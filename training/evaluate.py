@@ -7,7 +7,6 @@ Writes evaluation.json, table.md and samples_*.png into FOLDER/evaluation. Edits
 `training.evaluate_edits` on `training.benchmark`'s scenes.
 """
 
-import argparse
 import json
 import random
 import time
@@ -20,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux.files import claim_folder
 from flux.model import Flux
 from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
 from flux.weights.load import read_weights
+from training.arguments import Parser, start
 from training.loop.cluster import Cluster
 from training.loop.models import build_autoencoder
 from training.loop.plan import Work
@@ -233,7 +234,7 @@ def table(result: dict) -> str:
 def main() -> None:
     """Runs the command."""
     summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=summary)
+    parser = Parser(prog="python -m training.evaluate", description=summary)
     parser.add_argument("parts", nargs="+", choices=("samples", "speed"))
     parser.add_argument("--folder", type=Path, default=Path("output/training"))
     parser.add_argument("--assets", type=Path, help="the exported files; default: FOLDER/assets")
@@ -252,7 +253,7 @@ def main() -> None:
     budget = Budget(1e6, time.time())
     work = (Work.toy if arguments.toy else Work)(Cluster.join(), arguments.folder, budget)
     folder = arguments.folder / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder)
     saved = folder / "evaluation.json"
     result = json.loads(saved.read_text()) if saved.exists() else {}
     if "speed" in arguments.parts:
@@ -271,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -34,7 +34,7 @@ from flux.evaluate.resolve import (
 from flux.evaluate.settings import BASELINES, EvaluateSettings
 from flux.evaluate.store import Store
 from flux.evaluate.summary import ResultRow, write_summary
-from flux.files import check_folder
+from flux.files import claim_folder
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.pipeline import Pipeline
@@ -73,7 +73,7 @@ def evaluate(
     methods = resolve_methods(settings)
     for line in evaluation_warnings(settings, methods):
         print(f"warning: {line}", file=sys.stderr)
-    check_folder(settings.output_dir)
+    claim_folder(settings.output_dir)
     store = Store(settings)
     measurer = Measurer(settings, judge)
     if store.outdated:

@@ -14,11 +14,19 @@ from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flux.errors import InputError, exit_on_input_error, only_rank_zero_prints, print_anything
+from flux.errors import (
+    InputError,
+    exit_on_input_error,
+    only_rank_zero_prints,
+    print_anything,
+    raise_when_terminated,
+)
+from flux.settings.demos import Settings
+from flux.settings.files import check_settings
 from flux.settings.messages import show, unknown_field
 
 OptionFields = Mapping[str, FieldInfo]
@@ -42,6 +50,7 @@ def run(
         arguments: The arguments. If None, those of the program.
     """
     print_anything()
+    raise_when_terminated()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {**fields_of(main)}
     options |= {name: field for name, field in (fields or {}).items() if name not in options}
@@ -50,7 +59,9 @@ def run(
             print(help_text(options, text, positional))
             return
         values = parse(options, arguments, positional)
-    main(**values)
+        values |= checked(fields_of(main), values)
+    with exit_on_input_error():
+        main(**values)
 
 
 def fields_of(function: Callable[..., object]) -> dict[str, FieldInfo]:
@@ -63,7 +74,7 @@ def fields_of(function: Callable[..., object]) -> dict[str, FieldInfo]:
         if line.startswith("    ") and not line.startswith("     "):
             name, line = start, rest
         described[name] = f"{described.get(name, '')} {line.strip()}".strip()
-    hints, found = get_type_hints(function), {}
+    hints, found = get_type_hints(function, include_extras=True), {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             default = PydanticUndefined if parameter.default is parameter.empty else parameter.default
@@ -105,6 +116,18 @@ def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None
         except ValueError as error:
             raise InputError(f"command line: {name}: {error}") from None
     return values
+
+
+def checked(fields: OptionFields, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the values that are for a function's own parameters, as these types have them.
+
+    Raises:
+        InputError: A value does not fit, or one without a default is missing.
+    """
+    types: dict[str, Any] = {name: (field.annotation, field) for name, field in fields.items()}
+    own = {name: value for name, value in values.items() if name in fields}
+    given = check_settings(create_model("Arguments", __base__=Settings, **types), own, "command line")
+    return {name: getattr(given, name) for name in own}
 
 
 def value_of(text: str, annotation: Any) -> Any:

@@ -3,7 +3,7 @@
 from typing import overload
 
 from flux.errors import InputError
-from flux.files import check_folder
+from flux.files import claim_folder
 from flux.intervention import check_layers
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
@@ -84,13 +84,13 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
 
 
 def check_run(settings: ResolvedModel) -> None:
-    """Print a warning of settings without effect. Called once for a run, before its model is loaded.
+    """Print the warnings about a run and claim its folder. Called once, before the model is loaded.
 
     Raises:
-        InputError: The folder of the results cannot be written to.
+        InputError: As `claim_folder`.
     """
     print_warnings(settings, get_spec(settings.model))
-    check_folder(settings.output_dir)
+    claim_folder(settings.output_dir)
 
 
 def whole_tokens(side: int, name: str) -> int:

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from functools import wraps
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from helpers.settings_files import SettingsFolder, message_of
@@ -14,8 +16,10 @@ from hypothesis import strategies as some
 
 import demo_gr
 from flux.settings.command_line import fields_of, help_text, parse, type_name
+from flux.settings.command_line import run as run_command
 from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, Prompt, SkipSettings
 from flux.settings.edits import EditSettings
+from flux.settings.fields import LIST, Words
 from flux.settings.files import check_settings
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +138,52 @@ def test_wrong_arguments(read, arguments, message):
 def test_a_broken_list(read):
     message = message_of(read, EditSettings, EDIT, "--edits", "['a']")
     assert message.startswith('command line: edits: expected JSON such as ["a", "b"], got "[\'a\']": ')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "big"], 'size: expected an integer, got "big"'),
+        (["--size", "1.5"], "size: expected an integer, got 1.5"),
+        (["--fast=maybe"], 'fast: expected true or false, got "maybe"'),
+        (["--caps", "[1, true]"], "caps[1]: expected a number, got true"),
+        ([], "missing field 'folder': where to write"),
+    ],
+)
+def test_a_functions_own_parameters_are_checked(capsys, arguments, message):
+    """A program without settings gets values of the types that it names."""
+    given = [] if "missing" in message else ["--folder", "007"]
+    with pytest.raises(SystemExit) as end:
+        run_command(bench, "Measures.", arguments=[*given, *arguments])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: command line: {message}\n"
+
+
+def test_values_of_a_functions_own_parameters():
+    got = []
+
+    @wraps(bench)
+    def noted(*args, **kwargs) -> None:
+        got.append(bench(*args, **kwargs))
+
+    arguments = ["--folder", "007", "--caps", "24,16", "--words", "fp8,none"]
+    run_command(noted, "Measures.", arguments=arguments)
+    assert got == [("007", None, False, (24, 16), ("fp8", "none"))]
+
+
+def bench(
+    folder: str,
+    size: int | None = None,
+    fast: bool = False,
+    caps: Annotated[tuple[float, ...], LIST] = (1,),
+    words: Words = (),
+) -> tuple:
+    """A benchmark.
+
+    Args:
+        folder: where to write
+    """
+    return folder, size, fast, caps, words
 
 
 # ---- help

@@ -1,0 +1,23 @@
+"""The command lines of the training: errors in one line, as those of the other programs."""
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import NoReturn
+
+from flux.errors import exit_on_input_error, print_anything, raise_when_terminated
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and ends the program with status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def start(main: Callable[[], None]) -> None:
+    """Calls a program's function. Wrong input, Ctrl-C and SIGTERM end it with one line."""
+    print_anything()
+    raise_when_terminated()
+    with exit_on_input_error():
+        main()
