@@ -2,7 +2,7 @@
 
 import json
 
-from helpers.studio_page import draw, says
+from helpers.studio_page import draw, says, set_number
 
 MARKUP = "<img src=x onerror='window.hit=1'>"
 
@@ -47,6 +47,21 @@ def test_a_run_that_waits_is_stopped(page, served):
         says(page, "#generate-status", "Stopped")
         page.locator("#generate-go:enabled").wait_for()
         assert not first.stop.is_set()
+
+
+def test_what_is_saved_after_stop(page):
+    """Not the image before, whose place a preview has taken."""
+    page.get_by_role("tab", name="Generate").click()
+    save = page.get_by_role("button", name="Image", exact=True).locator("visible=true")
+    draw(page)
+    assert save.is_enabled()
+    set_number(page, "#generate-settings", "Steps", 100)
+    set_number(page, "#generate-settings", "Width", 512)
+    page.locator("#generate-go").click()
+    says(page, "#generate-status", "of 100")
+    page.locator("#generate-stop").click()
+    says(page, "#generate-status", "Stopped")
+    assert save.is_disabled()
 
 
 def test_two_runs_of_one_page(page, served):

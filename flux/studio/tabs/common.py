@@ -111,7 +111,7 @@ class RunButton(Generic[S]):
         fields: The components whose values make the form.
         settings_of: Makes the run's settings from the form. Raises InputError if they cannot be used.
         work: Called when the model is free. Yields updates with what they change on the page.
-        saves: The buttons that save what it makes.
+        buttons: The buttons that save what it makes, or go on from it.
     """
 
     studio: Studio
@@ -119,7 +119,7 @@ class RunButton(Generic[S]):
     fields: FormFields
     settings_of: Callable[[Form], S]
     work: Callable[[Session, S, Form], Iterator[tuple[Update, Changes]]]
-    saves: list[gr.DownloadButton] = field(default_factory=list)
+    buttons: list[Component] = field(default_factory=list)
 
     def wire(
         self,
@@ -142,7 +142,7 @@ class RunButton(Generic[S]):
         else:
             begun = gr.on(list(triggers), self.begin, inputs, lines, **CONCURRENT)
         changed = [controls.status, *controls.buttons, *outputs]
-        self.saves.extend(part for part in outputs if isinstance(part, gr.DownloadButton))
+        self.buttons.extend(part for part in outputs if isinstance(part, gr.Button | gr.DownloadButton))
         begun.success(self.run, inputs, changed, concurrency_limit=None, **UNLISTED)
 
     def begin(self, request: gr.Request, *values: Any) -> Changes:
@@ -160,8 +160,8 @@ class RunButton(Generic[S]):
             yield {status: gr.skip()}
             return
         begin, form, finished = time.perf_counter(), self._form(values), Changes()
-        # An earlier image cannot be saved as if it were the one that is shown.
-        unsaved: Changes = {part: gr.update(interactive=False) for part in self.saves}
+        # A preview of this run stands in the place of an earlier image, which must not be saved for it.
+        unsaved: Changes = {button: gr.update(interactive=False) for button in self.buttons}
         try:
             with self.studio.turn(caller, tab) as (job, session, waiting):
                 for update in waiting:
