@@ -29,8 +29,8 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = {"width": 64, "height": 64, "num_steps": 2}
-SLOW = {"width": 256, "height": 256, "num_steps": 100}
+SIZE: dict[str, Any] = {"width": 64, "height": 64, "num_steps": 2}
+SLOW: dict[str, Any] = {"width": 256, "height": 256, "num_steps": 100}
 KINDS = (*["generate"] * 5, *["edit"] * 3, *["photo"] * 2, *["mistake"] * 2, "abandoned")
 
 
@@ -141,12 +141,13 @@ def main(visitors: int = 20, seconds: float = 240) -> None:
     command += ["--output_dir", str(folder / "studio")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    said: list[str] = []
+    output, said = process.stdout, list[str]()
+    assert output
     while not said or "Running on" not in said[-1]:
-        said.append(process.stdout.readline())
+        said.append(output.readline())
         if not said[-1]:
             sys.exit("".join(said))
-    reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+    reader = threading.Thread(target=lambda: said.extend(output), daemon=True)
     reader.start()
     guests = Visitors(f"http://127.0.0.1:{port}/", photo, seconds)
     over, memory = threading.Event(), []

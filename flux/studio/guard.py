@@ -7,12 +7,15 @@ is and how often an address has tried to log in, and sends the headers that bind
 import asyncio
 import ipaddress
 import json
+import math
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from tempfile import SpooledTemporaryFile
 from typing import IO
 from urllib.parse import parse_qs, urlsplit
@@ -24,8 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flux.studio.callers import Callers
 from flux.studio.sessions import Disk
 
+Refusal = tuple[int, str, dict[str, str]]
+"""Status, message and headers of an answer that is no page."""
 FORM_BYTES = 2**20  # of a request that uploads no file
 BODY_SECONDS = 300.0  # until a request's body has arrived
+MOST_UPLOADS = 16  # of an address at once
 CHUNK = 2**16
 FREE_LOGINS = 5  # wrong passwords of an address before it has to wait
 LONGEST_WAIT = 300.0
@@ -66,8 +72,7 @@ class Front:
             ipaddress.ip_address(name)
             return True  # nobody's domain leads here
         except ValueError:
-            own = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
-            return name in own or any(
+            return name in _own_names() or any(
                 name.endswith(known) if known.startswith(".") else name == known for known in self.hosts
             )
 
@@ -76,6 +81,12 @@ class Front:
         more = GRADIO_CDN if self.is_shared else ""
         frames = "".join(f" {page}" for page in self.frames)
         return POLICY.format(scripts=SCRIPTS + more, more=more, frames=frames)
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """Names of this machine. Asking for them may take a while."""
+    return frozenset({"localhost", socket.gethostname().lower(), socket.getfqdn().lower()})
 
 
 class Logins:
@@ -111,6 +122,7 @@ class Guard:
         upload_bytes: Largest uploaded file, in bytes.
         disk: How much has been written.
         logins: Wrong passwords.
+        uploading: The uploads that are just arriving, by address.
     """
 
     app: ASGIApp
@@ -119,6 +131,7 @@ class Guard:
     upload_bytes: int
     disk: Disk
     logins: Logins = field(default_factory=Logins)
+    uploading: Counter[str] = field(default_factory=Counter)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuses a request, or passes it on."""
@@ -136,7 +149,7 @@ class Guard:
 
     # ---- before the body
 
-    def _refusal(self, scope: Scope) -> tuple[int, str, dict[str, str]] | None:
+    def _refusal(self, scope: Scope) -> Refusal | None:
         headers = Headers(scope=scope)
         names = [headers.get("host", ""), *_listed(headers.get("x-forwarded-host"))]
         for name in names:
@@ -158,7 +171,8 @@ class Guard:
         dropped = {b"x-gradio-server"} | (set() if is_own else {b"origin"})
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in dropped]
         if _is_login(scope) and (wait := self.logins.wait(_address(scope))):
-            return 429, f"Too many wrong passwords: wait {wait:.0f} s", {"retry-after": f"{wait:.0f}"}
+            seconds = str(math.ceil(wait))
+            return 429, f"Too many wrong passwords: wait {seconds} s", {"retry-after": seconds}
         return None
 
     def _with_headers(self, scope: Scope, send: Send) -> Send:
@@ -178,41 +192,61 @@ class Guard:
 
     # ---- the body, and who sends it
 
-    async def _pass_on(
-        self, scope: Scope, receive: Receive, send: Send
-    ) -> tuple[int, str, dict[str, str]] | None:
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> Refusal | None:
         """Reads the whole body, then passes the request on. So gradio sees no upload that is broken off."""
-        is_upload = Headers(scope=scope).get("content-type", "").startswith("multipart/")
-        most = self.upload_bytes + FORM_BYTES if is_upload else FORM_BYTES
-        name = _listener(scope)
+        name, address = _listener(scope), _address(scope)
         with SpooledTemporaryFile(max_size=FORM_BYTES) as body:
             if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-                try:
-                    size = await asyncio.wait_for(_read(receive, body, most), BODY_SECONDS)
-                except (asyncio.TimeoutError, ConnectionError):
-                    return 408, "The request did not arrive", {}
-                except OSError as error:
-                    return self._full(error)
-                if size is None:
-                    return 413, f"Got more than {most // 2**20} MB: send less", {}
-                if is_upload and not self.disk.has_room(size):
-                    return 507, "The studio's disk quota is used up: try again tomorrow", {}
-                if is_upload:
-                    self.disk.used += size
-                else:
-                    name = _session_of(body)
+                is_upload = Headers(scope=scope).get("content-type", "").startswith("multipart/")
+                refusal = await self._take(receive, body, self._uploads(address) if is_upload else None)
+                if refusal:
+                    return refusal
+                name = None if is_upload else _session_of(body)
                 receive = _replayed(body, receive)
-            if name and not self.callers.admit(name, _address(scope), is_event=_is_event(scope)):
+            if name and not self.callers.admit(name, address, is_event=_is_event(scope)):
                 return 429, "Too many visits from this address at once: try again in some minutes", {}
-            listening = scope["method"] == "GET" and name
+            listening = self.callers.listening(name) if name and scope["method"] == "GET" else nullcontext()
             try:
-                with self.callers.listening(name) if listening and name else nullcontext():
+                with listening:
                     await self.app(scope, receive, send)
-            except OSError as error:
-                return self._full(error)
+            except OSError as error:  # the app has answered "500"
+                self._full(error)
         return None
 
-    def _full(self, error: OSError) -> tuple[int, str, dict[str, str]]:
+    async def _take(
+        self, receive: Receive, body: IO[bytes], uploads: AbstractContextManager[bool] | None
+    ) -> Refusal | None:
+        """Reads a request's body into a file. `uploads` counts it among its address's, if it is an upload."""
+        most = self.upload_bytes + FORM_BYTES if uploads else FORM_BYTES
+        try:
+            with uploads or nullcontext(True) as is_admitted:
+                if not is_admitted:
+                    return 429, "Too many uploads at once: wait until some are done", {}
+                size = await asyncio.wait_for(_read(receive, body, most), BODY_SECONDS)
+        except (asyncio.TimeoutError, ConnectionError):
+            return 408, "The request did not arrive", {}
+        except OSError as error:
+            return self._full(error)
+        if size is None:
+            return 413, f"Got more than {most // 2**20} MB: send less", {}
+        if uploads:
+            if not self.disk.has_room(size):
+                return 507, "The studio's disk quota is used up: try again tomorrow", {}
+            self.disk.used += size
+        return None
+
+    @contextmanager
+    def _uploads(self, address: str) -> Iterator[bool]:
+        """Counts an upload that is arriving. Gives False if its address has too many."""
+        self.uploading[address] += 1
+        try:
+            yield self.uploading[address] <= MOST_UPLOADS
+        finally:
+            self.uploading[address] -= 1
+            if not self.uploading[address]:
+                del self.uploading[address]
+
+    def _full(self, error: OSError) -> Refusal:
         print(f"error: the studio cannot write: {error.strerror or error}", file=sys.stderr)
         return 507, "The studio cannot write to its disk", {}
 

@@ -4,6 +4,7 @@ import errno
 import json
 import socket
 import time
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx
@@ -130,6 +131,24 @@ def test_an_upload_that_is_broken_off_leaves_nothing(url, served):
         time.sleep(0.5)
     time.sleep(0.5)
     assert set((served.folder / "served").rglob("*")) == before
+
+
+def test_slow_uploads_are_counted(url):
+    place = urlsplit(url)
+    head = (
+        f"POST /{API}/upload HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 1000\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    )
+    with ExitStack() as stack:
+        for _ in range(16):
+            connection = stack.enter_context(socket.create_connection((place.hostname, place.port)))
+            connection.sendall(head.encode())
+        time.sleep(0.5)
+        files = {"files": ("a.txt", b"text")}
+        assert httpx.post(f"{url}{API}/upload", files=files).status_code == 429
+        assert httpx.get(url).status_code == 200
+    time.sleep(0.5)
+    assert httpx.post(f"{url}{API}/upload", files=files).status_code == 200
 
 
 def test_a_full_disk_refuses_uploads_and_runs(url, client, served, photo_file, monkeypatch):
