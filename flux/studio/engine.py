@@ -2,6 +2,7 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from flux.editing.reference import Reference
-from flux.errors import InputError, Stopped
+from flux.errors import InputError, InputWarning, Stopped
 from flux.images.io import read_image
 from flux.metrics.base import Metric
 from flux.pipeline import Pipeline
@@ -191,7 +192,9 @@ class Engine:
 
         def in_thread() -> None:
             try:
-                with self._lock:
+                with self._lock, warnings.catch_warnings():
+                    # They quote what the visitor typed. The page tells the visitor, nobody else.
+                    warnings.simplefilter("ignore", InputWarning)
                     outcome["result"] = work(Progress(self.preview, stop, updates.put))
             except Stopped:
                 pass

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flux.attention.watch import check_watch
@@ -13,7 +13,7 @@ from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, PromptSettings, ScanSettings
 from flux.settings.doses import DOSES
 from flux.settings.edits import Edit, EditSettings
-from flux.settings.effect import settings_warnings
+from flux.settings.effect import settings_warnings, without_effect
 from flux.settings.resolved import ResolvedEdit, ResolvedGenerate, ResolvedLayer, ResolvedScan
 from flux.studio.state import Studio
 from flux.vocabulary import vocabulary_warnings
@@ -114,6 +114,24 @@ def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[
         if form[side] not in (None, (used := getattr(settings, side))):
             warnings.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
     return warnings
+
+
+def notes_about(studio: Studio, make: Callable[[Studio, Form], ModelSettings], form: Form) -> dict[str, str]:
+    """Lists what is wrong with single fields of a form, and which have no effect, by their names.
+
+    Args:
+        studio: The studio.
+        make: Makes the settings of the form, such as `generate_settings`.
+        form: The form. Texts that are still missing are no mistake.
+    """
+    texts = {name: form[name] or "-" for name in ("prompt", "prompts", "edits") if name in form}
+    try:
+        settings = make(studio, {**form, **texts})
+    except InputError as error:
+        told = (line.partition(": ") for line in str(error).splitlines())
+        return {name: f"{what[:1].upper()}{what[1:]}." for name, _, what in told if name in form}
+    notes = without_effect(_with_uploads(settings, form), studio.spec)
+    return {name: f"Without effect: {reason}." for name, reason in notes}
 
 
 def unseen_words(studio: Studio, settings: ModelSettings) -> list[str]:

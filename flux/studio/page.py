@@ -1,5 +1,8 @@
 """The page: its tabs, this session's images below them, and its theme."""
 
+import json
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,19 @@ from flux.settings.demos import GenerateSettings, LayerSettings
 from flux.settings.edits import EditSettings
 from flux.studio.endpoints import add_endpoints
 from flux.studio.hardening import Page
+from flux.studio.sessions import Run
 from flux.studio.state import Studio
+from flux.studio.tabs.common import CONCURRENT, UNQUEUED
 from flux.studio.tabs.edit import EditTab
 from flux.studio.tabs.film import FilmTab
 from flux.studio.tabs.generate import GenerateTab
 from flux.studio.tabs.history import History, HistoryPlace
 from flux.studio.tabs.scan import ScanTab
+from flux.studio.visits import EXAMPLE, continue_visit, shown_run
+from flux.studio.widgets import Changes
+from flux.studio.words import list_of_words
 
-STYLE = Path(__file__).with_name("studio.css")
+STYLE, SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css", "js"))
 ACCENT = themes.Color(
     c50="#eef6fb",
     c100="#d9ebf5",
@@ -44,29 +52,44 @@ def theme() -> dict[str, Any]:
         font=SYSTEM_FONTS,
         font_mono=("ui-monospace", "monospace"),
     )
-    colours = base.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
-    return {"theme": colours, "css": STYLE.read_text(encoding="utf-8")}
+    # Text and buttons have a contrast of 4.5 and more.
+    colours = base.set(
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        link_text_color="*primary_600",
+        link_text_color_dark="*primary_300",
+        link_text_color_hover_dark="*primary_200",
+        link_text_color_visited_dark="*primary_300",
+        link_text_color_active_dark="*primary_200",
+    )
+    script = SCRIPT.read_text(encoding="utf-8")
+    return {"theme": colours, "css": STYLE.read_text(encoding="utf-8"), "head": f"<script>{script}</script>"}
 
 
 def build(studio: Studio) -> Page:
     """Builds the whole page, ready to be launched with `theme()`."""
     with Page(title=f"Studio · {studio.defaults.model}", fill_width=True, delete_cache=(3600, 86400)) as page:
-        gr.HTML(
-            f'<header><h1>Studio</h1><span class="model">{studio.defaults.model}</span>'
-            f'<span class="licence">{studio.spec.licence}</span></header>',
-            elem_id="top",
-        )
-        with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab("Generate", id="generate"):
-                generate = GenerateTab(studio)
-            with gr.Tab("Edit", id="edit"):
-                edit = EditTab(studio)
-            with gr.Tab("Look inside", id="look"), gr.Tabs(elem_classes="inner"):
-                with gr.Tab("Which layers matter", id="scan"):
+        with gr.Row(elem_id="top"):
+            gr.HTML(
+                f'<header><h1>Studio</h1><span class="model">{studio.defaults.model}</span>'
+                f'<span class="licence">{studio.spec.licence}</span></header>'
+            )
+            undo = gr.Button("Undo", size="sm", elem_id="undo", scale=0, min_width=80)
+        example = _example(studio)
+        with gr.Tabs(elem_id="tabs", selected="edit") as tabs:
+            with gr.Tab("Generate", id="generate") as generate_place:
+                generate = GenerateTab(studio, example)
+            with gr.Tab("Edit", id="edit") as edit_place:
+                edit = EditTab(studio, example)
+            with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner"):
+                with gr.Tab("Which layers matter", id="scan") as scan_place:
                     scan = ScanTab(studio)
-                with gr.Tab("Step by step", id="film"):
+                with gr.Tab("Step by step", id="film") as film_place:
                     film = FilmTab(studio)
         history = History(studio)
+        gr.HTML(list_of_words(), elem_id="words")
         for tab in (generate, edit, film):
             tab.wire(history)
         scan.wire(tabs, edit)
@@ -76,5 +99,63 @@ def build(studio: Studio) -> Page:
             LayerSettings: HistoryPlace("look", film),
         }
         history.wire(tabs, places)
+        _wire_edit_this((generate, film), tabs, edit)
+        _wire_addresses(generate_place, edit_place, look_place, scan_place, film_place)
+        _wire_memory(page, undo, {"generate": generate, "edit": edit, "scan": scan, "film": film})
+        _wire_visit(page, studio, history)
         add_endpoints(studio)
     return page
+
+
+def _example(studio: Studio) -> Run:
+    """Copies the example to where it is served from for good: gradio's own copies are deleted after a day."""
+    folder = studio.folder / "example"
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
+    gr.set_static_paths([folder])
+    return shown_run(folder)
+
+
+def _wire_edit_this(froms: Iterable[GenerateTab | FilmTab], tabs: gr.Tabs, edit: EditTab) -> None:
+    """Lets the button under an image of another tab make it the reference of edits."""
+
+    def take(file: str) -> Changes:
+        return {tabs: gr.Tabs(selected="edit"), **edit.take(file)}
+
+    for tab in froms:
+        taken = tab.under.edit.click(take, tab.under.file, [tabs, *edit.restorable], **CONCURRENT)
+        taken.success(None, None, None, js="() => studio.focus('#edit-edits textarea')")
+
+
+def _wire_addresses(*places: gr.Tab) -> None:
+    """Writes the tab that is open into the page's address."""
+    for place in places:
+        place.select(None, None, None, js=f"() => studio.opened({json.dumps(place.id)})")
+
+
+def _wire_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> None:
+    """Lets the browser remember what the forms say, and undo the last change of them.
+
+    It holds no images: uploads and masks are the server's, and come back with an item of the history.
+    """
+    kept = {
+        f"{name}.{field}": component
+        for name, tab in tabs.items()
+        for field, component in tab.fields.items()
+        if not isinstance(component, gr.State) and field not in ("source", "mask")
+    }
+    names, fields = json.dumps(list(kept)), list(kept.values())
+    changes = [field.change for field in fields]
+    gr.on(changes, None, fields, None, js=f"(...values) => {{ studio.remember({names}, values); }}")
+    undo.click(None, fields, fields, js=f"(...values) => studio.undo({names}, values)")
+    recalled = page.load(None, fields, fields, js=f"(...values) => studio.recall({names}, values)")
+    recalled.then(None, None, None, js="() => { studio.go(); }")
+
+
+def _wire_visit(page: gr.Blocks, studio: Studio, history: History) -> None:
+    """Lets a page that is opened again, by the same browser, go on with its visit."""
+    visit = gr.Textbox(visible="hidden", label="Visit")
+
+    def join(request: gr.Request, name: str) -> Changes:
+        return history.changes(continue_visit(studio.sessions, request.session_hash, name))
+
+    page.load(join, visit, history.gallery, js="() => [studio.visit()]", **UNQUEUED)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import gradio as gr
-import numpy as np
 from gradio.blocks import Block
+from gradio.events import Dependency
 from gradio.utils import get_upload_folder
 from PIL import Image
 
@@ -96,12 +96,12 @@ def strip_value(
 # ---- image inputs
 
 
-def image_input(studio: Studio, **options: Any) -> tuple[gr.Image, gr.State]:
+def image_input(studio: Studio, **options: Any) -> tuple[gr.Image, gr.State, Dependency]:
     """Makes an image upload.
 
     Returns:
-        The upload, and a state that holds the path of what was uploaded: an upright image within the limits,
-        as bare pixels. It is None as long as there is no upload.
+        The upload; a state that holds the path of what was uploaded: an upright image within the limits, as
+        bare pixels, or None as long as there is no upload; and the event that fills the state.
     """
     upload = gr.Image(type="filepath", sources=["upload", "clipboard"], format="png", **options)
     held = gr.State(None)
@@ -114,7 +114,7 @@ def image_input(studio: Studio, **options: Any) -> tuple[gr.Image, gr.State]:
     kept = upload.upload(keep, upload, held, preprocess=False, concurrency_limit=None, **UNLISTED)
     kept.failure(lambda: (None, None), None, [upload, held], queue=False, **UNLISTED)
     upload.clear(lambda: None, None, held, queue=False, **UNLISTED)
-    return upload, held
+    return upload, held, kept
 
 
 def held_image(path: str) -> Image.Image:
@@ -124,36 +124,20 @@ def held_image(path: str) -> Image.Image:
     return read_image(path)
 
 
-def mask_editor(**options: Any) -> gr.ImageEditor:
-    """Makes an image to paint a mask on, see `painted_mask`."""
-    brush = gr.Brush(default_size=24, colors=["#ffffff"], default_color="#ffffff", color_mode="fixed")
-    return gr.ImageEditor(
-        type="pil", format="png", sources=(), transforms=(), layers=False, brush=brush, **options
-    )
-
-
-def painted_mask(value: dict[str, Any] | None) -> Image.Image | None:
-    """Returns what was painted in a `mask_editor`, white on black, or None if nothing was."""
-    alphas = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in (value or {}).get("layers") or ()]
-    if not any(alpha.any() for alpha in alphas):
-        return None
-    return Image.fromarray(np.where(np.max(alphas, axis=0) > 0, 255, 0).astype(np.uint8))
-
-
 # ---- outputs
 
 
-def stage(label: str, placeholder: str, elem_id: str, elem_classes: str = "stage") -> gr.Image:
-    """Makes the large image of a tab."""
+def preview(elem_id: str) -> gr.Image:
+    """Makes the image that shows the steps of a run, in the place of a `flux.studio.viewer.viewer`."""
     return gr.Image(
-        label=label,
+        label="Preview",
         show_label=False,
         interactive=False,
         format="png",
-        placeholder=placeholder,
+        visible=False,
         elem_id=elem_id,
-        elem_classes=elem_classes,
-        buttons=["fullscreen"],
+        elem_classes="stage",
+        buttons=[],
     )
 
 
@@ -162,10 +146,10 @@ def results(
     elem_id: str,
     *,
     columns: int = 4,
-    preview: bool = False,
     object_fit: Literal["contain", "cover"] = "cover",
-    fullscreen: bool = False,
+    zoomable: bool = False,
     visible: bool = False,
+    **more: Any,
 ) -> gr.Gallery:
     """Makes a gallery of results.
 
@@ -173,30 +157,31 @@ def results(
         label: What the images are, for screen readers.
         elem_id: The element's id.
         columns: Number of columns.
-        preview: Whether a click shows an image large.
         object_fit: Whether an image is cut to fill its place, or shown whole.
-        fullscreen: Whether there is a fullscreen button.
+        zoomable: Whether a click opens an image large.
         visible: Whether the gallery is shown while it is empty.
+        more: Further arguments of `gr.Gallery`.
     """
     return gr.Gallery(
         label=label,
         show_label=False,
         columns=columns,
         fit_columns=False,
-        allow_preview=preview,
+        allow_preview=False,
         interactive=False,
         height="auto",
         object_fit=object_fit,
         elem_id=elem_id,
-        elem_classes="results",
-        buttons=["fullscreen"] if fullscreen else [],
+        elem_classes=["results", "zoomable"] if zoomable else "results",
+        buttons=[],
         visible=visible,
+        **more,
     )
 
 
-def download_button(label: str) -> gr.DownloadButton:
+def download_button(label: str, path: Path | None = None) -> gr.DownloadButton:
     """Makes a button that downloads a file, disabled until it has one."""
-    return gr.DownloadButton(label, size="sm", interactive=False)
+    return gr.DownloadButton(label, value=path, size="sm", interactive=path is not None)
 
 
 def downloadable(path: Path | str) -> dict[str, Any]:

@@ -18,6 +18,14 @@ def wait_for_focus(page, layer):
     page.wait_for_function("layer => document.activeElement.dataset.layer === layer", arg=str(layer))
 
 
+def visit(page, url, place):
+    """Opens a tab of the page by its address, and waits until it is there."""
+    page.goto("about:blank")  # another place of the same page would not load it anew
+    page.goto(f"{url}#{place}")
+    page.wait_for_function("window.studio?.ready")
+    page.locator(f"#{place}-prompt textarea").wait_for()
+
+
 def draw(page, prompt="a dog on the grass"):
     page.locator("#generate-prompt textarea").fill(prompt)
     page.locator("#generate-go").click()
@@ -38,18 +46,21 @@ def set_number(page, box, label, value):
 
 def paint(page):
     """Paints a stroke on the mask canvas."""
-    page.locator("#edit-mask button").first.click()
-    canvas = page.locator("#edit-canvas canvas").first
-    canvas.wait_for()
+    page.locator("#edit-mask summary").click()
+    canvas = page.locator("#edit-mask canvas")
     canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(1000)  # the canvas fits itself to its place
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 10, y)
     page.mouse.down()
     page.mouse.move(x + 10, y + 10, steps=5)
     page.mouse.up()
-    page.wait_for_timeout(500)
+
+
+def newest_run(studio, demo) -> Path:
+    """The folder of the last run of that demo's kind."""
+    folders = studio.sessions.folder.rglob(f"*_{demo}")
+    return max(folders, key=lambda path: (path / "run.json").stat().st_mtime)
 
 
 def download(page, click) -> Path:

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers.studio import make_classifier, make_studio
-from helpers.studio_page import SECONDS
+from helpers.studio_page import SECONDS, visit
 from PIL import Image
 
 from flux.images.io import save_image
@@ -89,8 +89,7 @@ def page(browser, url):
     page.set_default_timeout(SECONDS)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(url)
-    page.locator("#generate-prompt textarea").wait_for()
+    visit(page, url, "generate")
     yield page
     page.close()
     assert not faults

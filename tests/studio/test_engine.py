@@ -3,10 +3,15 @@ import time
 
 import pytest
 import torch
+from helpers.studio import finish
 
+from flux.errors import InputWarning
 from flux.sampling import Step
 from flux.studio import engine
+from flux.studio.forms import generate_settings
+from flux.studio.tabs.common import words_note
 from flux.studio.widgets import status_html
+from flux.studio.work.generate import run_generate
 
 
 def count(steps: int, delay: float = 0.0):
@@ -118,3 +123,14 @@ def test_previews_are_small(studio):
     latent = torch.randn(1, (512 // 16) * (256 // 16), 64)
     preview = studio.engine.preview(Step(1.0, 0.9, latent, torch.zeros_like(latent), {}), 512, 256)
     assert preview.size == (256, 128)
+
+
+def test_what_a_visitor_typed_stays_off_the_console(studio, recwarn):
+    """The page says it beside the prompt."""
+    settings = generate_settings(studio, {"prompt": "an elefant " + "on the grass " * 60})
+    made = finish(run_generate(studio, studio.sessions.of("a"), settings))
+    assert made.images
+    assert not [warning for warning in recwarn if issubclass(warning.category, InputWarning)]
+    note = words_note(studio, settings)
+    assert "elefant" in note
+    assert "overlooks its last words" in note

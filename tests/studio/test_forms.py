@@ -14,6 +14,7 @@ from flux.studio.forms import (
     format_edits,
     generate_settings,
     layers_on,
+    notes_about,
     parse_edits,
     scan_settings,
     values_of,
@@ -130,5 +131,24 @@ def test_a_dose_of_the_page_is_the_named_one_but_for_what_is_changed(studio):
     for name, dose in DOSES.items():
         assert effective_dose(name) == dose
     assert effective_dose("auto", weight=0.7) == replace(DOSES["auto"], weight=0.7)
-    without_end = replace(DOSES["auto"], inject_until=0.5, hold_subject_until=None)
+    without_end = replace(DOSES["auto"], inject_until=0.5, hold_subject_until=None, noised_until=None)
     assert effective_dose("auto", inject_until=0.5) == without_end
+
+
+def test_notes_beside_fields(studio):
+    """What is wrong, and what changes nothing; a text that is still missing is no mistake."""
+    form = {**EDIT, "edits": "", "true_cfg": 1.0}
+    assert notes_about(studio, edit_settings, form) == {}
+    notes = notes_about(studio, edit_settings, {**form, "seed": -1, "num_steps": 0})
+    assert notes == {
+        "seed": "Expected at least 0, got -1.",
+        "num_steps": "Expected at least 1, got 0.",
+    }
+    notes = notes_about(studio, edit_settings, {**form, "negative_prompt": "snow", "paste_back": True})
+    assert notes == {
+        "negative_prompt": "Without effect: true_cfg is 1.",
+        "paste_back": "Without effect: no photo.",
+    }
+    assert notes_about(studio, edit_settings, {**form, "paste_back": True, "photo": "photo.png"}) == {}
+    form = {"prompt": "a dog", "strength": 0.5}
+    assert notes_about(studio, generate_settings, form) == {"strength": "Without effect: no image."}

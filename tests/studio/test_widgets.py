@@ -1,23 +1,13 @@
 import pytest
-from PIL import Image
 
 from flux.errors import InputError
-from flux.studio.widgets import duration, held_image, painted_mask, strip_value
+from flux.studio.widgets import duration, held_image, strip_value
 
 
 def test_an_upload_that_was_deleted(tmp_path):
     with pytest.raises(InputError, match="upload it again") as caught:
         held_image(str(tmp_path / "gone.png"))
     assert str(tmp_path) not in str(caught.value)
-
-
-def test_a_painted_mask_is_white_on_black():
-    layer = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert painted_mask(None) is painted_mask({"layers": [layer]}) is None
-    layer.putpixel((1, 2), (255, 255, 255, 200))
-    mask = painted_mask({"background": None, "layers": [layer]})
-    assert mask.getpixel((1, 2)) == 255
-    assert mask.getextrema() == (0, 255)
 
 
 def test_a_strip_knows_its_layers(studio):

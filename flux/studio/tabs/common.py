@@ -10,7 +10,7 @@ from random import randrange
 from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import gradio as gr
-from gradio.components import Component
+from gradio.components import Component, FormComponent
 
 from flux.settings.demos import ModelSettings
 from flux.studio.engine import Update
@@ -18,11 +18,15 @@ from flux.studio.forms import Form, texts_in, unseen_words
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
 from flux.studio.widgets import UNLISTED, Changes, duration, status_html
+from flux.studio.words import about
 from flux.vocabulary import unknown_words
 
 S = TypeVar("S", bound=ModelSettings)
 FormFields = dict[str, Component]
 """The components of a form, by the names of their values."""
+
+SMALLEST = 64  # side of an image in pixels, on the sliders
+SHAPES = {"1:1": 1, "4:3": 4 / 3, "3:4": 3 / 4, "16:9": 16 / 9, "9:16": 9 / 16}
 
 
 class Unqueued(TypedDict):
@@ -77,9 +81,9 @@ class RunControls:
             self.stop = gr.Button("Stop", interactive=False, elem_id=f"{self.tab}-stop")
         return self.start
 
-    def add_status(self) -> None:
+    def add_status(self, text: str = "Ready.") -> None:
         """Adds the status line."""
-        self.status = gr.HTML(status_html("Ready."), elem_id=f"{self.tab}-status")
+        self.status = gr.HTML(status_html(text), elem_id=f"{self.tab}-status")
 
     @property
     def buttons(self) -> list[gr.Button]:
@@ -270,11 +274,21 @@ def size_and_seed_fields(studio: Studio, seed: int) -> FormFields:
     """Makes fields for size, steps and seed, by the names of the settings."""
     defaults, limits = studio.defaults, studio.limits
     with gr.Row():
-        width = gr.Slider(64, limits.side, defaults.width, step=16, label="Width", min_width=200)
-        height = gr.Slider(64, limits.side, defaults.height, step=16, label="Height", min_width=200)
-    with gr.Row():
-        steps = gr.Slider(1, limits.steps, defaults.num_steps, step=1, label="Steps")
-        number = gr.Number(seed, label="Seed", precision=0, minimum=0)
+        width = gr.Slider(SMALLEST, limits.side, defaults.width, step=16, label="Width", min_width=200)
+        height = gr.Slider(SMALLEST, limits.side, defaults.height, step=16, label="Height", min_width=200)
+    # The area is limited too: where one side grows too long, the other one yields.
+    fitting = f"(moved, other) => Math.min(other, Math.floor({limits.area} / moved / 16) * 16)"
+    width.input(None, [width, height], height, js=fitting, **UNQUEUED)
+    height.input(None, [height, width], width, js=fitting, **UNQUEUED)
+    with gr.Row(elem_classes="presets"):
+        for label, ratio in SHAPES.items():
+            shape = [round(studio.spec.size * side / 16) * 16 for side in (ratio**0.5, ratio**-0.5)]
+            button = gr.Button(label, size="sm", min_width=48)
+            button.click(None, None, [width, height], js=f"() => {shape}", **UNQUEUED)
+    steps = gr.Slider(
+        1, limits.steps, defaults.num_steps, step=1, label="Steps", info="More are finer and take longer."
+    )
+    number = gr.Number(seed, label="Seed", precision=0, info="The same seed repeats the image.")
     return {"width": width, "height": height, "num_steps": steps, "seed": number}
 
 
@@ -282,11 +296,19 @@ def guidance_fields(studio: Studio) -> FormFields:
     """Makes fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
     distilled = studio.spec.params.guidance_embed
     return {
-        "guidance": gr.Slider(0, 10, studio.defaults.guidance, step=0.1, label="Guidance", visible=distilled),
+        "guidance": gr.Slider(
+            0,
+            10,
+            studio.defaults.guidance,
+            step=0.1,
+            label="Guidance",
+            info=about("More follows the prompt more closely.", "guidance"),
+            visible=distilled,
+        ),
         "true_cfg": true_cfg_slider(studio),
         "negative_prompt": gr.Textbox(
             label="Negative prompt",
-            info="What true CFG steers away from",
+            info="What the image should not show. True CFG steers away from it.",
             max_length=studio.limits.letters,
         ),
     }
@@ -294,4 +316,39 @@ def guidance_fields(studio: Studio) -> FormFields:
 
 def true_cfg_slider(studio: Studio) -> gr.Slider:
     """Makes the slider of true CFG."""
-    return gr.Slider(1, 10, studio.defaults.true_cfg, step=0.1, label="True CFG (1: off, one pass)")
+    return gr.Slider(
+        1,
+        10,
+        studio.defaults.true_cfg,
+        step=0.1,
+        label="True CFG",
+        info=about("1 is off. More takes twice the time.", "guidance"),
+    )
+
+
+def wire_notes(fields: FormFields, notes_of: Callable[[Form], Mapping[str, str]]) -> None:
+    """Says beside a field what is wrong with its value, or why it has no effect, whenever one changes.
+
+    Args:
+        fields: The components of a form. Those that have a line below their label show the notes there.
+        notes_of: Finds what is to be said, by the names of the fields.
+    """
+    usual = {name: field.info for name, field in fields.items() if isinstance(field, FormComponent)}
+    read = [name for name in fields if name != "mask"]  # no note is about it, and it is large
+
+    def note(*values: Any) -> list[dict[str, Any]]:
+        notes = notes_of(dict(zip(read, values, strict=True)))
+        return [
+            gr.update(info=f"**{html.escape(notes[name])}**" if name in notes else line or "")
+            for name, line in usual.items()
+        ]
+
+    told = [fields[name] for name in usual]
+    gr.on(
+        [fields[name].change for name in read],
+        note,
+        [fields[name] for name in read],
+        told,
+        trigger_mode="always_last",
+        **UNQUEUED,
+    )

@@ -1,7 +1,6 @@
 """The tab that edits: a reference, the injection in its layers, a mask, and before and after."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -10,13 +9,14 @@ from PIL import Image
 
 from flux.editing.photo import natural_size
 from flux.errors import InputError
-from flux.images.io import thumbnail
+from flux.images.io import read_image, thumbnail
 from flux.settings.doses import DEFAULT_DOSE, DOSES
 from flux.settings.edits import EditSettings
 from flux.settings.resolved import ResolvedEdit
 from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, dose_values, edit_settings, format_edits
-from flux.studio.sessions import Run, Session
+from flux.studio.forms import SAMPLING, Form, dose_values, edit_settings, format_edits, notes_about
+from flux.studio.painter import painted_mask
+from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
     UNQUEUED,
@@ -27,27 +27,26 @@ from flux.studio.tabs.common import (
     add_presets,
     guidance_fields,
     size_and_seed_fields,
+    wire_notes,
 )
-from flux.studio.tabs.history import History
+from flux.studio.tabs.edits_shown import EditsShown
+from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.mask import MaskCanvas
+from flux.studio.visits import existing_file
 from flux.studio.widgets import (
     Changes,
-    download_button,
-    downloadable,
     held_image,
     image_input,
     layer_strip,
-    painted_mask,
-    results,
-    stage,
     status_html,
     strip_value,
 )
+from flux.studio.words import about
 from flux.studio.work.edit import known_layers, run_edit, run_reference
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
-INVERSION_CHOICES = ["midpoint", "euler", "fireflow", "fixed-point", "none"]
+INVERSION_CHOICES = ["noising", "midpoint", "euler", "fireflow", "fixed-point", "none"]
 EXAMPLES = {
     "flux-nano": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
@@ -63,9 +62,6 @@ EXAMPLES = {
     ],
 }
 
-ShownEdit = tuple[str, str, str]
-"""Name, file and caption of an image of the last run."""
-
 
 class EditTab:
     """The tab that edits.
@@ -75,39 +71,54 @@ class EditTab:
         layers: The strip of layers to inject in.
     """
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, example: Run):
+        """Adds the tab. It shows the edits of `example` at first."""
         self.studio, self.controls = studio, RunControls(studio, "edit")
         self.vital, self.vitality = known_layers(studio)
+        self.example = example
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.fields = self._inputs()
             with gr.Column(elem_classes="outputs"):
-                self._outputs()
+                made_by = example.settings.model
+                self.controls.add_status(
+                    f"An example, made by {made_by} before. Change its prompts or layers, and press Edit."
+                )
+                self.shown = EditsShown(example)
             with gr.Column(elem_classes="options"):
                 self.layers = self._layer_choice()
                 self.fields |= {"layers": self.layers, **self._dose()}
-                self.canvas = MaskCanvas()
-                self.fields |= {"mask": self.canvas.editor, **self._settings()}
-        self.results = gr.State([])  # a list of Result
-        self.chosen = gr.State("")  # the name of the result that is shown
+                self.canvas = MaskCanvas(example.images["reference"])
+                self.fields |= {"mask": self.canvas.painter, **self._settings()}
 
     # ---- components
 
     def _inputs(self) -> FormFields:
         letters = self.studio.limits.letters
-        self.source = gr.Radio([PROMPT, PHOTO], value=PROMPT, label="The reference comes from")
-        self.upload, self.photo = image_input(
+        example: Any = self.example.settings
+        self.source = gr.Radio(
+            [PROMPT, PHOTO],
+            value=PROMPT,
+            label="The reference comes from",
+            info=about("The image that edits start from.", "reference"),
+        )
+        self.upload, self.photo, self.uploaded = image_input(
             self.studio, label="Photograph", visible=False, elem_id="edit-photo"
         )
         prompt = gr.Textbox(
-            label="What the reference shows", lines=2, max_length=letters, elem_id="edit-prompt"
+            example.prompt,
+            label="What the reference shows",
+            lines=2,
+            max_length=letters,
+            elem_id="edit-prompt",
         )
         edits = gr.Textbox(
+            format_edits(example.edits),
             label="Edits",
             lines=3,
             max_length=letters,
             elem_id="edit-edits",
-            info="One per line. A line that begins with > continues the edit above.",
+            info=about("One per line. A line that begins with > continues the edit above.", "turn"),
         )
         self.go, self.go_reference = self.controls.add_buttons("Edit", "Reference")
         samples = EXAMPLES.get(self.studio.defaults.model, EXAMPLES[""])
@@ -116,28 +127,10 @@ class EditTab:
         )
         return {"source": self.source, "photo": self.photo, "prompt": prompt, "edits": edits}
 
-    def _outputs(self) -> None:
-        self.controls.add_status()
-        self.preview = stage("Preview", "Reference and edits appear here.", "edit-preview")
-        self.slider = gr.ImageSlider(
-            label="Reference and edit",
-            show_label=False,
-            interactive=False,
-            visible=False,
-            format="png",
-            elem_classes="stage",
-            elem_id="edit-slider",
-            max_height=600,
-            buttons=["fullscreen"],
-        )
-        self.gallery = results("Edits", "edit-gallery")
-        with gr.Row(elem_classes="save"):
-            self.go_on = gr.Button("Continue from this edit", size="sm", interactive=False)
-            self.png, self.record = download_button("Image"), download_button("run.json")
-
     def _layer_choice(self) -> gr.HTML:
         spec = self.studio.spec
-        gr.Markdown("Layers in which the reference's keys and values are injected", elem_classes="label")
+        line = "Layers in which the reference's keys and values are injected."
+        gr.Markdown(f"{about(line, 'layers')} {about('', 'kv').strip()}", elem_classes="label")
         strip = layer_strip(strip_value(self.studio, self.vital, self.vitality), elem_id="edit-layers")
         published = PRESETS["stable-flow"]
         presets = {
@@ -152,15 +145,44 @@ class EditTab:
 
     def _dose(self) -> FormFields:
         default = dose_values(DEFAULT_DOSE)
+        dose = gr.Dropdown(
+            list(DOSES),
+            value=DEFAULT_DOSE,
+            label="Dose",
+            info=about("How much of the reference is injected.", "dose"),
+        )
+        parts = gr.Radio(
+            [("Keys and values", "kv"), ("Keys", "k"), ("Values", "v")],
+            value="kv",
+            label="What is injected",
+            info=about("Both keep the most.", "kv"),
+        )
+        weight = gr.Slider(
+            0,
+            1,
+            default["weight"],
+            step=0.05,
+            label="Strength",
+            info="1 injects the reference's kv, 0 keeps the edit's own.",
+        )
+        gr.Markdown(about("The share of the steps in which kv is injected.", "window"), elem_classes="label")
         with gr.Row():
-            dose = gr.Dropdown(list(DOSES), value=DEFAULT_DOSE, label="Dose", min_width=120)
-            parts = gr.Radio(
-                [("K and V", "kv"), ("K", "k"), ("V", "v")], value="kv", label="Injected", min_width=180
+            start = gr.Slider(
+                0,
+                1,
+                default["inject_from"],
+                step=0.05,
+                label="From",
+                min_width=120,
             )
-        weight = gr.Slider(0, 1, default["weight"], step=0.05, label="Strength")
-        with gr.Row():
-            start = gr.Slider(0, 1, default["inject_from"], step=0.05, label="From", min_width=120)
-            end = gr.Slider(0, 1, default["inject_until"], step=0.05, label="Until", min_width=120)
+            end = gr.Slider(
+                0,
+                1,
+                default["inject_until"],
+                step=0.05,
+                label="Until",
+                min_width=120,
+            )
         falling = gr.Checkbox(bool(default["falling"]), label="Strength falls to zero on the way")
         numbers: FormFields = {
             "weight": weight,
@@ -174,16 +196,20 @@ class EditTab:
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="edit-settings"):
             return {
-                **size_and_seed_fields(self.studio, seed=7),
+                **size_and_seed_fields(self.studio, seed=self.example.settings.seed),
                 **guidance_fields(self.studio),
                 "inversion": gr.Dropdown(
                     INVERSION_CHOICES,
                     value=INVERSION_CHOICES[0],
                     label="Inversion of a photograph",
+                    info=about("How the photograph's noise is found.", "inversion"),
                     visible=False,
                 ),
                 "paste_back": gr.Checkbox(
-                    False, label="Give the photograph back in its full size", visible=False
+                    False,
+                    label="Give the photograph back in its full size",
+                    info="Its own pixels are pasted back wherever nothing may change.",
+                    visible=False,
                 ),
             }
 
@@ -210,15 +236,13 @@ class EditTab:
             mask = painted_mask(form["mask"])
             for update, run in run_edit(self.studio, session, settings, photo_in(form), mask):
                 if (made := update.result) is None:
-                    yield update, self._previewed(update)
+                    yield update, self.shown.show_preview(update.preview)
                     continue
-                shown: Changes = {self.preview: made.image}
-                if made.name != "reference":
-                    shown = self._shown(run, made.name)
-                elif session.reference_id != self.studio.engine.kept_id:
-                    # Not if it is there already: this would erase the mask that was painted on it.
+                shown = self.shown.show(run, made.name)
+                if made.name == "reference" and session.reference_id != self.studio.engine.kept_id:
+                    # Not if it is there already: the visitor may be painting on it.
                     session.reference_id = self.studio.engine.kept_id
-                    shown |= self.canvas.show(made.image)
+                    shown |= self.canvas.show(thumbnail(made.image, 1024), mask)
                 yield update, shown | history.changes(session)
 
         def reference_settings_of(form: Form) -> ResolvedEdit:
@@ -228,24 +252,22 @@ class EditTab:
             session: Session, settings: ResolvedEdit, form: Form
         ) -> Iterator[tuple[Update[Image.Image], Changes]]:
             for update in run_reference(self.studio, session, settings, photo_in(form)):
-                image, shown = update.result or update.preview, Changes()
-                if image:
-                    shown[self.preview] = gr.update(visible=True, value=image)
+                shown = self.shown.show_preview(update.result or update.preview)
                 if update.result:
                     session.reference_id = self.studio.engine.kept_id
-                    shown |= {part: gr.update(visible=False) for part in (self.slider, self.gallery)}
-                    shown |= self.canvas.show(update.result)
+                    mask = painted_mask(form["mask"])
+                    shown |= self.canvas.show(thumbnail(update.result, 1024), mask)
                 yield update, shown
 
-        outputs = [*self._result_parts, *self.canvas.components, history.gallery]
+        outputs = [*self.shown.components, *self.canvas.components, history.gallery]
         edit = RunButton(self.studio, self.controls, self.fields, settings_of, work)
         edit.wire([self.go.click], outputs)
         reference = RunButton(self.studio, self.controls, self.fields, reference_settings_of, reference_work)
         reference.wire([self.go_reference.click], outputs)
         self.controls.wire_stop()
-        self.canvas.wire()
         self._wire_source()
-        self._wire_results()
+        self.shown.wire(self.fields["edits"], self.canvas)
+        wire_notes(self.fields, self._notes)
 
     def _wire_source(self) -> None:
         """Shows the fields of a photograph, sizes the run to it, and lets examples fill the form."""
@@ -257,9 +279,7 @@ class EditTab:
             label = "What the photograph shows" if chosen == PHOTO else "What the reference shows"
             return for_photo, for_photo, for_photo, gr.update(label=label)
 
-        def size_to(path: str | None) -> Changes:
-            if path is None:
-                return {fields["width"]: gr.skip()}
+        def size_to(path: str) -> Changes:
             image = held_image(path)
             width, height = natural_size(image, self.studio.spec.size)
             sizes = {fields["width"]: width, fields["height"]: height}
@@ -268,90 +288,70 @@ class EditTab:
         self.source.change(
             choose, self.source, [self.upload, fields["inversion"], fields["paste_back"], prompt], **UNQUEUED
         )
-        self.photo.change(
-            size_to, self.photo, [fields["width"], fields["height"], *self.canvas.components], **UNQUEUED
-        )
+        sized = [fields["width"], fields["height"], *self.canvas.components]
+        self.uploaded.success(size_to, self.photo, sized, **UNQUEUED)
         self.examples.wire([prompt, fields["seed"], fields["edits"], self.source], PROMPT)
 
-    def _wire_results(self) -> None:
-        """Lets a click show a result beside its reference, and a further turn start from it."""
-        edits = self.fields["edits"]
+    def _notes(self, form: Form) -> dict[str, str]:
+        if form["source"] == PROMPT:
+            form = {**form, "photo": None}
+        return notes_about(self.studio, edit_settings, form)
 
-        def choose(results: list[ShownEdit], event: gr.SelectData) -> tuple[Any, ...]:
-            name, path, _ = results[event.index]
-            pair = gr.update(value=(results[0][1], path))
-            return name, pair, downloadable(path), gr.update(interactive=name != "reference")
-
-        def go_on(results: list[ShownEdit], chosen: str, text: str) -> str:
-            caption = next((caption for name, _, caption in results if name == chosen), "")
-            lines = (text or "").splitlines()
-            prompts = [line.lstrip("> ").strip() for line in lines]
-            place = prompts.index(caption) + 1 if caption in prompts else len(lines)
-            return "\n".join([*lines[:place], f"> {caption}", *lines[place:]])
-
-        self.gallery.select(
-            choose, self.results, [self.chosen, self.slider, self.png, self.go_on], **UNQUEUED
-        )
-        self.go_on.click(go_on, [self.results, self.chosen, edits], edits, **UNQUEUED)
-
-    # ---- what is shown
-
-    @property
-    def _result_parts(self) -> list[Component]:
-        saves = [self.png, self.record, self.go_on]
-        return [self.preview, self.slider, self.gallery, *saves, self.results, self.chosen]
-
-    def _previewed(self, update: Update) -> Changes:
-        if not update.preview:
-            return {}
-        return {
-            self.slider: gr.update(visible=False),
-            self.preview: gr.update(visible=True, value=update.preview),
-        }
-
-    def _shown(self, run: Run, name: str) -> Changes:
-        made = [(each, str(path), run.captions[each]) for each, path in run.images.items()]
-        path = str(run.images[name])
-        return {
-            self.preview: gr.update(visible=False),
-            self.slider: gr.update(visible=True, value=(str(run.images["reference"]), path)),
-            self.gallery: gr.update(visible=True, value=[(file, caption) for _, file, caption in made]),
-            self.png: downloadable(path),
-            self.record: downloadable(run.record),
-            self.go_on: gr.update(interactive=name != "reference"),
-            self.results: made,
-            self.chosen: name,
-        }
+    # ---- an earlier run
 
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
         form = [self.upload, *self.fields.values(), *self.canvas.components]
-        return list(dict.fromkeys([*form, *self._result_parts, self.controls.status]))
+        return list(dict.fromkeys([*form, *self.shown.components, self.controls.status]))
 
-    def restored(self, settings: EditSettings, about: Mapping[str, Any], upload: Path | None) -> Changes:
+    def restored(self, settings: EditSettings, said: Mapping[str, Any], files: Files) -> Changes:
         """Fills the form with these settings."""
         names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
         values: dict[str, Any] = {name: getattr(settings, name) for name in names}
         for name, default in dose_values(settings.dose).items():
             given = getattr(settings, name)
             values[name] = default if given is None else given
-        layers = about.get("layers") or settings.vital_layers
+        layers = said.get("layers") or settings.vital_layers
         if isinstance(layers, str):
             layers = self.vital
         existing = range(self.studio.spec.num_layers)
         values["layers"] = self.strip(layer for layer in layers if layer in existing)
         values["source"] = PHOTO if settings.photo else PROMPT
-        values["photo"] = upload and str(upload)
+        values["photo"] = files.upload and str(files.upload)
         values["prompt"] = settings.prompt or ""
         values["edits"] = format_edits(settings.edits)
         filled = {self.fields[name]: value for name, value in values.items()}
-        # A mask is not brought back: it may belong to another image by now.
-        return {self.upload: values["photo"], **filled, **self.canvas.clear()}
+        shown = files.shown and thumbnail(read_image(files.shown), 1024)
+        canvas = self.canvas.show(shown, files.mask) if shown else self.canvas.clear()
+        return {self.upload: values["photo"], **filled, **canvas}
+
+    def take(self, file: str) -> Changes:
+        """Makes an image of another tab a reference: by its prompt, or as a photograph if it began with one.
+
+        Args:
+            file: The image's file.
+
+        Raises:
+            InputError: The image has been deleted.
+        """
+        path = existing_file(file)
+        settings, said = read_back(path)
+        from_photo = getattr(settings, "image", None) is not None
+        values = {name: getattr(settings, name) for name in SAMPLING}
+        values |= {"prompt": said["prompt"], "seed": said["seed"], "edits": ""}
+        values |= {"source": PHOTO if from_photo else PROMPT, "photo": str(path) if from_photo else None}
+        return {
+            **{self.fields[name]: value for name, value in values.items()},
+            self.upload: values["photo"],
+            **self.canvas.show(thumbnail(read_image(path), 1024)),
+            **self.shown.show_alone(path, said["prompt"]),
+            self.controls.status: status_html("Say what the edited image should show, and press Edit."),
+        }
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows an image of this session beside its reference."""
-        return {**self._shown(run, name), self.controls.status: status_html("From this session.")}
+        return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
 
 
 def photo_in(form: Form) -> Image.Image | None:

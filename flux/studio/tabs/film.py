@@ -1,6 +1,7 @@
 """The tab that shows the steps of an image as a film, and what its layers attend to."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gradio.components import Component
 from flux.settings.demos import LayerSettings
 from flux.settings.resolved import ResolvedLayer
 from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, film_settings
+from flux.studio.forms import SAMPLING, Form, film_settings, notes_about
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
@@ -19,21 +20,17 @@ from flux.studio.tabs.common import (
     RunControls,
     size_and_seed_fields,
     true_cfg_slider,
+    wire_notes,
 )
-from flux.studio.tabs.history import History
-from flux.studio.widgets import (
-    Changes,
-    download_button,
-    downloadable,
-    layer_strip,
-    results,
-    stage,
-    status_html,
-    strip_value,
-)
+from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.shown import ShownImage
+from flux.studio.viewer import image_alone, viewer
+from flux.studio.widgets import Changes, layer_strip, preview, results, status_html, strip_value
+from flux.studio.words import about
 from flux.studio.work.film import run_film
 
 PROMPT = "a cat wearing a top hat in the snow"
+IMAGE = "picture"  # the name of a film's last image
 SHEETS = {"steps": "Every step", "layers": "Attention to the text", "words": "Attention of words"}
 
 
@@ -59,18 +56,16 @@ class FilmTab:
                 [self.go] = self.controls.add_buttons("Watch")
             with gr.Column(elem_classes="outputs"):
                 self.controls.add_status()
-                self.film = stage("Film", "The film of the image's steps plays here.", "film-stage")
-                self.sheets = results(
-                    "Sheets", "film-sheets", columns=3, preview=True, object_fit="contain", fullscreen=True
-                )
-                with gr.Row(elem_classes="save"):
-                    self.save, self.record = download_button("Film"), download_button("run.json")
+                self.preview = preview("film-preview")
+                self.viewer = viewer("film-stage", None, "The film of the image's steps plays here.")
+                self.sheets = results("Sheets", "film-sheets", columns=3, object_fit="contain", zoomable=True)
+                self.under = ShownImage("Film")
             with gr.Column(elem_classes="options"):
                 self.fields = {"prompt": self.prompt, **self._options()}
 
     def _options(self) -> FormFields:
         params = self.studio.spec.params
-        gr.Markdown("Layers whose attention is shown", elem_classes="label")
+        gr.Markdown(about("Layers whose attention is shown.", "layers"), elem_classes="label")
         middle = params.depth + params.depth_single_blocks // 2
         strip = layer_strip(strip_value(self.studio, [1, middle]), elem_id="film-layers")
         words = gr.Textbox(
@@ -95,27 +90,41 @@ class FilmTab:
                 made = update.result
                 shown: Changes = {}
                 if update.preview:
-                    shown = {self.film: update.preview}
+                    shown = {self.viewer: gr.update(visible=False)}
+                    shown[self.preview] = gr.update(visible=True, value=update.preview)
                 elif isinstance(made, MadeImage):
-                    shown = {self.film: made.image, **history.changes(session)}
+                    shown = {**self._shown(run, run.images[IMAGE]), **history.changes(session)}
                 elif made and made.stem in SHEETS:
                     sheets.append((str(made), SHEETS[made.stem]))
                     shown = {self.sheets: gr.update(value=sheets, visible=True)}
                 elif made:
-                    shown = {self.film: str(made), self.save: downloadable(made)}
-                    shown[self.record] = downloadable(run.record)
+                    shown = self._shown(run, made)
                 yield update, shown
 
         watch = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        outputs = [self.film, self.save, self.record, self.sheets, history.gallery]
+        wire_notes(self.fields, partial(notes_about, self.studio, film_settings))
+        outputs = [*self._shown_parts, self.sheets, history.gallery]
         watch.wire([self.go.click, self.prompt.submit], outputs)
+
+    @property
+    def _shown_parts(self) -> list[Component]:
+        return [self.preview, self.viewer, *self.under.components]
+
+    def _shown(self, run: Run, file: Path) -> Changes:
+        """Shows a film, or its last image."""
+        value = image_alone(file, run.captions[IMAGE])
+        return {
+            self.preview: gr.update(visible=False),
+            self.viewer: gr.update(visible=True, value=value),
+            **self.under.show(run, run.images[IMAGE], saved=file),
+        }
 
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        return [*self.fields.values(), self.film, self.record, self.controls.status]
+        return [*self.fields.values(), *self._shown_parts, self.sheets, self.controls.status]
 
-    def restored(self, settings: LayerSettings, about: Mapping[str, Any], upload: Path | None) -> Changes:  # noqa: ARG002 - a film begins with no upload
+    def restored(self, settings: LayerSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a film begins with no upload
         """Fills the form with these settings."""
         entry = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
@@ -126,9 +135,12 @@ class FilmTab:
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows a film of this session once more, or its image if the film was not finished."""
-        film = run.folder / "film.webp"
+        film, image = run.folder / "film.webp", run.images[name]
+        shown = film if film.is_file() else image
+        files = [(run.folder / f"{sheet}.png", title) for sheet, title in SHEETS.items()]
+        sheets = [(str(file), title) for file, title in files if file.is_file()]
         return {
-            self.film: str(film if film.is_file() else run.images[name]),
-            self.record: downloadable(run.record),
-            self.controls.status: status_html("From this session."),
+            **self._shown(run, shown),
+            self.sheets: gr.update(value=sheets, visible=bool(sheets)),
+            self.controls.status: status_html("From your images."),
         }

@@ -1,7 +1,7 @@
 """The tab that generates images."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -10,29 +10,27 @@ from gradio.components import Component
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, generate_settings
+from flux.studio.forms import SAMPLING, Form, generate_settings, notes_about
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
+    UNQUEUED,
     Examples,
     FormFields,
     RunButton,
     RunControls,
     guidance_fields,
     size_and_seed_fields,
+    wire_notes,
 )
-from flux.studio.tabs.history import History
-from flux.studio.widgets import (
-    Changes,
-    download_button,
-    downloadable,
-    held_image,
-    image_input,
-    stage,
-    status_html,
-)
+from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.shown import ShownImage
+from flux.studio.viewer import image_alone, viewer
+from flux.studio.visits import existing_file, shown_run
+from flux.studio.widgets import Changes, held_image, image_input, preview, results, status_html
 from flux.studio.work.generate import run_generate
 
+EXAMPLE_SEED = 7
 EXAMPLES = {
     "flux-nano": [
         ("a dog wearing a top hat on the grass", 7),
@@ -55,16 +53,18 @@ class GenerateTab:
         fields: The components that a run's settings are read from, by name.
     """
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, example: Run):
+        """Adds the tab. It shows the reference of `example` at first."""
         self.studio, self.controls = studio, RunControls(studio, "generate")
+        drawn = example.images["reference"]
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.prompt = gr.Textbox(
+                    example.captions["reference"],
                     label="Prompt",
                     lines=1,
                     max_lines=6,
                     max_length=studio.limits.letters,
-                    autofocus=True,
                     placeholder="What should the image show?",
                     elem_id="generate-prompt",
                     info="Enter draws it.",
@@ -73,25 +73,33 @@ class GenerateTab:
                 samples = EXAMPLES.get(studio.defaults.model, EXAMPLES[""])
                 self.examples = Examples.of(samples, [prompt for prompt, _ in samples])
             with gr.Column(elem_classes="outputs"):
-                self.controls.add_status()
-                self.stage = stage("Image", "Your image appears here.", "generate-stage")
-                with gr.Row(elem_classes="save"):
-                    self.png, self.record = download_button("Image"), download_button("run.json")
+                self.controls.add_status(f"An example, made by {example.settings.model} before.")
+                self.preview = preview("generate-preview")
+                self.viewer = viewer("generate-stage", image_alone(drawn, example.captions["reference"]))
+                self.under = ShownImage(run=example, image=drawn)
+                self.gallery = results("Images of this run", "generate-gallery", columns=2)
             with gr.Column(elem_classes="options"):
                 self.fields = {"prompt": self.prompt, **self._settings(), **self._start_image()}
 
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
-            fields = size_and_seed_fields(self.studio, seed=0)
-            fields["count"] = gr.Slider(1, self.studio.limits.images, 1, step=1, label="Images")
+            fields = size_and_seed_fields(self.studio, seed=EXAMPLE_SEED)
+            fields["count"] = gr.Slider(
+                1,
+                self.studio.limits.images,
+                1,
+                step=1,
+                label="Images",
+                info="Each with a seed one higher.",
+            )
             self.new_seed = gr.Checkbox(False, label="A new seed each time")
             return fields | guidance_fields(self.studio)
 
     def _start_image(self) -> FormFields:
         with gr.Accordion("Start from an image", open=False, elem_id="generate-start"):
-            self.upload, image = image_input(self.studio, label="Image", elem_id="generate-image")
+            self.upload, image, _ = image_input(self.studio, label="Image", elem_id="generate-image")
             strength = gr.Slider(
-                0.05, 1, 0.8, step=0.05, label="Strength", info="1 keeps nothing of the image"
+                0.05, 1, 0.8, step=0.05, label="Strength", info="1 keeps nothing of the image."
             )
         return {"image": image, "strength": strength}
 
@@ -107,38 +115,62 @@ class GenerateTab:
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
             image = held_image(form["image"]) if form["image"] else None
             for update, run in run_generate(self.studio, session, settings, image):
-                shown: Changes = {self.stage: update.preview} if update.preview else {}
+                shown: Changes = {}
+                if update.preview:
+                    shown[self.viewer] = gr.update(visible=False)
+                    shown[self.preview] = gr.update(visible=True, value=update.preview)
                 if update.result:
                     shown = self._shown(run, update.result.name) | history.changes(session)
                 yield update, shown
 
         seed = self.fields["seed"]
         run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        outputs = [self.stage, self.png, self.record, history.gallery]
+        outputs = [*self._shown_parts, history.gallery]
         run.wire([self.go.click, self.prompt.submit], outputs, new_seed=(self.new_seed, seed))
         self.examples.wire([self.prompt, seed, self.new_seed], False)
+        wire_notes(self.fields, partial(notes_about, self.studio, generate_settings))
+
+        def choose(file: str, event: gr.SelectData) -> Changes:
+            run = shown_run(existing_file(file).parent)
+            return self._chosen(run, list(run.images)[event.index])
+
+        self.gallery.select(choose, self.under.file, [self.viewer, *self.under.components], **UNQUEUED)
+
+    @property
+    def _shown_parts(self) -> list[Component]:
+        return [self.preview, self.viewer, self.gallery, *self.under.components]
 
     def _shown(self, run: Run, name: str) -> Changes:
+        """Shows an image of a run, and the others of the run in a grid."""
+        images = [(str(path), run.captions[each]) for each, path in run.images.items()]
+        at = list(run.images).index(name)
+        grid = gr.update(value=images, visible=len(images) > 1, selected_index=at)
+        hidden = gr.update(visible=False)
+        return {self.preview: hidden, self.gallery: grid, **self._chosen(run, name)}
+
+    def _chosen(self, run: Run, name: str) -> Changes:
+        """Shows an image of the run that the grid shows."""
         path = run.images[name]
-        return {self.stage: str(path), self.png: downloadable(path), self.record: downloadable(run.record)}
+        value = image_alone(path, run.captions[name])
+        return {self.viewer: gr.update(visible=True, value=value), **self.under.show(run, path)}
 
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        shown = [self.stage, self.png, self.record, self.controls.status]
+        shown = [*self._shown_parts, self.controls.status]
         return [self.new_seed, self.upload, *self.fields.values(), *shown]
 
-    def restored(self, settings: GenerateSettings, about: Mapping[str, Any], upload: Path | None) -> Changes:
-        """Fills the form as for one image of these settings, or for all if `about` names none."""
-        first, image = settings.prompts[0], upload and str(upload)
+    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
+        """Fills the form as for one image of these settings, or for all if `said` names none."""
+        first, image = settings.prompts[0], files.upload and str(files.upload)
         values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
-        values["prompt"] = about.get("prompt", first.prompt)
-        values["seed"] = about.get("seed", first.seed)
-        values["count"] = 1 if "prompt" in about else len(settings.prompts)
+        values["prompt"] = said.get("prompt", first.prompt)
+        values["seed"] = said.get("seed", first.seed)
+        values["count"] = 1 if "prompt" in said else len(settings.prompts)
         values["image"] = image
         filled = {self.fields[name]: value for name, value in values.items()}
         return {self.new_seed: False, self.upload: image, **filled}
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows an image of this session once more."""
-        return {**self._shown(run, name), self.controls.status: status_html("From this session.")}
+        return {**self._shown(run, name), self.controls.status: status_html("From your images.")}

@@ -7,13 +7,16 @@ from typing import Any, Protocol
 
 import gradio as gr
 from gradio.components import Component
+from PIL import Image
 
 from flux.errors import InputError
+from flux.images.masks import read_mask
 from flux.settings.demos import ModelSettings
 from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
 from flux.studio.tabs.common import CONCURRENT
+from flux.studio.visits import unpack_mask
 from flux.studio.widgets import Changes, results
 
 INPUTS = ("image", "photo")  # settings fields that name an uploaded image
@@ -27,19 +30,34 @@ class RestorableTab(Protocol):
         """The components that `restored` and `shown_again` change."""
         ...
 
-    def restored(self, settings: Any, about: Mapping[str, Any], upload: Path | None) -> Changes:
+    def restored(self, settings: Any, said: Mapping[str, Any], files: "Files") -> Changes:
         """Fills the form with these settings.
 
         Args:
             settings: The settings of an earlier run.
-            about: What an image says of itself: its "prompt", "seed" and "layers".
-            upload: The uploaded image that the run began with, if it is in this session.
+            said: What an image says of itself: its "prompt", "seed" and "layers".
+            files: The images that come with it.
         """
         ...
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows an image of this session once more."""
         ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """The images that come back with a run's settings.
+
+    Attributes:
+        upload: The uploaded image that the run began with, if it is in this session.
+        mask: The mask that was painted, white where edits may change the reference.
+        shown: An image to paint a mask on.
+    """
+
+    upload: Path | None = None
+    mask: Image.Image | None = None
+    shown: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +75,10 @@ class History:
         self.studio = studio
         with gr.Column(elem_classes="history"):
             with gr.Row(elem_classes="heading"):
-                gr.Markdown("### This session")
+                gr.Markdown("## Your images")
                 self.zip = gr.Button("Save all as ZIP", size="sm", elem_id="zip", scale=0, min_width=140)
                 self.file = gr.DownloadButton("ZIP", visible="hidden", elem_id="zip-file")
-            self.gallery = results("Images of this session", "history", columns=10, visible=True)
+            self.gallery = results("Your images", "history", columns=10)
             self.drop = gr.File(
                 label="Settings back from an image or run.json",
                 file_count="single",
@@ -72,7 +90,8 @@ class History:
 
     def changes(self, session: Session) -> Changes:
         """Shows all images of the session."""
-        return {self.gallery: [(str(path), run.captions[name]) for run, name, path in session.images()]}
+        images = [(str(path), run.captions[name]) for run, name, path in session.images()]
+        return {self.gallery: gr.update(value=images, visible=bool(images))}
 
     def wire(self, tabs: gr.Tabs, places: Mapping[type[ModelSettings], HistoryPlace]) -> None:
         """Lets images and files bring settings back.
@@ -89,15 +108,21 @@ class History:
             if event.index >= len(images):
                 raise InputError("That image is gone: images are deleted a day after the session's last use")
             run, name, path = images[event.index]
-            settings, about = read_back(path)
+            settings, said = read_back(path)
             named = [getattr(settings, field) for field in INPUTS if getattr(settings, field, None)]
-            place, upload = places[type(settings)], run.folder / named[0] if named else None
-            return {**bring_back(settings, about, upload), **place.tab.shown_again(run, name)}
+            mask = run.folder / "mask.png"
+            files = Files(
+                upload=run.folder / named[0] if named else None,
+                mask=read_mask(mask) if mask.is_file() else None,
+                shown=run.images.get("reference", path),
+            )
+            place = places[type(settings)]
+            return {**bring_back(settings, said, files), **place.tab.shown_again(run, name)}
 
         def dropped(path: str | None) -> dict:
             if not path:
                 return {tabs: gr.skip()}
-            settings, about = read_back(Path(path))
+            settings, said = read_back(Path(path))
             if settings.model != self.studio.defaults.model:
                 toast(
                     gr.Warning,
@@ -105,19 +130,24 @@ class History:
                 )
             if any(getattr(settings, field, None) for field in INPUTS):
                 toast(gr.Info, "It began with an image that is not in the file: upload that again.")
-            return bring_back(settings, about, None)
+            mask = unpack_mask(said["mask"]) if "mask" in said else None
+            if getattr(settings, "mask", None) and mask is None:
+                toast(gr.Info, "Its mask is not in the file: paint it again.")
+            shown = None if path.endswith(".json") else Path(path)
+            return bring_back(settings, said, Files(mask=mask, shown=shown))
 
-        def bring_back(settings: ModelSettings, about: Mapping[str, Any], upload: Path | None) -> dict:
-            if getattr(settings, "mask", None):
-                toast(gr.Info, "Its mask is not brought back: paint it again.")
+        def bring_back(settings: ModelSettings, said: Mapping[str, Any], files: Files) -> dict:
             place = places[type(settings)]
-            return {tabs: gr.Tabs(selected=place.id), **place.tab.restored(settings, about, upload)}
+            return {tabs: gr.Tabs(selected=place.id), **place.tab.restored(settings, said, files)}
 
         def pack(request: gr.Request) -> str:
             return str(self.studio.sessions.of(request.session_hash).zip())
 
-        self.gallery.select(select, None, outputs, **CONCURRENT)
-        self.drop.upload(dropped, self.drop, outputs, **CONCURRENT)
+        for event in (
+            self.gallery.select(select, None, outputs, **CONCURRENT),
+            self.drop.upload(dropped, self.drop, outputs, **CONCURRENT),
+        ):
+            event.success(None, None, None, js="() => studio.look()")
         packed = self.zip.click(pack, None, self.file, **CONCURRENT)
         packed.success(
             None, None, None, js="() => setTimeout(() => document.querySelector('#zip-file').click(), 300)"

@@ -1,59 +1,42 @@
-"""The canvas on which a mask is painted."""
+"""The part of the Edit tab in which a mask is painted."""
 
-from typing import Any
+from pathlib import Path
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image
 
-from flux.studio.tabs.common import UNQUEUED
-from flux.studio.widgets import Changes, mask_editor
+from flux.studio.painter import board, painter
+from flux.studio.widgets import Changes
+
+ABOUT = """Paint where the edit may change the reference. If nothing is painted, the dose auto finds a mask by
+itself; with any other dose the whole image may change. <a href="#word-mask">Mask?</a>"""
 
 
 class MaskCanvas:
-    """An accordion with an image to paint a mask on.
-
-    A closed editor cannot take an image, so the image waits in a state until the accordion opens.
+    """A fold with an image to paint a mask on.
 
     Attributes:
-        editor: The editor, whose value `flux.studio.widgets.painted_mask` reads.
+        painter: The board, whose value `flux.studio.painter.painted_mask` reads.
     """
 
-    def __init__(self):
-        with gr.Accordion("Mask", open=False, elem_id="edit-mask") as self._accordion:
-            gr.Markdown(
-                "Paint where the edit may change the reference. If nothing is painted, the dose auto finds "
-                "a mask by itself; with any other dose the whole image may change.",
-                elem_classes="label",
-            )
-            self.editor = mask_editor(
-                label="Paint where the edit may change the reference", elem_id="edit-canvas", height=420
-            )
-        self._image, self._shown = gr.State(None), gr.State(None)
+    def __init__(self, image: Path):
+        """Adds the board, with the image in this file to paint on."""
+        self.painter = painter("edit-mask", board(image), ABOUT)
 
     @property
-    def components(self) -> list[Component]:
+    def components(self) -> list[gr.HTML]:
         """The components that `show` and `clear` change."""
-        return [self.editor, self._image, self._shown]
+        return [self.painter]
 
-    def show(self, image: Image.Image) -> Changes:
-        """Replaces the image to paint on."""
-        return {self.editor: _unpainted(image), self._image: image, self._shown: None}
+    def show(self, image: Image.Image | Path, mask: Image.Image | None = None) -> Changes:
+        """Replaces the image to paint on, and what is painted.
+
+        Args:
+            image: The image to paint on, or its file.
+            mask: White where it is painted already. If None, nothing is.
+        """
+        return {self.painter: board(image, mask)}
 
     def clear(self) -> Changes:
         """Removes the image to paint on."""
-        return dict.fromkeys(self.components)
-
-    def wire(self) -> None:
-        """Puts the waiting image into the editor when the accordion opens."""
-
-        def opened(image: Image.Image | None, shown: Image.Image | None) -> tuple[Any, Any]:
-            if image is None or shown is image:
-                return gr.skip(), gr.skip()
-            return _unpainted(image), image
-
-        self._accordion.expand(opened, [self._image, self._shown], [self.editor, self._shown], **UNQUEUED)
-
-
-def _unpainted(image: Image.Image) -> dict[str, Any]:
-    return {"background": image, "layers": [], "composite": None}
+        return {self.painter: None}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from flux.scan.layers import REFERENCE, layer_sets
 from flux.scan.sweep import image_path
 from flux.settings.resolved import ResolvedScan
 from flux.studio.engine import Update
-from flux.studio.forms import Form, scan_settings
+from flux.studio.forms import Form, notes_about, scan_settings
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
@@ -22,19 +23,22 @@ from flux.studio.tabs.common import (
     add_presets,
     size_and_seed_fields,
     true_cfg_slider,
+    wire_notes,
 )
 from flux.studio.tabs.edit import EditTab
+from flux.studio.viewer import image_alone, viewer
 from flux.studio.widgets import (
     Changes,
     download_button,
     downloadable,
     layer_strip,
     results,
-    stage,
     strip_value,
 )
+from flux.studio.words import about
 from flux.studio.work.scan import Vital, read_vitality, run_scan
 
+PLOT = "The vitality of each layer"
 PROMPTS = "a dog on the grass\nan owl in the forest\na red car on the street"
 
 
@@ -65,9 +69,7 @@ class ScanTab:
 
     def _outputs(self) -> None:
         self.controls.add_status()
-        self.plot = stage(
-            "Vitality", "The vitality of each layer grows here.", "scan-plot", elem_classes="stage paper"
-        )
+        self.plot = viewer("scan-plot", None, "The vitality of each layer grows here.")
         self.verdict = gr.Markdown("", elem_id="scan-verdict")
         with gr.Row(elem_classes="save"):
             self.send = gr.Button("Edit with this set", size="sm", interactive=False, elem_id="scan-send")
@@ -81,16 +83,23 @@ class ScanTab:
             visible=False,
             elem_id="scan-layer",
         )
-        self.skipped = results("Images without the layer", "scan-skipped", preview=True, object_fit="contain")
+        self.skipped = results(
+            "Images without the layer", "scan-skipped", object_fit="contain", zoomable=True
+        )
 
     def _options(self) -> FormFields:
         spec = self.studio.spec
         every = range(spec.num_layers)
-        gr.Markdown("Layers to skip, one after the other", elem_classes="label")
+        gr.Markdown(about("Layers to skip, one after the other.", "layers"), elem_classes="label")
         strip = layer_strip(self._strip(every), elem_id="scan-layers")
         add_presets({"All": every, "Double": range(spec.params.depth), "None": ()}, strip, self._strip)
         top = gr.Slider(
-            0, spec.num_layers, 0, step=1, label="How many are vital", info="0: all above the largest gap"
+            0,
+            spec.num_layers,
+            0,
+            step=1,
+            label="How many are vital",
+            info=about("0: all above the largest gap.", "vitality"),
         )
         with gr.Accordion("Settings", open=False, elem_id="scan-settings"):
             fields = size_and_seed_fields(self.studio, seed=3)
@@ -121,6 +130,7 @@ class ScanTab:
         outputs = [self.plot, self.verdict, *downloads, self.layer, self.skipped, self.scanned]
         scan = RunButton(self.studio, self.controls, self.fields, settings_of, work)
         scan.wire([self.go.click], outputs)
+        wire_notes(self.fields, partial(notes_about, self.studio, scan_settings))
         self.layer.change(images_without, [self.scanned, self.layer], self.skipped, **UNQUEUED)
         self.send.click(send, self.scanned, [tabs, edit.layers], **UNQUEUED)
 
@@ -129,7 +139,7 @@ class ScanTab:
             return {}
         folder = Path(settings.output_dir)
         if isinstance(result, Path):
-            return {self.plot: str(result), self.scanned: str(folder)}
+            return {self.plot: image_alone(result, PLOT), self.scanned: str(folder)}
         first = min(layers[0] for layers in layer_sets(settings.layers, self.studio.spec.num_layers))
         layers = ", ".join(map(str, result.layers))
         return {

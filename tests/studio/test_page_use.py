@@ -1,0 +1,181 @@
+"""The page in use: its first minute, what it remembers and notes, images large, and use by everybody."""
+
+import numpy as np
+import pytest
+from helpers.studio import assert_same_image
+from helpers.studio_page import SECONDS, draw, newest_run, says, set_number, visit
+from PIL import Image
+
+PAINTED = """() => {
+  const canvas = document.querySelector("#edit-mask canvas");
+  const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return data.filter((level, i) => i % 4 == 3 && level > 127).length / (canvas.width * canvas.height);
+}"""
+
+
+def test_an_example_is_there_before_anything_is_computed(page, url):
+    visit(page, url, "edit")
+    viewer, gallery = page.locator("#edit-viewer"), page.locator("#edit-gallery")
+    images = viewer.locator("img:not(.mask)")
+    shown = images.evaluate_all("images => images.map(image => [image.alt, image.naturalWidth])")
+    assert shown == [["Before: a dog on the grass", 256], ["After: a cat on the grass", 256]]
+    assert gallery.locator(".selected img").get_attribute("alt") == "a cat on the grass"
+    assert viewer.get_by_text("Before", exact=True).is_visible()
+    assert viewer.get_by_text("After", exact=True).is_visible()
+    divider = viewer.get_by_role("slider")
+    assert 20 < int(divider.input_value()) < 45  # through the animal, which stands on the left
+    place = int(divider.input_value())
+    divider.press("ArrowRight")
+    style = viewer.locator("figure").get_attribute("style")
+    assert f"--at: {place + 1}%" in style
+    viewer.get_by_label("Dim what had to stay").check()
+    assert viewer.locator(".mask").is_visible()
+    gallery.locator("button").nth(3).click()
+    viewer.get_by_alt_text("After: a dog in the snow").wait_for()
+    assert viewer.locator("input[type=checkbox]").count() == 0  # the whole image may change
+
+
+def test_the_mask_that_was_found_is_corrected_sent_back_and_shared(page, url, served, browser):
+    visit(page, url, "edit")
+    page.locator("#edit-correct").click()
+    page.wait_for_function(f"({PAINTED})() > 0.05")
+    found = page.evaluate(PAINTED)
+    page.get_by_role("button", name="Erase").click()
+    box = page.locator("#edit-mask canvas").bounding_box()
+    page.mouse.move(box["x"], box["y"] + 0.7 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"], box["y"] + 0.7 * box["height"], steps=4)
+    page.mouse.up()
+    assert 0 < page.evaluate(PAINTED) < found
+    corrected = page.evaluate(PAINTED)
+    page.locator("#edit-go").click()
+    says(page, "#edit-status", "Done")
+    mask = np.asarray(Image.open(newest_run(served, "edit") / "mask.png"))
+    assert (mask > 0).mean() == pytest.approx(corrected, abs=0.05)
+    page.reload()  # an item of the history brings it back,
+    page.locator("#history button").nth(1).click()
+    page.get_by_text("Mask (painted)").wait_for()
+    page.wait_for_function("document.activeElement.classList.contains('outputs')")
+    image = page.locator("#edit-viewer").locator("xpath=..").get_by_role("button", name="Image", exact=True)
+    with page.expect_download() as waiting:
+        image.click()
+    file = waiting.value.path().rename(waiting.value.path().with_suffix(".png"))
+    other = browser.new_page()  # and so does the image alone, elsewhere
+    other.set_default_timeout(SECONDS)
+    visit(other, url, "generate")
+    other.locator("#drop input[type=file]").set_input_files(file)
+    other.get_by_text("Mask (painted)").wait_for()
+    assert other.url.endswith("#edit")
+    other.close()
+
+
+def test_form_and_images_survive_a_reload_and_tabs_are_in_the_address(page, url):
+    visit(page, url, "generate")
+    set_number(page, "#generate-settings", "Seed", 77)
+    draw(page, "an owl")
+    page.wait_for_timeout(500)  # what was typed is remembered once it rests
+    page.reload()
+    page.locator("#history img").wait_for()
+    prompt = page.locator("#generate-prompt textarea")
+    assert prompt.input_value() == "an owl"
+    page.locator("#generate-settings button").first.click()
+    seed = page.locator("#generate-settings").get_by_label("Seed", exact=True)
+    assert seed.input_value() == "77"
+    prompt.fill("a parrot")
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'an owl'")
+    page.get_by_role("tab", name="Look inside").click()
+    page.get_by_role("tab", name="Step by step").click()
+    page.wait_for_url("**#film")
+    page.go_back()
+    page.go_back()
+    page.locator("#generate-prompt").wait_for()
+    page.go_forward()
+    page.locator("#scan-prompts").wait_for()
+
+
+def test_what_is_wrong_or_without_effect_is_said_beside_its_field(page):
+    settings = page.locator("#generate-settings")
+    set_number(page, "#generate-settings", "Seed", -3)
+    settings.get_by_text("Expected at least 0, got -3.").wait_for()
+    page.locator("#generate-go").click()
+    page.get_by_test_id("toast-body").get_by_text("seed").wait_for()
+    set_number(page, "#generate-settings", "Seed", 3)
+    settings.get_by_text("The same seed repeats the image.").wait_for()
+    settings.get_by_label("Negative prompt").fill("snow")
+    settings.get_by_text("Without effect: true_cfg is 1.").wait_for()
+    page.get_by_role("button", name="16:9").locator("visible=true").click()
+    sides = [settings.get_by_label(f"number input for {side}") for side in ("Width", "Height")]
+    page.wait_for_function("document.querySelector('#generate-settings [aria-label*=Width]').value === '336'")
+    assert [side.input_value() for side in sides] == ["336", "192"]
+    set_number(page, "#generate-settings", "Width", 512)
+    set_number(page, "#generate-settings", "Height", 512)  # more than is accepted: the width yields
+    page.wait_for_function("document.querySelector('#generate-settings [aria-label*=Width]').value === '256'")
+
+
+def test_several_images_are_a_grid_and_each_can_be_edited(page, served):
+    set_number(page, "#generate-settings", "Images", 2)
+    draw(page, "a penguin")
+    grid = page.locator("#generate-gallery button")
+    grid.nth(1).wait_for()
+    grid.first.click()
+    page.wait_for_function("document.querySelector('#generate-stage img').src.includes('000.png')")
+    drawn = newest_run(served, "test") / "000.png"
+    page.get_by_role("button", name="Edit this").locator("visible=true").click()
+    page.wait_for_function("document.activeElement.closest('#edit-edits')")
+    assert page.locator("#edit-prompt textarea").input_value() == "a penguin"
+    page.locator("#edit-edits textarea").fill("an owl")
+    page.locator("#edit-go").click()
+    says(page, "#edit-status", "Done")
+    assert_same_image(newest_run(served, "edit") / "reference.png", drawn)
+
+
+def test_images_open_large_and_zoom_by_keys(page, url):
+    visit(page, url, "edit")
+    page.get_by_role("button", name="Open large").locator("visible=true").press("Enter")
+    image = page.locator("#large img")
+    page.wait_for_function("document.querySelector('#large img').naturalWidth === 256")
+    width = image.bounding_box()["width"]
+    assert width > 600
+    page.keyboard.press("+")
+    assert image.bounding_box()["width"] == pytest.approx(1.5 * width, rel=0.02)
+    page.keyboard.press("ArrowRight")
+    page.get_by_alt_text("Before: a dog on the grass").locator("visible=true").first.wait_for()
+    page.keyboard.press("Escape")
+    image.wait_for(state="hidden")
+
+
+def test_copies_and_words(page, url, browser):
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    visit(page, url, "edit")
+    page.get_by_role("button", name="Copy as command").locator("visible=true").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").startswith("python demo_4_edit.py edit.json")
+    page.get_by_role("link", name="Dose?").click()
+    page.wait_for_function("document.activeElement.id === 'word-dose'")
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_accessible(page, url, scheme):
+    """No serious finding of axe, contrast included, with everything unfolded."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.emulate_media(color_scheme=scheme)
+    findings = []
+    for place in ("edit", "generate", "film", "scan"):
+        visit(page, url, place)
+        page.reload()
+        page.wait_for_function("window.studio?.ready")
+        for fold in page.locator("button.label-wrap:visible, summary:visible").all():
+            fold.click()
+        page.wait_for_timeout(700)  # accordions unfold, fields fade in
+        found = axe.run(page).response["violations"]
+        findings += [
+            (place, each["id"], [node["html"] for node in each["nodes"]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+    assert not findings
