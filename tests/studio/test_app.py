@@ -1,7 +1,14 @@
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
+from gradio_client import Client
+from helpers.studio import ROOT
 
 from flux.errors import InputError
 from flux.settings.demos import ModelSettings
@@ -56,3 +63,24 @@ def test_where_it_cannot_be_served():
             with pytest.raises(InputError, match="Cannot serve"):
                 check_address(host, port, None)
     check_address("127.0.0.1", None, "me:secret:word")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_run_ends_with_one_line(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", "demo_gr.py", "--device", "cpu", "--port", str(port)]
+    command += ["--output_dir", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as studio:
+        while "Running on" not in (line := studio.stdout.readline()):
+            assert line, studio.stderr.read()
+        client = Client(f"http://127.0.0.1:{port}/", verbose=False)
+        client.submit("a dog", num_steps=100, api_name="/generate")
+        time.sleep(5)
+        studio.send_signal(signal.SIGINT)
+        _, said = studio.communicate(timeout=60)
+        assert studio.returncode == 130
+        assert said.strip() == "stopped; what was already written stays"
