@@ -105,7 +105,7 @@ def print_anything() -> None:
         if type(file) is FileIO and stream is getattr(sys, f"__{name}__"):
             unfailing = _Unfailing(file.fileno(), "w", closefd=False)
             buffer = TextIOWrapper(
-                BufferedWriter(unfailing),
+                unfailing if stream.write_through else BufferedWriter(unfailing),  # python -u writes at once
                 encoding=stream.encoding,
                 errors="backslashreplace",
                 line_buffering=stream.line_buffering,
