@@ -58,7 +58,7 @@ class EvaluateSettings(ModelSettings, frozen=True):
     clip: FilePath = Field("openai/clip-vit-large-patch14", description="CLIP: hub id or folder")
     judge: FilePath | None = Field(
         None,
-        description="measuring.pt, to tell which edits succeed; for python -m training.evaluate_edits",
+        description="a judge of its own, such as measuring.pt; for python -m training.evaluate_edits",
     )
     batch_size: int = Field(16, ge=1, description="edits made at once")
     workers: int = Field(1, ge=1, description="processes that share the work through Ray, one per GPU")
