@@ -37,11 +37,14 @@ def test_pictures_differ_where_the_mask_says(rendered_edits):
 
 
 def test_a_longer_benchmark_begins_with_a_shorter_one(rendered_edits, tmp_path):
+    write(tmp_path / "later", 2, SIDE, first=1)
+    later = json.loads((tmp_path / "later" / "mapping_file.json").read_text())
     write(tmp_path, 3, SIDE)
     short, long = (
         json.loads((each / "mapping_file.json").read_text()) for each in (tmp_path, rendered_edits)
     )
     assert list(long.items())[:3] == list(short.items())
+    assert list(long.items())[1:3] == list(later.items())
     for entry in short.values():
         files = [each / "annotation_images" / entry["image_path"] for each in (tmp_path, rendered_edits)]
         assert files[0].read_bytes() == files[1].read_bytes()
