@@ -213,12 +213,12 @@ def _decode_edits(
     edits: dict[int, Image.Image] = {}
     for batch in batches:
         for row, (place, image) in enumerate(zip(batch.places, source.decode(pipe, batch.latent))):
-            painted = masks[place]
+            painted, mask = masks[place], None
             if painted:
                 mask = painted[0]
-            else:
-                mask = None if batch.mask is None else mask_image(batch.mask[row], *source.size)
-                if mask and on_mask and not batch.mask[row].all():
+            elif batch.mask is not None:
+                mask = mask_image(batch.mask[row], *source.size)
+                if on_mask and not batch.mask[row].all():
                     on_mask(place, mask)
             edits[place] = source.paste_back(image, mask)
     return [edits[place] for place in sorted(edits)]
