@@ -82,6 +82,6 @@ def _as_address(mask: Image.Image, size: tuple[int, int]) -> str:
     """Writes a mask as a page paints it: opaque paint on a transparent PNG, in an address."""
     layer, file = Image.new("RGBA", size, PAINT), BytesIO()
     alpha = mask.convert("L").resize(size, Image.Resampling.NEAREST)
-    layer.putalpha(alpha.point(lambda level: 255 if level > 127 else 0))
+    layer.putalpha(alpha.point([0] * 128 + [255] * 128))
     layer.save(file, "PNG")
     return PNG + b64encode(file.getvalue()).decode()

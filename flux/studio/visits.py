@@ -81,7 +81,7 @@ def existing_file(path: str | None) -> Path:
 def pack_mask(mask: Image.Image) -> str:
     """Writes a mask as a text: a PNG of one bit a pixel, in base64."""
     file = BytesIO()
-    mask.convert("L").point(lambda level: level > 127 and 255).convert("1").save(file, "PNG", optimize=True)
+    mask.convert("L").point([0] * 128 + [255] * 128).convert("1").save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode()
 
 

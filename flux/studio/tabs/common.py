@@ -343,12 +343,12 @@ def wire_notes(fields: FormFields, notes_of: Callable[[Form], Mapping[str, str]]
             for name, line in usual.items()
         ]
 
-    told = [fields[name] for name in usual]
+    inputs: list[Any] = [fields[name] for name in read]
     gr.on(
-        [fields[name].change for name in read],
+        [field.change for field in inputs],
         note,
-        [fields[name] for name in read],
-        told,
+        inputs,
+        [fields[name] for name in usual],
         trigger_mode="always_last",
         **UNQUEUED,
     )

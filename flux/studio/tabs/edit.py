@@ -75,7 +75,7 @@ class EditTab:
         """Adds the tab. It shows the edits of `example` at first."""
         self.studio, self.controls = studio, RunControls(studio, "edit")
         self.vital, self.vitality = known_layers(studio)
-        self.example = example
+        self.example: Any = example.settings
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.fields = self._inputs()
@@ -95,7 +95,6 @@ class EditTab:
 
     def _inputs(self) -> FormFields:
         letters = self.studio.limits.letters
-        example: Any = self.example.settings
         self.source = gr.Radio(
             [PROMPT, PHOTO],
             value=PROMPT,
@@ -106,14 +105,14 @@ class EditTab:
             self.studio, label="Photograph", visible=False, elem_id="edit-photo"
         )
         prompt = gr.Textbox(
-            example.prompt,
+            self.example.prompt,
             label="What the reference shows",
             lines=2,
             max_length=letters,
             elem_id="edit-prompt",
         )
         edits = gr.Textbox(
-            format_edits(example.edits),
+            format_edits(self.example.edits),
             label="Edits",
             lines=3,
             max_length=letters,
@@ -196,7 +195,7 @@ class EditTab:
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="edit-settings"):
             return {
-                **size_and_seed_fields(self.studio, seed=self.example.settings.seed),
+                **size_and_seed_fields(self.studio, seed=self.example.seed),
                 **guidance_fields(self.studio),
                 "inversion": gr.Dropdown(
                     INVERSION_CHOICES,

@@ -73,7 +73,7 @@ class EditsShown:
             **{part: gr.update(visible=False) for part in hidden},
         }
 
-    def wire(self, edits: gr.Textbox, canvas: MaskCanvas) -> None:
+    def wire(self, edits: Component, canvas: MaskCanvas) -> None:
         """Lets a click show another image, a further turn follow it, and its mask be corrected.
 
         Args:
