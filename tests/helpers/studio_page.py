@@ -23,7 +23,7 @@ def visit(page, url, place):
     page.goto("about:blank")  # another place of the same page would not load it anew
     page.goto(f"{url}#{place}")
     page.wait_for_function("window.studio?.ready")
-    page.locator(f"#{place}-prompt textarea").wait_for()
+    page.locator(f"[id^={place}-prompt] textarea").wait_for()
 
 
 def draw(page, prompt="a dog on the grass"):

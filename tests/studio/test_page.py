@@ -202,7 +202,7 @@ def test_examples_fill_in_at_once(page):
     """Without the server's help, so that "Edit" can be clicked at once, also twice."""
     page.get_by_role("tab", name="Edit").click()
     held: list = []
-    page.route("**/gradio_api/**", held.append)
+    page.route("**/gradio_api/**", lambda route: held.append(route))
     page.locator(".examples .gallery-item").last.click()
     page.wait_for_function("document.querySelector('#edit-edits textarea').value.startsWith('a blue car')")
     page.unroute("**/gradio_api/**")
