@@ -158,8 +158,16 @@ def test_film(page):
     page.locator("#film-go").click()
     says(page, "#film-status", "Done")
     page.locator("#film-stage img").wait_for()
-    page.locator("#film-sheets img").nth(2).wait_for()
-    assert page.locator("#film-sheets img").count() == 3
+    sheets = page.locator("#film-sheets img")
+    sheets.nth(2).wait_for()
+    page.locator("#film-sheets button").first.press("Enter")  # opens it large
+    page.locator("#large .shows").get_by_text("Every step").wait_for()
+    page.keyboard.press("Escape")
+    page.reload()
+    page.locator("#history button").first.click()
+    sheets.nth(2).wait_for()  # they come back with their image, and so does the film
+    assert sheets.count() == 3
+    assert "film.webp" in page.locator("#film-stage img").get_attribute("src")
 
 
 def test_the_content_filter_on_the_page(page, filtered):
