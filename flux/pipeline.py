@@ -22,7 +22,7 @@ from flux.modules.step_cache import StepCache
 from flux.runtime.devices import check_compiler, pick_device, pick_dtype
 from flux.runtime.offload import Offloaded
 from flux.runtime.parallel import ALONE, ProcessGroup, SequenceParallelFlux
-from flux.runtime.plan import Plan, check_size, make_plan
+from flux.runtime.plan import Plan, check_size, make_plan, warn_of_slow_steps
 from flux.runtime.quantize import BITS, check_fp8_support, quantize_linears, to_fp8
 from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step, VelocityModel
@@ -95,6 +95,7 @@ class Pipeline:
         check_size(settings, spec, dtype, device, group.count)
         opened = opened or find_model(settings)
         opened.check()
+        warn_of_slow_steps(settings, spec, dtype, device)
         # T5 overflows in float16.
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         plan = make_plan(settings, opened, dtype, text_dtype, device)

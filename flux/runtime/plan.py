@@ -1,12 +1,13 @@
 """Choose where the models of a run are placed, so that the run fits into the device's memory."""
 
 import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.runtime.devices import total_memory
 from flux.runtime.estimate import MemoryEstimator
 from flux.settings.demos import ModelSettings
@@ -18,6 +19,7 @@ MIB, GIB = 2**20, 2**30
 # the allocator to use, which grow with what is allocated (`benchmarks.memory`: 0.3 to 1.5 GiB of 8 to 24).
 SLACK, WEIGHT_MARGIN, ACTIVATION_MARGIN = 512 * MIB, 1.04, 1.15
 ALL_BLOCKS = sys.maxsize
+SLOW_STEP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,48 @@ def check_size(
             f"Got {width}x{height}, which needs more than {needed / GIB:.0f} GiB of memory, and {device} has "
             f"{memory / GIB:.0f}: make the image smaller"
         )
+
+
+def warn_of_slow_steps(
+    settings: ModelSettings, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Warn of a run on a CPU whose steps take long. Its speed is that of a multiplication of two matrices."""
+    if device.type != "cpu":
+        return
+    width, height = (side or spec.size for side in (settings.width, settings.height))
+    step = _operations(spec, (width // 16) * (height // 16)) / _operations_per_second(dtype)
+    step *= 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
+    if step > SLOW_STEP_S:
+        whole = step * (settings.num_steps or spec.num_steps)
+        warn(
+            f"On this CPU a step of {width}x{height} takes about {_duration(step)}, an image about "
+            f"{_duration(whole)}: make it smaller, or use a GPU"
+        )
+
+
+def _operations(spec: ModelSpec, tokens: int) -> float:
+    """Return the floating-point operations of a step: of the linear layers, and of attention."""
+    params = spec.params
+    layers, width = params.depth + params.depth_single_blocks, params.hidden_size
+    linear = 2 * tokens * (4 + 2 * params.mlp_ratio) * width**2
+    return layers * (linear + 4 * tokens**2 * width)
+
+
+def _operations_per_second(dtype: torch.dtype) -> float:
+    """Return the operations a second of a matrix multiplication on the CPU, the best of three."""
+    side, seconds = 1024, []
+    x = torch.ones(side, side, dtype=dtype)
+    for _ in range(3):
+        begin = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(seconds)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
 
 
 def make_plan(

@@ -2,16 +2,29 @@
 
 import re
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 from helpers import full_size
+from torch.utils.flop_counter import FlopCounterMode
 
-from flux.errors import InputError
+from flux.errors import InputError, InputWarning
+from flux.model import Flux
 from flux.pipeline import Pipeline
 from flux.runtime import plan
 from flux.runtime.estimate import MemoryEstimator
-from flux.runtime.plan import GIB, MIB, Plan, Stage, check_size, describe_plan, free_memory, make_plan
+from flux.runtime.plan import (
+    GIB,
+    MIB,
+    Plan,
+    Stage,
+    check_size,
+    describe_plan,
+    free_memory,
+    make_plan,
+    warn_of_slow_steps,
+)
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import configs
@@ -184,3 +197,47 @@ def test_sizes_are_checked_before_files_are_looked_for(monkeypatch):
     monkeypatch.setattr("flux.pipeline.find_model", lambda *_: pytest.fail("looked for files"))
     with pytest.raises(InputError, match="256x256"):
         Pipeline.load(resolve(ModelSettings(device="cpu")))
+
+
+# ---- the time of a step on a CPU
+
+
+@pytest.fixture
+def slow_cpu(monkeypatch):
+    """Multiplies two matrices of 1024x1024 in a second."""
+    ticks = count()
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks))
+    return 2 * 1024**3  # operations a second
+
+
+def operations_of_a_step(params, tokens: int, text: int) -> int:
+    """PyTorch's own count of a pass through the transformer."""
+    with torch.device("meta"):
+        model, rows = Flux(params), {"img": tokens, "txt": text}
+        ids = {name: torch.zeros(1, length, 3) for name, length in rows.items()}
+        img, txt = torch.zeros(1, tokens, params.in_channels), torch.zeros(1, text, params.context_in_dim)
+        vec, one = torch.zeros(1, params.vec_in_dim), torch.zeros(1)
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(img, ids["img"], txt, ids["txt"], one, vec, one)
+    return counter.get_total_flops()
+
+
+def test_slow_steps_on_a_cpu_are_told_before(slow_cpu):
+    """The estimate leaves out the text: it lies 0 to 20 % below PyTorch's count."""
+    spec = configs["flux-nano"]
+    settings = ModelSettings(width=1024, height=1024, num_steps=10)
+    with pytest.warns(InputWarning) as told:
+        warn_of_slow_steps(settings, spec, torch.float32, CPU)
+    [message] = [str(each.message) for each in told]
+    seconds = operations_of_a_step(spec.params, 4096, 40) / slow_cpu
+    step, image = map(int, re.findall(r"about (\d+) minutes", message))
+    assert message.startswith("On this CPU a step of 1024x1024 takes about ")
+    assert 0.8 * seconds - 30 < 60 * step < seconds + 30
+    assert 8 * seconds - 30 < 60 * image < 10 * seconds + 30
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_steps_are_not_told(slow_cpu):
+    spec = configs["flux-nano"]
+    warn_of_slow_steps(ModelSettings(), spec, torch.float32, CPU)
+    warn_of_slow_steps(ModelSettings(width=4096, height=4096), spec, torch.float32, torch.device("cuda"))
