@@ -149,22 +149,6 @@ def changes_whole_image(changed: Tensor, divergence: Tensor, width: int, height:
     return both > WHOLE_IMAGE**2 * most
 
 
-def attention_to_changes(t5: HFEmbedder, sources: WatchedPass, edits: WatchedPass) -> Tensor:
-    """Measures how much image tokens attend to the words that only their own prompt has, in either pass.
-
-    Args:
-        t5: the text encoder of the prompts.
-        sources: a pass of the sources, one row for each edit.
-        edits: a pass of the edits.
-
-    Returns:
-        Shares of each pass's maximum, the larger of both, "B I".
-    """
-    return torch.maximum(
-        word_attention(t5, edits, sources.prompts), word_attention(t5, sources, edits.prompts)
-    )
-
-
 def changed_tokens(
     t5: HFEmbedder, sources: WatchedPass, edits: WatchedPass, divergence: Tensor, width: int, height: int
 ) -> Tensor:
@@ -185,6 +169,8 @@ def changed_tokens(
     Returns:
         "B I 1", bool.
     """
-    changed = attention_to_changes(t5, sources, edits)
+    changed = torch.maximum(
+        word_attention(t5, edits, sources.prompts), word_attention(t5, sources, edits.prompts)
+    )
     everywhere = changes_whole_image(changed, divergence, width, height)[:, None, None]
     return dilated_mask(changed, width, height) | dilated_mask(divergence, width, height) | everywhere

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.editing.find_masks import AUTO_MASK_AT, auto_mask, whole_image_edits
+from flux.editing.automask import WatchedPass, changed_tokens, subject_tokens
 from flux.editing.flow_edit import flow_edit, spatial_prior
 from flux.editing.photo import TOKEN, Mask
 from flux.editing.reference import OnStep, ReferenceStep, Source, guidance_args, prefetch
@@ -21,7 +21,7 @@ from flux.settings.doses import Dose
 from flux.settings.edits import Turn
 from flux.settings.resolved import ResolvedEdit
 
-WAIT_UNTIL = 0.1  # of the steps: an edit of a part of a photograph needs no new layout
+AUTO_MASK_AT = 0.25  # of the steps: by then the layout is settled, and little has drifted
 
 
 # ---- which edits share a batch
@@ -94,8 +94,6 @@ class Batch:
             there is no such edit, as far as is known.
         sparse: whether tokens that may not change are left out, once the mask is known.
         groups: the rows by the tokens that they compute. Empty while all rows compute all tokens.
-        waits: which edits of a photograph with added noise begin at `WAIT_UNTIL`, "B 1 1", bool: those that
-            do not change their whole image. If None, all edits begin at once.
     """
 
     kind: BatchKind
@@ -111,7 +109,6 @@ class Batch:
     held: Tensor | None = None
     sparse: bool = False
     groups: list[RowGroup] = field(default_factory=list)
-    waits: Tensor | None = None
 
     def __post_init__(self):
         if self.sparse and self.mask is not None:
@@ -218,12 +215,6 @@ class Batch:
         Returns:
             The Euler step of the edits, before drift and mask are applied.
         """
-        if index == 0 and self.kind.dose.mask == "auto" and source.is_noised:
-            self.waits = ~whole_image_edits(pipe, model, source, self)[:, None, None]
-        waits = self.waits if index < step_at(WAIT_UNTIL, source.num_steps) else None
-        if waits is not None and waits.all():
-            self.latent = reference.next_latent.expand_as(self.latent)
-            return Step(reference.t, reference.t_next, reference.latent, reference.velocity)
         ids, cond = pipe.image_ids(1, *source.size), source.cond_at(self.cond, index)
         interventions = self.intervention_at(index, reference)
         finds_mask = self.kind.dose.mask == "auto" and index == step_at(AUTO_MASK_AT, source.num_steps)
@@ -241,9 +232,33 @@ class Batch:
         self.latent = step.latent if reference.drift is None else step.latent + reference.drift
         if self.mask is not None:
             self.latent = torch.where(self.mask, self.latent, reference.next_latent)
-        if waits is not None:
-            self.latent = torch.where(waits, reference.next_latent, self.latent)
         return step
+
+
+def auto_mask(
+    pipe: Pipeline, model: VelocityModel, source: Source, reference: ReferenceStep, batch: Batch, step: Step
+) -> tuple[Tensor, Tensor | None]:
+    """Finds the automatic masks of a batch, from the step that watched its edits.
+
+    Returns:
+        Which tokens each edit may change, "B I 1", bool; and the tokens of the subject that it shares with
+        its source, "B I", bool, or None if no edit may change its whole image.
+    """
+    num, ids = len(batch.places), pipe.image_ids(1, *source.size)
+    latent, own = reference.latent.expand(num, -1, -1), replace(batch.cond, negative=None)
+    # The source gets the guidance of the edits, since other guidance changes the velocity everywhere.
+    cond = replace(source.cond.expanded(num), negative=None, guidance=own.guidance)
+    watching = Intervention(watch=pipe.model.params.junction_layers)
+    of_source = euler_step(model, latent, ids, cond, reference.t, reference.t_next, watching)
+    of_edits = euler_step(model, latent, ids, own, reference.t, reference.t_next)
+    divergence = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
+    sources = WatchedPass(batch.sources, of_source.watched)
+    mask = changed_tokens(
+        pipe.t5, sources, WatchedPass(batch.prompts, step.watched), divergence, *source.size
+    )
+    if not mask.all(dim=1).any():
+        return mask, None
+    return mask, subject_tokens(pipe.t5, sources, batch.prompts, *source.size)
 
 
 # ---- all batches

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import flux.editing.batches as batch_room
-from flux.editing import automask, find_masks, reference
+from flux.editing import automask, reference
 from flux.editing.batches import Batch, group_edits
 from flux.editing.edit import check_edits, edit, edit_reference
 from flux.editing.reference import keep_reference
@@ -179,9 +179,9 @@ def test_an_automatic_mask(small, passes, monkeypatch):
     """
     monkeypatch.setattr(automask, "THRESHOLD", 1.0)
     monkeypatch.setattr(automask, "WHOLE_IMAGE", 1.0)
-    found, changed = [], find_masks.changed_tokens
+    found, changed = [], batch_room.changed_tokens
     monkeypatch.setattr(
-        find_masks, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1]
+        batch_room, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1]
     )
     plain = {"prompt": EDITS[0], "mask": "none"}
     auto = make(small, edits=[{"prompt": EDITS[0], "mask": "auto"}, plain, {"prompt": DOG, "mask": "auto"}])

@@ -5,7 +5,6 @@ import torch
 from helpers.editing import DOG, HEIGHT, LAYERS, ONE, WIDTH, difference, half_mask, make, settings
 from torch.testing import assert_close
 
-import flux.editing.automask
 import flux.editing.flow_edit
 from flux.editing import reference
 from flux.editing.batches import run_batches, start_batches
@@ -85,19 +84,3 @@ def test_how_long_kv_is_injected(small, photo, how, steps):
     source = reference.find_source(small, wanted, photo)
     [batch] = start_batches(small, source, wanted, LAYERS, [None])
     assert sorted(batch.shares) == list(range(steps))
-
-
-@pytest.mark.parametrize("changes_all", [True, False])
-def test_edits_of_a_part_wait(small, photo, passes, monkeypatch, changes_all):
-    """They begin after two of twenty steps, where the photograph's path leads; others begin at once."""
-    monkeypatch.setattr(flux.editing.automask, "WHOLE_IMAGE", 0.0 if changes_all else 1.0)
-    wanted = settings(**ONE, num_steps=20, dose="auto", true_cfg=1.0)
-    source = reference.find_source(small, wanted, photo)
-    [batch] = start_batches(small, source, wanted, LAYERS, [None])
-    seen = []
-    run_batches(small, source, [batch], on_step=lambda step, index, total: seen.append(step.noisy.clone()))
-    assert len(seen) == 20
-    waited = [index for index in range(20) if torch.equal(seen[index], source.path[index])]
-    assert waited == ([0] if changes_all else [0, 1, 2])
-    # The reference's pass in each step; two looks of two passes; the edits' own.
-    assert len(passes) == 20 + 2 * 2 + (20 if changes_all else 18)
