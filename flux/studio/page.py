@@ -83,7 +83,7 @@ def build(studio: Studio) -> Page:
                 generate = GenerateTab(studio, example)
             with gr.Tab("Edit", id="edit") as edit_place:
                 edit = EditTab(studio, example)
-            with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner"):
+            with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner") as inner:
                 with gr.Tab("Which layers matter", id="scan") as scan_place:
                     scan = ScanTab(studio)
                 with gr.Tab("Step by step", id="film") as film_place:
@@ -94,11 +94,11 @@ def build(studio: Studio) -> Page:
             tab.wire(history)
         scan.wire(tabs, edit)
         places = {
-            GenerateSettings: HistoryPlace("generate", generate),
-            EditSettings: HistoryPlace("edit", edit),
-            LayerSettings: HistoryPlace("look", film),
+            GenerateSettings: HistoryPlace({tabs: "generate"}, generate),
+            EditSettings: HistoryPlace({tabs: "edit"}, edit),
+            LayerSettings: HistoryPlace({tabs: "look", inner: "film"}, film),
         }
-        history.wire(tabs, places)
+        history.wire(places)
         _wire_edit_this((generate, film), tabs, edit)
         _wire_addresses(generate_place, edit_place, look_place, scan_place, film_place)
         _wire_memory(page, undo, {"generate": generate, "edit": edit, "scan": scan, "film": film})

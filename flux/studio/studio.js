@@ -243,6 +243,7 @@ studio.painter = (element, props, watch, about) => {
 // ---- the form remembered
 
 const stored = (name) => `studio-${name}-${location.pathname}`;
+const formKey = () => stored(`form-${document.title}`); // the title names the model
 let [undone, last, waiting] = [[], null, 0];
 
 /** Remembers the form's values across reloads, and each earlier state for `undo`. */
@@ -253,13 +254,13 @@ studio.remember = (names, values) => {
     if (JSON.stringify(form) === JSON.stringify(last)) return;
     if (last) undone.push(last);
     last = form;
-    localStorage.setItem(stored("form"), JSON.stringify(form));
+    localStorage.setItem(formKey(), JSON.stringify(form));
   }, 300);
 };
 
 /** Returns the values that the form had before the page was loaded again, or else those it has. */
 studio.recall = (names, values) => {
-  const form = JSON.parse(localStorage.getItem(stored("form")) ?? "{}");
+  const form = JSON.parse(localStorage.getItem(formKey()) ?? "{}");
   last = Object.fromEntries(names.map((name, i) => [name, form[name] ?? values[i]]));
   return names.map((name) => last[name]);
 };
@@ -269,7 +270,7 @@ studio.undo = (names, values) => {
   const form = undone.pop();
   if (!form) return values;
   last = form;
-  localStorage.setItem(stored("form"), JSON.stringify(form));
+  localStorage.setItem(formKey(), JSON.stringify(form));
   return names.map((name) => form[name]);
 };
 

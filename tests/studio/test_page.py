@@ -164,6 +164,7 @@ def test_film(page):
     page.locator("#large .shows").get_by_text("Every step").wait_for()
     page.keyboard.press("Escape")
     page.reload()
+    page.get_by_role("tab", name="Generate").click()
     page.locator("#history button").first.click()
     sheets.nth(2).wait_for()  # they come back with their image, and so does the film
     assert sheets.count() == 3

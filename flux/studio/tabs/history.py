@@ -62,9 +62,9 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class HistoryPlace:
-    """A tab to return to, with its id among the page's tabs."""
+    """A tab to return to, and which tab of each row of tabs must be open to see it."""
 
-    id: str
+    opened: Mapping[gr.Tabs, str]
     tab: RestorableTab
 
 
@@ -93,15 +93,11 @@ class History:
         images = [(str(path), run.captions[name]) for run, name, path in session.images()]
         return {self.gallery: gr.update(value=images, visible=bool(images))}
 
-    def wire(self, tabs: gr.Tabs, places: Mapping[type[ModelSettings], HistoryPlace]) -> None:
-        """Lets images and files bring settings back.
-
-        Args:
-            tabs: The page's tabs.
-            places: The tab to return to, by the kind of settings.
-        """
+    def wire(self, places: Mapping[type[ModelSettings], HistoryPlace]) -> None:
+        """Lets images and files bring settings back to their tab, by the kind of settings."""
+        rows = [row for place in places.values() for row in place.opened]
         components = [part for place in places.values() for part in place.tab.restorable]
-        outputs = [tabs, *dict.fromkeys(components)]
+        outputs = list(dict.fromkeys([*rows, *components]))
 
         def select(request: gr.Request, event: gr.SelectData) -> dict:
             images = self.studio.sessions.of(request.session_hash).images()
@@ -121,7 +117,7 @@ class History:
 
         def dropped(path: str | None) -> dict:
             if not path:
-                return {tabs: gr.skip()}
+                return {outputs[0]: gr.skip()}
             settings, said = read_back(Path(path))
             if settings.model != self.studio.defaults.model:
                 toast(
@@ -138,7 +134,8 @@ class History:
 
         def bring_back(settings: ModelSettings, said: Mapping[str, Any], files: Files) -> dict:
             place = places[type(settings)]
-            return {tabs: gr.Tabs(selected=place.id), **place.tab.restored(settings, said, files)}
+            opened = {row: gr.Tabs(selected=tab) for row, tab in place.opened.items()}
+            return {**opened, **place.tab.restored(settings, said, files)}
 
         def pack(request: gr.Request) -> str:
             return str(self.studio.sessions.of(request.session_hash).zip())
