@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from flux.errors import InputError
-from flux.math import AttentionEdit, Exchange, KeysValues, PartialKeysValues, QueriesKeysValues
+from flux.math import (
+    AttentionEdit,
+    Exchange,
+    KeysValues,
+    PartialKeysValues,
+    QueriesKeysValues,
+    choose_tokens,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +38,9 @@ class FreeTokens:
         computed, others = (x.nonzero()[:, 0] for x in (mask, ~mask))
         return cls(computed, others)
 
-    def others_at(self, layer: int, batch: int) -> KeysValues:
-        """Keys and values of the others in one layer, "B H I-M D" each."""
-        k, v = (rows_to_batch(x.index_select(2, self.others), batch) for x in self.kv[layer])
+    def kv_at(self, layer: int, batch: int) -> KeysValues:
+        """Keys and values of all tokens in one layer, for a batch of so many rows."""
+        k, v = (rows_to_batch(x, batch) for x in self.kv[layer])
         return k, v
 
 
@@ -122,10 +129,9 @@ class Intervention:
 
     def edit_at(self, layer: int, batch: int, exchange: Exchange | None = None) -> AttentionEdit:
         """The change in the attention of one layer, for a batch of so many rows."""
-        others = None if self.free is None else self.free.others_at(layer, batch)
-        plain = AttentionEdit(
-            record=layer in self.keep or layer in self.watch, others=others, exchange=exchange
-        )
+        plain = AttentionEdit(record=layer in self.keep or layer in self.watch, exchange=exchange)
+        if self.free is not None:
+            plain = replace(plain, others=self.free.kv_at(layer, batch), other_places=self.free.others)
         if layer not in self.inject:
             return plain
         k, v = (None if x is None else rows_to_batch(x, batch) for x in self.inject[layer])
@@ -142,7 +148,7 @@ class Intervention:
     def at_tokens(self, places: Tensor) -> "Intervention":
         """The same with what is injected restricted to the image tokens at these places, "M"."""
         inject = {
-            layer: _of_both(kv, lambda x: x.index_select(2, places)) for layer, kv in self.inject.items()
+            layer: _of_both(kv, lambda x: choose_tokens(x, places)) for layer, kv in self.inject.items()
         }
         return replace(self, inject=inject, inject_weights=self._weights(lambda x: x[:, places]))
 

@@ -65,6 +65,11 @@ def join_streams(txt: Tensor, img: Tensor) -> Tensor:
     return torch.cat((txt.transpose(1, 2), img.transpose(1, 2)), dim=1).transpose(1, 2)
 
 
+def choose_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """The heads of the tokens at these places, "B H N D" -> "B H n D", in memory "B n H D"."""
+    return x.transpose(1, 2).index_select(1, places).transpose(1, 2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over all tokens: three times "B H N D" -> "B N C"."""
     return rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
@@ -83,8 +88,9 @@ class AttentionEdit:
         kv: Image keys and values to inject, "B H I D" each. If one of them is None, the layer's own stay.
         kv_weight: How far these replace the layer's own, 0..1, in a shape that broadcasts to "B H I D". If
             None, they replace them wholly.
-        others: Keys and values of the image tokens that the pass does not compute, "B H R D" each. If None,
-            it computes all of them.
+        others: Keys and values of another pass, "B H I D" each, from which the image tokens come that this
+            pass does not compute. If None, it computes all of them.
+        other_places: Places of these tokens in `others`.
         record: Whether the block returns the queries, keys and values that it computed or injected.
         exchange: Gathers the keys and values of all tokens, if processes share them.
     """
@@ -93,6 +99,7 @@ class AttentionEdit:
     kv_weight: Tensor | None = None
     record: bool = False
     others: KeysValues | None = None
+    other_places: Tensor | None = None
     exchange: Exchange | None = None
 
     @property
@@ -131,8 +138,11 @@ class AttentionEdit:
         `k` and `v` are those that this process computes. The tokens that are not computed come after them,
         then those of the other processes. Attention gives the same in any order.
         """
-        if self.others is not None:
-            k, v = join_streams(k, self.others[0]), join_streams(v, self.others[1])
+        if self.others is not None and self.other_places is not None:
+            k, v = (
+                join_streams(own, choose_tokens(other, self.other_places))
+                for own, other in zip((k, v), self.others)
+            )
         return self.exchange(k, v) if self.exchange else lambda: (k, v)
 
 

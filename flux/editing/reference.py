@@ -19,10 +19,11 @@ from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.inversion import INVERSIONS
 from flux.editing.noising import noised_path
 from flux.editing.photo import Photograph
+from flux.editing.store import KeptLayers, rounded_bytes
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.math import KeysValues
 from flux.pipeline import Pipeline
+from flux.runtime.devices import total_memory
 from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step, step_at
 from flux.settings.resolved import ResolvedEdit
 
@@ -54,7 +55,7 @@ class ReferenceStep:
     t_next: float
     latent: Tensor
     next_latent: Tensor
-    kept: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
+    kept: Passes[KeptLayers] = field(default_factory=lambda: Passes(KeptLayers({})))
     step: Step | None = None
     drift: Tensor | None = None
 
@@ -69,7 +70,7 @@ class ReferenceStep:
 
     def tensors(self) -> list[Tensor]:
         """Lists all kept keys and values."""
-        return [x for kept in self.kept for kv in kept.values() for x in kv]
+        return [x for kept in self.kept for x in kept.tensors()]
 
     def num_bytes(self) -> int:
         """Returns the memory that the kept keys and values take."""
@@ -81,10 +82,11 @@ class ReferenceStep:
         def move(x: Tensor) -> Tensor:
             return x.to(device).pin_memory() if pinned else x.to(device, non_blocking=True)
 
-        def move_all(kept: dict[int, KeysValues]) -> dict[int, KeysValues]:
-            return {layer: (move(k), move(v)) for layer, (k, v) in kept.items()}
+        return replace(self, kept=self.kept.map(lambda kept: kept.map(move)), step=None)
 
-        return replace(self, kept=self.kept.map(move_all), step=None)
+    def rounded(self, exact: frozenset[int]) -> "ReferenceStep":
+        """Rounds the kept keys and values of all layers but those of `exact` to 8-bit floats."""
+        return replace(self, kept=self.kept.map(lambda kept: KeptLayers.of(kept, exact)))
 
     def free(self) -> None:
         """Forgets the kept keys and values."""
@@ -199,7 +201,9 @@ class Source:
             if self.path is not None:
                 next_latent = self.path[index + 1]
                 drift = next_latent - step.latent if self.corrects_drift else None
-            reference_step = ReferenceStep(t, t_next, latent, next_latent, step.kept, step, drift)
+            reference_step = ReferenceStep(
+                t, t_next, latent, next_latent, step.kept.map(KeptLayers), step, drift
+            )
             yield reference_step
             # The caller still holds this step while the next one is computed: only one may stay in memory.
             reference_step.free()
@@ -354,7 +358,9 @@ def keep_reference(
 ) -> Reference:
     """Generates or inverts the reference, and keeps its image keys and values at every step.
 
-    They are kept on the device if they fill at most half of its free memory, else in main memory.
+    They are kept on the device if they fill at most half of its free memory, else in main memory. If those of
+    all layers fit on the device, they are kept, so that edits can be sparse; if need be, all but those of the
+    given layers in 8 bits.
 
     Args:
         pipe: the models.
@@ -369,8 +375,11 @@ def keep_reference(
     latent, done, on_device = source.start, source.inverted_steps, True
     if not source.inversion_free:
         with pipe.denoising() as model:
-            computed = source.steps(model, pipe.image_ids(1, *source.size), lambda _: frozenset(layers))
+            vital = frozenset(layers)
+            kept, rounds = _layers_to_keep(pipe, settings, source, vital)
+            computed = source.steps(model, pipe.image_ids(1, *source.size), lambda _: kept)
             for index, step in enumerate(_with_bar(computed, "reference", source.num_steps, progress)):
+                step = step.rounded(vital) if rounds else step
                 if index == 0:
                     on_device = fits_on_device(pipe.device, source.num_steps * step.num_bytes())
                 if on_step and step.step:
@@ -379,6 +388,34 @@ def keep_reference(
         latent = steps[-1].next_latent
     [image] = source.decode(pipe, latent)
     return Reference(source, tuple(layers), steps, source.paste_back(image))
+
+
+def _layers_to_keep(
+    pipe: Pipeline, settings: ResolvedEdit, source: Source, vital: frozenset[int]
+) -> tuple[frozenset[int], bool]:
+    """Decides what a reference keeps: all layers for sparse edits if there is room, else the vital ones.
+
+    Returns:
+        The layers, and whether all but the vital ones are rounded to 8 bits.
+    """
+    params, every = pipe.model.params, frozenset(range(pipe.model.num_layers))
+    if not settings.sparse or not source.can_be_sparse:
+        return vital, False
+    passes = 1 if source.cond.negative is None else 2
+    of_layer = passes * source.num_steps * 2 * source.start.shape[1] * params.hidden_size
+    whole = pipe.dtype.itemsize * of_layer
+    rounded = rounded_bytes(of_layer, params.hidden_size // params.num_heads)
+    if _has_room(pipe.device, len(every) * whole):
+        return every, False
+    if _has_room(pipe.device, len(vital) * whole + (len(every) - len(vital)) * rounded):
+        return every, True
+    return vital, False
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether the device has room for so many bytes. Without a GPU, the memory is shared with all else."""
+    memory = None if device.type == "cuda" else total_memory(device)
+    return fits_on_device(device, size) and (memory is None or size <= memory / 4)
 
 
 def fits_on_device(device: torch.device, size: int) -> bool:

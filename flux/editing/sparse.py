@@ -1,8 +1,8 @@
 """Sparse steps of edits: only the tokens that an edit may change are computed.
 
-Everything else is the reference's, so its keys and values serve in all layers. A whole step would give the same
-if its other tokens had the reference's keys and values injected in every layer. Their queries are not needed,
-since their latent is the reference's too.
+Everything else is the reference's, so its keys and values serve in all layers. A whole step would give the
+same if its other tokens had the reference's keys and values injected in every layer. Their queries are not
+needed, since their latent is the reference's too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flux.editing.store import KeptLayers
 from flux.intervention import FreeTokens, Intervention, rows_of
 from flux.math import KeysValues
 from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step
@@ -70,7 +71,7 @@ def sparse_step(
     t: float,
     t_next: float,
     interventions: Passes[Intervention],
-    kept: Passes[dict[int, KeysValues]],
+    kept: Passes[KeptLayers],
     groups: Sequence[RowGroup],
     elsewhere: Tensor,
 ) -> Step:

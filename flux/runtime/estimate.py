@@ -298,6 +298,8 @@ class MemoryEstimator:
         kept_layers = self.workload.kept_layers
         if kept_layers is None:
             kept_layers = len(spec.vital_layers or ())
+        if self.workload.keeps_all_layers:
+            kept_layers = spec.num_layers
         nbytes += self.passes * kept_layers * 2 * self.image_tokens * channel_bytes
         if self.workload.finds_masks:
             # Queries and keys of all tokens, of the edits and of their sources.

@@ -48,12 +48,14 @@ class Settings(StrictModel, frozen=True):
         program: The program that reads such a file, as typed on the command line.
         either: Fields of which exactly one must be given.
         renamed: Former names of fields, still read from files.
+        before: What a run did before there was a field, by field. A run.json without it means this value.
     """
 
     demo: ClassVar[str]
     program: ClassVar[str]
     either: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[dict[str, str]] = {}
+    before: ClassVar[dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Settings":

@@ -101,6 +101,7 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
 
     demo: ClassVar[str] = "edit"
     program: ClassVar[str] = "demo_4_edit.py"
+    before: ClassVar[dict[str, Any]] = {"sparse": False}
     prompt: String | None = Field(
         default=None, description="what the reference shows, or what is on the photo"
     )
@@ -149,7 +150,7 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
         default=0.995, gt=0, le=1, description="share of values that the mimicked range holds"
     )
     sparse: bool = Field(
-        default=False, description="compute only the tokens that an edit may change, once they are known"
+        default=True, description="compute only the tokens that an edit may change, once they are known"
     )
     output_dir: FilePath = Field(default="output/edit", description="folder to write to")
 
@@ -200,10 +201,12 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
 
     def workload(self) -> Workload:
         """Return the demands of edits, for which a reference keeps the kv of its vital layers."""
+        masks = {entry.effective_dose().mask for entry in self.entries}
         return Workload(
             self.batch_size,
             kept_layers=None if isinstance(self.vital_layers, str) else len(self.vital_layers),
-            finds_masks=any(entry.effective_dose().mask == "auto" for entry in self.entries),
+            finds_masks="auto" in masks,
+            keeps_all_layers=self.sparse and not masks <= {None, "none"},
             encodes=bool(self.photo),
         )
 

@@ -153,7 +153,12 @@ def _settings_in(cls: type[Settings], path: Path) -> dict[str, Any]:
         raise InputError(f'{path}: got a run of demo {show(demo)}, expected one of "{cls.demo}"{hint}')
     if not isinstance(data["settings"], dict):
         raise InputError(f"{path}: settings: expected an object {{...}}, got {show(data['settings'])}")
-    return data["settings"]
+    return with_former_values(cls, data["settings"])
+
+
+def with_former_values(cls: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run.json, with what was done before there were the fields that it lacks."""
+    return {**cls.before, **recorded}
 
 
 def _check_program(cls: type[Settings], data: dict[str, Any], path: Path) -> None:

@@ -11,6 +11,7 @@ class Workload:
         batch: Number of images sampled at once.
         kept_layers: Number of layers whose image kv a reference keeps for its edits. None stands for all the
             vital layers of the model.
+        keeps_all_layers: Whether it may keep those of all layers, for edits that compute some tokens only.
         finds_masks: Whether attention is recorded at the junction of the streams to find where an edit may
             change the image.
         keeps_streams: Whether the streams that enter each layer are kept for the first step of later images.
@@ -20,6 +21,7 @@ class Workload:
 
     batch: int
     kept_layers: int | None = 0
+    keeps_all_layers: bool = False
     finds_masks: bool = False
     keeps_streams: bool = False
     decodes_alongside: bool = False

@@ -21,7 +21,7 @@ from flux.images.io import read_metadata, save_image
 from flux.runs.record import image_metadata, run_record
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings
 from flux.settings.edits import EditSettings
-from flux.settings.files import FILES, check_settings
+from flux.settings.files import FILES, check_settings, with_former_values
 
 RUN_KINDS: dict[str, type[ModelSettings]] = {
     cls.demo: cls for cls in (GenerateSettings, LayerSettings, EditSettings)
@@ -261,4 +261,4 @@ def read_back(path: Path) -> tuple[ModelSettings, dict[str, Any]]:
         raise InputError(f"Got {path.name}, which does not say how it was made: give an image made here")
     types = {"prompt": str, "seed": int, "layers": list, "mask": str}
     own = {name: record[name] for name, type_ in types.items() if isinstance(record.get(name), type_)}
-    return check_settings(cls, record["settings"], path.name), own
+    return check_settings(cls, with_former_values(cls, record["settings"]), path.name), own

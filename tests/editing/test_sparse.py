@@ -6,10 +6,14 @@ import pytest
 import torch
 from helpers import tiny_models
 from helpers.editing import DOG, EDITS, HEIGHT, LAYERS, ONE, STEPS, TOKENS, WIDTH, difference, half_mask, make
+from helpers.editing import settings as settings_of
 from PIL import Image
 
 import flux.editing.batches as batch_room
+import flux.editing.reference as reference_room
 from flux.editing.batches import Batch
+from flux.editing.edit import edit_reference
+from flux.editing.reference import keep_reference
 from flux.editing.sparse import group_rows
 from flux.intervention import Intervention
 from flux.sampling import euler_step
@@ -87,7 +91,7 @@ def test_a_whole_pass_with_all_else_held_gives_the_same(small, photo, latents, t
         assert torch.equal(got[:, ~LEFT], ours[:, ~LEFT])
         worst = max(worst, tiny_models.relative_error(got, edit))
     assert worst < 1e-5
-    make(small, photo if with_photo else None, **ONE, mask=half_mask(), **options)
+    make(small, photo if with_photo else None, **ONE, mask=half_mask(), sparse=False, **options)
     assert tiny_models.relative_error(latents[-1][1], edit) > 1e-3, "whole steps are the same"
 
 
@@ -97,7 +101,7 @@ def test_a_mask_of_all_tokens_gives_whole_steps_bit_for_bit(small, passes, laten
     assert set(computed(passes)) == {None}
     sparse = latents.copy()
     latents.clear()
-    make(small, mask=white)
+    make(small, mask=white, sparse=False)
     assert all(torch.equal(a, b) for pair in zip(sparse, latents, strict=True) for a, b in zip(*pair))
 
 
@@ -170,7 +174,7 @@ def test_where_all_tokens_are_needed_steps_stay_whole(small, photo, passes, more
     """A range over all tokens, or a reference's pass that no whole step would compute."""
     made = make(small, photo, **ONE, mask=half_mask((400, 200)), sparse=True, **more)
     assert set(computed(passes)) == {None}
-    plain = make(small, photo, **ONE, mask=half_mask((400, 200)), **more)
+    plain = make(small, photo, **ONE, mask=half_mask((400, 200)), sparse=False, **more)
     assert difference(made.edits[0], plain.edits[0]) == 0
 
 
@@ -181,9 +185,56 @@ def test_steps_show_the_reference_where_nothing_is_computed(small):
         small, **ONE, mask=half_mask(), sparse=True, true_cfg=1.0, on_step=lambda step, *_: shown.append(step)
     )
     whole = []
-    make(small, edits=[DOG], mask=half_mask(), true_cfg=1.0, on_step=lambda step, *_: whole.append(step))
+    make(
+        small,
+        edits=[DOG],
+        mask=half_mask(),
+        true_cfg=1.0,
+        sparse=False,
+        on_step=lambda step, *_: whole.append(step),
+    )
     for sparse, plain in zip(shown, whole, strict=True):
         torch.testing.assert_close(sparse.clean[:, ~LEFT], plain.clean[:, ~LEFT], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_photo", [False, True])
+def test_a_kept_reference_serves_sparse_edits(small, photo, passes, with_photo):
+    """Bit for bit as beside it; without room for all layers, edits stay whole."""
+    image, options = photo if with_photo else None, {"sparse": True, "inject_until": 0.4}
+    mask = half_mask((400, 200) if with_photo else (WIDTH, HEIGHT))
+    beside = make(small, image, **ONE, mask=mask, **options)
+    wanted = settings_of(**ONE, **options)
+    kept = keep_reference(small, wanted, LAYERS, image, progress=False)
+    assert all(step.has_all(tiny_models.NUM_LAYERS) for step in kept.steps)
+    passes.clear()
+    [again] = edit_reference(small, kept, EDITS[:1], wanted, mask=mask, progress=False)
+    assert computed(passes) == [TOKENS // 2] * 2 * STEPS
+    assert difference(again, beside.edits[0]) == 0
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 2.5])
+def test_a_kept_reference_in_the_room_that_there_is(small, passes, monkeypatch, true_cfg):
+    """With less room all but the vital layers are rounded to 8 bits; with little, edits stay whole."""
+    options = {"sparse": True, "true_cfg": true_cfg, "inject_until": 0.4}
+    wanted = settings_of(**ONE, **options)
+
+    def edit_with(room: float | None) -> tuple[int, Image.Image]:
+        monkeypatch.setattr(reference_room, "total_memory", lambda device: room and 4 * room)
+        kept = keep_reference(small, wanted, LAYERS[:2], progress=False)
+        passes.clear()
+        [image] = edit_reference(small, kept, EDITS[:1], wanted, mask=half_mask(), progress=False)
+        return sum(step.num_bytes() for step in kept.steps), image
+
+    every, exact = edit_with(None)
+    beside = make(small, **ONE, layers=LAYERS[:2], mask=half_mask(), **options)
+    assert difference(exact, beside.edits[0]) == 0
+    size, rounded = edit_with(0.7 * every)
+    assert size < 0.7 * every
+    assert set(computed(passes)) == {TOKENS // 2}
+    assert 0 < difference(rounded, exact) < 60
+    size, _ = edit_with(0.3 * every)
+    assert size == pytest.approx(every * 2 / tiny_models.NUM_LAYERS)
+    assert set(computed(passes)) == {None}
 
 
 def test_rows_by_their_tokens():

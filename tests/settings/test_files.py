@@ -108,7 +108,9 @@ def test_a_model_named_in_place_of_the_files_brings_its_own_numbers(read, capsys
 def test_nothing_is_said_where_the_files_numbers_hold(read, capsys, data, overrides, steps):
     settings = read(EditSettings, data, **overrides)
     assert settings.num_steps == steps
-    assert settings.vital_layers == (tuple(v) if isinstance(v := data.get("vital_layers", "auto"), list) else v)
+    assert settings.vital_layers == (
+        tuple(v) if isinstance(v := data.get("vital_layers", "auto"), list) else v
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -148,6 +150,17 @@ def test_overrides(read, cls, data, overrides, expected):
 )
 def test_wrong_overrides(read, overrides, message):
     assert message_of(read, EditSettings, EDIT, **overrides) == message
+
+
+def test_a_run_from_before_there_was_a_field(tmp_path):
+    """It repeats what was done then; a file of settings means the present default."""
+    for data, expected in (
+        ({"settings": EDIT}, False),
+        ({"settings": EDIT | {"sparse": True}}, True),
+        (EDIT, True),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(data))
+        assert read_settings(EditSettings, tmp_path / "run.json").sparse == expected
 
 
 def test_files_beside_the_json_file(tmp_path):

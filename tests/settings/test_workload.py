@@ -26,6 +26,15 @@ def test_edits_keep_kv_of_their_vital_layers():
     assert EditSettings(**EDIT).workload().kept_layers is None, "the number of the model's vital layers"
 
 
+def test_sparse_edits_keep_kv_of_all_layers():
+    """Where some edit has a mask, or finds one."""
+    assert EditSettings(**EDIT).workload().keeps_all_layers
+    assert EditSettings(**EDIT, dose="paper", mask="mask.png").workload().keeps_all_layers
+    assert not EditSettings(**EDIT, sparse=False).workload().keeps_all_layers
+    assert not EditSettings(**EDIT, mask="none").workload().keeps_all_layers
+    assert not EditSettings(**EDIT, dose="paper").workload().keeps_all_layers
+
+
 @pytest.mark.parametrize(
     ("fields", "finds_masks"),
     [
