@@ -31,7 +31,7 @@ from flux.weights.find import checkpoint_of
 S = TypeVar("S", bound=ModelSettings)
 SweepSettings = TypeVar("SweepSettings", bound=SkipSettings)
 
-PATHS = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 
 
 class Pipeline:
@@ -40,11 +40,12 @@ class Pipeline:
     Layers are numbered over the whole model, double-stream blocks first. Wrong values raise
     `flux.errors.InputError`, a ValueError of one line, before anything is computed.
 
-    >>> from flux import Pipeline
-    >>> pipe = Pipeline.load("flux-nano")
-    >>> images = pipe.generate("a dog on the grass", seed=7)
-    >>> edits = pipe.edit("a dog on the grass", ["a cat on the grass"], seed=7)
-    >>> scan = pipe.scan(["a dog on the grass"], layers=[0, 4, 9])
+    Examples:
+        >>> from flux import Pipeline
+        >>> pipe = Pipeline.load("flux-nano")
+        >>> images = pipe.generate("a dog on the grass", seed=7)
+        >>> edits = pipe.edit("a dog on the grass", ["a cat on the grass"], seed=7)
+        >>> scan = pipe.scan(["a dog on the grass"], layers=[0, 4, 9])
 
     A notebook shows what these calls return. `save` writes it as the demos do, with a run.json that repeats
     it.
@@ -72,12 +73,12 @@ class Pipeline:
         cls,
         model: str = "flux-nano",
         *,
-        weights: PATHS | None = None,
-        ae_weights: PATHS | None = None,
-        t5_weights: PATHS | None = None,
-        clip_weights: PATHS | None = None,
-        text_encoders: PATHS | None = None,
-        lora: PATHS | Sequence[PATHS | Mapping[str, Any]] = (),
+        weights: AnyPath | None = None,
+        ae_weights: AnyPath | None = None,
+        t5_weights: AnyPath | None = None,
+        clip_weights: AnyPath | None = None,
+        text_encoders: AnyPath | None = None,
+        lora: AnyPath | Sequence[AnyPath | Mapping[str, Any]] = (),
         device: str = "auto",
         dtype: str = "auto",
         offload: str = "none",
@@ -88,9 +89,10 @@ class Pipeline:
     ) -> "Pipeline":
         """Find, download, check and load a model.
 
-        >>> from flux import Pipeline
-        >>> Pipeline.load("flux-nano-schnell", device="cpu", dtype="float32")
-        <Pipeline flux-nano-schnell, cpu, float32>
+        Examples:
+            >>> from flux import Pipeline
+            >>> Pipeline.load("flux-nano-schnell", device="cpu", dtype="float32")
+            <Pipeline flux-nano-schnell, cpu, float32>
 
         Args:
             model: Its name: "flux-nano", "flux-nano-schnell", "flux-dev", "flux-dev-krea" or "flux-schnell".
@@ -138,13 +140,14 @@ class Pipeline:
     ) -> ImagesResult:
         """Make one image of a prompt, or one of each prompt in a list.
 
-        >>> from flux import Pipeline
-        >>> pipe = Pipeline.load()
-        >>> images = pipe.generate("a red car on the street", num_steps=4)
-        >>> images
-        <1 image of 256x256, flux-nano>
-        >>> images[0].size
-        (256, 256)
+        Examples:
+            >>> from flux import Pipeline
+            >>> pipe = Pipeline.load()
+            >>> images = pipe.generate("a red car on the street", num_steps=4)
+            >>> images
+            <1 image of 256x256, flux-nano>
+            >>> images[0].size
+            (256, 256)
 
         Args:
             prompt: A text, or a list of texts and of {"prompt": ..., "seed": ...}.
@@ -181,7 +184,7 @@ class Pipeline:
         photo: ImageLike | None = None,
         mask: ImageLike | None = None,
         dose: str | None = None,
-        vital_layers: str | PATHS | Sequence[int] | None = None,
+        vital_layers: str | AnyPath | Sequence[int] | None = None,
         seed: int = 0,
         width: int | None = None,
         height: int | None = None,
@@ -192,13 +195,14 @@ class Pipeline:
     ) -> EditResult:
         """Make a reference and edits that keep what their prompts do not change.
 
-        >>> from flux import Pipeline
-        >>> pipe = Pipeline.load()
-        >>> result = pipe.edit("a dog on the grass", ["a cat on the grass"], seed=7, num_steps=4)
-        >>> result
-        <1 edit of 'a dog on the grass', flux-nano>
-        >>> result.edits[0].size == result.reference.size
-        True
+        Examples:
+            >>> from flux import Pipeline
+            >>> pipe = Pipeline.load()
+            >>> result = pipe.edit("a dog on the grass", ["a cat on the grass"], seed=7, num_steps=4)
+            >>> result
+            <1 edit of 'a dog on the grass', flux-nano>
+            >>> result.edits[0].size == result.reference.size
+            True
 
         Args:
             prompt: What the reference shows, or what is on the photograph. It may be None for a photograph
@@ -254,19 +258,20 @@ class Pipeline:
         layers: int | str | Sequence[int] | Sequence[Sequence[int]] = "all",
         *,
         seed: int = 0,
-        folder: PATHS | None = None,
+        folder: AnyPath | None = None,
         progress: bool = True,
         **fields: Any,
     ) -> SkipResult:
         """Make the image of a prompt, and the same image with layers skipped.
 
-        >>> from flux import Pipeline
-        >>> pipe = Pipeline.load()
-        >>> skipped = pipe.skip("a dog on the grass", [4, 9], seed=7, num_steps=4)
-        >>> skipped
-        <1 prompt with 2 layers skipped, flux-nano>
-        >>> skipped.image(4).size
-        (256, 256)
+        Examples:
+            >>> from flux import Pipeline
+            >>> pipe = Pipeline.load()
+            >>> skipped = pipe.skip("a dog on the grass", [4, 9], seed=7, num_steps=4)
+            >>> skipped
+            <1 prompt with 2 layers skipped, flux-nano>
+            >>> skipped.image(4).size
+            (256, 256)
 
         Args:
             prompt: A text, or a list of texts and of {"prompt": ..., "seed": ...}.
@@ -293,17 +298,18 @@ class Pipeline:
         top: int | None = None,
         threshold: float | None = None,
         seed: int = 0,
-        folder: PATHS | None = None,
+        folder: AnyPath | None = None,
         progress: bool = True,
         **fields: Any,
     ) -> ScanResult:
         """Skip each layer, measure how much the images change, and find the vital layers.
 
-        >>> from flux import Pipeline
-        >>> pipe = Pipeline.load()
-        >>> result = pipe.scan(["a dog on the grass"], [0, 4, 9], top=2, num_steps=4)
-        >>> result
-        <vital layers [0, 4] of flux-nano>
+        Examples:
+            >>> from flux import Pipeline
+            >>> pipe = Pipeline.load()
+            >>> result = pipe.scan(["a dog on the grass"], [0, 4, 9], top=2, num_steps=4)
+            >>> result
+            <vital layers [0, 4] of flux-nano>
 
         Args:
             prompts: A text, or a list of texts and of {"prompt": ..., "seed": ...}. If None, the package's 64
@@ -345,13 +351,14 @@ class Pipeline:
     ) -> FilmResult:
         """Make an image, and show each of its steps and what its layers attend to.
 
-        >>> from flux import Pipeline
-        >>> pipe = Pipeline.load()
-        >>> film = pipe.watch("a dog on the grass", [4], words=["dog"], seed=7, num_steps=4)
-        >>> film
-        <4 steps of 'a dog on the grass', layers 4, flux-nano>
-        >>> sorted(film.sheets)
-        ['layers', 'steps', 'words']
+        Examples:
+            >>> from flux import Pipeline
+            >>> pipe = Pipeline.load()
+            >>> film = pipe.watch("a dog on the grass", [4], words=["dog"], seed=7, num_steps=4)
+            >>> film
+            <4 steps of 'a dog on the grass', layers 4, flux-nano>
+            >>> sorted(film.sheets)
+            ['layers', 'steps', 'words']
 
         Args:
             prompt: What the image shows.

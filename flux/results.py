@@ -321,10 +321,13 @@ class ScanResult(SkipResult):
         return f"<vital layers {self.vital_layers} of {self.settings.model}>"
 
     @property
-    def vitality(self) -> dict[LayerSet, float]:
-        """The vitality of each layer, or of each set of layers that were skipped together."""
+    def vitality(self) -> dict[int | LayerSet, float]:
+        """The vitality by layer, or by set of layers where several were skipped together."""
         entries = json.loads((self.folder / "vital_layers.json").read_text(encoding="utf-8"))["vitality"]
-        return {tuple(map(int, name.split("-"))): entry["vitality"] for name, entry in entries.items()}
+        return {
+            int(name) if name.isdecimal() else tuple(map(int, name.split("-"))): entry["vitality"]
+            for name, entry in entries.items()
+        }
 
     @property
     def heat_map(self) -> Image.Image:

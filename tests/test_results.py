@@ -103,9 +103,9 @@ def test_skipped_layers(pipe, tmp_path, monkeypatch):
 def test_a_scan(pipe, tmp_path):
     result = pipe.scan(DOG, [0, 4, 9], top=2, seed=7, folder=tmp_path / "scan", **SMALL)
     assert result.folder == tmp_path / "scan"
-    assert result.vitality.keys() == {(0,), (4,), (9,)}
+    assert result.vitality.keys() == {0, 4, 9}
     top = sorted(result.vitality, key=result.vitality.__getitem__)[1:]
-    assert sorted(result.vital_layers) == sorted(layer for [layer] in top)
+    assert sorted(result.vital_layers) == sorted(top)
     copy = result.save(tmp_path / "copy")
     assert {"vital_layers.json", "vitality.png", "report.html", "run.json"} <= {
         p.name for p in copy.iterdir()
