@@ -89,11 +89,11 @@ UNITS = {
 }
 """The unit of each number."""
 
-OF_THE_MODEL = dict.fromkeys(
+OF_THE_MODEL: dict[str, str] = dict.fromkeys(
     ("width", "height", "num_steps", "guidance", "true_cfg", "watermark"), "the model's"
 )
-OF_THE_DOSE = dict.fromkeys(edits.DoseSettings.model_fields, "the dose's")
-OF_THE_RUN = dict.fromkeys(("dose", "parts", "guidance"), "the run's")
+OF_THE_DOSE: dict[str, str] = dict.fromkeys(edits.DoseSettings.model_fields, "the dose's")
+OF_THE_RUN: dict[str, str] = dict.fromkeys(("dose", "parts", "guidance"), "the run's")
 LEFT_OPEN: dict[type[BaseModel], dict[str, str]] = {
     demos.ModelSettings: OF_THE_MODEL,
     edits.DoseSettings: OF_THE_DOSE,

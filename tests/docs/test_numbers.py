@@ -8,8 +8,6 @@ from helpers.markdown import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "h200-memory.json"
 CASES = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
-    "cases"
-]
 PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
