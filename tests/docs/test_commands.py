@@ -65,8 +65,9 @@ def run_command(command, needs, monkeypatch, capsys):
         return
     if words[0] in ("pip", "python3") or words[:3] == ["python", "-m", "pip"]:
         commands.check_install(words)
-    elif words[0] == "bash":
-        assert (commands.ROOT / words[1]).is_file(), command
+    elif words[0] in ("bash", "cp"):
+        source = next(word for word in words[1:] if not word.startswith("-"))
+        assert (commands.ROOT / source).exists(), command
     elif words[:3] == ["python", "-m", "pytest"] or words[0] == "pytest":
         check_tests(words)
     else:
