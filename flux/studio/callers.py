@@ -1,5 +1,6 @@
 """Who is connected: pages and programs, by the session hash that gradio gives each."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 GONE_SECONDS = 5.0  # without a connection, until a caller's runs are cancelled
+UNHEARD_SECONDS = 60.0  # until a program has to listen to what it asked for
 IDLE_SECONDS = 600.0  # without a request, until a caller is forgotten
 
 
@@ -65,10 +67,10 @@ class Callers:
                     caller.streams, caller.seen = caller.streams - 1, time.monotonic()
 
     def is_gone(self, name: str | None) -> bool:
-        """Tells whether a caller was connected, and has not been for GONE_SECONDS."""
+        """Tells whether a caller has not been connected for GONE_SECONDS, or a program never was in time."""
         with self._lock:
             caller = self._callers.get(name or "")
-            return bool(caller and caller.listened and self._without_connection(caller) > GONE_SECONDS)
+            return caller is not None and self._without_connection(caller) > self._patience(caller)
 
     def address(self, name: str | None) -> str:
         """Returns the address of a caller, "" if it is not known."""
@@ -82,11 +84,18 @@ class Callers:
             idle = [
                 name
                 for name, caller in self._callers.items()
-                if self._without_connection(caller) > (GONE_SECONDS if caller.is_event else seconds)
+                if self._without_connection(caller)
+                > (2 * self._patience(caller) if caller.is_event else seconds)
             ]
             for name in idle:
                 del self._callers[name]
         return idle
+
+    @staticmethod
+    def _patience(caller: _Caller) -> float:
+        if caller.listened:
+            return GONE_SECONDS
+        return UNHEARD_SECONDS if caller.is_event else math.inf
 
     @staticmethod
     def _without_connection(caller: _Caller) -> float:

@@ -35,8 +35,10 @@ def add_endpoints(studio: Studio) -> None:
 
     def in_turn(request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
         """Waits for the caller's turn, does the work, and returns its last update."""
-        caller, last = request.session_hash, None
-        with studio.turn(caller, ENDPOINT) as (job, session, waiting):
+        caller, last = request.session_hash or "", None
+        address = getattr(getattr(request, "client", None), "host", "")
+        studio.callers.admit(caller, address, is_event=True)
+        with studio.turn(caller, ENDPOINT, address) as (job, session, waiting):
 
             def updates() -> Generator[Any, None, None]:
                 yield from waiting

@@ -74,8 +74,10 @@ class Studio:
         return with_fields(cls, self.defaults, fields)
 
     @contextmanager
-    def turn(self, caller: str | None, tab: str) -> Iterator[tuple[Job, Session, Iterator[Update]]]:
-        """Joins the line of runs for a caller's tab.
+    def turn(
+        self, caller: str | None, tab: str, address: str | None = None
+    ) -> Iterator[tuple[Job, Session, Iterator[Update]]]:
+        """Joins the line of runs for a caller's tab. If `address` is None, it is the caller's last one.
 
         Within the block, the session's `stop` is this run's, once its turn has come.
 
@@ -86,7 +88,8 @@ class Studio:
         Raises:
             InputError: As `Line.join`.
         """
-        with self.line.join(caller, tab, self.callers.address(caller)) as job:
+        address = self.callers.address(caller) if address is None else address
+        with self.line.join(caller, tab, address) as job:
             session = self.sessions.of(caller)
 
             def waiting() -> Iterator[Update]:

@@ -250,5 +250,18 @@ def test_a_program_that_leaves_stops_its_run(url, served, monkeypatch):
     assert not served.engine.running
 
 
+def test_programs_that_never_listen_do_not_fill_the_line(url, client, served):
+    data = {"data": ["a dog", 0, 4, 256, 256, 100, 3, 1, "", None, 0.8]}
+    events = [httpx.post(f"{url}{API}/call/generate", json=data).json()["event_id"] for _ in range(40)]
+    begin = time.monotonic()
+    while sum(served.line.has(event, "endpoint") for event in events) < 32:
+        assert time.monotonic() - begin < 20
+        time.sleep(0.1)
+    assert sum(served.line.has(event, "endpoint") for event in events) == 32
+    for event in events:
+        served.line.stop(event, "endpoint")
+    assert client.predict("a dog", num_steps=1, api_name="/generate")
+
+
 def test_json_that_is_none_is_no_caller(url):
     assert httpx.post(f"{url}{API}/queue/join", content=json.dumps([1]).encode()).status_code == 422

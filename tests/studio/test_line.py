@@ -126,3 +126,10 @@ def test_callers_are_known_as_long_as_they_are_connected(monkeypatch):
     now[0] += 60
     assert callers.is_gone("a")
     assert not callers.is_gone("unknown")
+    assert callers.admit("event", "1.1.1.1", is_event=True)
+    assert callers.admit("page", "1.1.1.1")
+    now[0] += 59
+    assert not callers.is_gone("event")
+    now[0] += 2
+    assert callers.is_gone("event")
+    assert not callers.is_gone("page")
