@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -38,6 +38,19 @@ def machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "versions": {**versions(), **_others(), "cuda": torch.version.cuda},
     }
+
+
+def names_with(names: Iterable[str], only: str) -> list[str]:
+    """Lists the names that contain one of some texts, which have commas between them.
+
+    Raises:
+        InputError: No name does.
+    """
+    names, texts = list(names), [text.strip() for text in only.split(",")]
+    found = [name for name in names if any(text in name for text in texts)]
+    if not found:
+        raise InputError(f"Got only {only!r}, which none of these contains: {'; '.join(names)}")
+    return found
 
 
 def _others() -> dict[str, str]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-import fire
 import numpy as np
 import torch
 from PIL import Image
@@ -38,6 +37,7 @@ from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
+from flux.settings.command_line import run
 from flux.settings.edits import EditSettings
 
 T = TypeVar("T")
@@ -106,7 +106,16 @@ def main(
     num_steps: int = 12,
     compiled: bool = True,
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        folder: folder of the random weights, written if they are not there
+        output: JSON file to write to; if not set, one in output/benchmarks
+        toy: measure a tiny model, on any machine
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        num_steps: denoising steps
+        compiled: measure the compiled model too
+    """
     plan, where = toy_plan() if toy else full_plan(), pick_device(device)
     check_full_size(where, toy)
     pipe, _ = load_random(plan, folder, where)
@@ -135,4 +144,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import fire
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
+from flux.settings.command_line import run
 from flux.settings.edits import EditSettings
 
 
@@ -153,7 +153,15 @@ def names(work: Work) -> list[tuple[str, str]]:
 def main(
     folder: str, output: str | None = None, toy: bool = False, device: str = "auto", compiled: bool = True
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        folder: folder of the random weights, written if they are not there
+        output: JSON file to write to; if not set, one in output/benchmarks
+        toy: measure a tiny model, on any machine
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        compiled: measure the compiled model too
+    """
     plan, where = toy_plan() if toy else full_plan(), pick_device(device)
     check_full_size(where, toy)
     results: dict[str, Any] = {"machine": machine(where), "model": plan.model, "dtype": plan.dtype}
@@ -201,4 +209,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

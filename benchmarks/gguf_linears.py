@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import fire
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,8 @@ from flux.files import write_json
 from flux.modules.gguf_blocks import BLOCKS
 from flux.modules.linear import PackedLinear
 from flux.runtime.devices import pick_device
+from flux.settings.command_line import run
+from flux.settings.fields import Words
 
 # Rows and columns in units of the width, how many matrices there are, and the share of all tokens that they
 # see: on average half for each stream of a double block. Modulations see the conditioning vector alone.
@@ -54,17 +55,25 @@ def peer_linear(packed: Tensor, kind: str, columns: int, dtype: torch.dtype = to
 
 @torch.inference_mode()
 def main(
-    kinds: tuple[str, ...] | str = ("Q8_0", "Q4_K"),
+    kinds: Words = ("Q8_0", "Q4_K"),
     tokens: int = 4608,
     device: str = "auto",
     output: str | None = None,
     toy: bool = False,
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        kinds: kinds of GGUF blocks
+        tokens: number of tokens
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        output: JSON file to write to; if not set, none is written
+        toy: measure tiny layers, on any machine
+    """
     where, width = pick_device(device), 256 if toy else 3072
     tokens = 64 if toy else tokens
     results = {}
-    for kind in kinds.split(",") if isinstance(kinds, str) else kinds:
+    for kind in kinds:
         per_block, size = BLOCKS[kind]
         total = dict.fromkeys(("plain", "ours", "ours compiled", "diffusers"), 0.0)
         for rows, columns, count, share in SHAPES:
@@ -92,4 +101,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

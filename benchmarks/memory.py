@@ -1,7 +1,7 @@
 """Measures FLUX.1-dev with random weights under caps on GPU memory: does each plan hold, at what cost?
 
     python -m benchmarks.memory [--output benchmarks/results/CARD-memory.json] [--caps 24,16,12,8]
-                                [--only "Q4_K,bf16, blocks"] [--minutes 7]
+                                [--only Q4_K,blocks] [--minutes 7]
 
 Makes an image and an edit of 1024x1024 with each form of the transformer's weights, as loaded (bf16, 8-bit
 floats and GGUF's blocks as files hold them) or packed while loading: everything on the GPU, and with the plan
@@ -21,9 +21,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import fire
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from benchmarks.common import (
     check_full_size,
     machine,
     markdown,
+    names_with,
     peak_gib,
     toy_plan,
     words_of,
@@ -56,7 +56,9 @@ from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import Plan, free_memory
+from flux.settings.command_line import run
 from flux.settings.edits import EditSettings
+from flux.settings.fields import LIST
 from flux.specs import ModelSpec, configs
 from flux.weights.headers import StoredTensor
 from flux.weights.layouts import TensorSource
@@ -366,15 +368,22 @@ def main(
     output: str | None = None,
     toy: bool = False,
     device: str = "auto",
-    caps: tuple[float, ...] | float = (24, 16, 12, 8),
-    only: str | tuple[str, ...] = "",
+    caps: Annotated[tuple[float, ...], LIST] = (24, 16, 12, 8),
+    only: str = "",
     minutes: float = 7,
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        output: JSON file to write to, or to resume
+        toy: measure a tiny model, on any machine
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        caps: caps on GPU memory, in GiB
+        only: run only cases whose names contain one of these texts, with commas between them
+        minutes: no case begins after so many
+    """
     begin, where = time.monotonic(), pick_device(device)
     check_full_size(where, toy)
-    caps = caps if isinstance(caps, list | tuple) else (caps,)
-    wanted = [text.strip() for text in (only.split(",") if isinstance(only, str) else only)]
     if toy:
         plan = toy_plan()
         spec = replace(plan.spec, params=replace(plan.spec.params, **WIDTH_TOY))
@@ -390,11 +399,10 @@ def main(
     if output and Path(output).is_file():
         results = json.loads(Path(output).read_text())
     plain = RandomModels(spec, where, dtype, *sizes)
-    for form in FORMS:
-        work = work_of(form, caps, settings, where)
-        todo = [
-            name for name in work if name not in results["cases"] and any(text in name for text in wanted)
-        ]
+    works = [(form, work_of(form, caps, settings, where)) for form in FORMS]
+    wanted = names_with([name for _, work in works for name in work], only)
+    for form, work in works:
+        todo = [name for name in work if name not in results["cases"] and name in wanted]
         if not todo:
             continue
         models = plain if form.file == "BF16" else plain.packed(form.file)
@@ -415,4 +423,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

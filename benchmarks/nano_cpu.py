@@ -12,9 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 
-import fire
-
 from flux.errors import exit_on_input_error
+from flux.settings.command_line import run
 
 IMPORT = "import time; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
 
@@ -45,7 +44,15 @@ def main(
     output: str | None = None,
     model: str = "flux-nano",
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        repeats: times that each thing is measured
+        num_steps: denoising steps
+        size: width and height of the images in pixels
+        output: JSON file to write to; if not set, none is written
+        model: the model, one of flux.specs.configs
+    """
     modules = ("flux", "flux.pipeline")
     times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
 
@@ -74,8 +81,8 @@ def main(
         "a picture": lambda: pipe.generate([settings.prompt], [settings.seed], **sampling),
         f"a reference and {len(settings.edits)} edits": lambda: edit(pipe, settings, layers, progress=False),
     }
-    for name, run in work.items():
-        times[name] = seconds(run, repeats)
+    for name, task in work.items():
+        times[name] = seconds(task, repeats)
 
     about = machine(pipe.device)
     rows = [[name, f"{statistics.median(each):.2f}", f"{each[0]:.2f}"] for name, each in times.items()]
@@ -88,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

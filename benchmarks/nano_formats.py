@@ -13,10 +13,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import fire
 from torch import Tensor
 
 from flux.errors import exit_on_input_error
+from flux.settings.command_line import run
 
 # The kinds that quantisers use instead if rows are no multiple of 256.
 INSTEAD = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -75,7 +75,16 @@ def main(
     folder: str | None = None,
     output: str = "output/benchmarks/nano_formats.json",
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        size: width and height of the images in pixels
+        num_steps: denoising steps
+        edits: number of edits of configs/edit.json
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        folder: folder of the files; if not set, a temporary one
+        output: JSON file to write to
+    """
     import torch
     from PIL import Image
 
@@ -162,4 +171,4 @@ def decibel(values: list[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

@@ -9,9 +9,8 @@ the GPU.
 import statistics
 from dataclasses import replace
 
-import fire
-
 from flux.errors import exit_on_input_error
+from flux.settings.command_line import run
 
 PROMPTS = ("a photo of a dog on the grass", "a photo of a red house by the sea")
 THRESHOLDS = (0.08, 0.12, 0.2)
@@ -19,7 +18,14 @@ THRESHOLDS = (0.08, 0.12, 0.2)
 
 @exit_on_input_error()
 def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str | None = None) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        size: width and height of the images in pixels
+        num_steps: denoising steps
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        output: JSON file to write to; if not set, none is written
+    """
     from benchmarks.common import machine, markdown, velocity_error
     from flux import sampling
     from flux.files import write_json
@@ -78,4 +84,4 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import fire
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +38,7 @@ from flux.files import write_json
 from flux.intervention import Intervention
 from flux.model import Flux
 from flux.runtime.parallel import SequenceParallelFlux, join
+from flux.settings.command_line import run
 from flux.specs import configs
 
 EDITS = 3
@@ -152,7 +152,15 @@ def main(
     toy: bool = False,
     device: str = "auto",
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        cards: number of GPUs; if not set, all of them
+        output: JSON file to write to; if not set, one in output/benchmarks
+        compiled: measure compiled models too
+        toy: measure a tiny model, on any machine
+        device: where to run: "auto", "cpu", "cuda"
+    """
     count = int(os.environ["WORLD_SIZE"]) if launched() else cards or torch.cuda.device_count()
     if count < 2:
         raise InputError(
@@ -189,4 +197,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

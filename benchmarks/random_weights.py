@@ -1,11 +1,13 @@
 """Writes random weights with a model's names and shapes, so that nothing is downloaded."""
 
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux.files import claim_folder
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.specs import ModelSpec
@@ -21,16 +23,18 @@ def write_random_model(folder: Path, spec: ModelSpec, words: set[str], device: t
     width. A transformer that is in the folder stays.
 
     Args:
-        folder: The folder of the files.
+        folder: The folder of the files. No other process may write to it meanwhile.
         spec: The spec of the model.
         words: The words that the tokenizers know.
         device: Where random numbers are drawn. A GPU draws the twelve billion of flux-dev in a second.
     """
     files = ModelFiles(folder / spec.repo_flow, folder / spec.repo_ae, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder)
     torch.manual_seed(0)
     if not files.flow.exists():
-        save_file(random_transformer(spec.params, device), files.flow)
+        partial = files.flow.with_suffix(".partial")  # a file that a stopped run left half must not stay
+        save_file(random_transformer(spec.params, device), partial)
+        os.replace(partial, files.flow)
     save_file(AutoEncoder(spec.ae_params).state_dict(), files.ae)
     write_text_encoders(folder, spec, words)
     return files
@@ -99,5 +103,9 @@ def write_dinov2(folder: Path, device: torch.device) -> Path:
             model = Dinov2Model(Dinov2Config(**giant, use_swiglu_ffn=True, patch_size=14, image_size=518))
         size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
         BitImageProcessorPil(**size).save_pretrained(folder)
-        model.save_pretrained(folder)
+        partial = folder / "partial"
+        model.save_pretrained(partial)
+        for name in ("config.json", "model.safetensors"):
+            os.replace(partial / name, folder / name)
+        partial.rmdir()
     return folder

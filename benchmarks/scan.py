@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import fire
 import torch
 
 from benchmarks.common import check_full_size, machine
@@ -31,8 +30,10 @@ from flux.runtime.devices import pick_device
 from flux.scan.layers import REFERENCE
 from flux.scan.run import scan
 from flux.scan.skipper import LayerSkipper, SkipTask
+from flux.settings.command_line import run
 from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings
+from flux.settings.fields import Numbers
 from flux.specs import configs
 
 PROMPT = "a photo of a dog on the grass"
@@ -129,12 +130,20 @@ def shared(settings: ScanSettings, workers: int) -> dict:
 @exit_on_input_error()
 def main(
     folder: str = "/tmp/random-flux",
-    workers: tuple[int, ...] = (),
+    workers: Numbers = (),
     compiled: bool = False,
     toy: bool = False,
     output: str | None = None,
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        folder: folder of the random weights, written if they are not there
+        workers: numbers of workers to measure
+        compiled: compile the transformer's blocks
+        toy: measure flux-nano, on any machine
+        output: JSON file to write to
+    """
     device = pick_device("auto")
     check_full_size(device, toy)
     settings = settings_for(toy, Path(folder), device, compiled)
@@ -147,11 +156,10 @@ def main(
     print(f"the denoiser waits {result['one_process']['waiting']:.1%} of a scan's time", flush=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    counts = [workers] if isinstance(workers, int) else list(workers)
-    for count in counts:
+    for count in workers:
         result[f"workers_{count}"] = shared(settings, count)
         print(count, result[f"workers_{count}"], flush=True)
-    speeds = {count: result[f"workers_{count}"]["pictures_per_s"] for count in counts}
+    speeds = {count: result[f"workers_{count}"]["pictures_per_s"] for count in workers}
     if 1 in speeds:
         result["efficiency"] = {n: speed / (n * speeds[1]) for n, speed in speeds.items()}
         print("efficiency", result["efficiency"], flush=True)
@@ -160,4 +168,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

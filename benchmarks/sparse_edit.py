@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import fire
 import torch
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from flux.math import KeysValues
 from flux.model import Flux, Inputs, hopper_kernels
 from flux.runtime.devices import pick_device
 from flux.runtime.quantize import check_fp8_support
+from flux.settings.command_line import run
 
 EDITS = 3
 WAYS = {
@@ -136,14 +136,22 @@ def main(
     toy: bool = False,
     device: str = "auto",
     backend: str = "inductor",
-    only: str | tuple[str, ...] = "",
+    only: str = "",
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        output: JSON file to write to; if not set, none
+        toy: measure a tiny model, on any machine
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        backend: backend of torch.compile
+        only: measure only variants whose names contain one of these texts, with commas between them
+    """
     size, where = toy_step() if toy else full_step(), pick_device(device)
     check_full_size(where, toy)
     check_fp8_support(where, torch.bfloat16)
     bench = SparseBench(size, where, backend, whole=False)
-    words = only.split(",") if isinstance(only, str) else only
+    words = only.split(",")
     results: dict[str, Any] = {"machine": machine(where), "side": size.side}
     results["sparse to whole, held"] = check(bench.build(), bench.inputs(), bench)
     print(
@@ -182,4 +190,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

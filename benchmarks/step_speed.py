@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import fire
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
@@ -32,6 +31,7 @@ from benchmarks.common import (
     machine,
     markdown,
     milliseconds,
+    names_with,
     random_inputs,
     relative_error,
 )
@@ -44,6 +44,7 @@ from flux.model import Flux, Inputs, hopper_kernels
 from flux.modules import ops
 from flux.runtime.devices import pick_device
 from flux.runtime.quantize import check_fp8_support, to_fp8
+from flux.settings.command_line import run
 from flux.specs import configs
 
 # TFLOP/s that one H200 reaches in practice, for the floors.
@@ -282,16 +283,25 @@ def main(
     toy: bool = False,
     device: str = "auto",
     backend: str = "inductor",
-    only: str | tuple[str, ...] = "",
+    only: str = "",
     whole: bool = False,
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        output: JSON file to write to; if not set, one in output/benchmarks
+        toy: measure a tiny model, on any machine
+        device: where to run: "auto", "cpu", "cuda", "cuda:1"
+        backend: backend of torch.compile
+        only: measure only variants whose names contain one of these texts, with commas between them
+        whole: add the whole transformer compiled at once
+    """
     size, where = toy_step() if toy else full_step(), pick_device(device)
     check_full_size(where, toy)
     check_fp8_support(where, torch.bfloat16)
     bench = Bench(size, where, backend, whole)
-    words = only.split(",") if isinstance(only, str) else only
-    chosen = {name: way for name, way in bench.variants().items() if any(word in name for word in words)}
+    variants = bench.variants()
+    chosen = {name: variants[name] for name in names_with(variants, only)}
     results: dict[str, Any] = {"machine": machine(where), "side": size.side, "steps": {}, "parts": {}}
     ready: dict[str, Callable] = {}
     found = results["steps"]
@@ -350,4 +360,4 @@ def table(found: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

@@ -30,7 +30,6 @@ from PIL import Image
 
 from flux.settings.command_line import run
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE: dict[str, Any] = {"width": 64, "height": 64, "num_steps": 2}
 SLOW: dict[str, Any] = {"width": 256, "height": 256, "num_steps": 100}
 KINDS = (*["generate"] * 5, *["edit"] * 3, *["photo"] * 2, *["mistake"] * 2, "abandoned")
@@ -146,7 +145,7 @@ def main(visitors: int = 20, seconds: float = 240) -> None:
     command = [sys.executable, "-u", "demo_gr.py", "--device", "cpu", "--port", str(port)]
     command += ["--output_dir", str(folder / "studio")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    process = subprocess.Popen(command, **pipes)
     output, said = process.stdout, list[str]()
     assert output
     while not said or "Running on" not in said[-1]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-import fire
 import torch
 
 from benchmarks.common import GUIDANCE, PROMPT, machine, markdown, toy_plan, words_of
@@ -34,6 +33,7 @@ from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.runtime.parallel import ALONE, ProcessGroup, join
 from flux.runtime.quantize import to_fp8
+from flux.settings.command_line import run
 from flux.specs import ModelSpec, configs
 
 STEPS, SIDE = 28, 1024
@@ -125,10 +125,10 @@ def peer_image(pipe: Pipeline, steps: int, side: int, compiled: bool) -> Callabl
     return image
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(image: Callable[[], object], device: torch.device) -> float:
     """Times a whole image."""
     begin = time.perf_counter()
-    run()
+    image()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
@@ -151,7 +151,16 @@ def main(
     device: str = "auto",
     compiled: bool = True,
 ) -> None:
-    """Runs the benchmark."""
+    """Runs the benchmark.
+
+    Args:
+        gpus: number of GPUs that share each image
+        output: JSON file to write to; if not set, one in output/benchmarks
+        rounds: how many images each one makes after the first
+        toy: measure tiny models, on any machine
+        device: where to run: "auto", "cpu", "cuda"
+        compiled: compile the blocks of the transformers
+    """
     if gpus > 1 and not launched():
         start(gpus)
     group = join(gpus, device) if launched() else ALONE
@@ -166,12 +175,14 @@ def main(
     if group.rank == 0:
         runs["diffusers, bf16"] = peer_image(ours["ours, bf16"], steps, side, compiled)
     results: dict[str, Any] = {"machine": machine(where), "gpus": gpus, "steps": steps, "side": side}
-    found: dict[str, dict] = {name: {"warm_up_s": seconds(run, where), "s": []} for name, run in runs.items()}
+    found: dict[str, dict] = {
+        name: {"warm_up_s": seconds(image, where), "s": []} for name, image in runs.items()
+    }
     for pipe in ours.values():
         pipe.timings.clear()
     for _ in range(rounds):
-        for name, run in runs.items():
-            found[name]["s"].append(seconds(run, where))
+        for name, image in runs.items():
+            found[name]["s"].append(seconds(image, where))
     for name, entry in found.items():
         entry["median_s"] = statistics.median(entry["s"])
         if name in ours:
@@ -203,4 +214,4 @@ def table(found: dict[str, dict], gpus: int) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, __doc__)

@@ -4,7 +4,8 @@ python demo_gr.py --port 7860 &
 python examples/studio_client.py [http://127.0.0.1:7860] [--num_steps 20]
 """
 
-import fire
+from argparse import ArgumentParser
+
 from gradio_client import Client
 
 
@@ -32,4 +33,8 @@ def main(url: str = "http://127.0.0.1:7860", num_steps: int = 20, size: int = 25
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:7860", help="address of the studio")
+    parser.add_argument("--num_steps", type=int, default=20, help="denoising steps of each image")
+    parser.add_argument("--size", type=int, default=256, help="width and height of the images in pixels")
+    main(**vars(parser.parse_args()))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks import common, edit_photo, full_size, memory, scan, step_speed
-from benchmarks.common import full_plan
+from benchmarks.common import full_plan, names_with
 from benchmarks.random_weights import random_transformer
+from flux.errors import InputError
 
 
 def test_the_full_size_is_flux_dev():
@@ -48,3 +49,20 @@ def test_published_results_are_not_overwritten_by_default(path):
     texts = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
     assert not [x for x in texts if isinstance(x, str) and x != docstring and "benchmarks/results" in x]
     assert "__file__" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [
+        ("", ["eager", "fp8", "fp8, compiled"]),
+        ("fp8", ["fp8", "fp8, compiled"]),
+        ("ea, comp", ["eager", "fp8, compiled"]),
+    ],
+)
+def test_names_with_texts(only, found):
+    assert names_with(["eager", "fp8", "fp8, compiled"], only) == found
+
+
+def test_a_text_in_no_name_is_told():
+    with pytest.raises(InputError, match="Got only 'fp9', which none of these contains: eager; fp8"):
+        names_with(["eager", "fp8"], "fp9")
