@@ -7,9 +7,7 @@
 Importing this package loads nothing: `Pipeline` is read when it is first asked for.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing's own would cost more time than all the rest
 if TYPE_CHECKING:
     from flux.front import Pipeline
 
@@ -19,6 +17,8 @@ __version__ = "0.2.0"
 
 def __getattr__(name: str) -> object:
     if name == "Pipeline":
+        from importlib import import_module
+
         return import_module("flux.front").Pipeline
     raise AttributeError(f"module 'flux' has no attribute {name!r}")
 
