@@ -19,6 +19,7 @@ ELSEWHERE = (
     "flux/assets/nano/README.md",
     "flux/assets/nano/vocabulary.txt",
     "examples/*",
+    "comfyui/example_workflows/*.jpg",
 )
 
 

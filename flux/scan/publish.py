@@ -119,8 +119,12 @@ def write_scores(
         metric: {layers_text(entry): value for entry, value in scores.vitality(metric).items()}
         for metric in scores.metrics[1:]
     }
+    params = get_spec(model).params
     data = {
+        "format": 2,
         "model": model,
+        "num_double": params.depth,
+        "num_single": params.depth_single_blocks,
         "checkpoint": checkpoint,
         "vital_layers": layers,
         "rule": {"metric": scores.metrics[0], **rule.to_json()},
