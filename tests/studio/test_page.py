@@ -214,9 +214,9 @@ def test_examples_fill_in_at_once(page):
     page.route("**/gradio_api/**", lambda route: held.append(route))
     page.locator(".examples .gallery-item").last.click()
     page.wait_for_function("document.querySelector('#edit-edits textarea').value.startsWith('a blue car')")
-    page.unroute("**/gradio_api/**")
     for route in held:
         route.continue_()
+    page.unroute("**/gradio_api/**")
     page.locator("#edit-go").dblclick()
     says(page, "#edit-status", "Done")
     assert not page.get_by_test_id("toast-body").count()
