@@ -41,7 +41,7 @@ def test_edits_of_a_kept_reference_are_those_in_one_go(small, more):
 
 
 def test_another_edit_of_a_kept_reference_costs_one_image_a_step(small, passes):
-    wanted = settings(true_cfg=1.0)
+    wanted = settings(true_cfg=1.0, sparse=False)
     kept = keep_reference(small, wanted, LAYERS, progress=False)
     assert len(passes) == STEPS
     assert all(given.keep == set(LAYERS) for given in passes)
@@ -68,7 +68,7 @@ def test_a_kept_reference_is_bound_to_what_it_was_kept_with(small):
 
 def test_where_a_reference_is_kept(small):
     """Its steps' keys and values may be copied to another device."""
-    kept = keep_reference(small, settings(num_steps=1), (1, 2), progress=False)
+    kept = keep_reference(small, settings(num_steps=1, sparse=False), (1, 2), progress=False)
     [step] = kept.steps
     width = tiny_models.PARAMS.hidden_size
     assert step.num_bytes() == 2 * 2 * 2 * TOKENS * width * 4, "two layers, keys and values, both passes"
