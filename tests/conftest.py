@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from helpers import tiny_models
+from hypothesis import settings
+
+# No test is timed: other work may have the cores.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SKIPPED = {"slow": "--run-slow", "gpu": "--run-gpu"}
 

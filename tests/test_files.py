@@ -109,10 +109,13 @@ def test_folders_that_files_can_be_written_to(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300 + "/a"])
-def test_folders_that_cannot_be(tmp_path, name):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"Cannot write.* name another folder"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("file", "file is a file"), ("file/below", "file is a file"), ("x" * 300 + "/a", "file name too long")],
+)
+def test_folders_that_cannot_be(tmp_path, name, reason):
+    (tmp_path / "file").touch(mode=0o777)  # with permission to execute, as a folder has it
+    with pytest.raises(InputError, match=rf"Cannot write.*{reason}.* name another folder"):
         check_folder(tmp_path / name)
 
 

@@ -39,9 +39,20 @@ def _best_font(needed: frozenset[str], own: Path) -> Path:
     for file in sorted(installed_fonts()):
         lacks = needed - _characters_of(file)
         if len(lacks) < len(missing):
+            lacks |= _blank(file, needed - lacks)
+        if len(lacks) < len(missing):
             best, missing = file, lacks
     _tell_once(frozenset(missing))
     return best
+
+
+def _blank(file: Path, letters: frozenset[str]) -> frozenset[str]:
+    """Return the letters of which a font draws nothing in one colour, as some fonts of coloured emoji."""
+    try:
+        font = ImageFont.truetype(file, 32)
+        return frozenset(letter for letter in letters if font.getmask(letter).getbbox() is None)
+    except OSError:  # matplotlib reads some files that pillow does not
+        return letters
 
 
 @cache

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops
 
+from flux.errors import warn
 from flux.images.io import read_upright
 
 OPAQUE = 128  # of 255: from here on a pixel counts as painted
@@ -12,12 +13,15 @@ MANY_COLOURS = 24  # more than a painter's palette: a photograph
 
 
 def read_mask(path: str | Path) -> Image.Image:
-    """Reads a painted mask without its metadata, see `as_mask`.
+    """Reads a painted mask without its metadata, see `as_mask`. Warns of one that is a photograph.
 
     Raises:
         InputError: as `flux.images.io.read_upright`.
     """
-    mask = as_mask(read_upright(path))
+    image = read_upright(path)
+    mask = as_mask(image)
+    if not image.has_transparency_data and _count_colours(image.convert("RGB")) > MANY_COLOURS:
+        warn(f"{path} looks like a photograph, not like a mask: where it is bright, the image may change")
     mask.info.clear()
     return mask
 
@@ -40,12 +44,23 @@ def as_mask(image: Image.Image) -> Image.Image:
     painted = np.asarray(alpha) >= OPAQUE
     if painted.all() or not painted.any():
         return ImageChops.multiply(_brightest(colours), alpha)
-    red, green, blue = (np.asarray(colours)[painted] >> 4).astype(np.int32).T
-    if np.count_nonzero(np.bincount(red << 8 | green << 4 | blue)) > MANY_COLOURS:
+    if np.count_nonzero(_histogram(np.asarray(colours)[painted])) > MANY_COLOURS:
         return ImageChops.invert(alpha)
     paint = ImageChops.multiply(_brightest(colours), alpha)
     is_black = (np.asarray(paint) < OPAQUE).all()
     return alpha if is_black else paint
+
+
+def _histogram(pixels: np.ndarray) -> np.ndarray:
+    """Counts the pixels, "N 3", of each colour in 16 levels a channel."""
+    red, green, blue = (pixels >> 4).astype(np.int32).T
+    return np.bincount(red << 8 | green << 4 | blue)
+
+
+def _count_colours(image: Image.Image) -> int:
+    """Counts the colours of a thousandth of the image or more. JPEG makes others at the edges of paint."""
+    pixels = np.asarray(image).reshape(-1, 3)
+    return np.count_nonzero(_histogram(pixels) * 1000 >= len(pixels))
 
 
 def _brightest(image: Image.Image) -> Image.Image:

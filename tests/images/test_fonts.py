@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from fontTools import ttLib
 from PIL import Image
 
 from flux.images import fonts
@@ -13,6 +14,7 @@ from flux.images.sheets import Sheet
 FOLDER = Path(matplotlib.get_data_path(), "fonts", "ttf")
 SERIF, STIX = FOLDER / "DejaVuSerif.ttf", FOLDER / "STIXGeneral.ttf"
 OWN = {False: FOLDER / "DejaVuSans.ttf", True: FOLDER / "DejaVuSans-Bold.ttf"}
+DOG = "🐶"
 HOOKED = "\u1d81"  # a letter of STIX that DejaVu Sans lacks
 
 
@@ -36,6 +38,18 @@ def test_other_letters_have_an_installed_font(installed, tmp_path, capsys):
     assert font_file("a dog " + HOOKED) == STIX
     assert caption_font(13, letters=HOOKED).getmask(HOOKED).getbbox()
     assert capsys.readouterr().err == ""
+
+
+def test_a_font_that_draws_nothing_is_not_chosen(installed, tmp_path, capsys):
+    """Fonts of coloured emoji may have such outlines: a caption would have gaps that nobody was told of."""
+    font = ttLib.TTFont(SERIF)
+    for table in font["cmap"].tables:
+        if table.format == 12:  # of characters beyond 16 bits
+            table.cmap[ord(DOG)] = "space"
+    font.save(tmp_path / "blank.ttf")
+    installed(tmp_path / "blank.ttf")
+    assert font_file("a " + DOG) == OWN[False]
+    assert capsys.readouterr().err == f"no installed font has {DOG}: captions show boxes in their place\n"
 
 
 def test_letters_of_no_font_are_named_once(installed, capsys):

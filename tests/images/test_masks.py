@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flux.errors import InputError
+from flux.errors import InputError, InputWarning
 from flux.images.masks import read_mask
 
 SIZE = (64, 48)
@@ -103,3 +103,26 @@ def test_a_mask_is_bare_pixels(tmp_path):
 def test_files_that_are_no_masks_are_named(tmp_path):
     with pytest.raises(InputError, match=r"mask\.png"):
         read_mask(tmp_path / "mask.png")
+
+
+def test_a_photograph_as_mask_is_told(tmp_path):
+    """Bright opaque colours count as white, so much of a photograph would. Here it is three gradients."""
+    levels = np.linspace(0, 255, 64, dtype=np.uint8)
+    ramp = np.stack(np.broadcast_arrays(levels[:, None], levels[None], levels[::-1, None]), axis=-1)
+    Image.fromarray(ramp).save(tmp_path / "photo.png")
+    with pytest.warns(InputWarning, match="photo.png looks like a photograph, not like a mask"):
+        read_mask(tmp_path / "photo.png")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("quality", [30, 60, 95])
+def test_paint_in_a_jpeg_is_no_photograph(tmp_path, quality):
+    """JPEG blurs the edges of paint, and makes colours of its own there."""
+    image = Image.new("RGB", (256, 192))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((20, 20, 150, 100), fill=(255, 0, 0))
+    draw.ellipse((120, 70, 200, 150), fill=(0, 255, 255))
+    image.save(tmp_path / "mask.jpg", quality=quality)
+    Image.linear_gradient("L").save(tmp_path / "soft.png")
+    for name in ("mask.jpg", "soft.png"):
+        read_mask(tmp_path / name)
