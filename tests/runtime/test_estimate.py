@@ -135,6 +135,13 @@ def test_streaming_keeps_two_buffers(dev):
     assert single < double
 
 
+def test_sparse_edits_keep_the_kv_of_all_layers(dev):
+    """Keys and values of 4096 tokens in 57 layers, in bfloat16, instead of those of the vital layers."""
+    fields = {"edits": ["a cat"], "prompt": "a dog", "vital_layers": [1, 2]}
+    sparse, whole = (full_size.estimator(**fields, sparse=sparse).denoise for sparse in (True, False))
+    assert sparse - whole == (57 - 2) * 2 * 4096 * 3072 * 2
+
+
 def test_an_edit_keeps_the_kv_of_its_vital_layers(dev):
     edit = full_size.estimator(prompt="a dog", edits=["a cat"], mask="none")
     assert edit.denoise - dev.denoise == 10 * 2 * 4096 * 3072 * 2
@@ -146,7 +153,8 @@ def test_an_edit_keeps_the_kv_of_its_vital_layers(dev):
 def test_a_search_for_the_mask_keeps_queries_and_keys(dev):
     """It keeps all tokens of four layers, of the edit and of its source."""
     with_search, without = (
-        full_size.estimator(prompt="a dog", edits=["a cat"], mask=mask) for mask in ("auto", "none")
+        full_size.estimator(prompt="a dog", edits=["a cat"], mask=mask, sparse=False)
+        for mask in ("auto", "none")
     )
     assert with_search.denoise - without.denoise == 2 * 4 * 2 * (4096 + 512) * 3072 * 2
 
