@@ -31,7 +31,7 @@ def main(
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
     root_path: str | None = None,
-    allowed_hosts: str | tuple[str, ...] = (),
+    allowed_hosts: str = "",
     publish_scans: bool = False,
     track_usage: bool = False,
     content_filter: str = "auto",
@@ -65,8 +65,7 @@ def main(
     from flux.files import check_folder
     from flux.studio.app import Address, open_studio, serve
 
-    hosts = allowed_hosts.split(",") if isinstance(allowed_hosts, str) else allowed_hosts
-    names = tuple(name.strip() for name in hosts if name.strip())
+    names = tuple(name.strip() for name in allowed_hosts.split(",") if name.strip())
     address = Address(host, port, share, auth, ssl_certfile, ssl_keyfile, root_path, names)
     address.check()
     folder = Path(output_dir).expanduser()
