@@ -19,6 +19,7 @@ from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.inversion import INVERSIONS
 from flux.editing.noising import noised_path
 from flux.editing.photo import Photograph
+from flux.editing.prompt_fit import warn_of_unfit_prompt
 from flux.editing.store import KeptLayers, rounded_bytes
 from flux.errors import InputError
 from flux.intervention import Intervention
@@ -222,7 +223,8 @@ def find_source(
 ) -> Source:
     """Finds the one source that the settings describe: generated, or the photograph `image`.
 
-    A photograph without a prompt is described by `caption_model`. For the other arguments see `photo_source`.
+    A photograph without a prompt is described by `caption_model`. With `progress`, a prompt that does not fit
+    the photograph is warned of. For the other arguments see `photo_source`.
 
     Raises:
         InputError: the settings name a photograph, but `image` is missing; there is no prompt, or the caption
@@ -240,7 +242,10 @@ def find_source(
         prompt = describe_image(photo.part, settings.caption_model, str(pipe.device))
     if photo is None:
         return generated_source(pipe, settings, [prompt], [settings.seed])
-    return photo_source(pipe, settings, [prompt], pipe.encode(photo.part), photo, on_step, progress)
+    clean = pipe.encode(photo.part)
+    if progress and settings.prompt is not None:
+        warn_of_unfit_prompt(pipe, prompt, clean, settings.width, settings.height)
+    return photo_source(pipe, settings, [prompt], clean, photo, on_step, progress)
 
 
 def generated_source(
