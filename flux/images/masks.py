@@ -60,7 +60,7 @@ def _histogram(pixels: np.ndarray) -> np.ndarray:
 def _count_colours(image: Image.Image) -> int:
     """Counts the colours of a thousandth of the image or more. JPEG makes others at the edges of paint."""
     pixels = np.asarray(image).reshape(-1, 3)
-    return np.count_nonzero(_histogram(pixels) * 1000 >= len(pixels))
+    return int(np.count_nonzero(_histogram(pixels) * 1000 >= len(pixels)))
 
 
 def _brightest(image: Image.Image) -> Image.Image:

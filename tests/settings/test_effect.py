@@ -1,5 +1,9 @@
 """Warnings about settings that change nothing, and about sizes that the model was not made for."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from helpers.settings_files import SettingsFolder
 
@@ -11,6 +15,7 @@ from flux.settings.effect import fields_without_effect, settings_warnings
 from flux.settings.files import check_settings
 from flux.specs import get_spec
 
+ROOT = Path(__file__).parents[2]
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 GENERATE = {"prompts": ["a dog"]}
 LAYER = {"prompt": "a dog"}
@@ -137,6 +142,18 @@ def test_a_folder_that_cannot_be_written_to_is_found_first(tmp_path, monkeypatch
     settings = resolve(folder(GenerateSettings, GENERATE | {"output_dir": "taken/out"}))
     with pytest.raises(InputError, match="taken is a file"):
         check_run(settings)
+
+
+def test_a_run_holds_its_folder(tmp_path):
+    """Another process is refused while this one lives."""
+    folder = tmp_path / "out"
+    check_run(resolve(check_settings(GenerateSettings, GENERATE | {"output_dir": str(folder)})))
+    script = "import sys; from flux.files import claim_folder; claim_folder(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stderr.splitlines()[-1].endswith(
+        f"Cannot write to {folder} (another run is writing to it): wait for it or name another folder"
+    )
 
 
 @pytest.mark.parametrize("side", [9472, 30_000, 100_000])
