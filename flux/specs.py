@@ -22,7 +22,7 @@ class ModelSpec:
         params: Sizes of the transformer.
         ae_params: Sizes of the autoencoder.
         repo_id: Repository on the hub. If None, the files are in `folder`, part of this package.
-        repo_flow: File of the transformer in that repository or folder.
+        repo_flow: File of the transformer in that repository or folder. If empty, the user names a file.
         repo_ae: File of the autoencoder in that repository or folder.
         folder: Folder of the files, for models of this package.
         lora: File of a LoRA, beside `repo_flow`, that turns the model in that file into this one.
@@ -134,6 +134,15 @@ configs: dict[str, ModelSpec] = {
         num_steps=4,
         shifted=False,
         licence="Apache-2.0",
+    ),
+    # Fine-tuned to need no distilled guidance. There are several, whose files look like schnell's.
+    "flux-dev-de-distilled": ModelSpec(
+        params=replace(_DEV, guidance_embed=False),
+        ae_params=_AE,
+        repo_id="black-forest-labs/FLUX.1-dev",
+        repo_flow="",
+        env_flow=("FLUX_DEV_DE_DISTILLED", "FLUX_MODEL"),
+        true_cfg=3.5,
     ),
     "flux-nano": _NANO,
     "flux-nano-schnell": replace(

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.weights.gguf import parse_gguf_header
+from flux.weights.zeros import ZERO_PAGE, zero_stretch
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 READ_BYTES = 64 * 2**20  # read at once
@@ -58,11 +59,15 @@ class StoredTensor:
     size: int
     name: str = ""
 
-    def read(self, device: torch.device | str = "cpu") -> Tensor:
+    def read(self, device: torch.device | str = "cpu", is_filled: bool = False) -> Tensor:
         """Read the tensor in its stored dtype; a packed kind as uint8, "rows bytes".
 
+        Args:
+            device: Where it is put.
+            is_filled: Whether a stretch of zeros within it means damage. A LoRA may have such stretches.
+
         Raises:
-            InputError: The file cannot be read or ends too early.
+            InputError: The file cannot be read or ends too early, or has a stretch of zeros all the same.
         """
         # A copy to a GPU is several times as fast from pinned memory.
         pinned = torch.device(device).type == "cuda"
@@ -78,9 +83,22 @@ class StoredTensor:
                     done += count
         except OSError as error:
             raise unreadable(self.path, error) from error
+        if is_filled and (length := zero_stretch(raw.numpy())):
+            self._tell_of_zeros(length)
         if self.kind in DTYPES:
             return raw.view(DTYPES[self.kind]).reshape(self.shape).to(device)
         return raw.reshape(*self.shape[:-1], -1).to(device)
+
+    def _tell_of_zeros(self, length: int) -> None:
+        """Warn if the whole tensor is zeros, which may be meant. Else raise an InputError."""
+        where = f"Got {self.path}, where {short_name(self.name)}"
+        if length > self.size - ZERO_PAGE:
+            warn(f"{where} is zeros alone: if that is not meant, the file is damaged, fetch it again")
+            return
+        raise InputError(
+            f"{where} has {length / 2**20:.0f} MiB of zeros: the download did not finish, or the file is "
+            f"damaged, fetch it again{_unfinished_beside(self.path)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,8 @@ def read_header(path: Path) -> FileHeader:
         with path.open("rb") as file:
             start = file.read(512)
     except FileNotFoundError:
+        if re.match(r"https?:", str(path)):
+            raise InputError(f"Got {path}, an address: download the file, and give its path") from None
         raise InputError(
             f"Got {path}, which does not exist: give the path of a .safetensors or .gguf "
             f"file{_unfinished_beside(path)}"

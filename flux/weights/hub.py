@@ -38,12 +38,17 @@ def own_file(spec: ModelSpec, filename: str, download: bool) -> Path:
 
     Args:
         spec: The model.
-        filename: Name of the file in the model's repository or folder.
+        filename: Name of the file in the model's repository or folder. If empty, only the user can name it.
         download: Whether it may be downloaded.
 
     Raises:
         InputError: The file is not there and cannot be downloaded. The message says what to do.
     """
+    if not filename:
+        raise InputError(
+            "Got no file of the transformer, and there are several for this model: download one, and give "
+            f"its path as weights or in {spec.env_flow[0]}"
+        )
     if spec.folder is not None:
         return spec.folder / filename
     return fetch(spec, [filename], download) / filename
@@ -437,8 +442,10 @@ def download(name: str) -> None:
     if spec.folder is not None:
         print(f"{name} is part of this package: {spec.folder}")
         return
-    names = [spec.repo_flow, spec.repo_ae, *TEXT_FOLDERS]
+    names = [name for name in (spec.repo_flow, spec.repo_ae, *TEXT_FOLDERS) if name]
     folder = fetch(spec, names, renew=True)
     print(f"{name} is on this machine ({spec.licence}):")
     for path in (folder / name for name in names):
         print(f"  {path}")
+    if not spec.repo_flow:
+        print(f"its transformer is a file of yours: give its path as weights or in {spec.env_flow[0]}")

@@ -64,12 +64,14 @@ class TensorSource:
 
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Read the tensor in `dtype`."""
-        whole = self._joined([part.read(device).to(dtype) for part in self.parts])
+        whole = self._joined([part.read(device, is_filled=True).to(dtype) for part in self.parts])
         return whole[..., None, None] if self.pointwise else whole
 
     def read_packed(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
         """Read a packed matrix as uint8, "rows bytes", and its scale, if it has one."""
-        whole = self._joined([part.stored.read(device) for part in self.parts]).view(torch.uint8)
+        whole = self._joined([part.stored.read(device, is_filled=True) for part in self.parts]).view(
+            torch.uint8
+        )
         return whole, self.parts[0].read_scale(device)
 
     def _joined(self, parts: list[Tensor]) -> Tensor:

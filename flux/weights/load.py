@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flux.errors import InputError
 from flux.modules.linear import PackedLinear
+from flux.specs import configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import short_name
 from flux.weights.layouts import Part, TensorSource, find_sources
@@ -75,12 +76,15 @@ def match_names(module: nn.Module, checkpoint: Checkpoint, part: Part) -> dict[s
 def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[str, TensorSource]) -> str:
     """A guess at the file's real kind."""
     if not reshaped and all("guidance_in." in name or "guidance_embedder." in name for name in differing):
+        is_nano = sources["img_in.weight"].shape[0] == configs["flux-nano"].params.hidden_size
+        family = "flux-nano" if is_nano else "flux-dev"
         if missing:
+            schnell = "flux-nano-schnell" if is_nano else "flux-schnell"
             return (
-                "; it is a schnell file (no guidance_in), load it as flux-schnell; or a de-distilled dev, "
-                "which loads as flux-schnell too: give true_cfg 3.5 and num_steps 28"
+                f"; it has no guidance_in: it is a schnell file, load it as {schnell}; or a de-distilled "
+                "dev, load it as flux-dev-de-distilled"
             )
-        return "; it is a dev file (it has guidance_in), load it as flux-dev"
+        return f"; it is a dev file (it has guidance_in), load it as {family}"
     columns = sources["img_in.weight"].shape[-1:] if "img_in.weight" in sources else ()
     if columns and columns[0] in CONTROL_INPUTS:
         return f"; it is {CONTROL_INPUTS[columns[0]]}, which is not known here"

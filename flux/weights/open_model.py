@@ -1,6 +1,7 @@
 """One model's files, each opened once: what is checked, planned, fingerprinted and loaded."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.layers import MLPEmbedder, timestep_embedding
 from flux.modules.linear import AnyLinear, LowRankLinear
-from flux.specs import ModelSpec
+from flux.specs import ModelSpec, configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import parse_json
 from flux.weights.hub import own_file
@@ -36,6 +37,11 @@ EMBEDDINGS: dict[Part, str] = {
     "text_encoder": "embeddings.token_embedding.weight",
     "text_encoder_2": "shared.weight",
 }
+# By a pattern of a file's and its folder's name: as which model it is loaded, and which one its name says.
+LOOK_ALIKE = (
+    (r"(de|un)[-_ .]?distil", "flux-schnell", "flux-dev-de-distilled"),
+    (r"schnell", "flux-dev-de-distilled", "flux-schnell"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,14 @@ class OpenModel:
         self.sources()
         for part in TOKENIZERS:
             self._tokenizer(part)
+        self._warn_of_name()
+
+    def _warn_of_name(self) -> None:
+        """Warn of a file whose name says another of the two models that only the name can tell apart."""
+        path = self.files.flow
+        for sign, name, other in LOOK_ALIKE:
+            if self.spec == configs[name] and re.search(sign, "/".join(path.parts[-2:]), re.IGNORECASE):
+                warn(f"{path} loads as {name}, but its name says {other}: if so, give model {other}")
 
     def sources(self) -> dict[Part, dict[str, TensorSource]]:
         """How each tensor of each network is made of a file's.

@@ -52,11 +52,14 @@ class ScaledTensor:
         """The stored number format, see `StoredTensor`."""
         return self.stored.kind
 
-    def read(self, device: torch.device | str = "cpu") -> Tensor:
-        """Read the tensor: packed or scaled kinds expanded to float32, others in their stored dtype."""
+    def read(self, device: torch.device | str = "cpu", is_filled: bool = False) -> Tensor:
+        """Read the tensor: packed or scaled kinds expanded to float32, others in their stored dtype.
+
+        `is_filled` is that of `StoredTensor.read`.
+        """
         if torch.device(device).type == "mps" and self.kind in EIGHT_BIT_FLOATS:  # MPS has no 8-bit floats
-            return self.read("cpu").float().to(device)
-        raw = self.stored.read(device)
+            return self.read("cpu", is_filled).float().to(device)
+        raw = self.stored.read(device, is_filled)
         if self.kind in gguf_blocks.BLOCKS:
             return gguf_blocks.expand(raw, self.kind)
         scale = self.read_scale(device)
