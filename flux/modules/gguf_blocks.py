@@ -23,6 +23,28 @@ BLOCKS = {
     "Q6_K": (256, 210),
 }
 
+# Where a block's half-precision numbers begin: its scale, and its minimum if it has one.
+HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+EXPONENT = 0x7C  # bits of a half-precision number's second byte; all are set if it is NaN or infinite
+
+
+def is_finite(packed: Tensor, kind: str) -> Tensor:
+    """Whether all numbers are finite, as one bool. It reads the blocks' half-precision numbers alone."""
+    blocks = packed.unflatten(-1, (-1, BLOCKS[kind][1]))
+    second = blocks[..., [at + 1 for at in HALVES[kind]]]
+    return ((second & EXPONENT) != EXPONENT).all()
+
 
 def expand(packed: Tensor, kind: str) -> Tensor:
     """Expand packed rows, "rows bytes" in uint8, to float32, "rows columns".

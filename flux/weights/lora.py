@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from flux.errors import InputError, warn
@@ -18,7 +19,7 @@ from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
 from flux.weights.layouts import SWAPPED, Part, diffusers_modules
-from flux.weights.lora_formats import LoraFields, LoraPlace, WeightChange
+from flux.weights.lora_formats import LoraFields, LoraPlace, WeightChange, read_finite
 from flux.weights.lora_patches import BIASES, Patch, change_in, check_fields
 from flux.weights.scales import ScaledTensor
 
@@ -262,7 +263,7 @@ def _config(file: LoraFile, part: Part) -> dict[str, Any]:
 def _scale(file: LoraFile, module: str, part: Part, fields: LoraFields, rank: int) -> float:
     """The factor alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
     if "alpha" in fields:
-        return float(fields["alpha"].read()) / rank
+        return float(read_finite(fields["alpha"], torch.device("cpu"))) / rank
     config = _config(file, part)
     try:
         special = (config.get("alpha_pattern") or {}).items()

@@ -139,6 +139,8 @@ def check_fields(path: Path, place: LoraPlace, fields: LoraFields, change: Weigh
     hint = ""
     if place.module == "img_in":
         hint = " (one for canny, depth or fill needs more inputs than the models known here have)"
+    if any(name.startswith("oft_blocks") for name in fields):
+        hint = " (blocks must add up to all rows; a fused module has oft_blocks.0, oft_blocks.1, ...)"
     raise InputError(
         f"Got {path}, a difference for another model: for {place.module} it has {found}, expected "
         f"one of {place.rows} x {place.columns}{hint}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import InputError
+from flux.modules import gguf_blocks
 from flux.modules.float8 import EIGHT_BIT_FLOATS
 
 # The smallest byte, sign aside, that is no finite number. E4M3 has one NaN, E5M2 infinities and NaNs.
@@ -32,9 +33,11 @@ class FiniteCheck:
             self._add(name, path, low.isfinite() & high.isfinite())
 
     def add_packed(self, name: str, path: Path, packed: Tensor, kind: str) -> None:
-        """Check a matrix in 8-bit floats, given as bytes. Other packed kinds are not checked."""
+        """Check a matrix in 8-bit floats or in GGUF's blocks, given as bytes."""
         if kind in EIGHT_BIT_FLOATS and packed.numel():
             self._add(name, path, (packed & 0x7F).amax() < NOT_FINITE[kind])
+        elif kind in gguf_blocks.BLOCKS and packed.numel():
+            self._add(name, path, gguf_blocks.is_finite(packed, kind))
 
     def _add(self, name: str, path: Path, is_finite: Tensor) -> None:
         self._flags.append(is_finite)

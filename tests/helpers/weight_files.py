@@ -10,17 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux.model import Flux
-from flux.modules.gguf_blocks import BLOCKS
+from flux.modules.gguf_blocks import BLOCKS, HALVES
 from flux.specs import configs
 from flux.weights.open_model import ModelFiles, OpenModel
 from helpers import tiny_models
 
-# Half-precision fields in a block of each kind: where each begins.
-HALVES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
-    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-}  # fmt: skip
-KINDS = tuple(HALVES)
+KINDS = tuple(BLOCKS)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 23802932552\n"
 
 # Wide enough for blocks of 256.

@@ -1,10 +1,16 @@
 """Damage that headers do not show is told while reading, with the file and the tensor."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from helpers import weight_files
 
-from flux.errors import InputError
+from flux.errors import InputError, InputWarning
+from flux.model import Flux
+from flux.modules.gguf_blocks import BLOCKS, HALVES
+from flux.weights.checkpoint import open_checkpoint
 
 NAME = "double_blocks.1.img_attn.qkv.weight"
 
@@ -58,13 +64,15 @@ def test_a_scale(tmp_path, weights):
 def test_a_lora(tmp_path, weights):
     base = weight_files.save(weights, tmp_path / "m")
     rows, columns = weights["img_in.weight"].shape
-    file = {
-        "img_in.lora_A.weight": torch.full((2, columns), float("nan")),
+    good = {
+        "img_in.lora_A.weight": torch.ones(2, columns),
         "img_in.lora_B.weight": torch.ones(rows, 2),
+        "img_in.alpha": torch.ones(()),
     }
-    path = weight_files.save(file, tmp_path / "lora")
-    with pytest.raises(InputError, match=r"lora, where .* NaN"):
-        weight_files.load(base, loras=[(path, 1.0)])
+    for name, x in good.items():
+        path = weight_files.save({**good, name: torch.full_like(x, float("nan"))}, tmp_path / "lora")
+        with pytest.raises(InputError, match=rf"lora, where {name} has numbers that are NaN"):
+            weight_files.load(base, loras=[(path, 1.0)])
 
 
 def test_a_file_of_full_size_that_was_not_filled(tmp_path):
@@ -76,6 +84,87 @@ def test_a_file_of_full_size_that_was_not_filled(tmp_path):
     (tmp_path / "m.safetensors.aria2").touch()
     with pytest.raises(InputError, match=r"last 1 MiB are zeros: .* \(m\.safetensors\.aria2 beside it is"):
         weight_files.load(path)
+
+
+@pytest.mark.parametrize("kind", weight_files.KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scales_of_gguf_blocks(tmp_path, kind, value):
+    """Each of a block's half-precision numbers, in the last block of a row."""
+    path, name = tmp_path / "m.gguf", "double_blocks.0.img_attn.qkv.weight"
+    weight_files.save_gguf(weight_files.wide().state_dict(), path, kind)
+    good, tensor = path.read_bytes(), open_checkpoint(path).tensors[name].stored
+    assert weight_files.load(path, weight_files.WIDE)
+    size = BLOCKS[kind][1]
+    for at in HALVES[kind]:
+        bad = bytearray(good)
+        place = tensor.offset + tensor.size - size + at
+        bad[place : place + 2] = np.float16(value).tobytes()
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match=rf"m\.gguf, where {name} has numbers that are NaN or infinite"):
+            weight_files.load(path, weight_files.WIDE)
+
+
+def wide_file(tmp_path):
+    """A file with a matrix of 4 MiB, and where that begins and ends."""
+    params = replace(weight_files.WIDE, mlp_ratio=16.0)
+    path = weight_files.save(Flux(params).state_dict(), tmp_path / "m.safetensors")
+    tensor = open_checkpoint(path).tensors["double_blocks.0.img_mlp.0.weight"].stored
+    assert tensor.size == 2**22
+    return params, path, tensor.offset
+
+
+@pytest.mark.parametrize("start", [0, 1, 4095, 2**18 - 63, 2**21 - 77, 2**22 - 2**20 - 1, 2**22 - 2**20])
+def test_a_stretch_that_was_not_filled(tmp_path, start):
+    params, path, offset = wide_file(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(offset + start)
+        file.write(bytes(2**20))
+    path.with_name("m.safetensors.part").touch()
+    match = (
+        r"where double_blocks\.0\.img_mlp\.0\.weight has 1 MiB of zeros: .* \(m\.safetensors\.part beside it"
+    )
+    with pytest.raises(InputError, match=match):
+        weight_files.load(path, params)
+
+
+def test_shorter_stretches_and_zeros_here_and_there_are_left_alone(tmp_path):
+    params, path, offset = wide_file(tmp_path)
+    with path.open("r+b") as file:
+        for start in range(0, 2**22, 2**20):
+            file.seek(offset + start)
+            file.write(bytes(2**20 - 8192))
+        for probe in range(0, 2**22, 2**18):
+            file.seek(offset + probe)
+            file.write(bytes(64))
+    assert weight_files.load(path, params)
+
+
+def test_a_matrix_of_zeros_may_be_meant(tmp_path):
+    """As where a layer was taken out on purpose."""
+    params, path, offset = wide_file(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(2**22))
+    with pytest.warns(InputWarning, match=r"where double_blocks\.0\.img_mlp\.0\.weight is zeros alone"):
+        assert weight_files.load(path, params)
+
+
+def test_a_lora_may_have_zeros(tmp_path, weights):
+    """One that was trained on the queries alone, of a fused layer."""
+    up = torch.zeros(len(weights["single_blocks.0.linear1.weight"]), 2**12)
+    up[:8] = 1e-3
+    assert up.nbytes > 2**21
+    down = torch.ones(2**12, weights["single_blocks.0.linear1.weight"].shape[1])
+    file = {
+        "single_blocks.0.linear1.lora_A.weight": down,
+        "single_blocks.0.linear1.lora_B.weight": up,
+        "z": down,
+    }
+    del file["z"]
+    base = weight_files.save(weights, tmp_path / "m")
+    file["single_blocks.1.linear1.lora_B.weight"] = torch.ones_like(up)
+    file["single_blocks.1.linear1.lora_A.weight"] = down
+    assert weight_files.load(base, loras=[(weight_files.save(file, tmp_path / "lora"), 1.0)])
 
 
 def test_an_unfinished_download_beside_it(tmp_path):
