@@ -69,10 +69,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
-    """Open a weight file, or a folder that holds one file or its shards.
+    """Open a weight file, the shards that an index lists, or a folder that holds one of these.
 
     Args:
-        path: The file or folder.
+        path: The file, the index (".safetensors.index.json"), or the folder.
         subfolder: Where to look inside a folder, if that exists: "transformer" of a whole model.
 
     Raises:
@@ -80,6 +80,8 @@ def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
     """
     if path.is_dir():
         headers = _headers_in_folder(path / subfolder if (path / subfolder).is_dir() else path)
+    elif path.name.endswith(".safetensors.index.json"):
+        headers = _headers_of_shards(path)
     else:
         headers = tuple(map(read_header, _all_shards(path)))
     stored: dict[str, StoredTensor] = {}

@@ -1,6 +1,7 @@
 """Checkpoints: one file, or a folder with one file or its shards."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def test_shards(tmp_path, source):
     with pytest.raises(InputError, match="does not fit its index"):
         weight_files.load(tmp_path)
     first.write_bytes(kept)
-    assert weight_files.same(weight_files.load(tmp_path), source)
+    for place in (tmp_path, index):
+        assert weight_files.same(weight_files.load(place), source)
     name = next(iter(whole["weight_map"]))
     for wrong in ("../elsewhere.safetensors", "model.bin"):
         index.write_text(json.dumps({"weight_map": {**whole["weight_map"], name: wrong}}))
@@ -60,3 +62,7 @@ def test_paths_that_are_no_files(tmp_path):
         open_checkpoint(tmp_path / "nothing.safetensors")
     with pytest.raises(InputError, match="is a folder"):
         open_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="an address: download the file"):
+        open_checkpoint(Path("https://hub.example/flux1-dev.safetensors"))
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        open_checkpoint(tmp_path / "model.safetensors.index.json")
