@@ -14,6 +14,7 @@ from flux.settings.resolved import ResolvedEdit
 from flux.specs import get_spec
 from flux.vital_layers import find_vital_layers
 from flux.weights.find import checkpoint_of
+from flux.weights.open_model import OpenModel
 
 
 class Sized(StrictModel, frozen=True):
@@ -54,14 +55,18 @@ def resolve_evaluation(settings: EvaluateSettings) -> ResolvedEvaluate:
     return ResolvedEvaluate.model_construct(None, **fields)
 
 
-def resolve_methods(settings: EvaluateSettings) -> list[ResolvedMethod]:
+def resolve_methods(settings: EvaluateSettings, opened: OpenModel | None = None) -> list[ResolvedMethod]:
     """Reads the methods, fills in what the model's spec says, and finds their vital layers.
+
+    Args:
+        settings: the settings of the evaluation.
+        opened: the model's files, if they are open already.
 
     Raises:
         InputError: as `resolve`, `find_vital_layers` and `check_edits`, with the method's name.
     """
-    spec, checkpoint = get_spec(settings.model), checkpoint_of(resolve(settings))
-    methods = []
+    spec, methods = get_spec(settings.model), []
+    checkpoint = opened.fingerprint() if opened else checkpoint_of(resolve(settings))
     for method in methods_of(settings):
         try:
             edit = resolve(method.settings)

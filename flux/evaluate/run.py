@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -41,6 +42,8 @@ from flux.pipeline import Pipeline
 from flux.runs.record import image_metadata
 from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks, uses_ray
 from flux.settings.complete import resolve
+from flux.weights.find import local_model
+from flux.weights.open_model import OpenModel
 
 SHEET_ROWS, SHEET_SIDE = 12, 192
 
@@ -70,11 +73,12 @@ def evaluate(
     settings = resolve_evaluation(settings)
     every = read_benchmark(settings.benchmark)
     items = select_evenly(select_kinds(every, settings.kinds), settings.count)
-    methods = resolve_methods(settings)
+    opened = local_model(resolve(settings))
+    methods = resolve_methods(settings, opened)
     for line in evaluation_warnings(settings, methods):
         print(f"warning: {line}", file=sys.stderr)
     claim_folder(settings.output_dir)
-    store = Store(settings)
+    store = Store(settings, opened)
     measurer = Measurer(settings, judge)
     if store.outdated:
         _measure_again(store, measurer, every, progress)
@@ -83,7 +87,9 @@ def evaluate(
     if settings.references == "photo":
         truth = not settings.reconstruct and all(item.truth for item in items)
         names = [*(BASELINES if truth else BASELINES[:1]), *names]
-    _edit_and_record(settings, store, measurer, pipe, items, names, progress)
+    by_ray = uses_ray(settings.workers, settings.ray_address)
+    work = (settings,) if by_ray else (settings, pipe, opened)
+    _edit_and_record(settings, store, measurer, work, items, names, progress)
     titles = {name: name for name in BASELINES} | {method.slug: method.name for method in methods}
     titles = {name: titles[name] for name in names}
     rows = {title: [store.rows[name, item.key] for item in items] for name, title in titles.items()}
@@ -133,7 +139,12 @@ class EvaluateWorker:
         InputError: as `Pipeline.load`.
     """
 
-    def __init__(self, settings: ResolvedEvaluate, pipe: Pipeline | None = None):
+    def __init__(
+        self,
+        settings: ResolvedEvaluate,
+        pipe: Pipeline | None = None,
+        opened: OpenModel | None = None,
+    ):
         if (
             pipe is None
             and settings.device.startswith("cuda")
@@ -142,9 +153,9 @@ class EvaluateWorker:
             # Ray shows a worker only its own GPU, as the first one.
             settings = settings.model_copy(update={"device": "cuda"})
         self.methods: dict[str, ResolvedMethod | None] = dict.fromkeys(BASELINES)
-        self.methods |= {method.slug: method for method in resolve_methods(settings)}
+        self.methods |= {method.slug: method for method in resolve_methods(settings, opened)}
         photos = settings.references == "photo"
-        pipe = pipe or Pipeline.load(resolve(settings))
+        pipe = pipe or Pipeline.load(resolve(settings), opened=opened)
         self.runner = MethodRunner(pipe, settings.size, settings.seed, photos, settings.reconstruct)
 
     def run(self, task: EditTask) -> list[EditResult]:
@@ -156,12 +167,15 @@ def _edit_and_record(
     settings: ResolvedEvaluate,
     store: Store,
     measurer: Measurer,
-    pipe: Pipeline | None,
+    work: tuple[Any, ...],
     items: Sequence[Item],
     names: Sequence[str],
     progress: bool,
 ) -> None:
-    """Makes the missing edits. A thread saves and measures each batch while the next one is made."""
+    """Makes the missing edits. A thread saves and measures each batch while the next one is made.
+
+    `work` are the arguments of `EvaluateWorker`.
+    """
     missing = _missing(items, names, settings.batch_size, store)
     total, left = len(items) * len(names), sum(len(task.items) for task in missing)
     bar = tqdm(total=total, initial=total - left, desc="evaluate", unit="edit", disable=not progress)
@@ -181,9 +195,8 @@ def _edit_and_record(
             if task.method == "truth":  # needs no model
                 record(task, [_truth(settings, item) for item in task.items])
         tasks = [task for task in missing if task.method != "truth"]
-        args = (settings,) if uses_ray(settings.workers, settings.ray_address) else (settings, pipe)
         workers = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
-        results = run_tasks(EvaluateWorker, args, tasks, *workers)
+        results = run_tasks(EvaluateWorker, work, tasks, *workers)
         for _ in finish_beside(results, lambda number, edits: record(tasks[number], edits)):
             pass
 

@@ -19,6 +19,7 @@ from flux.metrics.edits import NETS, OUTSIDE
 from flux.runs.folder import ResumableFolder
 from flux.settings.complete import resolve
 from flux.weights.find import checkpoint_of
+from flux.weights.open_model import OpenModel
 
 # These may change when an evaluation is resumed, since no measured value depends on them.
 FREE_FIELDS = {
@@ -48,6 +49,10 @@ def columns(settings: EvaluateSettings) -> list[str]:
 class Store:
     """The folder of an evaluation.
 
+    Args:
+        settings: the settings of the evaluation.
+        opened: the model's files, if they are open already.
+
     Attributes:
         rows: The rows of results.csv whose images exist, by method and item.
         outdated: Whether another judge or other metrics measured them.
@@ -56,7 +61,7 @@ class Store:
         InputError: the folder holds an evaluation that was made with other settings.
     """
 
-    def __init__(self, settings: ResolvedEvaluate):
+    def __init__(self, settings: ResolvedEvaluate, opened: OpenModel | None = None):
         self.path, self.columns = Path(settings.output_dir), columns(settings)
         self.folder = ResumableFolder(self.path, settings.demo, "an evaluation", "python -m flux.evaluate")
         self.rows: dict[tuple[str, str], ResultRow] = {}
@@ -64,7 +69,7 @@ class Store:
         self.generated = settings.references == "generated"
         judge = Path(settings.judge or "")
         self.record: dict[str, Any] = {
-            "checkpoint": checkpoint_of(resolve(settings)),
+            "checkpoint": opened.fingerprint() if opened else checkpoint_of(resolve(settings)),
             "edits": benchmark_fingerprint(settings.benchmark),
             "judge_file": hashlib.sha256(judge.read_bytes()).hexdigest()[:16] if judge.is_file() else None,
         }

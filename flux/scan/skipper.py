@@ -14,6 +14,7 @@ from flux.pipeline import Pipeline
 from flux.sampling import Conditioning, Passes, Streams, euler_step, sample, streams
 from flux.scan.layers import LayerSet
 from flux.settings.resolved import ResolvedSkip
+from flux.weights.open_model import OpenModel
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class LayerSkipper:
     Args:
         settings: The settings of the sweep.
         pipe: The model. If None, it is loaded.
+        opened: The model's files, if they are open already.
 
     Attributes:
         reference: The kept parts of the last task's reference.
@@ -67,8 +69,8 @@ class LayerSkipper:
         InputError: As `Pipeline.load`.
     """
 
-    def __init__(self, settings: ResolvedSkip, pipe: Pipeline | None = None):
-        self.settings, self.pipe = settings, pipe or Pipeline.load(settings)
+    def __init__(self, settings: ResolvedSkip, pipe: Pipeline | None = None, opened: OpenModel | None = None):
+        self.settings, self.pipe = settings, pipe or Pipeline.load(settings, opened=opened)
         self.decodes_beside = decodes_beside(self.pipe)
         # On the stream of the steps, decoding would wait for the steps of the next images.
         has_stream = self.decodes_beside and self.pipe.device.type == "cuda"

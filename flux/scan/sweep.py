@@ -31,7 +31,8 @@ from flux.settings.demos import Prompt, SkipSettings
 from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedSkip
 from flux.specs import get_spec
-from flux.weights.find import checkpoint_of
+from flux.weights.find import checkpoint_of, local_model
+from flux.weights.open_model import OpenModel
 
 # These may differ between the starts of one sweep, since they do not change its images.
 FREE_FIELDS = {"output_dir", "batch_size", "device", "offload", "compile", "workers", "ray_address"}
@@ -73,7 +74,8 @@ class Sweep:
     """
 
     def __init__(self, settings: ResolvedSkip):
-        self.settings, self.folder = settings, open_sweep(settings)
+        self._opened = local_model(settings)
+        self.settings, self.folder = settings, open_sweep(settings, self._opened)
         num_layers = get_spec(settings.model).num_layers
         self.layer_sets = layer_sets(settings.layers, num_layers)
         self.tasks = plan(settings, num_layers)
@@ -150,7 +152,8 @@ class Sweep:
             if self._made_any
             else folder.record().get("timings")
         )
-        checkpoint = checkpoint_of(self.settings)
+        # A model that was not here at the start has been downloaded since.
+        checkpoint = self._opened.fingerprint() if self._opened else checkpoint_of(self.settings)
         folder.write_record(
             sweep_settings(self.settings), rows=self.rows_done, checkpoint=checkpoint, timings=timings
         )
@@ -176,7 +179,7 @@ class Sweep:
         on_worker = settings.model_copy(update={"device": device_on_worker(settings.device)})
         results = run_tasks(
             LayerSkipper,
-            (on_worker,) if by_ray else (settings, pipe),
+            (on_worker,) if by_ray else (settings, pipe, self._opened),
             pending,
             settings.workers,
             settings.ray_address,
@@ -255,13 +258,18 @@ class SweepFolder(NamedTuple):
     entries: list[Prompt]
 
 
-def open_sweep(settings: SkipSettings) -> Path:
+def open_sweep(settings: SkipSettings, opened: OpenModel | None = None) -> Path:
     """Returns the folder of a sweep. If it is new, its settings are left in it as run.json.
+
+    Args:
+        settings: The settings of the sweep.
+        opened: The model's files, if they are open already.
 
     Raises:
         InputError: The folder holds a sweep that was made with other settings or other weights.
     """
-    folder, checkpoint = _folder_of(Path(settings.output_dir)), checkpoint_of(settings)
+    folder = _folder_of(Path(settings.output_dir))
+    checkpoint = opened.fingerprint() if opened else checkpoint_of(settings)
     own = sweep_settings(settings)
     if not folder.started:
         folder.write_record(own, checkpoint=checkpoint)

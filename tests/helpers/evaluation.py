@@ -67,7 +67,7 @@ class PaintingWorker:
 
     made: ClassVar[list[EditTask]] = []
 
-    def __init__(self, settings, pipe=None):
+    def __init__(self, settings, pipe=None, opened=None):
         self.settings = settings
 
     def run(self, task: EditTask) -> list[EditResult]:

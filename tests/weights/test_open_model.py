@@ -1,16 +1,20 @@
 """A model's files are opened once, for everything that a start does with them."""
 
+import json
 import shutil
 from collections import Counter
 
 import pytest
 import torch
 from helpers import weight_files
+from helpers.evaluation import settings_of, write_squares
 
 from flux.errors import InputError
+from flux.evaluate.run import evaluate
 from flux.pipeline import Pipeline
+from flux.scan.run import scan
 from flux.settings.complete import resolve
-from flux.settings.demos import ModelSettings
+from flux.settings.demos import ModelSettings, ScanSettings
 from flux.specs import NANO_FOLDER, configs
 from flux.weights import checkpoint
 from flux.weights.find import find_model, local_model
@@ -69,6 +73,29 @@ def test_a_pipeline_alone_reads_each_header_once(settings, reads):
     Pipeline.load(settings)
     assert set(reads.values()) == {1, 2}
     assert reads.total() == 5
+
+
+def test_a_scan_reads_each_header_once(settings, reads, tmp_path):
+    """Its folder names the checkpoint, at the start and at the end."""
+    fields = {"prompts": ["a dog"], "layers": [3, 5], "top": 1, "stop_when": "never", "metrics": ["dino"]}
+    sizes = {"width": 64, "height": 64, "num_steps": 1, "output_dir": str(tmp_path / "scan")}
+    model = {name: getattr(settings, name) for name in ModelSettings.model_fields if name not in sizes}
+    assert len(scan(resolve(ScanSettings(**{**model, **fields, **sizes})), progress=False)) == 1
+    for name in ("flow.safetensors", "ae.safetensors", "lora.safetensors"):
+        assert reads[name] == 1, name
+    record = json.loads((tmp_path / "scan" / "run.json").read_text())
+    assert record["checkpoint"] == find_model(settings).fingerprint()
+
+
+def test_an_evaluation_reads_each_header_once(reads, tmp_path):
+    """Its record names the checkpoint, and a method may ask for the remembered scan of it."""
+    benchmark = write_squares(tmp_path / "benchmark")
+    methods = [{"name": "Default", "vital_layers": "auto"}]
+    settings = settings_of(benchmark, tmp_path / "out", methods=methods, count=1, num_steps=4)
+    evaluate(settings, progress=False)
+    assert reads == {"transformer.safetensors": 1, "ae.safetensors": 1, "model.safetensors": 2}
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["checkpoint"] == local_model(resolve(ModelSettings())).fingerprint()
 
 
 def test_one_file_for_everything_is_opened_once(tmp_path, reads):
