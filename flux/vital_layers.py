@@ -112,14 +112,19 @@ def _check_model(path: Path, scan: Mapping[str, Any], spec: ModelSpec) -> None:
         )
 
 
-def remembered_scan(checkpoint: str) -> Path:
+def remembered_scan(checkpoint: str) -> Path | None:
     """Returns the path at which the scan of a checkpoint is remembered. The file need not exist.
 
     Args:
         checkpoint: The fingerprint of the checkpoint.
+
+    Returns:
+        The path. None if this user has no home folder, and no other folder for caches is named.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "flux-stable-flow" / "scans" / f"{checkpoint}.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        return None
+    return Path(cache, "flux-stable-flow", "scans", f"{checkpoint}.json")
 
 
 def remember_scan(path: Path) -> bool:
@@ -136,8 +141,12 @@ def remember_scan(path: Path) -> bool:
     is_complete = protocol["layers"] == "all" and protocol.get("scale", 0) == 0 and has_intervals
     if not (is_complete and scan["checkpoint"] and scan["vital_layers"]):
         return False
+    remembered = remembered_scan(scan["checkpoint"])
+    if remembered is None:
+        print('not remembered for the "auto" of demo 4: there is no home folder, set XDG_CACHE_HOME')
+        return False
     try:
-        write_text(remembered_scan(scan["checkpoint"]), path.read_text(encoding="utf-8"))
+        write_text(remembered, path.read_text(encoding="utf-8"))
     except InputError as error:  # no reason to fail: the scan is done, and demo 4 can read its file
         print(f'not remembered for the "auto" of demo 4: {error}')
         return False

@@ -1,12 +1,15 @@
 """Vital layers by name, from a scan, from a list."""
 
 import json
+import pwd
 
 import pytest
 
 from flux.errors import InputError
+from flux.settings.demos import ModelSettings
+from flux.settings.files import check_settings
 from flux.specs import VITAL_LAYERS_DEV, configs
-from flux.vital_layers import PRESETS, find_vital_layers
+from flux.vital_layers import PRESETS, find_vital_layers, remember_scan, remembered_scan
 
 
 def test_vital_layers_by_name():
@@ -98,3 +101,27 @@ def test_files_that_are_no_text(tmp_path, content):
 def test_a_name_that_is_no_preset_and_no_file():
     with pytest.raises(InputError, match="'stable-flo', which is no file and no preset"):
         find_vital_layers("stable-flo", configs["flux-nano"])
+
+
+def test_without_a_home_folder_no_scan_is_remembered(tmp_path, monkeypatch, capsys):
+    """As in a container whose user has no entry: pathlib raises there."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert remembered_scan("x") is None
+    assert find_vital_layers("auto", configs["flux-nano"], "x") == configs["flux-nano"].vital_layers
+    vitality = {"00": {"low": 0, "high": 1, "vitality": 0.5}}
+    scan = {"protocol": {"layers": "all"}, "vitality": vitality, "checkpoint": "x", "vital_layers": [0]}
+    path = tmp_path / "vital_layers.json"
+    path.write_text(json.dumps(scan))
+    assert not remember_scan(path)
+    assert "there is no home folder, set XDG_CACHE_HOME" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"output_dir: expected a path without ~"):
+        check_settings(ModelSettings, {"output_dir": "~/images"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert remember_scan(path)
+    assert remembered_scan("x").is_file()

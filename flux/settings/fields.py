@@ -30,10 +30,16 @@ def _not_blank(text: str) -> str:
 
 
 def _expanded(path: str) -> str:
-    """Replace a leading ~ by the home folder; refuse what JSON reads in place of a single backslash."""
+    """Replace a leading ~ by the home folder; refuse what JSON reads in place of a single backslash.
+
+    Without a home folder, a path in it is refused: it would make a folder called ~.
+    """
     if set(path) & set("\b\f\n\r\t"):
         raise _expected(r"a path (for each \ in it, write / or \\)")
-    return os.path.expanduser(path)
+    expanded = os.path.expanduser(path)
+    if expanded.split(os.sep)[0] == "~":
+        raise _expected("a path without ~, since this user has no home folder")
+    return expanded
 
 
 def _no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:

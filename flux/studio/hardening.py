@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import sys
 import tempfile
@@ -34,7 +35,7 @@ UNUSED = re.compile(
 FIELD_FILES = 3
 """The most files of one field. gradio opens each, also if one file is named many times."""
 _FOLDERS = {
-    Path.home(),
+    Path(os.path.expanduser("~")),
     Path.cwd(),
     Path(tempfile.gettempdir()),
     Path(sys.prefix),
