@@ -95,7 +95,7 @@ class Pipeline:
             <Pipeline flux-nano-schnell, cpu, float32>
 
         Args:
-            model: Its name: "flux-nano", "flux-nano-schnell", "flux-dev", "flux-dev-krea" or "flux-schnell".
+            model: Its name: one of `flux.specs.configs`, such as "flux-nano", "flux-dev" or "flux-schnell".
             weights: File or folder of the transformer, or of the whole model. If None, the package's own or
                 the hub's, as for the next four.
             ae_weights: File or folder of the autoencoder.
