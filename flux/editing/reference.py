@@ -143,7 +143,8 @@ class Source:
         correction, nor with a mimicked scale, whose range is that of all tokens.
         """
         replays = self.path is not None and (self.settings.as_published or not self.corrects_drift)
-        return self.settings.mimic_scale is None and not replays
+        mimics = self.settings.true_cfg != 1 and self.settings.mimic_scale is not None
+        return not mimics and not replays
 
     @property
     def is_noised(self) -> bool:

@@ -23,7 +23,7 @@ OTHER = {
     "correct_drift": False, "as_published": True, "paste_back": True, "caption_model": "caption",
     "edits": ["a bird"], "vital_layers": [0, 1], "dose": "add", "weight": 0.5, "inject_from": 0.2,
     "inject_until": 0.7, "falling": True, "top": 1, "parts": "k", "mask": "auto", "batch_size": 2,
-    "output_dir": "elsewhere", "metadata": False, "sparse": True,
+    "output_dir": "elsewhere", "metadata": False, "sparse": False,
 }  # fmt: skip
 """Another value of every field."""
 MIMIC = {"mimic_scale": 2.0}
