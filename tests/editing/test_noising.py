@@ -27,7 +27,7 @@ def test_the_path_is_the_photograph_with_new_noise_in_each_step(small, photo):
 
 
 def test_edits_beside_the_path_are_flow_edits(small, photo, monkeypatch):
-    """Without kv, in whole steps, and if FlowEdit takes every step. In float32, where both differ by rounding alone."""
+    """Whole steps without kv, if FlowEdit takes every step. In float32, where both differ by rounding."""
     monkeypatch.setattr(flux.editing.flow_edit, "FLOW_EDIT_SKIPS", 0.0)
     mask = half_mask((WIDTH, HEIGHT))
     tokens = token_mask(mask, [(WIDTH, HEIGHT)], WIDTH, HEIGHT)
