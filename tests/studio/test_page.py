@@ -155,7 +155,7 @@ def test_scan_of_three_layers_sent_to_edit(page):
     assert "vitality" in page.locator("#edit-layers [data-layer='7']").get_attribute("aria-label")
 
 
-def test_film(page):
+def test_film(page, url):
     page.get_by_role("tab", name="Look inside").click()
     page.get_by_role("tab", name="Step by step").click()
     page.locator("#film-go").click()
@@ -166,8 +166,8 @@ def test_film(page):
     page.locator("#film-sheets button").first.press("Enter")  # opens it large
     page.locator("#large .shows").get_by_text("Every step").wait_for()
     page.keyboard.press("Escape")
-    page.reload()
-    page.get_by_role("tab", name="Generate").click()
+    visit(page, url, "generate")
+    page.locator("#history img").first.wait_for()
     page.locator("#history button").first.click()
     sheets.nth(2).wait_for()  # they come back with their image, and so does the film
     assert sheets.count() == 3
