@@ -67,7 +67,7 @@ def inject_from_first_row(x: Tensor, weight: float, chunks: int, first: int, las
 
 @dataclass(frozen=True)
 class Injection:
-    """What is injected where: the value that the hooks share."""
+    """The blocks, strength and window of an injection, which all hooks share."""
 
     blocks: frozenset[tuple[str, int]]
     weight: float

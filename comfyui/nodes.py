@@ -238,7 +238,7 @@ class LayerScan(io.ComfyNode):
 
 
 class StableFlowExtension(ComfyExtension):
-    """What ComfyUI asks for the nodes."""
+    """Lists the nodes for ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes of this pack."""

@@ -99,7 +99,7 @@ LEFT_OPEN: dict[type[BaseModel], dict[str, str]] = {
     edits.DoseSettings: OF_THE_DOSE,
     edits.Edit: OF_THE_DOSE | OF_THE_RUN,
 }
-"""What a field without a value stands for, where it is not nothing."""
+"""The meaning of a field that is not set, where there is one."""
 
 HEAD = """# Configuration
 

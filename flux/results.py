@@ -40,7 +40,7 @@ Inputs = Mapping[str, Image.Image]
 
 
 class Result:
-    """What a call returns. A notebook shows it as an image, and `save` writes it to a folder."""
+    """The result of a call. A notebook shows it as an image, and `save` writes it to a folder."""
 
     def sheet(self) -> Image.Image:
         """Draw the whole result as one image."""

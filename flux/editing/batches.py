@@ -144,6 +144,8 @@ class Batch:
         guidance = [settings.guidance if entry.guidance is None else entry.guidance for entry in entries]
         prompts = [entry.prompt for entry in entries]
         painted = [mask[1] for mask in (masks[place] for place in places) if mask]
+        # A mimicked scale takes the range of all tokens.
+        mimics = settings.true_cfg != 1 and settings.mimic_scale is not None
         return cls(
             kind=kind,
             places=places,
@@ -155,7 +157,7 @@ class Batch:
             cond=pipe.condition(prompts, guidance, **guidance_args(settings)),
             latent=source.start.expand(num, -1, -1),
             mask=torch.cat(painted).to(pipe.device) if painted else None,
-            sparse=settings.sparse and source.can_be_sparse,
+            sparse=settings.sparse and source.can_be_sparse and not mimics,
         )
 
     def share_at(self, index: int) -> float:

@@ -140,11 +140,9 @@ class Source:
         """Whether edits may leave out the tokens that they may not change.
 
         Not where the reference's pass would be computed for their sake alone, as in replays without drift
-        correction, nor with a mimicked scale, whose range is that of all tokens.
+        correction.
         """
-        replays = self.path is not None and (self.settings.as_published or not self.corrects_drift)
-        mimics = self.settings.true_cfg != 1 and self.settings.mimic_scale is not None
-        return not mimics and not replays
+        return self.path is None or not self.settings.replays
 
     @property
     def is_noised(self) -> bool:

@@ -33,7 +33,7 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
         if settings.prompt is None:
             names.append("caption_model")
     shaping = {name: getattr(settings, name) for name in names}
-    if settings.sparse and not inversion_free and _can_be_sparse(settings, has_photo):
+    if settings.sparse and not (inversion_free or (has_photo and settings.replays)):
         shaping["sparse"] = True  # the reference then keeps all layers, if there is room
     if settings.true_cfg == 1:
         return shaping
@@ -46,10 +46,3 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
             second_pass.append("mimic_percentile")
     # A photograph's path is unguided: its second pass is only there for its keys and values.
     return shaping | {"true_cfg": True} | {name: getattr(settings, name) for name in second_pass}
-
-
-def _can_be_sparse(settings: ResolvedEdit, has_photo: bool) -> bool:
-    """Whether `flux.editing.reference.Source.can_be_sparse` of the source with these settings."""
-    replays = has_photo and (settings.as_published or (settings.inverts and not settings.correct_drift))
-    mimics = settings.true_cfg != 1 and settings.mimic_scale is not None
-    return not mimics and not replays

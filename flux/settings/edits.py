@@ -177,6 +177,11 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
         return self.as_published or self.inversion not in ("noising", "none", "decflowedit")
 
     @property
+    def replays(self) -> bool:
+        """Whether a photograph's reference is replayed as it was inverted: its drift is not corrected."""
+        return self.as_published or (self.inverts and not self.correct_drift)
+
+    @property
     def own_guidance(self) -> float | None:
         """The given guidance, or that of the method's public code where it is asked for."""
         if self.guidance is None and self.as_published and self.photo:

@@ -26,7 +26,7 @@ import flux
 from flux.errors import InputError
 
 ALIAS = "/studio-files"
-"""What visitors call the folder that the studio writes to."""
+"""The name under which visitors see the folder that the studio writes to."""
 TEXTS = ("text/html", "text/plain", "text/event-stream", "application/json")
 FILE = re.compile(r"/file[=/](.*)$", re.DOTALL)
 UNUSED = re.compile(

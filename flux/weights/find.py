@@ -71,7 +71,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
 
 
 def local_model(settings: ModelSettings) -> OpenModel | None:
-    """As `find_model`, without downloads. Returns None if a file is not on this machine or not right."""
+    """Finds a model without downloads. Returns None if a file is not on this machine or not right."""
     try:
         return find_model(settings, download=False)
     except InputError:

@@ -169,7 +169,7 @@ def apply_patches(model: nn.Module, patches: Iterable[Patch], dtype: torch.dtype
 
 
 def ranks_beside(patches: Iterable[Patch]) -> dict[str, int | None]:
-    """What changes make of packed weights, by module: for the estimate of memory.
+    """Find the rank of the branch that changes put beside each packed weight, for the estimate of memory.
 
     Returns:
         The rank of the branch beside the weight. None if the weight is expanded, with the changes in it.

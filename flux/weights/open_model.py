@@ -162,7 +162,7 @@ class OpenModel:
         }
 
     def ranks_beside(self) -> dict[Part, dict[str, int | None]]:
-        """What the LoRA files make of packed weights, by network and module, see `lora_patches.ranks_beside`.
+        """The rank beside each packed weight, by network and module, see `lora_patches.ranks_beside`.
 
         Raises:
             InputError: As `check`.

@@ -106,3 +106,13 @@ def test_another_guidance_needs_another_reference(small):
     kept = keep_reference(small, settings(num_steps=1), LAYERS, progress=False)
     with pytest.raises(InputError, match="another guidance than"):
         edit_reference(small, kept, ["a cat"], settings(num_steps=1, guidance=1.0), progress=False)
+
+
+def test_edits_of_a_photograph_may_mimic_another_scale(small, photo):
+    """The path of a photograph is unguided, so the scale shapes its edits alone."""
+    wanted = settings(num_steps=2, photo="photo.png")
+    kept = keep_reference(small, wanted, LAYERS, photo, progress=False)
+    mimicking = settings(num_steps=2, photo="photo.png", **MIMIC)
+    [image] = edit_reference(small, kept, ["a cat"], mimicking, progress=False)
+    alone = keep_reference(small, mimicking, LAYERS, photo, progress=False)
+    assert image.tobytes() == edit_reference(small, alone, ["a cat"], mimicking, progress=False)[0].tobytes()

@@ -55,7 +55,7 @@ def _type(kind: str) -> SimpleNamespace:
 
 
 class NodeOutput:
-    """What a node returns."""
+    """The result of a node."""
 
     def __init__(self, *args):
         self.args = args
@@ -202,7 +202,7 @@ class Patcher:
 
 
 class _Executor:
-    """What a wrapper is given to call what it wraps."""
+    """A call of the wrapped function, as a wrapper is given it."""
 
     class_obj = SimpleNamespace(patch_size=2)
 

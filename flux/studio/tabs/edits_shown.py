@@ -1,4 +1,4 @@
-"""What the Edit tab shows: an edit over its reference, all images of the run, and the ways on from them."""
+"""The images of the Edit tab: an edit over its reference, all images of the run, and buttons to go on."""
 
 from pathlib import Path
 from typing import Any
