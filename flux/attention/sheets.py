@@ -81,7 +81,7 @@ def layers_sheet(image: Image.Image, steps: Sequence[StepAttention], num_double:
         maps = [heat_map(image, step.layers[layer].text[0], top) for step in steps]
         images.append([image, *maps, colour_scale(*image.size, top)])
         texts = [_step_caption(step, step.layers[layer]) for step in steps]
-        captions.append(["the picture", *texts, "of an image token's attention goes to text"])
+        captions.append(["the image", *texts, "of an image token's attention goes to text"])
     return grid(images, captions, [layer_title(layer, num_double) for layer in layers])
 
 
@@ -118,7 +118,7 @@ def words_sheet(image: Image.Image, steps: Sequence[StepAttention], num_double: 
                 f"{word}: up to {percent(values.max())}, mean {percent(values.mean())}"
                 for word, values in maps.items()
             ]
-            captions.append(["the picture", *texts, legend])
+            captions.append(["the image", *texts, legend])
             titles.append(f"{layer_title(layer, num_double)}: {meaning} (mean of steps {numbers})")
     return grid(images, captions, titles)
 

@@ -41,7 +41,7 @@ class EvaluateSettings(ModelSettings, frozen=True):
         description='list of {"name": ...} with fields of an edit\'s settings, or with "strength": img2img'
     )
     references: Literal["photo", "generated"] = Field(
-        "photo", description="edit the benchmark's photographs, or pictures generated from their prompts"
+        "photo", description="edit the benchmark's photographs, or images generated from their prompts"
     )
     reconstruct: bool = Field(False, description="each photo's own prompt instead of the edit's")
     kinds: Words = Field((), description="only edits of these kinds; empty: all kinds")

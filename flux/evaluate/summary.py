@@ -34,10 +34,10 @@ SHOWN = {
     "evaluations": ("evaluations", 1, 0),
 }
 NOTES = f"""PSNR: dB over the pixels that the edit should keep. PIE PSNR, PIE MSE, SSIM and LPIPS: as in
-PIE-Bench's tables, of whole pictures whose edited part is black in both. "and {KEPT:g} dB": success with at
+PIE-Bench's tables, of whole images whose edited part is black in both. "and {KEPT:g} dB": success with at
 least that PSNR. Overlap: of the subjects before and after. Mask IoU: of the tokens of the automatic mask
 and those that the benchmark's mask touches. s and evaluations of the transformer: an edit's
-share of its batch. Local: edits of a part of the picture, not of its place, time or style.
+share of its batch. Local: edits of a part of the image, not of its place, time or style.
 """
 
 

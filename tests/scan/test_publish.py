@@ -25,6 +25,7 @@ def test_files_of_the_scores(tmp_path):
     data = write(tmp_path / "new", scores, Rule(gap=True), sources={"dino": "facebook/dinov2-giant"})
     assert (tmp_path / "new" / "similarity.csv").read_text() == scores.csv()
     assert (data["model"], data["checkpoint"]) == ("flux-nano", "sha256:12ab")
+    assert (data["format"], data["num_double"], data["num_single"]) == (2, 5, 10)
     assert data["rule"] == {"metric": "dino", "gap": True}
     assert data["rows"] == 10
     assert data["stable"] is True
