@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from flux import sampling
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.model import Inputs
-from flux.sampling import Conditioning, Passes
+from flux.sampling import Conditioning, Passes, steps
 
 VITAL = frozenset({1, 4})
 
@@ -89,7 +89,7 @@ def test_both_passes_as_one_batch_are_two_passes(model, row, monkeypatch, rows, 
     start = sampling.streams(model, img, row["img_ids"].expand(rows, -1, -1), cond, 0.8)[1]
     given = (model, img, row["img_ids"], cond, 0.8, 0.6, inject, start)
     apart = sampling.euler_step(*given)
-    monkeypatch.setattr(sampling, "in_one_batch", lambda img: True)
+    monkeypatch.setattr(steps, "in_one_batch", lambda img: True)
     together = sampling.euler_step(*given)
     assert_close(together.velocity, apart.velocity, rtol=0, atol=2e-5)
     for found, expected in (

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from flux.intervention import Intervention
+from flux.model import Streams
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Passes, Streams, euler_step, sample, streams
+from flux.sampling import Conditioning, Passes, euler_step, sample, streams
 from flux.scan.layers import LayerSet
 from flux.settings.resolved import ResolvedSkip
 from flux.weights.open_model import OpenModel

@@ -1,0 +1,193 @@
+"""Euler steps from noise to latent."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise, repeat
+
+import torch
+from torch import Tensor
+
+from flux.intervention import NOTHING, Intervention, Recorded
+from flux.math import KeysValues
+from flux.model import Inputs, Streams, VelocityModel
+from flux.modules.step_cache import StepCache
+from flux.sampling.conditioning import Conditioning
+from flux.sampling.guidance import Passes, guided, in_one_batch
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One Euler step from noise level `t` to `t_next`.
+
+    Attributes:
+        t: Noise level at the start.
+        t_next: Noise level at the end.
+        noisy: Packed latent at `t`, "B I 64".
+        velocity: The model's answer to it, "B I 64".
+        kept: Image keys and values of the layers that the intervention kept, for each pass.
+        watched: Queries and keys of the layers that the intervention watched.
+    """
+
+    t: float
+    t_next: float
+    noisy: Tensor
+    velocity: Tensor
+    kept: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
+    watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def latent(self) -> Tensor:
+        """The latent at `t_next`."""
+        return self.noisy + (self.t_next - self.t) * self.velocity
+
+    @property
+    def clean(self) -> Tensor:
+        """The clean latent that this velocity points at."""
+        return self.noisy - self.t * self.velocity
+
+
+def model_inputs(img: Tensor, img_ids: Tensor, cond: Conditioning, t: float) -> Inputs:
+    """The transformer's inputs for the latent `img` at noise level t, the same in all rows."""
+    levels = torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
+    ids = img_ids[:1].expand(img.shape[0], -1, -1)
+    return Inputs(img, ids, cond.txt, cond.txt_ids, levels, cond.vec, cond.guidance)
+
+
+def _modulations_at(cond: Conditioning, t: float) -> list[Tensor] | None:
+    return cond.modulations.at(t) if cond.modulations else None
+
+
+def streams(
+    model: VelocityModel, img: Tensor, img_ids: Tensor, cond: Conditioning, t: float
+) -> list[Passes[Streams]]:
+    """The streams into each layer at noise level t, for each pass."""
+    passes = Passes(cond, cond.negative).map(
+        lambda cond: model.streams(model_inputs(img, img_ids, cond, t), _modulations_at(cond, t))
+    )
+    return [Passes(*each) for each in zip(*passes)]
+
+
+def euler_step(
+    model: VelocityModel,
+    img: Tensor,
+    img_ids: Tensor,
+    cond: Conditioning,
+    t: float,
+    t_next: float,
+    intervention: Intervention | Passes[Intervention] = NOTHING,
+    start: Passes[Streams] | None = None,
+    cache: StepCache | None = None,
+) -> Step:
+    """One step of Euler's method from the packed latent `img` at noise level t to t_next.
+
+    Args:
+        model: The transformer.
+        img: Packed latent, "B I 64".
+        img_ids: Positions of the image tokens, the same in all rows, "B I 3" or "1 I 3".
+        cond: Prompts and guidance.
+        t: Noise level of `img`.
+        t_next: Noise level to go to.
+        intervention: One for both passes, or one for each. If one for both watches, only the prompt's pass
+            is watched.
+        start: Streams to begin with instead of at layer 0, see `streams`.
+        cache: See `sample`. Not used with a negative pass.
+    """
+
+    def observe(
+        img: Tensor,
+        cond: Conditioning,
+        intervention: Intervention,
+        start: Streams | None,
+        cache: StepCache | None = None,
+    ) -> tuple[Tensor, Recorded]:
+        inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
+        return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
+
+    each = intervention if isinstance(intervention, Passes) else Passes(intervention)
+    first, second = (start.positive, start.negative) if start else (None, None)
+    if cond.negative is None:
+        velocity, found = observe(img, cond, each.positive, first, cache)
+        return Step(t, t_next, img, velocity, Passes(found.kept), found.watched)
+
+    other = each.negative or replace(each.positive, watch=frozenset())
+    if in_one_batch(img) and each.positive.free is None:
+        batch = img.shape[0]
+        if first and second:
+            first = first.expanded(batch).stacked(second.expanded(batch))
+        conds, interventions = cond.stacked(cond.negative), each.positive.stacked(other)
+        velocities, found = observe(img.repeat(2, 1, 1), conds, interventions, first)
+        velocity, away = velocities.chunk(2)
+        found, found_negative = found.rows(slice(batch)), found.rows(slice(batch, None))
+    else:
+        velocity, found = observe(img, cond, each.positive, first)
+        away, found_negative = observe(img, cond.negative, other, second)
+    kept = Passes(found.kept, found_negative.kept)
+    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, found.watched)
+
+
+def sample(
+    model: VelocityModel,
+    img: Tensor,
+    img_ids: Tensor,
+    cond: Conditioning,
+    timesteps: Sequence[float],
+    interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
+    cache: StepCache | None = None,
+) -> Iterator[Step]:
+    """Take the steps of Euler's method: yield each of the len(timesteps) - 1 steps as soon as it is taken.
+
+    Args:
+        model: The transformer.
+        img: Packed latent at noise level timesteps[0], "B I 64".
+        img_ids: Positions of the image tokens, "B I 3" or "1 I 3".
+        cond: Prompts and guidance.
+        timesteps: Noise levels, falling.
+        interventions: One for all steps, or one for each. A step's own is asked for only when the step
+            begins, so that it may come from another sampling that runs beside this one.
+        cache: Spares steps that change little most of their work. Give a new one to each sampling.
+
+    Raises:
+        ValueError: There are fewer interventions than steps.
+    """
+    each = repeat(interventions) if isinstance(interventions, Intervention) else iter(interventions)
+    cond = cond.scheduled(model, timesteps[:-1])
+    for t, t_next in pairwise(timesteps):
+        intervention = next(each, None)
+        if intervention is None:
+            raise ValueError(f"Got too few interventions for {len(timesteps) - 1} steps: give one for each")
+        step = euler_step(model, img, img_ids, cond, t, t_next, intervention, cache=cache)
+        img = step.latent
+        yield step
+
+
+def denoise(
+    model: VelocityModel,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    vec: Tensor,
+    timesteps: Sequence[float],
+    guidance: float = 4.0,
+    interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
+) -> Tensor:
+    """Sample: the packed latent at the last of `timesteps`, "B I 64". Upstream's call, with interventions.
+
+    Args:
+        model: The transformer.
+        img: Packed latent at noise level timesteps[0], "B I 64".
+        img_ids: Positions of the image tokens, "B I 3".
+        txt: T5 features, "B T features".
+        txt_ids: Positions of the text tokens, "B T 3".
+        vec: Pooled CLIP features, "B features".
+        timesteps: Noise levels, falling.
+        guidance: Distilled guidance scale.
+        interventions: One for all steps, or one for each.
+    """
+    cond = Conditioning(
+        txt, txt_ids, vec, torch.full((img.shape[0],), guidance, device=img.device, dtype=img.dtype)
+    )
+    for step in sample(model, img, img_ids, cond, timesteps, interventions):
+        img = step.latent
+    return img
