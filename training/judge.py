@@ -21,10 +21,10 @@ from torch import Tensor
 from flux.errors import InputError
 from flux.evaluate.judge import Verdict
 from flux.images.io import to_tensor
+from flux.weights.load import read_weights
 from training.loop.models import NANO
 from training.scenes.content import Content
 from training.scenes.vocabulary import COLOUR_NAMES, INDEX, PLACE_INDEX, TIME_NAMES
-from training.stages.export import restored_from_bytes
 from training.stages.vision import MeasuringModel, Recognition, recognize
 
 # An object counts as shown from this logit on. Each of ninety objects is rarely there, so the model is slow
@@ -126,9 +126,7 @@ class MeasuringJudge:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return restored_from_bytes(load_file(path))
+        return read_weights(path, "cpu", torch.float32)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

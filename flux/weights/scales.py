@@ -4,10 +4,13 @@ Two dialects of scaled 8-bit floats are read. Beside a matrix `X.weight`,
 
 * "scaled_fp8" has `X.scale_weight`, a marker tensor `scaled_fp8`, and `X.scale_input` for other programs;
 * the newer one has `X.weight_scale`, and for other programs `X.input_scale` and a JSON text `X.comfy_quant`.
+
+8-bit whole numbers are read too, if each has such a scale and the file declares no format for them: weight =
+scale * q.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MARKER = "scaled_fp8"
 SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # the first one that a matrix has is used
 UNUSED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")  # beside a matrix with a scale
-WHOLE_NUMBERS = {"I8": "8-bit whole numbers", "U8": "packed bytes", "I32": "packed whole numbers"}
+INT8 = "I8"
+WHOLE_NUMBERS = {INT8: "8-bit whole numbers", "U8": "packed bytes", "I32": "packed whole numbers"}
 UNSUPPORTED_ENDINGS = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit (nf4)",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes 4-bit (fp4)",
@@ -37,7 +41,7 @@ UNSUPPORTED_ENDINGS = {
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """A stored tensor and, for 8-bit floats that have one, the scale to multiply it by."""
+    """A stored tensor and, for 8-bit numbers that have one, the scale to multiply it by."""
 
     stored: StoredTensor
     scale: StoredTensor | None = None
@@ -63,7 +67,9 @@ class ScaledTensor:
         if self.kind in gguf_blocks.BLOCKS:
             return gguf_blocks.expand(raw, self.kind)
         scale = self.read_scale(device)
-        return raw if scale is None else raw.float() * scale
+        if scale is None:
+            return raw
+        return raw.float() * (scale if scale.ndim == 0 else scale.view(-1, *[1] * (raw.ndim - 1)))
 
     def read_scale(self, device: torch.device | str = "cpu") -> Tensor | None:
         """Read the scale in float32: one number, or one for each row, "rows 1". None if there is none."""
@@ -89,9 +95,9 @@ def pair_with_scales(
     Raises:
         InputError: The checkpoint uses a quantisation that is not supported.
     """
-    _refuse_unsupported(path, stored)
-    _check_declared(path, declared)
     scales = {name: scale for name in stored if (scale := _scale_of(name, stored)) is not None}
+    _refuse_unsupported(path, stored, scales)
+    _check_declared(path, declared)
     _check_comfy_quant(path, scales, stored)
     left_out = {*scales.values(), *_scaled_fp8_extras(stored), *_extras_of_scaled(scales)}
     return {
@@ -102,8 +108,8 @@ def pair_with_scales(
 
 
 def _scale_of(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
-    """The name of the scale of this tensor, if it is a matrix of 8-bit floats that has a fitting one."""
-    if not name.endswith(".weight") or stored[name].kind not in EIGHT_BIT_FLOATS:
+    """The name of the scale of this tensor, if it is one of 8-bit numbers that has a fitting one."""
+    if not name.endswith(".weight") or stored[name].kind not in (*EIGHT_BIT_FLOATS, INT8):
         return None
     stem, rows = name.removesuffix(".weight"), stored[name].shape[:1]
     scale = next((stem + ending for ending in SCALE_ENDINGS if stem + ending in stored), None)
@@ -126,16 +132,18 @@ def _extras_of_scaled(scales: Iterable[str]) -> set[str]:
 # ---- formats that are not supported
 
 
-def _refuse_unsupported(path: Path, stored: Mapping[str, StoredTensor]) -> None:
+def _refuse_unsupported(
+    path: Path, stored: Mapping[str, StoredTensor], scaled: Container[str]
+) -> None:
     for name in stored:
         for ending, title in UNSUPPORTED_ENDINGS.items():
             if name.endswith(ending):
                 raise InputError(f"Got {path}, which is {title}: not supported, take a GGUF or fp8 file")
     for name, tensor in stored.items():
-        if name.endswith(".weight") and tensor.kind in WHOLE_NUMBERS:
+        if name.endswith(".weight") and tensor.kind in WHOLE_NUMBERS and name not in scaled:
             raise InputError(
-                f"Got {path}, where {short_name(name)} is in {WHOLE_NUMBERS[tensor.kind]} (int8 and the "
-                "like, with scales): not supported, take a GGUF or fp8 file"
+                f"Got {path}, where {short_name(name)} is in {WHOLE_NUMBERS[tensor.kind]} without a scale for "
+                "each row: not supported, take a GGUF or fp8 file"
             )
 
 

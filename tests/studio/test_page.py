@@ -124,12 +124,11 @@ def test_settings_come_back(page, url, tmp_path):
     page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'a penguin'")
     page.locator("#generate-settings button").first.click()
     assert page.locator("#generate-settings").get_by_label("Seed", exact=True).input_value() == "77"
-    shown = page.locator("#history img").count()
     draw(page, "an owl")
-    # The history is drawn anew some time after the image.
-    page.wait_for_function("shown => document.querySelectorAll('#history img').length > shown", arg=shown)
+    owl = page.locator("#history button", has_text="an owl").first  # drawn some time after the image
+    owl.wait_for()
     page.locator("#generate-prompt textarea").fill("")
-    page.locator("#history button").first.click()  # and from this visit's images
+    owl.click()  # and from this visit's images
     page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'an owl'")
 
 

@@ -52,13 +52,32 @@ def test_no_guidance_input_has_two_causes(tmp_path, weights):
         weight_files.load(weight_files.save(few, tmp_path / "m"))
 
 
-def test_whole_numbers_with_scales(tmp_path, weights):
-    file = dict(weights)
-    name = "double_blocks.0.img_attn.qkv"
-    file[f"{name}.weight"] = torch.zeros(96, 32, dtype=torch.int8)
-    file[f"{name}.weight_scale"] = torch.ones(96, 1)
-    with pytest.raises(InputError, match=r"8-bit whole numbers .*: not supported, take a GGUF or fp8"):
+QKV = "double_blocks.0.img_attn.qkv"
+WHOLE_NUMBERS = torch.arange(-96 * 16, 96 * 16).view(96, 32).remainder(255).sub(127).to(torch.int8)
+
+
+@pytest.mark.parametrize("shape", [(96, 1), (96,), ()])
+def test_whole_numbers_with_scales(tmp_path, weights, shape):
+    scale = torch.rand(shape) + 0.5
+    file = {**weights, f"{QKV}.weight": WHOLE_NUMBERS, f"{QKV}.weight_scale": scale}
+    model = weight_files.load(weight_files.save(file, tmp_path / "m"))
+    assert torch.equal(model.double_blocks[0].img_attn.qkv.weight, WHOLE_NUMBERS.float() * scale.view(-1, 1))
+
+
+@pytest.mark.parametrize(
+    "beside", [{}, {f"{QKV}.weight_scale": torch.ones(32)}, {f"{QKV}.weight_scale": WHOLE_NUMBERS[:, :1]}]
+)
+def test_whole_numbers_without_fitting_scales(tmp_path, weights, beside):
+    file = {**weights, f"{QKV}.weight": WHOLE_NUMBERS, **beside}
+    with pytest.raises(InputError, match=r"8-bit whole numbers without a scale for each row: not supported"):
         weight_files.load(weight_files.save(file, tmp_path / "m"))
+
+
+def test_whole_numbers_of_a_declared_format(tmp_path, weights):
+    about = json.dumps({"layers": {QKV: {"format": "int8_tensorwise"}}})
+    file = {**weights, f"{QKV}.weight": WHOLE_NUMBERS, f"{QKV}.weight_scale": torch.ones(96, 1)}
+    with pytest.raises(InputError, match=r"quantised as 'int8_tensorwise': not supported"):
+        weight_files.load(weight_files.save(file, tmp_path / "m", _quantization_metadata=about))
 
 
 @pytest.mark.parametrize(("ending", "title"), [("SCB", "bitsandbytes 8-bit"), ("weight_scale_2", "nvfp4")])

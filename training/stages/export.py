@@ -1,7 +1,7 @@
 """Stage "export": writes the trained models as the files that the package ships.
 
 The matrices of the transformer and the low-rank difference of the four-step student become scaled 8-bit
-floats. Everything else is in half precision.
+floats, those of the autoencoder scaled 8-bit whole numbers. Everything else is in half precision.
 """
 
 import json
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = torch.iinfo(torch.int8).max
+SMALL = 4096
 TINY = torch.finfo(torch.float16).tiny
 
 
@@ -46,36 +47,21 @@ def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rounded_to_bytes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rounds matrices and kernels to 8-bit integers, with a scale for each channel; vectors to float16.
+    """Rounds matrices and kernels to 8-bit whole numbers, with a scale for each channel.
 
-    The scales are named `X.scale`, in float16.
+    Vectors and small kernels, which weigh little and show most, become float16. Beside `X.weight`, its scales are named `X.weight_scale`, in float16: see `flux.weights.scales`.
     """
     file = {}
     for name, value in weights.items():
         value = value.detach().float().cpu().contiguous()
-        if value.ndim > 1:
+        if value.ndim > 1 and value.numel() > SMALL:
             scale = (value.flatten(1).abs().amax(dim=1) / INT8_MAX).clamp(min=TINY).half()
-            file[name] = (value / per_channel(scale, value)).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-            file[f"{name}.scale"] = scale
+            rounded = (value / scale.float().view(-1, *[1] * (value.ndim - 1))).round()
+            file[name] = rounded.clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+            file[f"{name}_scale"] = scale
         else:
             file[name] = value.half()
     return file
-
-
-def restored_from_bytes(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights that `rounded_to_bytes` rounded, in float32."""
-    return {
-        name: value.float() * per_channel(file[f"{name}.scale"], value)
-        if value.dtype == torch.int8
-        else value.float()
-        for name, value in file.items()
-        if not name.endswith(".scale")
-    }
-
-
-def per_channel(scale: Tensor, weights: Tensor) -> Tensor:
-    """Shapes the scales of output channels, "C", to multiply weights of shape "C ..."."""
-    return scale.float().view(-1, *[1] * (weights.ndim - 1))
 
 
 def export_judge(weights: dict[str, Tensor], path: Path) -> None:
@@ -100,10 +86,7 @@ def export(work: Work) -> bool:
     lora = torch.load(work.result("schnell"), map_location="cpu")
     save_file(scaled_fp8(lora), folder / "schnell_lora.safetensors")
     ae = load_autoencoder(work).cpu()
-    save_file(
-        {name: value.half().contiguous() for name, value in ae.state_dict().items()},
-        folder / "ae.safetensors",
-    )
+    save_file(rounded_to_bytes(ae.state_dict()), folder / "ae.safetensors")
     generator.t5.half().save_pretrained(folder / "text_encoder_2")
     generator.clip.half().save_pretrained(folder / "text_encoder")
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
