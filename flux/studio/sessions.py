@@ -55,7 +55,9 @@ class Run:
         """Writes an image that carries the run's settings, and returns its path."""
         path = self.folder / f"{name}.png"
         save_image(image, path, image_metadata(self.settings, prompt, seed, **more))
-        self.images[name], self.captions[name] = path, prompt
+        # New dictionaries: other threads may be reading these, and need a caption for each image.
+        self.captions = {**self.captions, name: prompt}
+        self.images = {**self.images, name: path}
         return path
 
 

@@ -74,6 +74,15 @@ def test_the_oldest_runs_make_room(studio, photo):
     assert session.begin_run(settings).folder.name == "003_test"
 
 
+def test_a_run_that_grows_while_it_is_read(tmp_path, photo):
+    run = Sessions(tmp_path).of("a").begin_run(GenerateSettings())
+    run.save("000", photo, "a dog", 0)
+    reading = iter(run.images.items())
+    run.save("001", photo, "a cat", 1)
+    assert [name for name, _ in reading] == ["000"]
+    assert list(run.images) == list(run.captions) == ["000", "001"]
+
+
 def test_a_run_without_an_image_leaves_nothing(studio):
     session, settings = studio.sessions.of("a"), generate_settings(studio, {"prompt": "a dog"})
     session.stop.set()
