@@ -74,8 +74,8 @@ def test_the_oldest_runs_make_room(studio, photo):
     assert session.begin_run(settings).folder.name == "003_test"
 
 
-def test_a_run_that_grows_while_it_is_read(tmp_path, photo):
-    run = Sessions(tmp_path).of("a").begin_run(GenerateSettings())
+def test_a_run_that_grows_while_it_is_read(studio, photo):
+    run = studio.sessions.of("a").begin_run(generate_settings(studio, {"prompt": "a dog"}))
     run.save("000", photo, "a dog", 0)
     reading = iter(run.images.items())
     run.save("001", photo, "a cat", 1)
