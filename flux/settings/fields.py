@@ -42,7 +42,8 @@ def _expanded(path: str) -> str:
     return expanded
 
 
-def _no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:
+def no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse a list that names something twice."""
     distinct = {frozenset(entry) if isinstance(entry, tuple) else entry for entry in entries}
     if len(distinct) < len(entries):
         raise _expected("each only once")
@@ -98,12 +99,12 @@ Strength = Annotated[float, Field(gt=0, le=1)]
 Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
 
 MetricName = Literal["dino", "psnr", "ssim", "lpips", "clip"]
-Metrics = Annotated[tuple[MetricName, ...], LIST, AfterValidator(_no_repeats)]
+Metrics = Annotated[tuple[MetricName, ...], LIST, AfterValidator(no_repeats)]
 
 Number = Annotated[int, Field(ge=0)]
-Numbers = Annotated[tuple[Number, ...], LIST_OR_EMPTY, AfterValidator(_no_repeats)]
-LayerNumbers = Annotated[tuple[Number, ...], LIST, AfterValidator(_no_repeats)]
-LayerSets = Annotated[tuple[LayerNumbers, ...], LIST, AfterValidator(_no_repeats)]
+Numbers = Annotated[tuple[Number, ...], LIST_OR_EMPTY, AfterValidator(no_repeats)]
+LayerNumbers = Annotated[tuple[Number, ...], LIST, AfterValidator(no_repeats)]
+LayerSets = Annotated[tuple[LayerNumbers, ...], LIST, AfterValidator(no_repeats)]
 SkippedLayers = Annotated[
     Annotated[Literal["all"], Tag("word")]
     | Annotated[LayerNumbers, Tag("numbers")]
