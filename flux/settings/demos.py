@@ -6,13 +6,22 @@ None in a field means "as the model's spec says". No model is known here, hence 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from flux.settings.fields import (
     LIST,
     MAX_SEED,
     FilePath,
     Guidance,
+    LoraLayers,
     Metrics,
     Numbers,
     Offload,
@@ -75,6 +84,16 @@ class Lora(StrictModel, frozen=True):
 
     file: FilePath = Field(description="file of the LoRA")
     weight: float = Field(default=1.0, description="how much of it is added")
+    layers: LoraLayers | None = Field(
+        default=None,
+        description="layers in which it is added, as a list; or factors of the weight, as {layer: factor}, "
+        "where other layers have 1; parts outside the layers stay as they are",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_all_layers(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the layers if all of them have the LoRA, as files before there was the field do."""
+        return {name: value for name, value in write(self).items() if (name, value) != ("layers", None)}
 
 
 def _as_loras(entries: Any) -> Any:
@@ -108,7 +127,8 @@ class ModelSettings(Settings, frozen=True):
         default=None, description="folder that holds text_encoder, text_encoder_2, tokenizer and tokenizer_2"
     )
     lora: Loras = Field(
-        default=(), description='LoRA files to add, each a name or {"file": ..., "weight": 0.8}'
+        default=(),
+        description='LoRA files to add, each a name or {"file": ..., "weight": 0.8, "layers": [1, 2]}',
     )
     device: Text = Field(default="auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -121,6 +121,10 @@ Weight = Annotated[
     Annotated[Fraction, Tag("number")] | Annotated[dict[LayerKey, Fraction], Tag("layers")],
     Discriminator(_weight_form),
 ]
+LoraLayers = Annotated[
+    Annotated[LayerNumbers, Tag("number")] | Annotated[dict[LayerKey, float], Tag("layers")],
+    Discriminator(_weight_form),
+]
 
 
 class StrictModel(BaseModel, frozen=True):

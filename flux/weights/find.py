@@ -9,7 +9,7 @@ from flux.specs import get_spec
 from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
 from flux.weights.layouts import Part, holds_part, require_part
 from flux.weights.lora import read_lora
-from flux.weights.open_model import TOKENIZERS, ModelFiles, OpenFiles, OpenModel
+from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel
 from flux.weights.tokenizers import check_tokenizer
 
 ENV_TEXT = ("FLUX_TEXT_ENCODERS",)
@@ -54,9 +54,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     for part, path in given.items():
         if path is not None:
             require_part(opened.open(path, part), part)
-    loras = tuple((Path(lora.file), lora.weight) for lora in settings.lora)
-    for path, _ in loras:
-        read_lora(opened.open(path))
+    loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
+    for lora in loras:
+        read_lora(opened.open(lora.path))
     if text is not None:
         _check_text_folder(text, given, opened)
     files = ModelFiles(

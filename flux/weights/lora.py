@@ -4,9 +4,10 @@ The formats of the changes are in `flux.weights.lora_formats`, how they are appl
 `flux.weights.lora_patches`.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from flux.errors import InputError, warn
+from flux.intervention import check_layers
 from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
@@ -72,12 +74,15 @@ class LoraFile:
         strength: What the user multiplies its changes by.
         modules: The file's tensors by module, in the file's names, and by role.
         metadata: PEFT's configuration, if the file comes with one.
+        layers: The layers that it changes; or by layer what its strength is multiplied by there, other layers
+            having 1. If None, it changes all of its layers.
     """
 
     checkpoint: Checkpoint
     strength: float
     modules: dict[str, dict[str, ScaledTensor]]
     metadata: dict[str, Any]
+    layers: Sequence[int] | Mapping[int, float] | None = None
 
     @property
     def path(self) -> Path:
@@ -89,9 +94,31 @@ class LoraFile:
         """The networks that the file changes."""
         return {_part_of(module) for module in self.modules}
 
+    def fingerprint(self) -> str:
+        """Identify the file and how it is applied, see `Checkpoint.fingerprint`."""
+        layers = "" if self.layers is None else f" {json.dumps(self.layers, sort_keys=True)}"
+        return f"{self.checkpoint.fingerprint()} {self.strength:g}{layers}"
 
-def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
+    def factor_in(self, layer: int | None) -> float:
+        """What the strength is multiplied by in a layer, or, for None, outside the layers."""
+        if self.layers is None or layer is None:
+            return 1.0
+        if isinstance(self.layers, Mapping):
+            return self.layers.get(layer, 1.0)
+        return float(layer in self.layers)
+
+
+def read_lora(
+    checkpoint: Checkpoint,
+    strength: float = 1.0,
+    layers: Sequence[int] | Mapping[int, float] | None = None,
+) -> LoraFile:
     """Sort a LoRA file's tensors by module and role. Reads none of them.
+
+    Args:
+        checkpoint: The file.
+        strength: What its changes are multiplied by.
+        layers: See `LoraFile`.
 
     Raises:
         InputError: The checkpoint is no LoRA, or of a form that is not known.
@@ -125,7 +152,7 @@ def read_lora(checkpoint: Checkpoint, strength: float = 1.0) -> LoraFile:
     if embeddings:
         words = ", ".join(map(short_name, sorted(embeddings)))
         warn(f"{path}: the words {words}, trained with it, are left out")
-    return LoraFile(checkpoint, strength, modules, _metadata(checkpoint))
+    return LoraFile(checkpoint, strength, modules, _metadata(checkpoint), layers)
 
 
 def _other_form(path: Path, title: str, name: str) -> InputError:
@@ -174,14 +201,33 @@ def match_patches(files: Iterable[LoraFile], part: Part, model: nn.Module) -> li
         model: It, with or without memory.
 
     Raises:
-        InputError: A file has tensors that the network has no place for, or of another size.
+        InputError: A file has tensors that the network has no place for, or of another size; or it is asked
+            for in layers that the network lacks.
     """
     places = _places(part, model)
     places |= {name.replace(".", "_"): place for name, place in places.items()}
-    return [patch for file in files for patch in _patches_of(file, part, places)]
+    num_double, num_single = (
+        len({name.split(".")[1] for name in places if name.startswith(f"{stack}_blocks.")})
+        for stack in ("double", "single")
+    )
+    for file in files:
+        if part == "transformer" and file.layers:
+            check_layers(file.layers, num_double + num_single)
+    return [patch for file in files for patch in _patches_of(file, part, places, num_double)]
 
 
-def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace]) -> list[Patch]:
+def layer_of(module: str, num_double: int) -> int | None:
+    """The layer that a module of the transformer belongs to; None if it is outside the layers.
+
+    Args:
+        module: Its name.
+        num_double: The number of double-stream layers, which come first.
+    """
+    found = re.match(r"(double|single)_blocks\.(\d+)\.", module)
+    return int(found[2]) + (num_double if found[1] == "single" else 0) if found else None
+
+
+def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace], num_double: int) -> list[Patch]:
     prefixes = TEXT_PREFIXES.get(part, PREFIXES)
     patches, unmatched = [], []
     for module, fields in file.modules.items():
@@ -199,7 +245,9 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace]) -> lis
         biases = {role: fields[role] for role in BIASES if role in fields}
         rank = None if change is None else change.rank
         scale = 1.0 if rank is None else _scale(file, module, part, fields, rank)
-        patches.append(Patch(place, change, biases, file.strength, scale))
+        layer = layer_of(place.module, num_double) if part == "transformer" else None
+        if factor := file.factor_in(layer):
+            patches.append(Patch(place, change, biases, file.strength * factor, scale))
     if unmatched:
         raise _unmatched(file.path, unmatched)
     return patches

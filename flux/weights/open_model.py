@@ -2,11 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,20 @@ LOOK_ALIKE = (
 )
 
 
+class LoraUse(NamedTuple):
+    """A LoRA file and how it is applied.
+
+    Attributes:
+        path: The file.
+        strength: What its changes are multiplied by.
+        layers: See `flux.weights.lora.LoraFile`.
+    """
+
+    path: Path
+    strength: float = 1.0
+    layers: Sequence[int] | Mapping[int, float] | None = None
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """Where one model's files are. Each path is a file, or a folder in diffusers' layout.
@@ -54,7 +68,7 @@ class ModelFiles:
         text: The folder with `flux.weights.hub.TEXT_FOLDERS`: text encoders and tokenizers.
         t5: The T5 encoder's weights. If None, they are in `text`.
         clip: The CLIP encoder's weights. If None, they are in `text`.
-        loras: LoRA files, each with its strength.
+        loras: LoRA files.
     """
 
     flow: Path
@@ -62,7 +76,7 @@ class ModelFiles:
     text: Path
     t5: Path | None = None
     clip: Path | None = None
-    loras: tuple[tuple[Path, float], ...] = ()
+    loras: tuple[LoraUse, ...] = ()
 
     def of(self, part: Part) -> Path:
         """The path of one of the networks."""
@@ -176,15 +190,15 @@ class OpenModel:
     def fingerprint(self) -> str:
         """Identify the transformer that these files make, with its LoRAs. See `Checkpoint.fingerprint`."""
         own = self.checkpoint("transformer").fingerprint()
-        added = [f"{lora.checkpoint.fingerprint()} {lora.strength:g}" for lora in self.transformer_loras]
+        added = [lora.fingerprint() for lora in self.transformer_loras]
         return hashlib.sha256("\n".join([own, *added]).encode()).hexdigest()[:32] if added else own
 
     # ---- the networks
 
     @cached_property
     def _is_distilled_base(self) -> bool:
-        """Whether the transformer's file is the model that `spec.lora` turns into this one."""
-        if self.spec.lora is None:
+        """Whether the transformer's file is the model that the spec's LoRA turns into this one."""
+        if self.spec.lora_filename is None:
             return False
         sources, _ = find_sources(
             self.checkpoint("transformer"), "transformer", ["guidance_in.in_layer.weight"]
@@ -194,14 +208,15 @@ class OpenModel:
     @cached_property
     def loras(self) -> list[LoraFile]:
         """The LoRA files that the user asked for."""
-        return [read_lora(self._opened.open(path), strength) for path, strength in self.files.loras]
+        return [read_lora(self._opened.open(use.path), use.strength, use.layers) for use in self.files.loras]
 
     @cached_property
     def transformer_loras(self) -> list[LoraFile]:
         """The LoRA files that change the transformer, the model's own first."""
-        if self.spec.lora is None or not self._is_distilled_base:
+        if self.spec.lora_filename is None or not self._is_distilled_base:
             return self.loras
-        return [read_lora(self._opened.open(own_file(self.spec, self.spec.lora, True))), *self.loras]
+        own = own_file(self.spec, self.spec.lora_filename, True)
+        return [read_lora(self._opened.open(own)), *self.loras]
 
     @cached_property
     def transformer(self) -> OpenPart[Flux]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flux.model import Flux
 from flux.modules.gguf_blocks import BLOCKS, HALVES
 from flux.specs import configs
-from flux.weights.open_model import ModelFiles, OpenModel
+from flux.weights.open_model import LoraUse, ModelFiles, OpenModel
 from helpers import tiny_models
 
 KINDS = tuple(BLOCKS)
@@ -42,7 +42,7 @@ def load(
     path: Path, params=tiny_models.PARAMS, dtype=torch.float32, keep_8bit=False, loras=(), **changes
 ) -> Flux:
     """The transformer of that file."""
-    files = ModelFiles(path, path, path, loras=tuple(loras))
+    files = ModelFiles(path, path, path, loras=tuple(LoraUse(*lora) for lora in loras))
     return OpenModel(spec(params, **changes), files).load_transformer("cpu", dtype, keep_8bit)
 
 

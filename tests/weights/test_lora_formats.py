@@ -10,7 +10,7 @@ from flux.intervention import Intervention
 from flux.model import Inputs
 from flux.modules.linear import LowRankLinear
 from flux.specs import NANO_FOLDER, configs
-from flux.weights.open_model import ModelFiles, OpenModel
+from flux.weights.open_model import LoraUse, ModelFiles, OpenModel
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_text_encoders(tmp_path, part, prefix, packed):
         weight_files.save_gguf(own, tmp_path / "m.gguf", "Q8_0", pack=pack)
         where = {"clip" if part == "text_encoder" else "t5": tmp_path / "m.gguf"}
         plain = load(**where)
-    changed = load(loras=((path, STRENGTH),), **where)
+    changed = load(loras=(LoraUse(path, STRENGTH),), **where)
     down, up = chosen[module]
     expected = plain.hf_module.get_submodule(module).weight + STRENGTH * ALPHA / RANK * (up @ down)
     assert torch.allclose(changed.hf_module.get_submodule(module).weight, expected, atol=1e-6)
