@@ -3,12 +3,17 @@
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from flux.errors import InputError
 from flux.model import FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
 
 NANO_FOLDER = Path(__file__).parent / "assets" / "nano"
+
+ConditionKind = Literal["control", "fill", "kontext", "redux"]
+"""The ways in which an image steers a model: by channels beside the noise (a control map; a masked image and
+its mask), by context tokens, or by text tokens."""
 
 VITAL_LAYERS_DEV = (1, 0, 2, 18, 53, 28, 54, 17, 56, 25)
 """Vital layers of FLUX.1-dev (Stable Flow, appendix A.1), the most vital first (B.2)."""
@@ -25,9 +30,18 @@ class ModelSpec:
         repo_flow: File of the transformer in that repository or folder. If empty, the user names a file.
         repo_ae: File of the autoencoder in that repository or folder.
         folder: Folder of the files, for models of this package.
-        lora: File of a LoRA, beside `repo_flow`, that turns the model in that file into this one.
+        condition: The kind of image that it is made to be steered by. If None, it takes none but Redux's.
+        control: The map that steers it, if `condition` is "control".
+        lora_repo_id: Repository of `lora_filename`. If None, it is beside `repo_flow`.
+        lora_filename: File of a LoRA that turns the model in `repo_flow` into this one.
+        lora_scale: Default strength of that LoRA.
+        base_params: Sizes of the model in `repo_flow`, if there is such a LoRA.
+        redux_repo_id: Repository of `redux_filename`. If None, it is beside `repo_flow`.
+        redux_filename: File of the adapter that makes text tokens of images. If None, there is none.
         env_flow: Environment variables that name a local file of the transformer; the first that is set wins.
         env_ae: Environment variables that name a local file of the autoencoder, likewise.
+        env_lora: Environment variables that name a local file of the LoRA, likewise.
+        env_redux: Environment variables that name a local file of the Redux adapter, likewise.
         text_length: Number of T5 tokens that a prompt is padded or cut to.
         clip_length: Number of CLIP tokens that a prompt is padded or cut to.
         num_steps: Default number of steps.
@@ -50,9 +64,18 @@ class ModelSpec:
     repo_flow: str
     repo_ae: str = "ae.safetensors"
     folder: Path | None = None
-    lora: str | None = None
+    condition: ConditionKind | None = None
+    control: Literal["canny", "depth"] | None = None
+    lora_repo_id: str | None = None
+    lora_filename: str | None = None
+    lora_scale: float = 1.0
+    base_params: FluxParams | None = None
+    redux_repo_id: str | None = "black-forest-labs/FLUX.1-Redux-dev"
+    redux_filename: str | None = "flux1-redux-dev.safetensors"
     env_flow: tuple[str, ...] = ()
     env_ae: tuple[str, ...] = ("FLUX_AE", "AE")
+    env_lora: tuple[str, ...] = ()
+    env_redux: tuple[str, ...] = ("FLUX_REDUX",)
     text_length: int = 512
     clip_length: int = 77
     num_steps: int = 50
@@ -93,8 +116,11 @@ _NANO = ModelSpec(
     repo_id=None,
     repo_flow="transformer.safetensors",
     folder=NANO_FOLDER,
+    redux_repo_id=None,
+    redux_filename=None,
     # The small models are part of the package: variables set for the large ones must not change them.
     env_ae=(),
+    env_redux=(),
     text_length=40,
     clip_length=40,
     num_steps=20,
@@ -107,15 +133,59 @@ _NANO = ModelSpec(
     vocabulary=NANO_FOLDER / "vocabulary.txt",
 )  # fmt: skip
 
+_DEV_SPEC = ModelSpec(
+    params=_DEV,
+    ae_params=_AE,
+    repo_id="black-forest-labs/FLUX.1-dev",
+    repo_flow="flux1-dev.safetensors",
+    env_flow=("FLUX_DEV", "FLUX_MODEL"),
+    vital_layers=VITAL_LAYERS_DEV,
+)
+
+
+def _tool(name: str, condition: ConditionKind, channels: int, guidance: float, **changes: Any) -> ModelSpec:
+    """Make the spec of a model that Black Forest Labs trained from dev, with a repository of its own.
+
+    Args:
+        name: The model's name in file names.
+        condition: The kind of image that steers it.
+        channels: Channels of an image token that goes in.
+        guidance: Default distilled guidance.
+        changes: Other fields.
+    """
+    return replace(
+        _DEV_SPEC,
+        params=replace(_DEV, in_channels=channels),
+        repo_id=f"black-forest-labs/FLUX.1-{name.capitalize()}-dev",
+        repo_flow=f"flux1-{name}-dev.safetensors",
+        env_flow=(f"FLUX_DEV_{name.upper()}", "FLUX_MODEL"),
+        condition=condition,
+        guidance=guidance,
+        vital_layers=None,
+        **changes,
+    )
+
+
+def _control_lora(spec: ModelSpec) -> ModelSpec:
+    """Make the spec of dev with the LoRA that turns it into a control model of this kind."""
+    return replace(
+        spec,
+        repo_id=_DEV_SPEC.repo_id,
+        repo_flow=_DEV_SPEC.repo_flow,
+        env_flow=_DEV_SPEC.env_flow,
+        lora_repo_id=f"{spec.repo_id}-lora",
+        lora_filename=spec.repo_flow.replace("-dev.", "-dev-lora."),
+        lora_scale=0.85,
+        base_params=_DEV,
+        env_lora=(f"{spec.env_flow[0]}_LORA", "FLUX_LORA"),
+    )
+
+
+_CANNY = _tool("canny", "control", 128, 30.0, control="canny")
+_DEPTH = _tool("depth", "control", 128, 10.0, control="depth")
+
 configs: dict[str, ModelSpec] = {
-    "flux-dev": ModelSpec(
-        params=_DEV,
-        ae_params=_AE,
-        repo_id="black-forest-labs/FLUX.1-dev",
-        repo_flow="flux1-dev.safetensors",
-        env_flow=("FLUX_DEV", "FLUX_MODEL"),
-        vital_layers=VITAL_LAYERS_DEV,
-    ),
+    "flux-dev": _DEV_SPEC,
     "flux-dev-krea": ModelSpec(
         params=_DEV,
         ae_params=_AE,
@@ -144,11 +214,20 @@ configs: dict[str, ModelSpec] = {
         env_flow=("FLUX_DEV_DE_DISTILLED", "FLUX_MODEL"),
         true_cfg=3.5,
     ),
+    "flux-dev-kontext": _tool("kontext", "kontext", 64, 2.5, num_steps=30),
+    "flux-dev-fill": _tool("fill", "fill", 384, 30.0, text_length=128),
+    "flux-dev-canny": _CANNY,
+    "flux-dev-depth": _DEPTH,
+    "flux-dev-canny-lora": _control_lora(_CANNY),
+    "flux-dev-depth-lora": _control_lora(_DEPTH),
+    # Dev itself: any text-to-image model can take Redux's images.
+    "flux-dev-redux": replace(_DEV_SPEC, condition="redux", guidance=2.5),
     "flux-nano": _NANO,
     "flux-nano-schnell": replace(
         _NANO,
         params=replace(_NANO.params, guidance_embed=False),
-        lora="schnell_lora.safetensors",
+        lora_filename="schnell_lora.safetensors",
+        base_params=_NANO.params,
         num_steps=4,
         shifted=False,
         vital_layers=(4, 0),
@@ -185,15 +264,14 @@ HOSTED = {
 }
 
 
-# Upstream's models that are steered by an image.
-ELSEWHERE = {
-    f"flux-dev-{kind}"
-    for kind in ("kontext", "fill", "canny", "canny-lora", "depth", "depth-lora", "redux")
-}  # fmt: skip
 OTHER_NAMES = {
     "flux-krea-dev": "flux-dev-krea",
     "flux-krea": "flux-dev-krea",
     "flux-1-krea-dev": "flux-dev-krea",
+} | {
+    f"flux-{infix}{tool}-dev": f"flux-dev-{tool}"
+    for tool in ("kontext", "fill", "canny", "depth", "redux")
+    for infix in ("", "1-")
 }
 
 
@@ -201,18 +279,12 @@ def get_spec(name: str) -> ModelSpec:
     """Return the model of that name.
 
     Raises:
-        InputError: The name is unknown, with the nearest known one, or belongs to a hosted model or to one
-            of upstream's models that this package does not have.
+        InputError: The name is unknown, with the nearest known one, or belongs to a hosted model.
     """
     if name in HOSTED:
         raise InputError(
             f"Got model {name!r}, which only Black Forest Labs runs: its layers are not here, so nothing can "
             f"be skipped, injected, watched or edited in it. It makes images: python -m flux --name {name}"
-        )
-    if name in ELSEWHERE:
-        raise InputError(
-            f"Got model {name!r}, which takes an image as a condition: such models are not part of this "
-            f"package. It has {', '.join(configs)}"
         )
     if name not in configs:
         near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, configs, n=1)

@@ -13,7 +13,13 @@ from flux.specs import configs, get_spec
 def test_sizes_belong_together(name):
     spec = configs[name]
     assert sum(spec.params.axes_dim) * spec.params.num_heads == spec.params.hidden_size
-    assert spec.params.in_channels == 4 * spec.ae_params.z_channels
+    latent = 4 * spec.ae_params.z_channels
+    assert spec.params.out_channels == latent
+    # Beside the noise: a control map's latent; a masked image's latent and 8x8 pixels of its mask for each.
+    beside = {"control": latent, "fill": latent + 4 * 64}.get(spec.condition, 0)
+    assert spec.params.in_channels == latent + beside
+    assert (spec.control is not None) == (spec.condition == "control")
+    assert (spec.base_params is not None) == (spec.lora_filename is not None)
     assert spec.size % 16 == 0
     assert all(0 <= layer < spec.num_layers for layer in spec.vital_layers or ())
 
@@ -57,11 +63,42 @@ def test_an_unknown_model_is_told_with_a_near_one(name, near):
     assert f"did you mean '{near}'" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["kontext", "fill", "canny", "depth", "canny-lora", "depth-lora", "redux"])
-def test_models_of_upstream_that_are_not_here(kind):
-    with pytest.raises(InputError, match="such models are not part of this package") as error:
-        get_spec(f"flux-dev-{kind}")
-    assert "did you mean" not in str(error.value)
+def test_the_numbers_of_the_tools():
+    """Upstream's table, and the defaults of its commands."""
+    tools = {name: configs[f"flux-dev-{name}"] for name in "kontext fill canny depth redux".split()}
+    guidance = {"kontext": 2.5, "fill": 30, "canny": 30, "depth": 10, "redux": 2.5}
+    assert {name: spec.guidance for name, spec in tools.items()} == guidance
+    assert {name: spec.num_steps for name, spec in tools.items() if spec.num_steps != 50} == {"kontext": 30}
+    assert {name: spec.text_length for name, spec in tools.items() if spec.text_length != 512} == {"fill": 128}
+    for name in ("fill", "canny", "depth", "kontext"):
+        assert tools[name].repo_id == f"black-forest-labs/FLUX.1-{name.capitalize()}-dev"
+        assert tools[name].repo_flow == f"flux1-{name}-dev.safetensors"
+        assert tools[name].env_flow == (f"FLUX_DEV_{name.upper()}", "FLUX_MODEL")
+
+
+@pytest.mark.parametrize("name", ["canny", "depth"])
+def test_control_loras(name):
+    """Dev's files and a LoRA of another repository; all else as the model that it makes."""
+    spec, whole, dev = (configs[f"flux-dev{end}"] for end in (f"-{name}-lora", f"-{name}", ""))
+    assert (spec.repo_id, spec.repo_flow, spec.base_params) == (dev.repo_id, dev.repo_flow, dev.params)
+    assert spec.lora_repo_id == f"black-forest-labs/FLUX.1-{name.capitalize()}-dev-lora"
+    assert spec.lora_filename == f"flux1-{name}-dev-lora.safetensors"
+    assert (spec.lora_scale, spec.env_lora) == (0.85, (f"FLUX_DEV_{name.upper()}_LORA", "FLUX_LORA"))
+    for field in ("params", "condition", "control", "guidance", "num_steps"):
+        assert getattr(spec, field) == getattr(whole, field)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("flux-kontext-dev", "flux-dev-kontext"),
+        ("flux-1-fill-dev", "flux-dev-fill"),
+        ("flux-dev-canny_lora", "flux-dev-canny-lora"),
+    ],
+)
+def test_tools_by_other_names(name, near):
+    with pytest.raises(InputError, match=f"did you mean '{near}'"):
+        get_spec(name)
 
 
 def test_krea_by_its_other_name():

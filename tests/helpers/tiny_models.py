@@ -94,27 +94,33 @@ def hand_forward(
     given: dict[str, Tensor],
     inject: frozenset[int] = frozenset(),
     held: Tensor | None = None,
+    num_context: int = 0,
+    context_strength: float = 1.0,
 ) -> Tensor:
     """The velocity, from the model's linear layers alone; in the layers of `inject` every row has row 0's
     image keys and values, written over its own before the rotation. In all layers, so do the image tokens
-    where `held` is true, "I".
+    where `held` is true, "I". The last `num_context` image tokens are context: nothing is injected in them,
+    their rotated keys are scaled about their mean, and they have no velocity.
     """
     p = model.params
     img, txt = model.img_in(given["img"]), model.txt_in(given["txt"])
     vec = hand_vec(model, given)
     ids = torch.cat((given["txt_ids"], given["img_ids"]), dim=1)
-    num_txt = txt.shape[1]
+    num_txt, end = txt.shape[1], ids.shape[1] - num_context
 
     def attention(qkv: Tensor, layer: int) -> Tensor:
         q, k, v = qkv
         if layer in inject:
             for x in (k, v):
-                x[:, :, num_txt:] = x[:1, :, num_txt:].clone()
+                x[:, :, num_txt:end] = x[:1, :, num_txt:end].clone()
         if held is not None:
             places = num_txt + held.nonzero()[:, 0]
             for x in (k, v):
                 x[:, :, places] = x[:1, :, places].clone()
         q, k = (hand_rotation(x, ids, p) for x in (q, k))
+        if num_context:
+            mean = k[:, :, end:].mean(dim=2, keepdim=True)
+            k[:, :, end:] = mean + context_strength * (k[:, :, end:] - mean)
         weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
         return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -150,7 +156,7 @@ def hand_forward(
         x = x + gate * block.linear2(torch.cat((mixed, F.gelu(mlp, approximate="tanh")), dim=-1))
 
     shift, scale = model.final_layer.adaLN_modulation[1](F.silu(vec))[:, None].chunk(2, dim=-1)
-    return model.final_layer.linear(hand_norm(x[:, num_txt:]) * (1 + scale) + shift)
+    return model.final_layer.linear(hand_norm(x[:, num_txt:end]) * (1 + scale) + shift)
 
 
 def hand_vec(model: Flux, given: dict[str, Tensor]) -> Tensor:
@@ -346,7 +352,7 @@ def load_nano_in_diffusers(name: str = "flux-nano"):
     spec = configs[name]
     folder = spec.folder
     model, ae = Flux(spec.params), AutoEncoder(spec.ae_params)
-    if spec.lora:
+    if spec.lora_filename:
         model = load_nano(name).model
     else:
         model.load_state_dict(unscaled(load_file(folder / spec.repo_flow)))

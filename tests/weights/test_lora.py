@@ -156,7 +156,7 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     bias = torch.randn(32) * 0.1
     file |= {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), "time_in.out_layer.lora_B.bias": bias}
     weight_files.save(file, tmp_path / "difference.safetensors")
-    changes = {"folder": tmp_path, "lora": "difference.safetensors", "repo_flow": base.name}
+    changes = {"folder": tmp_path, "lora_filename": "difference.safetensors", "repo_flow": base.name}
     schnell = weight_files.replace(tiny_models.PARAMS, guidance_embed=False)
     model = weight_files.load(base, schnell, **changes)
 
