@@ -185,12 +185,12 @@ class WeightFormat:
         return ModuleSize(tuple(blocks[key] for key in sorted(blocks)), rest)
 
 
-def one_block_model(
+def model_on_meta(
     params: FluxParams, sources: Mapping[str, TensorSource], weight_format: WeightFormat
 ) -> Flux:
-    """Build the transformer on the meta device with one block of each kind and weights in that format."""
+    """Build the transformer on the meta device, with weights in that format."""
     with torch.device("meta"):
-        model = Flux(replace(params, depth=1, depth_single_blocks=1)).to(weight_format.dtype)
+        model = Flux(params).to(weight_format.dtype)
         for name, module in list(model.named_modules()):
             source = sources.get(f"{name}.weight")
             kind = source.kind if source and weight_format.keeps_packed(source) else None
@@ -206,6 +206,13 @@ def one_block_model(
         elif weight_format.bits < 16:
             quantize_linears([model.double_blocks, model.single_blocks], weight_format.bits)
     return model
+
+
+def one_block_model(
+    params: FluxParams, sources: Mapping[str, TensorSource], weight_format: WeightFormat
+) -> Flux:
+    """Build the transformer as `model_on_meta`, with one block of each kind."""
+    return model_on_meta(replace(params, depth=1, depth_single_blocks=1), sources, weight_format)
 
 
 # ---- a run

@@ -190,7 +190,7 @@ def warn_of_slow_steps(
     if device.type != "cpu":
         return
     width, height = (side or spec.size for side in (settings.width, settings.height))
-    step = _operations(spec, (width // 16) * (height // 16)) / _operations_per_second(dtype)
+    step = operations(spec, (width // 16) * (height // 16)) / operations_per_second(dtype)
     step *= 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
     if step > SLOW_STEP_S:
         whole = step * (settings.num_steps or spec.num_steps)
@@ -200,21 +200,21 @@ def warn_of_slow_steps(
         )
 
 
-def _operations(spec: ModelSpec, tokens: int) -> float:
+def operations(spec: ModelSpec, tokens: int) -> float:
     """Return the floating-point operations of a step: of the linear layers, and of attention."""
-    params = spec.params
-    layers, width = params.depth + params.depth_single_blocks, params.hidden_size
-    linear = 2 * tokens * (4 + 2 * params.mlp_ratio) * width**2
-    return layers * (linear + 4 * tokens**2 * width)
+    width = spec.params.hidden_size
+    linear = 2 * tokens * (4 + 2 * spec.params.mlp_ratio) * width**2
+    return spec.num_layers * (linear + 4 * tokens**2 * width)
 
 
-def _operations_per_second(dtype: torch.dtype) -> float:
-    """Return the operations a second of a matrix multiplication on the CPU, the best of three."""
-    side, seconds = 1024, []
-    x = torch.ones(side, side, dtype=dtype)
+def operations_per_second(dtype: torch.dtype, device: torch.device | str = "cpu", side: int = 1024) -> float:
+    """Return the operations a second of multiplying matrices, "side side", the best of three."""
+    seconds, x = [], torch.ones(side, side, dtype=dtype, device=device)
     for _ in range(3):
         begin = time.perf_counter()
         torch.mm(x, x)
+        if x.is_cuda:
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return 2 * side**3 / min(seconds)
 
