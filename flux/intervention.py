@@ -8,11 +8,12 @@ from torch import Tensor
 
 from flux.errors import InputError
 from flux.math import (
+    PLAIN,
     AttentionEdit,
-    Exchange,
     KeysValues,
     PartialKeysValues,
     QueriesKeysValues,
+    Runs,
     choose_tokens,
 )
 
@@ -48,7 +49,9 @@ class FreeTokens:
 class Intervention:
     """The changes to one forward pass, and what it hands out.
 
-    The empty intervention changes nothing, bit for bit.
+    The empty intervention changes nothing, bit for bit. The image tokens here are the noise tokens, those of
+    the image to make. A context image's tokens are left alone, but pass on with all others where a layer is
+    skipped.
 
     Layers are numbered over the whole model, double-stream blocks first (0..18 in FLUX.1), single-stream
     blocks after (19..56). For another intervention in each step, hand a sequence of them to
@@ -60,7 +63,7 @@ class Intervention:
         skip_scale: Fraction of a skipped layer's output that is kept. At 0 the layer is not even computed if
             every row skips it; at 1 the skip has no effect.
         keep: Layers whose image keys and values are handed out.
-        watch: Layers whose queries and keys of all tokens are handed out.
+        watch: Layers whose queries and keys are handed out, see `Recorded`.
         inject: Image keys and values to use in place of a layer's own, by layer: "R H I D" each, after
             QK-norm and rotary embedding (Stable Flow, section 3.2). The R rows must divide the batch; each
             serves batch / R rows in turn. Text keys and values, and all queries, stay the row's own. If the
@@ -127,9 +130,15 @@ class Intervention:
             flags[0] if alike else torch.tensor(flags, device=device)[:, None, None], self.skip_scale
         )
 
-    def edit_at(self, layer: int, batch: int, exchange: Exchange | None = None) -> AttentionEdit:
-        """The change in the attention of one layer, for a batch of so many rows."""
-        plain = AttentionEdit(record=layer in self.keep or layer in self.watch, exchange=exchange)
+    def edit_at(self, layer: int, batch: int, plain: AttentionEdit = PLAIN) -> AttentionEdit:
+        """The change in the attention of one layer, for a batch of so many rows.
+
+        Args:
+            layer: The layer.
+            batch: Number of rows.
+            plain: What holds for the attention of all layers.
+        """
+        plain = replace(plain, record=layer in self.keep or layer in self.watch)
         if self.free is not None:
             plain = replace(plain, others=self.free.kv_at(layer, batch), other_places=self.free.others)
         if layer not in self.inject:
@@ -231,22 +240,24 @@ class Recorded:
 
     Attributes:
         kept: Image keys and values, "B H I D" each, after QK-norm and rotary embedding.
-        watched: Queries and keys of all tokens, text first, "B H N D" each, likewise.
+        watched: Queries of the prompt's and the noise tokens, "B H T+I D", and keys of these and then of all
+            other tokens, "B H N D", likewise.
     """
 
     kept: dict[int, KeysValues] = field(default_factory=dict)
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def add(
-        self, intervention: Intervention, layer: int, num_txt: int, qkv: QueriesKeysValues | None
-    ) -> None:
+    def add(self, intervention: Intervention, layer: int, runs: Runs, qkv: QueriesKeysValues | None) -> None:
         """Store what the intervention asks for of a layer's queries, keys and values."""
         if qkv is None:
             return
         q, k, v = qkv
         if layer in intervention.keep:
-            self.kept[layer] = (_image_part(k, num_txt), _image_part(v, num_txt))
+            self.kept[layer] = (_copy(k.split(runs, dim=2)[2]), _copy(v.split(runs, dim=2)[2]))
         if layer in intervention.watch:
+            if runs.image_txt or runs.context:
+                (txt, _, img, _), (k_txt, image_txt, k_img, context) = q.split(runs, 2), k.split(runs, 2)
+                q, k = torch.cat((txt, img), 2), torch.cat((k_txt, k_img, image_txt, context), 2)
             self.watched[layer] = (q, k)
 
     def rows(self, rows: slice) -> "Recorded":
@@ -257,10 +268,9 @@ class Recorded:
         )
 
 
-def _image_part(x: Tensor, num_txt: int) -> Tensor:
-    """A copy of the image tokens' heads: a view would keep the whole projection in memory."""
-    image = x[:, :, num_txt:].transpose(1, 2)
-    return image.clone(memory_format=torch.contiguous_format).transpose(1, 2)
+def _copy(heads: Tensor) -> Tensor:
+    """A copy of some tokens' heads: a view would keep the whole projection in memory."""
+    return heads.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)

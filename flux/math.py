@@ -1,11 +1,12 @@
 """Attention, the rotary embedding of positions, and what an intervention changes in one layer's attention.
 
-Shapes, in the whole package: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size, C = H D
-channels.
+Shapes, in the whole package: B batch, T text tokens, I image tokens, J tokens of context images, N = T + I +
+J, H heads, D head size, C = H D channels.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,6 +24,22 @@ Exchange = Callable[[Tensor, Tensor], Callable[[], KeysValues]]
 
 In go those of this process's tokens, "B H n D" each. Out come those of all tokens, "B H N D" each.
 """
+
+
+class Runs(NamedTuple):
+    """The number of tokens of each kind, in the order in which they stand in a sequence.
+
+    Attributes:
+        txt: Text tokens of the prompt.
+        image_txt: Text tokens of an image (Redux). To blocks, they are text as well.
+        img: Noise tokens.
+        context: Context tokens. To blocks, they belong to the image stream as well.
+    """
+
+    txt: int
+    image_txt: int
+    img: int
+    context: int
 
 
 def rope(pos: Tensor, dim: int, theta: int) -> Tensor:
@@ -91,12 +108,16 @@ class AttentionEdit:
         others: Keys and values of another pass, "B H I D" each, from which the image tokens come that this
             pass does not compute. If None, it computes all of them.
         other_places: Places of these tokens in `others`.
+        num_context: Number of context tokens, J, which come last. Nothing is injected in them.
+        context_strength: Scale of the context's keys about their mean, "1 1 1 1". If None, they stay.
         record: Whether the block returns the queries, keys and values that it computed or injected.
         exchange: Gathers the keys and values of all tokens, if processes share them.
     """
 
     kv: PartialKeysValues | None = None
     kv_weight: Tensor | None = None
+    num_context: int = 0
+    context_strength: Tensor | None = None
     record: bool = False
     others: KeysValues | None = None
     other_places: Tensor | None = None
@@ -105,7 +126,7 @@ class AttentionEdit:
     @property
     def whole_kv(self) -> KeysValues | None:
         """The injected keys and values, if nothing of the layer's own is left; otherwise None."""
-        if self.kv is None or self.kv_weight is not None:
+        if self.kv is None or self.kv_weight is not None or self.num_context:
             return None
         k, v = self.kv
         return None if k is None or v is None else (k, v)
@@ -118,11 +139,30 @@ class AttentionEdit:
         """
         return self.exchange is not None or self.whole_kv is not None
 
+    @property
+    def changes_kv(self) -> bool:
+        """Whether any of the image stream's own keys and values change."""
+        return self.kv is not None or self.context_strength is not None
+
     def inject(self, k: Tensor, v: Tensor) -> KeysValues:
         """Move the layer's own image keys and values to the injected ones (Stable Flow, section 3.2).
 
-        own + weight * (injected - own), "B H I D" each.
+        own + weight * (injected - own). The context's keys are scaled about their mean.
+
+        Args:
+            k: Keys of the image stream, "B H I+J D".
+            v: Its values, likewise.
         """
+        if not self.num_context:
+            return self._blend_both(k, v)
+        sizes = k.shape[2] - self.num_context, self.num_context
+        (img_k, context_k), (img_v, context_v) = k.split(sizes, dim=2), v.split(sizes, dim=2)
+        if self.context_strength is not None:
+            context_k = torch.lerp(context_k.mean(dim=2, keepdim=True), context_k, self.context_strength)
+        img_k, img_v = self._blend_both(img_k, img_v)
+        return join_streams(img_k, context_k), join_streams(img_v, context_v)
+
+    def _blend_both(self, k: Tensor, v: Tensor) -> KeysValues:
         if self.kv is None:
             return k, v
         return self._blend(k, self.kv[0]), self._blend(v, self.kv[1])

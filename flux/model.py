@@ -1,7 +1,7 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Protocol, cast
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from flux.errors import warn
+from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
-from flux.math import Exchange
+from flux.math import AttentionEdit, Exchange
 from flux.modules import layers, ops
 from flux.modules.step_cache import StepCache
 
@@ -55,59 +56,6 @@ class FluxParams:
         """The last two double and the first two single blocks, where token semantics are most stable."""
         first, last = max(0, self.depth - 2), self.depth + min(2, self.depth_single_blocks)
         return frozenset(range(first, last))
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """The inputs of the transformer.
-
-    Attributes:
-        img: Packed latent, "B I channels".
-        img_ids: Position of each image token, "B I 3".
-        txt: T5 features, "B T features".
-        txt_ids: Position of each text token, "B T 3".
-        timesteps: Noise level 0..1 of each row, "B".
-        y: Pooled CLIP features, "B features".
-        guidance: Distilled guidance scale of each row, "B". Needed by models with `guidance_embed`.
-
-    Raises:
-        ValueError: `img` or `txt` has another rank.
-    """
-
-    img: Tensor
-    img_ids: Tensor
-    txt: Tensor
-    txt_ids: Tensor
-    timesteps: Tensor
-    y: Tensor
-    guidance: Tensor | None = None
-
-    def at_tokens(self, places: Tensor) -> "Inputs":
-        """The inputs of the image tokens at these places, "M"."""
-        return replace(self, img=self.img[:, places], img_ids=self.img_ids[:, places])
-
-    def __post_init__(self):
-        if self.img.ndim != 3 or self.txt.ndim != 3:
-            raise ValueError(
-                f"Input img and txt tensors must have 3 dimensions, got {self.img.ndim} and {self.txt.ndim}"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Streams:
-    """Both streams between two layers, on their way into `layer`: img "B I C", txt "B T C"."""
-
-    layer: int
-    img: Tensor
-    txt: Tensor
-
-    def expanded(self, batch: int) -> "Streams":
-        """Expand a single row to the whole batch, without a copy."""
-        return Streams(self.layer, self.img.expand(batch, -1, -1), self.txt.expand(batch, -1, -1))
-
-    def stacked(self, other: "Streams") -> "Streams":
-        """These rows, then those of `other`, as one batch."""
-        return Streams(self.layer, torch.cat((self.img, other.img)), torch.cat((self.txt, other.txt)))
 
 
 class VelocityModel(Protocol):
@@ -263,18 +211,21 @@ class Flux(nn.Module):
             InputError: The intervention does not fit the model or the batch.
         """
         whole, free, batch = inputs.img, intervention.free, len(inputs.img)
+        inputs.check(self.in_channels)
         intervention.check(self.num_layers, batch, whole.shape[1])
         if free is not None:
             inputs, intervention = inputs.at_tokens(free.computed), intervention.at_tokens(free.computed)
         modulation = self._modulation(inputs) if mods is None else mods.__getitem__
         streams = self._embed(inputs) if start is None else start.expanded(batch)
         recorded = Recorded()
-        passing = self._layers(streams, self._rotations(inputs), modulation, intervention, recorded, exchange)
-        images = (streams.img for streams in passing)
+        passing = self._layers(inputs, streams, modulation, intervention, recorded, exchange)
+        num_img = inputs.img.shape[1]
+        # Context tokens have no velocity.
+        first, images = streams.img[:, :num_img], (streams.img[:, :num_img] for streams in passing)
         if cache is not None and start is None and intervention.is_plain:
-            img = cache.image_out(streams.img, images)
+            img = cache.image_out(first, images)
         else:
-            img = streams.img
+            img = first
             for img in images:  # noqa: B007  (only the last one matters)
                 pass
         velocity = self.final_layer(img, mod=modulation(self.num_layers))
@@ -290,7 +241,7 @@ class Flux(nn.Module):
         """Both streams on their way into each layer of a plain pass, as `observe` takes them for a start."""
         modulation = self._modulation(inputs) if mods is None else mods.__getitem__
         first = self._embed(inputs)
-        passing = self._layers(first, self._rotations(inputs), modulation, NOTHING, Recorded(), exchange)
+        passing = self._layers(inputs, first, modulation, NOTHING, Recorded(), exchange)
         return [first, *passing][: self.num_layers]
 
     def modulations(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
@@ -319,23 +270,29 @@ class Flux(nn.Module):
 
     def _embed(self, inputs: Inputs) -> Streams:
         """The streams into layer 0."""
-        return Streams(0, self.img_in(inputs.img), self.txt_in(inputs.txt))
+        return Streams(0, self.img_in(inputs.img_in), self.txt_in(inputs.txt_in))
 
-    def _rotations(self, inputs: Inputs) -> Tensor:
-        """The rotary embedding of all positions, text first, "B 1 N D/2 2 2"."""
-        return self.pe_embedder(torch.cat((inputs.txt_ids, inputs.img_ids), dim=1))
+    @staticmethod
+    def _plain_edit(inputs: Inputs, exchange: Exchange | None) -> AttentionEdit:
+        """What holds for the attention of all layers."""
+        strength = None
+        if inputs.condition.context_strength != 1:
+            # A tensor, since compiled blocks would be compiled anew for each number.
+            strength = inputs.img.new_full((1, 1, 1, 1), inputs.condition.context_strength)
+        return AttentionEdit(exchange=exchange, num_context=inputs.runs.context, context_strength=strength)
 
     def _layers(
         self,
+        inputs: Inputs,
         streams: Streams,
-        pe: Tensor,
         modulation: Callable[[int], Tensor],
         intervention: Intervention,
         recorded: Recorded,
         exchange: Exchange | None = None,
     ) -> Iterator[Streams]:
         """Yield the streams out of each layer, from the one that `streams` enter; fill `recorded`."""
-        img, txt = streams.img, streams.txt
+        img, txt, runs = streams.img, streams.txt, inputs.runs
+        plain, pe = self._plain_edit(inputs, exchange), self.pe_embedder(inputs.ids)
         batch, num_txt, num_double = img.shape[0], txt.shape[1], len(self.double_blocks)
 
         # nn.ModuleList does not tell the type of its modules.
@@ -345,9 +302,9 @@ class Flux(nn.Module):
         for layer in range(streams.layer, num_double):
             skip = intervention.skip_at(layer, img.device)
             if not skip.everywhere:
-                edit = intervention.edit_at(layer, batch, exchange)
+                edit = intervention.edit_at(layer, batch, plain)
                 new_img, new_txt, qkv = double_blocks[layer].run(img, txt, modulation(layer), pe, edit)
-                recorded.add(intervention, layer, num_txt, qkv)
+                recorded.add(intervention, layer, runs, qkv)
                 img, txt = skip.apply(img, new_img), skip.apply(txt, new_txt)
             yield Streams(layer + 1, img, txt)
 
@@ -355,8 +312,8 @@ class Flux(nn.Module):
         for layer in range(max(streams.layer, num_double), self.num_layers):
             skip = intervention.skip_at(layer, x.device)
             if not skip.everywhere:
-                edit = intervention.edit_at(layer, batch, exchange)
+                edit = intervention.edit_at(layer, batch, plain)
                 new_x, qkv = single_blocks[layer - num_double].run(x, modulation(layer), pe, num_txt, edit)
-                recorded.add(intervention, layer, num_txt, qkv)
+                recorded.add(intervention, layer, runs, qkv)
                 x = skip.apply(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])

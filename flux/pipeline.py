@@ -14,8 +14,9 @@ from flux import sampling
 from flux.errors import InputError
 from flux.images.io import crop_to_fit, to_pil, to_tensor
 from flux.images.watermark import embed_watermark
+from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
-from flux.model import Flux, Inputs, Streams
+from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.step_cache import StepCache

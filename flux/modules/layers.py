@@ -1,7 +1,8 @@
 """The two kinds of transformer block of FLUX.1 and the parts they are made of.
 
-Shapes: B batch, T text tokens, I image tokens, N = T + I, H heads, D head size, C = H D channels, M hidden
-channels of the MLP. Attribute names are keys of the published checkpoints and stay as they are.
+Shapes: B batch, T text tokens, I tokens of the image stream (with those of context images, which come last),
+N = T + I, H heads, D head size, C = H D channels, M hidden channels of the MLP. Attribute names are keys of
+the published checkpoints and stay as they are.
 """
 
 import math
@@ -253,7 +254,7 @@ class SingleStreamBlock(Block):
         q, k, v, project_hidden = self.project(x_in, pe, num_txt, edit)
 
         # Inject image keys and values of another pass (Stable Flow, section 3.2), wholly or with a weight.
-        if edit.kv is not None:
+        if edit.changes_kv:
             img_k, img_v = edit.inject(k[:, :, num_txt:], v[:, :, num_txt:])
             k, v = join_streams(k[:, :, :num_txt], img_k), join_streams(v[:, :, :num_txt], img_v)
 

@@ -105,8 +105,13 @@ def _split(qk: Tensor, v: Tensor, num_heads: int) -> QueriesKeysValues:
 
 
 def _inject(edit: AttentionEdit, k: Tensor, v: Tensor) -> None:
-    """`AttentionEdit.inject` in place, "B H I D" each."""
-    for own, injected in zip((k, v), edit.kv or ()):
+    """`AttentionEdit.inject` in place, "B H I+J D" each."""
+    num_img = k.shape[2] - edit.num_context
+    if edit.context_strength is not None:
+        context = k[:, :, num_img:]
+        context.copy_(torch.lerp(context.mean(dim=2, keepdim=True), context, edit.context_strength))
+    for whole, injected in zip((k, v), edit.kv or ()):
+        own = whole[:, :, :num_img]
         if injected is not None and edit.kv_weight is None:
             own.copy_(injected)
         elif injected is not None and edit.kv_weight is not None:

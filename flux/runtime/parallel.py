@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flux.errors import InputError, launched
+from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, FreeTokens, Intervention, Recorded
 from flux.math import KeysValues
-from flux.model import Flux, Inputs, Streams
+from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
 
@@ -215,7 +216,8 @@ class SequenceParallelFlux:
         if intervention.free is not None:
             return self._observe_free(inputs, intervention, intervention.free, mods)
         shard, gather = self.group.shard, self.group.gather
-        runs = inputs.txt.shape[1], inputs.img.shape[1]
+        runs = inputs.runs
+        txt, image_txt, img, context = runs
         weights = {
             layer: shard(weight) if isinstance(weight, Tensor) else weight
             for layer, weight in intervention.inject_weights.items()
@@ -229,9 +231,10 @@ class SequenceParallelFlux:
             exchange=AllGatherKV(self.group, self.group.sizes(*runs)),
         )
         watched = {
-            layer: (gather(q, 2, *runs), gather(k, 2, *runs)) for layer, (q, k) in recorded.watched.items()
+            layer: (gather(q, 2, txt, img), gather(k, 2, txt, img, image_txt, context))
+            for layer, (q, k) in recorded.watched.items()
         }
-        return gather(velocity, 1, runs[1]), replace(recorded, watched=watched)
+        return gather(velocity, 1, img), replace(recorded, watched=watched)
 
     def _observe_free(
         self, inputs: Inputs, intervention: Intervention, free: FreeTokens, mods: Sequence[Tensor] | None
@@ -241,7 +244,7 @@ class SequenceParallelFlux:
         ends = torch.tensor(self.group.sizes(num_img), device=free.others.device).cumsum(0)
         owners = torch.searchsorted(ends, free.others, right=True)
         held = owners.bincount(minlength=self.group.count).tolist()
-        computed = self.group.sizes(inputs.txt.shape[1], len(free.computed))
+        computed = self.group.sizes(*inputs.runs._replace(img=len(free.computed)))
         start = ends[self.group.rank] - self.group.sizes(num_img)[self.group.rank]
         own = FreeTokens(
             shard(free.computed[None])[0], free.others[owners == self.group.rank] - start, free.kv
@@ -251,8 +254,11 @@ class SequenceParallelFlux:
             layer: tuple(None if x is None else self.group.gather(x, 2, num_img) for x in kv)
             for layer, kv in intervention.inject.items()
         }
+        # All noise tokens stay, of which the model takes this process's share of the free ones.
+        part = self._shard(inputs)
+        condition = replace(part.condition, channels=inputs.condition.channels)
         velocity, recorded = self.model.observe(
-            replace(inputs, txt=shard(inputs.txt), txt_ids=shard(inputs.txt_ids)),
+            replace(part, img=inputs.img, img_ids=inputs.img_ids, condition=condition),
             replace(intervention, inject=inject, free=own),
             mods=mods,
             exchange=AllGatherKV(self.group, tuple(map(sum, zip(computed, held)))),
@@ -261,9 +267,16 @@ class SequenceParallelFlux:
 
     def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
         """See `Flux.streams`. The streams are those of this process's share."""
-        sizes = self.group.sizes(inputs.txt.shape[1], inputs.img.shape[1])
+        sizes = self.group.sizes(*inputs.runs)
         return self.model.streams(self._shard(inputs), mods, AllGatherKV(self.group, sizes))
 
     def _shard(self, inputs: Inputs) -> Inputs:
+        strength = inputs.condition.context_strength
+        if strength != 1:
+            raise InputError(
+                f"Got the context strength {strength:g} on several GPUs, each of which has a part of the "
+                "context: leave it at 1, or use one GPU"
+            )
         tokens = ("img", "img_ids", "txt", "txt_ids")
-        return replace(inputs, **{name: self.group.shard(getattr(inputs, name)) for name in tokens})
+        shards = {name: self.group.shard(getattr(inputs, name)) for name in tokens}
+        return replace(inputs, **shards, condition=inputs.condition.map(self.group.shard))

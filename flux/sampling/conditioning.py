@@ -1,11 +1,12 @@
 """What steers the rows of a batch, and the modulations that follow from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from flux.inputs import Condition
 from flux.model import VelocityModel
 
 
@@ -60,6 +61,7 @@ class Conditioning:
             If None, it stays as it is.
         mimic_percentile: Share of values, 0..1, that this range holds at least.
         modulations: Modulations that were computed in advance, see `scheduled`.
+        condition: An image that steers the pass too, see `with_condition`.
     """
 
     txt: Tensor
@@ -71,6 +73,16 @@ class Conditioning:
     mimic_scale: float | None = None
     mimic_percentile: float = 0.995
     modulations: Modulations | None = None
+    condition: Condition = field(default_factory=Condition)
+
+    def with_condition(self, condition: Condition) -> "Conditioning":
+        """The same with an image that steers both passes, so that true guidance is that of the prompts alone.
+
+        Raises:
+            InputError: The condition's rows are neither one nor those of the prompts.
+        """
+        negative = self.negative and self.negative.with_condition(condition)
+        return replace(self, condition=condition.expanded(len(self.txt)), negative=negative)
 
     def scheduled(self, model: VelocityModel, timesteps: Sequence[float]) -> "Conditioning":
         """The same with the modulations at all these noise levels, so that no step computes its own.
@@ -91,6 +103,7 @@ class Conditioning:
             txt_ids=self.txt_ids.expand(batch, -1, -1),
             vec=self.vec.expand(batch, -1),
             guidance=None if self.guidance is None else self.guidance.expand(batch),
+            condition=self.condition.expanded(batch),
             negative=None if self.negative is None else self.negative.expanded(batch),
         )
 
@@ -103,6 +116,7 @@ class Conditioning:
             txt_ids=self.txt_ids[rows],
             vec=self.vec[rows],
             guidance=None if self.guidance is None else self.guidance[rows],
+            condition=self.condition.at_rows(rows),
             negative=None if self.negative is None else self.negative.at_rows(rows),
             modulations=None if self.modulations is None else self.modulations.at_rows(rows),
         )
@@ -113,4 +127,5 @@ class Conditioning:
         if self.guidance is not None and other.guidance is not None:
             guidance = torch.cat((self.guidance, other.guidance))
         txt, txt_ids = torch.cat((self.txt, other.txt)), torch.cat((self.txt_ids, other.txt_ids))
-        return Conditioning(txt, txt_ids, torch.cat((self.vec, other.vec)), guidance)
+        vec, condition = torch.cat((self.vec, other.vec)), self.condition.stacked(other.condition)
+        return Conditioning(txt, txt_ids, vec, guidance, condition=condition)

@@ -46,10 +46,13 @@ def unpack(x: Tensor, height: int, width: int) -> Tensor:  # noqa: ARG001  (upst
     return rearrange(x, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=math.ceil(height / 16), ph=2, pw=2)
 
 
-def image_ids(batch: int, height: int, width: int, device: torch.device | str) -> Tensor:
-    """Positions (0, row, column) of the tokens of an image of that size in pixels, "B I 3", float32."""
-    rows, columns = (side // 2 for side in latent_size(height, width))
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+def image_ids(batch: int, height: int, width: int, device: torch.device | str, index: int = 0) -> Tensor:
+    """Positions (index, row, column) of the tokens of an image of that size in pixels, "B I 3", float32.
+
+    The index of the image to make is 0; context images have others.
+    """
+    rows, columns = (torch.arange(side // 2).float() for side in latent_size(height, width))
+    ids = torch.cartesian_prod(torch.tensor([float(index)]), rows, columns)
     return tile(ids, "i axes -> b i axes", b=batch).to(device)
 
 

@@ -8,9 +8,10 @@ from itertools import pairwise, repeat
 import torch
 from torch import Tensor
 
+from flux.inputs import Condition, Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import KeysValues
-from flux.model import Inputs, Streams, VelocityModel
+from flux.model import VelocityModel
 from flux.modules.step_cache import StepCache
 from flux.sampling.conditioning import Conditioning
 from flux.sampling.guidance import Passes, guided, in_one_batch
@@ -51,7 +52,7 @@ def model_inputs(img: Tensor, img_ids: Tensor, cond: Conditioning, t: float) -> 
     """The transformer's inputs for the latent `img` at noise level t, the same in all rows."""
     levels = torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device)
     ids = img_ids[:1].expand(img.shape[0], -1, -1)
-    return Inputs(img, ids, cond.txt, cond.txt_ids, levels, cond.vec, cond.guidance)
+    return Inputs(img, ids, cond.txt, cond.txt_ids, levels, cond.vec, cond.guidance, cond.condition)
 
 
 def _modulations_at(cond: Conditioning, t: float) -> list[Tensor] | None:
@@ -84,7 +85,7 @@ def euler_step(
     Args:
         model: The transformer.
         img: Packed latent, "B I 64".
-        img_ids: Positions of the image tokens, the same in all rows, "B I 3" or "1 I 3".
+        img_ids: Positions of the noise tokens, the same in all rows, "B I 3" or "1 I 3".
         cond: Prompts and guidance.
         t: Noise level of `img`.
         t_next: Noise level to go to.
@@ -140,7 +141,7 @@ def sample(
     Args:
         model: The transformer.
         img: Packed latent at noise level timesteps[0], "B I 64".
-        img_ids: Positions of the image tokens, "B I 3" or "1 I 3".
+        img_ids: Positions of the noise tokens, "B I 3" or "1 I 3".
         cond: Prompts and guidance.
         timesteps: Noise levels, falling.
         interventions: One for all steps, or one for each. A step's own is asked for only when the step
@@ -170,6 +171,10 @@ def denoise(
     vec: Tensor,
     timesteps: Sequence[float],
     guidance: float = 4.0,
+    img_cond: Tensor | None = None,
+    img_cond_seq: Tensor | None = None,
+    img_cond_seq_ids: Tensor | None = None,
+    *,
     interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
 ) -> Tensor:
     """Sample: the packed latent at the last of `timesteps`, "B I 64". Upstream's call, with interventions.
@@ -177,17 +182,20 @@ def denoise(
     Args:
         model: The transformer.
         img: Packed latent at noise level timesteps[0], "B I 64".
-        img_ids: Positions of the image tokens, "B I 3".
+        img_ids: Positions of the noise tokens, "B I 3".
         txt: T5 features, "B T features".
         txt_ids: Positions of the text tokens, "B T 3".
         vec: Pooled CLIP features, "B features".
         timesteps: Noise levels, falling.
         guidance: Distilled guidance scale.
+        img_cond: Channels of a condition, "B I c".
+        img_cond_seq: Tokens of a context image, "B J 64".
+        img_cond_seq_ids: Their positions, "B J 3".
         interventions: One for all steps, or one for each.
     """
-    cond = Conditioning(
-        txt, txt_ids, vec, torch.full((img.shape[0],), guidance, device=img.device, dtype=img.dtype)
-    )
+    scale = torch.full((img.shape[0],), guidance, device=img.device, dtype=img.dtype)
+    condition = Condition(img_cond, img_cond_seq, img_cond_seq_ids)
+    cond = Conditioning(txt, txt_ids, vec, scale).with_condition(condition)
     for step in sample(model, img, img_ids, cond, timesteps, interventions):
         img = step.latent
     return img

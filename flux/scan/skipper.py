@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flux.inputs import Streams
 from flux.intervention import Intervention
-from flux.model import Streams
 from flux.pipeline import Pipeline
 from flux.sampling import Conditioning, Passes, euler_step, sample, streams
 from flux.scan.layers import LayerSet

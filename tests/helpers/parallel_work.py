@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flux.inputs import Inputs
 from flux.intervention import NOTHING, FreeTokens, Intervention
-from flux.model import Flux, Inputs
+from flux.model import Flux
 from flux.modules.step_cache import StepCache
 from flux.runtime.parallel import ProcessGroup, SequenceParallelFlux
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
-from helpers import hopper_stub, tiny_models
+from helpers import conditions, hopper_stub, tiny_models
 
 LAYERS = (1, tiny_models.NUM_DOUBLE - 1, tiny_models.NUM_DOUBLE + 1)
 Answers = list[torch.Tensor]
@@ -121,6 +122,24 @@ def what_is_kept_is_a_share(model, given) -> Answers:
 def watched(model, given) -> Answers:
     found = model.observe(Inputs(**given), Intervention(watch=frozenset(LAYERS)))[1]
     return [x for pair in found.watched.values() for x in pair]
+
+
+@case
+def with_a_condition(model, given) -> Answers:
+    """Channels, context and text tokens, each sharded by itself: plain, injected, free, watched, started."""
+    plain = model if isinstance(model, Flux) else model.model
+    wider = conditions.model() if plain is model else SequenceParallelFlux(conditions.model(), model.group)
+    whole, every = conditions.condition(2, 15), frozenset(range(tiny_models.NUM_LAYERS))
+    source = Inputs(**reference(), condition=whole.at_rows([0]))
+    velocity, found = wider.observe(source, Intervention(keep=every, watch=frozenset(LAYERS)))
+    watched = [x for pair in found.watched.values() for x in pair]
+    inputs = Inputs(**given, condition=whole)
+    inject = {layer: found.kept[layer] for layer in LAYERS}
+    free = replace(FreeTokens.of(torch.arange(15) % 4 == 0), kv=found.kept)
+    changes = NOTHING, Intervention(inject=inject), Intervention(inject=inject, free=free)
+    answers = [wider.observe(inputs, change)[0] for change in changes]
+    answers += [wider.observe(inputs, start=start)[0] for start in wider.streams(inputs)[1::3]]
+    return [velocity, *watched, *answers]
 
 
 @case

@@ -272,6 +272,7 @@ def diffusers_transformer(model: Flux):
     p = model.params
     net = FluxTransformer2DModel(
         in_channels=p.in_channels,
+        out_channels=p.out_channels,
         num_layers=p.depth,
         num_single_layers=p.depth_single_blocks,
         attention_head_dim=p.hidden_size // p.num_heads,

@@ -1,0 +1,45 @@
+"""Random conditions for tiny models, and the same as tokens and channels that are joined by hand."""
+
+import torch
+from torch import Tensor
+
+from flux.inputs import Condition
+from flux.sampling import image_ids
+from helpers import tiny_models
+
+CHANNELS = 24  # of a condition, behind the latent's 64
+CONTEXT = 9  # tokens: a context image of 3 x 3
+
+
+def model():
+    """A tiny transformer that takes the latent's channels and those of a condition."""
+    return tiny_models.flux(in_channels=64 + CHANNELS)
+
+
+def condition(batch: int, num_img: int, seed: int = 0, **changes) -> Condition:
+    """Channels, context tokens and text tokens, all at once."""
+    generator = torch.Generator().manual_seed(100 + seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    tensors = {
+        "channels": draw(num_img, CHANNELS),
+        "context": draw(CONTEXT, 64 + CHANNELS),
+        "context_ids": image_ids(batch, 48, 48, "cpu", index=1),
+        "txt": draw(4, tiny_models.PARAMS.context_in_dim),
+    }
+    return Condition(**tensors | changes)
+
+
+def joined(given: dict[str, Tensor], condition: Condition) -> dict[str, Tensor]:
+    """Arguments of upstream's `Flux.forward` that have all of the condition in them."""
+    img, ids, txt = given["img"], given["img_ids"], given["txt"]
+    if condition.channels is not None:
+        img = torch.cat((img, condition.channels), 2)
+    if condition.context is not None:
+        img, ids = torch.cat((img, condition.context), 1), torch.cat((ids, condition.context_ids), 1)
+    if condition.txt is not None:
+        txt = torch.cat((txt, condition.txt), 1)
+    txt_ids = torch.zeros(*txt.shape[:2], 3)
+    return {**given, "img": img, "img_ids": ids, "txt": txt, "txt_ids": txt_ids}
