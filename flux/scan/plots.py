@@ -32,8 +32,12 @@ def plot_vitality(
     threshold: float | None,
     path: str | Path,
     intervals: Mapping[LayerSet, Interval] | None = None,
+    measure: str = "vitality (mean of 1 \N{MINUS SIGN} similarity)",
+    axis: str | None = None,
 ) -> None:
     """Writes a bar chart of the vitality of each layer, or of each set of layers that were skipped together.
+
+    Other numbers of layers are drawn in the same way.
 
     Args:
         vitality: The vitality of each set.
@@ -42,6 +46,8 @@ def plot_vitality(
         threshold: If given, it is drawn as a line.
         path: The file to write. Its suffix decides between PNG, SVG and PDF.
         intervals: If given, the 95 % interval of each set, drawn as a line on its bar.
+        measure: What the numbers are.
+        axis: What the layers are. If None, skipped layers.
 
     Raises:
         ValueError: There are no vitalities.
@@ -77,8 +83,8 @@ def plot_vitality(
     for tick, bar in zip(axes.get_xticklabels(), bars, strict=True):
         tick.set(fontweight="bold" if bar.is_vital else "normal", color=INK if bar.is_vital else PALE_INK)
     is_single = all(len(bar.layers) == 1 for bar in bars)
-    axes.set_xlabel("skipped layer" if is_single else "layers skipped together")
-    axes.set_ylabel("vitality (mean of 1 \N{MINUS SIGN} similarity)")
+    axes.set_xlabel(axis or ("skipped layer" if is_single else "layers skipped together"))
+    axes.set_ylabel(measure)
     axes.grid(axis="y", color=FRAME, linewidth=0.8, zorder=0)
     axes.axhline(0, color=INK, linewidth=1, zorder=3)
 

@@ -85,16 +85,21 @@ def fields_of(function: Callable[..., object]) -> dict[str, FieldInfo]:
 def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None = None) -> dict[str, Any]:
     """Return the values that the arguments give, by name.
 
-    Options are written `--name value` or `--name=value`; a switch may stand alone.
+    Options are written `--name value` or `--name=value`; a switch may stand alone. If the positional field
+    is a list, each argument without a name is one of its entries.
 
     Raises:
         InputError: An option is unknown or lacks its value, a list is not JSON, or an argument is too many.
     """
     values: dict[str, Any] = {}
     rest = list(arguments)
+    takes_several = positional is not None and tuple in _kinds(fields[positional].annotation)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
+            if positional is not None and takes_several:
+                values[positional] = [*values.get(positional, ()), argument]
+                continue
             if positional is None or positional in values:
                 raise InputError(f"command line: got {show(argument)} without the name of a field before it")
             values[positional] = argument

@@ -92,7 +92,7 @@ class LoraFile:
     @property
     def parts(self) -> set[Part]:
         """The networks that the file changes."""
-        return {_part_of(module) for module in self.modules}
+        return {part_of(module) for module in self.modules}
 
     def fingerprint(self) -> str:
         """Identify the file and how it is applied, see `Checkpoint.fingerprint`."""
@@ -231,7 +231,7 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace], num_do
     prefixes = TEXT_PREFIXES.get(part, PREFIXES)
     patches, unmatched = [], []
     for module, fields in file.modules.items():
-        if _part_of(module) != part:
+        if part_of(module) != part:
             continue
         names = [module]
         for _ in range(2):  # up to two prefixes
@@ -253,7 +253,8 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace], num_do
     return patches
 
 
-def _part_of(module: str) -> Part:
+def part_of(module: str) -> Part:
+    """The network that a LoRA file's module, in the file's names, belongs to."""
     for part, prefixes in TEXT_PREFIXES.items():
         if module.startswith(prefixes):
             return part

@@ -1,0 +1,1 @@
+"""LoRA files: looked into, ablated, pruned, converted, extracted, merged and trained."""

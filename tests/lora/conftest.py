@@ -1,0 +1,31 @@
+"""A tiny transformer's weights, and models of its size by the published names."""
+
+from dataclasses import replace
+
+import pytest
+from helpers import tiny_models, weight_files
+
+from flux.specs import configs
+
+
+@pytest.fixture(scope="package")
+def weights():
+    return tiny_models.flux().state_dict()
+
+
+@pytest.fixture(scope="package")
+def base(weights, tmp_path_factory):
+    """The file of these weights."""
+    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """flux-dev and flux-schnell in the tiny model's sizes, and no other models but flux-nano."""
+    for name in list(configs):
+        if name in ("flux-dev", "flux-schnell"):
+            params = replace(tiny_models.PARAMS, guidance_embed=configs[name].params.guidance_embed)
+            spec = replace(configs[name], params=params, vital_layers=(1, 4))
+            monkeypatch.setitem(configs, name, spec)
+        elif not name.startswith("flux-nano"):
+            monkeypatch.delitem(configs, name)
