@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from flux.cli import main as flux_main
 from flux.evaluate.settings import EvaluateSettings
 from flux.settings import demos, edits
+from flux.settings.captions import CaptionSettings
 from flux.settings.command_line import fields_of, type_name
 from flux.settings.fields import MAX_SEED
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "demo 4": edits.EditSettings,
     "`flux.scan`": demos.ScanSettings,
     "`flux.evaluate`": EvaluateSettings,
+    "`flux.captions`": CaptionSettings,
     "`python -m flux`": demos.SessionSettings,
     "`demo_gr.py`": demos.ModelSettings,
 }
@@ -49,6 +51,7 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ),
     ("flux.scan", demos.ScanSettings, ""),
     ("flux.evaluate", EvaluateSettings, "A method may also have any field of demo 4."),
+    ("flux.captions", CaptionSettings, "[Captions](captions.md) has the kinds of models."),
     ("python -m flux", demos.SessionSettings, ""),
 ]
 
@@ -85,6 +88,8 @@ UNITS = {
     "vital_layers": "layer numbers",
     "nudging": "factor",
     "count": "edits",
+    "max_side": "pixels",
+    "max_new_tokens": "tokens",
     "port": "port",
 }
 """The unit of each number."""
@@ -206,7 +211,12 @@ def studio_main() -> Callable[..., object]:
 def index() -> list[str]:
     """Return the table of which command takes which field."""
     names = sorted({name for settings in COMMANDS.values() for name in settings.model_fields})
-    lines = ["## Which command takes what", "", f"| field | {' | '.join(COMMANDS)} |", "|---" * 10 + "|"]
+    lines = [
+        "## Which command takes what",
+        "",
+        f"| field | {' | '.join(COMMANDS)} |",
+        "|---" * (len(COMMANDS) + 1) + "|",
+    ]
     for name in names:
         marks = ["✓" if name in settings.model_fields else "" for settings in COMMANDS.values()]
         lines.append(f"| `{name}` | {' | '.join(marks)} |")

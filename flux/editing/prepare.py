@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from flux.editing.caption import describe_image
+from flux.captions.captioner import describe_image
 from flux.editing.photo import Photograph, natural_size
 from flux.runtime.devices import pick_device
 from flux.settings.complete import resolve

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux.editing.caption import describe_image
+from flux.captions.captioner import describe_image
 from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
 from flux.editing.inversion import INVERSIONS
 from flux.editing.noising import noised_path

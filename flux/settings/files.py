@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flux.errors import InputError
+from flux.settings.captions import CaptionSettings
 from flux.settings.demos import (
     DinoSettings,
     GenerateSettings,
@@ -36,6 +37,7 @@ READ_BY_DEMOS: tuple[type[Settings], ...] = (
     DinoSettings,
     EditSettings,
     ScanSettings,
+    CaptionSettings,
 )
 PROGRAMS = {cls.demo: cls.program for cls in READ_BY_DEMOS} | {"evaluate": "python -m flux.evaluate"}
 """The program that runs with the files of each demo."""
@@ -45,7 +47,9 @@ TOLD_BY_FIELDS = {
     ("rule", "vitality"): "a file of vital layers, which demo_4_edit.py takes as vital_layers",
 }
 # Fields that may name files beside the JSON file, as those of a studio's run.json do.
-FILES = {"image", "photo", "mask", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders"}
+FILES = {
+    "image", "images", "photo", "mask", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders",
+}  # fmt: skip
 
 # Fields that hold for one model. A model that is named in place of the file's brings its own.
 OF_A_MODEL = ("weights", "width", "height", "num_steps", "guidance", "true_cfg", "vital_layers")

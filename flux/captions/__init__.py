@@ -1,0 +1,1 @@
+"""Descriptions of images: captions for a folder of them, and the prompt of a photograph."""

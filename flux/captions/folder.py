@@ -1,0 +1,117 @@
+"""A folder of images and their texts.
+
+| file | what it holds |
+|---|---|
+| `photo.jpg`, `photo.txt` | an image and its text |
+| `metadata.jsonl` | texts of another program, a line `{"file_name": ..., "text": ...}` for each image |
+| `captions.jsonl` | all texts in the same form, written by this package |
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux.errors import InputError
+from flux.files import write_text
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+GIVEN, WRITTEN = "metadata.jsonl", "captions.jsonl"
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images. An image's text is in the .txt file of its name, else in metadata.jsonl.
+
+    Attributes:
+        path: The folder.
+        images: The names of its image files, sorted.
+        given: The texts of metadata.jsonl by the image's name.
+    """
+
+    path: Path
+    images: tuple[str, ...]
+    given: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ImageFolder":
+        """Lists a folder's images, without those of its subfolders.
+
+        Raises:
+            InputError: It is no folder that can be read, holds no images, or its metadata.jsonl is broken.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise InputError(f"Got images {path}, which {what}: give a folder of images")
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise InputError(f"Got images {path}, which cannot be read: {error.strerror}") from error
+        images = tuple(name for name in names if _is_image(path / name))
+        if not images:
+            raise InputError(f"Got images {path}, which holds no image: expected {', '.join(SUFFIXES)}")
+        return cls(path, images, _read_lines(path / GIVEN) if GIVEN in names else {})
+
+    def text_file(self, image: str) -> Path:
+        """Returns the path of an image's .txt file."""
+        return (self.path / image).with_suffix(".txt")
+
+    def sharing(self, image: str) -> str | None:
+        """Returns the first image whose .txt file would be this one's too, if it is another one."""
+        stem = Path(image).stem
+        first = next(name for name in self.images if Path(name).stem == stem)
+        return None if first == image else first
+
+    def text(self, image: str) -> str | None:
+        """Returns an image's text. None if there is none, or nothing but blanks.
+
+        Raises:
+            InputError: The .txt file cannot be read as UTF-8.
+        """
+        file = self.text_file(image)
+        try:
+            text = file.read_text(encoding="utf-8-sig") if file.exists() else self.given.get(image, "")
+        except UnicodeDecodeError:
+            raise InputError(f"Got {file}, which is not UTF-8 text: save it as UTF-8, or delete it") from None
+        except OSError as error:
+            raise InputError(f"Got {file}, which cannot be read: {error.strerror}") from error
+        return text.strip() or None
+
+    def write(self, image: str, text: str) -> None:
+        """Writes an image's .txt file. Raises InputError as `flux.files.write_bytes`."""
+        write_text(self.text_file(image), text + "\n")
+
+    def write_all(self, texts: dict[str, str]) -> Path:
+        """Writes captions.jsonl with the texts by image, and returns its path."""
+        lines = [{"file_name": name, "text": text} for name, text in texts.items()]
+        path = self.path / WRITTEN
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return path
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _read_lines(path: Path) -> dict[str, str]:
+    """Returns the texts of a file of lines {"file_name": ..., "text": ...}, by file name."""
+    texts = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Got {path}, which cannot be read as UTF-8 text ({error}): mend it") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            name, text = fields["file_name"], fields["text"]
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f'{path}: line {number}: expected {{"file_name": "a.png", "text": "..."}}, got {line[:60]}'
+            ) from None
+        texts[name] = text
+    return texts

@@ -1,0 +1,64 @@
+"""Folders of images and their texts."""
+
+import json
+import os
+
+import pytest
+from helpers.captioners import noise
+
+from flux.captions.folder import ImageFolder
+from flux.errors import InputError
+
+
+def test_images_and_their_texts(images):
+    (images / "a.txt").write_text("\ufeff a dog\n", encoding="utf-8")
+    (images / "b.txt").write_text(" \n")
+    (images / "notes.md").write_text("not an image")
+    (images / ".hidden.png").write_bytes((images / "a.png").read_bytes())
+    (images / "folder.png").mkdir()
+    noise().save(images / "Z.PNG")
+    folder = ImageFolder.open(images)
+    assert folder.images == ("Z.PNG", "a.png", "b.jpg", "c.webp", "d.png")
+    assert [folder.text(name) for name in folder.images] == [None, "a dog", None, None, None]
+
+
+def test_texts_of_metadata(images):
+    """A .txt file goes before them."""
+    lines = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.jpg", "text": "a dog", "more": 1}]
+    (images / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    (images / "a.txt").write_text("mine")
+    folder = ImageFolder.open(images)
+    assert [folder.text(name) for name in folder.images] == ["mine", "a dog", None, None]
+
+
+def test_what_is_written_is_read_as_metadata(images):
+    texts = {"a.png": 'a "dog"', "b.jpg": "süß"}
+    ImageFolder.open(images).write_all(texts).rename(images / "metadata.jsonl")
+    assert ImageFolder.open(images).given == texts
+
+
+def test_two_images_of_one_name(images):
+    noise().save(images / "a.jpg")
+    folder = ImageFolder.open(images)
+    assert [folder.sharing(name) for name in folder.images] == [None, "a.jpg", None, None, None]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "a.png"}', '{"file_name": 1, "text": "a"}'])
+def test_broken_metadata(images, line):
+    (images / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
+    with pytest.raises(InputError, match=r"metadata\.jsonl: line 2: expected .* got"):
+        ImageFolder.open(images)
+
+
+def test_texts_that_cannot_be_read(images):
+    (images / "a.txt").write_bytes("süß".encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.txt, which is not UTF-8 text"):
+        ImageFolder.open(images).text("a.png")
+
+
+def test_folders_that_are_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, problem in (("nothing", "does not exist"), ("file", "is a file"), ("empty", "holds no image")):
+        with pytest.raises(InputError, match=problem):
+            ImageFolder.open(os.path.join(tmp_path, name))
