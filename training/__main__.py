@@ -8,12 +8,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux.files import claim_folder
 from training.arguments import Parser, start
-from training.loop.plan import STAGES
+from training.loop.plan import ADAPTERS, STAGES
 
 if TYPE_CHECKING:
     from training.loop.plan import Work
@@ -25,6 +26,7 @@ NEEDS = {
     "flow256": ("tokenizers", "autoencoder", "flow128"),
     "guidance": ("tokenizers", "autoencoder", "flow256"),
     "schnell": ("tokenizers", "autoencoder", "guidance"),
+    **dict.fromkeys(ADAPTERS, ("tokenizers", "autoencoder", "guidance")),
     "export": ("tokenizers", "autoencoder", "guidance", "schnell"),
     "dinov2": ("tokenizers",),
     "measuring": ("tokenizers",),
@@ -78,6 +80,8 @@ def missing_stages(wanted: Sequence[str], folder: Path, begins: bool) -> list[st
     if begins:
         given |= {"tokenizers", "autoencoder", "flow128"}
     needed = {need for stage in wanted for need in NEEDS.get(stage, ())}
+    if begins and not {"schnell", "export"} & set(wanted):
+        needed.discard("guidance")  # adapters begin with the exported model
     if begins and "flow256" in wanted:
         needed.add("text")
     return [stage for stage in STAGES if stage in needed - given]
@@ -85,6 +89,7 @@ def missing_stages(wanted: Sequence[str], folder: Path, begins: bool) -> list[st
 
 def stage_functions() -> "dict[str, Callable[[Work], bool]]":
     """Names the function of each stage. It returns False if the call's budget ran out first."""
+    from training.stages.adapters import train_adapter
     from training.stages.autoencoder import train_autoencoder
     from training.stages.export import export
     from training.stages.flow import train_flow, train_guidance
@@ -106,6 +111,7 @@ def stage_functions() -> "dict[str, Callable[[Work], bool]]":
         "flow256": lambda work: train_flow(work, "flow256"),
         "guidance": train_guidance,
         "schnell": train_schnell,
+        **{kind: partial(train_adapter, kind=kind) for kind in ADAPTERS},
         "dinov2": train_dinov2,
         "measuring": train_measuring,
         "export": export,

@@ -18,7 +18,7 @@ class StagePlan:
         seconds: The time of training. Rendering the first data and compiling come on top.
         batch: The number of samples in an iteration.
         lr: The learning rate.
-        scenes: The number of scenes to draw.
+        scenes: The number of scenes to draw in advance. Adapters draw theirs while they train.
         capacity: The number of latents that the buffer holds.
         fresh: The number of new latents in an iteration.
         first: The number of latents before the first iteration.
@@ -42,6 +42,9 @@ PLAN: dict[str, StagePlan] = {
     "flow256": StagePlan(690, 320, 8e-4, 300_000, 61_440, 16, 8_192, decay=0.7),
     "guidance": StagePlan(40, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
     "schnell": StagePlan(40, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
+    "kontext": StagePlan(240, 128, 1e-3, 0, 16_384, 32, 4_096, decay=0.6),
+    "fill": StagePlan(150, 192, 1e-3, 0, 16_384, 32, 4_096, decay=0.6),
+    "canny": StagePlan(100, 192, 1e-3, 0, 16_384, 32, 4_096, decay=0.6),
     "dinov2": StagePlan(52, 256, 1e-3, 150_000, decay=0.9),
     "measuring": StagePlan(280, 512, 2e-3, 600_000, decay=0.9),
 }
@@ -52,13 +55,17 @@ TOY_PLAN: dict[str, StagePlan] = {
     "flow256": StagePlan(1.0, 4, 1e-3, 24, 8, 4, 8),
     "guidance": StagePlan(1.0, 4, 3e-4, 24, 8, 4, 8),
     "schnell": StagePlan(1.0, 4, 1e-3, 24, 8, 0, 8),
+    "kontext": StagePlan(1.0, 4, 1e-3, 0, 8, 4, 8),
+    "fill": StagePlan(1.0, 4, 1e-3, 0, 8, 4, 8),
+    "canny": StagePlan(1.0, 4, 1e-3, 0, 8, 4, 8),
     "dinov2": StagePlan(1.0, 4, 1e-3, 24),
     "measuring": StagePlan(1.0, 4, 2e-3, 24),
 }
 STAGES: tuple[str, ...] = (
-    "tokenizers", "autoencoder", "text", "flow128", "flow256", "guidance", "schnell", "export", "dinov2",
-    "measuring",
+    "tokenizers", "autoencoder", "text", "flow128", "flow256", "guidance", "schnell", "kontext", "fill",
+    "canny", "export", "dinov2", "measuring",
 )  # fmt: skip
+ADAPTERS: tuple[str, ...] = ("kontext", "fill", "canny")
 SIDE = 256
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flux.weights.load import read_weights
 from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
-from training.loop.plan import Work
+from training.loop.plan import ADAPTERS, Work
 from training.loop.trainer import save_atomically
 from training.scenes.vocabulary import all_words
 from training.stages.autoencoder import load_autoencoder
@@ -49,7 +49,8 @@ def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def rounded_to_bytes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rounds matrices and kernels to 8-bit whole numbers, with a scale for each channel.
 
-    Vectors and small kernels, which weigh little and show most, become float16. Beside `X.weight`, its scales are named `X.weight_scale`, in float16: see `flux.weights.scales`.
+    Vectors and small kernels, which weigh little and show most, become float16. Beside `X.weight`, its scales
+    are named `X.weight_scale`, in float16: see `flux.weights.scales`.
     """
     file = {}
     for name, value in weights.items():
@@ -85,6 +86,12 @@ def export(work: Work) -> bool:
     save_file(scaled_fp8(generator.flux.state_dict()), folder / "transformer.safetensors")
     lora = torch.load(work.result("schnell"), map_location="cpu")
     save_file(scaled_fp8(lora), folder / "schnell_lora.safetensors")
+    for kind in ADAPTERS:
+        if work.result(kind).exists():
+            save_file(
+                scaled_fp8(torch.load(work.result(kind), map_location="cpu")),
+                folder / f"{kind}_lora.safetensors",
+            )
     ae = load_autoencoder(work).cpu()
     save_file(rounded_to_bytes(ae.state_dict()), folder / "ae.safetensors")
     generator.t5.half().save_pretrained(folder / "text_encoder_2")

@@ -52,14 +52,14 @@ def add_lora(flux: Flux, rank: int) -> Flux:
 def lora_weights(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collects the student's differences to its base, under the names of FLUX.1's LoRA files.
 
-    These are lora_A, lora_B, and the differences of the biases.
+    These are lora_A, lora_B, and the differences of the biases beside them.
     """
     file = {}
     for name, value in weights.items():
         stem = name.rpartition(".")[0]
         if name.endswith((".lora_A", ".lora_B")):
             file[name + ".weight"] = value
-        elif name.endswith(".bias"):
+        elif name.endswith(".bias") and stem + ".lora_A" in weights:
             file[stem + ".lora_B.bias"] = value - base[name]
     return file
 
