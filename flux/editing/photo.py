@@ -10,27 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from flux.errors import InputError
+from flux.images.sizes import TOKEN
 
-TOKEN = 16  # a token's side in pixels
 WHITE = 128  # of 255: greys of a mask from here on count as white
 
 Mask = tuple[Image.Image, Tensor]
 """The part of its source that an edit may change: as an image, white there, and as tokens, "1 I 1", bool."""
-
-
-def natural_size(image: Image.Image, side: int) -> tuple[int, int]:
-    """Chooses the size in which to edit a photograph.
-
-    Args:
-        image: the photograph, whose shape is kept.
-        side: side of a square whose area the edit is to have.
-
-    Returns:
-        Width and height, each rounded to the nearest multiple of 16.
-    """
-    shape = (image.width / image.height) ** 0.5
-    width, height = (max(TOKEN, round(length / TOKEN) * TOKEN) for length in (side * shape, side / shape))
-    return width, height
 
 
 @dataclass(frozen=True, eq=False)

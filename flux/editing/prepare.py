@@ -3,7 +3,8 @@
 from PIL import Image
 
 from flux.captions.captioner import describe_image
-from flux.editing.photo import Photograph, natural_size
+from flux.editing.photo import Photograph
+from flux.images.sizes import natural_size
 from flux.runtime.devices import pick_device
 from flux.settings.complete import resolve
 from flux.settings.edits import EditSettings

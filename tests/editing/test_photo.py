@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flux.editing.photo import TOKEN, Photograph, mask_image, middle, natural_size, token_mask
+from flux.editing.photo import TOKEN, Photograph, mask_image, middle, token_mask
 from flux.errors import InputError
 
 
@@ -16,21 +16,6 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 # ---- sizes
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((256, 256), (256, 256)),
-        ((4000, 3000), (288, 224)),
-        ((30, 40), (224, 288)),
-        ((1920, 1080), (336, 192)),
-        ((20, 4000), (16, 3616)),
-    ],
-)
-def test_natural_size(size, expected):
-    """The photograph's shape in the area of 256x256, sides in whole tokens, at least one."""
-    assert natural_size(Image.new("RGB", size), 256) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from flux.editing.photo import natural_size
 from flux.errors import InputError
 from flux.images.io import read_image, thumbnail
+from flux.images.sizes import natural_size
 from flux.settings.doses import DEFAULT_DOSE, DOSES
 from flux.settings.edits import EditSettings
 from flux.settings.resolved import ResolvedEdit
