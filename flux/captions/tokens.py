@@ -52,7 +52,7 @@ class TokenCounter:
     def lengths(self, texts: Mapping[str, str]) -> dict[str, dict[str, int]]:
         """Returns the tokens of each text, by encoder and by the text's name."""
         return {
-            encoder: {name: len(tokenizer(text)["input_ids"]) for name, text in texts.items()}
+            encoder: {name: len(tokenizer(text, verbose=False)["input_ids"]) for name, text in texts.items()}
             for encoder, tokenizer in self.tokenizers.items()
         }
 
