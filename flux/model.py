@@ -14,6 +14,7 @@ from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import AttentionEdit, Exchange
 from flux.modules import layers, ops
+from flux.modules.lora import LinearLora, replace_linear_with_lora
 from flux.modules.step_cache import StepCache
 
 
@@ -317,3 +318,25 @@ class Flux(nn.Module):
                 recorded.add(intervention, layer, runs, qkv)
                 x = skip.apply(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])
+
+
+class FluxLoraWrapper(Flux):
+    """The transformer with a low-rank change beside each linear layer, as in upstream's control LoRAs.
+
+    Args:
+        lora_rank: Largest rank of a change.
+        lora_scale: Strength of the changes.
+        args: Those of `Flux`.
+        kwargs: Those of `Flux`.
+    """
+
+    def __init__(self, lora_rank: int = 128, lora_scale: float = 1.0, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_rank = lora_rank
+        replace_linear_with_lora(self, lora_rank, lora_scale)
+
+    def set_lora_scale(self, scale: float) -> None:
+        """Set the strength of all changes."""
+        for module in self.modules():
+            if isinstance(module, LinearLora):
+                module.set_scale(scale)

@@ -11,9 +11,9 @@ from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.specs import ModelSpec, configs, get_spec
-from flux.weights.find import path_from_env
+from flux.weights.find import own_lora, path_from_env
 from flux.weights.hub import own_file, own_text_folder
-from flux.weights.open_model import ModelFiles, OpenModel
+from flux.weights.open_model import ModelFiles, OpenFiles, OpenModel
 
 __all__ = [
     "ModelSpec",
@@ -34,6 +34,7 @@ def load_flow_model(
     hf_download: bool = True,
     verbose: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    lora_scale: float | None = None,
 ) -> Flux:
     """Load the transformer of the model `name`.
 
@@ -43,6 +44,8 @@ def load_flow_model(
         hf_download: Whether a missing file may be downloaded.
         verbose: Whether to print the name.
         dtype: What it computes in.
+        lora_scale: Strength of the LoRA that the model itself has, such as flux-dev-canny-lora. If None, as
+            the model's spec says. The LoRA is merged into the weights.
 
     Raises:
         InputError: The name is unknown, or the file is missing or another model's.
@@ -50,8 +53,14 @@ def load_flow_model(
     if verbose:
         print(f"Loading {name}")
     spec = get_spec(name)
-    path = path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download)
-    return _opened(spec, Path(path)).load_transformer(device, dtype)
+    path = Path(path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
+    opened, scale = OpenFiles(), spec.lora_scale if lora_scale is None else lora_scale
+    given = path_from_env(spec.env_lora)
+    lora = own_lora(
+        spec, opened.open(path, "transformer"), Path(given) if given else None, scale, hf_download
+    )
+    files = ModelFiles(path, path, path, own_lora=lora)
+    return OpenModel(spec, files, opened).load_transformer(device, dtype)
 
 
 def load_ae(

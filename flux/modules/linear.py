@@ -45,8 +45,10 @@ AnyLinear = nn.Linear | CustomLinear
 
 
 def can_project_rows(linear: AnyLinear) -> bool:
-    """Return whether `project_rows` works for this layer."""
-    return isinstance(linear, nn.Linear) or linear.can_project_rows()
+    """Return whether `project_rows` works for this layer. Of other classes only the call is known."""
+    if isinstance(linear, CustomLinear):
+        return linear.can_project_rows()
+    return type(linear) is nn.Linear
 
 
 def project_rows(linear: AnyLinear, x: Tensor | Rounded, start: int = 0, stop: int | None = None) -> Tensor:
@@ -92,6 +94,12 @@ class PackedLinear(CustomLinear):
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         self.bias = bias
+
+    @property
+    def in_features(self) -> int:
+        """The columns of the matrix."""
+        weights, size = gguf_blocks.BLOCKS.get(self.kind, (1, 1))
+        return self.packed.shape[1] // size * weights
 
     @property
     def weight(self) -> Tensor:

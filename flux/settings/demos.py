@@ -130,6 +130,11 @@ class ModelSettings(Settings, frozen=True):
         default=(),
         description='LoRA files to add, each a name or {"file": ..., "weight": 0.8, "layers": [1, 2]}',
     )
+    lora_weights: FilePath | None = Field(
+        default=None, description="file of the LoRA that the model itself has, such as flux-dev-canny-lora"
+    )
+    lora_scale: float | None = Field(default=None, description="strength of the model's own LoRA")
+    redux_weights: FilePath | None = Field(default=None, description="file of the Redux adapter")
     device: Text = Field(default="auto", description='where to run: "auto", "cpu", "cuda", "cuda:1", "mps"')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="number format of the models"

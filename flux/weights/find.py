@@ -5,11 +5,12 @@ from pathlib import Path
 
 from flux.errors import InputError
 from flux.settings.demos import ModelSettings
-from flux.specs import get_spec
+from flux.specs import ModelSpec, get_spec
+from flux.weights.checkpoint import Checkpoint
 from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
 from flux.weights.layouts import Part, holds_part, require_part
 from flux.weights.lora import read_lora
-from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel
+from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel, needs_lora
 from flux.weights.tokenizers import check_tokenizer
 
 ENV_TEXT = ("FLUX_TEXT_ENCODERS",)
@@ -20,8 +21,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     """Find the files that these settings name. What is not on this machine is downloaded.
 
     Each file is the one that the settings name, else the one that an environment variable names
-    (`ModelSpec.env_flow`, `env_ae`, `ENV_TEXT`), else the transformer's file or folder if that holds it too,
-    else the package's own or the hub's. All local files are checked before anything is downloaded.
+    (`ModelSpec.env_flow`, `env_ae`, `env_lora`, `ENV_TEXT`), else the transformer's file or folder if that
+    holds it too, else the package's own, one in upstream's folder `checkpoints`, or the hub's. All local
+    files are checked before anything is downloaded.
 
     Args:
         settings: Which model, and paths of its files.
@@ -55,19 +57,65 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         if path is not None:
             require_part(opened.open(path, part), part)
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
-    for lora in loras:
-        read_lora(opened.open(lora.path))
+    lora_path = _first(settings.lora_weights, path_from_env(spec.env_lora))
+    for path in [lora.path for lora in loras] + [lora_path] * (lora_path is not None):
+        read_lora(opened.open(path))
     if text is not None:
         _check_text_folder(text, given, opened)
+    flow = flow or own_file(spec, spec.repo_flow, download)
+    scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
     files = ModelFiles(
-        flow or own_file(spec, spec.repo_flow, download),
+        flow,
         ae or own_file(spec, spec.repo_ae, download),
         text or own_text_folder(spec, download, weights=not (t5 and clip)),
         t5,
         clip,
         loras,
+        own_lora(spec, opened.open(flow, "transformer"), lora_path, scale, download),
     )
     return OpenModel(spec, files, opened)
+
+
+def own_lora(
+    spec: ModelSpec, transformer: Checkpoint, given: Path | None, scale: float, download: bool
+) -> LoraUse | None:
+    """Find the LoRA that turns a transformer's file into this model.
+
+    Args:
+        spec: The model.
+        transformer: The opened file.
+        given: The LoRA that the user names. If None, the model's own.
+        scale: Its strength.
+        download: Whether it may be downloaded.
+
+    Returns:
+        The LoRA. None if the model has none, or if the file has it merged in.
+
+    Raises:
+        InputError: It is not there and cannot be downloaded.
+    """
+    if spec.lora_filename is None or not needs_lora(spec, transformer):
+        return None
+    return LoraUse(given or own_file(spec, spec.lora_filename, download, spec.lora_repo_id), scale)
+
+
+def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True) -> Path:
+    """Find the Redux adapter of a model.
+
+    Args:
+        spec: The model.
+        given: The file that the user names. If None, the one of an environment variable, or the model's own.
+        download: Whether it may be downloaded.
+
+    Raises:
+        InputError: The model has none, or it is not there and cannot be downloaded.
+    """
+    path = _first(given, path_from_env(spec.env_redux))
+    if path is not None:
+        return path
+    if spec.redux_filename is None:
+        raise InputError("Got an image for Redux, but this model has no Redux adapter: give flux-dev-redux")
+    return own_file(spec, spec.redux_filename, download, spec.redux_repo_id)
 
 
 def local_model(settings: ModelSettings) -> OpenModel | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flux.errors import InputError
-from flux.specs import ModelSpec, get_spec
+from flux.specs import ModelSpec, configs, get_spec
 from flux.weights.checkpoint import read_weight_map
 from flux.weights.tokenizers import VOCABULARIES, vocabulary_files
 
@@ -31,15 +31,18 @@ CONNECT_ATTEMPTS = 3  # without a connection: usually this machine is offline
 FIRST_PAUSE = 1.0  # seconds, doubled from one attempt to the next
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 HASH_BYTES = 2**24  # read at once
+CHECKPOINTS_DIR = Path("checkpoints")
+"""The folder, in the current one, into which upstream's package downloads."""
 
 
-def own_file(spec: ModelSpec, filename: str, download: bool) -> Path:
-    """Find a file of a model in the package or in the hub's cache; download it if allowed.
+def own_file(spec: ModelSpec, filename: str, download: bool, repo_id: str | None = None) -> Path:
+    """Find a file of a model in the package, upstream's folder or the hub's cache; download it if allowed.
 
     Args:
         spec: The model.
         filename: Name of the file in the model's repository or folder. If empty, only the user can name it.
         download: Whether it may be downloaded.
+        repo_id: The repository that has it. If None, the model's.
 
     Raises:
         InputError: The file is not there and cannot be downloaded. The message says what to do.
@@ -49,13 +52,22 @@ def own_file(spec: ModelSpec, filename: str, download: bool) -> Path:
             "Got no file of the transformer, and there are several for this model: download one, and give "
             f"its path as weights or in {spec.env_flow[0]}"
         )
-    if spec.folder is not None:
-        return spec.folder / filename
-    return fetch(spec, [filename], download) / filename
+    repo_id = repo_id or spec.repo_id
+    if spec.folder is not None or repo_id is None:
+        return (spec.folder or Path()) / filename
+    path = checkpoint_path(repo_id, filename)
+    return path if path.is_file() else fetch(spec, [filename], download, repo_id=repo_id) / filename
+
+
+def checkpoint_path(repo_id: str, filename: str) -> Path:
+    """Return where upstream's package puts a file of a repository."""
+    return CHECKPOINTS_DIR / repo_id.replace("/", "_") / filename
 
 
 def own_text_folder(spec: ModelSpec, download: bool, weights: bool = True) -> Path:
     """Find the folder that holds a model's `TEXT_FOLDERS`; download it if allowed.
+
+    All published models have the same: those in the cache of any model are taken.
 
     Args:
         spec: The model.
@@ -67,20 +79,33 @@ def own_text_folder(spec: ModelSpec, download: bool, weights: bool = True) -> Pa
     """
     if spec.folder is not None:
         return spec.folder
-    return fetch(spec, TEXT_FOLDERS, download, weights)
+    return _cached_text_folder(spec, weights) or fetch(spec, TEXT_FOLDERS, download, weights)
+
+
+def _cached_text_folder(spec: ModelSpec, weights: bool) -> Path | None:
+    """The newest cached snapshot with all `TEXT_FOLDERS`, of this model's repository or of any other's."""
+    repositories = dict.fromkeys([spec.repo_id, *(other.repo_id for other in configs.values())])
+    found = (_Repository.of(spec, name).cached(TEXT_FOLDERS, weights) for name in repositories if name)
+    return next((folder for folder in found if folder is not None), None)
 
 
 def fetch(
-    spec: ModelSpec, wanted: Sequence[str], download: bool = True, weights: bool = True, renew: bool = False
+    spec: ModelSpec,
+    wanted: Sequence[str],
+    download: bool = True,
+    weights: bool = True,
+    renew: bool = False,
+    repo_id: str | None = None,
 ) -> Path:
     """Find or download files of a model's repository. What is cached is used without asking the network.
 
     Args:
-        spec: The model; it must have a repository.
+        spec: The model.
         wanted: Names of files, and of folders that are needed whole.
         download: Whether files may be downloaded.
         weights: Whether weights inside the folders are needed too.
         renew: Whether to compare with the hub even if everything is cached.
+        repo_id: The repository. If None, the model's, which must then have one.
 
     Returns:
         The snapshot in the hub's cache that holds the files.
@@ -90,7 +115,7 @@ def fetch(
     """
     from huggingface_hub import constants
 
-    repository = _Repository.of(spec)
+    repository = _Repository.of(spec, repo_id)
     cached = repository.cached(wanted, weights)
     if cached is not None and not (renew and download and not constants.HF_HUB_OFFLINE):
         return cached
@@ -145,14 +170,15 @@ class _Repository:
     folder: Path
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> "_Repository":
+    def of(cls, spec: ModelSpec, repo_id: str | None = None) -> "_Repository":
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        if spec.repo_id is None:
+        repo_id = repo_id or spec.repo_id
+        if repo_id is None:
             raise ValueError("This model has no repository: its files are part of the package")
-        folder = repo_folder_name(repo_id=spec.repo_id, repo_type="model")
-        return cls(spec.repo_id, spec.licence, Path(constants.HF_HUB_CACHE, folder))
+        folder = repo_folder_name(repo_id=repo_id, repo_type="model")
+        return cls(repo_id, spec.licence, Path(constants.HF_HUB_CACHE, folder))
 
     def blob(self, file: _RemoteFile) -> Path:
         """Where the cache keeps the content of a file."""
@@ -442,10 +468,17 @@ def download(name: str) -> None:
     if spec.folder is not None:
         print(f"{name} is part of this package: {spec.folder}")
         return
-    names = [name for name in (spec.repo_flow, spec.repo_ae, *TEXT_FOLDERS) if name]
-    folder = fetch(spec, names, renew=True)
+    repositories = {spec.repo_id: [name for name in (spec.repo_flow, spec.repo_ae, *TEXT_FOLDERS) if name]}
+    if spec.lora_filename:
+        repositories[spec.lora_repo_id] = [spec.lora_filename]
+    if spec.condition == "redux" and spec.redux_filename:
+        repositories[spec.redux_repo_id] = [spec.redux_filename]
+    paths = []
+    for repo_id, names in repositories.items():
+        folder = fetch(spec, names, renew=True, repo_id=repo_id)
+        paths += [folder / name for name in names]
     print(f"{name} is on this machine ({spec.licence}):")
-    for path in (folder / name for name in names):
+    for path in paths:
         print(f"  {path}")
     if not spec.repo_flow:
         print(f"its transformer is a file of yours: give its path as weights or in {spec.env_flow[0]}")

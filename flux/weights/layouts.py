@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flux.errors import InputError
@@ -31,11 +32,13 @@ class TensorSource:
         parts: The file's tensors.
         swapped: Whether the file has the two halves of the rows in the other order.
         pointwise: Whether the file has a 1x1 convolution as a matrix, without the two last axes.
+        columns: Columns of the matrix, if it has more than the file's: those are zero. If None, it has not.
     """
 
     parts: tuple[ScaledTensor, ...]
     swapped: bool = False
     pointwise: bool = False
+    columns: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +50,8 @@ class TensorSource:
         if any(shape[:1] != first[:1] for shape in others[:2]):
             return ()
         rows = first[:1] and (sum(part.shape[0] for part in self.parts),)
-        return (*rows, *first[1:], *((1, 1) if self.pointwise else ()))
+        rest = first[1:] if self.columns is None else (self.columns,)
+        return (*rows, *rest, *((1, 1) if self.pointwise else ()))
 
     @property
     def kind(self) -> str | None:
@@ -58,6 +62,8 @@ class TensorSource:
     @property
     def is_packed(self) -> bool:
         """Whether a matrix can stay as it is stored: GGUF blocks, or 8-bit floats from one tensor."""
+        if self.columns is not None:
+            return False
         if self.kind in EIGHT_BIT_FLOATS:
             return len(self.parts) == 1 and not self.swapped
         return self.kind in gguf_blocks.BLOCKS
@@ -65,6 +71,8 @@ class TensorSource:
     def read(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Read the tensor in `dtype`."""
         whole = self._joined([part.read(device, is_filled=True).to(dtype) for part in self.parts])
+        if self.columns is not None:
+            whole = F.pad(whole, (0, self.columns - whole.shape[1]))
         return whole[..., None, None] if self.pointwise else whole
 
     def read_packed(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
@@ -274,6 +282,7 @@ TITLES: dict[Part, str] = {
 }
 # Other models, each by a pattern that one of its tensors' names matches.
 OTHER_MODELS = (
+    (r"^redux_(up|down)\.", "a Redux adapter (give it as redux_weights)"),
     (r"(^|\.)distilled_guidance_layer\.", "a Chroma transformer"),
     (r"(^|\.)double_stream_modulation_img\.", "a FLUX.2 transformer"),
     (r"(^|\.)txt_in\.individual_token_refiner\.", "a HunyuanVideo transformer"),

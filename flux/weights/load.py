@@ -19,7 +19,8 @@ from flux.weights.scales import EIGHT_BIT_FLOATS
 
 P = TypeVar("P")
 M = TypeVar("M", bound=nn.Module)
-CONTROL_INPUTS = {128: "a canny or depth model", 384: "a fill model"}
+INPUTS = {64: "a text-to-image or Kontext model", 128: "a canny or depth model", 384: "a Fill model"}
+"""The kinds of model by the channels of their image tokens."""
 
 
 def read_weights(path: Path, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -75,6 +76,10 @@ def match_names(module: nn.Module, checkpoint: Checkpoint, part: Part) -> dict[s
 
 def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[str, TensorSource]) -> str:
     """A guess at the file's real kind."""
+    columns = sources["img_in.weight"].shape[-1:] if "img_in.weight" in sources else ()
+    if reshaped and columns and columns[0] in INPUTS:
+        names = _models_of(columns[0], sources)
+        return f"; it is {INPUTS[columns[0]]}" + (f": load it as {' or '.join(names)}" if names else "")
     if not reshaped and all("guidance_in." in name or "guidance_embedder." in name for name in differing):
         is_nano = sources["img_in.weight"].shape[0] == configs["flux-nano"].params.hidden_size
         family = "flux-nano" if is_nano else "flux-dev"
@@ -85,9 +90,6 @@ def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[
                 "dev, load it as flux-dev-de-distilled"
             )
         return f"; it is a dev file (it has guidance_in), load it as {family}"
-    columns = sources["img_in.weight"].shape[-1:] if "img_in.weight" in sources else ()
-    if columns and columns[0] in CONTROL_INPUTS:
-        return f"; it is {CONTROL_INPUTS[columns[0]]}, which is not known here"
     for stack in ("double", "single"):
         left, lost = (_blocks_in(names, stack) for names in (sources, differing if missing else ()))
         if left and lost and left.isdisjoint(lost):
@@ -96,6 +98,18 @@ def _hint(differing: list[str], missing: bool, reshaped: bool, sources: Mapping[
                 "FLUX.1-lite or Flex.1), which is not known here"
             )
     return ""
+
+
+def _models_of(channels: int, sources: Mapping[str, TensorSource]) -> list[str]:
+    """The models whose files take so many channels and are as wide as this one."""
+    width, has_guidance = sources["img_in.weight"].shape[0], "guidance_in.in_layer.weight" in sources
+    params = {name: spec.base_params or spec.params for name, spec in configs.items()}
+    return [
+        name
+        for name, sizes in params.items()
+        if (sizes.in_channels, sizes.hidden_size) == (channels, width)
+        and sizes.guidance_embed >= has_guidance
+    ]
 
 
 def _blocks_in(names: Iterable[str], stack: str) -> set[int]:

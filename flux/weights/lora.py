@@ -17,11 +17,12 @@ from torch import nn
 
 from flux.errors import InputError, warn
 from flux.intervention import check_layers
+from flux.model import Flux
 from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
 from flux.weights.layouts import SWAPPED, Part, diffusers_modules
-from flux.weights.lora_formats import LoraFields, LoraPlace, WeightChange, read_finite
+from flux.weights.lora_formats import LoraFields, LoraPlace, Sum, WeightChange, read_finite
 from flux.weights.lora_patches import BIASES, Patch, change_in, check_fields
 from flux.weights.scales import ScaledTensor
 
@@ -33,7 +34,7 @@ ROLES = (
     (r"\.diff_b", "diff_b"),
     (r"\.alpha", "alpha"),
     (r"\.diff", "diff"),
-    (r"\.set_weight|(?<=_norm)\.scale", "set"),
+    (r"\.set_weight|(?<=_norm)\.scale|(?<=\.norm_[qk])\.weight|(?<=\.norm_added_[qk])\.weight", "set"),
     (r"\.lora_magnitude_vector(?:\.[^.]+){0,2}", "magnitude"),
     (r"\.oft_R(?:\.[^.]+)?\.weight", "oft_R"),
     # The name is the role.
@@ -213,7 +214,7 @@ def match_patches(files: Iterable[LoraFile], part: Part, model: nn.Module) -> li
     for file in files:
         if part == "transformer" and file.layers:
             check_layers(file.layers, num_double + num_single)
-    return [patch for file in files for patch in _patches_of(file, part, places, num_double)]
+    return [patch for file in files for patch in _patches_of(file, part, model, places, num_double)]
 
 
 def layer_of(module: str, num_double: int) -> int | None:
@@ -227,7 +228,9 @@ def layer_of(module: str, num_double: int) -> int | None:
     return int(found[2]) + (num_double if found[1] == "single" else 0) if found else None
 
 
-def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace], num_double: int) -> list[Patch]:
+def _patches_of(
+    file: LoraFile, part: Part, model: nn.Module, places: dict[str, LoraPlace], num_double: int
+) -> list[Patch]:
     prefixes = TEXT_PREFIXES.get(part, PREFIXES)
     patches, unmatched = [], []
     for module, fields in file.modules.items():
@@ -241,6 +244,8 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace], num_do
             unmatched.append(module)
             continue
         change = _change_in(file, part, fields)
+        if place.module == "img_in" and isinstance(change, Sum) and isinstance(model, Flux):
+            place = _in_noise_channels(place, change, model)
         check_fields(file.path, place, fields, change)
         biases = {role: fields[role] for role in BIASES if role in fields}
         rank = None if change is None else change.rank
@@ -251,6 +256,12 @@ def _patches_of(file: LoraFile, part: Part, places: dict[str, LoraPlace], num_do
     if unmatched:
         raise _unmatched(file.path, unmatched)
     return patches
+
+
+def _in_noise_channels(place: LoraPlace, change: Sum, model: Flux) -> LoraPlace:
+    """The columns of the noise alone, if the change is a text-to-image model's: it knows no others."""
+    noise = model.out_channels
+    return replace(place, columns=noise) if change.shape == (place.rows, noise) else place
 
 
 def part_of(module: str) -> Part:
@@ -267,6 +278,8 @@ def _places(part: Part, model: nn.Module) -> dict[str, LoraPlace]:
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             places[name] = LoraPlace(name, 0, module.scale.shape[0], None)
+            if part == "transformer":
+                places[diffusers_modules(name)[0]] = places[name]
         if not isinstance(module, nn.Linear):
             continue
         rows, columns = module.weight.shape

@@ -28,7 +28,7 @@ class LoraPlace:
         module: The module's name in our model.
         start: The first row.
         stop: The row after the last one.
-        columns: The matrix's columns; None for the vector of a norm.
+        columns: The matrix's columns that are changed, the first ones; None for the vector of a norm.
         swapped: Whether files have the two halves of the rows in the other order.
     """
 

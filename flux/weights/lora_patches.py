@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.errors import InputError
@@ -138,7 +139,7 @@ def check_fields(path: Path, place: LoraPlace, fields: LoraFields, change: Weigh
     found = ", ".join(f"{name} {tensor.shape}" for name, tensor in sorted(fields.items()))
     hint = ""
     if place.module == "img_in":
-        hint = " (one for canny, depth or fill needs more inputs than the models known here have)"
+        hint = " (a LoRA for control needs its model: flux-dev-canny-lora or flux-dev-depth-lora)"
     if any(name.startswith("oft_blocks") for name in fields):
         hint = " (blocks must add up to all rows; a fused module has oft_blocks.0, oft_blocks.1, ...)"
     raise InputError(
@@ -224,8 +225,9 @@ def _merged(
     """A plain layer with the changes in it."""
     weight = linear.weight.float()
     for patch, change in changes:
-        rows = slice(patch.place.start, patch.place.stop)
-        weight[rows] = change.changed(weight[rows], patch.place, patch.strength, patch.scale)
+        place = patch.place
+        rows, columns = slice(place.start, place.stop), slice(place.columns)
+        weight[rows, columns] = change.changed(weight[rows, columns], place, patch.strength, patch.scale)
     merged = nn.Linear(1, 1, bias=False, device="meta")
     merged.out_features, merged.in_features = weight.shape
     merged.weight = _parameter(weight, dtype)
@@ -243,6 +245,6 @@ def _beside(
         down, up = change.factors(patch.place, patch.strength * patch.scale, device)
         rows = torch.zeros(linear.packed.shape[0], up.shape[1], device=device)
         rows[patch.place.start : patch.place.stop] = up
-        downs.append(down)
+        downs.append(F.pad(down, (0, linear.in_features - down.shape[1])))
         ups.append(rows)
     return LowRankLinear(linear, torch.cat(downs).to(dtype), torch.cat(ups, dim=1).to(dtype))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flux.errors import InputError, warn
-from flux.model import Flux
+from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.layers import MLPEmbedder, timestep_embedding
@@ -21,7 +21,6 @@ from flux.modules.linear import AnyLinear, LowRankLinear
 from flux.specs import ModelSpec, configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import parse_json
-from flux.weights.hub import own_file
 from flux.weights.layouts import TITLES, Part, TensorSource, find_sources
 from flux.weights.load import load_into, match_names, on_meta
 from flux.weights.lora import LoraFile, match_patches, read_lora
@@ -69,6 +68,7 @@ class ModelFiles:
         t5: The T5 encoder's weights. If None, they are in `text`.
         clip: The CLIP encoder's weights. If None, they are in `text`.
         loras: LoRA files.
+        own_lora: The LoRA that turns the model in `flow` into this one. If None, `flow` is this one.
     """
 
     flow: Path
@@ -77,6 +77,7 @@ class ModelFiles:
     t5: Path | None = None
     clip: Path | None = None
     loras: tuple[LoraUse, ...] = ()
+    own_lora: LoraUse | None = None
 
     def of(self, part: Part) -> Path:
         """The path of one of the networks."""
@@ -196,16 +197,6 @@ class OpenModel:
     # ---- the networks
 
     @cached_property
-    def _is_distilled_base(self) -> bool:
-        """Whether the transformer's file is the model that the spec's LoRA turns into this one."""
-        if self.spec.lora_filename is None:
-            return False
-        sources, _ = find_sources(
-            self.checkpoint("transformer"), "transformer", ["guidance_in.in_layer.weight"]
-        )
-        return bool(sources)
-
-    @cached_property
     def loras(self) -> list[LoraFile]:
         """The LoRA files that the user asked for."""
         return [read_lora(self._opened.open(use.path), use.strength, use.layers) for use in self.files.loras]
@@ -213,18 +204,29 @@ class OpenModel:
     @cached_property
     def transformer_loras(self) -> list[LoraFile]:
         """The LoRA files that change the transformer, the model's own first."""
-        if self.spec.lora_filename is None or not self._is_distilled_base:
+        own = self.files.own_lora
+        if own is None:
             return self.loras
-        own = own_file(self.spec, self.spec.lora_filename, True)
-        return [read_lora(self._opened.open(own)), *self.loras]
+        return [read_lora(self._opened.open(own.path), own.strength, own.layers), *self.loras]
 
     @cached_property
     def transformer(self) -> OpenPart[Flux]:
-        """The transformer, with the guidance input of the file that it is read from."""
-        params = self.spec.params
-        if self._is_distilled_base:
-            params = replace(params, guidance_embed=True)
-        return self._open("transformer", lambda: on_meta(Flux, params), self.transformer_loras)
+        """The transformer, with the guidance input of the file that it is read from.
+
+        A file of fewer input channels gets zeros for the others, which a LoRA then changes.
+        """
+        base, channels = self.spec.base_params, self.spec.params.in_channels
+        if self.files.own_lora is None or base is None:
+            params = self.spec.params
+            return self._open("transformer", lambda: on_meta(Flux, params), self.transformer_loras)
+        sources = match_names(on_meta(Flux, base), self.checkpoint("transformer"), "transformer")
+        if base.in_channels < channels:
+            sources["img_in.weight"] = replace(sources["img_in.weight"], columns=channels)
+
+        def build() -> Flux:
+            return on_meta(Flux, replace(base, in_channels=channels))
+
+        return OpenPart(build, sources, match_patches(self.transformer_loras, "transformer", build()))
 
     @cached_property
     def autoencoder(self) -> OpenPart[AutoEncoder]:
@@ -343,6 +345,26 @@ class OpenModel:
             module.get_submodule(owner).register_buffer(leaf, positions, persistent=False)
         length = self.spec.text_length if part == "text_encoder_2" else self.spec.clip_length
         return HFEmbedder.from_encoder(module, max_length or length, tokenizer)
+
+
+def needs_lora(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
+    """Return whether a transformer's file is the model that the spec's LoRA turns into this one.
+
+    Its inputs tell. Where both models have the same, each file is taken for the former.
+    """
+    base = spec.base_params
+    if spec.lora_filename is None or base is None:
+        return False
+    names = ["img_in.weight", "guidance_in.in_layer.weight"]
+    sources, _ = find_sources(checkpoint, "transformer", names)
+    columns = sources["img_in.weight"].shape[-1:] if "img_in.weight" in sources else ()
+    found = columns, names[1] in sources
+    return found == _inputs_of(base) or found != _inputs_of(spec.params)
+
+
+def _inputs_of(params: FluxParams) -> tuple[tuple[int, ...], bool]:
+    """The channels of an image token, and whether there is a guidance input."""
+    return (params.in_channels,), params.guidance_embed
 
 
 def _wrong_encoder(folder: Path, config: "PretrainedConfig", part: Part) -> InputError:

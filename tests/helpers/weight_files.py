@@ -39,10 +39,17 @@ def wide(seed: int = 0) -> Flux:
 
 
 def load(
-    path: Path, params=tiny_models.PARAMS, dtype=torch.float32, keep_8bit=False, loras=(), **changes
+    path: Path,
+    params=tiny_models.PARAMS,
+    dtype=torch.float32,
+    keep_8bit=False,
+    loras=(),
+    own_lora=None,
+    **changes,
 ) -> Flux:
-    """The transformer of that file."""
-    files = ModelFiles(path, path, path, loras=tuple(LoraUse(*lora) for lora in loras))
+    """The transformer of that file. Its own LoRA is a path and a strength."""
+    own = LoraUse(*own_lora) if own_lora else None
+    files = ModelFiles(path, path, path, loras=tuple(LoraUse(*lora) for lora in loras), own_lora=own)
     return OpenModel(spec(params, **changes), files).load_transformer("cpu", dtype, keep_8bit)
 
 

@@ -114,15 +114,6 @@ def test_nothing_at_all():
     assert describe_file([]) == "0 tensors of a model not known here"
 
 
-@pytest.mark.parametrize(("columns", "what"), [(128, "canny or depth"), (384, "fill")])
-def test_models_with_more_inputs_are_named(tmp_path, weights, columns, what):
-    path = weight_files.save(
-        {**weights, "img_in.weight": torch.zeros(32, columns)}, tmp_path / "m.safetensors"
-    )
-    with pytest.raises(InputError, match=what):
-        weight_files.load(path)
-
-
 def test_guidance_tells_dev_from_schnell_in_both_layouts(tmp_path, source, weights):
     schnell = replace(tiny_models.PARAMS, guidance_embed=False)
     tiny_models.diffusers_transformer(source).save_pretrained(tmp_path / "folder")

@@ -156,9 +156,10 @@ def test_a_model_made_by_a_difference(tmp_path, weights, monkeypatch):
     bias = torch.randn(32) * 0.1
     file |= {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), "time_in.out_layer.lora_B.bias": bias}
     weight_files.save(file, tmp_path / "difference.safetensors")
-    changes = {"folder": tmp_path, "lora_filename": "difference.safetensors", "repo_flow": base.name}
+    own = (tmp_path / "difference.safetensors", 1.0)
+    changes = {"lora_filename": own[0].name, "base_params": tiny_models.PARAMS}
     schnell = weight_files.replace(tiny_models.PARAMS, guidance_embed=False)
-    model = weight_files.load(base, schnell, **changes)
+    model = weight_files.load(base, schnell, own_lora=own, **changes)
 
     difference = open_checkpoint(tmp_path / "difference.safetensors").tensors
     read = {name: weight.read() for name, weight in difference.items()}
@@ -197,9 +198,7 @@ def test_a_file_that_is_a_whole_model(tmp_path, weights, base):
 
 def test_a_lora_of_another_size(tmp_path, base):
     file = {"img_in.lora_A.weight": torch.zeros(4, 128), "img_in.lora_B.weight": torch.zeros(32, 4)}
-    refused(
-        tmp_path, base, file, r"for img_in it has down \(4, 128\), up \(32, 4\), .* 32 x 64 \(one for canny"
-    )
+    refused(tmp_path, base, file, r"for img_in it has down \(4, 128\), up \(32, 4\), .* 32 x 64 \(a LoRA for")
     file = {"img_in.lora_A.weight": torch.zeros(4, 64)}
     refused(tmp_path, base, file, r"for img_in it has down \(4, 64\)")
 
