@@ -15,7 +15,9 @@ from flux.settings.resolved import (
     ResolvedModel,
     ResolvedScan,
     ResolvedSkip,
+    ResolvedTrain,
 )
+from flux.settings.train import TrainSettings
 from flux.specs import get_spec
 
 MOST_PIXELS = 2**30 // 12
@@ -27,6 +29,7 @@ RESOLVED: dict[type[ModelSettings], type[ResolvedModel]] = {
     SkipSettings: ResolvedSkip,
     ScanSettings: ResolvedScan,
     EditSettings: ResolvedEdit,
+    TrainSettings: ResolvedTrain,
     ModelSettings: ResolvedModel,
 }
 
@@ -41,6 +44,8 @@ def resolve(settings: ScanSettings) -> ResolvedScan: ...
 def resolve(settings: SkipSettings) -> ResolvedSkip: ...
 @overload
 def resolve(settings: EditSettings) -> ResolvedEdit: ...
+@overload
+def resolve(settings: TrainSettings) -> ResolvedTrain: ...
 @overload
 def resolve(settings: ModelSettings) -> ResolvedModel: ...
 def resolve(settings: ModelSettings) -> ResolvedModel:

@@ -6,6 +6,7 @@
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
 from flux.settings.fields import FilePath, Guidance, Side, Steps, StrictModel, TrueCfg
+from flux.settings.train import TrainSettings
 
 
 class FilledIn(StrictModel, frozen=True):
@@ -42,3 +43,7 @@ class ResolvedScan(ResolvedSkip, ScanSettings, frozen=True):
 
 class ResolvedEdit(ResolvedModel, EditSettings, frozen=True):
     """The settings that demo 4 runs with."""
+
+
+class ResolvedTrain(ResolvedModel, TrainSettings, frozen=True):
+    """The settings that a training runs with."""
