@@ -1,10 +1,14 @@
-"""A tiny transformer and its weights, and published models of its size."""
+"""A tiny transformer and its weights, published models of its size, and a hub on this machine."""
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.hub_server import Answers, Hub, lie_at
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from flux.specs import configs
@@ -41,3 +45,27 @@ def load(small, tmp_path, monkeypatch):
         return load_flow_model(name, "cpu", verbose=False, dtype=dtype)
 
     return save_and_load
+
+
+@pytest.fixture(scope="package")
+def running():
+    server = Hub(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def server(running, tmp_path, monkeypatch):
+    """A hub with nothing wrong, an empty cache, and pauses that take no time."""
+    running.reset()
+    running.pauses = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    lie_at(f"http://127.0.0.1:{running.server_port}", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    monkeypatch.setattr(time, "sleep", running.pauses.append)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return running

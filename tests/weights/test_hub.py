@@ -1,21 +1,16 @@
-"""Downloads from a hub on this machine that does all that real ones do: drops, refuses, stalls, lies."""
+"""Downloads: what goes well, what is mended, what is told."""
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
+from helpers.hub_server import FILES, FLOW, SPEC, lie_at
 from huggingface_hub import constants
-from safetensors.torch import save
 
 from flux import cli
 from flux.errors import InputError
@@ -24,130 +19,6 @@ from flux.weights import hub
 from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SPEC = configs["flux-dev"]
-FLOW = save({"a": torch.arange(20_000.0)})
-FILES = {"flux1-dev.safetensors": FLOW, "ae.safetensors": FLOW[:-8] + bytes(8)}
-FILES |= {"tokenizer/vocab.json": b"{}", "tokenizer/merges.txt": b"#", "tokenizer_2/spiece.model": b"s"}
-for folder in TEXT_FOLDERS:
-    FILES[f"{folder}/{'config.json' if 'encoder' in folder else 'tokenizer_config.json'}"] = (
-        b"{}" + folder.encode()
-    )
-    if "encoder" in folder:
-        FILES[f"{folder}/model.safetensors"] = FLOW + folder.encode()
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Its behaviour is what the test makes of these.
-
-    Attributes:
-        asked: method, path and range of every request.
-        refusals: answers to give before anything else: status, or (status, headers); the last one stays with
-            `stubborn`.
-        drop_at: break each transfer off after so many bytes, None: not.
-        damaged: how many transfers arrive with a wrong byte.
-        down_after: answer nothing but 500 after so many transfers, None: not.
-    """
-
-    def reset(self):
-        self.asked, self.refusals, self.stubborn, self.drop_at, self.damaged = [], [], False, None, 0
-        self.down_after = None
-
-    @property
-    def transfers(self) -> list[str | None]:
-        """The range asked for in each transfer of a large file."""
-        return [
-            span for method, path, span in self.asked if method == "GET" and path.endswith(".safetensors")
-        ]
-
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    def do_GET(self, body=True):
-        server, path = self.server, self.path.split("?")[0]
-        server.asked.append((self.command, path, self.headers.get("Range")))
-        if server.refusals and (body or server.stubborn):
-            refusal = (
-                server.refusals[0]
-                if server.stubborn and len(server.refusals) == 1
-                else server.refusals.pop(0)
-            )
-            status, headers = refusal if isinstance(refusal, tuple) else (refusal, {})
-            return self.answer(status, b"{}", headers, body)
-        if server.down_after is not None and len(server.transfers) > server.down_after:
-            return self.answer(500, b"{}", {}, body)
-        name = path.partition(f"/resolve/{COMMIT}/")[2]
-        if path.startswith("/api/models/"):
-            siblings = [{"rfilename": name, "size": len(x), **hashes(name, x)} for name, x in FILES.items()]
-            about = {"id": SPEC.repo_id, "sha": COMMIT, "siblings": siblings}
-            return self.answer(200, json.dumps(about).encode(), {}, body)
-        if name not in FILES:
-            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
-        content, start = FILES[name], 0
-        about = hashes(name, content)
-        tag = about["lfs"]["sha256"] if "lfs" in about else about["blobId"]
-        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}
-        if body and name.endswith(".safetensors"):
-            if server.damaged:
-                server.damaged -= 1
-                content = content[:-1] + b"?"
-            if self.headers.get("Range"):
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.answer(206 if start else 200, content[start:], headers, body, server.drop_at)
-        return None
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def answer(self, status, content, headers, body, drop_at=None):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content[:drop_at])
-            self.close_connection = drop_at is not None
-
-    def log_message(self, *_):
-        pass
-
-
-def hashes(name: str, content: bytes) -> dict:
-    own = {"blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
-    if name.endswith(".safetensors"):
-        own["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 135}
-    return own
-
-
-@pytest.fixture(scope="module")
-def running():
-    server = Hub(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-
-
-@pytest.fixture
-def server(running, tmp_path, monkeypatch):
-    """A hub with nothing wrong, an empty cache, and pauses that take no time."""
-    running.reset()
-    running.pauses = []
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    lie_at(f"http://127.0.0.1:{running.server_port}", monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
-    monkeypatch.setattr(time, "sleep", running.pauses.append)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    return running
-
-
-def lie_at(endpoint: str, monkeypatch) -> None:
-    """Sets the endpoint as HF_ENDPOINT does before the hub's client is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def said(capsys) -> list[str]:
@@ -308,8 +179,7 @@ def test_a_file_that_is_always_damaged_takes_no_place(server):
 
 def test_a_damaged_renewal_leaves_the_good_file(server, monkeypatch):
     path = flow()
-    newer = {**FILES, "flux1-dev.safetensors": FLOW[:-4] + b"new!"}
-    monkeypatch.setitem(globals(), "FILES", newer)
+    monkeypatch.setitem(FILES, "flux1-dev.safetensors", FLOW[:-4] + b"new!")
     server.damaged = 10
     with pytest.raises(InputError, match="SHA-256"):
         hub.fetch(SPEC, [SPEC.repo_flow], renew=True)
