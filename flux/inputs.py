@@ -37,6 +37,12 @@ class Condition:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(self, **{name: change(x) for name, x in values.items() if isinstance(x, Tensor)})
 
+    def to(self, like: Tensor) -> "Condition":
+        """The same on the device and in the dtype of `like`; positions keep their dtype."""
+        ids = self.context_ids
+        moved = self.map(lambda x: x.to(like))
+        return moved if ids is None else replace(moved, context_ids=ids.to(like.device))
+
     def expanded(self, batch: int) -> "Condition":
         """Expand a single row to the whole batch, without a copy.
 

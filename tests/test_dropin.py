@@ -30,7 +30,10 @@ NAMES = {
         "Upsample"
     ),
     "flux.modules.conditioner": "HFEmbedder",
-    "flux.sampling": "get_noise prepare get_schedule denoise unpack time_shift get_lin_function",
+    "flux.sampling": (
+        "get_noise prepare prepare_control prepare_fill prepare_redux prepare_kontext get_schedule denoise "
+        "unpack time_shift get_lin_function"
+    ),
     "flux.util": (
         "configs load_flow_model load_ae load_t5 load_clip embed_watermark save_image track_usage_via_api "
         "ModelSpec"
@@ -58,7 +61,15 @@ SIGNATURES = {
     "flux.sampling:get_noise": "num_samples height width device dtype seed",
     "flux.sampling:prepare": "t5 clip img prompt",
     "flux.sampling:get_schedule": "num_steps image_seq_len base_shift max_shift shift",
-    "flux.sampling:denoise": "model img img_ids txt txt_ids vec timesteps guidance",
+    "flux.sampling:denoise": (
+        "model img img_ids txt txt_ids vec timesteps guidance img_cond img_cond_seq img_cond_seq_ids"
+    ),
+    "flux.sampling:prepare_control": "t5 clip img prompt ae encoder img_cond_path",
+    "flux.sampling:prepare_fill": "t5 clip img prompt ae img_cond_path mask_path",
+    "flux.sampling:prepare_redux": "t5 clip img prompt encoder img_cond_path",
+    "flux.sampling:prepare_kontext": (
+        "t5 clip prompt ae img_cond_path seed device target_width target_height bs"
+    ),
     "flux.sampling:unpack": "x height width",
     "flux.util:load_flow_model": "name device",
     "flux.util:load_ae": "name device",

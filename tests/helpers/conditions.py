@@ -1,6 +1,8 @@
-"""Random conditions for tiny models, and the same as tokens and channels that are joined by hand."""
+"""Random images and conditions for tiny models, and the same as tokens and channels joined by hand."""
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flux.inputs import Condition
@@ -43,3 +45,9 @@ def joined(given: dict[str, Tensor], condition: Condition) -> dict[str, Tensor]:
         txt = torch.cat((txt, condition.txt), 1)
     txt_ids = torch.zeros(*txt.shape[:2], 3)
     return {**given, "img": img, "img_ids": ids, "txt": txt, "txt_ids": txt_ids}
+
+
+def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth image of random colours."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
