@@ -14,6 +14,7 @@ from flux.settings.messages import show
 
 COMMANDS = {
     "report": "what LoRA files change, layer by layer",
+    "ablate": "which layers of a LoRA matter, by images without their update",
 }
 """A line on each command, whose work is in `flux/lora/commands/NAME.py`."""
 

@@ -34,6 +34,7 @@ def plot_vitality(
     intervals: Mapping[LayerSet, Interval] | None = None,
     measure: str = "vitality (mean of 1 \N{MINUS SIGN} similarity)",
     axis: str | None = None,
+    chosen: str = "vital",
 ) -> None:
     """Writes a bar chart of the vitality of each layer, or of each set of layers that were skipped together.
 
@@ -48,6 +49,7 @@ def plot_vitality(
         intervals: If given, the 95 % interval of each set, drawn as a line on its bar.
         measure: What the numbers are.
         axis: What the layers are. If None, skipped layers.
+        chosen: What the marked layers are.
 
     Raises:
         ValueError: There are no vitalities.
@@ -90,7 +92,7 @@ def plot_vitality(
 
     legend = _kind_patches([bar.kind for bar in bars])
     if stars:
-        legend.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=8, label="vital"))
+        legend.append(Line2D([], [], color=INK, marker="*", linestyle="", markersize=8, label=chosen))
     if intervals:
         whiskers = axes.vlines(range(len(bars)), lows, highs, color=INK, linewidth=1, zorder=3)
         whiskers.set_label("95 % interval")

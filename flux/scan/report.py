@@ -30,6 +30,32 @@ CHART_HEIGHT, CHART_TOP, CHART_BOTTOM = 270, 18, 240  # pixels; the layers' numb
 
 
 @dataclass(frozen=True)
+class ReportWords:
+    """What a report calls things: the words of a scan, or those of another study of layers.
+
+    Attributes:
+        title: What the page is about, before the model's name.
+        measure: The number of each set of layers.
+        chosen: What the layers are that the rule has chosen.
+        left_out: What was done with a set of layers.
+        reference: The image that all others of a prompt are compared with.
+        base: One more image of each prompt, if there is one.
+        kept: What the settings' `scale` is.
+    """
+
+    title: str = "Vital layers of"
+    measure: str = "vitality"
+    chosen: str = "vital"
+    left_out: str = "skipped"
+    reference: str = "reference"
+    base: str = ""
+    kept: str = "kept of a skipped layer's output"
+
+
+SCAN_WORDS = ReportWords()
+
+
+@dataclass(frozen=True)
 class Thumbnail:
     """A small image as a data URL, and its size in pixels."""
 
@@ -49,6 +75,8 @@ def write_report(
     vital: Collection[int],
     num_double: int,
     progress: bool = True,
+    words: ReportWords = SCAN_WORDS,
+    base_path: Callable[[int], Path] | None = None,
 ) -> None:
     """Writes a finished sweep and its scores as one HTML file.
 
@@ -65,6 +93,8 @@ def write_report(
         vital: As for `plot_vitality`.
         num_double: As for `plot_vitality`.
         progress: Whether to show a progress bar.
+        words: What the page calls things.
+        base_path: Returns the path of one more image of a row, shown beside its reference.
 
     Raises:
         InputError: An image cannot be read, or the file cannot be written.
@@ -85,10 +115,9 @@ def write_report(
             paths = [image_path(number, layers) for layers in (REFERENCE, *layer_sets)]
             reference, *thumbnails = pool.map(embedded_thumbnail, paths)
             cells = list(zip(change[number].tolist(), _colours(change[number], **limits), thumbnails))
-            mean = change[number].mean()
-            rows.append(
-                {"prompt": prompt, "seed": seed, "reference": reference, "cells": cells, "mean": mean}
-            )
+            row = {"prompt": prompt, "seed": seed, "reference": reference, "cells": cells}
+            base = embedded_thumbnail(base_path(number)) if base_path else None
+            rows.append({**row, "mean": change[number].mean(), "base": base})
     sets = scored_sets(layer_sets, vitality, intervals, vital, num_double)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -98,11 +127,12 @@ def write_report(
         undefined=StrictUndefined,
     )
     page = environment.get_template("report.html").render(
+        words=words,
         model=settings["model"],
         vital=layer_ranges(list(vital)) or "none",
         num_vital=len(vital),
         noun="layers" if all(len(layers) == 1 for layers in layer_sets) else "sets of layers",
-        protocol=_protocol(record, len(change), len(entries)),
+        protocol=_protocol(record, len(change), len(entries), words),
         versions=", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
         record=json.dumps(record, indent=2, ensure_ascii=False),
         sets=sets,
@@ -146,7 +176,7 @@ def _chart(sets: Sequence[ScoredSet]) -> dict[str, Any]:
     }
 
 
-def _protocol(record: Mapping[str, Any], shown: int, planned: int) -> dict[str, Any]:
+def _protocol(record: Mapping[str, Any], shown: int, planned: int, words: ReportWords) -> dict[str, Any]:
     """Lists how the images were made, without what is empty."""
     settings = record["settings"]
     seeds = settings.get("seeds", 1)
@@ -160,7 +190,7 @@ def _protocol(record: Mapping[str, Any], shown: int, planned: int) -> dict[str, 
         "guidance": settings["guidance"],
         "true CFG": settings["true_cfg"],
         "negative prompt": settings.get("negative_prompt"),
-        "kept of a skipped layer's output": settings.get("scale"),
+        words.kept: settings.get("scale"),
         "prompts": prompts if shown == planned else f"{prompts}; ended after {shown} of {planned}",
         "encoder": settings.get("encoder"),
     }

@@ -5,10 +5,12 @@ from typing import overload
 from flux.errors import InputError
 from flux.files import claim_folder
 from flux.intervention import check_layers
+from flux.settings.ablate import AblateSettings
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
 from flux.settings.effect import print_warnings
 from flux.settings.resolved import (
+    ResolvedAblate,
     ResolvedEdit,
     ResolvedGenerate,
     ResolvedLayer,
@@ -28,6 +30,7 @@ RESOLVED: dict[type[ModelSettings], type[ResolvedModel]] = {
     LayerSettings: ResolvedLayer,
     SkipSettings: ResolvedSkip,
     ScanSettings: ResolvedScan,
+    AblateSettings: ResolvedAblate,
     EditSettings: ResolvedEdit,
     TrainSettings: ResolvedTrain,
     ModelSettings: ResolvedModel,
@@ -40,6 +43,8 @@ def resolve(settings: GenerateSettings) -> ResolvedGenerate: ...
 def resolve(settings: LayerSettings) -> ResolvedLayer: ...
 @overload
 def resolve(settings: ScanSettings) -> ResolvedScan: ...
+@overload
+def resolve(settings: AblateSettings) -> ResolvedAblate: ...
 @overload
 def resolve(settings: SkipSettings) -> ResolvedSkip: ...
 @overload

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flux.errors import InputError
+from flux.settings.ablate import AblateSettings
 from flux.settings.captions import CaptionSettings
 from flux.settings.demos import (
     DinoSettings,
@@ -38,6 +39,7 @@ READ_BY_DEMOS: tuple[type[Settings], ...] = (
     EditSettings,
     ScanSettings,
     CaptionSettings,
+    AblateSettings,
 )
 PROGRAMS = {cls.demo: cls.program for cls in READ_BY_DEMOS} | {"evaluate": "python -m flux.evaluate"}
 """The program that runs with the files of each demo."""

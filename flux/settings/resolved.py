@@ -3,6 +3,7 @@
 `flux.settings.complete.resolve` makes them. Each one can stand wherever the settings that it was made of can.
 """
 
+from flux.settings.ablate import AblateSettings
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
 from flux.settings.fields import FilePath, Guidance, Side, Steps, StrictModel, TrueCfg
@@ -39,6 +40,10 @@ class ResolvedSkip(ResolvedModel, SkipSettings, frozen=True):
 
 class ResolvedScan(ResolvedSkip, ScanSettings, frozen=True):
     """The settings that a scan runs with."""
+
+
+class ResolvedAblate(ResolvedSkip, AblateSettings, frozen=True):
+    """The settings that an ablation runs with."""
 
 
 class ResolvedEdit(ResolvedModel, EditSettings, frozen=True):
