@@ -1,8 +1,9 @@
 """Attention between text and image tokens in one layer, in numbers.
 
 The queries and keys come from a pass that watches the layer (`flux.intervention.Intervention.watch`). The
-letters of shapes are those of `flux.math`: B batch, T text tokens, I image tokens, N = T + I, H heads, D head
-size.
+image tokens are the noise tokens. A condition's tokens, those of context images and of Redux, have no maps.
+The letters of shapes are those of `flux.math`: B batch, T text tokens, I image tokens, N all tokens, those of
+a condition included, H heads, D head size.
 """
 
 import math
@@ -56,37 +57,41 @@ class LayerAttention:
         padding: the part of `text` that goes to padding, "B I".
         to_words: how much each image token attends to all tokens of each word, "B I".
         from_words: how much the tokens of each word attend to each image token, their mean, "B I". What is
-            missing to a sum of 1 goes to text.
+            missing to a sum of 1 goes to text and to a condition.
+        condition: how much each image token attends to a condition's tokens, "B I"; 0 without one.
     """
 
     text: Tensor
     padding: Tensor
     to_words: dict[str, Tensor]
     from_words: dict[str, Tensor]
+    condition: Tensor
 
     @property
     def image(self) -> Tensor:
         """How much each image token attends to image tokens, "B I"."""
-        return 1 - self.text
+        return 1 - self.text - self.condition
 
 
 def layer_attention(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = QUERY_CHUNK) -> LayerAttention:
     """Measures the attention of one layer. For the memory it takes see `mean_attention`.
 
     Args:
-        q: queries of all tokens, text first, after QK-norm and rotary embedding, "B H N D".
-        k: keys of all tokens, likewise.
+        q: queries of text tokens, then of image tokens, after QK-norm and rotary embedding, "B H T+I D".
+        k: keys of these, then of a condition's tokens, likewise, "B H N D".
         tokens: the words and the padding of the prompt.
         chunk: number of queries computed at a time.
     """
-    num_txt, num_img = len(tokens.padding), q.shape[2] - len(tokens.padding)
-    text = torch.ones(num_txt, dtype=torch.bool)
-    columns = torch.stack([text, tokens.padding, *tokens.words.values()], dim=1).float()
-    groups = torch.cat((columns, columns.new_zeros(num_img, columns.shape[1])))
+    num_txt, num_own = len(tokens.padding), q.shape[2]
+    groups = torch.zeros(k.shape[2], 3 + len(tokens.words))
+    groups[:num_txt, 0] = 1
+    groups[num_own:, 1] = 1
+    groups[:num_txt, 2:] = torch.stack([tokens.padding, *tokens.words.values()], dim=1).float()
     shares = mean_attention(q[:, :, num_txt:], k, groups.to(q.device), chunk).cpu().unbind(dim=-1)
 
     from_words = {}
     for word, mask in tokens.words.items():
         of_word = q[:, :, :num_txt][:, :, mask.to(q.device)]
-        from_words[word] = mean_attention(of_word, k, chunk=chunk)[:, :, num_txt:].mean(dim=1).cpu()
-    return LayerAttention(shares[0], shares[1], dict(zip(tokens.words, shares[2:])), from_words)
+        from_words[word] = mean_attention(of_word, k, chunk=chunk)[:, :, num_txt:num_own].mean(dim=1).cpu()
+    text, condition, padding, *to_words = shares
+    return LayerAttention(text, padding, dict(zip(tokens.words, to_words)), from_words, condition)

@@ -86,10 +86,12 @@ def layers_sheet(image: Image.Image, steps: Sequence[StepAttention], num_double:
 
 
 def _step_caption(step: StepAttention, attention: LayerAttention) -> str:
-    text, padding, image = (
-        percent(share.mean()) for share in (attention.text, attention.padding, attention.image)
+    text, padding, image, condition = (
+        percent(share.mean())
+        for share in (attention.text, attention.padding, attention.image, attention.condition)
     )
-    return f"step {step.index}, t = {step.t:.2f}: text {text} (padding {padding}), image {image}"
+    caption = f"step {step.index}, t = {step.t:.2f}: text {text} (padding {padding}), image {image}"
+    return f"{caption}, condition {condition}" if attention.condition.any() else caption
 
 
 Direction = Literal["to_words", "from_words"]

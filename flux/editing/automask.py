@@ -28,7 +28,7 @@ class WatchedPass:
 
     Attributes:
         prompts: the prompt of each of the B rows.
-        layers: queries and keys of all tokens, text first, "B H N D" each, by layer.
+        layers: queries and keys by layer, see `flux.intervention.Recorded`.
     """
 
     prompts: Sequence[str]
@@ -60,7 +60,7 @@ def word_attention(t5: HFEmbedder, watched: WatchedPass, others: Sequence[str]) 
     groups, totals = torch.stack(weights)[..., None], []
     num_txt = groups.shape[1]
     for q, k in watched.layers.values():
-        of_keys = F.pad(groups, (0, 0, 0, q.shape[2] - num_txt)).to(q.device)
+        of_keys = F.pad(groups, (0, 0, 0, k.shape[2] - num_txt)).to(q.device)
         totals.append(mean_attention(q[:, :, num_txt:], k, of_keys)[..., 0])
     total = reduce(torch.add, totals)
     return total / total.amax(dim=1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
@@ -92,7 +92,7 @@ def subject_tokens(
     is_shared, totals = torch.stack(shared)[:, None], []
     num_txt = is_shared.shape[2]
     for q, k in watched.layers.values():
-        text = torch.eye(q.shape[2], num_txt, device=q.device)
+        text = torch.eye(k.shape[2], num_txt, device=q.device)
         totals.append(mean_attention(q[:, :, num_txt:], k, text))
     total = reduce(torch.add, totals)
     correction = min(1, total.shape[1] - 1)  # torch warns of the deviation of a single token

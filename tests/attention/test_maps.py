@@ -4,12 +4,13 @@ import math
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_models
+from helpers import conditions, tiny_models
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,6 +90,30 @@ def test_shares_are_those_of_the_full_map(model, given, watched, layer):
     assert_close(got.from_words["dog"], to_img[:, 1], **tolerance)
     assert_close(got.from_words["top hat"], (to_img[:, 0] + to_img[:, 2]) / 2, **tolerance)
     assert_close(got.text + got.image, torch.ones(2, 12))
+    assert not got.condition.any()
+
+
+@pytest.mark.parametrize("layer", [0, tiny_models.NUM_LAYERS - 1])
+def test_a_condition_has_a_share_of_its_own(model, given, layer):
+    """Beside the full map of a pass whose tokens are joined by hand: prompt, Redux, noise, context."""
+    whole = conditions.condition(2, 12)
+    whole = replace(whole, channels=None, context=whole.context[..., :64])
+    watching = Intervention(watch=frozenset({layer}))
+    q, k = model.observe(Inputs(**conditions.joined(given, whole)), watching)[1].watched[layer]
+    full = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1).mean(dim=1)
+    prompt, redux, noise, context = torch.arange(NUM_TXT + 4 + 12 + 9).split((NUM_TXT, 4, 12, 9))
+    from_img = full[:, noise]
+
+    got = layer_attention(
+        *model.observe(Inputs(**given, condition=whole), watching)[1].watched[layer], TOKENS
+    )
+    tolerance = {"atol": 1e-5, "rtol": 0}
+    assert_close(got.text, from_img[..., prompt].sum(-1), **tolerance)
+    assert_close(got.condition, from_img[..., [*redux, *context]].sum(-1), **tolerance)
+    assert_close(got.image, from_img[..., noise].sum(-1), **tolerance)
+    assert_close(got.to_words["dog"], from_img[..., 1], **tolerance)
+    assert_close(got.from_words["dog"], full[:, 1][:, noise], **tolerance)
+    assert got.condition.min() > 0.05
 
 
 def test_no_layer_looks_like_another(watched):
@@ -162,7 +187,7 @@ def test_memory_is_that_of_one_head_and_chunk(heads):
         layer_attention(q, k, tokens, chunk=64)
     scores = 64 * 640
     assert made.largest == scores
-    small = 640 * (4 + 4 * 3 + 4)  # a head's keys; groups, shares and their copies; the word's own row
+    small = 640 * (4 + 4 * 4 + 4)  # a head's keys; groups, shares and their copies; the word's own row
     assert 2 * scores <= made.peak <= 2 * scores + small
 
 

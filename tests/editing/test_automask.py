@@ -84,6 +84,9 @@ def test_the_subject_is_where_a_shared_word_is_looked_at():
     assert subject[inside].all()
     assert not subject[~rim].any()
     assert not found("cats").any(), "no word is shared"
+    # The tokens of a condition, whose keys come last, take a part of the attention.
+    k = torch.cat((k, torch.zeros(1, 1, 9, 4)), dim=2)
+    assert torch.equal(found("a dog in the snow"), subject)
 
     with warnings.catch_warnings(action="error"):
         watched = WatchedPass([prompt], {0: (q[:, :, : num_txt + 1], k[:, :, : num_txt + 1])})
@@ -115,7 +118,7 @@ def test_attention_to_words_is_what_the_mask_follows():
     tokenizer = SimpleNamespace(max_length=4)
     offsets = {"offset_mapping": [(0, 1), (2, 5), (6, 9), (0, 0)], "attention_mask": [1, 1, 1, 1]}
     tokenizer.tokenizer = lambda *given, **more: offsets
-    q, k = torch.zeros(2, 1, 12, 2), torch.zeros(2, 1, 12, 2)
+    q, k = torch.zeros(2, 1, 12, 2), torch.zeros(2, 1, 12 + 3, 2)  # three tokens of a condition
     k[:, 0, 2, 0], q[:, 0, 4:8, 0] = 5.0, 5.0
     watched = WatchedPass(["a dog cat"] * 2, {0: (q, k)})
     found, nothing = word_attention(tokenizer, watched, ["a dog", "cat dog a"])
