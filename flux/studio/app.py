@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from flux.content_filters import DEFAULT, ContentFilter
 from flux.errors import InputError
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import get_spec
-from flux.studio.content_filter import DEFAULT, ContentFilter
 from flux.studio.engine import Engine
 from flux.studio.guard import Front
 from flux.studio.limits import Limits

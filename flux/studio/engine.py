@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch.nn.functional as F
 from PIL import Image
 
+from flux.content_filters import ContentFilter
 from flux.editing.reference import Reference
 from flux.errors import InputError, InputWarning, Stopped
 from flux.images.io import read_image
@@ -20,7 +21,6 @@ from flux.metrics.base import Metric
 from flux.pipeline import Pipeline
 from flux.sampling import Step, pack, unpack
 from flux.settings.resolved import ResolvedModel
-from flux.studio.content_filter import ContentFilter
 
 PREVIEW_SIDE = 32  # latent pixels; a larger latent is scaled down before it is decoded
 PREVIEW_SHARE = 0.2  # of a run's time may go into previews: on a CPU one costs more than a step

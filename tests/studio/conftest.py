@@ -10,8 +10,8 @@ from helpers.studio import make_classifier, make_studio
 from helpers.studio_page import SECONDS, visit
 from PIL import Image
 
+from flux.content_filters import ContentFilter
 from flux.images.io import save_image
-from flux.studio.content_filter import ContentFilter
 from flux.studio.state import Studio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

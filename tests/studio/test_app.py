@@ -10,10 +10,10 @@ import pytest
 from gradio_client import Client
 from helpers.studio import ROOT
 
+from flux.content_filters import ContentFilter
 from flux.errors import InputError
 from flux.settings.demos import ModelSettings
 from flux.studio.app import check_address, open_studio
-from flux.studio.content_filter import ContentFilter
 
 
 def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from helpers.studio import make_classifier
 
+from flux.content_filters import ContentFilter
 from flux.errors import InputError
-from flux.studio.content_filter import ContentFilter
 from flux.studio.forms import generate_settings, scan_settings
 from flux.studio.work.generate import run_generate
 from flux.studio.work.scan import run_scan
@@ -33,10 +33,3 @@ def test_no_scan_shows_what_the_filter_objects_to(studio, classifier):
     with pytest.raises(InputError, match="content filter"):
         list(run_scan(studio, studio.sessions.of("a"), settings))
     assert not list(Path(settings.output_dir).rglob("*.png"))
-
-
-def test_classifiers_that_are_no_content_filter(classifier, tmp_path):
-    with pytest.raises(InputError, match="nsfw"):
-        ContentFilter.load(classifier(labels=("cat", "dog")))
-    with pytest.raises(InputError, match="content_filter"):
-        ContentFilter.load(str(tmp_path / "nothing"))
