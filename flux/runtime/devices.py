@@ -1,5 +1,6 @@
-"""Devices and dtypes by name."""
+"""Devices and dtypes by name; memory of this process."""
 
+import ctypes
 import os
 import shutil
 import sys
@@ -59,6 +60,17 @@ def total_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system.
+
+    glibc keeps it where something behind it is still in use, so a process that serves many seems to grow.
+    Other systems need no such call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def pick_dtype(name: str, device: torch.device, spec: ModelSpec) -> torch.dtype:

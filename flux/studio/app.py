@@ -19,6 +19,7 @@ from PIL import Image
 
 from flux.content_filters import DEFAULT, ContentFilter
 from flux.errors import InputError
+from flux.runtime.devices import return_freed_memory
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import get_spec
@@ -221,7 +222,7 @@ def serve(studio: Studio, address: Address | None = None, **more: Any) -> tuple[
             app.middleware_stack,
             address.front(),
             studio.callers,
-            studio.limits.upload_bytes,
+            studio.limits.file_bytes,
             studio.disk,
         )
         keeping = asyncio.create_task(_keep_house(studio, app))
@@ -244,7 +245,7 @@ def serve(studio: Studio, address: Address | None = None, **more: Any) -> tuple[
             ssl_verify=False,  # gradio asks itself whether it has started, by another name
             root_path=address.root_path,
             allowed_paths=[str(studio.sessions.folder), str(studio.folder / "scans")],
-            max_file_size=studio.limits.upload_bytes,
+            max_file_size=studio.limits.file_bytes,
             max_threads=studio.limits.waiting + 40,  # each waiting run has a thread
             footer_links=["api"],
             run_history=False,
@@ -299,7 +300,7 @@ async def _keep_house(studio: Studio, app: Any) -> None:
 
 
 def tidy(studio: Studio) -> None:
-    """Deletes unused files of visits and scans, and previews; counts the rest."""
+    """Deletes unused files of visits and scans, and previews; counts the rest; gives memory back."""
     studio.sessions.tidy()
     delete_unused(studio.folder / "scans", SCAN_SECONDS)
     delete_unused(studio.folder / "served")
@@ -309,3 +310,4 @@ def tidy(studio: Studio) -> None:
         if path.stat().st_mtime < oldest:
             path.unlink(missing_ok=True)
     studio.disk.used = folder_bytes(studio.folder)
+    return_freed_memory()

@@ -1,6 +1,7 @@
 """Devices and dtypes by name."""
 
 import os
+import platform
 import sys
 from contextlib import suppress
 
@@ -8,7 +9,13 @@ import pytest
 import torch
 
 from flux.errors import InputError
-from flux.runtime.devices import check_compiler, pick_device, pick_dtype, total_memory
+from flux.runtime.devices import (
+    check_compiler,
+    pick_device,
+    pick_dtype,
+    return_freed_memory,
+    total_memory,
+)
 from flux.specs import configs
 
 
@@ -76,3 +83,19 @@ def test_memory_of_this_machine():
     memory = total_memory(torch.device("cpu"))
     assert memory is None or memory > 2**28
     assert total_memory(torch.device("meta")) is None
+
+
+def resident_megabytes():
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="other systems keep nothing back")
+def test_freed_memory_goes_back_to_the_system():
+    blocks = [bytearray(4000) for _ in range(25_000)]
+    kept = blocks[::100]  # memory between them cannot shrink away from the end
+    del blocks
+    before = resident_megabytes()
+    return_freed_memory()
+    assert resident_megabytes() < before - 50
+    assert len(kept) == 250
