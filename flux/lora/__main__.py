@@ -15,6 +15,11 @@ from flux.settings.messages import show
 COMMANDS = {
     "report": "what LoRA files change, layer by layer",
     "ablate": "which layers of a LoRA matter, by images without their update",
+    "prune": "a LoRA file with some of its layers only",
+    "convert": "a LoRA file in the form of kohya, diffusers or BFL",
+    "merge": "several LoRA files as one, or merged into a model's weights",
+    "extract": "a LoRA from the difference of two checkpoints",
+    "train": "a LoRA on a folder of images",
 }
 """A line on each command, whose work is in `flux/lora/commands/NAME.py`."""
 

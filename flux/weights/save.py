@@ -1,4 +1,4 @@
-"""Tensors as the bytes of a safetensors file. The same tensors and texts give the same bytes in every process."""
+"""Tensors as the bytes of a safetensors file, which are the same in every process."""
 
 import json
 from collections.abc import Mapping
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
-}  # fmt: skip
+from flux.weights.headers import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """What the format calls the dtypes."""
 ALIGNMENT = 8  # bytes
 

@@ -1,0 +1,226 @@
+"""How much memory and time a training needs, told before anything loads.
+
+Weights are counted from their shapes. Activations are measured by one training step of the whole model on
+torch's meta device, which allocates nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flux.errors import InputError
+from flux.lora.adapters import Target, add_adapters, prepare_backward
+from flux.lora.dataset import Example
+from flux.lora.step import velocity_loss
+from flux.model import Inputs
+from flux.runtime.devices import total_memory
+from flux.runtime.estimate import LiveBytes, MemoryEstimator, ModuleSize, WeightFormat, model_on_meta
+from flux.runtime.plan import GIB, Stage, free_memory, operations, operations_per_second
+from flux.runtime.quantize import BITS
+from flux.settings.train import TrainSettings
+from flux.specs import ModelSpec
+from flux.weights.open_model import OpenModel
+
+ADAPTER_BYTES = 16  # of each trained number: itself, its gradient and AdamW's two moments, in float32
+EFFICIENCY = 0.6  # of the speed of large matrices that a training step reaches
+HOST_SHARE = 0.8  # of this machine's memory that a training on the CPU may fill
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that allocates what a GPU's fused kernels keep: queries, keys, values and the result."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG004
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Replaces attention by `_Attention`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training needs, and how it runs within that.
+
+    Attributes:
+        stages: The memory of each stage on the device.
+        streamed: Number of blocks that are streamed.
+        checkpointing: Whether activations are computed again in the backward pass.
+        parameters: Trained numbers.
+        seconds: About how long a training step takes.
+    """
+
+    stages: tuple[Stage, ...]
+    streamed: int
+    checkpointing: bool
+    parameters: int
+    seconds: float
+
+    @property
+    def largest(self) -> Stage:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.needed)
+
+    def line(self, steps: int, free: int | None) -> str:
+        """Return the forecast as a line."""
+        peak, minutes = self.largest, steps * self.seconds / 60
+        time = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{max(1, round(minutes))} minutes"
+        ways = ["activations are computed twice"] * self.checkpointing
+        ways += [f"{self.streamed} blocks are streamed"] * bool(self.streamed)
+        of_free = "" if free is None else f" of {free / GIB:.1f}"
+        return (
+            f"forecast: {self.parameters:,} trained numbers, at most {peak.peak / GIB:.2f}{of_free} GiB (to "
+            f"{peak.name}), about {time} for {steps} steps{': ' if ways else ''}{', '.join(ways)}"
+        )
+
+
+class Forecaster:
+    """Forecasts a training, however its blocks are placed.
+
+    Args:
+        settings: The training.
+        spec: The model.
+        opened: Its files.
+        targets: What is trained.
+        largest: The training image with the most pixels.
+        device: Where it is trained.
+        dtype: What it computes in.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        spec: ModelSpec,
+        opened: OpenModel,
+        targets: Sequence[Target],
+        largest: Example,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.settings, self.spec, self.targets, self.dtype = settings, spec, targets, dtype
+        self.largest, self.device = largest, device
+        self.rows = -(-settings.batch_size // settings.parallel)
+        self.first = min(target.layer for target in targets)
+        self.parameters = sum(target.parameters for target in targets)
+        self.sources = opened.transformer.sources
+        self.format = WeightFormat(dtype, BITS[settings.quantize], settings.quantize == "fp8")
+        sized = settings.model_copy(update={"width": largest.width, "height": largest.height})
+        sources, ranks = opened.sources(), opened.ranks_beside()
+        self.others = MemoryEstimator(sized, spec, sources, dtype, dtype, device.type == "cuda", ranks)
+        self.weights: ModuleSize = self.others.transformer
+
+    def of(self, checkpointing: bool, streamed: int) -> Forecast:
+        """Forecast a training that is placed like this."""
+        adapters = ADAPTER_BYTES * self.parameters
+        others, weights = self.others, self.weights.on_device(streamed)
+        encode = others.decode[self.settings.tiled]
+        stages = [
+            Stage("encode images", others.autoencoder, encode),
+            Stage("encode texts", max(others.t5.total, others.clip), others.text),
+            Stage("train", weights + adapters, self._activations(checkpointing)),
+            Stage("sample", weights + adapters + others.autoencoder, max(others.denoise, encode)),
+        ]
+        if self.settings.sample_prompts == ():
+            stages.pop()  # there are no samples
+        stages = [replace(stage, activations=stage.activations + others.workspace) for stage in stages]
+        return Forecast(tuple(stages), streamed, checkpointing, self.parameters, self._seconds(checkpointing))
+
+    def fitting(self) -> tuple[Forecast, int | None]:
+        """Return the fastest forecast that fits the device and the settings, and the bytes that are free.
+
+        Raises:
+            InputError: None fits.
+        """
+        offload, free = self.settings.offload, available(self.device)
+        blocks = len(self.weights.blocks)
+        fixed = {"on": (True,), "off": (False,), "auto": (False, True)}[self.settings.checkpointing]
+        ways = [(way, 0) for way in fixed]
+        if offload == "blocks":
+            ways = [(True, blocks)]
+        elif offload == "auto":
+            ways += [(True, streamed) for streamed in range(3, blocks + 1)]
+        if offload in ("blocks", "auto") and self.settings.checkpointing == "off":
+            raise InputError('Got checkpointing "off" with streamed blocks, which need it: leave one out')
+        forecasts = (self.of(checkpointing, streamed) for checkpointing, streamed in ways)
+        fitting = (f for f in forecasts if free is None or all(stage.fits(free) for stage in f.stages))
+        if forecast := next(fitting, None):
+            return forecast, free
+        stage = self.of(*ways[-1]).largest
+        raise InputError(
+            f"Got {(free or 0) / GIB:.1f} GiB of free memory on {self.device}, expected "
+            f"{stage.needed / GIB:.1f} to {stage.name} at {self.largest.width}x{self.largest.height} with "
+            f"{self.rows} at once: "
+            'give smaller sizes or batches, quantize "8bit" or "4bit", offload "auto", or later layers'
+        )
+
+    @cache  # noqa: B019  (a forecaster lives as long as the start of a training)
+    def _activations(self, checkpointing: bool) -> int:
+        """Bytes of one training step beyond weights and factors, measured without any memory."""
+        model = model_on_meta(self.spec.params, self.sources, self.format).requires_grad_(False)
+        add_adapters(model, self.targets, 0, "meta")
+        prepare_backward(model, self.first, checkpointing, _FusedAttention)
+        inputs, noise = self._inputs(), torch.empty(self._latent_shape(), device="meta")
+        known = [*model.parameters(), *model.buffers(), noise]
+        with torch.inference_mode(False), torch.enable_grad(), LiveBytes(known) as live, _FusedAttention():
+            velocity_loss(model, inputs, noise).sum().backward()
+        # The gradients of the factors are counted with the factors.
+        return live.peak - 4 * self.parameters
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        tokens = self.largest.width // 16 * (self.largest.height // 16)
+        return self.rows, tokens, self.spec.params.in_channels
+
+    def _inputs(self) -> Inputs:
+        params, spec, latent = self.spec.params, self.spec, self._latent_shape()
+        rows, tokens, _ = latent
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        return Inputs(
+            empty(*latent),
+            empty(rows, tokens, 3, dtype=torch.float32),
+            empty(rows, spec.text_length, params.context_in_dim),
+            empty(rows, spec.text_length, 3, dtype=torch.float32),
+            empty(rows),
+            empty(rows, params.vec_in_dim),
+            empty(rows) if params.guidance_embed else None,
+        )
+
+    def _seconds(self, checkpointing: bool) -> float:
+        """About how long a step takes, at the speed at which the device multiplies matrices.
+
+        The backward pass costs as much as the forward pass, since only inputs and factors have gradients.
+        """
+        layers = self.spec.num_layers
+        passes = (1 + checkpointing) * (layers - self.first) / layers + 1
+        tokens = self._latent_shape()[1] + self.spec.text_length
+        on_gpu = self.device.type == "cuda"
+        speed = operations_per_second(self.dtype, self.device, 8192 if on_gpu else 1024)
+        return self.rows * passes * operations(self.spec, tokens) / (EFFICIENCY * speed)
+
+
+def available(device: torch.device) -> int | None:
+    """Return the bytes that a training may fill: of a GPU what is free, of this machine a share of all."""
+    if device.type == "cuda":
+        return free_memory(device)
+    total = total_memory(device)
+    return None if total is None else round(HOST_SHARE * total)
