@@ -37,7 +37,15 @@ REFUSALS = {
     403: "the key in BFL_API_KEY may not use this model: look it up at https://api.bfl.ai",
     404: "it is not known there: it may be retired",
 }
-USAGE_NAMES = {"flux-dev": "flux-1-dev", "flux-dev-krea": "flux-1-krea-dev"}
+USAGE_NAMES = {
+    "flux-dev": "flux-1-dev",
+    "flux-dev-krea": "flux-1-krea-dev",
+    "flux-dev-kontext": "flux-1-kontext-dev",
+    **{
+        f"flux-dev-{tool}": "flux-tools"
+        for tool in ("fill", "canny", "depth", "canny-lora", "depth-lora", "redux")
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,54 @@
 """Upstream's import path: its loading functions, and the names that live elsewhere in this package."""
 
+import getpass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from flux.bfl import track_usage_via_api
 from flux.cli import save_sample as save_image
-from flux.images.watermark import embed_watermark
+from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS, aspect_ratio_to_height_width
+from flux.errors import InputError
+from flux.images.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, WatermarkEmbedder, embed_watermark
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.specs import ModelSpec, configs, get_spec
 from flux.weights.find import own_lora, path_from_env
-from flux.weights.hub import own_file, own_text_folder
+from flux.weights.hub import CHECKPOINTS_DIR, checkpoint_path, fetch, own_file, own_text_folder
 from flux.weights.open_model import ModelFiles, OpenFiles, OpenModel
 
 __all__ = [
+    "BFL_API_KEY",
+    "CHECKPOINTS_DIR",
+    "PREFERED_KONTEXT_RESOLUTIONS",
+    "WATERMARK_BITS",
+    "WATERMARK_MESSAGE",
     "ModelSpec",
+    "WatermarkEmbedder",
+    "aspect_ratio_to_height_width",
     "configs",
     "embed_watermark",
+    "ensure_hf_auth",
+    "get_checkpoint_path",
     "load_ae",
     "load_clip",
     "load_flow_model",
     "load_t5",
+    "optionally_expand_state_dict",
+    "print_load_warning",
+    "prompt_for_hf_auth",
     "save_image",
     "track_usage_via_api",
 ]
+
+BFL_API_KEY = os.environ.get("BFL_API_KEY")
+"""The key as it was at import. `flux.bfl` reads the variable when it needs it."""
 
 
 def load_flow_model(
@@ -114,3 +137,85 @@ def load_clip(
 def _opened(spec: ModelSpec, path: Path) -> OpenModel:
     """The model's files, of which only those at `path` are going to be opened."""
     return OpenModel(spec, ModelFiles(path, path, path))
+
+
+# ---- files and tokens
+
+
+def get_checkpoint_path(repo_id: str, filename: str, env_var: str) -> Path:
+    """Find a file of a repository: by a variable, in upstream's folder, in the hub's cache, or on the hub.
+
+    Args:
+        repo_id: The repository, "owner/name".
+        filename: The file in it.
+        env_var: Environment variable that may name a local file instead.
+
+    Raises:
+        InputError: The variable names a file that does not exist, or it cannot be downloaded.
+    """
+    given = path_from_env((env_var,))
+    if given is not None:
+        if not Path(given).exists():
+            raise InputError(f"Got {given} in {env_var}, which does not exist: mend or unset the variable")
+        return Path(given)
+    path = checkpoint_path(repo_id, filename)
+    if path.is_file():
+        return path
+    owners = (
+        spec for spec in configs.values() if repo_id in (spec.repo_id, spec.lora_repo_id, spec.redux_repo_id)
+    )
+    spec = next(owners, replace(configs["flux-dev"], licence="its licence is on its page"))
+    return fetch(spec, [filename], repo_id=repo_id) / filename
+
+
+def ensure_hf_auth() -> bool:
+    """Return whether this machine has a token for the hub: in HF_TOKEN, or of an earlier login."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def prompt_for_hf_auth() -> bool:
+    """Ask for a token for the hub on the terminal, and log in with it.
+
+    Raises:
+        InputError: None was typed, or the hub does not accept it.
+    """
+    from huggingface_hub import login
+
+    token = getpass.getpass("Token for the Hugging Face hub (not shown): ").strip()
+    if not token:
+        raise InputError("Got no token for the hub: make one at https://huggingface.co/settings/tokens")
+    try:
+        login(token=token)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"Got a token that the hub does not accept ({reason}): make a new one") from error
+    return True
+
+
+# ---- state dicts
+
+
+def print_load_warning(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Print the names that `load_state_dict` returned."""
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            print("\n\t".join([f"Got {len(names)} {kind} tensors:", *names]))
+
+
+def optionally_expand_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pad tensors with zeros at their ends where the model's are larger, as for a LoRA that widens an input.
+
+    Args:
+        model: The model.
+        state_dict: Tensors by name. It is not changed.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    expanded = dict(state_dict)
+    for name in shapes.keys() & expanded.keys():
+        x, shape = expanded[name], shapes[name]
+        if x.ndim == len(shape) and any(more > own for own, more in zip(x.shape, shape)):
+            missing = [max(0, more - own) for own, more in zip(x.shape, shape)]
+            expanded[name] = F.pad(x, [side for count in reversed(missing) for side in (0, count)])
+    return expanded

@@ -19,7 +19,9 @@ from PIL import Image
 from flux.specs import configs
 
 NAMES = {
-    "flux.model": "Flux FluxParams",
+    "flux.model": "Flux FluxParams FluxLoraWrapper",
+    "flux.modules.lora": "LinearLora replace_linear_with_lora",
+    "flux.content_filters": "PixtralContentFilter",
     "flux.math": "attention rope apply_rope",
     "flux.modules.layers": (
         "DoubleStreamBlock SingleStreamBlock EmbedND LastLayer MLPEmbedder Modulation ModulationOut QKNorm "
@@ -36,7 +38,9 @@ NAMES = {
     ),
     "flux.util": (
         "configs load_flow_model load_ae load_t5 load_clip embed_watermark save_image track_usage_via_api "
-        "ModelSpec"
+        "ModelSpec ensure_hf_auth prompt_for_hf_auth get_checkpoint_path aspect_ratio_to_height_width "
+        "PREFERED_KONTEXT_RESOLUTIONS print_load_warning optionally_expand_state_dict WatermarkEmbedder "
+        "WATERMARK_MESSAGE WATERMARK_BITS CHECKPOINTS_DIR BFL_API_KEY"
     ),
     "flux.cli": "SamplingOptions main app",
 }
@@ -51,6 +55,10 @@ def test_import_paths(module):
 # The first parameters, in upstream's order; what follows them is ours.
 SIGNATURES = {
     "flux.model:Flux.forward": "self img img_ids txt txt_ids timesteps y guidance",
+    "flux.model:FluxLoraWrapper": "lora_rank lora_scale",
+    "flux.modules.lora:LinearLora": "in_features out_features bias rank dtype device lora_bias scale",
+    "flux.modules.lora:replace_linear_with_lora": "module max_rank scale",
+    "flux.content_filters:PixtralContentFilter": "device nsfw_threshold",
     "flux.modules.layers:DoubleStreamBlock": "hidden_size num_heads mlp_ratio qkv_bias",
     "flux.modules.layers:DoubleStreamBlock.forward": "self img txt vec pe",
     "flux.modules.layers:SingleStreamBlock": "hidden_size num_heads mlp_ratio qk_scale",
@@ -75,6 +83,11 @@ SIGNATURES = {
     "flux.util:load_ae": "name device",
     "flux.util:load_t5": "device max_length",
     "flux.util:load_clip": "device",
+    "flux.util:get_checkpoint_path": "repo_id filename env_var",
+    "flux.util:aspect_ratio_to_height_width": "aspect_ratio area",
+    "flux.util:print_load_warning": "missing unexpected",
+    "flux.util:optionally_expand_state_dict": "model state_dict",
+    "flux.util:WatermarkEmbedder": "watermark",
     "flux.util:save_image": "nsfw_classifier name output_name idx x add_sampling_metadata prompt",
     "flux.util:track_usage_via_api": "name n",
     "flux.cli:main": "name width height seed prompt device num_steps loop guidance offload output_dir "

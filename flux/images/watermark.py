@@ -19,6 +19,8 @@ cheaper of two candidates is taken. The mark survives JPEG of quality 95. Like t
 neither strong compression nor scaling.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,11 +39,12 @@ RGB_TO_U = np.array([-0.14713, -0.28886, 0.43601], dtype=np.float32)
 U_TO_RGB = np.array([0.0, -0.39465, 2.03211], dtype=np.float32)
 
 
-def embed_watermark(image: Tensor) -> Tensor:
+def embed_watermark(image: Tensor, bits: Sequence[int] = WATERMARK_BITS) -> Tensor:
     """Embeds the watermark.
 
     Args:
         image: images `n c h w` (or `c h w`, `b n c h w`) in -1..1. It is not changed.
+        bits: The bits to embed.
 
     Returns:
         The images on the 256 levels of 8 bits, with the same shape, dtype and device. Images of fewer than
@@ -52,9 +55,25 @@ def embed_watermark(image: Tensor) -> Tensor:
         return image
     images = to_uint8(image).reshape(-1, height, width, 3)
     for rgb in images:
-        _embed(rgb)
+        _embed(rgb, bits)
     levels = torch.from_numpy(images).permute(0, 3, 1, 2).reshape(image.shape)
     return (levels.float() / 127.5 - 1).to(dtype=image.dtype, device=image.device)
+
+
+class WatermarkEmbedder:
+    """Embeds bits of one's own, as upstream's class does.
+
+    Args:
+        watermark: The bits.
+    """
+
+    def __init__(self, watermark: Sequence[int]):
+        self.watermark = list(watermark)
+        self.num_bits = len(self.watermark)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the images with the bits embedded, see `embed_watermark`."""
+        return embed_watermark(image, self.watermark)
 
 
 def extract_watermark(x: Tensor) -> list[int]:
@@ -76,18 +95,18 @@ def extract_watermark(x: Tensor) -> list[int]:
     return [int(ones[bit :: len(WATERMARK_BITS)].mean() >= 0.5) for bit in range(len(WATERMARK_BITS))]
 
 
-def _embed(image: np.ndarray) -> None:
+def _embed(image: np.ndarray, bits: Sequence[int]) -> None:
     """Marks an image, H W 3, uint8 RGB, in place."""
     rows, columns = image.shape[0] // 8, image.shape[1] // 8
     area = image[: rows * 8, : columns * 8]
     rgb = area.astype(np.float32)
     blocks = _blocks(rgb)
-    bits = np.resize(WATERMARK_BITS, (rows, columns))
+    placed = np.resize(bits, (rows, columns))
 
     # Each bit has one half of every step. There are two candidates for the block's largest coefficient: well
     # inside its own half, or the next below if that half is the other bit's; and well inside the next above.
     largest = blocks[..., 1:].max(-1)
-    start = STEP / 2 * bits.astype(np.float32)
+    start = STEP / 2 * placed.astype(np.float32)
     start += STEP * np.floor((largest - start) / STEP)
     below = largest.clip(start + MARGIN, start + STEP / 2 - MARGIN)
     candidates = [_recolour(rgb, blocks, level) for level in (below, start + STEP + MARGIN)]
