@@ -1,0 +1,352 @@
+"""A training from its folder of images to its LoRA: what is refused, what is written, how it resumes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import lora_training
+from helpers.lora_training import settings
+from PIL import Image
+from safetensors.torch import load_file
+
+from flux.errors import InputError
+from flux.lora.dataset import bucket, read_training_set
+from flux.lora.step import noise_levels, noisy
+from flux.lora.train import TrainProgress, make_plan, train
+from flux.settings.demos import ModelSettings
+from flux.settings.files import check_settings
+from flux.settings.train import TrainSettings
+from flux.specs import configs
+from flux.weights.find import find_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """Instead of the fixture that switches gradients off."""
+
+
+@pytest.fixture(autouse=True)
+def tiny():
+    with lora_training.tiny_nano():
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> TrainSettings:
+    """A training that ran through."""
+    with lora_training.tiny_nano():
+        given = settings(tmp_path_factory.mktemp("trained"))
+        train(given)
+    return given
+
+
+# ---- what it writes
+
+
+def test_files(trained):
+    names = {str(path.relative_to(trained.output_dir)) for path in Path(trained.output_dir).rglob("*.*")}
+    loras = {"lora.safetensors", *(f"lora_{step:06}.safetensors" for step in (3, 6, 9, 12))}
+    samples = {f"samples/step_{step:06}_0.png" for step in (0, 5, 10, 12)}
+    others = {
+        "run.json",
+        "features.safetensors",
+        "state.safetensors",
+        "curves.csv",
+        "curves.png",
+        "samples.png",
+    }
+    assert names == loras | samples | others
+    last, whole = (Path(trained.output_dir, name) for name in ("lora_000012.safetensors", "lora.safetensors"))
+    assert last.read_bytes() == whole.read_bytes()
+
+
+def test_curves(trained):
+    with Path(trained.output_dir, "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 5, 10, 12]
+    assert rows[0]["prompt"] == "a flower bell on the grass"
+    assert float(rows[0]["to_base"]) == 0
+    assert float(rows[-1]["to_base"]) > 1e-4
+    assert all(0 < float(row["to_nearest"]) <= float(row["to_training"]) for row in rows)
+
+
+def test_the_lora_is_added_to_its_base_and_refused_by_another(trained):
+    path = str(Path(trained.output_dir, "lora.safetensors"))
+    opened = find_model(ModelSettings(weights=trained.weights, lora=path))
+    opened.check()
+    changed = {patch.place.module.rpartition(".")[0][:15] for patch in opened.transformer.patches}
+    assert changed == {"double_blocks.1", "single_blocks.0"}
+    configs["flux-nano"] = lora_training.WHOLE
+    with pytest.raises(InputError, match="a difference for another model"):
+        find_model(ModelSettings(lora=path)).check()
+
+
+def test_the_file_tells_of_its_training(trained):
+    from safetensors import safe_open
+
+    with safe_open(Path(trained.output_dir, "lora.safetensors"), "pt") as file:
+        about = file.metadata()
+    assert about["base_model"] == "flux-nano"
+    assert about["trigger_word"] == "flower bell"
+    assert json.loads(about["layers"]) == [1, 2]
+    assert json.loads(about["settings"])["learning_rate"] == 1e-2
+    assert not any(trained.output_dir in value or trained.images in value for value in about.values())
+
+
+# ---- resuming
+
+
+def test_a_training_that_went_through_does_nothing_more(trained):
+    state = Path(trained.output_dir, "state.safetensors")
+    before, seen = state.stat().st_mtime_ns, []
+    train(trained, seen.append)
+    assert not seen
+    assert state.stat().st_mtime_ns == before
+
+
+def test_more_steps_go_on_from_the_last(tmp_path):
+    """Six steps and six more are twelve, bit for bit."""
+    seen: list[TrainProgress] = []
+    for steps in (6, 12):
+        train(settings(tmp_path, "halves", steps=steps, sample_prompts=[]), seen.append)
+    whole = settings(tmp_path, "whole", sample_prompts=[])
+    train(whole)
+    assert [progress.step for progress in seen] == list(range(1, 13))
+    assert len({progress.loss for progress in seen}) == 12
+    one, two = (Path(tmp_path, name, "lora.safetensors").read_bytes() for name in ("halves", "whole"))
+    assert one == two
+
+
+def killed(folder: Path, moments: int, in_a_row: int) -> None:
+    program = ROOT / "tests" / "helpers" / "lora_training.py"
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*map(str, (sys.executable, program, folder, moments, in_a_row))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path):
+    """Killed three times in a row, at random moments of its start, its steps and its saving."""
+    killed(tmp_path, 3, 3)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(tmp_path):
+    killed(tmp_path, 20, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [({"learning_rate": 1e-3}, "learning_rate"), ({"rank": 8}, "rank"), ({"seed": 1}, "seed")],
+)
+def test_another_training_is_refused(trained, changed, names):
+    given = trained.model_copy(update=changed)
+    with pytest.raises(InputError, match=f"a training made with another {names}: give another output_dir"):
+        train(given)
+
+
+def test_other_images_are_refused(trained, tmp_path):
+    images = lora_training.write_images(tmp_path / "images")
+    (images / "0.txt").write_text("a [trigger] on the beach")
+    with pytest.raises(InputError, match="made with another training_images"):
+        train(trained.model_copy(update={"images": str(images)}))
+
+
+# ---- what is refused before anything loads
+
+
+def refused(tmp_path, match: str, **fields) -> None:
+    with pytest.raises(InputError, match=match) as error:
+        make_plan(settings(tmp_path, **fields))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_damaged_caption(tmp_path):
+    given = settings(tmp_path)
+    Path(given.images, "1.txt").write_bytes(b"caf\xe9")
+    refused(tmp_path, r"1\.txt, which is not UTF-8")
+
+
+def test_an_image_of_one_pixel(tmp_path):
+    Image.new("RGB", (1, 1)).save(Path(settings(tmp_path).images, "1.png"))
+    refused(tmp_path, r"1\.png of 1x1 pixels: expected at least 64")
+
+
+def test_an_unreadable_image(tmp_path):
+    path = Path(settings(tmp_path).images, "1.png")
+    path.write_bytes(path.read_bytes()[:200])
+    refused(tmp_path, r"Cannot read the image .*1\.png|1\.png, not a readable image")
+
+
+def test_no_caption_and_no_trigger(tmp_path):
+    Path(settings(tmp_path).images, "1.txt").unlink()
+    for text in Path(settings(tmp_path).images).glob("*.txt"):
+        text.write_text("a ball")
+    refused(tmp_path, r"1\.png, which has no caption: write 1\.txt", trigger=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"model": "flux-schnell"}, "distilled to few steps.*Train on flux-dev"),
+        ({"model": "flux-nano-schnell"}, "distilled to few steps.*Train on flux-nano"),
+        ({"layers": [4]}, r"\[4\].*layers 0\.\.3"),
+        ({"layers": "folklore"}, "no file and no preset"),
+        ({"rank": {"1": 4}}, r"no rank for layers \[2\]"),
+        ({"offload": "blocks", "checkpointing": "off"}, "streamed blocks, which need it"),
+        ({"parallel": 2, "batch_size": 2}, "start it with torchrun"),
+    ],
+)
+def test_fields(tmp_path, fields, match):
+    refused(tmp_path, match, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": [1, 1]}, "layers: expected each only once, got [1, 1]"),
+        ({"layers": []}, "layers: expected at least one entry"),
+        ({"parts": ["mlp", "mlp"]}, "parts: expected each only once"),
+        ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"rank": {"1": 0}}, "rank.1: expected at least 1, got 0"),
+        ({"compile": True}, "got compile true, which training has no use for"),
+        ({"dtype": "float16"}, "got dtype float16, in which gradients overflow"),
+        ({"parallel": 2}, "got batch_size 1 for 2 processes"),
+    ],
+)
+def test_settings(fields, message):
+    with pytest.raises(InputError) as error:
+        check_settings(TrainSettings, {"images": "x", **fields})
+    assert message in str(error.value)
+
+
+def test_a_model_whose_vital_layers_nobody_knows(tmp_path, monkeypatch):
+    monkeypatch.setitem(configs, "flux-nano", replace(lora_training.SPEC, vital_layers=None))
+    refused(tmp_path, "vital layers of this model are not known: scan it")
+
+
+def test_what_does_not_fit(tmp_path, monkeypatch):
+    """Told with the stage and what to do, and before anything is written."""
+    from flux.lora import forecast
+
+    monkeypatch.setattr(forecast, "available", lambda device: 2**20)
+    refused(tmp_path, r"Got 0\.0 GiB of free memory on cpu, expected .* give smaller sizes")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """The state of the last save stays, and the training resumes once there is room."""
+    from flux.lora import trainer
+
+    given = settings(tmp_path, sample_prompts=[])
+    write = trainer.write_bytes
+
+    def fail(path, data):
+        if path.name == "state.safetensors" and path.exists():
+            raise InputError(
+                f"Cannot write {path} (no space left on device): make room or name another folder"
+            )
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_bytes", fail)
+        with pytest.raises(InputError, match="make room"):
+            train(given)
+    seen = []
+    train(given, lambda progress: seen.append(progress.step))
+    assert seen == list(range(4, 13))
+
+
+def test_a_learning_rate_that_is_too_large(tmp_path):
+    with pytest.raises(InputError, match=r"loss of .* in step .*: give a smaller learning_rate than 1e"):
+        train(settings(tmp_path, learning_rate=1e30, sample_prompts=[]))
+
+
+# ---- the images
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "expected"),
+    [
+        (1024, 1024, 1024, (1024, 1024)),
+        (4000, 3000, 1024, (1152, 832)),
+        (3000, 4000, 512, (384, 576)),
+        (300, 200, 1024, (256, 192)),
+        (64, 64, 1024, (64, 64)),
+        (4000, 100, 512, (3200, 64)),
+    ],
+)
+def test_buckets(width, height, size, expected):
+    """About the area, in the image's proportions, and never larger than the image."""
+    assert bucket(width, height, size) == expected
+    assert expected[0] <= width
+    assert expected[1] <= height
+
+
+def test_captions_have_the_trigger(tmp_path):
+    images = lora_training.write_images(tmp_path / "images")
+    (images / "1.txt").write_text("a Flower Bell in the snow")
+    (images / "2.txt").write_text("\ufeffa garden\n")
+    (images / "3.txt").unlink()
+    given = settings(tmp_path)
+    captions = [example.caption for example in read_training_set(given, lora_training.SPEC).examples]
+    assert captions == [
+        "a flower bell on the grass", "a Flower Bell in the snow", "flower bell, a garden", "flower bell",
+    ]  # fmt: skip
+
+
+def test_each_epoch_sees_each_example_once_in_batches_of_one_size(tmp_path):
+    training = read_training_set(settings(tmp_path), lora_training.SPEC)
+    orders = [training.batches(7, epoch, 2) for epoch in range(5)]
+    for batches in orders:
+        assert sorted(number for batch in batches for number in batch) == [0, 1, 2, 3]
+        assert all(len({training.examples[number].size for number in batch}) == 1 for batch in batches)
+    assert len({str(batches) for batches in orders}) > 1
+    assert orders[3] == training.batches(7, 3, 2)
+    assert {len(batches) for batches in orders} == {3}
+
+
+def test_noise_levels_are_shifted_as_the_samplers():
+    """By e^1.15 at 4096 tokens: the median of sigmoid(n), 1/2, becomes s / (s + 1)."""
+    levels = noise_levels(torch.zeros(1), 4096, configs["flux-dev"], torch.float32)
+    shift = 2.718281828459045**1.15
+    assert levels.item() == pytest.approx(shift / (shift + 1), rel=1e-6)
+    half = noise_levels(torch.randn(9), 4096, configs["flux-dev"], torch.bfloat16)
+    assert torch.equal(half, half.bfloat16().float())
+
+
+def test_noisy_latents():
+    x, noise, t = torch.ones(2, 3, 4), torch.full((2, 3, 4), 5.0), torch.tensor([0.25, 1.0])
+    assert torch.equal(noisy(x, noise, t)[:, 0, 0], torch.tensor([2.0, 5.0]))
+
+
+def test_a_lora_learns_what_the_velocity_is(trained):
+    """The loss falls on one image that is seen again and again."""
+    given = settings(Path(trained.images).parent, "again", steps=60, learning_rate=3e-3, sample_prompts=[])
+    losses = []
+    train(given, lambda progress: losses.append(progress.loss))
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+def test_weights_are_loaded_in_fewer_bits_and_streamed(tmp_path):
+    """Both train to nearly the same factors as plain weights do."""
+    ups = {}
+    for name, fields in {
+        "plain": {},
+        "8bit": {"quantize": "8bit"},
+        "streamed": {"offload": "blocks"},
+    }.items():
+        given = settings(tmp_path, name, sample_prompts=[], steps=3, save_every=3, **fields)
+        ups[name] = torch.cat([x.flatten() for x in load_file(train(given)).values()])
+    assert torch.equal(ups["streamed"], ups["plain"])
+    cosine = torch.nn.functional.cosine_similarity(ups["8bit"], ups["plain"], dim=0)
+    assert 0.98 < cosine < 1
