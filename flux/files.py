@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all. Raises InputError as `write_file`."""
+    write_file(path, lambda partial: partial.write_bytes(data))
+
+
+def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Writes a file, and its folder if there is none. At any moment, either the old or the new file is there.
+
+    Args:
+        path: The file.
+        write: Writes the content to the path that it is called with. It may raise OSError.
 
     Raises:
         InputError: The file cannot be written (full disk, no permission, ...). The old file is then left
@@ -104,7 +114,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(data)
+            write(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -162,7 +162,8 @@ def _beside(module: Any, patches: Sequence[Patch], dtype: torch.dtype) -> Branch
             down, up = patch.change.factors(patch.place, patch.strength * patch.scale, device)
             whole = torch.zeros(rows, up.shape[1], device=device)
             whole[place] = up
-            downs.append(down)
+            # A text-to-image model's LoRA changes the noise's columns alone, of a model that has more.
+            downs.append(F.pad(down, (0, columns - down.shape[1])))
             ups.append(whole)
     return BranchedLinear(module, torch.cat(downs).to(dtype), torch.cat(ups, dim=1).to(dtype), bias.to(dtype))
 

@@ -252,7 +252,7 @@ def _patches_of(
         scale = 1.0 if rank is None else _scale(file, module, part, fields, rank)
         layer = layer_of(place.module, num_double) if part == "transformer" else None
         if factor := file.factor_in(layer):
-            patches.append(Patch(place, change, biases, file.strength * factor, scale))
+            patches.append(Patch(place, change, biases, file.strength * factor, scale, module))
     if unmatched:
         raise _unmatched(file.path, unmatched)
     return patches
@@ -292,17 +292,30 @@ def _places(part: Part, model: nn.Module) -> dict[str, LoraPlace]:
     return places
 
 
-def _other_names(whole: LoraPlace, columns: int) -> dict[str, LoraPlace]:
-    """The names that diffusers and XLabs have for a linear layer of the transformer, or for rows of it."""
-    module, places = whole.module, {}
-    theirs, start = diffusers_modules(module), 0
+def diffusers_places(module: str, rows: int, columns: int) -> dict[str, LoraPlace]:
+    """The names that diffusers has for a linear layer of the transformer, or for parts of its rows.
+
+    Args:
+        module: The layer's name in our model.
+        rows: The rows of its matrix.
+        columns: The columns of its matrix.
+    """
+    places, start = {}, 0
+    theirs = diffusers_modules(module)
     for index, their in enumerate(theirs):
         # Queries, keys and values have as many rows as the model has columns; the rest follows them.
-        stop = start + columns if index < 3 and len(theirs) > 1 else whole.stop
+        stop = start + columns if index < 3 and len(theirs) > 1 else rows
         places[their] = LoraPlace(module, start, stop, columns, module == SWAPPED)
-        if len(theirs) > 1:  # OneTrainer numbers the parts
-            places[f"{module}.{index}"] = places[their]
         start = stop
+    return places
+
+
+def _other_names(whole: LoraPlace, columns: int) -> dict[str, LoraPlace]:
+    """The names that other trainers have for a linear layer of the transformer, or for parts of its rows."""
+    module = whole.module
+    places = diffusers_places(module, whole.stop, columns)
+    if len(places) > 1:  # OneTrainer numbers the parts
+        places |= {f"{module}.{index}": place for index, place in enumerate(places.values())}
     for pattern, their in XLABS.items():
         if re.fullmatch(pattern, module):
             stop = 3 * columns if module.endswith("linear1") else whole.stop

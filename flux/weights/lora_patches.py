@@ -97,6 +97,7 @@ class Patch:
         biases: The file's changes to the bias, by role.
         strength: The strength that the user gave the file.
         scale: alpha / rank, or 1 for changes without.
+        name: The module's name in the file.
     """
 
     place: LoraPlace
@@ -104,6 +105,7 @@ class Patch:
     biases: LoraFields
     strength: float = 1.0
     scale: float = 1.0
+    name: str = ""
 
     def bias(self, device: torch.device) -> Tensor:
         """Read the change to the bias, "out", in float32; zero if there is none."""
