@@ -71,6 +71,8 @@ class Intervention:
         inject_weights: Weight of what is injected, 0..1, by layer: own + weight * (injected - own). A tensor
             has one weight for each image token, "R I", its rows as in `inject`. In a layer without a weight,
             the injected ones replace the row's own, which are then not computed.
+        hide_context: Layers in which text and noise tokens do not attend to the context tokens, which are
+            computed all the same.
         free: The image tokens to compute. The velocity of all others is 0. What is kept and watched is that
             of the computed ones. If None, all are computed.
     """
@@ -81,11 +83,13 @@ class Intervention:
     watch: frozenset[int] = frozenset()
     inject: Mapping[int, PartialKeysValues] = field(default_factory=dict)
     inject_weights: Mapping[int, float | Tensor] = field(default_factory=dict)
+    hide_context: frozenset[int] = frozenset()
     free: FreeTokens | None = None
 
     def check(self, num_layers: int, batch: int, num_img: int) -> None:
         """Raise InputError for layers that the model lacks, and for rows or image tokens that do not fit."""
-        check_layers(frozenset().union(*self._skip_rows, self.keep, self.inject, self.watch), num_layers)
+        named = self.keep, self.inject, self.watch, self.hide_context
+        check_layers(frozenset().union(*self._skip_rows, *named), num_layers)
         if isinstance(self.skip, tuple) and len(self.skip) != batch:
             raise InputError(
                 f"Got {len(self.skip)} sets of layers to skip for a batch of {batch}: give one for each row"
@@ -119,7 +123,7 @@ class Intervention:
     @property
     def is_plain(self) -> bool:
         """Whether the pass is left as it is."""
-        changes = self.keep or self.inject or self.watch or self.free is not None
+        changes = self.keep or self.inject or self.watch or self.hide_context or self.free is not None
         return not (changes or any(self._skip_rows))
 
     def skip_at(self, layer: int, device: torch.device) -> "LayerSkip":
@@ -138,7 +142,11 @@ class Intervention:
             batch: Number of rows.
             plain: What holds for the attention of all layers.
         """
-        plain = replace(plain, record=layer in self.keep or layer in self.watch)
+        plain = replace(
+            plain,
+            record=layer in self.keep or layer in self.watch,
+            hides_context=layer in self.hide_context,
+        )
         if self.free is not None:
             plain = replace(plain, others=self.free.kv_at(layer, batch), other_places=self.free.others)
         if layer not in self.inject:
@@ -191,9 +199,14 @@ class Intervention:
         """
         if self.free is not None or other.free is not None:
             raise ValueError("Both passes must compute all tokens to be one batch")
-        alike = (self.skip, self.skip_scale, self.keep) == (other.skip, other.skip_scale, other.keep)
-        if not alike or self.inject.keys() != other.inject.keys():
-            raise ValueError("Both passes must skip, keep and inject in the same layers to be one batch")
+        own, theirs = (
+            (each.skip, each.skip_scale, each.keep, each.hide_context, each.inject.keys())
+            for each in (self, other)
+        )
+        if own != theirs:
+            raise ValueError(
+                "Both passes must skip, keep, inject and hide in the same layers to be one batch"
+            )
 
         def both(x: Tensor | None, y: Tensor | None) -> Tensor | None:
             return None if x is None or y is None else torch.cat((x, y))

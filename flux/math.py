@@ -19,6 +19,8 @@ PartialKeysValues = tuple[Tensor | None, Tensor | None]
 """Keys and values, of which either may be missing."""
 QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of all tokens in one layer, "B H N D" each, as attention uses them."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Softmax attention: queries, keys and values, "B H n D" each, to "B n C"."""
 Exchange = Callable[[Tensor, Tensor], Callable[[], KeysValues]]
 """If processes share the tokens: starts to gather keys and values, returns a function that waits for them.
 
@@ -110,6 +112,7 @@ class AttentionEdit:
         other_places: Places of these tokens in `others`.
         num_context: Number of context tokens, J, which come last. Nothing is injected in them.
         context_strength: Scale of the context's keys about their mean, "1 1 1 1". If None, they stay.
+        hides_context: Whether text and noise tokens do not attend to the context tokens.
         record: Whether the block returns the queries, keys and values that it computed or injected.
         exchange: Gathers the keys and values of all tokens, if processes share them.
     """
@@ -118,6 +121,7 @@ class AttentionEdit:
     kv_weight: Tensor | None = None
     num_context: int = 0
     context_strength: Tensor | None = None
+    hides_context: bool = False
     record: bool = False
     others: KeysValues | None = None
     other_places: Tensor | None = None
@@ -184,6 +188,22 @@ class AttentionEdit:
                 for own, other in zip((k, v), self.others)
             )
         return self.exchange(k, v) if self.exchange else lambda: (k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attend = attend) -> Tensor:
+        """Let the queries attend to what they may, "B H n D" -> "B n C".
+
+        Args:
+            q: Queries of the computed tokens, context last.
+            k: Keys of these tokens, then of all others.
+            v: Their values.
+            kernel: Softmax attention over all keys that it is given.
+        """
+        if not (self.hides_context and self.num_context):
+            return kernel(q, k, v)
+        seen, all_own = q.shape[2] - self.num_context, q.shape[2]
+        context = kernel(q[:, :, seen:], k, v)
+        k, v = (join_streams(x[:, :, :seen], x[:, :, all_own:]) for x in (k, v))
+        return torch.cat((kernel(q[:, :, :seen], k, v), context), dim=1)
 
 
 PLAIN = AttentionEdit()

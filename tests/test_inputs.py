@@ -165,6 +165,31 @@ def test_context_strength(model, given, whole, strength):
     assert tiny_models.relative_error(velocity, by_hand[1:]) < 2e-6
 
 
+@pytest.mark.parametrize("layers", [frozenset({0}), frozenset({1, 4, 5}), VITAL], ids=sorted)
+def test_layers_that_hide_the_context(model, given, whole, layers):
+    """By hand, with and without injection and free tokens beside it."""
+    wide, hide = joined(given, whole), Intervention(hide_context=layers)
+    velocity, _ = model.observe(Inputs(**given, condition=whole), hide)
+    by_hand = tiny_models.hand_forward(model, wide, num_context=CONTEXT, hidden=layers)
+    assert tiny_models.relative_error(velocity, by_hand) < 2e-6
+    seen = tiny_models.hand_forward(model, wide, num_context=CONTEXT)
+    assert tiny_models.relative_error(seen, by_hand) > 1e-3, "hiding does nothing"
+
+    kept = model.observe(of_row(given, whole, 0), replace(hide, keep=EVERY))[1].kept
+    mask = torch.arange(TOKENS) % 5 < 2
+    free = replace(FreeTokens.of(mask), kv=kept)
+    both = replace(hide, inject={layer: kept[layer] for layer in VITAL}, free=free)
+    velocity, _ = model.observe(of_row(given, whole, 1), both)
+    by_hand = tiny_models.hand_forward(model, wide, VITAL, ~mask, CONTEXT, hidden=layers)[1:]
+    assert tiny_models.relative_error(velocity[:, mask], by_hand[:, mask]) < 2e-6
+
+
+def test_hidden_in_all_layers_is_no_context(model, given, whole):
+    hidden, _ = model.observe(Inputs(**given, condition=whole), Intervention(hide_context=EVERY))
+    without = replace(whole, context=None, context_ids=None)
+    assert_close(hidden, model.observe(Inputs(**given, condition=without))[0], rtol=0, atol=2e-6)
+
+
 def test_the_cache_is_asked_about_noise_tokens(model, given, whole):
     class Seen(StepCache):
         def image_out(self, img, layers):
@@ -236,8 +261,10 @@ def test_context_without_positions_is_refused(model, given, whole):
         model.observe(Inputs(**given, condition=replace(whole, context_ids=None)))
 
 
-def test_context_strength_on_several_gpus_is_refused(given, whole):
+def test_what_several_gpus_cannot_do(given, whole):
     parallel = SequenceParallelFlux(conditions.model(), ProcessGroup(0, 2))
     scaled = Inputs(**given, condition=replace(whole, context_strength=2.0))
     with pytest.raises(InputError, match="context strength 2 on several GPUs"):
         parallel.observe(scaled)
+    with pytest.raises(InputError, match="hide the context on several GPUs"):
+        parallel.observe(Inputs(**given, condition=whole), Intervention(hide_context=VITAL))

@@ -205,7 +205,7 @@ class DoubleStreamBlock(Block):
         # If processes share the tokens, all keys and values arrive while the queries are projected.
         wait = edit.gather(k, v)
         q = join_streams(txt_q, project_q())
-        attn = attend(q, *wait())
+        attn = edit.attend(q, *wait())
         return attn[:, num_txt:], attn[:, :num_txt], (q, k, v) if edit.record else None
 
 
@@ -261,7 +261,7 @@ class SingleStreamBlock(Block):
         # If processes share the tokens, all keys and values arrive while the hidden channels are projected.
         wait = edit.gather(k, v)
         hidden = project_hidden()
-        attn = attend(q, *wait())
+        attn = edit.attend(q, *wait())
         # addcmul(x, gate, y) is x + gate * y.
         x = torch.addcmul(x, mod.gate, gelu_linear(self.linear2, hidden, attn))
         return x, (q, k, v) if edit.record else None

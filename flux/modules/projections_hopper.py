@@ -199,7 +199,7 @@ class HopperDoubleBlock(DoubleStreamBlock):
         wait = edit.gather(k, values)
         if edit.splits_qkv:
             img_heads.project_q()
-        attn = attend(q, *wait())
+        attn = edit.attend(q, *wait(), attend)
         return attn[:, num_txt:], attn[:, :num_txt], (q, k, values) if edit.record else None
 
 
@@ -218,7 +218,11 @@ class HopperSingleBlock(SingleStreamBlock):
 
         wait = edit.gather(k, v)
         hidden = _hidden(self.linear1, x_in, self.mlp_hidden_dim, 3 * self.hidden_dim, free=self.hidden_dim)
-        attend(q, *wait(), hidden[..., : self.hidden_dim])
+        place = hidden[..., : self.hidden_dim]
+        if edit.hides_context:
+            place.copy_(edit.attend(q, *wait(), attend))
+        else:
+            attend(q, *wait(), place)
         x = _add_gated(x, mod.gate, self.linear2, hidden)
         return x, (q, k, v) if edit.record else None
 

@@ -213,6 +213,10 @@ class SequenceParallelFlux:
         cache: StepCache | None = None,
     ) -> tuple[Tensor, Recorded]:
         """See `Flux.observe`."""
+        if intervention.hide_context and inputs.runs.context:
+            raise InputError(
+                "Got layers that hide the context on several GPUs, where tokens are not in order: use one GPU"
+            )
         if intervention.free is not None:
             return self._observe_free(inputs, intervention, intervention.free, mods)
         shard, gather = self.group.shard, self.group.gather

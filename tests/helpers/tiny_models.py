@@ -96,11 +96,13 @@ def hand_forward(
     held: Tensor | None = None,
     num_context: int = 0,
     context_strength: float = 1.0,
+    hidden: frozenset[int] = frozenset(),
 ) -> Tensor:
     """The velocity, from the model's linear layers alone; in the layers of `inject` every row has row 0's
     image keys and values, written over its own before the rotation. In all layers, so do the image tokens
     where `held` is true, "I". The last `num_context` image tokens are context: nothing is injected in them,
-    their rotated keys are scaled about their mean, and they have no velocity.
+    their rotated keys are scaled about their mean, and they have no velocity. In the layers of `hidden` only
+    they attend to themselves.
     """
     p = model.params
     img, txt = model.img_in(given["img"]), model.txt_in(given["txt"])
@@ -121,7 +123,10 @@ def hand_forward(
         if num_context:
             mean = k[:, :, end:].mean(dim=2, keepdim=True)
             k[:, :, end:] = mean + context_strength * (k[:, :, end:] - mean)
-        weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if layer in hidden:
+            scores[:, :, :end, end:] = -math.inf
+        weights = torch.softmax(scores, dim=-1)
         return (weights @ v).transpose(1, 2).flatten(2)
 
     def heads(x: Tensor, norm) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,6 +66,7 @@ def ways(batch: int) -> dict[str, Intervention]:
         "skipped": Intervention(skip=tuple(frozenset((row,)) for row in range(batch))),
         "injected": Intervention(inject=kept),
         "injected in part": Intervention(inject=kept, inject_weights=dict.fromkeys(LAYERS, 0.5)),
+        "context hidden": Intervention(hide_context=LAYERS),
         "keys injected": Intervention(inject=keys),
         "some tokens free": Intervention(inject=kept, free=free),
         "some tokens free, kept": Intervention(keep=LAYERS, watch=LAYERS, free=free),
