@@ -67,6 +67,9 @@ def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple
         turns = settings.entries if isinstance(settings, EditSettings) else ()
         if not {settings.guidance, *(turn.guidance for turn in turns)} <= usual:
             yield "guidance", f"{settings.model} takes none"
+    if spec.lora_filename is None:
+        for name in _changed(settings, "lora_weights", "lora_scale"):
+            yield name, f"{settings.model} has no LoRA of its own"
     if isinstance(settings, GenerateSettings | SessionSettings):
         field = "image" if isinstance(settings, GenerateSettings) else "init_image"
         if getattr(settings, field) is None:

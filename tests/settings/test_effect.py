@@ -32,6 +32,12 @@ CASES = [
     (GenerateSettings, GENERATE | {"negative_prompt": "x", "true_cfg": 2}, []),
     (GenerateSettings, GENERATE | SCHNELL | {"guidance": 1}, ["guidance (flux-nano-schnell takes none)"]),
     (GenerateSettings, GENERATE | {"guidance": 1}, []),
+    (
+        GenerateSettings,
+        GENERATE | {"lora_scale": 0.5, "lora_weights": "a"},
+        ["lora_weights, lora_scale (flux-nano has no LoRA of its own)"],
+    ),
+    (GenerateSettings, GENERATE | SCHNELL | {"lora_scale": 0.5}, []),
     (GenerateSettings, GENERATE | {"strength": 0.5}, ["strength (no image)"]),
     (GenerateSettings, GENERATE | {"strength": 0.5, "image": "a.png"}, []),
     (GenerateSettings, GENERATE | {"strength": 1, "image": "a.png"}, ["image (strength is 1)"]),
