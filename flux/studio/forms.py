@@ -10,7 +10,14 @@ from flux.errors import InputError
 from flux.modules.conditioner import unseen_words_warnings
 from flux.scan.sweep import FREE_FIELDS
 from flux.settings.complete import resolve
-from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, PromptSettings, ScanSettings
+from flux.settings.demos import (
+    GenerateSettings,
+    LayerSettings,
+    Lora,
+    ModelSettings,
+    PromptSettings,
+    ScanSettings,
+)
 from flux.settings.doses import DOSES
 from flux.settings.edits import Edit, EditSettings
 from flux.settings.effect import settings_warnings, without_effect
@@ -23,6 +30,7 @@ Form = Mapping[str, Any]
 
 SAMPLING = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
 DOSE_FIELDS = ("weight", "inject_from", "inject_until", "falling")
+MOST_STRENGTH = 2.0  # of a LoRA, and of its factors
 INTEGERS = ("width", "height", "num_steps", "seed", "top", "count")
 
 
@@ -40,6 +48,19 @@ def generate_settings(studio: Studio, form: Form) -> ResolvedGenerate:
     settings = resolve(studio.settings(GenerateSettings, {**fields, "prompts": [prompt] * count}))
     studio.limits.check_size(settings)
     return settings
+
+
+def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
+    """Makes the settings of the LoRA tab. Raises InputError for values that cannot be used."""
+    if not form["lora"]:
+        raise InputError("Got no LoRA: drop its .safetensors file first")
+    settings = generate_settings(studio, {**form, "count": 1})
+    strength = form.get("weight")
+    if strength is None or not _is_factor(strength):
+        raise InputError(f"weight: expected a number from 0 to {MOST_STRENGTH:g}, got {strength!r:.60}")
+    factors = factors_in(form["layers"], studio.spec.num_layers)
+    lora = Lora(file=form["lora"], weight=float(strength), layers=factors or None)
+    return settings.model_copy(update={"lora": (*settings.lora, lora)})
 
 
 def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
@@ -191,6 +212,29 @@ def layers_on(value: Any, num_layers: int) -> tuple[int, ...]:
             f"Got the layers {layers!r:.60}, expected a list of numbers from 0 to {num_layers - 1}"
         )
     return tuple(sorted(set(layers)))
+
+
+def factors_in(value: Any, num_layers: int) -> dict[int, float]:
+    """Takes the factors of a LoRA's strength from the value of sliders, for the layers where it is not 1.
+
+    Raises:
+        InputError: Values that no sliders have.
+    """
+    on = layers_on(value, num_layers)
+    given = value.get("factors") if isinstance(value, dict) else None
+    try:
+        factors = {int(layer): factor for layer, factor in (given or {}).items()}
+    except (AttributeError, ValueError):
+        factors = {-1: 0.0}
+    if not all(0 <= layer < num_layers and _is_factor(factor) for layer, factor in factors.items()):
+        raise InputError(f"Got the factors {given!r:.60}, expected numbers from 0 to {MOST_STRENGTH:g}")
+    used = {layer: float(factor) if layer in on else 0.0 for layer, factor in sorted(factors.items())}
+    return {layer: factor for layer, factor in used.items() if factor != 1}
+
+
+def _is_factor(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value <= MOST_STRENGTH
 
 
 def parse_edits(text: str) -> list[str | dict]:

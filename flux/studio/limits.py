@@ -13,6 +13,8 @@ from flux.images.io import read_image
 from flux.settings.resolved import ResolvedModel
 from flux.specs import ModelSpec
 
+LORA_BYTES = 512 * 2**20
+"""Largest LoRA of a model that is not part of the package: rank 64 in all layers of FLUX.1, in 16 bits."""
 _DECODING = threading.Lock()
 
 
@@ -29,7 +31,8 @@ class Limits:
         edits: Most edits in one run, further turns included.
         prompts: Most prompts in one scan.
         letters: Most characters in one text.
-        upload_bytes: Largest uploaded file, in bytes.
+        upload_bytes: Largest uploaded image file, in bytes.
+        lora_bytes: Largest uploaded LoRA, in bytes.
         upload_pixels: Largest uploaded image, in pixels.
         waiting: Most runs that wait for the model, of all visitors.
         waiting_each: Most runs that one page or program may have among them.
@@ -46,6 +49,7 @@ class Limits:
     prompts: int = 64
     letters: int = 4000
     upload_bytes: int = 20 * 2**20
+    lora_bytes: int = 20 * 2**20
     upload_pixels: int = 50_000_000
     waiting: int = 64
     waiting_each: int = 8
@@ -54,8 +58,14 @@ class Limits:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Limits":
-        """Allows twice the model's own side, and twice its own area."""
-        return cls(side=2 * spec.size, area=2 * spec.size**2)
+        """Allows twice the model's own side, twice its own area, and a LoRA as large as such models have."""
+        lora_bytes = LORA_BYTES if spec.folder is None else cls.lora_bytes
+        return cls(side=2 * spec.size, area=2 * spec.size**2, lora_bytes=lora_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        """Largest uploaded file of any kind, in bytes."""
+        return max(self.upload_bytes, self.lora_bytes)
 
     def check_size(self, settings: ResolvedModel) -> None:
         """Raises InputError for an image that is too large, takes too many steps or too much guidance."""
@@ -97,7 +107,7 @@ class Limits:
         Raises:
             InputError: The upload is not an image in the folder `inside`, or it is too large.
         """
-        path = _uploaded_file(upload, inside)
+        path = uploaded_file(upload, inside)
         if path is None:
             raise InputError("Got an image that was not uploaded, or that was deleted: upload it first")
         if (size := path.stat().st_size) > self.upload_bytes:
@@ -120,7 +130,7 @@ class Limits:
             raise InputError(str(error).replace(str(path), path.name)) from None
 
 
-def _uploaded_file(upload: Any, inside: Path) -> Path | None:
+def uploaded_file(upload: Any, inside: Path) -> Path | None:
     """Returns the path of an uploaded file, or None unless it is a file in the folder `inside`."""
     try:
         path = Path(upload["path"]).resolve()

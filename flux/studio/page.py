@@ -20,6 +20,7 @@ from flux.studio.tabs.edit import EditTab
 from flux.studio.tabs.film import FilmTab
 from flux.studio.tabs.generate import GenerateTab
 from flux.studio.tabs.history import History, HistoryPlace
+from flux.studio.tabs.lora import LoraTab
 from flux.studio.tabs.scan import ScanTab
 from flux.studio.visits import EXAMPLE, continue_visit, shown_run
 from flux.studio.widgets import Changes
@@ -83,6 +84,8 @@ def build(studio: Studio) -> Page:
                 generate = GenerateTab(studio, example)
             with gr.Tab("Edit", id="edit") as edit_place:
                 edit = EditTab(studio, example)
+            with gr.Tab("LoRA", id="lora") as lora_place:
+                lora = LoraTab(studio)
             with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner") as inner:
                 with gr.Tab("Which layers matter", id="scan") as scan_place:
                     scan = ScanTab(studio)
@@ -90,7 +93,7 @@ def build(studio: Studio) -> Page:
                     film = FilmTab(studio)
         history = History(studio)
         gr.HTML(list_of_words(), elem_id="words")
-        for tab in (generate, edit, film):
+        for tab in (generate, edit, lora, film):
             tab.wire(history)
         scan.wire(tabs, edit)
         places = {
@@ -98,10 +101,11 @@ def build(studio: Studio) -> Page:
             EditSettings: HistoryPlace({tabs: "edit"}, edit),
             LayerSettings: HistoryPlace({tabs: "look", inner: "film"}, film),
         }
-        history.wire(places)
-        _wire_edit_this((generate, film), tabs, edit)
-        _wire_addresses(generate_place, edit_place, look_place, scan_place, film_place)
-        _wire_memory(page, undo, {"generate": generate, "edit": edit, "scan": scan, "film": film})
+        history.wire(places, HistoryPlace({tabs: "lora"}, lora))
+        _wire_edit_this((generate, lora, film), tabs, edit)
+        _wire_addresses(generate_place, edit_place, lora_place, look_place, scan_place, film_place)
+        remembering = {"generate": generate, "edit": edit, "lora": lora, "scan": scan, "film": film}
+        _wire_memory(page, undo, remembering)
         _wire_visit(page, studio, history)
         add_endpoints(studio)
     return page
@@ -115,7 +119,7 @@ def _example(studio: Studio) -> Run:
     return shown_run(folder)
 
 
-def _wire_edit_this(froms: Iterable[GenerateTab | FilmTab], tabs: gr.Tabs, edit: EditTab) -> None:
+def _wire_edit_this(froms: Iterable[GenerateTab | LoraTab | FilmTab], tabs: gr.Tabs, edit: EditTab) -> None:
     """Lets the button under an image of another tab make it the reference of edits."""
 
     def take(file: str) -> Changes:
@@ -142,6 +146,7 @@ def _wire_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> N
         for name, tab in tabs.items()
         for field, component in tab.fields.items()
         if not isinstance(component, gr.State) and field not in ("source", "mask")
+        if component is not tabs["lora"].sliders  # they are an upload's
     }
     names, fields = json.dumps(list(kept)), list(kept.values())
     changes = [field.change for field in fields]

@@ -73,6 +73,10 @@ class Studio:
         """
         return with_fields(cls, self.defaults, fields)
 
+    def has_own_lora(self, settings: ModelSettings) -> bool:
+        """Tells whether a run had a visitor's LoRA, beside those that the studio was started with."""
+        return len(settings.lora) > len(self.defaults.lora)
+
     @contextmanager
     def turn(
         self, caller: str | None, tab: str, address: str | None = None

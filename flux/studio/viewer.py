@@ -13,13 +13,13 @@ from flux.images.io import read_image
 
 VIEWER_HTML = """${value ? `<figure class="compare" style="--at: ${value.at}%; --ratio: ${value.ratio}">
   <div class="pair">
-    ${value.before ? `<img src="${value.before.url}" alt="Before: ${value.before_shows}">` : ""}
+    ${value.before ? `<img src="${value.before.url}" alt="${value.tags[0]}: ${value.before_shows}">` : ""}
     <img class="${value.before ? "after" : ""}" src="${value.after.url}"
-      alt="${value.before ? "After: " : ""}${value.after_shows}">
+      alt="${value.before ? `${value.tags[1]}: ` : ""}${value.after_shows}">
     ${value.mask ? `<img class="mask" src="${value.mask.url}" alt="" hidden>` : ""}
-    ${value.before ? `<span class="tag">Before</span><span class="tag right">After</span>
+    ${value.before ? `<span class="tag">${value.tags[0]}</span><span class="tag right">${value.tags[1]}</span>
     <input type="range" min="0" max="100" value="${value.at}"
-      aria-label="Divider between before, on its left, and after, on its right">` : ""}
+      aria-label="Divider. On its left: ${value.tags[0]}. On its right: ${value.tags[1]}">` : ""}
   </div>
   <figcaption>
     <span>${value.after_shows}</span>
@@ -60,10 +60,17 @@ def image_alone(path: Path, shows: str) -> dict[str, Any]:
         ratio = image.width / image.height
     # The template puts texts into attributes as they are.
     value = {"after": _served(path), "after_shows": html.escape(shows), "ratio": ratio}
-    return {"before": None, "before_shows": "", "mask": None, "at": 0, **value}
+    return {"before": None, "before_shows": "", "mask": None, "tags": None, "at": 0, **value}
 
 
-def pair(before: Path, before_shows: str, after: Path, after_shows: str, mask: Path | None) -> dict[str, Any]:
+def pair(
+    before: Path,
+    before_shows: str,
+    after: Path,
+    after_shows: str,
+    mask: Path | None = None,
+    tags: tuple[str, str] = ("Before", "After"),
+) -> dict[str, Any]:
     """Makes the value of a `viewer` that shows an edit over its reference.
 
     Args:
@@ -72,12 +79,14 @@ def pair(before: Path, before_shows: str, after: Path, after_shows: str, mask: P
         after: The edit.
         after_shows: The edit's prompt.
         mask: White where the edit may change the reference. If None, no such mask was found.
+        tags: What stands on the images.
     """
     return {
         **image_alone(after, after_shows),
         "before": _served(before),
         "before_shows": html.escape(before_shows),
         "mask": mask and _served(mask),
+        "tags": list(tags),
         "at": divider(read_image(before), read_image(after)),
     }
 

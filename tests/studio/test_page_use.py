@@ -1,12 +1,15 @@
 """The page in use: its first minute, what it remembers and notes, images large, and use by everybody."""
 
+import json
 import os
 
 import numpy as np
 import pytest
+from helpers import lora_files
 from helpers.studio import assert_same_image
 from helpers.studio_page import SECONDS, draw, newest_run, says, set_number, visit
 from PIL import Image
+from safetensors.torch import save_file
 
 PAINTED = """() => {
   const canvas = document.querySelector("#edit-mask canvas");
@@ -161,10 +164,93 @@ def test_copies_and_words(page, url, browser):
     context.close()
 
 
+LORA_MODULES = ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.0", "single_blocks.2.linear1")
+
+
+@pytest.fixture(scope="module")
+def lora(nano, tmp_path_factory):
+    """A LoRA in layers 0, 1 and 7 of flux-nano."""
+    path = tmp_path_factory.mktemp("lora") / "mine.safetensors"
+    chosen = lora_files.pairs(nano.model.state_dict(), LORA_MODULES)
+    file = lora_files.file_of(chosen, lambda name: f"diffusion_model.{name}", 4.0)
+    save_file(file, path, metadata={"modelspec.title": "<b>mine</b>"})
+    return path
+
+
+def drop(page, lora):
+    page.locator("#lora-file input[type=file]").set_input_files(lora)
+    page.locator("#lora-layers .slider").nth(2).wait_for()
+
+
+def compare(page):
+    page.locator("#lora-go").click()
+    says(page, "#lora-status", "Done")
+    page.locator("#lora-stage .after").wait_for()
+
+
+def lora_of_newest_run(served):
+    [lora] = json.loads((newest_run(served, "test") / "run.json").read_text())["settings"]["lora"]
+    return lora
+
+
+def test_a_lora_is_dropped_and_compared(page, url, served, lora):
+    visit(page, url, "lora")
+    drop(page, lora)
+    says(page, "#lora-status", "mine.safetensors changes 3 of 15 layers")
+    page.locator("#lora-layers [data-layer='0'][aria-label='layer 0, vital']").wait_for()
+    compare(page)
+    assert lora_of_newest_run(served) == {"file": "mine.safetensors", "weight": 1.0}
+    runs = len(list(served.sessions.folder.rglob("*_test")))
+    page.locator("#lora-layers .cell[data-layer='7']").click()
+    page.locator("#lora-layers .cell[data-layer='7'][aria-pressed=false]").wait_for()
+    slider = page.locator("#lora-layers input[data-layer='1']")
+    for _ in range(2):  # by keys; the focus stays on it
+        slider.press("ArrowLeft")
+        page.wait_for_function("document.activeElement.matches('#lora-layers input[data-layer=\"1\"]')")
+    says(page, "#lora-layers .slider:has(input[data-layer='1']) output", "0.90")
+    compare(page)
+    page.wait_for_function("document.querySelectorAll('#history img').length === 3")
+    assert lora_of_newest_run(served)["layers"] == {"1": 0.9, "7": 0.0}
+    assert len(list(served.sessions.folder.rglob("*_test"))) == runs + 1, "the one without it is kept"
+    on = "#lora-layers .cell[aria-pressed=true]"
+    groups = {"Vital": ["0"], "Not vital": ["1", "7"], "None": [], "All": ["0", "1", "7"]}
+    for group, layers in groups.items():
+        page.get_by_role("button", name=group, exact=True).locator("visible=true").click()
+        page.wait_for_function(
+            "([on, count]) => document.querySelectorAll(on).length === count", arg=[on, len(layers)]
+        )
+        assert page.locator(on).all_inner_texts() == layers
+
+
+def test_an_image_with_a_lora_brings_its_settings_back(page, url, lora):
+    visit(page, url, "lora")
+    drop(page, lora)
+    page.locator("#lora-prompt textarea").fill("a cat in the snow")
+    compare(page)
+    visit(page, url, "generate")
+    page.locator("#history img").first.click()
+    says(page, "#lora-status", "Made with mine.safetensors")
+    page.wait_for_function("document.querySelector('#lora-prompt textarea').value === 'a cat in the snow'")
+    page.get_by_role("button", name="Edit this").locator("visible=true").click()
+    page.locator("#edit-photo img").wait_for()  # its prompt alone would not draw it again
+
+
+def test_what_is_no_lora(page, url, lora, tmp_path):
+    (tmp_path / "none.safetensors").write_text("not a LoRA, not a LoRA")
+    visit(page, url, "lora")
+    page.locator("#lora-go").click()
+    says(page, ".toast-wrap", "Got no LoRA")
+    page.locator("#lora-file input[type=file]").set_input_files(tmp_path / "none.safetensors")
+    says(page, ".toast-wrap", "none.safetensors, which is no LoRA")
+    drop(page, lora)  # the field is empty again
+    assert page.locator("#lora-facts b").count() == 0, "its texts are no HTML"
+
+
 @pytest.mark.parametrize(
-    ("scheme", "places"), [("light", ("edit", "generate", "film", "scan")), ("dark", ("edit", "film"))]
+    ("scheme", "places"),
+    [("light", ("edit", "generate", "lora", "film", "scan")), ("dark", ("edit", "lora", "film"))],
 )
-def test_it_is_accessible(page, url, scheme, places):
+def test_it_is_accessible(page, url, lora, scheme, places):
     """No serious finding of axe, contrast included, with everything unfolded."""
     if not os.environ.get("CI"):
         pytest.importorskip("axe_playwright_python")
@@ -174,6 +260,9 @@ def test_it_is_accessible(page, url, scheme, places):
     findings = []
     for place in places:
         visit(page, url, place)
+        if place == "lora":
+            drop(page, lora)
+            page.locator("#lora-layers .cell").nth(1).click()
         for fold in page.locator("button.label-wrap:visible, summary:visible").all():
             fold.click()
         page.wait_for_timeout(700)  # accordions unfold, fields fade in

@@ -326,7 +326,10 @@ class EditTab:
         return {self.upload: values["photo"], **filled, **canvas}
 
     def take(self, file: str) -> Changes:
-        """Makes an image of another tab a reference: by its prompt, or as a photograph if it began with one.
+        """Makes an image of another tab a reference.
+
+        An image that began with another one, or with a visitor's LoRA, becomes a photograph. All others are
+        drawn again from their prompt.
 
         Args:
             file: The image's file.
@@ -336,7 +339,7 @@ class EditTab:
         """
         path = existing_file(file)
         settings, said = read_back(path)
-        from_photo = getattr(settings, "image", None) is not None
+        from_photo = getattr(settings, "image", None) is not None or self.studio.has_own_lora(settings)
         values = {name: getattr(settings, name) for name in SAMPLING}
         values |= {"prompt": said["prompt"], "seed": said["seed"], "edits": ""}
         values |= {"source": PHOTO if from_photo else PROMPT, "photo": str(path) if from_photo else None}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.masks import read_mask
-from flux.settings.demos import ModelSettings
+from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
@@ -93,10 +93,16 @@ class History:
         images = [(str(path), run.captions[name]) for run, name, path in session.images()]
         return {self.gallery: gr.update(value=images, visible=bool(images))}
 
-    def wire(self, places: Mapping[type[ModelSettings], HistoryPlace]) -> None:
-        """Lets images and files bring settings back to their tab, by the kind of settings."""
-        rows = [row for place in places.values() for row in place.opened]
-        components = [part for place in places.values() for part in place.tab.restorable]
+    def wire(self, places: Mapping[type[ModelSettings], HistoryPlace], with_lora: HistoryPlace) -> None:
+        """Lets images and files bring settings back to their tab.
+
+        Args:
+            places: The tabs by the kind of settings.
+            with_lora: The tab of images that were drawn with a visitor's LoRA.
+        """
+        every = [*places.values(), with_lora]
+        rows = [row for place in every for row in place.opened]
+        components = [part for place in every for part in place.tab.restorable]
         outputs = list(dict.fromkeys([*rows, *components]))
 
         def select(request: gr.Request, event: gr.SelectData) -> dict:
@@ -112,8 +118,8 @@ class History:
                 mask=read_mask(mask) if mask.is_file() else None,
                 shown=run.images.get("reference", path),
             )
-            place = places[type(settings)]
-            return {**bring_back(settings, said, files), **place.tab.shown_again(run, name)}
+            shown = place_of(settings).tab.shown_again(run, name)
+            return {**bring_back(settings, said, files), **shown}
 
         def dropped(path: str | None) -> dict:
             if not path:
@@ -132,8 +138,13 @@ class History:
             shown = None if path.endswith(".json") else Path(path)
             return bring_back(settings, said, Files(mask=mask, shown=shown))
 
+        def place_of(settings: ModelSettings) -> HistoryPlace:
+            if isinstance(settings, GenerateSettings) and self.studio.has_own_lora(settings):
+                return with_lora
+            return places[type(settings)]
+
         def bring_back(settings: ModelSettings, said: Mapping[str, Any], files: Files) -> dict:
-            place = places[type(settings)]
+            place = place_of(settings)
             opened = {row: gr.Tabs(selected=tab) for row, tab in place.opened.items()}
             return {**opened, **place.tab.restored(settings, said, files)}
 

@@ -1,0 +1,176 @@
+"""The tab that looks into a LoRA, and draws with and without it."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from gradio.utils import get_upload_folder
+
+from flux.settings.demos import GenerateSettings
+from flux.settings.resolved import ResolvedGenerate
+from flux.studio.engine import MadeImage, Update
+from flux.studio.forms import MOST_STRENGTH, SAMPLING, Form, lora_settings, notes_about
+from flux.studio.sessions import Run, Session
+from flux.studio.sliders import add_slider_presets, facts_html, layer_sliders, sliders_value
+from flux.studio.state import Studio
+from flux.studio.tabs.common import (
+    UNQUEUED,
+    FormFields,
+    RunButton,
+    RunControls,
+    guidance_fields,
+    size_and_seed_fields,
+    wire_notes,
+)
+from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.shown import ShownImage
+from flux.studio.viewer import image_alone, pair, viewer
+from flux.studio.widgets import UNLISTED, Changes, preview, status_html
+from flux.studio.words import about
+from flux.studio.work.edit import known_layers
+from flux.studio.work.lora import NAME, keep_lora, run_lora
+
+PROMPT = "a dog on the grass"
+
+
+class LoraTab:
+    """The tab that looks into a LoRA, and draws with and without it.
+
+    Attributes:
+        fields: The components that a run's settings are read from, by name.
+    """
+
+    def __init__(self, studio: Studio):
+        self.studio, self.controls = studio, RunControls(studio, "lora")
+        with gr.Row(elem_classes="workspace"):
+            with gr.Column(elem_classes="inputs"):
+                self.upload = gr.File(
+                    label="LoRA (.safetensors)",
+                    file_count="single",
+                    file_types=[".safetensors"],
+                    type="filepath",
+                    height=84,
+                    elem_id="lora-file",
+                )
+                held = gr.State(None)
+                self.prompt = gr.Textbox(
+                    PROMPT,
+                    label="Prompt",
+                    lines=1,
+                    max_lines=6,
+                    max_length=studio.limits.letters,
+                    elem_id="lora-prompt",
+                    info="Drawn without the LoRA and with it.",
+                )
+                [self.go] = self.controls.add_buttons("Compare")
+            with gr.Column(elem_classes="outputs"):
+                self.controls.add_status("Drop a LoRA for this model.")
+                self.preview = preview("lora-preview")
+                self.viewer = viewer("lora-stage", None, "The image without it and with it appears here.")
+                self.under = ShownImage()
+            with gr.Column(elem_classes="options"):
+                self.fields = {"lora": held, "prompt": self.prompt, **self._options()}
+
+    def _options(self) -> FormFields:
+        weight = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Strength", info="0 is without it.")
+        gr.Markdown(
+            about("Layers in which it is added, and a factor for each.", "layers"), elem_classes="label"
+        )
+        self.sliders = layer_sliders("lora-layers")
+        add_slider_presets(self.sliders, **UNQUEUED)
+        with gr.Accordion("What it is", open=False, elem_id="lora-about"):
+            self.facts = gr.HTML("", elem_id="lora-facts")
+        with gr.Accordion("Settings", open=False, elem_id="lora-settings"):
+            fields = size_and_seed_fields(self.studio, seed=7)
+            return {"weight": weight, "layers": self.sliders, **fields, **guidance_fields(self.studio)}
+
+    def wire(self, history: History) -> None:
+        """Connects the events; `history` shows each new image."""
+        self.controls.wire_stop()
+        self._wire_upload()
+
+        def settings_of(form: Form) -> ResolvedGenerate:
+            return lora_settings(self.studio, form)
+
+        def work(
+            session: Session, settings: ResolvedGenerate, _: Form
+        ) -> Iterator[tuple[Update[MadeImage], Changes]]:
+            for update, before, run in run_lora(self.studio, session, settings):
+                shown: Changes = {}
+                if update.preview:
+                    shown[self.viewer] = gr.update(visible=False)
+                    shown[self.preview] = gr.update(visible=True, value=update.preview)
+                if update.result:
+                    shown = self._shown(run, before) | history.changes(session)
+                yield update, shown
+
+        run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
+        run.wire([self.go.click, self.prompt.submit], [*self._shown_parts, history.gallery])
+        wire_notes(self.fields, partial(notes_about, self.studio, lora_settings))
+
+    def _wire_upload(self) -> None:
+        """Lets an uploaded LoRA show its layers, and a wrong one leave what is shown."""
+        held = self.fields["lora"]
+        shown = [held, self.sliders, self.facts, self.controls.status]
+
+        def keep(request: gr.Request, uploaded: dict[str, Any]) -> Changes:
+            session = self.studio.sessions.of(request.session_hash)
+            path, report = keep_lora(self.studio, session, uploaded, Path(get_upload_folder()))
+            value = sliders_value(report, *known_layers(self.studio, session), most=MOST_STRENGTH)
+            changed = f"{path.name} changes {len(report.lora.layers)} of {report.lora.num_layers} layers."
+            return {
+                held: str(path),
+                self.sliders: value,
+                self.facts: facts_html(report),
+                self.controls.status: status_html(changed),
+            }
+
+        def forget() -> Changes:
+            return {held: None, self.sliders: None, self.facts: ""}
+
+        # Not passed through gradio's preprocessing, which would read arbitrary uploads.
+        kept = self.upload.upload(
+            keep, self.upload, shown, preprocess=False, concurrency_limit=None, **UNLISTED
+        )
+        kept.failure(lambda: None, None, self.upload, queue=False, **UNLISTED)
+        self.upload.clear(forget, None, shown[:-1], queue=False, **UNLISTED)
+
+    @property
+    def _shown_parts(self) -> list[Component]:
+        return [self.preview, self.viewer, *self.under.components]
+
+    def _shown(self, run: Run, before: Run | None) -> Changes:
+        """Shows a run's image, over the one without the LoRA if there is one."""
+        path, shows = run.images[NAME], run.captions[NAME]
+        if before is None:
+            value = image_alone(path, shows)
+        else:
+            with_it = f"{shows}, with {Path(run.settings.lora[-1].file).stem}"
+            value = pair(before.images[NAME], shows, path, with_it, tags=("Without", "With"))
+        return {
+            self.preview: gr.update(visible=False),
+            self.viewer: gr.update(visible=True, value=value),
+            **self.under.show(run, path),
+        }
+
+    @property
+    def restorable(self) -> list[Component]:
+        """The components that `restored` and `shown_again` change."""
+        names = [name for name in self.fields if name not in ("lora", "layers")]
+        return [*(self.fields[name] for name in names), *self._shown_parts, self.controls.status]
+
+    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - the LoRA is not among the files
+        """Fills the form with these settings, all but the LoRA and its layers."""
+        first, lora = settings.prompts[0], settings.lora[-1]
+        values = {name: getattr(settings, name) for name in SAMPLING}
+        values |= {"prompt": first.prompt, "seed": first.seed}
+        values["weight"] = min(max(lora.weight, 0.0), MOST_STRENGTH)
+        status = status_html(f"Made with {Path(lora.file).name}: drop it, if it is not the one that is here.")
+        return {**{self.fields[name]: value for name, value in values.items()}, self.controls.status: status}
+
+    def shown_again(self, run: Run, name: str) -> Changes:  # noqa: ARG002 - a run has one image
+        """Shows an image of this session once more."""
+        return self._shown(run, None)

@@ -1,0 +1,225 @@
+"""The work of the LoRA tab: a visitor's LoRA, looked into and put beside the model for one run.
+
+The model is everybody's. A LoRA is put on once the run has the model for itself, and taken off when the run
+ends, also when it is cancelled or fails.
+"""
+
+import os
+import re
+import shutil
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import nn
+
+from flux.errors import InputError
+from flux.lora.live import LiveLora
+from flux.lora.report import LoraReport, look_into
+from flux.model import Flux
+from flux.settings.demos import GenerateSettings, Lora
+from flux.settings.files import check_settings
+from flux.settings.resolved import ResolvedGenerate
+from flux.studio.engine import Engine, MadeImage, Progress, Update
+from flux.studio.limits import uploaded_file
+from flux.studio.sessions import Run, Session, portable
+from flux.studio.state import Studio
+from flux.studio.work.generate import make_images, run_generate
+from flux.weights.checkpoint import open_checkpoint
+from flux.weights.load import on_meta
+from flux.weights.lora import match_patches, read_lora
+from flux.weights.lora_formats import LowRank
+from flux.weights.lora_patches import Patch
+
+HEADER_BYTES = 16 * 2**20
+"""Longest header of an uploaded LoRA: as text in memory it takes many times its bytes."""
+COPIED_BYTES = 2**30
+"""Most bytes of weights that a LoRA may have a changed copy of beside the model's own."""
+NAME = "000"
+"""The name of the one image of a run."""
+_READING = threading.Lock()  # one upload at a time is looked into
+
+
+# ---- uploads
+
+
+def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> tuple[Path, LoraReport]:
+    """Checks an uploaded LoRA and keeps it for the session, in place of an earlier one.
+
+    Args:
+        studio: The studio.
+        session: The visitor's session.
+        upload: What a browser or a program sent: `{"path": ...}` if it is valid.
+        inside: The folder that uploads are written to.
+
+    Returns:
+        The kept file, and what it changes.
+
+    Raises:
+        InputError: The upload is no LoRA for the loaded model, it is too large, or no LoRA can be put beside
+            the model.
+    """
+    check_engine(studio.engine)
+    path = uploaded_file(upload, inside)
+    if path is None:
+        raise InputError("Got a LoRA that was not uploaded, or that was deleted: upload it first")
+    if (size := path.stat().st_size) > studio.limits.lora_bytes:
+        most = studio.limits.lora_bytes // 2**20
+        raise InputError(f"Got a LoRA of {size // 2**20} MB, expected at most {most}")
+    _check_header(path)
+    folder = session.folder / "uploads" / "lora"
+    kept = folder / uuid4().hex / f"{_plain_name(path)}.safetensors"
+    kept.parent.mkdir(parents=True)
+    try:
+        os.link(path, kept)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(path, kept)
+    try:
+        with _READING:
+            [report] = look_into([kept])
+        _check_fit(studio, report)
+    except InputError as error:
+        shutil.rmtree(kept.parent)
+        # The visitor knows the file by its name, and should not learn the server's folders.
+        raise InputError(str(error).replace(str(kept), kept.name)) from None
+    for earlier in folder.iterdir():
+        if earlier != kept.parent:
+            shutil.rmtree(earlier, ignore_errors=True)
+    return kept, report
+
+
+def _check_header(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) < 8 or struct.unpack("<Q", start)[0] > HEADER_BYTES:
+        raise InputError(f"Got {path.name}, which is no LoRA in a .safetensors file")
+
+
+def _plain_name(path: Path) -> str:
+    """Returns a file's name without what a file system or a command line may read otherwise."""
+    return re.sub(r"[^\w-]+", "_", path.stem, flags=re.ASCII).strip("_")[:80] or "lora"
+
+
+def _check_fit(studio: Studio, report: LoraReport) -> None:
+    if studio.defaults.model not in report.lora.models:
+        raise InputError(
+            f"Got {report.lora.path.name}, a LoRA for {report.lora.models[0]}; this studio runs "
+            f"{studio.defaults.model}"
+        )
+    copied = sum(
+        patch.place.rows * (patch.place.columns or 1)
+        for patch in report.lora.patches
+        if not _is_beside(patch)
+    )
+    # The weights as they were, those that the strength leads from, and those that it leads to.
+    needed = 3 * copied * studio.engine.pipe.dtype.itemsize
+    if needed > COPIED_BYTES:
+        raise InputError(
+            f"Got {report.lora.path.name}, a {report.lora.form}, which needs {needed / 2**30:.1f} GB of "
+            "copies beside the model: its operator can start the studio with it (--lora)"
+        )
+
+
+# ---- the LoRA of a run
+
+
+def check_engine(engine: Engine) -> None:
+    """Raises InputError unless LoRAs can be put beside the loaded model: plain weights that stay in place."""
+    settings = engine.settings
+    for hindrance, is_there in (
+        ("offloaded", bool(engine.pipe.offloaded)),
+        ("quantised", settings.quantize != "none"),
+        ("compiled", settings.compile),
+    ):
+        if is_there:
+            raise InputError(
+                f"Got a LoRA, but this studio's model is {hindrance}, so none can be put beside it: its "
+                "operator can start it with one (--lora)"
+            )
+
+
+@contextmanager
+def lora_on(engine: Engine, lora: Lora) -> Iterator[None]:
+    """Puts a LoRA beside the engine's transformer for the duration of the block.
+
+    Args:
+        engine: The engine. No other run may use it meanwhile.
+        lora: The LoRA, its strength, and factors of it by layer.
+
+    Raises:
+        InputError: The file is gone, or does not fit.
+    """
+    model, path = engine.pipe.model, Path(lora.file)
+    if not path.is_file():
+        raise InputError("Your LoRA is gone, a day after the session's last use: upload it again")
+    file = read_lora(open_checkpoint(path), lora.weight, lora.layers)
+    patches = match_patches([file], "transformer", on_meta(Flux, model.params))
+    with _as_it_was(model, patches):
+        LiveLora(model, patches, model.params.depth, engine.pipe.dtype)
+        yield
+
+
+@contextmanager
+def _as_it_was(model: Flux, patches: list[Patch]) -> Iterator[None]:
+    """Gives a transformer its own modules back, those that these changes replace, when the block ends."""
+    own: dict[str, nn.Module] = {}
+    for patch in patches:
+        module = own.setdefault(patch.place.module, model.get_submodule(patch.place.module))
+        if not _is_beside(patch):
+            # Such a change is written into the weights, also if it then fails half-way.
+            own[patch.place.module] = deepcopy(module)
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
+
+
+def _is_beside(patch: Patch) -> bool:
+    """Tells whether a change leaves the weights as they are, and stands beside them."""
+    return patch.change is None or isinstance(patch.change, LowRank)
+
+
+def run_lora(
+    studio: Studio, session: Session, settings: ResolvedGenerate
+) -> Iterator[tuple[Update[MadeImage], Run | None, Run]]:
+    """Makes one image without the visitor's LoRA and one with it.
+
+    Args:
+        studio: The studio.
+        session: The visitor's session. An image without it that was made before is not made again.
+        settings: One prompt; the last LoRA is the visitor's.
+
+    Yields:
+        Each update, the run without the LoRA once it is done, and the run that the update is of.
+    """
+    plain = settings.model_copy(update={"lora": settings.lora[:-1]})
+    before = _earlier_run(session, plain)
+    if before is None:
+        for update, run in run_generate(studio, session, plain):
+            yield update, None, run
+            before = run
+    if session.stop.is_set():
+        return
+
+    def work(progress: Progress[MadeImage], _: Run) -> None:
+        with lora_on(studio.engine, settings.lora[-1]):
+            make_images(studio.engine, settings, progress)
+
+    for update, run in studio.run(session, settings, work):
+        yield update, before, run
+
+
+def _earlier_run(session: Session, settings: ResolvedGenerate) -> Run | None:
+    """Finds the session's last finished run with these settings."""
+    wanted = check_settings(GenerateSettings, portable(settings.to_json()))
+    for run in reversed(session.runs):
+        if run.settings == wanted and NAME in run.images and run.images[NAME].is_file():
+            return run
+    return None
