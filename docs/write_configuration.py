@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from flux.cli import main as flux_main
 from flux.evaluate.settings import EvaluateSettings
 from flux.settings import demos, edits
+from flux.settings.ablate import AblateSettings
 from flux.settings.captions import CaptionSettings
 from flux.settings.command_line import fields_of, type_name
 from flux.settings.fields import MAX_SEED
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "demo 3": demos.DinoSettings,
     "demo 4": edits.EditSettings,
     "`flux.scan`": demos.ScanSettings,
+    "`flux.lora ablate`": AblateSettings,
     "`flux.evaluate`": EvaluateSettings,
     "`flux.captions`": CaptionSettings,
     "`python -m flux`": demos.SessionSettings,
@@ -50,6 +52,7 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
         "For all edits, or in an edit's object. [Editing](editing.md#how-much-doses) has the doses' numbers.",
     ),
     ("flux.scan", demos.ScanSettings, ""),
+    ("flux.lora ablate", AblateSettings, ""),
     ("flux.evaluate", EvaluateSettings, "A method may also have any field of demo 4."),
     ("flux.captions", CaptionSettings, "[Captions](captions.md) has the kinds of models."),
     ("python -m flux", demos.SessionSettings, ""),

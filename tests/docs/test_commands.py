@@ -6,6 +6,7 @@ as its first error, which says what is missing.
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ def folder(tmp_path, monkeypatch):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 48))
     mask.save("mask.png")
+    shutil.copy(specs.NANO_FOLDER / "schnell_lora.safetensors", "my_lora.safetensors")
     (tmp_path / "output" / "skip").mkdir(parents=True)
     found = {"vital_layers": [4, 0], "model": "flux-nano"}
     (tmp_path / "output" / "skip" / "vital_layers.json").write_text(json.dumps(found))

@@ -23,6 +23,7 @@ SHRUNK: Mapping[str, Mapping[str, str]] = {
     "demo_2_skip.py": {**SMALL, "num_steps": "1", "prompts": '["a dog on the grass"]'},
     "demo_4_edit.py": {**SMALL, "num_steps": "4", "edits": '["a cat on the grass"]'},
     "flux.scan": {**SMALL, "num_steps": "1", "prompts": '["a dog", "a cat"]', "stop_when": "never"},
+    "flux.lora ablate": {**SMALL, "num_steps": "1", "prompts": '["a dog"]', "layers": "[0, 1, 2, 4, 14]"},
     "flux": {**SMALL, "num_steps": "2"},
 }
 """Options that are added to a command unless it has them itself: it does the same work on less."""
@@ -135,7 +136,9 @@ def _start(name: str) -> None:
 def shrunk(name: str, arguments: list[str]) -> list[str]:
     """Return the arguments, with those of `SHRUNK` that are not given."""
     given = {argument.partition("=")[0] for argument in arguments}
-    more = {f"--{option}": value for option, value in SHRUNK.get(name, {}).items()}
+    command = f"{name} {arguments[0]}" if arguments else name  # of a program with commands
+    options = SHRUNK.get(command, SHRUNK.get(name, {}))
+    more = {f"--{option}": value for option, value in options.items()}
     return arguments + [word for pair in more.items() if pair[0] not in given for word in pair]
 
 
