@@ -21,7 +21,7 @@ from flux.lora.step import velocity_loss
 from flux.model import Inputs
 from flux.runtime.devices import total_memory
 from flux.runtime.estimate import LiveBytes, MemoryEstimator, ModuleSize, WeightFormat, model_on_meta
-from flux.runtime.plan import GIB, Stage, free_memory, operations, operations_per_second
+from flux.runtime.plan import GIB, Stage, duration, free_memory, operations, operations_per_second
 from flux.runtime.quantize import BITS
 from flux.settings.train import TrainSettings
 from flux.specs import ModelSpec
@@ -81,11 +81,11 @@ class Forecast:
 
     def line(self, steps: int, free: int | None) -> str:
         """Return the forecast as a line."""
-        peak, minutes = self.largest, steps * self.seconds / 60
-        time = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{max(1, round(minutes))} minutes"
+        peak = self.largest
         ways = ["activations are computed twice"] * self.checkpointing
         ways += [f"{self.streamed} blocks are streamed"] * bool(self.streamed)
         of_free = "" if free is None else f" of {free / GIB:.1f}"
+        time = duration(steps * self.seconds)
         return (
             f"forecast: {self.parameters:,} trained numbers, at most {peak.peak / GIB:.2f}{of_free} GiB (to "
             f"{peak.name}), about {time} for {steps} steps{': ' if ways else ''}{', '.join(ways)}"

@@ -195,8 +195,8 @@ def warn_of_slow_steps(
     if step > SLOW_STEP_S:
         whole = step * (settings.num_steps or spec.num_steps)
         warn(
-            f"On this CPU a step of {width}x{height} takes about {_duration(step)}, an image about "
-            f"{_duration(whole)}: make it smaller, or use a GPU"
+            f"On this CPU a step of {width}x{height} takes about {duration(step)}, an image about "
+            f"{duration(whole)}: make it smaller, or use a GPU"
         )
 
 
@@ -219,7 +219,8 @@ def operations_per_second(dtype: torch.dtype, device: torch.device | str = "cpu"
     return 2 * side**3 / min(seconds)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Say about how long something takes: "90 seconds", "3 minutes", "2 hours"."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"

@@ -1,6 +1,7 @@
 """A training of a LoRA on a transformer so small that a step takes milliseconds, and its end at any moment.
 
-python lora_training.py FOLDER MOMENTS IN_A_ROW     kills trainings, see `kill_and_compare`
+python lora_training.py kill FOLDER MOMENTS IN_A_ROW     kills trainings, see `kill_and_compare`
+torchrun lora_training.py share FOLDER OUTPUT            trains on batches of 3, which processes share
 """
 
 import os
@@ -12,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +133,21 @@ def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
         assert not left, left
 
 
+def kill(folder: str, moments: str, in_a_row: str) -> None:
+    models = (f"transformers.models.{name}.modeling_{name}" for name in ("clip", "dinov2", "t5"))
+    for name in ("flux.lora.train", "matplotlib.backends.backend_agg", *models):
+        import_module(name)  # once, not in each child
+    kill_and_compare(Path(folder), int(moments), int(in_a_row))
+
+
+def share(folder: str, output: str) -> None:
+    from flux.lora.train import train
+
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    train(settings(Path(folder), output, batch_size=3, parallel=count))
+
+
 if __name__ == "__main__":
-    # Imported once, not in each child.
-    import matplotlib.backends.backend_agg  # noqa: F401
-    import transformers.models.clip.modeling_clip
-    import transformers.models.dinov2.modeling_dinov2
-    import transformers.models.t5.modeling_t5  # noqa: F401
-
-    import flux.lora.train  # noqa: F401
-
     torch.set_num_threads(1)
     with tiny_nano():
-        kill_and_compare(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        {"kill": kill, "share": share}[sys.argv[1]](*sys.argv[2:])

@@ -125,23 +125,53 @@ def test_more_steps_go_on_from_the_last(tmp_path):
     assert one == two
 
 
-def killed(folder: Path, moments: int, in_a_row: int) -> None:
-    program = ROOT / "tests" / "helpers" / "lora_training.py"
+def program(*arguments, launcher: tuple[str, ...] = ()) -> None:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [*map(str, (sys.executable, program, folder, moments, in_a_row))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "helpers" / "lora_training.py")]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path):
     """Killed three times in a row, at random moments of its start, its steps and its saving."""
-    killed(tmp_path, 3, 3)
+    program("kill", tmp_path, 3, 3)
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(tmp_path):
-    killed(tmp_path, 20, 1)
+    program("kill", tmp_path, 20, 1)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """On batches of three, of which one process has two rows. Relative to the largest; measured 3.2e-6."""
+    one = settings(tmp_path, "one", batch_size=3)
+    train(one)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    program("share", tmp_path, "two", launcher=launcher)
+    factors = [load_file(Path(tmp_path, name, "lora.safetensors")) for name in ("one", "two")]
+    for name, expected in factors[0].items():
+        error = (factors[1][name] - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5, name
+    names = [sorted(path.name for path in Path(tmp_path, way).iterdir()) for way in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_an_edit_with_the_new_lora_under_injection(trained, tmp_path):
+    """Scans and edits take it as any other LoRA, and it changes what they make."""
+    import demo_4_edit
+
+    fields = {"num_steps": 2, "width": 64, "height": 64, "edits": ["a cat on the grass"]}
+    images = {}
+    for name, loras in {"with": [str(Path(trained.output_dir, "lora.safetensors"))], "without": []}.items():
+        with torch.inference_mode():
+            demo_4_edit.main(
+                "edit.json", **fields, weights=trained.weights, lora=loras, output_dir=str(tmp_path / name)
+            )
+        images[name] = Image.open(tmp_path / name / "edit_0.png").tobytes()
+    assert images["with"] != images["without"]
 
 
 @pytest.mark.parametrize(
