@@ -3,8 +3,8 @@
 | file | what it holds |
 |---|---|
 | `photo.jpg`, `photo.txt` | an image and its text |
-| `metadata.jsonl` | texts of another program, a line `{"file_name": ..., "text": ...}` for each image |
-| `captions.jsonl` | all texts in the same form, written by this package |
+| `captions.jsonl` | all texts, a line `{"file_name": ..., "text": ...}` each, written by this package |
+| `metadata.jsonl` | texts of another program in the same form |
 """
 
 import json
@@ -21,12 +21,14 @@ GIVEN, WRITTEN = "metadata.jsonl", "captions.jsonl"
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images. An image's text is in the .txt file of its name, else in metadata.jsonl.
+    """A folder of images.
+
+    An image's text is in the .txt file of its name, else in captions.jsonl, else in metadata.jsonl.
 
     Attributes:
         path: The folder.
         images: The names of its image files, sorted.
-        given: The texts of metadata.jsonl by the image's name.
+        given: The texts of captions.jsonl and metadata.jsonl by the image's name.
     """
 
     path: Path
@@ -38,7 +40,7 @@ class ImageFolder:
         """Lists a folder's images, without those of its subfolders.
 
         Raises:
-            InputError: It is no folder that can be read, holds no images, or its metadata.jsonl is broken.
+            InputError: It is no folder that can be read, holds no images, or a .jsonl file in it is broken.
         """
         path = Path(folder)
         if not path.is_dir():
@@ -51,7 +53,10 @@ class ImageFolder:
         images = tuple(name for name in names if _is_image(path / name))
         if not images:
             raise InputError(f"Got images {path}, which holds no image: expected {', '.join(SUFFIXES)}")
-        return cls(path, images, _read_lines(path / GIVEN) if GIVEN in names else {})
+        given: dict[str, str] = {}
+        for name in (GIVEN, WRITTEN):
+            given |= _read_lines(path / name) if name in names else {}
+        return cls(path, images, given)
 
     def text_file(self, image: str) -> Path:
         """Returns the path of an image's .txt file."""

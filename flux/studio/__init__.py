@@ -4,10 +4,10 @@ Modules, from top to bottom: `app` loads the model and serves the page; `guard` 
 server; `page` builds the page from `tabs`; `endpoints` serves programs; `work` holds the work of each tab;
 `widgets` holds components, `viewer` the one for before and after, `painter` the board for masks, `sliders`
 the layers of a LoRA; `words` explains the page's ideas; `repeat` writes a run as a command and a program;
-`forms` turns form values into settings; `state` holds what all share; `line` is the queue for the model, `engine` runs one thing at a time;
-`callers` knows who is connected, `sessions` keeps what each visitor made, `visits` finds it again after a
-reload; `limits` bounds requests; `hardening` keeps gradio from fetching or serving anything else. `studio.js`
-is what the page does by itself.
+`forms` turns form values into settings; `state` holds what all share; `line` is the queue for the model,
+`engine` runs one thing at a time; `callers` knows who is connected, `sessions` keeps what each visitor made,
+`visits` finds it again after a reload; `limits` bounds requests; `hardening` keeps gradio from fetching or
+serving anything else. `studio.js` is what the page does by itself.
 
 Programs call three named endpoints, with gradio_client or plain HTTP (see `examples/studio_client.py`).
 Parameters that are left out have the page's values. Layers are numbered over the whole model, from 0.

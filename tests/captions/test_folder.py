@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from helpers.captioners import noise
@@ -29,6 +30,8 @@ def test_texts_of_metadata(images):
     (images / "a.txt").write_text("mine")
     folder = ImageFolder.open(images)
     assert [folder.text(name) for name in folder.images] == ["mine", "a dog", None, None]
+    (images / "captions.jsonl").write_text(json.dumps(lines[1] | {"text": "two dogs"}))
+    assert ImageFolder.open(images).text("b.jpg") == "two dogs"
 
 
 def test_what_is_written_is_read_as_metadata(images):
@@ -43,10 +46,11 @@ def test_two_images_of_one_name(images):
     assert [folder.sharing(name) for name in folder.images] == [None, "a.jpg", None, None, None]
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.jsonl"])
 @pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "a.png"}', '{"file_name": 1, "text": "a"}'])
-def test_broken_metadata(images, line):
-    (images / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' + line)
-    with pytest.raises(InputError, match=r"metadata\.jsonl: line 2: expected .* got"):
+def test_broken_lines(images, line, name):
+    (images / name).write_text('{"file_name": "a.png", "text": "a"}\n' + line)
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: line 2: expected .* got"):
         ImageFolder.open(images)
 
 
