@@ -5,9 +5,10 @@ Headers say most of it. Only the norms of the changes need the file's tensors, a
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flux.errors import InputError
 from flux.model import Flux, FluxParams
@@ -114,8 +115,10 @@ class OpenLora:
     def trainer(self) -> str | None:
         """The program that made it, as far as the file says."""
         metadata = self.file.checkpoint.metadata
-        software = _json_object(metadata.get("software"))
-        if isinstance(software.get("name"), str):
+        software = _parsed(metadata.get("software"))
+        if isinstance(software, str):
+            return software[:LONGEST_ENTRY]
+        if isinstance(software, dict) and isinstance(software.get("name"), str):
             return " ".join(str(software[key])[:40] for key in ("name", "version") if key in software)
         found = (title for key, title in TRAINERS.items() if key in metadata)
         return next(found, "XLabs x-flux" if self.names == "XLabs" else None)
@@ -193,12 +196,12 @@ def _form(patch: Patch) -> str:
     return f"DoRA of {FORMS[type(patch.change.direction)]}" if isinstance(patch.change, DoRA) else title
 
 
-def _json_object(text: str | None) -> Mapping[str, object]:
+def _parsed(text: str | None) -> Any:
+    """The value of a JSON text, or a text that is none as it is."""
     try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return text
 
 
 def layer_name(layer: int | None, num_double: int) -> str:

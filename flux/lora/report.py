@@ -187,7 +187,7 @@ def _cell(report: LoraReport, layer: int | None) -> Cell:
     if change.size is None:
         return Cell("-", 0.0, change)
     largest = max(report.sizes.values(), default=0.0) or 1.0
-    text = f"{change.size:.4f}" if change.relative is None else f"{100 * change.size:.3f} %"
+    text = f"{change.size:.4g}" if change.relative is None else f"{100 * change.size:.3f} %"
     return Cell(text, min(1.0, change.size / largest), change)
 
 

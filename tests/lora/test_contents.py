@@ -65,7 +65,8 @@ def test_nano():
         ({"ss_network_module": "networks.lora_flux"}, "kohya sd-scripts, or a trainer built on it"),
         ({"software": json.dumps({"name": "ai-toolkit", "version": "0.9"})}, "ai-toolkit 0.9"),
         ({"software": "[]"}, None),
-        ({"software": "no JSON"}, None),
+        ({"software": "[" * 100_000}, "[" * 100),
+        ({"software": "my trainer"}, "my trainer"),
         ({"ot_revision": "abc", "ss_network_module": "x"}, "OneTrainer"),
     ],
 )
