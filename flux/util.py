@@ -15,10 +15,12 @@ from flux.cli import save_sample as save_image
 from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS, aspect_ratio_to_height_width
 from flux.errors import InputError
 from flux.images.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, WatermarkEmbedder, embed_watermark
-from flux.model import Flux
+from flux.model import Flux, FluxLoraWrapper
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
+from flux.modules.gguf_blocks import BLOCKS
 from flux.specs import ModelSpec, configs, get_spec
+from flux.weights.checkpoint import Checkpoint
 from flux.weights.find import own_lora, path_from_env
 from flux.weights.hub import CHECKPOINTS_DIR, checkpoint_path, fetch, own_file, own_text_folder
 from flux.weights.open_model import ModelFiles, OpenFiles, OpenModel
@@ -57,9 +59,13 @@ def load_flow_model(
     hf_download: bool = True,
     verbose: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    lora_scale: float | None = None,
+    lora_scale: float = 1.0,
 ) -> Flux:
     """Load the transformer of the model `name`.
+
+    A control LoRA as Black Forest Labs publishes it stays beside the weights: then this is a
+    `FluxLoraWrapper`, whose `set_lora_scale` changes its strength. Over GGUF files, and in other forms, it is
+    merged.
 
     Args:
         name: One of `flux.specs.configs`.
@@ -67,8 +73,7 @@ def load_flow_model(
         hf_download: Whether a missing file may be downloaded.
         verbose: Whether to print the name.
         dtype: What it computes in.
-        lora_scale: Strength of the LoRA that the model itself has, such as flux-dev-canny-lora. If None, as
-            the model's spec says. The LoRA is merged into the weights.
+        lora_scale: Strength of the LoRA that the model itself has, such as flux-dev-canny-lora.
 
     Raises:
         InputError: The name is unknown, or the file is missing or another model's.
@@ -77,13 +82,34 @@ def load_flow_model(
         print(f"Loading {name}")
     spec = get_spec(name)
     path = Path(path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
-    opened, scale = OpenFiles(), spec.lora_scale if lora_scale is None else lora_scale
-    given = path_from_env(spec.env_lora)
+    opened, given = OpenFiles(), path_from_env(spec.env_lora)
     lora = own_lora(
-        spec, opened.open(path, "transformer"), Path(given) if given else None, scale, hf_download
+        spec, opened.open(path, "transformer"), Path(given) if given else None, lora_scale, hf_download
     )
     files = ModelFiles(path, path, path, own_lora=lora)
-    return OpenModel(spec, files, opened).load_transformer(device, dtype)
+    model = OpenModel(spec, files, opened)
+    if lora is not None and (wrapper := _empty_wrapper(model, opened.open(lora.path), lora_scale)):
+        without = replace(files, own_lora=lora._replace(strength=0.0))
+        base = OpenModel(spec, without, opened).load_transformer(device, dtype).state_dict()
+        tensors = opened.open(lora.path).tensors.items()
+        beside = {key: tensor.read(device).to(dtype) for key, tensor in tensors if key not in base}
+        wrapper.load_state_dict(base | beside, assign=True)
+        return wrapper.eval().requires_grad_(False)
+    return model.load_transformer(device, dtype)
+
+
+def _empty_wrapper(model: OpenModel, lora: Checkpoint, scale: float) -> FluxLoraWrapper | None:
+    """A wrapper without memory that takes a LoRA's tensors by their names; None if they do not fit it."""
+    base = model.transformer
+    downs = [tensor.shape[0] for name, tensor in lora.tensors.items() if name.endswith(".lora_A.weight")]
+    if not downs or any(source.is_packed and source.kind in BLOCKS for source in base.sources.values()):
+        return None
+    with torch.device("meta"):
+        wrapper = FluxLoraWrapper(max(downs), scale, model.spec.params)
+    shapes = {name: tuple(x.shape) for name, x in wrapper.state_dict().items()}
+    beside = {name: shape for name, shape in shapes.items() if ".lora_" in name}
+    found = {name: tensor.shape for name, tensor in lora.tensors.items() if name in beside}
+    return wrapper if found == beside and lora.tensors.keys() <= shapes.keys() else None
 
 
 def load_ae(

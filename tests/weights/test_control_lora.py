@@ -13,6 +13,8 @@ from flux.model import Flux, FluxLoraWrapper, FluxParams
 from flux.modules.linear import LowRankLinear
 from flux.modules.lora import LinearLora, replace_linear_with_lora
 from flux.modules.norms import RMSNorm
+from flux.specs import configs
+from flux.util import load_flow_model
 
 CONTROL = replace(tiny_models.PARAMS, in_channels=128)
 RANK, SCALE = 8, 0.85
@@ -160,7 +162,39 @@ def test_a_control_lora_for_another_model(tmp_path, weights, file):
         weight_files.load(base, loras=[(lora, 1.0)])
 
 
-# ---- upstream's classes
+# ---- upstream's call and classes
+
+
+@pytest.mark.parametrize("form", ["BFL", "diffusers", "over GGUF"])
+def test_upstreams_call(tmp_path, monkeypatch, form):
+    """A file in upstream's form stays beside the weights; its strength is set as upstream's programs do."""
+    source = weight_files.wide() if form == "over GGUF" else tiny_models.flux()
+    params, base = source.params, source.state_dict()
+    name, file = "flux-dev-canny-lora", control_lora(params)
+    sizes = {"params": replace(params, in_channels=128), "base_params": params}
+    monkeypatch.setitem(configs, name, replace(configs[name], **sizes))
+    path = tmp_path / "base"
+    if form == "over GGUF":
+        base = weight_files.save_gguf(base, path, "Q8_0")
+    else:
+        weight_files.save(base, path)
+    names = in_diffusers(file, params) if form == "diffusers" else file
+    monkeypatch.setenv("FLUX_DEV", str(path))
+    monkeypatch.setenv("FLUX_LORA", str(weight_files.save(names, tmp_path / "lora.safetensors")))
+    expected = by_upstreams_class(base, file, params)
+    expected.set_lora_scale(1.0)
+    model = load_flow_model(name, "cpu", dtype=torch.float32)
+    check(model, expected, 1e-5)
+    assert isinstance(model, FluxLoraWrapper) == (form == "BFL")
+    model = load_flow_model(name, "cpu", dtype=torch.float32, lora_scale=SCALE)
+    expected.set_lora_scale(SCALE)
+    check(model, expected, 1e-5)
+    if form == "BFL":
+        for each in (model, expected):
+            for _, module in each.named_modules():
+                if hasattr(module, "set_scale"):
+                    module.set_scale(0.3)
+        check(model, expected)
 
 
 def test_a_layer_of_upstreams():

@@ -218,12 +218,10 @@ def test_the_strength_of_a_models_own_lora(place, scale):
     chosen = lora_files.pairs(base, ["final_layer.linear"])
     change = lora_files.file_of(chosen, str, downs="lora_A", ups="lora_B")
     place("FLUX.1-Depth-dev-lora", "flux1-depth-dev-lora.safetensors", change)
-    name = "flux-dev-depth-lora"
-    model = load_flow_model(name, "cpu", dtype=torch.float32, lora_scale=scale)
-    opened = find_model(ModelSettings(model=name, lora_scale=scale), download=False)
+    opened = find_model(ModelSettings(model="flux-dev-depth-lora", lora_scale=scale), download=False)
+    model = opened.load_transformer("cpu", torch.float32)
     expected = lora_files.added(base, chosen, 0.85 if scale is None else scale)["final_layer.linear.weight"]
-    for loaded in (model, opened.load_transformer("cpu", torch.float32)):
-        torch.testing.assert_close(loaded.final_layer.linear.weight, expected)
+    torch.testing.assert_close(model.final_layer.linear.weight, expected)
 
 
 def test_redux_by_each_way_to_name_it(place, monkeypatch):
