@@ -19,6 +19,7 @@ from flux.settings.ablate import AblateSettings
 from flux.settings.captions import CaptionSettings
 from flux.settings.command_line import fields_of, type_name
 from flux.settings.fields import MAX_SEED
+from flux.settings.train import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "demo 4": edits.EditSettings,
     "`flux.scan`": demos.ScanSettings,
     "`flux.lora ablate`": AblateSettings,
+    "`flux.lora train`": TrainSettings,
     "`flux.evaluate`": EvaluateSettings,
     "`flux.captions`": CaptionSettings,
     "`python -m flux`": demos.SessionSettings,
@@ -53,6 +55,11 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ),
     ("flux.scan", demos.ScanSettings, ""),
     ("flux.lora ablate", AblateSettings, ""),
+    (
+        "flux.lora train",
+        TrainSettings,
+        "[Training a LoRA](training-loras.md) says when to change them.",
+    ),
     ("flux.evaluate", EvaluateSettings, "A method may also have any field of demo 4."),
     ("flux.captions", CaptionSettings, "[Captions](captions.md) has the kinds of models."),
     ("python -m flux", demos.SessionSettings, ""),
@@ -89,6 +96,15 @@ UNITS = {
     "inject_from": "fraction of the steps",
     "inject_until": "fraction of the steps",
     "vital_layers": "layer numbers",
+    "sizes": "pixels",
+    "rank": "columns of a factor",
+    "alpha": "scale times rank",
+    "learning_rate": "length of a step",
+    "steps": "training steps",
+    "save_every": "training steps",
+    "sample_every": "training steps",
+    "caption_dropout": "fraction",
+    "training_guidance": "scale",
     "nudging": "factor",
     "count": "edits",
     "max_side": "pixels",

@@ -162,6 +162,10 @@ def make_plan(given: TrainSettings) -> Plan:
             f"Got model {settings.model!r}, which was distilled to few steps: training on it undoes that. "
             f"Train on {'flux-nano' if spec.folder else 'flux-dev'}, and add the LoRA to either"
         )
+    if spec.condition:
+        raise InputError(
+            f"Got model {settings.model!r}, which images steer: it cannot be trained here, train on flux-dev"
+        )
     training = read_training_set(settings, spec)
     if spec.vocabulary:
         warn_of_unknown_words(training.captions, spec.vocabulary)

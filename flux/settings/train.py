@@ -40,7 +40,7 @@ class TrainSettings(ModelSettings, frozen=True):
     program: ClassVar[str] = "python -m flux.lora train"
     images: FilePath = Field(
         description="folder of the training images, each with a .txt of the same name, or with a line in "
-        "captions.jsonl or metadata.jsonl"
+        "metadata.jsonl or captions.jsonl"
     )
     trigger: Text | None = Field(
         default=None, description="words that call what is learnt; put before captions that lack them"

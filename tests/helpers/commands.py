@@ -24,6 +24,7 @@ SHRUNK: Mapping[str, Mapping[str, str]] = {
     "demo_4_edit.py": {**SMALL, "num_steps": "4", "edits": '["a cat on the grass"]'},
     "flux.scan": {**SMALL, "num_steps": "1", "prompts": '["a dog", "a cat"]', "stop_when": "never"},
     "flux.lora ablate": {**SMALL, "num_steps": "1", "prompts": '["a dog"]', "layers": "[0, 1, 2, 4, 14]"},
+    "flux.lora train": {**SMALL, "num_steps": "1", "steps": "2"},
     "flux": {**SMALL, "num_steps": "2"},
 }
 """Options that are added to a command unless it has them itself: it does the same work on less."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -229,6 +230,7 @@ def test_no_caption_and_no_trigger(tmp_path):
     [
         ({"model": "flux-schnell"}, "distilled to few steps.*Train on flux-dev"),
         ({"model": "flux-nano-schnell"}, "distilled to few steps.*Train on flux-nano"),
+        ({"model": "flux-dev-kontext"}, "which images steer: it cannot be trained here"),
         ({"layers": [4]}, r"\[4\].*layers 0\.\.3"),
         ({"layers": "folklore"}, "no file and no preset"),
         ({"rank": {"1": 4}}, r"no rank for layers \[2\]"),
@@ -327,10 +329,14 @@ def test_captions_have_the_trigger(tmp_path):
     (images / "1.txt").write_text("a Flower Bell in the snow")
     (images / "2.txt").write_text("\ufeffa garden\n")
     (images / "3.txt").unlink()
+    for name, file, text in (("4", "metadata", "at night"), ("5", "captions", "at sunset")):
+        shutil.copy(images / "3.png", images / f"{name}.png")
+        (images / f"{file}.jsonl").write_text(json.dumps({"file_name": f"{name}.png", "text": text}))
     given = settings(tmp_path)
     captions = [example.caption for example in read_training_set(given, lora_training.SPEC).examples]
     assert captions == [
         "a flower bell on the grass", "a Flower Bell in the snow", "flower bell, a garden", "flower bell",
+        "flower bell, at night", "flower bell, at sunset",
     ]  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """The forecast of a training's memory beside the memory that a real step takes."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import lora_training, tiny_models
+from helpers import full_size, lora_training, tiny_models
 
-from flux.lora.adapters import add_adapters, prepare_backward
-from flux.lora.dataset import read_training_set
+from flux.lora.adapters import add_adapters, find_targets, prepare_backward
+from flux.lora.dataset import Example, read_training_set
 from flux.lora.features import Features
 from flux.lora.forecast import ADAPTER_BYTES, Forecaster
 from flux.lora.train import make_plan
@@ -13,7 +16,12 @@ from flux.lora.trainer import Trainer
 from flux.model import Flux
 from flux.runtime.estimate import LiveBytes
 from flux.runtime.parallel import ALONE
+from flux.runtime.plan import GIB
 from flux.runtime.quantize import quantize_linears
+from flux.settings.complete import resolve
+from flux.settings.files import check_settings
+from flux.settings.train import TrainSettings
+from flux.specs import VITAL_LAYERS_DEV, configs
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +113,32 @@ def test_later_layers_need_less(tmp_path):
         return next(stage.activations for stage in plan.forecast.stages if stage.name == "train")
 
     assert activations([3]) < activations([2]) < activations([0])
+
+
+@pytest.mark.slow
+def test_full_size_forecasts_are_those_of_the_page():
+    """The table of docs/training-loras.md, computed without any file."""
+    page = (Path(__file__).parents[2] / "docs" / "training-loras.md").read_text(encoding="utf-8")
+    spec, sources = configs["flux-dev"], full_size.sources("flux-dev")
+    opened = SimpleNamespace(
+        transformer=SimpleNamespace(sources=sources["transformer"]),
+        sources=lambda: sources,
+        ranks_beside=dict,
+    )
+    for side in (512, 1024):
+        for name, layers in {"vital layers": VITAL_LAYERS_DEV, "all layers": range(57)}.items():
+            targets = find_targets(spec.params, layers, ("attention", "mlp"), 16, None)
+            cells = []
+            for quantize, streamed in (("none", 0), ("8bit", 0), ("4bit", 0), ("8bit", 57)):
+                fields = {"model": "flux-dev", "images": "x", "quantize": quantize, "device": "cpu"}
+                forecaster = Forecaster(
+                    resolve(check_settings(TrainSettings, fields)), spec, opened, targets,
+                    Example(Path("a"), "", side, side), torch.device("cpu"), torch.bfloat16,
+                )  # fmt: skip
+                stages = forecaster.of(checkpointing=True, streamed=streamed).stages
+                cells.append(next(stage.peak for stage in stages if stage.name == "train") / GIB)
+            line = f"| {side} x {side}, {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |"
+            assert line in page
 
 
 def test_the_line():
