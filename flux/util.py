@@ -88,7 +88,10 @@ def load_flow_model(
     )
     files = ModelFiles(path, path, path, own_lora=lora)
     model = OpenModel(spec, files, opened)
-    if lora is not None and (wrapper := _empty_wrapper(model, opened.open(lora.path), lora_scale)):
+    wrapper = None
+    if lora is not None and spec.condition == "control":
+        wrapper = _empty_wrapper(model, opened.open(lora.path), lora_scale)
+    if lora is not None and wrapper is not None:
         without = replace(files, own_lora=lora._replace(strength=0.0))
         base = OpenModel(spec, without, opened).load_transformer(device, dtype).state_dict()
         tensors = opened.open(lora.path).tensors.items()

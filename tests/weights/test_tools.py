@@ -224,6 +224,13 @@ def test_the_strength_of_a_models_own_lora(place, scale):
     torch.testing.assert_close(model.final_layer.linear.weight, expected)
 
 
+def test_other_loras_of_a_models_own_are_merged():
+    """Bit for bit as everywhere else: a wrapper adds its products in another order."""
+    own = find_model(ModelSettings(model="flux-nano-schnell")).load_transformer("cpu", torch.float32)
+    model = load_flow_model("flux-nano-schnell", "cpu", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own.parameters(), strict=True))
+
+
 def test_redux_by_each_way_to_name_it(place, monkeypatch):
     """Any large text-to-image model may use it."""
     expected = place("FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", {"redux_up.weight": torch.zeros(1)})
