@@ -107,14 +107,14 @@ class PixtralContentFilter(nn.Module):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(pixtral)
             self.processor = AutoImageProcessor.from_pretrained(pixtral, backend="pil")
-            model = LlavaForConditionalGeneration.from_pretrained(pixtral, dtype=torch.bfloat16)
+            model: Any = LlavaForConditionalGeneration.from_pretrained(pixtral, dtype=torch.bfloat16)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"Got {pixtral!r} for the content filter, which cannot be loaded ({reason}): give a hub "
                 "name or folder of a Pixtral"
             ) from error
-        self.model = model.to(device).eval()
+        self.model: Any = model.to(device).eval()
         self.yes, self.no = (
             self.tokenizer.encode(word, add_special_tokens=False)[-1] for word in ("yes", "no")
         )

@@ -58,8 +58,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
             require_part(opened.open(path, part), part)
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
     lora_path = _first(settings.lora_weights, path_from_env(spec.env_lora))
-    for path in [lora.path for lora in loras] + [lora_path] * (lora_path is not None):
-        read_lora(opened.open(path))
+    for path in (*(lora.path for lora in loras), lora_path):
+        if path is not None:
+            read_lora(opened.open(path))
     if text is not None:
         _check_text_folder(text, given, opened)
     flow = flow or own_file(spec, spec.repo_flow, download)
