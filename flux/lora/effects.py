@@ -18,7 +18,7 @@ from flux.metrics.base import Metric
 from flux.metrics.table import METRICS, load_metrics
 from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
-from flux.scan.layers import LayerSet, layers_text
+from flux.scan.layers import LayerSet, layer_ranges, layers_text
 from flux.scan.plots import plot_heat_map, plot_vitality
 from flux.scan.report import ReportWords, write_report
 from flux.scan.scores import DECIMALS, Rule, Scores
@@ -203,13 +203,15 @@ def effects_text(settings: ResolvedAblate, effects: Effects) -> str:
     chosen, intervals = set(scores.vital(Rule.of(settings))), scores.intervals()
     to_base = effects.to_base.vitality()
     [whole] = effects.whole.vitality().values()
-    lines = ["layer  name       chosen  effect  95 % interval     from the base"]
+    labels = {layers: layer_ranges(layers) for layers in scores.layer_sets}
+    width = max(len("layer"), *map(len, labels.values()))
+    lines = [f"{'layer':{width}}  name       chosen  effect  95 % interval     from the base"]
     for layers, effect in sorted(scores.vitality().items(), key=lambda item: -item[1]):
         name = layer_name(layers[0], num_double) if len(layers) == 1 else ""
         low, high = intervals.get(layers, (None, None))
         ends = f"{low:.4f} to {high:.4f}" if low is not None else ""
         star = "★" if chosen.issuperset(layers) else ""
         lines.append(
-            f"{layers_text(layers):>5}  {name:9}  {star:6}  {effect:.4f}  {ends:16}  {to_base[layers]:.4f}"
+            f"{labels[layers]:>{width}}  {name:9}  {star:6}  {effect:.4f}  {ends:16}  {to_base[layers]:.4f}"
         )
     return "\n".join([*lines, "", f"the whole LoRA: {whole:.4f}"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from flux.lora.live import load_live
 from flux.metrics.base import Metric
 from flux.settings.ablate import AblateSettings
 from flux.settings.complete import resolve
-from flux.settings.files import check_settings
+from flux.settings.files import check_settings, read_settings
+from flux.settings.train import TrainSettings
 from flux.specs import NANO_FOLDER
 
 LORA = str(NANO_FOLDER / "schnell_lora.safetensors")
@@ -159,6 +161,13 @@ def test_results_travel_between_processes(loaded, tmp_path):
     images = work.run(task)()
     travelled = module.UpdateAblator.unpack(work.pack(lambda: images))()
     assert [largest_difference(a, b) for a, b in zip(images, travelled, strict=True)] == [0, 0]
+
+
+def test_shipped_configs():
+    """Their LoRAs are flux-nano's own, found from any folder, and one that the shipped training writes."""
+    own, subject = (read_settings(AblateSettings, name) for name in ("ablate.json", "ablate_subject.json"))
+    assert Path(own.lora[0].file).samefile(LORA)
+    assert Path(subject.lora[0].file).parent == Path(read_settings(TrainSettings, "train.json").output_dir)
 
 
 @pytest.mark.parametrize("loras", [[], [LORA, LORA]])
