@@ -25,6 +25,7 @@ def main(file: str = "test.json", **overrides: Any) -> None:
     """
     settings = read_settings(GenerateSettings, file, overrides)
 
+    from flux.conditions.images import read_conditions, sized
     from flux.images.io import read_image
     from flux.pipeline import Pipeline, generate_all
     from flux.results import write_images
@@ -32,10 +33,11 @@ def main(file: str = "test.json", **overrides: Any) -> None:
     from flux.settings.complete import check_run, resolve
 
     ranks = join(settings.parallel, settings.device)
-    settings = resolve(settings)
+    conditions = read_conditions(settings)
+    settings = resolve(sized(settings, conditions))
     check_run(settings)
     source = read_image(settings.image) if settings.image else None
-    pipe = Pipeline.load(settings, ranks)
+    pipe = Pipeline.load(settings, ranks).steered(conditions, settings)
     images = generate_all(pipe, settings, source)
     if ranks.rank:  # only the first process writes
         for _ in images:

@@ -30,6 +30,7 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
 
     from flux.attention.film import Film
     from flux.attention.watch import check_watch, watch
+    from flux.conditions.images import read_conditions, sized
     from flux.files import write_json
     from flux.pipeline import Pipeline
     from flux.results import write_film
@@ -38,10 +39,11 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     from flux.settings.complete import check_run, resolve
 
     ranks = join(settings.parallel, settings.device)
-    settings = resolve(settings)
+    conditions = read_conditions(settings)
+    settings = resolve(sized(settings, conditions))
     check_run(settings)
     check_watch(settings)
-    pipe = Pipeline.load(settings, ranks)
+    pipe = Pipeline.load(settings, ranks).steered(conditions, settings)
     out = Path(settings.output_dir)
     for number, entry in enumerate(settings.prompts):
         folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"

@@ -24,10 +24,11 @@ def main(file: str = "skip.json", **overrides: Any) -> None:
     """
     settings = read_settings(SkipSettings, file, overrides)
 
+    from flux.conditions.images import read_conditions, sized
     from flux.scan.sweep import sweep
     from flux.settings.complete import check_run, resolve
 
-    settings = resolve(settings)
+    settings = resolve(sized(settings, read_conditions(settings)))
     check_run(settings)
     print(sweep(settings) / "grid.png")
 

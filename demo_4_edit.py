@@ -24,6 +24,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     """
     settings = read_settings(EditSettings, file, overrides)
 
+    from flux.conditions.images import read_conditions, sized
     from flux.editing.edit import check_edits, edit
     from flux.editing.prepare import complete_edit, with_caption
     from flux.images.io import read_image
@@ -35,14 +36,17 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
 
     ranks = join(settings.parallel, settings.device)
     photo = read_image(settings.photo) if settings.photo else None
+    conditions = read_conditions(settings)
+    settings = sized(settings, conditions)
     opened = local_model(settings)
     settings, layers = complete_edit(settings, photo, opened.fingerprint() if opened else None)
     check_run(settings)
-    check_edits(settings, layers, photo)
+    mask = conditions.mask if settings.mask is None else None
+    check_edits(settings, layers, photo, mask)
     settings = with_caption(settings, photo)
-    pipe = Pipeline.load(settings, ranks, opened)
+    pipe = Pipeline.load(settings, ranks, opened).steered(conditions, settings)
     with count_evaluations(pipe) as evaluations:
-        made = edit(pipe, settings, layers, photo)
+        made = edit(pipe, settings, layers, photo, mask)
     if ranks.rank:  # only the first process writes
         return
     result = EditResult(settings, made.reference, made.edits, pipe.timings, evaluations())

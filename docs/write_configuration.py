@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from flux.cli import main as flux_main
 from flux.evaluate.settings import EvaluateSettings
-from flux.settings import demos, edits
+from flux.settings import conditions, demos, edits
 from flux.settings.ablate import AblateSettings
 from flux.settings.captions import CaptionSettings
 from flux.settings.command_line import fields_of, type_name
@@ -42,6 +42,11 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("The model and its sampling", demos.ModelSettings, ""),
     ("Prompts", demos.PromptSettings, ""),
     ("One image on several GPUs", demos.Divisible, ""),
+    (
+        "Images that steer",
+        conditions.ConditionSettings,
+        "[Conditions](conditions.md) shows what each is for, and which models take it.",
+    ),
     ("Demo 0: images", demos.GenerateSettings, ""),
     ("Demo 1: layers and words", demos.LayerSettings, ""),
     ("Demo 2: layers skipped", demos.SkipSettings, ""),
@@ -83,6 +88,10 @@ UNITS = {
     "batch_size": "images",
     "seed": "number",
     "strength": "fraction of the schedule",
+    "reference_strength": "factor",
+    "redux_strength": "factor",
+    "outpaint": "fraction of the sides",
+    "overlap": "fraction of the sides",
     "cache": "relative change",
     "layers": "layer numbers",
     "at_steps": "step numbers from 0",

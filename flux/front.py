@@ -8,15 +8,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from flux import pipeline
 from flux.attention.film import Film
 from flux.attention.watch import check_watch, watch
+from flux.conditions.images import read_conditions, sized
 from flux.editing.edit import check_edits, edit
 from flux.editing.prepare import complete_edit, with_caption
-from flux.images.io import ImageLike, as_pil, as_rgb
-from flux.images.masks import as_mask
+from flux.images.given import GivenImages, take_images
+from flux.images.io import ImageLike
 from flux.pipeline import count_evaluations, generate_all
 from flux.results import EditResult, FilmResult, ImagesResult, ScanResult, SkipResult
 from flux.scan.run import scan
@@ -32,6 +32,7 @@ S = TypeVar("S", bound=ModelSettings)
 SweepSettings = TypeVar("SweepSettings", bound=SkipSettings)
 
 AnyPath = str | os.PathLike[str]
+CONDITION_IMAGES = ("context", "fill", "control", "redux")
 
 
 class Pipeline:
@@ -135,6 +136,11 @@ class Pipeline:
         guidance: float | None = None,
         image: ImageLike | None = None,
         strength: float | None = None,
+        context: ImageLike | Sequence[ImageLike] | None = None,
+        fill: ImageLike | None = None,
+        mask: ImageLike | None = None,
+        control: ImageLike | None = None,
+        redux: ImageLike | Sequence[ImageLike] | None = None,
         progress: bool = True,
         **fields: Any,
     ) -> ImagesResult:
@@ -158,9 +164,14 @@ class Pipeline:
             guidance: Distilled guidance. If None, the model's own.
             image: Start from this image (a path, a PIL image or a NumPy array) instead of from noise alone.
             strength: How much of the schedule then runs, above 0 and at most 1. If None, 0.8.
+            context: Kontext: the image that the prompt is an instruction for, or a list of them.
+            fill: Fill: the image of which a part is painted anew; its size is that of the result.
+            mask: White where `fill` is painted anew. With `outpaint` instead, its surroundings are.
+            control: Canny and Depth: the image whose edges or depth the result has.
+            redux: Redux: the image to vary, or a list of images to mix.
             progress: Whether to show progress bars.
             **fields: Any other field of `flux.settings.GenerateSettings`: `true_cfg` with a
-                `negative_prompt`, `batch_size`, `watermark`, `cache`, ...
+                `negative_prompt`, `batch_size`, `watermark`, `cache`, `outpaint`, `reference_strength`, ...
 
         Raises:
             InputError: A value cannot be used.
@@ -170,11 +181,17 @@ class Pipeline:
             "seed": seed, "width": width, "height": height, "num_steps": num_steps, "guidance": guidance,
             "strength": strength,
         }  # fmt: skip
-        start, files, inputs = _image_input("image", image)
-        settings = resolve(self._settings(GenerateSettings, given | files | fields))
+        taken = _take_images(
+            fields, image=image, context=context, fill=fill, mask=mask, control=control, redux=redux
+        )
+        settings = self._settings(GenerateSettings, given | taken.names | fields)
+        conditions = read_conditions(settings, taken.images)
+        settings = resolve(sized(settings, conditions))
         print_warnings(settings, self.models.spec)
-        images = list(generate_all(self.models, settings, start, progress))
-        return ImagesResult(settings, images, dict(self.models.timings), inputs)
+        start = taken.one("image")
+        steered = self.models.steered(conditions, settings)
+        images = list(generate_all(steered, settings, start, progress))
+        return ImagesResult(settings, images, dict(self.models.timings), taken.unfiled)
 
     def edit(
         self,
@@ -235,22 +252,27 @@ class Pipeline:
             "vital_layers": vital_layers, "seed": seed, "width": width, "height": height,
             "num_steps": num_steps, "guidance": guidance,
         }  # fmt: skip
-        photograph, files, inputs = _image_input("photo", photo)
-        painted = None
-        if isinstance(mask, str | os.PathLike):
+        is_word = isinstance(mask, str) and mask in ("auto", "none")
+        if is_word:
             given["mask"] = mask
-        elif mask is not None:
-            painted = as_mask(as_pil(mask))
-            inputs["mask"] = painted
-        settings = self._settings(EditSettings, given | files | fields)
-        settings, layers = complete_edit(settings, photograph, self._checkpoint)
+        taken = _take_images(fields, photo=photo, mask=None if is_word else mask)
+        photograph = taken.one("photo")
+        settings = self._settings(EditSettings, given | taken.names | fields)
+        conditions = read_conditions(settings, taken.images)
+        settings, layers = complete_edit(sized(settings, conditions), photograph, self._checkpoint)
+        painted = taken.one("mask") if "mask" in taken.unfiled else None
+        if painted:
+            settings = settings.model_copy(update={"mask": None})  # no file holds it yet
+        elif settings.mask is None:
+            painted = conditions.mask
         print_warnings(settings, self.models.spec)
         check_edits(settings, layers, photograph, painted)
         settings = with_caption(settings, photograph)
-        with count_evaluations(self.models) as evaluations:
-            made = edit(self.models, settings, layers, photograph, painted, progress=progress)
+        models = self.models.steered(conditions, settings)
+        with count_evaluations(models) as evaluations:
+            made = edit(models, settings, layers, photograph, painted, progress=progress)
         timings = dict(self.models.timings)
-        return EditResult(settings, made.reference, made.edits, timings, evaluations(), inputs)
+        return EditResult(settings, made.reference, made.edits, timings, evaluations(), taken.unfiled)
 
     def skip(
         self,
@@ -376,14 +398,17 @@ class Pipeline:
             "prompt": prompt, "layers": [layers] if isinstance(layers, int) else layers,
             "words": [words] if isinstance(words, str) else words, "at_steps": at_steps, "seed": seed,
         }  # fmt: skip
-        settings = resolve(self._settings(LayerSettings, given | fields))
+        taken = _take_images(fields)
+        settings = self._settings(LayerSettings, given | taken.names | fields)
+        conditions = read_conditions(settings, taken.images)
+        settings = resolve(sized(settings, conditions))
         print_warnings(settings, self.models.spec)
         check_watch(settings)
-        steps, attention = watch(self.models, prompt, seed, settings, progress)
-        size = settings.width, settings.height
-        [final] = self.models.decode(steps[-1].latent, *size, settings.watermark)
-        film = Film.of(self.models, prompt, steps, attention, final)
-        return FilmResult(settings, film, dict(film.sheets()), dict(self.models.timings))
+        models = self.models.steered(conditions, settings)
+        steps, attention = watch(models, prompt, seed, settings, progress)
+        [final] = models.decode(steps[-1].latent, settings.width, settings.height, settings.watermark)
+        film = Film.of(models, prompt, steps, attention, final)
+        return FilmResult(settings, film, dict(film.sheets()), dict(models.timings), taken.unfiled)
 
     @cached_property
     def _checkpoint(self) -> str | None:
@@ -412,23 +437,13 @@ class Pipeline:
         }
         settings = self._settings(cls, given | dict(fields))
         print_warnings(settings, self.models.spec)
-        return settings
+        return sized(settings, read_conditions(settings))
 
 
-def _image_input(
-    field: str, image: ImageLike | None
-) -> tuple[Image.Image | None, dict[str, Any], dict[str, Image.Image]]:
-    """Read an image that a call starts from.
-
-    Returns:
-        The image, what the settings say about it, and the image by its field if no file holds it.
-    """
-    if image is None:
-        return None, {}, {}
-    read = as_rgb(image)
-    if isinstance(image, str | os.PathLike):
-        return read, {field: image}, {}
-    return read, {field: f"{field}.png"}, {field: read}
+def _take_images(fields: dict[str, Any], **more: Any) -> GivenImages:
+    """Read the images of a call, and take those that steer it out of its other fields."""
+    steering = {name: fields.pop(name) for name in CONDITION_IMAGES if name in fields}
+    return take_images({**more, **steering})
 
 
 def _plain(value: Any) -> Any:

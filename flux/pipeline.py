@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux import sampling
+from flux.conditions.images import UNSTEERED, ConditionImages, Steering, encode_conditions
 from flux.errors import InputError
 from flux.images.io import crop_to_fit, to_pil, to_tensor
 from flux.images.watermark import embed_watermark
@@ -20,6 +21,7 @@ from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.step_cache import StepCache
+from flux.runtime.condition_encoders import image_encoders
 from flux.runtime.devices import check_compiler, pick_device, pick_dtype
 from flux.runtime.offload import Offloaded
 from flux.runtime.parallel import ALONE, ProcessGroup, SequenceParallelFlux
@@ -28,7 +30,7 @@ from flux.runtime.quantize import BITS, check_fp8_support, quantize_linears, to_
 from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step, VelocityModel
 from flux.settings.demos import ModelSettings
-from flux.settings.resolved import ResolvedGenerate
+from flux.settings.resolved import ResolvedGenerate, SteeredSettings
 from flux.specs import ModelSpec, configs, get_spec
 from flux.vocabulary import warn_of_unknown_words
 from flux.weights.find import find_model
@@ -51,6 +53,7 @@ class Pipeline:
         offloaded: The models that wait in main memory until they are used.
         group: The processes that share each image's tokens.
         timings: Seconds spent so far, by stage.
+        steering: The images that steer all passes, see `steered`.
     """
 
     spec: ModelSpec
@@ -64,6 +67,7 @@ class Pipeline:
     offloaded: dict[nn.Module, Offloaded] = field(default_factory=dict)
     group: ProcessGroup = ALONE
     timings: dict[str, float] = field(default_factory=dict)
+    steering: Steering = UNSTEERED
     _listeners: list[Callable[[int], None]] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -186,7 +190,7 @@ class Pipeline:
         if true_cfg > 1:
             negative_txt, negative_vec = txt[-1:].expand(batch, -1, -1), vec[-1:].expand(batch, -1)
             negative = Conditioning(negative_txt, txt_ids, negative_vec, scale)
-        return Conditioning(
+        cond = Conditioning(
             txt[:batch],
             txt_ids,
             vec[:batch],
@@ -196,6 +200,25 @@ class Pipeline:
             mimic_scale=mimic_scale,
             mimic_percentile=mimic_percentile,
         )
+        return cond.with_condition(self.steering.condition)
+
+    def steered(self, images: ConditionImages, settings: SteeredSettings) -> "Pipeline":
+        """Return the same loaded models, whose passes these images steer from now on.
+
+        Args:
+            images: The images, see `flux.conditions.images.read_conditions`.
+            settings: How they steer.
+
+        Raises:
+            InputError: As `encode_conditions`.
+        """
+        if not images:
+            return self if self.steering is UNSTEERED else replace(self, steering=UNSTEERED)
+        encoders = image_encoders(self.spec, settings, self.encode_pixels, self.device, self.dtype)
+        with self._using("condition"):
+            steering = encode_conditions(images, settings, encoders)
+            like = torch.empty(0, device=self.device, dtype=self.dtype)
+            return replace(self, steering=replace(steering, condition=steering.condition.to(like)))
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Tensor:
         """Draw packed start noise for images of that size in pixels, one row for each seed, "B I 64"."""
@@ -252,12 +275,17 @@ class Pipeline:
             unpacked = sampling.unpack(latents, height, width).to(self.dtype)
             decoded = (self._in_tiles(self.ae.decode, latent, 8) for latent in unpacked.split(1))
             images = torch.cat([image.float().clamp(-1, 1) for image in decoded])
-        return [to_pil(image) for image in (embed_watermark(images) if watermark else images)]
+        made = [to_pil(image) for image in (embed_watermark(images) if watermark else images)]
+        return [self.steering.finish(image) for image in made]
 
     def encode(self, image: Image.Image) -> Tensor:
         """Encode an image whose sides are multiples of 16 to its packed latent, "1 I 64"."""
+        return self.encode_pixels(to_tensor(image)[None])
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Encode pixels in -1..1, "1 3 H W", with sides that are multiples of 16, to a latent, "1 I 64"."""
         with self._using("encode", self.ae):
-            pixels = to_tensor(image)[None].to(self.device, self.dtype)
+            pixels = pixels.to(self.device, self.dtype)
             return sampling.pack(self._in_tiles(self.ae.encode, pixels, 1 / 8))
 
     def _in_tiles(self, convert: Callable[[Tensor], Tensor], x: Tensor, ratio: float) -> Tensor:

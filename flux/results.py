@@ -13,6 +13,7 @@ from PIL import Image
 
 from flux.attention.film import Film
 from flux.files import check_folder, write_json
+from flux.images.given import Images, file_names
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.metrics.pixels import psnr_or_none
@@ -35,7 +36,7 @@ SHEET_COLUMNS = 6
 
 S = TypeVar("S", bound=ResolvedModel)
 
-Inputs = Mapping[str, Image.Image]
+Inputs = Mapping[str, Images]
 """Images that a program handed over rather than a file, by the field of the settings that would name it."""
 
 
@@ -77,7 +78,7 @@ class ImagesResult(Result):
         settings: The settings that made them.
         images: The images, one for each prompt.
         timings: Seconds spent by the model so far, by stage.
-        inputs: The image that they start from, if it came from no file.
+        inputs: The images that they start from or that steer them, where they came from no file.
     """
 
     settings: ResolvedGenerate
@@ -141,12 +142,14 @@ class FilmResult(Result):
         film: All steps, decoded, with the attention of the watched ones.
         sheets: Its sheets by name: "steps", and with layers "layers" and "words".
         timings: Seconds spent by the model so far, by stage.
+        inputs: The images that steer the run, where they came from no file.
     """
 
     settings: ResolvedLayer
     film: Film
     sheets: dict[str, Image.Image]
     timings: Mapping[str, float] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
     def __repr__(self) -> str:
         layers = f", layers {layer_ranges(self.settings.layers)}" if self.settings.layers else ""
@@ -163,7 +166,7 @@ class FilmResult(Result):
 
     def save(self, folder: str | Path) -> Path:
         """Write step_00_noisy.png, ..., steps.gif, the sheets and run.json, as demo 1. See `Result.save`."""
-        settings, folder = _saved_in(folder, self.settings), Path(folder)
+        settings, folder = _saved_in(folder, self.settings, self.inputs), Path(folder)
         write_film(folder, settings, settings.prompts[0], self.film, self.sheets)
         write_json(folder / "run.json", run_record(settings, timings=dict(self.timings)))
         return folder
@@ -213,7 +216,7 @@ class EditResult(Result):
         edits: The edits, one for each prompt.
         timings: Seconds spent by the model so far, by stage.
         evaluations: Number of evaluations of the transformer that this run took.
-        inputs: The photograph and the mask, if they came from no file.
+        inputs: The photograph, the mask and the images that steer the run, where they came from no file.
     """
 
     settings: ResolvedEdit
@@ -344,9 +347,13 @@ class ScanResult(SkipResult):
 
 def _saved_in(folder: str | Path, settings: S, inputs: Inputs | None = None) -> S:
     """Return the settings with this folder as theirs, and write the images that no file held into it."""
-    files = {name: f"{name}.png" for name in inputs or {}}
-    for name, image in (inputs or {}).items():
-        save_image(image.convert("RGB"), Path(folder) / files[name])
+    files: dict[str, str | tuple[str, ...]] = {}
+    for field_name, given in (inputs or {}).items():
+        several = isinstance(given, list)
+        names = file_names(field_name, len(given)) if several else [f"{field_name}.png"]
+        for name, image in zip(names, given if several else [given]):
+            save_image(image.convert("RGB"), Path(folder) / name)
+        files[field_name] = tuple(names) if several else names[0]
     return settings.model_copy(update={"output_dir": str(folder), **files})
 
 

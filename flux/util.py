@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.bfl import track_usage_via_api
-from flux.cli import save_sample as save_image
 from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS, aspect_ratio_to_height_width
 from flux.errors import InputError
 from flux.images.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, WatermarkEmbedder, embed_watermark
@@ -19,6 +18,7 @@ from flux.model import Flux, FluxLoraWrapper
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.gguf_blocks import BLOCKS
+from flux.sessions.files import save_sample as save_image
 from flux.specs import ModelSpec, configs, get_spec
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.find import own_lora, path_from_env

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 
 from flux import cli
-from flux.cli import SamplingOptions, next_index, read_command, reserve_path
+from flux.cli import SamplingOptions
 from flux.errors import InputError
 from flux.images.io import read_metadata
+from flux.sessions import files
+from flux.sessions.files import next_index, reserve_path
+from flux.sessions.options import read_command
+from flux.sessions.session import LocalSession
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = SamplingOptions("a dog", None, None, None, None, 3)
@@ -42,7 +46,7 @@ def test_prompts():
 
 @pytest.mark.parametrize("line", ["/x 3", "/w", "/w big", "/s 1.5"])
 def test_wrong_commands(line):
-    with pytest.raises(InputError, match="/q     quit"):
+    with pytest.raises(InputError, match="/q        quit"):
         read_command(line, OPTIONS)
 
 
@@ -85,14 +89,14 @@ def test_a_wrong_value_in_the_loop(tmp_path, monkeypatch, capsys, line):
 def test_an_image_that_fails_does_not_end_the_loop(tmp_path, monkeypatch, capsys):
     lines = iter(["a cat", "a pig"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines, "/q"))
-    draw = cli.LocalSession.draw
+    draw = LocalSession.draw
 
     def failing(session, prompt, seed):
         if prompt == "a cat":
             raise InputError("no cats")
         return draw(session, prompt, seed)
 
-    monkeypatch.setattr(cli.LocalSession, "draw", failing)
+    monkeypatch.setattr(LocalSession, "draw", failing)
     cli.main(**SMALL, seed=3, prompt="a dog", loop=True, output_dir=str(tmp_path))
     found = [read_metadata(file) for file in sorted(tmp_path.iterdir())]
     assert [each["prompt"] for each in found] == ["a dog", "a pig"]
@@ -107,7 +111,7 @@ def test_the_highest_seed_is_followed_by_the_lowest(tmp_path):
 def test_two_processes_never_take_the_same_number(tmp_path, monkeypatch):
     """Both may have looked before either has written."""
     (tmp_path / "img_0.jpg").touch()
-    monkeypatch.setattr(cli, "next_index", lambda folder: 0)
+    monkeypatch.setattr(files, "next_index", lambda folder: 0)
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: reserve_path(tmp_path), range(32)))
     assert sorted(path.name for path in paths) == sorted(f"img_{number}.jpg" for number in range(1, 33))
@@ -142,7 +146,7 @@ def test_fields_without_effect_are_named_once(tmp_path, capsys):
 
 
 def test_a_folder_that_is_a_file_is_found_before_loading(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.LocalSession, "load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(LocalSession, "load", lambda _: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         cli.main(**SMALL, output_dir=str(tmp_path / "file"))

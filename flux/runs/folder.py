@@ -74,7 +74,9 @@ class ResumableFolder:
         Raises:
             InputError: As `record`.
         """
-        new, old = settings.to_json(), self.record()["settings"]
+        # What a record lacks is a field of a later version, which had its default.
+        defaults = type(settings).model_construct().to_json()
+        new, old = settings.to_json(), {**defaults, **self.record()["settings"]}
         names = (new.keys() | old.keys()) - set(free_fields)
         return {name for name in names if new.get(name) != old.get(name)}
 

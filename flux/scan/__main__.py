@@ -24,10 +24,11 @@ def main(file: str = "scan.json", **overrides: Any) -> None:
     """
     settings = read_settings(ScanSettings, file, overrides)
 
+    from flux.conditions.images import read_conditions, sized
     from flux.scan.run import scan
     from flux.settings.complete import check_run, resolve
 
-    settings = resolve(settings)
+    settings = resolve(sized(settings, read_conditions(settings)))
     check_run(settings)
     vital = scan(settings)
     print(f"vital layers: {vital}\n{Path(settings.output_dir) / 'report.html'}")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flux.conditions.images import read_conditions
 from flux.inputs import Streams
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
@@ -67,11 +68,12 @@ class LayerSkipper:
         reference: The kept parts of the last task's reference.
 
     Raises:
-        InputError: As `Pipeline.load`.
+        InputError: As `Pipeline.load`, `read_conditions` and `Pipeline.steered`.
     """
 
     def __init__(self, settings: ResolvedSkip, pipe: Pipeline | None = None, opened: OpenModel | None = None):
-        self.settings, self.pipe = settings, pipe or Pipeline.load(settings, opened=opened)
+        self.settings, pipe = settings, pipe or Pipeline.load(settings, opened=opened)
+        self.pipe = pipe.steered(read_conditions(settings), settings)
         self.decodes_beside = decodes_beside(self.pipe)
         # On the stream of the steps, decoding would wait for the steps of the next images.
         has_stream = self.decodes_beside and self.pipe.device.type == "cuda"

@@ -6,9 +6,18 @@ from flux.errors import InputError
 from flux.files import claim_folder
 from flux.intervention import check_layers
 from flux.settings.ablate import AblateSettings
-from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
+from flux.settings.conditions import ConditionSettings
+from flux.settings.demos import (
+    GenerateSettings,
+    LayerSettings,
+    ModelSettings,
+    ScanSettings,
+    SessionSettings,
+    SkipSettings,
+)
 from flux.settings.edits import EditSettings
 from flux.settings.effect import print_warnings
+from flux.settings.fitting import check_conditions
 from flux.settings.resolved import (
     ResolvedAblate,
     ResolvedEdit,
@@ -16,6 +25,7 @@ from flux.settings.resolved import (
     ResolvedLayer,
     ResolvedModel,
     ResolvedScan,
+    ResolvedSession,
     ResolvedSkip,
     ResolvedTrain,
 )
@@ -32,6 +42,7 @@ RESOLVED: dict[type[ModelSettings], type[ResolvedModel]] = {
     ScanSettings: ResolvedScan,
     AblateSettings: ResolvedAblate,
     EditSettings: ResolvedEdit,
+    SessionSettings: ResolvedSession,
     TrainSettings: ResolvedTrain,
     ModelSettings: ResolvedModel,
 }
@@ -52,6 +63,8 @@ def resolve(settings: EditSettings) -> ResolvedEdit: ...
 @overload
 def resolve(settings: TrainSettings) -> ResolvedTrain: ...
 @overload
+def resolve(settings: SessionSettings) -> ResolvedSession: ...
+@overload
 def resolve(settings: ModelSettings) -> ResolvedModel: ...
 def resolve(settings: ModelSettings) -> ResolvedModel:
     """Fill every None from the model's spec and round the size down to whole tokens.
@@ -63,8 +76,8 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
         The resolved settings of the same demo, or the model's part of them for settings of another kind.
 
     Raises:
-        InputError: The model is unknown, the settings name layers that it does not have, or the size is
-            beyond all image files that this package would read.
+        InputError: The model is unknown, the settings name layers that it does not have or images that
+            cannot steer it, or the size is beyond all image files that this package would read.
     """
     spec = get_spec(settings.model)
     given = {
@@ -88,6 +101,8 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
             f"Got {got}, expected at most {MOST_PIXELS / 1e6:.0f} million pixels: make it smaller"
         )
     check_layers(settings.named_layers, spec.num_layers)
+    if isinstance(settings, ConditionSettings):
+        check_conditions(settings, spec, settings.model)
     cls = next(RESOLVED[base] for base in type(settings).__mro__ if base in RESOLVED)
     # Everything else has been validated already.
     return cls.model_construct(**{name: getattr(settings, name) for name in cls.model_fields} | values)

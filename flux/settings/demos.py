@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from flux.settings.conditions import ConditionSettings
 from flux.settings.fields import (
     LIST,
     MAX_SEED,
@@ -189,15 +190,18 @@ class ModelSettings(Settings, frozen=True):
         return Workload(self.batch_size)
 
 
-class SessionSettings(ModelSettings, frozen=True):
+class SessionSettings(ConditionSettings, ModelSettings, frozen=True):
     """The settings of `python -m flux`, apart from its prompts."""
 
+    aspect_ratio: Text | None = Field(
+        default=None, description="shape of the images, such as 16:9, instead of width and height"
+    )
     seed: Seed | None = Field(default=None, description="seed of the first image")
     init_image: FilePath | None = Field(default=None, description="start from this image")
     strength: Strength = Field(default=0.8, description="how much of the schedule then runs")
 
 
-class PromptSettings(ModelSettings, frozen=True):
+class PromptSettings(ConditionSettings, ModelSettings, frozen=True):
     """A model and the prompts to run it on. A prompt without a seed gets `seed` plus its number."""
 
     seed: Seed = Field(default=0, description="seed of the first prompt; each later one's is one higher")

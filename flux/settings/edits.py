@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import Divisible
 from flux.settings.doses import DEFAULT_DOSE, DOSES, PUBLISHED_GUIDANCE, Dose, DoseName
 from flux.settings.fields import (
@@ -96,7 +97,7 @@ EditEntry = Annotated[
 ]
 
 
-class EditSettings(DoseSettings, Divisible, frozen=True):
+class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
     """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
 
     demo: ClassVar[str] = "edit"
@@ -160,6 +161,11 @@ class EditSettings(DoseSettings, Divisible, frozen=True):
             what = type(self).model_fields["prompt"].description
             raise ValueError(f"missing field 'prompt': {what}; for a photo, a caption_model can write it")
         return self
+
+    @property
+    def pastes_unmasked(self) -> bool:
+        """Always, since `paste_back` is about a photo here."""
+        return True
 
     @property
     def named_layers(self) -> tuple[int, ...]:

@@ -74,6 +74,18 @@ def _offload_name(value: Any) -> Any:
     return names.get(str(value), value) if isinstance(value, bool | str) else value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _four_sides(value: Any) -> Any:
+    """Read one border for all sides."""
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    if len(entries) not in (1, 4) or not all(isinstance(entry, int | float) for entry in entries):
+        raise _expected("one number, or four: left, right, above, below")
+    return entries * (4 // len(entries))
+
+
 def _weight_form(weight: Any) -> str:
     return "layers" if isinstance(weight, Mapping) else "number"
 
@@ -88,6 +100,7 @@ FilePath = Annotated[
     Text, AfterValidator(_expanded)
 ]  # or the word or the hub id that may stand there instead
 Words = Annotated[tuple[Text, ...], LIST_OR_EMPTY]
+Files = Annotated[tuple[FilePath, ...], LIST_OR_EMPTY, BeforeValidator(_as_list)]
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Side = Annotated[int, Field(ge=16)]
@@ -96,6 +109,8 @@ Guidance = Annotated[float, Field(ge=0)]
 TrueCfg = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(gt=0, le=1)]
+Border = Annotated[float, Field(ge=0, le=10)]
+Borders = Annotated[tuple[Border, Border, Border, Border], LIST_OR_EMPTY, BeforeValidator(_four_sides)]
 Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
 
 MetricName = Literal["dino", "psnr", "ssim", "lpips", "clip"]

@@ -27,6 +27,7 @@ from flux.settings.demos import (
 )
 from flux.settings.edits import EditSettings
 from flux.settings.messages import describe_errors, show
+from flux.settings.train import TrainSettings
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # A checkout has the folder beside the package, a wheel inside it (setup.py).
@@ -40,6 +41,7 @@ READ_BY_DEMOS: tuple[type[Settings], ...] = (
     ScanSettings,
     CaptionSettings,
     AblateSettings,
+    TrainSettings,
 )
 PROGRAMS = {cls.demo: cls.program for cls in READ_BY_DEMOS} | {"evaluate": "python -m flux.evaluate"}
 """The program that runs with the files of each demo."""
@@ -50,7 +52,8 @@ TOLD_BY_FIELDS = {
 }
 # Fields that may name files beside the JSON file, as those of a studio's run.json do.
 FILES = {
-    "image", "images", "photo", "mask", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders",
+    "image", "images", "photo", "mask", "context", "fill", "control", "redux", "weights", "ae_weights",
+    "t5_weights", "clip_weights", "text_encoders", "lora_weights", "redux_weights", "depth_model", "siglip",
 }  # fmt: skip
 
 # Fields that hold for one model. A model that is named in place of the file's brings its own.
@@ -270,7 +273,12 @@ def _without_seed(prompt: Any) -> Any:
 
 
 def _beside(path: Path, name: Any) -> Any:
-    """Return the path of the file of that name beside `path` if there is one, else the name itself."""
+    """Return the path of the file of that name beside `path` if there is one, else the name itself.
+
+    Of a list, each entry is looked for.
+    """
+    if isinstance(name, list):
+        return [_beside(path, each) for each in name]
     there = isinstance(name, str) and name and os.path.exists(path.parent / name)
     return str(path.parent / name) if there else name
 

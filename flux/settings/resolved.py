@@ -4,7 +4,14 @@
 """
 
 from flux.settings.ablate import AblateSettings
-from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
+from flux.settings.demos import (
+    GenerateSettings,
+    LayerSettings,
+    ModelSettings,
+    ScanSettings,
+    SessionSettings,
+    SkipSettings,
+)
 from flux.settings.edits import EditSettings
 from flux.settings.fields import FilePath, Guidance, Side, Steps, StrictModel, TrueCfg
 from flux.settings.train import TrainSettings
@@ -24,6 +31,10 @@ class FilledIn(StrictModel, frozen=True):
 
 class ResolvedModel(FilledIn, ModelSettings, frozen=True):
     """A model's settings with the numbers of its spec filled in."""
+
+
+class ResolvedSession(ResolvedModel, SessionSettings, frozen=True):
+    """The settings that `python -m flux` runs with."""
 
 
 class ResolvedGenerate(ResolvedModel, GenerateSettings, frozen=True):
@@ -52,3 +63,7 @@ class ResolvedEdit(ResolvedModel, EditSettings, frozen=True):
 
 class ResolvedTrain(ResolvedModel, TrainSettings, frozen=True):
     """The settings that a training runs with."""
+
+
+SteeredSettings = ResolvedSession | ResolvedGenerate | ResolvedLayer | ResolvedSkip | ResolvedEdit
+"""The settings of runs that images can steer."""

@@ -1,9 +1,16 @@
-"""Tiny random models that make conditions of images, written to folders."""
+"""Tiny random models that images steer, and models that make conditions of images, written to folders."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+
+from flux.model import Flux
+from flux.specs import ModelSpec, configs
+from helpers.tiny_models import randomized
 
 REDUX_SIZES = 16, 20
 """Features of the tiny SigLIP and of the tiny T5."""
@@ -68,3 +75,48 @@ def save_redux_adapter(path: Path, sizes: tuple[int, int] = REDUX_SIZES) -> Path
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     save_file(weights, path)
     return path
+
+
+# ---- models that images steer
+
+
+def steered_spec(kind: str | None, channels: int = 64, **changes) -> ModelSpec:
+    """Return the spec of a tiny model of that kind, which has flux-nano's text encoders and autoencoder."""
+    nano = configs["flux-nano"]
+    params = replace(
+        nano.params, in_channels=channels, hidden_size=64, num_heads=1, depth=2, depth_single_blocks=2
+    )
+    tiny = {"params": params, "condition": kind, "size": 64, "num_steps": 2, "vital_layers": (0, 2)}
+    return replace(nano, **{**tiny, **changes})
+
+
+SPECS = {
+    "tiny": steered_spec(None, redux_filename="redux.safetensors"),
+    "tiny-kontext": steered_spec("kontext"),
+    "tiny-fill": steered_spec("fill", 384),
+    "tiny-canny": steered_spec("control", 128, control="canny"),
+    "tiny-depth": steered_spec("control", 128, control="depth"),
+}
+"""Tiny models, to be added to the table of models."""
+
+
+def save_steered(name: str, folder: Path) -> Path:
+    """Write random weights of one of the `SPECS`, and return the file's path."""
+    path = folder / f"{name}.safetensors"
+    save_file(randomized(Flux(SPECS[name].params), 0).state_dict(), path)
+    return path
+
+
+def save_image(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> str:
+    """Write an image of coloured blocks, and return its path."""
+    levels = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST).save(path)
+    return str(path)
+
+
+def save_mask(path: Path, width: int = 64, height: int = 64, white: bool = True) -> str:
+    """Write a mask whose right half is white, or a black one, and return its path."""
+    levels = np.zeros((height, width), np.uint8)
+    levels[:, width // 2 :] = 255 * white
+    Image.fromarray(levels).save(path)
+    return str(path)

@@ -1,0 +1,258 @@
+"""Sessions: one image after another by one model, saved as img_0.jpg, img_1.jpg, ..."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from flux.errors import InputError
+from flux.sessions.files import reserve_path
+from flux.sessions.options import SamplingOptions, ask, help_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from flux.pipeline import Pipeline
+    from flux.settings.demos import SessionSettings
+
+O = TypeVar("O", bound=SamplingOptions)  # noqa: E741
+HOSTED_TAKES = ("prompt", "seed", "width", "height", "num_steps", "guidance")
+
+# Fields of a model's settings that the programs have under another name, or no use for.
+NOT_OPTIONS = {"model", "batch_size", "metadata"}
+
+
+class PromptSession(Generic[O]):
+    """Makes one image after another by one model and saves them as img_N.jpg.
+
+    Args:
+        name: Name of the model.
+        output_dir: Folder to write to.
+        metadata: Whether the prompt and the settings are written into the files.
+        track_usage: Whether each image is reported to BFL.
+    """
+
+    def __init__(self, name: str, output_dir: Path, metadata: bool, track_usage: bool):
+        self.name, self.output_dir, self.metadata, self.track_usage = name, output_dir, metadata, track_usage
+        self.seed: int | None = None
+
+    def run(self, options: O, loop: bool) -> None:
+        """Make an image of each prompt in the options, and in a loop of each one typed after them.
+
+        Raises:
+            InputError: An option cannot be used.
+        """
+        self.use(options)
+        prompts = [text.strip() for text in options.prompt.split("|") if text.strip()]
+        if not prompts and self.needs_prompt:
+            raise InputError("Got an empty prompt: say what to show")
+        self.load()
+        if loop:
+            print(help_of(options))
+        prompts = prompts or [""]
+        for prompt in prompts:
+            self.generate(prompt)
+        options = replace(options, prompt=prompts[-1])
+        while loop and (answer := ask(replace(options, seed=self.seed), self.use)):
+            options = answer
+            try:
+                self.generate(options.prompt)
+            except InputError as error:
+                print(f"error: {error}")
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether there is nothing to show without a prompt."""
+        return True
+
+    def generate(self, prompt: str) -> None:
+        """Make, save and report one image; the next one's seed is one higher."""
+        from flux.bfl import track_usage_via_api
+        from flux.images.io import save_image
+
+        seed = self.seed if self.seed is not None else time.time_ns() % 2**32
+        begin = time.perf_counter()
+        image = self.draw(prompt, seed)
+        about = {"model": self.name, "prompt": prompt, "seed": seed, **self.about()}
+        path = reserve_path(self.output_dir)
+        try:
+            save_image(image, path, about if self.metadata else None)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        if self.track_usage:
+            track_usage_via_api(self.name, 1)
+        print(f"{path}  seed {seed}  {time.perf_counter() - begin:.1f} s")
+        if self.seed is not None:
+            self.seed = (self.seed + 1) % 2**63  # as high as a seed may be
+
+    def use(self, options: O) -> None:
+        """Make the next images with these options. Raises InputError if the model cannot use them."""
+        from flux.settings.demos import SessionSettings
+        from flux.settings.files import check_settings
+
+        check_settings(SessionSettings, {"seed": options.seed, **options.numbers()})
+        self.seed = options.seed
+
+    def load(self) -> None:
+        """Prepare the model for the options in use."""
+
+    def draw(self, prompt: str, seed: int) -> "Image":
+        """Return one image with the options in use."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """Return the numbers in use, for the image's metadata."""
+        raise NotImplementedError
+
+
+class LocalSession(PromptSession[O]):
+    """A session with a model that runs here.
+
+    Args:
+        name: Name of the model.
+        output_dir: Folder to write to.
+        metadata: Whether the prompt and the settings are written into the files.
+        track_usage: Whether each image is reported to BFL.
+        settings: The model and how it runs, what to start from, and the first options.
+    """
+
+    pipe: "Pipeline"
+
+    def __init__(
+        self,
+        name: str,
+        output_dir: Path,
+        metadata: bool,
+        track_usage: bool,
+        settings: "SessionSettings",
+    ):
+        super().__init__(name, output_dir, metadata, track_usage)
+        self.given = settings
+        self.steered: Pipeline | None = None
+        self.warned: set[str] = set()
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether there is nothing to show without a prompt: Redux's images are enough."""
+        return not self.settings.redux
+
+    def use(self, options: O) -> None:
+        """Make the next images with these options. Raises InputError if the model cannot use them."""
+        from flux.conditions.images import read_conditions, sized
+        from flux.settings.complete import resolve
+        from flux.settings.demos import SessionSettings
+        from flux.settings.effect import settings_warnings
+        from flux.settings.files import check_settings
+        from flux.specs import get_spec
+
+        super().use(options)
+        spec = get_spec(self.name)
+        settings = check_settings(SessionSettings, {**self.given.model_dump(), **options.as_settings()})
+        images = read_conditions(settings)
+        self.settings = resolve(sized(settings, images))
+        self.images, self.steered = images, None
+        for line in settings_warnings(settings, spec):
+            if line not in self.warned:
+                print(f"warning: {line}", file=sys.stderr)
+                self.warned.add(line)
+
+    def load(self) -> None:
+        """Read the image to start from and load the model."""
+        from flux.images.io import read_image
+        from flux.pipeline import Pipeline
+
+        start = self.given.init_image
+        self.image = read_image(start) if start else None
+        self.pipe, self.loaded = Pipeline.load(self.settings), self.settings
+
+    def draw(self, prompt: str, seed: int) -> "Image":
+        """Return one image with the options in use."""
+        from flux.images.io import crop_to_fit
+
+        settings = self.settings
+        if settings.lora_scale != self.loaded.lora_scale:  # it is merged into the weights
+            self.load()
+        if self.steered is None:
+            self.steered = self.pipe.steered(self.images, settings)
+        start = crop_to_fit(self.image, settings.width, settings.height) if self.image else None
+        sampling = {"image": start, "strength": settings.strength, **settings.sampling()}
+        return self.steered.generate([prompt], [seed], **sampling)[0]
+
+    def about(self) -> dict[str, Any]:
+        """Return the numbers and images in use, for the image's metadata."""
+        settings = self.settings
+        start = {"init_image": settings.init_image, "strength": settings.strength}
+        return {
+            **settings.sampling(),
+            **(start if settings.init_image else {}),
+            **settings.named_conditions(),
+        }
+
+
+class HostedSession(PromptSession[O]):
+    """A session with a model that only Black Forest Labs runs."""
+
+    def use(self, options: O) -> None:
+        """Make the next images with these options. Raises InputError if the model cannot use them."""
+        from flux.bfl import HostedSettings
+
+        super().use(options)
+        self.settings = HostedSettings(self.name, **options.numbers())
+
+    def draw(self, prompt: str, seed: int) -> "Image":
+        """Return one image with the options in use."""
+        from flux.bfl import generate
+
+        return generate(self.settings, prompt, seed)
+
+    def about(self) -> dict[str, Any]:
+        """Return the numbers in use, for the image's metadata."""
+        return self.settings.sampling()
+
+
+def run_session(
+    name: str,
+    options: SamplingOptions,
+    fields: Mapping[str, Any],
+    *,
+    loop: bool,
+    add_sampling_metadata: bool,
+    track_usage: bool,
+) -> None:
+    """Make the images of a command.
+
+    Args:
+        name: The model.
+        options: The options of the first images.
+        fields: More fields of the settings: where the model runs, where images are written, ...
+        loop: Whether to ask for further prompts.
+        add_sampling_metadata: Whether prompt and settings are written into the files.
+        track_usage: Whether each image is reported to BFL.
+
+    Raises:
+        InputError: A value cannot be used. It is raised before a model is loaded.
+    """
+    from flux.files import check_folder
+    from flux.settings.demos import SessionSettings
+    from flux.settings.files import check_settings
+    from flux.specs import HOSTED
+
+    settings = check_settings(SessionSettings, {"model": name, **fields, **options.as_settings()})
+    check_folder(settings.output_dir)
+    saving = Path(settings.output_dir), add_sampling_metadata, track_usage
+    if name not in HOSTED:
+        LocalSession(name, *saving, settings).run(options, loop)
+        return
+    usual = SessionSettings.model_fields
+    given = [each for each in fields if each in usual and fields[each] != usual[each].default]
+    given = [each for each in given if each not in (*HOSTED_TAKES, "output_dir", "device", "offload")]
+    if given or track_usage:
+        got = ", ".join([*given, *["track_usage"] * track_usage])
+        raise InputError(
+            f"Got {got} for {name}, which is not run here: it takes prompt, seed, width and height, some "
+            "models num_steps and guidance too"
+        )
+    HostedSession(name, *saving).run(options, loop)
