@@ -7,6 +7,7 @@ Writes the LoRA, samples and curves to the file's output_dir. Started again, it 
 
 from typing import Any
 
+from flux.errors import only_rank_zero_prints
 from flux.settings.files import read_settings
 from flux.settings.train import TrainSettings
 
@@ -14,6 +15,7 @@ POSITIONAL = "file"
 FIELDS = TrainSettings.model_fields
 
 
+@only_rank_zero_prints()
 def main(file: str = "train.json", **overrides: Any) -> None:
     """Train with the settings of a JSON file.
 
