@@ -148,8 +148,10 @@ def open_lora(path: str | Path, strength: float = 1.0) -> OpenLora:
     file = read_lora(open_checkpoint(Path(path)), strength)
     if file.parts.isdisjoint({"transformer"}):
         raise InputError(f"Got {path}, a LoRA of text encoders alone, which has no layers of a transformer")
+    sides = {side for fields in file.modules.values() for tensor in fields.values() for side in tensor.shape}
     errors: list[InputError] = []
-    for params in _sizes():
+    # Of models that it does not fit, the error is that of one whose width it has.
+    for params in sorted(_sizes(), key=lambda params: params.hidden_size not in sides):
         try:
             patches = match_patches([file], "transformer", on_meta(Flux, params))
         except InputError as error:

@@ -142,7 +142,15 @@ def publish(ablation: Ablation, effects: Effects, progress: bool = True) -> Path
         effect, num_double, chosen, rule.threshold, folder / "effect.png", intervals, MEASURE, AXIS, "chosen"
     )
     prompts = [entry.prompt for entry in settings.entries]
-    plot_heat_map(similarity, scores.layer_sets, prompts, num_double, chosen, folder / "heat_map.png")
+    plot_heat_map(
+        similarity,
+        scores.layer_sets,
+        prompts,
+        num_double,
+        chosen,
+        folder / "heat_map.png",
+        f"{AXIS} (bold: chosen)",
+    )
     write_text(folder / "similarity_to_full.csv", scores.csv())
     write_text(folder / "similarity_to_base.csv", effects.to_base.csv())
     write_json(folder / "ablation.json", _as_json(ablation, effects, rule))

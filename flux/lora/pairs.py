@@ -224,6 +224,8 @@ def _in_diffusers(
             tensors[f"{name}.lora_B.weight"] = place.in_order(pair.scale * pair.up).to(dtype)
             if lora.biases:  # PEFT has them in all modules or in none
                 tensors[f"{name}.lora_B.bias"] = place.in_order(bias).to(dtype)
+    if not tensors:
+        return {}, {}
     return tensors, {OF_PEFT: json.dumps(_peft_config(ranks, bool(lora.biases)), sort_keys=True)}
 
 

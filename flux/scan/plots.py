@@ -110,6 +110,7 @@ def plot_heat_map(
     num_double: int,
     vital: Collection[int],
     path: str | Path,
+    axis: str | None = None,
 ) -> None:
     """Writes a heat map of the change that each set of layers makes to each prompt's image.
 
@@ -120,6 +121,7 @@ def plot_heat_map(
         num_double: As for `plot_vitality`.
         vital: As for `plot_vitality`.
         path: As for `plot_vitality`.
+        axis: What the columns are. If None, skipped layers.
 
     Raises:
         InputError: The file cannot be written.
@@ -146,7 +148,7 @@ def plot_heat_map(
         tick.set_parse_math(False)  # two dollar signs in a prompt are not a formula
         if families:
             tick.set_fontfamily(families)
-    axes.set_xlabel("skipped (bold: vital)" if vital else "skipped")
+    axes.set_xlabel(axis or ("skipped (bold: vital)" if vital else "skipped"))
     figure.colorbar(image, ax=axes, label="change (1 \N{MINUS SIGN} similarity)", pad=0.01)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # `font_file` has named them, in one line

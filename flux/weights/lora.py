@@ -249,7 +249,7 @@ def _patches_of(
         check_fields(file.path, place, fields, change)
         biases = {role: fields[role] for role in BIASES if role in fields}
         rank = None if change is None else change.rank
-        scale = 1.0 if rank is None else _scale(file, module, part, fields, rank)
+        scale = _scale(file, module, part, fields, rank) if rank else 1.0
         layer = layer_of(place.module, num_double) if part == "transformer" else None
         if factor := file.factor_in(layer):
             patches.append(Patch(place, change, biases, file.strength * factor, scale, module))

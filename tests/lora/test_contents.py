@@ -107,6 +107,27 @@ def test_refused(tiny, tmp_path, names, message):
         open_lora(path)
 
 
+def test_the_error_is_that_of_the_model_whose_width_it_has(tmp_path):
+    pair = {"lora_A.weight": torch.zeros(4, 320), "lora_B.weight": torch.zeros(959, 4)}
+    path = weight_files.save(
+        {f"double_blocks.0.img_attn.qkv.{name}": x for name, x in pair.items()}, tmp_path / "x"
+    )
+    with pytest.raises(InputError, match="expected one of 960 x 320"):
+        open_lora(path)
+
+
+def test_rank_0_changes_nothing(tiny, tmp_path):
+    pair = {
+        "lora_A.weight": torch.zeros(0, 32),
+        "lora_B.weight": torch.zeros(96, 0),
+        "alpha": torch.tensor(1.0),
+    }
+    path = weight_files.save(
+        {f"double_blocks.0.img_attn.qkv.{name}": x for name, x in pair.items()}, tmp_path / "x"
+    )
+    assert open_lora(path).layers == [0]
+
+
 def test_two_models(tiny, save):
     with pytest.raises(InputError, match=r"a LoRA for flux-nano, and .*, one for flux-dev"):
         open_loras([NANO_FOLDER / "schnell_lora.safetensors", save()])

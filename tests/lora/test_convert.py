@@ -159,6 +159,13 @@ def test_an_existing_file_stays(source, tmp_path):
     assert open_lora(out).names == "BFL"
 
 
+def test_a_file_of_zeros_has_nothing_to_convert(tiny, tmp_path):
+    pair = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.zeros(96, 2)}
+    source = weight_files.save({f"{BLOCKS[0]}.{name}": x for name, x in pair.items()}, tmp_path / "x")
+    with pytest.raises(InputError, match="no layer is changed"):
+        convert(source, tmp_path / "out", "diffusers")
+
+
 def test_other_forms_are_refused(tiny, tmp_path):
     module = "double_blocks.1.img_attn.qkv"
     file = {f"{module}.lokr_w1": torch.randn(12, 4), f"{module}.lokr_w2": torch.randn(8, 8)}
