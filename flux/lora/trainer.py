@@ -5,6 +5,7 @@ and a training that resumes takes the same steps as one that was never stopped.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Trainer:
             loss = velocity_loss(self.model, inputs, velocity).sum() / len(numbers)
             loss.backward()
         value = self._share(loss.detach())
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             raise InputError(
                 f"Got a loss of {value} in step {self.step + 1}: give a smaller learning_rate than "
                 f"{self.settings.learning_rate:g}"
@@ -163,7 +164,7 @@ class Trainer:
         """Go to the state that `save` wrote.
 
         Raises:
-            InputError: The file is damaged, or that of another training.
+            InputError: The file is damaged, that of another training, or has more steps than are to be taken.
         """
         checkpoint = open_checkpoint(path)
         tensors = {name: tensor.stored.read("cpu") for name, tensor in checkpoint.tensors.items()}
@@ -176,6 +177,11 @@ class Trainer:
             raise InputError(f"Got {path}, which is the state of another training: delete it to begin anew")
         self.losses = tensors["losses"].tolist()
         self.step = len(self.losses)
+        if self.step > self.settings.steps:
+            raise InputError(
+                f"Got steps {self.settings.steps}, but {path} has taken {self.step}: give more, or another "
+                "output_dir"
+            )
         with torch.no_grad():
             for name, factor in self.factors.items():
                 factor.copy_(tensors[name])

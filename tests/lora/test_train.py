@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flux.errors import InputError
-from flux.lora.dataset import bucket, read_training_set
-from flux.lora.step import noise_levels, noisy
 from flux.lora.train import TrainProgress, make_plan, train
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -111,6 +108,25 @@ def test_a_training_that_went_through_does_nothing_more(trained):
     train(trained, seen.append)
     assert not seen
     assert state.stat().st_mtime_ns == before
+
+
+def test_fewer_steps_than_were_taken_are_refused(trained):
+    with pytest.raises(InputError, match=r"Got steps 5, but .*state\.safetensors has taken 12"):
+        train(trained.model_copy(update={"steps": 5}))
+
+
+def test_the_state_of_another_training_is_refused(trained):
+    state = Path(trained.output_dir, "state.safetensors")
+    whole = state.read_bytes()
+    try:
+        state.write_bytes(Path(trained.output_dir, "lora.safetensors").read_bytes())
+        with pytest.raises(InputError, match="the state of another training: delete it to begin anew"):
+            train(trained)
+        state.write_bytes(whole[:-100])
+        with pytest.raises(InputError, match=r"state\.safetensors"):
+            train(trained)
+    finally:
+        state.write_bytes(whole)
 
 
 def test_more_steps_go_on_from_the_last(tmp_path):
@@ -303,66 +319,7 @@ def test_a_learning_rate_that_is_too_large(tmp_path):
         train(settings(tmp_path, learning_rate=1e30, sample_prompts=[]))
 
 
-# ---- the images
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "size", "expected"),
-    [
-        (1024, 1024, 1024, (1024, 1024)),
-        (4000, 3000, 1024, (1152, 832)),
-        (3000, 4000, 512, (384, 576)),
-        (300, 200, 1024, (256, 192)),
-        (64, 64, 1024, (64, 64)),
-        (4000, 100, 512, (3200, 64)),
-    ],
-)
-def test_buckets(width, height, size, expected):
-    """About the area, in the image's proportions, and never larger than the image."""
-    assert bucket(width, height, size) == expected
-    assert expected[0] <= width
-    assert expected[1] <= height
-
-
-def test_captions_have_the_trigger(tmp_path):
-    images = lora_training.write_images(tmp_path / "images")
-    (images / "1.txt").write_text("a Flower Bell in the snow")
-    (images / "2.txt").write_text("\ufeffa garden\n")
-    (images / "3.txt").unlink()
-    for name, file, text in (("4", "metadata", "at night"), ("5", "captions", "at sunset")):
-        shutil.copy(images / "3.png", images / f"{name}.png")
-        (images / f"{file}.jsonl").write_text(json.dumps({"file_name": f"{name}.png", "text": text}))
-    given = settings(tmp_path)
-    captions = [example.caption for example in read_training_set(given, lora_training.SPEC).examples]
-    assert captions == [
-        "a flower bell on the grass", "a Flower Bell in the snow", "flower bell, a garden", "flower bell",
-        "flower bell, at night", "flower bell, at sunset",
-    ]  # fmt: skip
-
-
-def test_each_epoch_sees_each_example_once_in_batches_of_one_size(tmp_path):
-    training = read_training_set(settings(tmp_path), lora_training.SPEC)
-    orders = [training.batches(7, epoch, 2) for epoch in range(5)]
-    for batches in orders:
-        assert sorted(number for batch in batches for number in batch) == [0, 1, 2, 3]
-        assert all(len({training.examples[number].size for number in batch}) == 1 for batch in batches)
-    assert len({str(batches) for batches in orders}) > 1
-    assert orders[3] == training.batches(7, 3, 2)
-    assert {len(batches) for batches in orders} == {3}
-
-
-def test_noise_levels_are_shifted_as_the_samplers():
-    """By e^1.15 at 4096 tokens: the median of sigmoid(n), 1/2, becomes s / (s + 1)."""
-    levels = noise_levels(torch.zeros(1), 4096, configs["flux-dev"], torch.float32)
-    shift = 2.718281828459045**1.15
-    assert levels.item() == pytest.approx(shift / (shift + 1), rel=1e-6)
-    half = noise_levels(torch.randn(9), 4096, configs["flux-dev"], torch.bfloat16)
-    assert torch.equal(half, half.bfloat16().float())
-
-
-def test_noisy_latents():
-    x, noise, t = torch.ones(2, 3, 4), torch.full((2, 3, 4), 5.0), torch.tensor([0.25, 1.0])
-    assert torch.equal(noisy(x, noise, t)[:, 0, 0], torch.tensor([2.0, 5.0]))
+# ---- what is learnt
 
 
 def test_a_lora_learns_what_the_velocity_is(trained):
