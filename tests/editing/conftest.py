@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_models
-from helpers.editing import DOG, make
+from helpers import conditions, tiny_models
+from helpers.editing import DOG, TOKENS, make
+
+from flux.conditions.images import Steering
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +17,16 @@ def small(nano):
     """
     net = tiny_models.flux(context_in_dim=256, vec_in_dim=128)
     return replace(nano, model=net, spec=replace(nano.spec, params=net.params))
+
+
+@pytest.fixture(scope="module")
+def steered(nano):
+    """`small`, with further channels, and a condition of all kinds that steers each pass."""
+    net = tiny_models.flux(context_in_dim=256, vec_in_dim=128, in_channels=64 + conditions.CHANNELS)
+    whole = conditions.condition(1, TOKENS)
+    whole = replace(whole, txt=whole.txt.repeat(1, 1, 13)[..., :256])
+    spec = replace(nano.spec, params=net.params)
+    return replace(nano, model=net, spec=spec, steering=Steering(whole))
 
 
 @pytest.fixture

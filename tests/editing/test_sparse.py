@@ -56,10 +56,14 @@ def save(mask: Image.Image, path) -> str:
 @torch.inference_mode()
 @pytest.mark.parametrize("true_cfg", [1.0, 2.5])
 @pytest.mark.parametrize("with_photo", [False, True])
-def test_a_whole_pass_with_all_else_held_gives_the_same(small, photo, latents, true_cfg, with_photo):
+@pytest.mark.parametrize("models", ["small", "steered"])
+def test_a_whole_pass_with_all_else_held_gives_the_same(
+    request, photo, latents, true_cfg, with_photo, models
+):
     """Each step anew by its definition: whole passes of reference and edit, in which all layers take the
     reference's keys and values outside the mask, and the vital layers everywhere, in the steps of the dose.
     """
+    small = request.getfixturevalue(models)
     options = {"true_cfg": true_cfg, "inject_until": 0.4, "weight": 0.7, "guidance": 3.5}
     sources, start = [], Batch.start.__func__
 
