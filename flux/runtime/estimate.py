@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS, kontext_size
+from flux.inputs import Condition, Inputs
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.float8 import EIGHT_BIT_FLOATS
@@ -24,6 +26,7 @@ from flux.modules.linear import PackedLinear
 from flux.runtime.offload import evenly_spaced
 from flux.runtime.quantize import BITS, quantize_linears, quantized_bytes, to_fp8
 from flux.runtime.tiling import TILE
+from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec
 from flux.weights.layouts import Part, TensorSource
@@ -33,6 +36,10 @@ CUBLAS_WORKSPACE = 32 * 2**20  # bytes that cuBLAS allocates for itself
 BLOCK = r"(double_blocks|single_blocks|encoder\.block)\.(\d+)\."
 T5_HEAD = 64  # channels of an attention head of T5-XXL
 T5_WIDENING = 2.5  # width of T5-XXL's MLP, divided by the width of the model
+REDUX_TOKENS = 729  # of an image, by SigLIP
+# Bytes of the models that encode conditions, on the device beside the autoencoder: about 335 million numbers
+# of Depth-Anything in float32; 428 of SigLIP and 65 of the Redux adapter in 16 bits.
+DEPTH_BYTES, REDUX_BYTES = 4 * 335_000_000, 2 * 493_000_000
 
 
 # ---- activations
@@ -218,6 +225,18 @@ def one_block_model(
 # ---- a run
 
 
+def steering_tokens(settings: ModelSettings, spec: ModelSpec) -> tuple[int, int]:
+    """Return the tokens that images add to a run: context tokens, and text tokens.
+
+    A model that was trained with such images is assumed to get one at least.
+    """
+    images = settings if isinstance(settings, ConditionSettings) else ConditionSettings()
+    contexts = max(len(images.context), spec.condition == "kontext")
+    variations = max(len(images.redux), spec.condition == "redux")
+    sizes = (kontext_size(*size, spec.size) for size in PREFERED_KONTEXT_RESOLUTIONS)
+    return contexts * max(width // 16 * (height // 16) for width, height in sizes), variations * REDUX_TOKENS
+
+
 class MemoryEstimator:
     """Estimates the bytes that a run with these settings needs, wherever its models are placed.
 
@@ -257,6 +276,8 @@ class MemoryEstimator:
         self.workload = settings.workload()
         self.width, self.height = (side or spec.size for side in (settings.width, settings.height))
         self.image_tokens = self.height // 16 * (self.width // 16)
+        self.context_tokens, redux_tokens = steering_tokens(settings, spec)
+        self.text_tokens = spec.text_length + redux_tokens
         self.passes = 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
         self.workspace = CUBLAS_WORKSPACE if on_gpu else 0
 
@@ -273,7 +294,7 @@ class MemoryEstimator:
         self.denoise = self._denoise(one_block_model(spec.params, sources["transformer"], weight_format))
         autoencoder = on_meta(AutoEncoder, spec.ae_params).to(dtype)
         self.decode = {tiled: self._decode(autoencoder, tiled) for tiled in (False, True)}
-        tokens = self.image_tokens + spec.text_length
+        tokens = self.image_tokens + self.context_tokens + self.text_tokens
         self.streams = self.passes * spec.num_layers * tokens * spec.params.hidden_size * dtype.itemsize
 
     def _text(self, itemsize: int) -> int:
@@ -291,17 +312,24 @@ class MemoryEstimator:
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device="meta")
 
-        inputs = {
-            "img": empty(batch, self.image_tokens, params.in_channels),
-            "img_ids": empty(batch, self.image_tokens, 3, dtype=torch.float32),
-            "txt": empty(batch, spec.text_length, params.context_in_dim),
-            "txt_ids": empty(batch, spec.text_length, 3, dtype=torch.float32),
-            "timesteps": empty(batch),
-            "y": empty(batch, params.vec_in_dim),
-            "guidance": empty(batch),
-        }
-        known = [*model.parameters(), *model.buffers(), *inputs.values()]
-        nbytes = live_bytes(lambda: model(**inputs), known)
+        condition = Condition()
+        if self.context_tokens:
+            ids = empty(batch, self.context_tokens, 3, dtype=torch.float32)
+            condition = Condition(
+                context=empty(batch, self.context_tokens, params.in_channels), context_ids=ids
+            )
+        inputs = Inputs(
+            img=empty(batch, self.image_tokens, params.in_channels),
+            img_ids=empty(batch, self.image_tokens, 3, dtype=torch.float32),
+            txt=empty(batch, self.text_tokens, params.context_in_dim),
+            txt_ids=empty(batch, self.text_tokens, 3, dtype=torch.float32),
+            timesteps=empty(batch),
+            y=empty(batch, params.vec_in_dim),
+            guidance=empty(batch),
+            condition=condition,
+        )
+        given = [x for x in (*vars(inputs).values(), *vars(condition).values()) if isinstance(x, Tensor)]
+        nbytes = live_bytes(lambda: model.observe(inputs), [*model.parameters(), *model.buffers(), *given])
         kept_layers = self.workload.kept_layers
         if kept_layers is None:
             kept_layers = len(spec.vital_layers or ())
@@ -310,7 +338,7 @@ class MemoryEstimator:
         nbytes += self.passes * kept_layers * 2 * self.image_tokens * channel_bytes
         if self.workload.finds_masks:
             # Queries and keys of all tokens, of the edits and of their sources.
-            tokens = 2 * batch * (self.image_tokens + spec.text_length)
+            tokens = 2 * batch * (self.image_tokens + self.text_tokens)
             nbytes += len(params.junction_layers) * 2 * tokens * channel_bytes
         # Modulations of the whole schedule. In the worst case they differ from row to row.
         modulations = 12 * params.depth + 3 * params.depth_single_blocks + 2
@@ -319,15 +347,21 @@ class MemoryEstimator:
 
     def _decode(self, autoencoder: AutoEncoder, tiled: bool) -> int:
         """Bytes of decoding or encoding one image while the finished images of the batch wait as float32."""
-        params = autoencoder.params
-        height, width = self.height // 8, self.width // 8
-        if tiled:
-            height, width = min(height, TILE), min(width, TILE)
-        latent = torch.empty(1, params.z_channels, height, width, dtype=self.dtype, device="meta")
-        image = torch.empty(1, params.in_channels, 8 * height, 8 * width, dtype=self.dtype, device="meta")
-        known = [*autoencoder.parameters(), latent, image]
-        nbytes = live_bytes(lambda: autoencoder.decode(latent), known)
-        if self.workload.encodes:
-            nbytes = max(nbytes, live_bytes(lambda: autoencoder.encode(image), known))
+        params, condition = autoencoder.params, self.spec.condition
+
+        def live(convert: Callable[[Tensor], Tensor], channels: int, scale: int, *sides: int) -> int:
+            """Bytes of converting one latent or image, or a tile of it, for an image of these sides."""
+            latent = [min(side // 8, TILE if tiled else side) for side in sides]
+            x = torch.empty(1, channels, *(scale * side for side in latent), dtype=self.dtype, device="meta")
+            return live_bytes(lambda: convert(x), [*autoencoder.parameters(), x])
+
+        numbers = [live(autoencoder.decode, params.z_channels, 1, self.height, self.width)]
+        if self.workload.encodes or condition in ("control", "fill"):
+            encoder = DEPTH_BYTES if self.spec.control == "depth" else 0
+            numbers.append(encoder + live(autoencoder.encode, params.in_channels, 8, self.height, self.width))
+        if self.context_tokens:
+            numbers.append(live(autoencoder.encode, params.in_channels, 8, self.spec.size, self.spec.size))
+        if self.text_tokens > self.spec.text_length:
+            numbers.append(REDUX_BYTES)
         finished = 4 * params.out_ch * self.height * self.width
-        return nbytes + (self.workload.batch + 2 * tiled) * finished
+        return max(numbers) + (self.workload.batch + 2 * tiled) * finished

@@ -9,7 +9,7 @@ import torch
 
 from flux.errors import InputError, warn
 from flux.runtime.devices import total_memory
-from flux.runtime.estimate import MemoryEstimator
+from flux.runtime.estimate import MemoryEstimator, steering_tokens
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec
 from flux.weights.open_model import OpenModel
@@ -170,7 +170,8 @@ def check_size(
         InputError: It cannot: what a block, or the decoder's last layer, reads and writes does not fit.
     """
     width, height = (side or spec.size for side in (settings.width, settings.height))
-    tokens = (width // 16) * (height // 16) // gpus  # of one image: a batch may be smaller than batch_size
+    # Of one image: a batch may be smaller than batch_size.
+    tokens = ((width // 16) * (height // 16) + steering_tokens(settings, spec)[0]) // gpus
     # A single-stream block holds its stream, and the queries, keys, values and MLP made of it.
     numbers = [tokens * spec.params.hidden_size * (4 + int(spec.params.mlp_ratio))]
     if not settings.tiled and settings.offload != "auto":
@@ -190,7 +191,8 @@ def warn_of_slow_steps(
     if device.type != "cpu":
         return
     width, height = (side or spec.size for side in (settings.width, settings.height))
-    step = operations(spec, (width // 16) * (height // 16)) / operations_per_second(dtype)
+    tokens = (width // 16) * (height // 16) + steering_tokens(settings, spec)[0]
+    step = operations(spec, tokens) / operations_per_second(dtype)
     step *= 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
     if step > SLOW_STEP_S:
         whole = step * (settings.num_steps or spec.num_steps)

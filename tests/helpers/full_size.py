@@ -1,5 +1,6 @@
 """FLUX.1-dev at full size, without any file."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.runtime.estimate import MemoryEstimator
 from flux.settings.complete import resolve
-from flux.settings.demos import ModelSettings
+from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.settings.edits import EditSettings
 from flux.specs import configs
 from flux.weights.headers import StoredTensor
@@ -26,23 +27,30 @@ def sources_of(module: nn.Module) -> dict[str, TensorSource]:
     }
 
 
-def estimator(**fields) -> MemoryEstimator:
-    """Estimate a run with FLUX.1-dev, T5-XXL and CLIP-L. With the field "edits" it is a run of demo 4."""
+@cache
+def sources(model: str) -> dict[Part, dict[str, TensorSource]]:
+    """The sources of a large model, T5-XXL and CLIP-L."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    spec = configs["flux-dev"]
+    spec = configs[model]
     t5 = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     clip = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
-    sources: dict[Part, dict[str, TensorSource]] = {
+    return {
         "transformer": sources_of(on_meta(Flux, spec.params)),
         "vae": sources_of(on_meta(AutoEncoder, spec.ae_params)),
         "text_encoder": sources_of(on_meta(CLIPTextModel, clip)),
         "text_encoder_2": sources_of(on_meta(T5EncoderModel, t5)),
     }
-    kind = EditSettings if "edits" in fields else ModelSettings
-    dtype = torch.bfloat16
-    return MemoryEstimator(
-        resolve(kind(model="flux-dev", **fields)), spec, sources, dtype, dtype, on_gpu=True
-    )
+
+
+def estimator(model: str = "flux-dev", **fields) -> MemoryEstimator:
+    """Estimate a run with a large model.
+
+    With the field "edits" it is a run of demo 4, with "prompts" one of demo 0.
+    """
+    kinds = {"edits": EditSettings, "prompts": GenerateSettings}
+    kind = next((kind for field, kind in kinds.items() if field in fields), ModelSettings)
+    settings, dtype = resolve(kind(model=model, **fields)), torch.bfloat16
+    return MemoryEstimator(settings, configs[model], sources(model), dtype, dtype, on_gpu=True)
