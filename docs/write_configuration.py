@@ -90,6 +90,7 @@ UNITS = {
     "strength": "fraction of the schedule",
     "reference_strength": "factor",
     "redux_strength": "factor",
+    "lora_scale": "factor",
     "outpaint": "fraction of the sides",
     "overlap": "fraction of the sides",
     "cache": "relative change",
