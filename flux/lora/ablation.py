@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux import sampling
+from flux.conditions.images import read_conditions
 from flux.errors import InputError
 from flux.images.io import save_image
 from flux.lora.contents import OpenLora, open_lora
@@ -85,14 +86,15 @@ class UpdateAblator:
         loaded: The model and its LoRA. If None, they are loaded.
 
     Raises:
-        InputError: As `load_live`.
+        InputError: As `load_live`, `read_conditions` and `Pipeline.steered`.
     """
 
     pack, unpack = staticmethod(LayerSkipper.pack), staticmethod(LayerSkipper.unpack)
 
     def __init__(self, settings: ResolvedAblate, loaded: tuple[Pipeline, LiveLora] | None = None):
         self.settings = settings
-        self.pipe, self.live = loaded or load_live(settings)
+        pipe, self.live = loaded or load_live(settings)
+        self.pipe = pipe.steered(read_conditions(settings), settings)
         self.encoded: tuple[tuple[str, ...], Conditioning] | None = None
 
     def run(self, task: AblationTask) -> Callable[[], list[Image.Image]]:
