@@ -43,6 +43,10 @@ NAMES = {
         "WATERMARK_MESSAGE WATERMARK_BITS CHECKPOINTS_DIR BFL_API_KEY"
     ),
     "flux.cli": "SamplingOptions main app",
+    "flux.cli_control": "SamplingOptions main",
+    "flux.cli_fill": "SamplingOptions main",
+    "flux.cli_kontext": "SamplingOptions main",
+    "flux.cli_redux": "SamplingOptions main",
 }
 
 

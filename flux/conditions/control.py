@@ -31,13 +31,24 @@ def control_condition(
         InputError: The image cannot be read, or has another shape.
     """
     source = as_rgb(image)
+    check_shape(source, width, height)
+    return _condition(encode, source, width, height, encoder)
+
+
+def check_shape(image: Image.Image, width: int, height: int) -> None:
+    """Raise InputError if a control image has another shape than the image to make.
+
+    Args:
+        image: The control image.
+        width: Width of the image to make in pixels.
+        height: Height of the image to make in pixels.
+    """
     # Half a token of difference cannot be seen, and sizes are rounded to whole tokens.
-    if abs(source.width * height / source.height - width) > 16 and source.size != (width, height):
+    if abs(image.width * height / image.height - width) > 16 and image.size != (width, height):
         raise InputError(
-            f"Got a control image of {source.width}x{source.height} pixels for an image of {width}x{height}: "
+            f"Got a control image of {image.width}x{image.height} pixels for an image of {width}x{height}: "
             "crop it to that shape, or choose a size of its own shape"
         )
-    return _condition(encode, source, width, height, encoder)
 
 
 def prepare_control(

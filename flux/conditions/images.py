@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from flux.conditions.base import Encode
-from flux.conditions.control import MapEncoder, control_condition
+from flux.conditions.control import MapEncoder, check_shape, control_condition
 from flux.conditions.fill import fill_condition, fill_images, paste_unmasked
 from flux.conditions.kontext import aspect_ratio_to_height_width, kontext_condition, kontext_size
 from flux.conditions.redux import ImageEncoder, redux_condition
@@ -126,9 +126,11 @@ def sized(settings: S, images: ConditionImages) -> S:
     the shape of the first context image. An aspect ratio comes before all of them.
 
     Raises:
-        InputError: The aspect ratio is none.
+        InputError: The aspect ratio is none, or the control image has another shape than the given size.
     """
     if settings.width is not None and settings.height is not None:
+        if images.control:
+            check_shape(images.control, settings.width, settings.height)
         return settings
     side = get_spec(settings.model).size
     if isinstance(settings, SessionSettings) and settings.aspect_ratio is not None:

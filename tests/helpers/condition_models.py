@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flux.model import Flux
+from flux.pipeline import Pipeline
 from flux.specs import ModelSpec, configs
 from helpers.tiny_models import randomized
 
@@ -98,6 +99,12 @@ SPECS = {
     "tiny-depth": steered_spec("control", 128, control="depth"),
 }
 """Tiny models, to be added to the table of models."""
+
+
+def steered_pipe(nano: Pipeline, name: str) -> Pipeline:
+    """Return a pipeline of one of the `SPECS`, with the networks of flux-nano but for the transformer."""
+    spec = SPECS[name]
+    return replace(nano, spec=spec, model=randomized(Flux(spec.params), 0))
 
 
 def save_steered(name: str, folder: Path) -> Path:
