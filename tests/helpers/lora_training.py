@@ -1,12 +1,13 @@
 """A training of a LoRA on a transformer so small that a step takes milliseconds, and its end at any moment.
 
 python lora_training.py kill FOLDER MOMENTS IN_A_ROW     kills trainings, see `kill_and_compare`
-torchrun lora_training.py share FOLDER OUTPUT            trains on batches of 3, which processes share
+python lora_training.py share FOLDER OUTPUT COUNT        trains in so many processes, see `share`
 """
 
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -84,27 +85,26 @@ def settings(folder: Path, output: str = "out", **fields: Any) -> TrainSettings:
     return check_settings(TrainSettings, {**usual, **fields})
 
 
-def in_child(given: TrainSettings, seconds: float | None = None) -> float:
-    """Train in a process of its own, which is killed after so many seconds. Returns how long it ran."""
+def start(given: TrainSettings, **environment: str) -> int:
+    """Train in a process of its own. Returns its id."""
     from flux.lora.train import train
 
-    begin, child = time.perf_counter(), os.fork()
+    child = os.fork()
     if child == 0:
         status = 1
         try:
+            os.environ.update(environment)
             train(given)
             status = 0
         except Exception:
             traceback.print_exc()
         finally:
             os._exit(status)
-    if seconds is None:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    else:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return time.perf_counter() - begin
+    return child
+
+
+def wait_for(child: int) -> None:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
@@ -115,17 +115,19 @@ def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
         moments: Number of kills.
         in_a_row: How often each training is killed before it may end.
     """
-    rng, whole = random.Random(0), settings(folder, "whole")
-    in_child(whole)  # files that are read for the first time take longer
-    for path in Path(whole.output_dir).rglob("*"):
-        if path.is_file():
-            path.unlink()
-    seconds = in_child(whole)
+    fields = {"sample_every": 12}
+    rng, whole = random.Random(0), settings(folder, "whole", **fields)
+    begin = time.perf_counter()
+    wait_for(start(whole))
+    seconds = time.perf_counter() - begin
     for number in range(0, moments, in_a_row):
-        given = settings(folder, f"killed_{number}")
+        given = settings(folder, f"killed_{number}", **fields)
         for _ in range(in_a_row):
-            in_child(given, rng.uniform(0, seconds))
-        in_child(given)
+            child = start(given)
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        wait_for(start(given))
         for name in SAME:
             expected, got = (Path(each.output_dir, name).read_bytes() for each in (whole, given))
             assert got == expected, f"{name} differs after kill {number}"
@@ -133,21 +135,26 @@ def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
         assert not left, left
 
 
-def kill(folder: str, moments: str, in_a_row: str) -> None:
-    models = (f"transformers.models.{name}.modeling_{name}" for name in ("clip", "dinov2", "t5"))
-    for name in ("flux.lora.train", "matplotlib.backends.backend_agg", *models):
-        import_module(name)  # once, not in each child
-    kill_and_compare(Path(folder), int(moments), int(in_a_row))
-
-
-def share(folder: str, output: str) -> None:
-    from flux.lora.train import train
-
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    train(settings(Path(folder), output, batch_size=3, parallel=count))
+def share(folder: Path, output: str, count: int) -> None:
+    """Train on batches of three in so many processes, as torchrun starts them."""
+    given = settings(folder, output, batch_size=3, parallel=count, sample_prompts=[], steps=6)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    counts = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    for child in [start(given, RANK=str(n), LOCAL_RANK=str(n), **shared, **counts) for n in range(count)]:
+        wait_for(child)
 
 
 if __name__ == "__main__":
+    models = (f"transformers.models.{name}.modeling_{name}" for name in ("clip", "dinov2", "t5"))
+    for name in ("flux.lora.train", "matplotlib.backends.backend_agg", *models):
+        import_module(name)  # once, not in each child
     torch.set_num_threads(1)
+    work, folder = sys.argv[1], Path(sys.argv[2])
     with tiny_nano():
-        {"kill": kill, "share": share}[sys.argv[1]](*sys.argv[2:])
+        if work == "kill":
+            kill_and_compare(folder, int(sys.argv[3]), int(sys.argv[4]))
+        else:
+            share(folder, sys.argv[3], int(sys.argv[4]))

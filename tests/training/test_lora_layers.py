@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from helpers import lora_training
 
 from flux.errors import InputError
 from flux.settings.files import check_settings, read_settings
@@ -63,24 +64,28 @@ def test_summary():
     assert lines[-1] == "4 trainings."
 
 
-def test_it_runs_and_resumes(tmp_path, monkeypatch, capsys):
-    """On small images: what is done is not done again, and the table has every training."""
-    monkeypatch.setattr(lora_layers, "PLACES_ASKED", ("in the snow",))
-    monkeypatch.setattr(lora_layers, "OTHERS", ("a dog on the grass",))
+def test_it_runs_and_resumes(tmp_path, monkeypatch):
+    """On a tiny model: what is done is not done again, and the table has every training."""
+    weights, whole = str(lora_training.write_base(tmp_path)), lora_layers.training_of
+    monkeypatch.setattr(
+        lora_layers, "training_of", lambda *given: whole(*given).model_copy(update={"weights": weights})
+    )
     fields = {
-        "names": ["moon drum"], "choices": {"vital": [0, 4]}, "seeds": [3], "images": 2, "steps": 3,
-        "num_steps": 1, "side": 64, "device": "cpu", "output_dir": str(tmp_path / "out"),
+        "names": ["moon drum"], "choices": {"vital": [1, 2]}, "budget": 20_000, "seeds": [3], "images": 2,
+        "steps": 3, "num_steps": 1, "side": 64, "device": "cpu", "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
-    lora_layers.compare(check_settings(LayersSettings, fields))
-    (result,) = (tmp_path / "out").rglob("result.json")
-    before = result.stat().st_mtime_ns
-    more = {**fields, "choices": {"vital": [0, 4], "late": [14]}}
-    table = lora_layers.compare(check_settings(LayersSettings, more))
+    with lora_training.tiny_nano():
+        lora_layers.compare(check_settings(LayersSettings, fields))
+        (result,) = (tmp_path / "out").rglob("result.json")
+        before = result.stat().st_mtime_ns
+        more = {**fields, "choices": {"vital": [1, 2], "late": [3]}}
+        table = lora_layers.compare(check_settings(LayersSettings, more))
     assert result.stat().st_mtime_ns == before
-    assert "| late (14) |" in table.read_text()
+    assert "| late (3) |" in table.read_text()
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["choice"] for row in rows] == ["vital", "late"]
+    assert all(0 < int(row["trained"]) <= 20_000 for row in rows)
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert float(rows[0]["leaked"]) > 0
 
