@@ -22,6 +22,7 @@ from flux.settings.doses import DOSES
 from flux.settings.edits import Edit, EditSettings
 from flux.settings.effect import settings_warnings, without_effect
 from flux.settings.resolved import ResolvedEdit, ResolvedGenerate, ResolvedLayer, ResolvedScan
+from flux.settings.train import TrainSettings
 from flux.studio.state import Studio
 from flux.vocabulary import vocabulary_warnings
 
@@ -31,7 +32,15 @@ Form = Mapping[str, Any]
 SAMPLING = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
 DOSE_FIELDS = ("weight", "inject_from", "inject_until", "falling")
 MOST_STRENGTH = 2.0  # of a LoRA, and of its factors
-INTEGERS = ("width", "height", "num_steps", "seed", "top", "count")
+MOST_TRAINING_STEPS = 300
+TRAINING_SAMPLES = 4  # times at which a training makes samples
+TRAINING = {
+    "rank": 16,
+    "learning_rate": 0.002,
+    "sample_prompts": ["a [trigger] on the grass", "a dog on the grass"],
+}
+"""What flux-nano learns a subject with in some hundred steps, as in configs/train.json."""
+INTEGERS = ("width", "height", "num_steps", "seed", "top", "count", "steps")
 
 
 # ---- settings
@@ -61,6 +70,25 @@ def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
     factors = factors_in(form["layers"], studio.spec.num_layers)
     lora = Lora(file=form["lora"], weight=float(strength), layers=factors or None)
     return settings.model_copy(update={"lora": (*settings.lora, lora)})
+
+
+def train_settings(studio: Studio, form: Form) -> TrainSettings:
+    """Makes the settings of a training. Raises InputError for values that cannot be used."""
+    if not form["images"]:
+        raise InputError("Got no images to train on: drop a handful first")
+    trigger = text_in(form, "trigger").strip()
+    studio.limits.check_texts([trigger], 1, "texts")
+    if not trigger:
+        raise InputError("trigger: expected the words that call what is learnt")
+    fields = values_of(form, "steps", "seed")
+    steps, layers = fields["steps"], form.get("layers")
+    if type(steps) is not int or not 1 <= steps <= MOST_TRAINING_STEPS:
+        raise InputError(f"steps: expected an integer from 1 to {MOST_TRAINING_STEPS}, got {steps!r:.60}")
+    if layers not in ("vital", "all"):
+        raise InputError(f"layers: expected vital or all, got {layers!r:.60}")
+    fields |= {"images": form["images"], "trigger": trigger, "layers": layers, **TRAINING}
+    fields |= {"save_every": steps, "sample_every": max(1, steps // TRAINING_SAMPLES)}
+    return studio.settings(TrainSettings, fields)
 
 
 def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
@@ -177,6 +205,8 @@ def texts_in(settings: ModelSettings) -> list[str]:
         texts = [settings.prompt or "", *(entry.prompt for entry in settings.entries)]
     elif isinstance(settings, PromptSettings):
         texts = [entry.prompt for entry in settings.prompts]
+    elif isinstance(settings, TrainSettings):
+        texts = [settings.trigger or ""]
     return [*texts, settings.negative_prompt]
 
 

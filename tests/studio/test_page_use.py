@@ -235,6 +235,22 @@ def test_an_image_with_a_lora_brings_its_settings_back(page, url, lora):
     page.locator("#edit-photo img").wait_for()  # its prompt alone would not draw it again
 
 
+def test_a_lora_is_trained(page, url, served, photo, tmp_path):
+    for number in range(2):
+        photo.save(tmp_path / f"{number}.png")
+    visit(page, url, "lora")
+    set_number(page, "#lora-train", "Training steps", 2)  # behind an accordion
+    page.locator("#lora-images input[type=file]").set_input_files([tmp_path / "0.png", tmp_path / "1.png"])
+    page.locator("#lora-images a").nth(1).wait_for()
+    page.locator("#lora-learn").click()
+    page.locator("#lora-layers .slider").first.wait_for()
+    says(page, "#lora-status", "Done")
+    assert page.locator("#lora-samples img").count() == 4
+    page.locator("#lora-file").get_by_text("trained").wait_for()
+    compare(page)
+    assert lora_of_newest_run(served)["file"] == "trained.safetensors"
+
+
 def test_what_is_no_lora(page, url, lora, tmp_path):
     (tmp_path / "none.safetensors").write_text("not a LoRA, not a LoRA")
     visit(page, url, "lora")

@@ -97,7 +97,8 @@ def untouched(studio, nano):
 
 
 def test_what_it_changes(studio, lora):
-    kept, report = keep(studio, lora)
+    held = keep(studio, lora)
+    kept, report = held.path, held.report
     assert kept.name == "my_lora_1.safetensors"
     assert kept.is_relative_to(session_of(studio).folder)
     assert report.lora.layers == list(LAYERS)
@@ -107,7 +108,7 @@ def test_what_it_changes(studio, lora):
 @pytest.mark.parametrize("form", ["lora", "lokr"])
 def test_with_and_without_it(studio, untouched, tmp_path, request, form):
     """The image with it is that of a model that was loaded with it, up to rounding."""
-    kept, _ = keep(studio, request.getfixturevalue(form))
+    kept = keep(studio, request.getfixturevalue(form)).path
     before, after = compare(studio, kept)
     assert_same_image(before.images["000"], draw(studio))
     assert np.abs(pixels(before) - pixels(after)).max() > 20
@@ -120,7 +121,7 @@ def test_with_and_without_it(studio, untouched, tmp_path, request, form):
 
 
 def test_layers_off_and_weaker(studio, lora, untouched):
-    kept, _ = keep(studio, lora)
+    kept = keep(studio, lora).path
     before, off = compare(studio, kept, layers={"on": [], "factors": dict.fromkeys(map(str, LAYERS), 1.0)})
     assert_same_image(before.images["000"], off.images["000"])
     factors = {"0": 0.5, "1": 1.0, "7": 1.5}
@@ -131,7 +132,7 @@ def test_layers_off_and_weaker(studio, lora, untouched):
 
 
 def test_the_image_without_it_is_drawn_once(studio, lora):
-    kept, _ = keep(studio, lora)
+    kept = keep(studio, lora).path
     first, _ = compare(studio, kept)
     second, _ = compare(studio, kept, weight=0.5)
     assert second is first
@@ -141,7 +142,7 @@ def test_the_image_without_it_is_drawn_once(studio, lora):
 
 @pytest.mark.parametrize("form", ["lora", "lokr"])
 def test_a_cancelled_run_takes_it_off(studio, untouched, request, form):
-    kept, _ = keep(studio, request.getfixturevalue(form))
+    kept = keep(studio, request.getfixturevalue(form)).path
     settings = lora_settings(studio, form_of(kept, num_steps=8))
     session = session_of(studio)
     for update, before, _ in run_lora(studio, session, settings):
@@ -152,7 +153,7 @@ def test_a_cancelled_run_takes_it_off(studio, untouched, request, form):
 
 
 def test_a_program_that_leaves_takes_it_off(studio, lora, untouched):
-    kept, _ = keep(studio, lora)
+    kept = keep(studio, lora).path
     running = run_lora(studio, session_of(studio), lora_settings(studio, form_of(kept, num_steps=8)))
     for update, before, _ in running:
         if before is not None and update.done == 2:
@@ -222,8 +223,8 @@ def test_models_that_no_lora_can_stand_beside(nano, tmp_path, lora, hindrance):
 
 
 def test_the_last_lora_is_kept(studio, lora, lokr):
-    first, _ = keep(studio, lora)
-    second, _ = keep(studio, lokr)
+    first = keep(studio, lora).path
+    second = keep(studio, lokr).path
     assert not first.exists()
     assert second.is_file()
     assert lora.is_file()

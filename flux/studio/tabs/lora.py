@@ -27,11 +27,13 @@ from flux.studio.tabs.common import (
 )
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.shown import ShownImage
+from flux.studio.tabs.train import TrainPart
 from flux.studio.viewer import image_alone, pair, viewer
 from flux.studio.widgets import UNLISTED, Changes, preview, status_html
 from flux.studio.words import about
 from flux.studio.work.edit import known_layers
-from flux.studio.work.lora import NAME, keep_lora, run_lora
+from flux.studio.work.lora import NAME, HeldLora, keep_lora, run_lora
+from flux.studio.work.train import can_train
 
 PROMPT = "a dog on the grass"
 
@@ -45,6 +47,7 @@ class LoraTab:
 
     def __init__(self, studio: Studio):
         self.studio, self.controls = studio, RunControls(studio, "lora")
+        self.train = TrainPart(studio, self.controls) if can_train(studio) else None
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.upload = gr.File(
@@ -71,6 +74,8 @@ class LoraTab:
                 self.preview = preview("lora-preview")
                 self.viewer = viewer("lora-stage", None, "The image without it and with it appears here.")
                 self.under = ShownImage()
+                if self.train:
+                    self.train.add_samples()
             with gr.Column(elem_classes="options"):
                 self.fields = {"lora": held, "prompt": self.prompt, **self._options()}
 
@@ -83,6 +88,8 @@ class LoraTab:
         add_slider_presets(self.sliders, **UNQUEUED)
         with gr.Accordion("What it is", open=False, elem_id="lora-about"):
             self.facts = gr.HTML("", elem_id="lora-facts")
+        if self.train:
+            self.train.add_form()
         with gr.Accordion("Settings", open=False, elem_id="lora-settings"):
             fields = size_and_seed_fields(self.studio, seed=7)
             return {"weight": weight, "layers": self.sliders, **fields, **guidance_fields(self.studio)}
@@ -114,29 +121,34 @@ class LoraTab:
     def _wire_upload(self) -> None:
         """Lets an uploaded LoRA show its layers, and a wrong one leave what is shown."""
         held = self.fields["lora"]
-        shown = [held, self.sliders, self.facts, self.controls.status]
+        shown = [held, self.sliders, self.facts]
 
-        def keep(request: gr.Request, uploaded: dict[str, Any]) -> Changes:
+        def show(session: Session, lora: HeldLora) -> Changes:
+            value = sliders_value(lora.report, *known_layers(self.studio, session), most=MOST_STRENGTH)
+            return {held: str(lora.path), self.sliders: value, self.facts: facts_html(lora.report)}
+
+        def keep(request: gr.Request, uploaded: Any) -> Changes:
             session = self.studio.sessions.of(request.session_hash)
-            path, report = keep_lora(self.studio, session, uploaded, Path(get_upload_folder()))
-            value = sliders_value(report, *known_layers(self.studio, session), most=MOST_STRENGTH)
-            changed = f"{path.name} changes {len(report.lora.layers)} of {report.lora.num_layers} layers."
-            return {
-                held: str(path),
-                self.sliders: value,
-                self.facts: facts_html(report),
-                self.controls.status: status_html(changed),
-            }
+            lora = keep_lora(self.studio, session, uploaded, Path(get_upload_folder()))
+            opened = lora.report.lora
+            changed = f"{lora.path.name} changes {len(opened.layers)} of {opened.num_layers} layers."
+            return {**show(session, lora), self.controls.status: status_html(changed)}
+
+        def show_trained(session: Session, lora: HeldLora) -> Changes:
+            return {**show(session, lora), self.upload: str(lora.path)}
 
         def forget() -> Changes:
             return {held: None, self.sliders: None, self.facts: ""}
 
         # Not passed through gradio's preprocessing, which would read arbitrary uploads.
+        changed = [*shown, self.controls.status]
         kept = self.upload.upload(
-            keep, self.upload, shown, preprocess=False, concurrency_limit=None, **UNLISTED
+            keep, self.upload, changed, preprocess=False, concurrency_limit=None, **UNLISTED
         )
         kept.failure(lambda: None, None, self.upload, queue=False, **UNLISTED)
-        self.upload.clear(forget, None, shown[:-1], queue=False, **UNLISTED)
+        self.upload.clear(forget, None, shown, queue=False, **UNLISTED)
+        if self.train:
+            self.train.wire(show_trained, [*shown, self.upload])
 
     @property
     def _shown_parts(self) -> list[Component]:

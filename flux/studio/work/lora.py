@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -45,10 +46,23 @@ NAME = "000"
 _READING = threading.Lock()  # one upload at a time is looked into
 
 
-# ---- uploads
+# ---- files
 
 
-def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> tuple[Path, LoraReport]:
+@dataclass(frozen=True)
+class HeldLora:
+    """A session's LoRA.
+
+    Attributes:
+        path: The file, in the session's folder.
+        report: What it changes.
+    """
+
+    path: Path
+    report: LoraReport
+
+
+def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> HeldLora:
     """Checks an uploaded LoRA and keeps it for the session, in place of an earlier one.
 
     Args:
@@ -56,9 +70,6 @@ def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> tu
         session: The visitor's session.
         upload: What a browser or a program sent: `{"path": ...}` if it is valid.
         inside: The folder that uploads are written to.
-
-    Returns:
-        The kept file, and what it changes.
 
     Raises:
         InputError: The upload is no LoRA for the loaded model, it is too large, or no LoRA can be put beside
@@ -72,6 +83,15 @@ def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> tu
         most = studio.limits.lora_bytes // 2**20
         raise InputError(f"Got a LoRA of {size // 2**20} MB, expected at most {most}")
     _check_header(path)
+    return hold_lora(studio, session, path)
+
+
+def hold_lora(studio: Studio, session: Session, path: Path) -> HeldLora:
+    """Keeps a LoRA file for the session, in place of an earlier one.
+
+    Raises:
+        InputError: It is no LoRA for the loaded model.
+    """
     folder = session.folder / "uploads" / "lora"
     kept = folder / uuid4().hex / f"{_plain_name(path)}.safetensors"
     kept.parent.mkdir(parents=True)
@@ -90,7 +110,7 @@ def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> tu
     for earlier in folder.iterdir():
         if earlier != kept.parent:
             shutil.rmtree(earlier, ignore_errors=True)
-    return kept, report
+    return HeldLora(kept, report)
 
 
 def _check_header(path: Path) -> None:
