@@ -110,10 +110,13 @@ def merge_into(
         tensors[parameter] = getattr(transformer.get_submodule(module), leaf).contiguous()
 
     def write(partial: Path) -> None:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors would let nobody else read the file
         try:
             save_file(tensors, partial, {"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        partial.chmod(mode)
 
     write_file(path, write)
     return name

@@ -57,6 +57,9 @@ def test_ranks_add_up(files, tmp_path):
 def test_into_a_checkpoint(base, files, tmp_path):
     out = tmp_path / "merged.safetensors"
     assert merge_into(base, files, out, [0.5, -1.5]) == "flux-dev"
+    other = tmp_path / "other"
+    other.touch()
+    assert out.stat().st_mode == other.stat().st_mode
     found = weight_files.velocity(weight_files.load(out))
     assert torch.equal(found, together(base, files, [0.5, -1.5]))
 
