@@ -29,6 +29,13 @@ from flux.weights.open_model import OpenModel
 
 ADAPTER_BYTES = 16  # of each trained number: itself, its gradient and AdamW's two moments, in float32
 EFFICIENCY = 0.6  # of the speed of large matrices that a training step reaches
+ADVICE = {
+    "encode images": "give smaller sizes, or tiled true",
+    "encode texts": 'give t5 "8bit" or "cpu"',
+    "train": 'give smaller sizes or batches, quantize "8bit" or "4bit", offload "auto", or later layers',
+    "sample": 'make the samples smaller, give quantize "8bit" or "4bit", or offload "auto"',
+}
+"""What to change, by the stage that does not fit."""
 HOST_SHARE = 0.8  # of this machine's memory that a training on the CPU may fill
 
 
@@ -167,8 +174,7 @@ class Forecaster:
         raise InputError(
             f"Got {(free or 0) / GIB:.1f} GiB of free memory on {self.device}, expected "
             f"{stage.needed / GIB:.1f} to {stage.name} at {self.largest.width}x{self.largest.height} with "
-            f"{self.rows} at once: "
-            'give smaller sizes or batches, quantize "8bit" or "4bit", offload "auto", or later layers'
+            f"{self.rows} at once: {ADVICE[stage.name]}"
         )
 
     @cache  # noqa: B019  (a forecaster lives as long as the start of a training)

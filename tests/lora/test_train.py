@@ -284,7 +284,8 @@ def test_what_does_not_fit(tmp_path, monkeypatch):
     from flux.lora import forecast
 
     monkeypatch.setattr(forecast, "available", lambda device: 2**20)
-    refused(tmp_path, r"Got 0\.0 GiB of free memory on cpu, expected .* give smaller sizes")
+    refused(tmp_path, r"Got 0\.0 GiB of free memory on cpu, expected .* to sample .*make the samples smaller")
+    refused(tmp_path, "to train at 64x64 with 64 at once: give smaller sizes", batch_size=64, sizes=[64])
     assert not (tmp_path / "out").exists()
 
 
