@@ -5,8 +5,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 from flux.attention.watch import check_watch
 from flux.errors import InputError
+from flux.images.given import file_names
+from flux.images.outpaint import Borders, outpaint
 from flux.modules.conditioner import unseen_words_warnings
 from flux.scan.sweep import FREE_FIELDS
 from flux.settings.complete import resolve
@@ -31,7 +35,9 @@ Form = Mapping[str, Any]
 
 SAMPLING = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
 DOSE_FIELDS = ("weight", "inject_from", "inject_until", "falling")
-MOST_STRENGTH = 2.0  # of a LoRA, and of its factors
+SIDES = ("left", "right", "above", "below")
+MOST_STRENGTH = 2.0  # of a LoRA, of its factors, and of images that steer a run
+MOST_OVERLAP = 0.25  # of the mask and the image that is continued, as a fraction of its sides
 MOST_TRAINING_STEPS = 300
 TRAINING_SAMPLES = 4  # times at which a training makes samples
 TRAINING = {
@@ -48,15 +54,81 @@ INTEGERS = ("width", "height", "num_steps", "seed", "top", "count", "steps")
 
 def generate_settings(studio: Studio, form: Form) -> ResolvedGenerate:
     """Makes the settings of the Generate tab. Raises InputError for values that cannot be used."""
+    conditions: dict[str, Any] = {}
+    if form.get("control"):
+        conditions["control"] = "control.png"
+    if form.get("redux"):
+        conditions["redux"] = file_names("redux", 1)
+        conditions["redux_strength"] = _number_in(form, "redux_strength", MOST_STRENGTH)
+    return _drawn_settings(studio, form, conditions)
+
+
+def _drawn_settings(studio: Studio, form: Form, conditions: Mapping[str, Any]) -> ResolvedGenerate:
+    """Makes the settings of images that are drawn.
+
+    Args:
+        studio: The studio.
+        form: The prompt, and how to sample.
+        conditions: What the settings say about images that steer the run.
+    """
     fields = values_of(form, *SAMPLING, "seed", "count", "strength")
     count = 1 if (given := fields.pop("count")) is None else given
     if type(count) is not int or not 1 <= count <= studio.limits.images:
         raise InputError(f"count: expected an integer from 1 to {studio.limits.images}, got {count!r:.60}")
     prompt = text_in(form, "prompt")
     studio.limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
-    settings = resolve(studio.settings(GenerateSettings, {**fields, "prompts": [prompt] * count}))
+    settings = resolve(
+        studio.settings(GenerateSettings, {**fields, **conditions, "prompts": [prompt] * count})
+    )
     studio.limits.check_size(settings)
     return settings
+
+
+def instruct_settings(studio: Studio, form: Form) -> ResolvedGenerate:
+    """Makes the settings of an edit by instruction. Raises InputError for values that cannot be used."""
+    count, most = len(form["context"] or ()), studio.limits.contexts
+    if not 1 <= count <= most:
+        got = f"{count} context images" if count else "no context image"
+        raise InputError(f"Got {got}: give 1 to {most}, the images that the instruction is for")
+    strength = _number_in(form, "reference_strength", MOST_STRENGTH)
+    conditions = {"context": file_names("context", count), "reference_strength": strength}
+    return _drawn_settings(studio, form, conditions)
+
+
+def fill_settings(studio: Studio, form: Form, size: tuple[int, int]) -> ResolvedGenerate:
+    """Makes the settings of an image that is filled.
+
+    Args:
+        studio: The studio.
+        form: The form. With borders (see `borders_in`) the image is continued, else a mask is filled.
+        size: Width and height of the image in pixels.
+
+    Raises:
+        InputError: Values that cannot be used.
+    """
+    borders = borders_in(form)
+    if borders is None:
+        width, height = studio.limits.fill_size(size)
+        how: dict[str, Any] = {"mask": "mask.png"}
+    else:
+        overlap = _number_in(form, "overlap", MOST_OVERLAP)
+        image = Image.new("RGB", studio.limits.fill_size(size, borders))
+        width, height = outpaint(image, borders, overlap)[1].size
+        how = {"outpaint": borders, "overlap": overlap}
+    form = {**form, "width": width, "height": height}
+    return _drawn_settings(studio, form, {"fill": "fill.png", **how})
+
+
+def borders_in(form: Form) -> Borders | None:
+    """Takes what is painted around an image from a form, or returns None if a mask is filled.
+
+    Raises:
+        InputError: A border is no number from 0 to 1.
+    """
+    if not form.get("outpaint"):
+        return None
+    left, right, above, below = (_number_in(form, side, 1) for side in SIDES)
+    return left, right, above, below
 
 
 def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
@@ -230,6 +302,13 @@ def text_in(form: Form, name: str) -> str:
     if text is not None and not isinstance(text, str):
         raise InputError(f"{name}: expected a text, got {text!r:.60}")
     return text or ""
+
+
+def _number_in(form: Form, name: str, most: float) -> float:
+    value = form.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise InputError(f"{name}: expected a number from 0 to {most:g}, got {value!r:.60}")
+    return float(value)
 
 
 def layers_on(value: Any, num_layers: int) -> tuple[int, ...]:

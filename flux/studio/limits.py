@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import read_image
+from flux.images.outpaint import Borders
+from flux.images.sizes import TOKEN
 from flux.settings.resolved import ResolvedModel
 from flux.specs import ModelSpec
 
@@ -30,6 +33,7 @@ class Limits:
         images: Most images in one run.
         edits: Most edits in one run, further turns included.
         prompts: Most prompts in one scan.
+        contexts: Most context images of one instruction.
         letters: Most characters in one text.
         upload_bytes: Largest uploaded image file, in bytes.
         lora_bytes: Largest uploaded LoRA, in bytes.
@@ -47,6 +51,7 @@ class Limits:
     images: int = 4
     edits: int = 6
     prompts: int = 64
+    contexts: int = 3
     letters: int = 4000
     upload_bytes: int = 20 * 2**20
     lora_bytes: int = 20 * 2**20
@@ -80,6 +85,27 @@ class Limits:
         for name, scale in (("guidance", settings.guidance), ("true_cfg", settings.true_cfg)):
             if scale > self.scale:
                 raise InputError(f"Got {name} {scale:g}, expected at most {self.scale:g}")
+
+    def fill_size(self, image: tuple[int, int], borders: Borders = (0, 0, 0, 0)) -> tuple[int, int]:
+        """Chooses the size in which an image is filled. It is scaled down if it is too large, never up.
+
+        Args:
+            image: Width and height of the image.
+            borders: What is painted around it, as fractions of its sides: left, right, above, below.
+
+        Returns:
+            Width and height, multiples of 16 unless there are borders: the frame is rounded then.
+        """
+        left, right, above, below = borders
+        width, height = image[0] * (1 + left + right), image[1] * (1 + above + below)
+        shrink = min(1.0, self.side / width, self.side / height, (self.area / (width * height)) ** 0.5)
+        if any(borders):
+            # The frame is rounded up.
+            while shrink < 1 and (ceil(width * shrink / 32) * ceil(height * shrink / 32) * 32**2 > self.area):
+                shrink *= 0.99
+            return max(1, int(image[0] * shrink)), max(1, int(image[1] * shrink))
+        wide, high = (max(TOKEN, int(side * shrink) // TOKEN * TOKEN) for side in image)
+        return wide, high
 
     def check_texts(self, texts: Sequence[str], most: int, kind: str) -> None:
         """Raises InputError for too many texts, or a text that is too long.

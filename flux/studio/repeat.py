@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flux.settings.complete import resolve
+from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, PromptSettings
 from flux.settings.edits import EditSettings
 from flux.settings.files import read_settings
@@ -30,8 +31,11 @@ LOADED = (
 def as_command(settings: ModelSettings) -> str:
     """Writes the command line that repeats a run, from the folder that its input files are in."""
     file, fields = FILES[type(settings)], settings.to_json()
-    usual = resolve(read_settings(type(settings), file, {"model": settings.model})).to_json()
+    given = {"model": settings.model, **_conditions(settings)}
+    usual = resolve(read_settings(type(settings), file, given)).to_json()
     words = ["python", settings.program, file]
+    if settings.model != type(settings).model_fields["model"].default:
+        words += ["--model", settings.model]
     for name, value in _named(settings, fields, usual).items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text = "" if value is None else text
@@ -44,7 +48,7 @@ def as_python(settings: ModelSettings) -> str:
     cls, fields = type(settings), settings.to_json()
     method, unnamed = CALLS[cls]
     needed = {name: fields[name] for name in unnamed}
-    usual = resolve(cls(model=settings.model, **needed)).to_json()
+    usual = resolve(cls(model=settings.model, **needed, **_conditions(settings))).to_json()
     named = _named(settings, fields, usual)
     load = {name: named.pop(name) for name in LOADED if name in named}
     first = list(needed.values())
@@ -64,7 +68,17 @@ def _named(settings: ModelSettings, fields: Mapping[str, Any], usual: Mapping[st
     """Selects the fields that must be given because they differ from the usual ones."""
     # The prompts of these kinds carry their own seeds, which a seed of the run would replace.
     own = {"output_dir", "seed"} if isinstance(settings, PromptSettings) else {"output_dir"}
-    return {name: value for name, value in fields.items() if value != usual[name] and name not in own}
+    given = _conditions(settings)
+    return {
+        name: value
+        for name, value in fields.items()
+        if (value != usual[name] or name in given) and name not in own
+    }
+
+
+def _conditions(settings: ModelSettings) -> dict[str, Any]:
+    """Lists the images that steer a run, without which some models run not at all."""
+    return settings.named_conditions() if isinstance(settings, ConditionSettings) else {}
 
 
 def _assigned(values: Mapping[str, Any]) -> list[str]:

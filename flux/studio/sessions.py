@@ -17,6 +17,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.files import write_json
+from flux.images.given import Images, file_names
 from flux.images.io import read_metadata, save_image
 from flux.runs.record import image_metadata, run_record
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings
@@ -77,18 +78,23 @@ class Session:
     stop: threading.Event = field(default_factory=threading.Event)
     reference_id: str | None = None
 
-    def begin_run(self, settings: ModelSettings, inputs: Mapping[str, Image.Image] | None = None) -> Run:
+    def begin_run(self, settings: ModelSettings, inputs: Mapping[str, Images] | None = None) -> Run:
         """Starts a run and writes its run.json.
 
         Args:
             settings: The run's settings.
-            inputs: Input images by the settings field that names them. They are saved beside run.json.
+            inputs: Input images, or lists of them, by the settings field that names them. They are saved
+                beside run.json.
         """
         number = int(self.runs[-1].folder.name[:3]) + 1 if self.runs else 0
         folder = self.folder / f"{number:03d}_{settings.demo}"
-        files = {name: f"{name}.png" for name in inputs or {}}
-        for name, image in (inputs or {}).items():
-            save_image(image, folder / files[name])
+        files: dict[str, str | list[str]] = {}
+        for name, given in (inputs or {}).items():
+            is_one = isinstance(given, Image.Image)
+            images, names = ([given], [f"{name}.png"]) if is_one else (given, file_names(name, len(given)))
+            for image, file in zip(images, names, strict=True):
+                save_image(image, folder / file)
+            files[name] = names[0] if is_one else names
         run = Run(folder, check_settings(RUN_KINDS[settings.demo], portable(settings.to_json() | files)))
         write_json(run.record, run_record(run.settings))
         self.runs.append(run)
@@ -230,7 +236,9 @@ def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
     run.json, or where the demo runs.
     """
 
-    def bare(path: str | None) -> str | None:
+    def bare(path: Any) -> Any:
+        if isinstance(path, list | tuple):
+            return [bare(each) for each in path]
         return Path(os.path.abspath(path)).name if path and os.path.exists(path) else path
 
     kept = {name: bare(value) if name in FILES else value for name, value in fields.items()}

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from flux.bfl import track_usage_via_api
 from flux.errors import InputError
+from flux.images.given import Images
 from flux.settings.demos import ModelSettings
 from flux.settings.files import with_fields
 from flux.settings.resolved import ResolvedModel
@@ -108,7 +107,7 @@ class Studio:
         session: Session,
         settings: ModelSettings,
         work: Callable[[Progress[R], Run], object],
-        inputs: Mapping[str, Image.Image] | None = None,
+        inputs: Mapping[str, Images] | None = None,
         **about: Any,
     ) -> Iterator[tuple[Update[R], Run]]:
         """Runs the work, and saves each image that it emits.
@@ -117,7 +116,7 @@ class Studio:
             session: The session that the run belongs to.
             settings: The run's settings, written to its run.json.
             work: The work, called when the model is free.
-            inputs: Input images by the settings field that names them.
+            inputs: Input images, or lists of them, by the settings field that names them.
             about: What else the image files say of themselves.
 
         Yields:
