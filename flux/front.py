@@ -15,6 +15,7 @@ from flux.attention.watch import check_watch, watch
 from flux.conditions.images import read_conditions, sized
 from flux.editing.edit import check_edits, edit
 from flux.editing.prepare import complete_edit, with_caption
+from flux.errors import InputError
 from flux.images.given import GivenImages, take_images
 from flux.images.io import ImageLike
 from flux.pipeline import count_evaluations, generate_all
@@ -32,7 +33,7 @@ S = TypeVar("S", bound=ModelSettings)
 SweepSettings = TypeVar("SweepSettings", bound=SkipSettings)
 
 AnyPath = str | os.PathLike[str]
-CONDITION_IMAGES = ("context", "fill", "control", "redux")
+CONDITION_IMAGES = ("context", "fill", "mask", "control", "redux")
 
 
 class Pipeline:
@@ -426,7 +427,7 @@ class Pipeline:
         layers: int | str | Sequence[int] | Sequence[Sequence[int]],
         seed: int,
         folder: "Path | TemporaryDirectory[str]",
-        fields: Mapping[str, Any],
+        fields: dict[str, Any],
     ) -> SweepSettings:
         """Return the settings of `skip` and `scan`, and warn of those without effect."""
         given = {
@@ -435,7 +436,13 @@ class Pipeline:
             "seed": seed,
             "output_dir": folder if isinstance(folder, Path) else folder.name,
         }
-        settings = self._settings(cls, given | dict(fields))
+        taken = _take_images(fields)
+        if taken.unfiled:
+            field = next(iter(taken.unfiled))
+            raise InputError(
+                f"Got {field} as an image: save it, and give its file, so that a stopped run can resume"
+            )
+        settings = self._settings(cls, given | taken.names | fields)
         print_warnings(settings, self.models.spec)
         return sized(settings, read_conditions(settings))
 

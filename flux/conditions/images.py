@@ -1,7 +1,7 @@
 """The images that steer a run: from the settings that name them to the condition of a pass."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -92,11 +92,17 @@ def read_conditions(settings: ModelSettings, given: Given | None = None) -> Cond
     if settings.fill is not None:
         filled = _read_filled(settings, images["fill"], images.get("mask"))
     return ConditionImages(
-        tuple(as_rgb(each) for each in images.get("context", ())),
+        _read_all(images.get("context", ())),
         filled,
         as_rgb(images["control"]) if "control" in images else None,
-        tuple(as_rgb(each) for each in images.get("redux", ())),
+        _read_all(images.get("redux", ())),
     )
+
+
+def _read_all(given: ImageLike | Sequence[ImageLike]) -> tuple[Image.Image, ...]:
+    """Read one image or several."""
+    many: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
+    return tuple(as_rgb(each) for each in many)
 
 
 def _read_filled(

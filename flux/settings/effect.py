@@ -4,9 +4,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SessionSettings
 from flux.settings.doses import PUBLISHED_GUIDANCE
 from flux.settings.edits import EditSettings
+from flux.settings.fields import StrictModel
 
 if TYPE_CHECKING:
     from flux.specs import ModelSpec
@@ -77,6 +79,8 @@ def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple
                 yield name, f"no {field}"
         elif settings.strength == 1:
             yield field, "strength is 1"
+    if isinstance(settings, ConditionSettings):
+        yield from _without_effect_on_conditions(settings, spec)
     if isinstance(settings, LayerSettings) and not settings.layers:
         for name in _changed(settings, "at_steps", "words"):
             yield name, "no layers"
@@ -86,6 +90,26 @@ def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple
         count = spec.num_layers if settings.layers == "all" else len(settings.layers)
         if settings.top is not None and settings.top > count:
             yield f"top {settings.top}", f"only {count} layers are scanned"
+
+
+def _without_effect_on_conditions(
+    settings: ConditionSettings, spec: "ModelSpec"
+) -> Iterator[tuple[str, str]]:
+    # Of an edit, paste_back is about a photo.
+    pasting = () if isinstance(settings, EditSettings) else ("paste_back",)
+    rules = (
+        (not settings.context, ("reference_strength",), "no context"),
+        (len(settings.context) < 2, ("context_positions",), "not several context images"),
+        (settings.fill is None, pasting, "no fill"),
+        (settings.outpaint is None, ("overlap",), "no outpaint"),
+        (spec.control != "depth", ("depth_model",), "no depth is estimated"),
+        (not settings.redux, ("redux_strength", "redux_weights", "siglip"), "no redux"),
+    )
+    for holds, names, reason in rules:
+        for name in _changed(settings, *names) if holds else ():
+            yield name, reason
+    if isinstance(settings, SessionSettings) and settings.aspect_ratio and settings.width and settings.height:
+        yield "aspect_ratio", "width and height are given"
 
 
 def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]]:
@@ -105,7 +129,7 @@ def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]
             yield f"top {top}", f"only {count} vital layers"
 
 
-def _changed(settings: ModelSettings, *names: str) -> list[str]:
+def _changed(settings: StrictModel, *names: str) -> list[str]:
     """Return the names of the fields that are there and have another value than their default."""
     fields: Mapping = type(settings).model_fields
     return [name for name in names if name in fields and getattr(settings, name) != fields[name].default]

@@ -21,6 +21,7 @@ GENERATE = {"prompts": ["a dog"]}
 LAYER = {"prompt": "a dog"}
 SCAN = {"prompts": ["a dog"], "top": 3}
 SCHNELL = {"model": "flux-nano-schnell"}
+KONTEXT = {"model": "flux-dev-kontext"}
 
 CASES = [
     (GenerateSettings, GENERATE | {"negative_prompt": "x"}, ["negative_prompt (true_cfg is 1)"]),
@@ -38,6 +39,33 @@ CASES = [
         ["lora_weights, lora_scale (flux-nano has no LoRA of its own)"],
     ),
     (GenerateSettings, GENERATE | SCHNELL | {"lora_scale": 0.5}, []),
+    (
+        GenerateSettings,
+        GENERATE | {"reference_strength": 2.0, "overlap": 0.1, "paste_back": False, "siglip": "a"},
+        [
+            "reference_strength (no context)",
+            "paste_back (no fill)",
+            "overlap (no outpaint)",
+            "siglip (no redux)",
+        ],
+    ),
+    (
+        GenerateSettings,
+        GENERATE | KONTEXT | {"context": "a", "context_positions": "offset"},
+        ["context_positions (not several context images)"],
+    ),
+    (GenerateSettings, GENERATE | KONTEXT | {"context": ["a", "b"], "context_positions": "offset"}, []),
+    (
+        EditSettings,
+        EDIT | {"model": "flux-dev-fill", "fill": "a", "mask": "b", "overlap": 0.1},
+        ["overlap (no outpaint)"],
+    ),
+    (
+        SessionSettings,
+        {"aspect_ratio": "2:1", "width": 64, "height": 64},
+        ["aspect_ratio (width and height are given)"],
+    ),
+    (SessionSettings, {"aspect_ratio": "2:1"}, []),
     (GenerateSettings, GENERATE | {"strength": 0.5}, ["strength (no image)"]),
     (GenerateSettings, GENERATE | {"strength": 0.5, "image": "a.png"}, []),
     (GenerateSettings, GENERATE | {"strength": 1, "image": "a.png"}, ["image (strength is 1)"]),
