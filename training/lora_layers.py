@@ -16,23 +16,35 @@ from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from flux.errors import InputError, exit_on_input_error
 from flux.files import claim_folder, write_json, write_text
+from flux.images.io import read_image
 from flux.settings.command_line import run
 from flux.settings.demos import Settings
 from flux.settings.fields import LIST, FilePath, LayerNumbers, Seed, Steps, Text, Words
 from flux.settings.files import check_settings, read_settings
 from flux.settings.train import TrainSettings
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flux.metrics.features import PerceptualEncoder
+
 Choice = Literal["all"] | LayerNumbers
-PLACES_ASKED = ("on the beach at night", "in the snow", "on a wooden table")
+ASKED = (
+    ("beach", "night", "on the beach at night"),
+    ("snow", "day", "in the snow"),
+    ("table", "day", "on a wooden table"),
+)
+"""Place, time and words of the prompts with the trigger. Few training images show any of these."""
+DRAWINGS = 6  # of what a prompt asks for, which samples are compared with
 OTHERS = ("a dog on the grass", "a red car on the street", "two apples on a wooden table")
 """Prompts without the trigger, whose images should stay."""
-TRAINING, RESULT = "training", "result.json"
+TRAINING, TIME = "training", "time.json"
 
 
 class LayersSettings(Settings, frozen=True):
@@ -57,14 +69,14 @@ class LayersSettings(Settings, frozen=True):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training's outcome. Distances are 1 minus the cosine of DINOv2's features, means over prompts.
+    """One training's outcome. Similarities are cosines of DINOv2's features, means over prompts.
 
     Attributes:
         name: The subject or style.
         choice: The name of the layers.
         seed: The seed.
-        learnt: How much nearer samples with the trigger are to the training images than the base model's.
-        to_nearest: The distance of these samples to the nearest training image.
+        likeness: How similar samples are to drawings of what their prompts ask for.
+        base: The same for the base model's samples.
         leaked: The distance of samples without the trigger to the base model's.
         trained: Trained numbers.
         kilobytes: Size of the LoRA.
@@ -74,15 +86,15 @@ class Outcome:
     name: str
     choice: str
     seed: int
-    learnt: float
-    to_nearest: float
+    likeness: float
+    base: float
     leaked: float
     trained: int
     kilobytes: float
     seconds: float
 
 
-MEASURES = ("learnt", "to_nearest", "leaked", "trained", "kilobytes", "seconds")
+MEASURES = ("likeness", "base", "leaked", "trained", "kilobytes", "seconds")
 
 
 def costs_of(layers: Sequence[int]) -> dict[int, int]:
@@ -119,7 +131,7 @@ def prompts_of(name: str) -> list[str]:
     from training.subjects import SUBJECTS
 
     body = with_article(name) if name in SUBJECTS else f"{name} a cat"
-    return [*(f"{body} {place}" for place in PLACES_ASKED), *OTHERS]
+    return [*(f"{body} {words}" for _, _, words in ASKED), *OTHERS]
 
 
 def training_of(settings: LayersSettings, name: str, choice: str, seed: int) -> TrainSettings:
@@ -150,49 +162,62 @@ def images_of(settings: LayersSettings, name: str, seed: int) -> Path:
     return Path(settings.output_dir) / name.replace(" ", "-") / f"images_{seed}"
 
 
-def outcome_of(settings: LayersSettings, name: str, choice: str, seed: int) -> Outcome:
-    """Train, or read what an earlier start has found."""
+def train_one(settings: LayersSettings, name: str, choice: str, seed: int) -> None:
+    """Train, unless an earlier start has done it."""
     from flux.lora.train import train
+    from training.subjects import write_set
 
     folder = folder_of(settings, name, choice, seed)
-    if (folder / RESULT).is_file():
-        return Outcome(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    if (folder / TIME).is_file():
+        return
     images = images_of(settings, name, seed)
     if not images.is_dir():
-        from training.subjects import write_set
-
         write_set(images, name, settings.images, settings.side, seed)
-    training, times = training_of(settings, name, choice, seed), list[float]()
+    times: list[float] = []
+    train(training_of(settings, name, choice, seed), lambda _: times.append(time.process_time()))
+    # The last step's includes the samples.
+    seconds = [after - before for before, after in pairwise(times[:-1])]
+    write_json(folder / TIME, {"seconds": median(seconds) if seconds else None})
+
+
+def measure_one(
+    settings: LayersSettings, name: str, choice: str, seed: int, encoder: "PerceptualEncoder"
+) -> Outcome:
+    """Measure the samples of a training that is done."""
+    from training.subjects import draw_asked
+
+    folder, training = folder_of(settings, name, choice, seed), training_of(settings, name, choice, seed)
+
+    def samples(step: int) -> "Tensor":
+        paths = (
+            folder / TRAINING / "samples" / f"step_{step:06}_{n}.png" for n in range(len(prompts_of(name)))
+        )
+        return encoder.embed([read_image(path) for path in paths])
+
+    before, after = samples(0), samples(settings.steps)
+    likeness = {"base": 0.0, "likeness": 0.0}
+    for number, (place, hour, _) in enumerate(ASKED):
+        drawn = encoder.embed(draw_asked(name, place, hour, DRAWINGS, settings.side))
+        for measure, features in (("base", before), ("likeness", after)):
+            likeness[measure] += float((drawn @ features[number]).mean()) / len(ASKED)
+    leaked = 1 - (before * after).sum(dim=1)[len(ASKED) :].mean()
     ranks = training.rank if isinstance(training.rank, dict) else {}
-    lora = train(training, lambda _: times.append(time.process_time()))
-    with (folder / TRAINING / "curves.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-
-    def average(column: str, step: int, with_trigger: bool) -> float:
-        found = (row for row in rows if int(row["step"]) == step)
-        return mean(float(row[column]) for row in found if (row["has_trigger"] == "True") == with_trigger)
-
-    last = settings.steps
-    outcome = Outcome(
+    return Outcome(
         name,
         choice,
         seed,
-        average("to_training", 0, True) - average("to_training", last, True),
-        average("to_nearest", last, True),
-        average("to_base", last, False),
-        sum(ranks[layer] * cost for layer, cost in costs_of(list(ranks)).items()),
-        lora.stat().st_size / 1000,
-        median(after - before for before, after in pairwise(times[:-1])) if len(times) > 2 else 0.0,
+        **likeness,
+        leaked=float(leaked),
+        trained=sum(ranks[layer] * cost for layer, cost in costs_of(list(ranks)).items()),
+        kilobytes=(folder / TRAINING / "lora.safetensors").stat().st_size / 1000,
+        seconds=json.loads((folder / TIME).read_text(encoding="utf-8"))["seconds"] or 0.0,
     )
-    write_json(folder / RESULT, asdict(outcome))
-    return outcome
 
 
 def summary(choices: Mapping[str, Choice], outcomes: Sequence[Outcome]) -> str:
     """Return the table: the mean of each measure over subjects, styles and seeds, with 95 % intervals."""
     heads = (
-        "layers", "learnt", "to the nearest training image", "leaked", "trained numbers", "kB",
-        "CPU seconds a step",
+        "layers", "likeness", "base model's", "leaked", "trained numbers", "kB", "CPU seconds a step",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for choice, layers in choices.items():
@@ -216,17 +241,21 @@ def summary(choices: Mapping[str, Choice], outcomes: Sequence[Outcome]) -> str:
 
 def compare(settings: LayersSettings) -> Path:
     """Run all trainings, and return the path of the table."""
+    from flux.metrics.features import PerceptualEncoder
+    from flux.specs import encoder_of
     from training.subjects import NAMES
 
     if unknown := [name for name in settings.names if name not in NAMES]:
         raise InputError(f"Got names {unknown}, expected some of {', '.join(NAMES)}")
     claim_folder(settings.output_dir)
     folder, outcomes = Path(settings.output_dir), list[Outcome]()
+    encoder = PerceptualEncoder.load(encoder_of("flux-nano"))
     for seed in settings.seeds:
         for name in settings.names:
             for choice in settings.choices:
                 print(f"{name}, {choice}, seed {seed}")
-                outcomes.append(outcome_of(settings, name, choice, seed))
+                train_one(settings, name, choice, seed)
+                outcomes.append(measure_one(settings, name, choice, seed, encoder))
                 text = StringIO()
                 table = csv.DictWriter(text, list(asdict(outcomes[0])), lineterminator="\n")
                 table.writeheader()

@@ -9,7 +9,7 @@ words of its vocabulary, in an order that no caption of its training had.
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from training.scenes.compose import Scene, compose, template
 from training.scenes.content import Content, Subject, sample_content
 from training.scenes.habits import STYLES as TEMPLATES
 from training.scenes.render import Renderer
-from training.scenes.vocabulary import PLACE_INDEX, PLACES, with_article
+from training.scenes.vocabulary import PLACE_INDEX, PLACES, Place, with_article
 
 FINER = 4  # subjects are drawn at so many times the size, then scaled down
 Draw = Callable[[ImageDraw.ImageDraw, float], None]
@@ -135,18 +135,55 @@ def draw_set(name: str, count: int, side: int = 256, seed: int = 0) -> list[Draw
     """
     rng, renderer = random.Random(f"{name} {seed}"), Renderer()
     if name in STYLES:
-        return [_styled(name, rng, renderer, side, number) for number in range(count)]
-    places = [place.name for place in PLACES if place.name != "plain"]
-    order = rng.sample(places, len(places))
-    return [_placed(name, order[n % len(order)], rng, renderer, side, n) for n in range(count)]
+        return [_styled(name, sample_content(rng, "one"), rng, renderer, side, n) for n in range(count)]
+    places = [place for place in PLACES if place.name != "plain"]
+    places, drawn = rng.sample(places, len(places)), []
+    for number in range(count):
+        place = places[number % len(places)]
+        words = rng.choice(place.phrases)
+        drawn.append(_placed(name, place, words, "day", rng, renderer, side, number))
+    return drawn
 
 
-def _placed(name: str, place: str, rng: random.Random, renderer: Renderer, side: int, seed: int) -> Drawn:
+def draw_asked(
+    name: str, place: str, time: str, count: int, side: int = 256, seed: int = 0
+) -> list[Image.Image]:
+    """Draw what a prompt asks for: a subject in a place, or a cat there in a style.
+
+    Args:
+        name: One of the `SUBJECTS` or `STYLES`.
+        place: The name of one of the `PLACES`.
+        time: "day", "night" or "sunset".
+        count: Number of images.
+        side: Their width and height in pixels.
+        seed: Seed of what the prompt leaves open.
+    """
+    rng, renderer, found = (
+        random.Random(f"asked {name} {place} {time} {seed}"),
+        Renderer(),
+        PLACE_INDEX[place],
+    )
+    if name in SUBJECTS:
+        drawn = [_placed(name, PLACES[found], "", time, rng, renderer, side, n) for n in range(count)]
+    else:
+        content = Content("one", (Subject("cat", "cat"),), place, "", time, "")
+        drawn = [_styled(name, content, rng, renderer, side, n) for n in range(count)]
+    return [each.image for each in drawn]
+
+
+def _placed(
+    name: str,
+    place: Place,
+    words: str,
+    time: str,
+    rng: random.Random,
+    renderer: Renderer,
+    side: int,
+    seed: int,
+) -> Drawn:
     """A subject in a place."""
-    words = rng.choice(PLACES[PLACE_INDEX[place]].phrases)
-    content = Content("one", (Subject(name, name),), place, words, "day", "")
-    background = template(rng, PLACES[PLACE_INDEX[place]], "day", rng.randrange(TEMPLATES))
-    scene = Scene(content, (), background)
+    content = Content("one", (Subject(name, name),), place.name, words, time, "")
+    scene = Scene(content, (), template(rng, place, time, rng.randrange(TEMPLATES)))
     image = to_pil(2 * renderer(torch.tensor([scene.row()]), side, side, seed)[0] - 1)
     size = round(side * rng.uniform(0.5, 0.62))
     sprite = Image.new("RGBA", (size * FINER, size * FINER))
@@ -157,10 +194,11 @@ def _placed(name: str, place: str, rng: random.Random, renderer: Renderer, side:
     return Drawn(image, f"{with_article(name)} {words}")
 
 
-def _styled(name: str, rng: random.Random, renderer: Renderer, side: int, seed: int) -> Drawn:
+def _styled(
+    name: str, content: Content, rng: random.Random, renderer: Renderer, side: int, seed: int
+) -> Drawn:
     """A scene of flux-nano's own in a style."""
-    content = sample_content(rng, "one")
-    scene = compose(rng, Content(**{**vars(content), "prefix": "", "order": 0}))
+    scene = compose(rng, replace(content, prefix="", order=0))
     image = to_pil(2 * renderer(torch.tensor([scene.row()]), side, side, seed)[0] - 1)
     return Drawn(STYLES[name](image), f"{name} {scene.caption}")
 

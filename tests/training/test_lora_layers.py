@@ -7,10 +7,12 @@ import pytest
 from helpers import lora_training
 
 from flux.errors import InputError
+from flux.metrics.features import PerceptualEncoder
 from flux.settings.files import check_settings, read_settings
+from flux.specs import configs
 from training import lora_layers
-from training.lora_layers import LayersSettings, Outcome, costs_of, prompts_of, ranks_for, summary
-from training.subjects import NAMES
+from training.lora_layers import ASKED, LayersSettings, Outcome, costs_of, prompts_of, ranks_for, summary
+from training.subjects import NAMES, SUBJECTS, draw_asked
 
 CHOICES = {"vital": [0, 4], "as 26 and 39": [7, 10], "all": "all"}
 
@@ -76,7 +78,7 @@ def test_it_runs_and_resumes(tmp_path, monkeypatch):
     }  # fmt: skip
     with lora_training.tiny_nano():
         lora_layers.compare(check_settings(LayersSettings, fields))
-        (result,) = (tmp_path / "out").rglob("result.json")
+        (result,) = (tmp_path / "out").rglob("time.json")
         before = result.stat().st_mtime_ns
         more = {**fields, "choices": {"vital": [1, 2], "late": [3]}}
         table = lora_layers.compare(check_settings(LayersSettings, more))
@@ -88,6 +90,18 @@ def test_it_runs_and_resumes(tmp_path, monkeypatch):
     assert all(0 < int(row["trained"]) <= 20_000 for row in rows)
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert float(rows[0]["leaked"]) > 0
+    assert float(rows[0]["base"]) == float(rows[1]["base"]) != float(rows[0]["likeness"])
+
+
+def test_drawings_are_liked_more_than_other_subjects():
+    """The measure tells subjects apart: a drawing is nearer to others of its subject than of another one."""
+    encoder = PerceptualEncoder.load(configs["flux-nano"].dinov2)
+    for place, hour, _ in ASKED:
+        drawn = {name: encoder.embed(draw_asked(name, place, hour, 3)) for name in SUBJECTS}
+        for name, own in drawn.items():
+            new = encoder.embed(draw_asked(name, place, hour, 1, seed=9))
+            others = [float((each @ new[0]).mean()) for other, each in drawn.items() if other != name]
+            assert float((own @ new[0]).mean()) > max(others), (name, place)
 
 
 def test_unknown_names(tmp_path):
