@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.weights.checkpoint import Checkpoint
@@ -65,6 +65,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         _check_text_folder(text, given, opened)
     flow = flow or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
+    lora = own_lora(spec, opened.open(flow, "transformer"), lora_path, scale, download)
+    if lora is None and spec.lora_filename and (settings.lora_weights or settings.lora_scale is not None):
+        warn(f"{flow} is {settings.model} already: lora_weights and lora_scale change nothing")
     files = ModelFiles(
         flow,
         ae or own_file(spec, spec.repo_ae, download),
@@ -72,7 +75,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         t5,
         clip,
         loras,
-        own_lora(spec, opened.open(flow, "transformer"), lora_path, scale, download),
+        lora,
     )
     return OpenModel(spec, files, opened)
 
