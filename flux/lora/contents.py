@@ -14,7 +14,7 @@ from flux.errors import InputError
 from flux.model import Flux, FluxParams
 from flux.specs import configs
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.layouts import Part
+from flux.weights.layouts import TITLES, Part, describe_file, holds_part
 from flux.weights.load import on_meta
 from flux.weights.lora import LoraFile, layer_of, match_patches, part_of, read_lora
 from flux.weights.lora_formats import Difference, DoRA, LoHa, LoKr, LowRank, Replacement
@@ -145,7 +145,10 @@ def open_lora(path: str | Path, strength: float = 1.0) -> OpenLora:
     Raises:
         InputError: It is no LoRA, of a form that is not known, or for a model that is not known here.
     """
-    file = read_lora(open_checkpoint(Path(path)), strength)
+    checkpoint = open_checkpoint(Path(path))
+    if any(holds_part(checkpoint, part) for part in TITLES):
+        raise InputError(f"Got {path}, which is {describe_file(checkpoint.tensors)}; expected a LoRA")
+    file = read_lora(checkpoint, strength)
     if file.parts.isdisjoint({"transformer"}):
         raise InputError(f"Got {path}, a LoRA of text encoders alone, which has no layers of a transformer")
     sides = {side for fields in file.modules.values() for tensor in fields.values() for side in tensor.shape}

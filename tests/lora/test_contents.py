@@ -128,6 +128,11 @@ def test_rank_0_changes_nothing(tiny, tmp_path):
     assert open_lora(path).layers == [0]
 
 
+def test_a_model_is_no_lora(base):
+    with pytest.raises(InputError, match=r"which is a FLUX\.1 transformer; expected a LoRA"):
+        open_lora(base)
+
+
 def test_two_models(tiny, save):
     with pytest.raises(InputError, match=r"a LoRA for flux-nano, and .*, one for flux-dev"):
         open_loras([NANO_FOLDER / "schnell_lora.safetensors", save()])
