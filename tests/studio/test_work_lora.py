@@ -140,9 +140,8 @@ def test_the_image_without_it_is_drawn_once(studio, lora):
     assert other is not first
 
 
-@pytest.mark.parametrize("form", ["lora", "lokr"])
-def test_a_cancelled_run_takes_it_off(studio, untouched, request, form):
-    kept = keep(studio, request.getfixturevalue(form)).path
+def test_a_cancelled_run_takes_it_off(studio, lokr, untouched):
+    kept = keep(studio, lokr).path
     settings = lora_settings(studio, form_of(kept, num_steps=8))
     session = session_of(studio)
     for update, before, _ in run_lora(studio, session, settings):
