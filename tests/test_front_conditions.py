@@ -154,3 +154,31 @@ def test_wrong_images_end_in_one_line(pipe, name, fields, message):
 def test_a_sweep_takes_files(pipe):
     with pytest.raises(InputError, match="Got context as an image: save it, and give its file"):
         pipe("tiny-kontext").skip("a dog", [0], context=Image.open("a.png"), **FAST)
+
+
+def test_demos_2_and_4(folder):
+    """A scan and edits of an outpainted image, by the demos."""
+    import demo_2_skip
+    import demo_4_edit
+
+    given = {
+        "model": "tiny-fill", "weights": str(save_steered("tiny-fill", folder)), "fill": "a.png",
+        "outpaint": [0, 0.5, 0, 0], "overlap": 0.0, "device": "cpu",
+    }  # fmt: skip
+    (folder / "edit.json").write_text(
+        json.dumps(given | {"prompt": "a dog", "edits": ["a cat"], "output_dir": "edits"})
+    )
+    demo_4_edit.main("edit.json")
+    (folder / "skip.json").write_text(
+        json.dumps(given | {"prompts": ["a dog"], "layers": [1], "output_dir": "skips"})
+    )
+    demo_2_skip.main("skip.json")
+    source = pixels(Image.open("a.png"))
+    made = ["edits/reference.png", "edits/edit_0.png", "skips/prompt_000/reference.png"]
+    for image in map(Image.open, made):
+        assert image.size == (96, 64)
+        assert np.array_equal(pixels(image)[:, :64], source)
+    assert np.array_equal(Image.open(made[0]), Image.open(made[2]))
+    assert not np.array_equal(Image.open(made[0]), Image.open(made[1]))
+    again = json.loads((folder / "edits/run.json").read_text())["settings"]
+    assert (again["fill"], again["outpaint"], again["mask"]) == ("a.png", [0, 0.5, 0, 0], None)
