@@ -9,6 +9,8 @@ from helpers.lora_files import file_of, pairs
 from torch import Tensor, nn
 
 from flux.errors import InputError
+from flux.inputs import Inputs
+from flux.intervention import Intervention
 from flux.model import Flux, FluxLoraWrapper, FluxParams
 from flux.modules.linear import LowRankLinear
 from flux.modules.lora import LinearLora, replace_linear_with_lora
@@ -92,6 +94,22 @@ def test_the_loader_gives_what_upstreams_class_gives(tmp_path, weights, file, fo
         check(load(base, lora, scale), expected)
     unlike = weight_files.velocity(load(base, lora, 1.0))
     assert tiny_models.relative_error(unlike, weight_files.velocity(load(base, lora))) > 0.01
+
+
+def test_kv_are_injected_into_upstreams_class_too(tmp_path, weights, file):
+    """Where all keys and values are injected, blocks ask a layer for its queries alone."""
+    base = weight_files.save(weights, tmp_path / "base.safetensors")
+    ours = load(base, weight_files.save(file, tmp_path / "lora.safetensors"))
+    theirs, given = (
+        by_upstreams_class(weights, file, tiny_models.PARAMS),
+        tiny_models.inputs(2, params=CONTROL),
+    )
+    keep = Intervention(keep=frozenset({0, 4}))
+    kept = ours.observe(Inputs(**tiny_models.rows_of(given, [0])), intervention=keep)[1].kept
+    inject = Intervention(inject=kept)
+    got, expected = (model(**given, intervention=inject) for model in (theirs, ours))
+    assert tiny_models.relative_error(got, expected) < 2e-6
+    assert tiny_models.relative_error(got, theirs(**given)) > 0.01
 
 
 def test_at_no_strength_the_map_counts_for_nothing(tmp_path, weights, file):
