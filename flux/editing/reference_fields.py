@@ -5,6 +5,14 @@ from typing import Any
 from flux.settings.resolved import ResolvedEdit
 from flux.specs import get_spec
 
+STEERING = {
+    "context": ("context_positions", "reference_strength"),
+    "fill": ("mask", "outpaint", "overlap"),
+    "control": ("depth_model",),
+    "redux": ("redux_strength", "redux_weights", "siglip"),
+}
+"""The fields that have an effect beside the image that steers a run, by the field of that image."""
+
 
 def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
     """Returns the settings that shape the reference, by name.
@@ -32,6 +40,9 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
             names.append("seed")
         if settings.prompt is None:
             names.append("caption_model")
+    for image, beside in STEERING.items():
+        if getattr(settings, image):
+            names += [image, *beside]
     shaping = {name: getattr(settings, name) for name in names}
     if settings.sparse and not (inversion_free or (has_photo and settings.replays)):
         shaping["sparse"] = True  # the reference then keeps all layers, if there is room

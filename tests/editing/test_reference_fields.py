@@ -7,15 +7,18 @@ from PIL import Image
 
 from flux.editing.edit import edit_reference
 from flux.editing.reference import Reference, keep_reference
-from flux.editing.reference_fields import reference_fields
+from flux.editing.reference_fields import STEERING, reference_fields
 from flux.errors import InputError
 from flux.settings.edits import EditSettings
 
 LOADING = {
-    "model", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders", "lora", "device",
+    "model", "weights", "ae_weights", "t5_weights", "clip_weights", "text_encoders", "lora", "lora_weights",
+    "lora_scale", "device",
     "dtype", "offload", "quantize", "t5", "tiled", "compile", "parallel",
 }  # fmt: skip
 """What a model is loaded with: the pipe is another one then."""
+STEERS = {*STEERING, *(name for names in STEERING.values() for name in names)} - {"mask"}
+"""What steers a model: `Pipeline.steered` makes another pipe of it."""
 OTHER = {
     "prompt": "a cat", "photo": "other.png", "seed": 9, "width": 80, "height": 80, "num_steps": 4,
     "guidance": 2.0, "true_cfg": 3.0, "negative_prompt": "an owl", "cfg_from": 0.5, "mimic_scale": 1.5,
@@ -76,11 +79,30 @@ def test_every_field_in_turn(small, photo, name, monkeypatch):
 
     key, bits = kept()
     assert kept() == (key, bits)
-    fields = EditSettings.model_fields.keys() - LOADING - ({"photo"} if not has_photo else set())
+    fields = EditSettings.model_fields.keys() - LOADING - STEERS - ({"photo"} if not has_photo else set())
     assert fields <= OTHER.keys(), "a new field: does it shape a reference?"
     for field in sorted(fields):
         other_key, other_bits = kept(**{field: OTHER[field]})
         assert (other_key != key) == (other_bits != bits), field
+
+
+@pytest.mark.parametrize(
+    ("image", "beside"),
+    [
+        ({"context": ("cup.png",)}, {"reference_strength": 1.2}),
+        ({"context": ("cup.png", "hat.png")}, {"context_positions": "offset"}),
+        ({"fill": "cup.png", "mask": "mask.png"}, {"mask": "other.png"}),
+        ({"fill": "cup.png", "outpaint": (0.1, 0.1, 0.0, 0.0)}, {"overlap": 0.1}),
+        ({"control": "cup.png"}, {"control": "hat.png"}),
+        ({"redux": ("cup.png",)}, {"redux_strength": 0.5}),
+    ],
+)
+def test_images_that_steer_are_part_of_it(image, beside):
+    plain = settings()
+    steered = plain.model_copy(update=image)
+    keys = [reference_fields(each, False) for each in (plain, steered, steered.model_copy(update=beside))]
+    assert keys[0] != keys[1] != keys[2]
+    assert reference_fields(plain.model_copy(update={"reference_strength": 2.0}), False) == keys[0]
 
 
 def test_a_caption_is_part_of_it():
