@@ -40,6 +40,9 @@ EMBEDDINGS: dict[Part, str] = {
 LOOK_ALIKE = (
     (r"(de|un)[-_ .]?distil", "flux-schnell", "flux-dev-de-distilled"),
     (r"schnell", "flux-dev-de-distilled", "flux-schnell"),
+    (r"kontext", "flux-dev", "flux-dev-kontext"),
+    (r"depth", "flux-dev-canny", "flux-dev-depth"),
+    (r"canny", "flux-dev-depth", "flux-dev-canny"),
 )
 
 

@@ -35,6 +35,20 @@ def small_tools(monkeypatch):
             monkeypatch.setitem(configs, name, replace(spec, **sizes))
 
 
+@pytest.fixture
+def place(small_tools, tmp_path, monkeypatch):
+    """Puts a file where upstream's package downloads it to; the text encoders and autoencoder are given."""
+    monkeypatch.chdir(tmp_path)
+    save_file(tiny_models.autoencoder().state_dict(), "ae.safetensors")
+    monkeypatch.setenv("FLUX_AE", "ae.safetensors")
+    monkeypatch.setenv("FLUX_TEXT_ENCODERS", str(NANO_FOLDER))
+
+    def put(repository: str, filename: str, weights) -> Path:
+        return weight_files.save(weights, Path("checkpoints") / f"black-forest-labs_{repository}" / filename)
+
+    return put
+
+
 def tiny(channels: int, **changes) -> Flux:
     return tiny_models.flux(in_channels=channels, **changes)
 
@@ -151,6 +165,22 @@ def test_nothing_in_a_file_tells_kontext_from_dev(small_tools, tmp_path, monkeyp
     assert weight_files.same(dev, kontext)
 
 
+@pytest.mark.parametrize(
+    ("model", "name", "other"),
+    [
+        ("flux-dev", "flux1-dev-kontext_fp8_scaled.safetensors", "flux-dev-kontext"),
+        ("flux-dev-canny", "flux1-depth-dev.safetensors", "flux-dev-depth"),
+        ("flux-dev-depth", "flux1-canny-dev.safetensors", "flux-dev-canny"),
+    ],
+)
+def test_a_name_that_says_another_tool(place, tmp_path, model, name, other):
+    """Only the name tells these apart."""
+    path = weight_files.save(tiny(configs[model].params.in_channels).state_dict(), tmp_path / "m" / name)
+    opened = find_model(ModelSettings(model=model, weights=str(path)), download=False)
+    with pytest.warns(InputWarning, match=f"but its name says {other}: if so, give model {other}"):
+        opened.check()
+
+
 @pytest.mark.parametrize("part", ["weights", "ae_weights"])
 def test_a_redux_file_in_another_place(small_tools, tmp_path, part):
     path = weight_files.save({"redux_up.weight": torch.zeros(4, 2)}, tmp_path / "redux.safetensors")
@@ -159,20 +189,6 @@ def test_a_redux_file_in_another_place(small_tools, tmp_path, part):
 
 
 # ---- where files are found
-
-
-@pytest.fixture
-def place(small_tools, tmp_path, monkeypatch):
-    """Puts a file where upstream's package downloads it to; the text encoders and autoencoder are given."""
-    monkeypatch.chdir(tmp_path)
-    save_file(tiny_models.autoencoder().state_dict(), "ae.safetensors")
-    monkeypatch.setenv("FLUX_AE", "ae.safetensors")
-    monkeypatch.setenv("FLUX_TEXT_ENCODERS", str(NANO_FOLDER))
-
-    def put(repository: str, filename: str, weights) -> Path:
-        return weight_files.save(weights, Path("checkpoints") / f"black-forest-labs_{repository}" / filename)
-
-    return put
 
 
 @pytest.mark.parametrize(("tool", "repository"), [("fill", "FLUX.1-Fill-dev"), ("depth", "FLUX.1-Depth-dev")])
