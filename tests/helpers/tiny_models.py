@@ -362,7 +362,7 @@ def load_nano_in_diffusers(name: str = "flux-nano"):
         model = load_nano(name).model
     else:
         model.load_state_dict(unscaled(load_file(folder / spec.repo_flow)))
-    ae.load_state_dict({name: x.float() for name, x in load_file(folder / spec.repo_ae).items()})
+    ae.load_state_dict(unscaled(load_file(folder / spec.repo_ae)))
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=spec.shifted, base_shift=spec.base_shift, max_shift=spec.max_shift
@@ -379,13 +379,11 @@ def load_nano_in_diffusers(name: str = "flux-nano"):
 
 
 def unscaled(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """8-bit floats times their scales, everything in float32."""
+    """8-bit numbers times their scales, one for the whole tensor or one for each row, in float32."""
     plain = {}
     for name, x in weights.items():
-        if name.endswith(".weight"):
-            x = (
-                x.float()
-                * weights.get(f"{name.removesuffix('.weight')}.scale_weight", torch.ones(())).float()
-            )
-        plain[name] = x.float()
-    return {name: x for name, x in plain.items() if "scale_weight" not in name and name != "scaled_fp8"}
+        scales = [f"{name.removesuffix('.weight')}.{ending}" for ending in ("scale_weight", "weight_scale")]
+        scale = next((weights[each].float() for each in scales if each in weights), torch.ones(()))
+        plain[name] = x.float() * scale.reshape(-1, *[1] * (x.ndim - 1))
+    extras = {"scale_weight", "weight_scale", "scaled_fp8"}
+    return {name: x for name, x in plain.items() if name.rpartition(".")[2] not in extras}
