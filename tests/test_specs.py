@@ -65,11 +65,13 @@ def test_an_unknown_model_is_told_with_a_near_one(name, near):
 
 def test_the_numbers_of_the_tools():
     """Upstream's table, and the defaults of its commands."""
-    tools = {name: configs[f"flux-dev-{name}"] for name in "kontext fill canny depth redux".split()}
+    tools = {name: configs[f"flux-dev-{name}"] for name in ["kontext", "fill", "canny", "depth", "redux"]}
     guidance = {"kontext": 2.5, "fill": 30, "canny": 30, "depth": 10, "redux": 2.5}
     assert {name: spec.guidance for name, spec in tools.items()} == guidance
     assert {name: spec.num_steps for name, spec in tools.items() if spec.num_steps != 50} == {"kontext": 30}
-    assert {name: spec.text_length for name, spec in tools.items() if spec.text_length != 512} == {"fill": 128}
+    assert {name: spec.text_length for name, spec in tools.items() if spec.text_length != 512} == {
+        "fill": 128
+    }
     for name in ("fill", "canny", "depth", "kontext"):
         assert tools[name].repo_id == f"black-forest-labs/FLUX.1-{name.capitalize()}-dev"
         assert tools[name].repo_flow == f"flux1-{name}-dev.safetensors"

@@ -132,9 +132,7 @@ def _extras_of_scaled(scales: Iterable[str]) -> set[str]:
 # ---- formats that are not supported
 
 
-def _refuse_unsupported(
-    path: Path, stored: Mapping[str, StoredTensor], scaled: Container[str]
-) -> None:
+def _refuse_unsupported(path: Path, stored: Mapping[str, StoredTensor], scaled: Container[str]) -> None:
     for name in stored:
         for ending, title in UNSUPPORTED_ENDINGS.items():
             if name.endswith(ending):
@@ -142,8 +140,8 @@ def _refuse_unsupported(
     for name, tensor in stored.items():
         if name.endswith(".weight") and tensor.kind in WHOLE_NUMBERS and name not in scaled:
             raise InputError(
-                f"Got {path}, where {short_name(name)} is in {WHOLE_NUMBERS[tensor.kind]} without a scale for "
-                "each row: not supported, take a GGUF or fp8 file"
+                f"Got {path}, where {short_name(name)} is in {WHOLE_NUMBERS[tensor.kind]} without a scale "
+                "for each row: not supported, take a GGUF or fp8 file"
             )
 
 
