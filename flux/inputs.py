@@ -1,4 +1,4 @@
-"""What goes into a pass of the transformer, and the streams between its layers."""
+"""The inputs of a pass of the transformer, and the streams between its layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace

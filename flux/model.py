@@ -275,7 +275,7 @@ class Flux(nn.Module):
 
     @staticmethod
     def _plain_edit(inputs: Inputs, exchange: Exchange | None) -> AttentionEdit:
-        """What holds for the attention of all layers."""
+        """The part of each layer's attention edit that is the same in all layers."""
         strength = None
         if inputs.condition.context_strength != 1:
             # A tensor, since compiled blocks would be compiled anew for each number.

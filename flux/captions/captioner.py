@@ -25,7 +25,7 @@ PHOTO_TOKENS = 64
 
 @dataclass(frozen=True)
 class Description:
-    """What a captioner says of an image.
+    """A captioner's words for an image.
 
     Attributes:
         text: The words, on one line.

@@ -26,7 +26,7 @@ TRIES = 3
 
 @dataclass
 class CaptionReport:
-    """What a run has done.
+    """The numbers of a run.
 
     Attributes:
         file: captions.jsonl.

@@ -55,7 +55,7 @@ class ConditionImages:
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What a run's images do to each pass, and to each image that is decoded.
+    """The effect of a run's images on each pass, and on each image that is decoded.
 
     Attributes:
         condition: Steers the passes.

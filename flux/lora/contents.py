@@ -1,4 +1,4 @@
-"""What a LoRA file holds: the model it is for, its form and trainer, and its change to each layer.
+"""The contents of a LoRA file: the model it is for, its form and trainer, and its change to each layer.
 
 Headers say most of it. Only the norms of the changes need the file's tensors, and no model's weights.
 """
@@ -210,7 +210,7 @@ def _parsed(text: str | None) -> Any:
 
 
 def layer_name(layer: int | None, num_double: int) -> str:
-    """What other programs call a layer: "double 0", "single 7"; "outside" for None."""
+    """The name of a layer in other programs: "double 0", "single 7"; "outside" for None."""
     if layer is None:
         return "outside"
     return f"double {layer}" if layer < num_double else f"single {layer - num_double}"

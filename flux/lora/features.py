@@ -1,4 +1,4 @@
-"""What training needs of the other models, computed once: latents of the images, features of the texts.
+"""Features that training needs of the other models, computed once: latents of images, features of texts.
 
 Each model is loaded, asked and freed before the next, and all of them before the transformer loads. The
 results are kept in a file, so that a run that resumes loads none of them.
@@ -32,7 +32,7 @@ FILE = "features.safetensors"
 
 @dataclass(frozen=True)
 class Features:
-    """What the models other than the transformer make of images and texts. All on the CPU.
+    """The latents of images and the features of texts, all on the CPU.
 
     Attributes:
         latents: The packed latent of each example, "1 I 64".

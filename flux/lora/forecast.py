@@ -65,7 +65,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training needs, and how it runs within that.
+    """The memory and time of a training, and how it runs within them.
 
     Attributes:
         stages: The memory of each stage on the device.

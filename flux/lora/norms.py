@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What a LoRA changes in one layer, or outside the layers.
+    """A LoRA's change of one layer, or of the weights outside the layers.
 
     Attributes:
         layer: The layer's number, or None.

@@ -20,7 +20,7 @@ SHOWN_MODELS = 3
 
 @dataclass(frozen=True, eq=False)
 class LoraReport:
-    """What is known of one LoRA file.
+    """The facts about one LoRA file, and its change to each layer.
 
     Attributes:
         lora: The file.
@@ -46,7 +46,7 @@ class LoraReport:
         return any(change.relative is not None for change in self.changes)
 
     def facts(self) -> dict[str, str]:
-        """What the file is, in words."""
+        """The facts about the file, in words."""
         lora, layers = self.lora, len(self.lora.layers)
         models = lora.models[:SHOWN_MODELS]
         more = len(lora.models) - len(models)

@@ -115,7 +115,7 @@ class Plan:
         return encoder_of(self.settings.encoder or self.settings.model)
 
     def about(self, step: int) -> dict[str, object]:
-        """What the LoRA file after that step says about itself."""
+        """The metadata of the LoRA file after that step."""
         name = self.settings.model
         return {
             "modelspec.architecture": f"{'flux-nano' if self.spec.folder else 'flux-1-dev'}/lora",

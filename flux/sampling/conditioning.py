@@ -1,4 +1,4 @@
-"""What steers the rows of a batch, and the modulations that follow from it."""
+"""The prompts and guidance that steer the rows of a batch, and the modulations that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -31,7 +31,7 @@ CHART_HEIGHT, CHART_TOP, CHART_BOTTOM = 270, 18, 240  # pixels; the layers' numb
 
 @dataclass(frozen=True)
 class ReportWords:
-    """What a report calls things: the words of a scan, or those of another study of layers.
+    """The words of a report: those of a scan, or of another study of layers.
 
     Attributes:
         title: What the page is about, before the model's name.

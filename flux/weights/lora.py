@@ -101,7 +101,7 @@ class LoraFile:
         return f"{self.checkpoint.fingerprint()} {self.strength:g}{layers}"
 
     def factor_in(self, layer: int | None) -> float:
-        """What the strength is multiplied by in a layer, or, for None, outside the layers."""
+        """The factor of the strength in a layer, or, for None, outside the layers."""
         if self.layers is None or layer is None:
             return 1.0
         if isinstance(self.layers, Mapping):

@@ -71,7 +71,7 @@ SIDE = 256
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage needs to know.
+    """The settings and places of a training, for its stages.
 
     Attributes:
         cluster: The processes it runs in.

@@ -35,7 +35,7 @@ _HEADS = {
 
 @dataclass
 class Recognition:
-    """What a model recognizes in images: logits, and where objects stand (0..1 of the width).
+    """The things that a model recognizes in images: logits, and where objects stand (0..1 of the width).
 
     The fields and shapes are those of `Labels`; place, time and count are logits of each class.
     """

@@ -1,4 +1,4 @@
-"""What LoRA files change, layer by layer.
+"""The change that LoRA files make, layer by layer.
 
     python -m flux.lora report x.safetensors [y.safetensors ...] [--base MODEL] [--output FOLDER]
 
