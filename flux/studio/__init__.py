@@ -9,13 +9,25 @@ the layers of a LoRA; `words` explains the page's ideas; `repeat` writes a run a
 `visits` finds it again after a reload; `limits` bounds requests; `hardening` keeps gradio from fetching or
 serving anything else. `studio.js` is what the page does by itself.
 
-Programs call three named endpoints, with gradio_client or plain HTTP (see `examples/studio_client.py`).
+Programs call named endpoints, those of what the loaded model can do, with gradio_client or plain HTTP (see
+`examples/studio_client.py`).
 Parameters that are left out have the page's values. Layers are numbered over the whole model, from 0.
 
 /generate   prompt, seed, count, width, height, num_steps, guidance, true_cfg, negative_prompt, image,
-            strength
+            strength, control, redux, redux_strength
             -> the images (PNG with the settings in it), run.json, which demo 0 takes, and warnings.
             image: start from this upload. strength, above 0, at most 1: how much of the schedule then runs.
+            control: for Canny and Depth, the image whose edges or depth the result has. redux: for Redux, the
+            image to vary.
+/instruct   prompt, context, reference_strength, seed, count, width, height, num_steps, guidance, true_cfg,
+            negative_prompt
+            -> as /generate. For Kontext. context: a list of uploads. Without a size, the first one gives the
+            shape.
+/fill       prompt, image, mask, left, right, above, below, overlap, seed, count, num_steps, guidance,
+            true_cfg, negative_prompt
+            -> as /generate. For Fill. mask: white where the image is painted anew. Without a mask it is
+            continued: left to below are borders, as shares of its sides; overlap is how far its own edge is
+            painted anew.
 /edit       prompt, edits, seed, layers, photo, mask, dose, weight, inject_from, inject_until, parts,
             inversion, paste_back, width, height, num_steps, guidance, true_cfg, negative_prompt
             -> the reference and its edits, run.json, which demo 4 takes, and warnings.

@@ -11,14 +11,24 @@ from gradio.events import api
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from flux.conditions.kontext import kontext_size
 from flux.errors import InputError
 from flux.images.io import read_image
 from flux.images.masks import read_mask
-from flux.studio.forms import SAMPLING, edit_settings, generate_settings, scan_settings, warnings_about
+from flux.studio.forms import (
+    SAMPLING,
+    edit_settings,
+    fill_settings,
+    generate_settings,
+    instruct_settings,
+    scan_settings,
+    warnings_about,
+)
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.work.edit import known_layers, run_edit
-from flux.studio.work.generate import run_generate
+from flux.studio.work.fill import run_fill
+from flux.studio.work.generate import run_generate, steering_images
 from flux.studio.work.scan import run_scan
 
 R = TypeVar("R")
@@ -28,10 +38,13 @@ Answer = tuple[list[FileData], FileData, list[str]]
 
 
 def add_endpoints(studio: Studio) -> None:
-    """Adds /generate, /edit and /scan to the page that is being built."""
+    """Adds the endpoints of what the model can do to the page that is being built."""
+
+    def needed(data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image:
+        return studio.limits.read_upload(data, Path(get_upload_folder()), read)
 
     def upload(data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
-        return None if data is None else studio.limits.read_upload(data, Path(get_upload_folder()), read)
+        return None if data is None else needed(data, read)
 
     def in_turn(request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
         """Waits for the caller's turn, does the work, and returns its last update."""
@@ -67,13 +80,82 @@ def add_endpoints(studio: Studio) -> None:
         negative_prompt: str = "",
         image: Upload = None,
         strength: float = 0.8,
+        control: Upload = None,
+        redux: Upload = None,
+        redux_strength: float = 1.0,
     ) -> Answer:
         """Images from a prompt, the run.json that makes them again, and warnings."""
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength, "image": image}
+        form |= {"control": control, "redux": redux, "redux_strength": redux_strength}
         settings = generate_settings(studio, form)
-        _, run = in_turn(request, lambda session: run_generate(studio, session, settings, upload(image)))
+
+        def work(session: Session) -> Iterator[tuple[Any, Run]]:
+            given = {"control": upload(control), "redux": upload(redux)}
+            read = {kind: image for kind, image in given.items() if image}
+            steering = steering_images(settings, read)
+            return run_generate(studio, session, settings, upload(image), steering)
+
+        _, run = in_turn(request, work)
+        return _answer(run, warnings_about(studio, settings, form))
+
+    def instruct(
+        request: gr.Request,
+        prompt: str,
+        context: list[FileData],
+        reference_strength: float = 1.0,
+        seed: int = 0,
+        count: int = 1,
+        width: int | None = None,
+        height: int | None = None,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        true_cfg: float | None = None,
+        negative_prompt: str = "",
+    ) -> Answer:
+        """Images that an instruction makes of context images, their run.json, and warnings."""
+        if not isinstance(context, list):
+            raise InputError(f"context: expected a list of images, got {context!r:.60}")
+        sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
+        form = dict(zip(SAMPLING, sampling, strict=True))
+        form |= {"prompt": prompt, "seed": seed, "count": count, "context": context}
+        form |= {"reference_strength": reference_strength}
+        settings = instruct_settings(studio, form)
+        images = [needed(each) for each in context]
+        if width is None and height is None:
+            width, height = kontext_size(*images[0].size, studio.spec.size)
+            settings = instruct_settings(studio, {**form, "width": width, "height": height})
+        steering = {"context": images}
+        _, run = in_turn(request, lambda session: run_generate(studio, session, settings, steering=steering))
+        return _answer(run, warnings_about(studio, settings, form))
+
+    def fill(
+        request: gr.Request,
+        prompt: str,
+        image: FileData,
+        mask: Upload = None,
+        left: float = 0.0,
+        right: float = 0.0,
+        above: float = 0.0,
+        below: float = 0.0,
+        overlap: float = 0.01,
+        seed: int = 0,
+        count: int = 1,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        true_cfg: float | None = None,
+        negative_prompt: str = "",
+    ) -> Answer:
+        """Images that a mask is filled in, or that are continued, their run.json, and warnings."""
+        sampling = (None, None, num_steps, guidance, true_cfg, negative_prompt)
+        form = dict(zip(SAMPLING, sampling, strict=True))
+        form |= {"prompt": prompt, "seed": seed, "count": count, "outpaint": mask is None}
+        form |= {"left": left, "right": right, "above": above, "below": below, "overlap": overlap}
+        source = needed(image)
+        settings = fill_settings(studio, form, source.size)
+        painted = upload(mask, read_mask)
+        _, run = in_turn(request, lambda session: run_fill(studio, session, settings, source, painted))
         return _answer(run, warnings_about(studio, settings, form))
 
     def edit(
@@ -136,7 +218,10 @@ def add_endpoints(studio: Studio) -> None:
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
         return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
 
-    for endpoint in (generate, edit, scan):
+    # A model is asked only for what it can do.
+    usual = (generate, edit, scan)
+    of_kinds = {"kontext": (*usual, instruct), "fill": (fill,), "control": (generate,)}
+    for endpoint in of_kinds.get(studio.spec.condition or "", usual):
         api(endpoint, concurrency_limit=None)
 
 

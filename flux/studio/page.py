@@ -9,17 +9,17 @@ from typing import Any
 import gradio as gr
 from gradio import themes
 
-from flux.settings.demos import GenerateSettings, LayerSettings
-from flux.settings.edits import EditSettings
 from flux.studio.endpoints import add_endpoints
 from flux.studio.hardening import Page
 from flux.studio.sessions import Run
 from flux.studio.state import Studio
 from flux.studio.tabs.common import CONCURRENT, UNQUEUED
 from flux.studio.tabs.edit import EditTab
+from flux.studio.tabs.fill import FillTab
 from flux.studio.tabs.film import FilmTab
 from flux.studio.tabs.generate import GenerateTab
 from flux.studio.tabs.history import History, HistoryPlace
+from flux.studio.tabs.instruct import InstructTab
 from flux.studio.tabs.lora import LoraTab
 from flux.studio.tabs.scan import ScanTab
 from flux.studio.visits import EXAMPLE, continue_visit, shown_run
@@ -78,37 +78,67 @@ def build(studio: Studio) -> Page:
                 f'<span class="licence">{studio.spec.licence}</span></header>'
             )
             undo = gr.Button("Undo", size="sm", elem_id="undo", scale=0, min_width=80)
-        example = _example(studio)
-        with gr.Tabs(elem_id="tabs", selected="edit") as tabs:
-            with gr.Tab("Generate", id="generate") as generate_place:
-                generate = GenerateTab(studio, example)
-            with gr.Tab("Edit", id="edit") as edit_place:
-                edit = EditTab(studio, example)
-            with gr.Tab("LoRA", id="lora") as lora_place:
-                lora = LoraTab(studio)
-            with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner") as inner:
-                with gr.Tab("Which layers matter", id="scan") as scan_place:
-                    scan = ScanTab(studio)
-                with gr.Tab("Step by step", id="film") as film_place:
-                    film = FilmTab(studio)
+        kind = studio.spec.condition
+        first = {"kontext": "instruct", "fill": "fill", "control": "generate"}.get(kind or "", "edit")
+        with gr.Tabs(elem_id="tabs", selected=first) as tabs:
+            forms, places = _add_fill(studio, tabs) if kind == "fill" else _add_tabs(studio, tabs)
         history = History(studio)
         gr.HTML(list_of_words(), elem_id="words")
-        for tab in (generate, edit, lora, film):
-            tab.wire(history)
-        scan.wire(tabs, edit)
-        places = {
-            GenerateSettings: HistoryPlace({tabs: "generate"}, generate),
-            EditSettings: HistoryPlace({tabs: "edit"}, edit),
-            LayerSettings: HistoryPlace({tabs: "look", inner: "film"}, film),
-        }
-        history.wire(places, HistoryPlace({tabs: "lora"}, lora))
-        _wire_edit_this((generate, lora, film), tabs, edit)
-        _wire_addresses(generate_place, edit_place, lora_place, look_place, scan_place, film_place)
-        remembering = {"generate": generate, "edit": edit, "lora": lora, "scan": scan, "film": film}
-        _wire_memory(page, undo, remembering)
+        for name, tab in forms.items():
+            if name != "scan":
+                tab.wire(history)
+        if "edit" in forms:
+            forms["scan"].wire(tabs, forms["edit"])
+            _wire_edit_this((forms[name] for name in ("generate", "lora", "film")), tabs, forms["edit"])
+        history.wire(places)
+        _wire_memory(page, undo, forms)
         _wire_visit(page, studio, history)
         add_endpoints(studio)
     return page
+
+
+def _add_fill(studio: Studio, tabs: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
+    """Adds the tab of a model that does nothing but fill."""
+    with gr.Tab("Fill", id="fill") as place:
+        fill = FillTab(studio)
+    _wire_addresses(place)
+    return {"fill": fill}, {"fill": HistoryPlace({tabs: "fill"}, fill)}
+
+
+def _add_tabs(studio: Studio, tabs: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
+    """Adds the tabs of a model that draws prompts, as far as it can do what they do.
+
+    Returns:
+        The tabs by name, and the places where the history brings settings back.
+    """
+    example, forms = _example(studio), dict[str, Any]()
+    with gr.Tab("Generate", id="generate") as place:
+        forms["generate"] = GenerateTab(studio, example)
+    opened, places = [place], {"generate": HistoryPlace({tabs: "generate"}, forms["generate"])}
+    if studio.spec.condition == "control":  # every image of such a model needs its control image
+        _wire_addresses(*opened)
+        return forms, places
+    if studio.spec.condition == "kontext":
+        with gr.Tab("Edit by instruction", id="instruct") as place:
+            forms["instruct"] = InstructTab(studio)
+        opened.append(place)
+        places["instruct"] = HistoryPlace({tabs: "instruct"}, forms["instruct"])
+    with gr.Tab("Edit", id="edit") as edit_place:
+        forms["edit"] = EditTab(studio, example)
+    with gr.Tab("LoRA", id="lora") as lora_place:
+        forms["lora"] = LoraTab(studio)
+    with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner") as inner:
+        with gr.Tab("Which layers matter", id="scan") as scan_place:
+            forms["scan"] = ScanTab(studio)
+        with gr.Tab("Step by step", id="film") as film_place:
+            forms["film"] = FilmTab(studio)
+    places |= {
+        "edit": HistoryPlace({tabs: "edit"}, forms["edit"]),
+        "lora": HistoryPlace({tabs: "lora"}, forms["lora"]),
+        "layer": HistoryPlace({tabs: "look", inner: "film"}, forms["film"]),
+    }
+    _wire_addresses(*opened, edit_place, lora_place, look_place, scan_place, film_place)
+    return forms, places
 
 
 def _example(studio: Studio) -> Run:
@@ -146,7 +176,7 @@ def _wire_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> N
         for name, tab in tabs.items()
         for field, component in tab.fields.items()
         if not isinstance(component, gr.State) and field not in ("source", "mask")
-        if component is not tabs["lora"].sliders  # they are an upload's
+        if "lora" not in tabs or component is not tabs["lora"].sliders  # they are an upload's
     }
     names, fields = json.dumps(list(kept)), list(kept.values())
     changes = [field.change for field in fields]

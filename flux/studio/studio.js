@@ -94,15 +94,17 @@ studio.opened = (place) => {
 
 /** Opens the place that the address names. */
 studio.go = () => {
-  if (!location.hash) history.replaceState(null, "", "#edit");
+  const first = () => document.querySelector("#tabs [role=tab][aria-selected=true]")?.dataset.tabId ?? "edit";
+  if (!location.hash) history.replaceState(null, "", `#${first()}`);
   const place = location.hash.slice(1);
   const path = { scan: ["look", "scan"], film: ["look", "film"] }[place] ?? [place];
   going = true;
   const follow = (tries) => {
     const next = path.find((step) => !isOpen(step));
     if (next) tab(next)?.click();
-    if (next && tries) setTimeout(() => follow(tries - 1), 50);
-    else [going, studio.ready] = [false, true];
+    if (next && tries) return setTimeout(() => follow(tries - 1), 50);
+    if (next && !tab(next)) history.replaceState(null, "", `#${first()}`); // this model has no such tab
+    [going, studio.ready] = [false, true];
   };
   follow(20);
 };

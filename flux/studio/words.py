@@ -2,7 +2,12 @@
 
 import html
 
-PAGES = {"editing": "docs/editing.md", "vital-layers": "docs/vital-layers.md", "weights": "docs/weights.md"}
+PAGES = {
+    "conditions": "docs/conditions.md",
+    "editing": "docs/editing.md",
+    "vital-layers": "docs/vital-layers.md",
+    "weights": "docs/weights.md",
+}
 WORDS = {
     "reference": (
         "Reference",
@@ -51,6 +56,12 @@ WORDS = {
         "How a photograph becomes noise, from which its edits start. Noising adds new noise in each step. An "
         "inversion finds the noise from which the model draws the photograph.",
         "editing",
+    ),
+    "context": (
+        "Context image",
+        "The image that an instruction is for. Its tokens stand beside those of the new image in every "
+        "layer. The reference strength scales their keys about their mean.",
+        "conditions",
     ),
     "guidance": (
         "Guidance and true CFG",

@@ -44,10 +44,10 @@ def set_number(page, box, label, value):
     field.press("Tab")
 
 
-def paint(page):
+def paint(page, board="edit-mask"):
     """Paints a stroke on the mask canvas."""
-    page.locator("#edit-mask summary").click()
-    canvas = page.locator("#edit-mask canvas")
+    page.locator(f"#{board} summary").click()
+    canvas = page.locator(f"#{board} canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2

@@ -270,8 +270,23 @@ def add_presets(
             button.click(value, None, strip, **UNQUEUED)
 
 
-def size_and_seed_fields(studio: Studio, seed: int) -> FormFields:
-    """Makes fields for size, steps and seed, by the names of the settings."""
+def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> FormFields:
+    """Makes fields for size, steps and seed, by the names of the settings; or without the size."""
+    size = size_fields(studio) if has_size else {}
+    steps = gr.Slider(
+        1,
+        studio.limits.steps,
+        studio.defaults.num_steps,
+        step=1,
+        label="Steps",
+        info="More are finer and take longer.",
+    )
+    number = gr.Number(seed, label="Seed", precision=0, info="The same seed repeats the image.")
+    return {**size, "num_steps": steps, "seed": number}
+
+
+def size_fields(studio: Studio) -> FormFields:
+    """Makes fields for the size, by the names of the settings."""
     defaults, limits = studio.defaults, studio.limits
     with gr.Row():
         width = gr.Slider(SMALLEST, limits.side, defaults.width, step=16, label="Width", min_width=200)
@@ -285,11 +300,7 @@ def size_and_seed_fields(studio: Studio, seed: int) -> FormFields:
             shape = [round(studio.spec.size * side / 16) * 16 for side in (ratio**0.5, ratio**-0.5)]
             button = gr.Button(label, size="sm", min_width=48)
             button.click(None, None, [width, height], js=f"() => {shape}", **UNQUEUED)
-    steps = gr.Slider(
-        1, limits.steps, defaults.num_steps, step=1, label="Steps", info="More are finer and take longer."
-    )
-    number = gr.Number(seed, label="Seed", precision=0, info="The same seed repeats the image.")
-    return {"width": width, "height": height, "num_steps": steps, "seed": number}
+    return {"width": width, "height": height}
 
 
 def guidance_fields(studio: Studio) -> FormFields:
@@ -298,7 +309,7 @@ def guidance_fields(studio: Studio) -> FormFields:
     return {
         "guidance": gr.Slider(
             0,
-            10,
+            max(10, 2 * studio.defaults.guidance),
             studio.defaults.guidance,
             step=0.1,
             label="Guidance",

@@ -7,13 +7,15 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from flux.images.sizes import natural_size
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, generate_settings, notes_about
+from flux.studio.forms import MOST_STRENGTH, SAMPLING, Form, generate_settings, notes_about
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
+    SMALLEST,
     UNQUEUED,
     Examples,
     FormFields,
@@ -25,10 +27,11 @@ from flux.studio.tabs.common import (
 )
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.shown import ShownImage
+from flux.studio.tabs.source import ImageSource
 from flux.studio.viewer import image_alone, viewer
 from flux.studio.visits import existing_file, shown_run
 from flux.studio.widgets import Changes, held_image, image_input, preview, results, status_html
-from flux.studio.work.generate import run_generate
+from flux.studio.work.generate import run_generate, steering_images
 
 EXAMPLE_SEED = 7
 EXAMPLES = {
@@ -76,10 +79,12 @@ class GenerateTab:
                 self.controls.add_status(f"An example, made by {example.settings.model} before.")
                 self.preview = preview("generate-preview")
                 self.viewer = viewer("generate-stage", image_alone(drawn, example.captions["reference"]))
-                self.under = ShownImage(run=example, image=drawn)
+                further = "" if studio.spec.condition == "control" else "Edit this"
+                self.under = ShownImage(run=example, image=drawn, further=further)
                 self.gallery = results("Images of this run", "generate-gallery", columns=2)
             with gr.Column(elem_classes="options"):
-                self.fields = {"prompt": self.prompt, **self._settings(), **self._start_image()}
+                steering = self._steering()
+                self.fields = {"prompt": self.prompt, **steering, **self._settings(), **self._start_image()}
 
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
@@ -103,9 +108,44 @@ class GenerateTab:
             )
         return {"image": image, "strength": strength}
 
+    def _steering(self) -> FormFields:
+        """Adds what steers the model, if it was trained with a control image or Redux images."""
+        self.sources: dict[str, ImageSource] = {}
+        kind = self.studio.spec.condition
+        if kind not in ("control", "redux"):
+            return {}
+        traits = {"canny": "Image whose edges it has", "depth": "Image whose depth it has"}
+        label = traits.get(self.studio.spec.control or "", "Image to vary")
+        self.sources[kind] = source = ImageSource(self.studio, label, f"generate-{kind}")
+        if kind == "control":
+            return {"control": source.held}
+        strength = gr.Slider(
+            0,
+            MOST_STRENGTH,
+            1,
+            step=0.05,
+            label="Strength of the image",
+            info="Below 1, the prompt counts for more.",
+        )
+        return {"redux": source.held, "redux_strength": strength}
+
+    def _wire_size(self) -> None:
+        """Gives images the shape of the control image."""
+        size = [self.fields["width"], self.fields["height"]]
+
+        def size_to(file: str | None) -> Changes:
+            if file is None:
+                return dict.fromkeys(size, gr.skip())
+            sides = natural_size(held_image(file), self.studio.spec.size)
+            return dict(zip(size, (max(SMALLEST, side) for side in sides), strict=True))
+
+        self.sources["control"].held.change(size_to, self.fields["control"], size, **UNQUEUED)
+
     def wire(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
         self.controls.wire_stop()
+        if "control" in self.sources:
+            self._wire_size()
 
         def settings_of(form: Form) -> ResolvedGenerate:
             return generate_settings(self.studio, form)
@@ -114,7 +154,9 @@ class GenerateTab:
             session: Session, settings: ResolvedGenerate, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
             image = held_image(form["image"]) if form["image"] else None
-            for update, run in run_generate(self.studio, session, settings, image):
+            given = {kind: held_image(form[kind]) for kind in self.sources if form[kind]}
+            steering = steering_images(settings, given)
+            for update, run in run_generate(self.studio, session, settings, image, steering):
                 shown: Changes = {}
                 if update.preview:
                     shown[self.viewer] = gr.update(visible=False)
@@ -158,17 +200,21 @@ class GenerateTab:
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
         shown = [*self._shown_parts, self.controls.status]
-        return [self.new_seed, self.upload, *self.fields.values(), *shown]
+        uploads = [self.upload, *(source.upload for source in self.sources.values())]
+        return [self.new_seed, *uploads, *self.fields.values(), *shown]
 
     def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
         """Fills the form as for one image of these settings, or for all if `said` names none."""
-        first, image = settings.prompts[0], files.upload and str(files.upload)
+        first, upload = settings.prompts[0], files.upload and str(files.upload)
+        image = upload if settings.image else None
         values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
         values["prompt"] = said.get("prompt", first.prompt)
         values["seed"] = said.get("seed", first.seed)
         values["count"] = 1 if "prompt" in said else len(settings.prompts)
         values["image"] = image
         filled = {self.fields[name]: value for name, value in values.items()}
+        for kind, source in self.sources.items():
+            filled |= dict.fromkeys((source.upload, source.held), upload if getattr(settings, kind) else None)
         return {self.new_seed: False, self.upload: image, **filled}
 
     def shown_again(self, run: Run, name: str) -> Changes:

@@ -19,7 +19,7 @@ from flux.studio.tabs.common import CONCURRENT
 from flux.studio.visits import unpack_mask
 from flux.studio.widgets import Changes, results
 
-INPUTS = ("image", "photo")  # settings fields that name an uploaded image
+INPUTS = ("image", "photo", "context", "fill", "control", "redux")  # fields that name uploaded images
 
 
 class RestorableTab(Protocol):
@@ -50,14 +50,19 @@ class Files:
     """The images that come back with a run's settings.
 
     Attributes:
-        upload: The uploaded image that the run began with, if it is in this session.
+        inputs: The uploaded images that the run began with, if they are in this session.
         mask: The mask that was painted, white where edits may change the reference.
         shown: An image to paint a mask on.
     """
 
-    upload: Path | None = None
+    inputs: tuple[Path, ...] = ()
     mask: Image.Image | None = None
     shown: Path | None = None
+
+    @property
+    def upload(self) -> Path | None:
+        """The first of these images."""
+        return next(iter(self.inputs), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +98,17 @@ class History:
         images = [(str(path), run.captions[name]) for run, name, path in session.images()]
         return {self.gallery: gr.update(value=images, visible=bool(images))}
 
-    def wire(self, places: Mapping[type[ModelSettings], HistoryPlace], with_lora: HistoryPlace) -> None:
-        """Lets images and files bring settings back to their tab.
+    def _tab_of(self, settings: ModelSettings) -> str:
+        """Names the tab that runs of this kind are made in."""
+        if not isinstance(settings, GenerateSettings):
+            return settings.demo
+        if settings.context or settings.fill:
+            return "instruct" if settings.context else "fill"
+        return "lora" if self.studio.has_own_lora(settings) else "generate"
 
-        Args:
-            places: The tabs by the kind of settings.
-            with_lora: The tab of images that were drawn with a visitor's LoRA.
-        """
-        every = [*places.values(), with_lora]
+    def wire(self, places: Mapping[str, HistoryPlace]) -> None:
+        """Lets images and files bring settings back to their tab. The tabs are named as by `_tab_of`."""
+        every = list(places.values())
         rows = [row for place in every for row in place.opened]
         components = [part for place in every for part in place.tab.restorable]
         outputs = list(dict.fromkeys([*rows, *components]))
@@ -111,10 +119,11 @@ class History:
                 raise InputError("That image is gone: images are deleted a day after the session's last use")
             run, name, path = images[event.index]
             settings, said = read_back(path)
-            named = [getattr(settings, field) for field in INPUTS if getattr(settings, field, None)]
+            named = next((given for field in INPUTS if (given := getattr(settings, field, None))), ())
+            names = [named] if isinstance(named, str) else named
             mask = run.folder / "mask.png"
             files = Files(
-                upload=run.folder / named[0] if named else None,
+                inputs=tuple(run.folder / name for name in names),
                 mask=read_mask(mask) if mask.is_file() else None,
                 shown=run.images.get("reference", path),
             )
@@ -139,9 +148,12 @@ class History:
             return bring_back(settings, said, Files(mask=mask, shown=shown))
 
         def place_of(settings: ModelSettings) -> HistoryPlace:
-            if isinstance(settings, GenerateSettings) and self.studio.has_own_lora(settings):
-                return with_lora
-            return places[type(settings)]
+            if place := places.get(self._tab_of(settings)):
+                return place
+            raise InputError(
+                f"Got settings of {settings.model}; this studio runs {self.studio.defaults.model}, which "
+                "has no tab for them"
+            )
 
         def bring_back(settings: ModelSettings, said: Mapping[str, Any], files: Files) -> dict:
             place = place_of(settings)

@@ -19,9 +19,15 @@ class MaskCanvas:
         painter: The board, whose value `flux.studio.painter.painted_mask` reads.
     """
 
-    def __init__(self, image: Path):
-        """Adds the board, with the image in this file to paint on."""
-        self.painter = painter("edit-mask", board(image), ABOUT)
+    def __init__(self, image: Path | None, elem_id: str = "edit-mask", about: str = ABOUT):
+        """Adds the board.
+
+        Args:
+            image: The file of the image to paint on. If None, there is none yet.
+            elem_id: The element's id.
+            about: What is said above the board, in HTML.
+        """
+        self.painter = painter(elem_id, image and board(image), about)
 
     @property
     def components(self) -> list[gr.HTML]:

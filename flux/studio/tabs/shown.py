@@ -20,13 +20,28 @@ class ShownImage:
         file: A state that holds the image's file, or None.
     """
 
-    def __init__(self, label: str = "Image", run: Run | None = None, image: Path | None = None):
-        """Adds the row. `run` and `image` are shown from the first moment on, if they are given."""
+    def __init__(
+        self,
+        label: str = "Image",
+        run: Run | None = None,
+        image: Path | None = None,
+        further: str = "Edit this",
+    ):
+        """Adds the row. `run` and `image` are shown from the first moment on, if they are given.
+
+        Args:
+            label: The label of the button that saves the image.
+            run: The run.
+            image: Its image.
+            further: The label of the button `edit`. If empty, the button is hidden.
+        """
         texts, there = ("", ""), run is not None
         if run:
             texts = as_command(run.settings), as_python(run.settings)
         with gr.Row(elem_classes="save") as self.row:
-            self.edit = gr.Button("Edit this", size="sm", variant="primary", interactive=there)
+            self.edit = gr.Button(
+                further, size="sm", variant="primary", interactive=there, visible=bool(further)
+            )
             self._save = download_button(label, image)
             self._record = download_button("run.json", run and run.record)
             self._copies = [

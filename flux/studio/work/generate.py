@@ -60,6 +60,16 @@ def _images(conditions: ConditionImages) -> list[Image.Image]:
     return [*conditions.context, *conditions.redux, *filter(None, alone)]
 
 
+def steering_images(settings: ResolvedGenerate, given: Mapping[str, Image.Image]) -> dict[str, Images]:
+    """Brings a control image to the size of a run, and makes a list of a Redux image."""
+    images: dict[str, Images] = {}
+    if "control" in given:
+        images["control"] = crop_to_fit(given["control"], settings.width, settings.height)
+    if "redux" in given:
+        images["redux"] = [given["redux"]]
+    return images
+
+
 def run_generate(
     studio: Studio,
     session: Session,

@@ -1,0 +1,187 @@
+"""The parts that tabs for models steered by images share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from flux.settings.demos import GenerateSettings
+from flux.settings.resolved import ResolvedGenerate
+from flux.studio.engine import MadeImage, Update
+from flux.studio.forms import SAMPLING, Form, notes_about
+from flux.studio.sessions import Run, Session
+from flux.studio.state import Studio
+from flux.studio.tabs.common import (
+    CONCURRENT,
+    UNQUEUED,
+    FormFields,
+    RunButton,
+    RunControls,
+    guidance_fields,
+    size_and_seed_fields,
+    wire_notes,
+)
+from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.shown import ShownImage
+from flux.studio.viewer import viewer
+from flux.studio.visits import existing_file, shown_run
+from flux.studio.widgets import Changes, preview, results, status_html
+
+
+class SteeredTab(ABC):
+    """A tab that draws with images. Each kind says which, and how they are shown beside the result.
+
+    Attributes:
+        name: The name of the tab, with which its elements' ids begin.
+        fields: The components that a run's settings are read from, by name.
+    """
+
+    name: str
+    fields: FormFields
+
+    def __init__(self, studio: Studio):
+        self.studio, self.controls = studio, RunControls(studio, self.name)
+
+    # ---- what each kind says
+
+    @abstractmethod
+    def settings_of(self, form: Form) -> ResolvedGenerate:
+        """Makes the settings of a run. Raises InputError for values that cannot be used."""
+
+    @abstractmethod
+    def work(
+        self, session: Session, settings: ResolvedGenerate, form: Form
+    ) -> Iterator[tuple[Update[MadeImage], Run]]:
+        """Does the run."""
+
+    @abstractmethod
+    def compared(self, run: Run, name: str) -> dict[str, Any]:
+        """Makes the viewer's value: an image of a run over what it was made of."""
+
+    @abstractmethod
+    def start_from(self, images: list[str]) -> Changes:
+        """Puts images, by their files, in the place of those that a run begins with."""
+
+    @property
+    @abstractmethod
+    def begun_with(self) -> list[Component]:
+        """The components that `start_from` changes."""
+
+    # ---- components
+
+    def add_prompt(self, value: str, label: str, button: str) -> FormFields:
+        """Adds the prompt, and the buttons that start and stop."""
+        prompt = gr.Textbox(
+            value,
+            label=label,
+            lines=2,
+            max_length=self.studio.limits.letters,
+            elem_id=f"{self.name}-prompt",
+        )
+        [self.go] = self.controls.add_buttons(button)
+        return {"prompt": prompt}
+
+    def add_outputs(self, status: str) -> None:
+        """Adds the status line, the viewer, and what is below it."""
+        self.controls.add_status(status)
+        self.preview = preview(f"{self.name}-preview")
+        self.viewer = viewer(
+            f"{self.name}-stage", None, "The result appears here, beside what it was made of."
+        )
+        self.under = ShownImage(further="Continue from this image")
+        self.gallery = results("Images of this run", f"{self.name}-gallery")
+
+    def add_settings(self, has_size: bool) -> FormFields:
+        """Adds the fields of every run. Without a size, the image to begin with has it."""
+        with gr.Accordion("Settings", open=False, elem_id=f"{self.name}-settings"):
+            fields = size_and_seed_fields(self.studio, seed=7, has_size=has_size)
+            fields["count"] = gr.Slider(
+                1,
+                self.studio.limits.images,
+                1,
+                step=1,
+                label="Images",
+                info="Each with a seed one higher.",
+            )
+            return fields | guidance_fields(self.studio)
+
+    # ---- events
+
+    def wire(self, history: History) -> None:
+        """Connects the events; `history` shows each new image."""
+        self.controls.wire_stop()
+
+        def work(
+            session: Session, settings: ResolvedGenerate, form: Form
+        ) -> Iterator[tuple[Update[MadeImage], Changes]]:
+            for update, run in self.work(session, settings, form):
+                shown: Changes = {}
+                if update.preview:
+                    shown[self.preview] = gr.update(visible=True, value=update.preview)
+                if update.result:
+                    shown = self._shown(run, update.result.name) | history.changes(session)
+                yield update, shown
+
+        button = RunButton(self.studio, self.controls, self.fields, self.settings_of, work)
+        button.wire([self.go.click], [*self._shown_parts, history.gallery])
+        wire_notes(
+            self.fields, lambda form: notes_about(self.studio, lambda _, form: self.settings_of(form), form)
+        )
+
+        def choose(file: str, event: gr.SelectData) -> Changes:
+            run = shown_run(existing_file(file).parent)
+            return self._chosen(run, list(run.images)[event.index])
+
+        self.gallery.select(choose, self.under.file, [self.viewer, *self.under.components], **UNQUEUED)
+        further = self.under.edit.click(
+            lambda file: self.start_from([str(existing_file(file))]),
+            self.under.file,
+            self.begun_with,
+            **CONCURRENT,
+        )
+        further.then(None, None, None, js=f"() => studio.focus('#{self.name}-prompt textarea')")
+
+    @property
+    def _shown_parts(self) -> list[Component]:
+        return [self.preview, self.viewer, self.gallery, *self.under.components]
+
+    def _shown(self, run: Run, name: str) -> Changes:
+        """Shows an image of a run, and the others of the run in a row."""
+        images = [(str(path), run.captions[each]) for each, path in run.images.items()]
+        at = list(run.images).index(name)
+        row = gr.update(value=images, visible=len(images) > 1, selected_index=at)
+        return {self.preview: gr.update(visible=False), self.gallery: row, **self._chosen(run, name)}
+
+    def _chosen(self, run: Run, name: str) -> Changes:
+        """Shows an image of the run that the row shows."""
+        value = self.compared(run, name)
+        return {self.viewer: gr.update(visible=True, value=value), **self.under.show(run, run.images[name])}
+
+    # ---- an earlier run
+
+    @property
+    def restorable(self) -> list[Component]:
+        """The components that `restored` and `shown_again` change."""
+        form = [field for name, field in self.fields.items() if name != "mask"]
+        parts = [*form, *self.begun_with, *self._shown_parts, self.controls.status]
+        return list(dict.fromkeys(parts))
+
+    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
+        """Fills the form as for one image of these settings, or for all if `said` names none."""
+        first = settings.prompts[0]
+        values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
+        values["prompt"] = said.get("prompt", first.prompt)
+        values["seed"] = said.get("seed", first.seed)
+        values["count"] = 1 if "prompt" in said else len(settings.prompts)
+        filled = {self.fields[name]: value for name, value in values.items()}
+        return {**filled, **self.restored_images(settings, files)}
+
+    @abstractmethod
+    def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
+        """Brings back the images of a run, and what the settings say about them."""
+
+    def shown_again(self, run: Run, name: str) -> Changes:
+        """Shows an image of this session once more."""
+        return {**self._shown(run, name), self.controls.status: status_html("From your images.")}
