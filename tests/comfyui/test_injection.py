@@ -10,6 +10,7 @@ from flux.intervention import Intervention
 from flux.model import Inputs
 
 LATENT = 8, 8  # height and width: 16 image tokens
+TENSORS = "img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"
 
 
 @pytest.fixture
@@ -86,15 +87,12 @@ def test_reference_is_untouched(nodes, model):
 
 def test_each_prompt_of_guidance_has_its_own_reference(nodes, model):
     positive, negative = rows(seed=1), rows(seed=2)
-    both = Inputs(*(torch.cat(pair) for pair in zip(vars_of(positive), vars_of(negative), strict=True)))
+    pairs = {name: (getattr(positive, name), getattr(negative, name)) for name in TENSORS}
+    both = Inputs(**{name: torch.cat(pair) for name, pair in pairs.items()})
     velocity = edited(nodes, comfy_stand_in.Patcher(model), (0, 3)).run(both, 0.8, LATENT, chunks=2)
     halves = torch.cat([expected(model, each, (0, 3)) for each in (positive, negative)])
     # A matmul of six rows may round otherwise than one of three.
     torch.testing.assert_close(velocity, halves, rtol=0, atol=2e-6)
-
-
-def vars_of(inputs: Inputs):
-    return (getattr(inputs, name) for name in inputs.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(("sigma", "acts"), [(1.0, True), (0.76, True), (0.75, False), (0.5, False)])

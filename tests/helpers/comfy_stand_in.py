@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-import flux.modules.layers
+from flux.math import AttentionEdit
 from flux.model import Flux, Inputs
 
 INPUT_TYPES = (
@@ -156,17 +156,17 @@ class Patcher:
     @contextmanager
     def _hooks(self, options: dict, num_txt: int):
         """Hooks around the blocks and around attention."""
-        plain, current = flux.modules.layers.attend, {}
+        own, current = AttentionEdit.attend, {}
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *more):
-            given = current["options"]
+        def attend(edit: AttentionEdit, q: Tensor, k: Tensor, v: Tensor):
+            given, plain = current["options"], partial(own, edit)
             if self.calls_attn1:
                 extra = {**given, **current["block"], "img_slice": [num_txt, q.shape[2]]}
                 for patch in given.get("patches", {}).get("attn1_patch", []):
                     changed = patch(q, k, v, pe=None, attn_mask=None, extra_options=extra)
                     q, k, v = (changed.get(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
             override = given.get("optimized_attention_override")
-            return override(plain, q, k, v, *more) if override else plain(q, k, v, *more)
+            return override(plain, q, k, v) if override else plain(q, k, v)
 
         def around(block, kind: str, index: int) -> Callable:
             inner = block.run
@@ -191,12 +191,12 @@ class Patcher:
         kinds = ("double", self.flux.double_blocks), ("single", self.flux.single_blocks)
         wrapped = [(block, kind, index) for kind, blocks in kinds for index, block in enumerate(blocks)]
         try:
-            flux.modules.layers.attend = attend
+            AttentionEdit.attend = attend
             for block, kind, index in wrapped:
                 block.run = around(block, kind, index)
             yield
         finally:
-            flux.modules.layers.attend = plain
+            AttentionEdit.attend = own
             for block, _, _ in wrapped:
                 del block.__dict__["run"]
 
