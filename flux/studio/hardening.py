@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.block_function import BlockFunction
+from gradio.components.api_component import Api
 from gradio.state_holder import SessionState
 from gradio.utils import get_upload_folder
 from gradio_client.utils import is_file_obj, is_http_url_like, traverse
@@ -141,7 +142,9 @@ class Page(gr.Blocks):
         Raises:
             InputError: A value that no field of the page sends.
         """
-        inputs = with_real_paths(inputs)
+        # A program may leave out an endpoint's last fields.
+        left_out = [field.value for field in block_fn.inputs[len(inputs) :] if isinstance(field, Api)]
+        inputs = [*with_real_paths(inputs), *left_out]
         _check_values(block_fn.inputs, inputs)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)

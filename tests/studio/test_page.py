@@ -120,6 +120,7 @@ def test_settings_come_back(page, url, tmp_path):
     image = download_image(page)
     shutil.copy(image, tmp_path / "mine.png")
     visit(page, url, "generate")
+    page.locator("#generate-prompt textarea").fill("a frog")  # the form itself survives a reload
     page.locator("#drop input[type=file]").set_input_files(tmp_path / "mine.png")
     page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'a penguin'")
     page.locator("#generate-settings button").first.click()

@@ -54,8 +54,9 @@ def judge_file(tmp_path_factory) -> Path:
 def work(tokenizers, tmp_path_factory):
     """All stages done, one or two iterations each."""
     from training.loop.cluster import Cluster
-    from training.loop.plan import Work
+    from training.loop.plan import ADAPTERS, Work
     from training.loop.trainer import Budget
+    from training.stages.adapters import train_adapter
     from training.stages.autoencoder import train_autoencoder
     from training.stages.export import export
     from training.stages.flow import train_flow, train_guidance
@@ -72,6 +73,7 @@ def work(tokenizers, tmp_path_factory):
     assert train_flow(work, "flow256")
     assert train_guidance(work)
     assert train_schnell(work)
+    assert all(train_adapter(work, kind) for kind in ADAPTERS)
     assert train_dinov2(work)
     assert train_measuring(work)
     assert export(work)

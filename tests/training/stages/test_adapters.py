@@ -10,7 +10,7 @@ from helpers.training import inputs, randomized
 from flux.model import Flux
 from training.loop.models import TOY
 from training.scenes.render import Renderer
-from training.stages.adapters import DRAW, EXTRA_CHANNELS, adapted, pack_mask, train_adapter, widened
+from training.stages.adapters import DRAW, EXTRA_CHANNELS, adapted, pack_mask, widened
 from training.stages.schnell import lora_weights, merged
 
 SIDE = 64
@@ -69,7 +69,7 @@ def test_an_adapter_begins_as_its_base_and_merges_to_what_it_learned(kind):
 
 @pytest.mark.parametrize("kind", EXTRA_CHANNELS)
 def test_a_stage_leaves_a_lora(work, kind):
-    assert train_adapter(work, kind)
     lora = torch.load(work.result(kind))
     assert lora["img_in.lora_A.weight"].shape[1] == 64 + EXTRA_CHANNELS[kind]
     assert not any("mod" in name for name in lora)
+    assert (work.folder / "assets" / f"{kind}_lora.safetensors").is_file()
