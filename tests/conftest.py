@@ -1,6 +1,7 @@
 """Parts that all tests share: marks, a clean environment, no network, and the small model loaded once."""
 
 import os
+import signal
 
 import pytest
 
@@ -19,6 +20,10 @@ from hypothesis import settings
 # No test is timed: other work may have the cores.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# A run in the background ignores Ctrl-C, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SKIPPED = {"slow": "--run-slow", "gpu": "--run-gpu"}
 
