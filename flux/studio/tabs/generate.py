@@ -159,7 +159,6 @@ class GenerateTab:
             for update, run in run_generate(self.studio, session, settings, image, steering):
                 shown: Changes = {}
                 if update.preview:
-                    shown[self.viewer] = gr.update(visible=False)
                     shown[self.preview] = gr.update(visible=True, value=update.preview)
                 if update.result:
                     shown = self._shown(run, update.result.name) | history.changes(session)
