@@ -15,20 +15,21 @@ from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.sessions.options import SamplingOptions
-from flux.sessions.session import NOT_OPTIONS, run_session
+from flux.sessions.session import NOT_OPTIONS, CommandOptions, run_session
 
 __all__ = ["SamplingOptions", "app", "main"]
 
 DEFAULT_PROMPT = "a dog wearing a top hat on the grass"
 COMMANDS = {
-    "kontext": {"reference_strength"},
+    "kontext": {"context_positions", "reference_strength"},
     "fill": {"outpaint", "overlap", "paste_back"},
     "control": {"depth_model"},
-    "redux": {"siglip"},
+    "redux": {"redux_strength", "siglip"},
 }
 """The commands for models that an image steers, and the fields of conditions that each takes."""
 
 
+@exit_on_input_error()
 def main(
     name: str = "flux-nano", width: int | None = None, height: int | None = None, seed: int | None = None,
     prompt: str = DEFAULT_PROMPT, device: str = "auto", num_steps: int | None = None, loop: bool = False,
@@ -59,37 +60,28 @@ def main(
         negative_prompt: what true CFG leads away from
         model: more fields of a model's settings
     """
-    fields = {
-        "device": device,
-        "offload": offload,
+    options = SamplingOptions(prompt, width, height, num_steps, guidance, seed)
+    how = CommandOptions(device, offload, output_dir, loop, add_sampling_metadata, track_usage)
+    more = {
         "true_cfg": true_cfg,
         "negative_prompt": negative_prompt,
-        "output_dir": output_dir,
         "init_image": init_image,
         "strength": strength,
         **model,
     }
-    with exit_on_input_error():
-        run_session(
-            name,
-            SamplingOptions(prompt, width, height, num_steps, guidance, seed),
-            fields,
-            loop=loop,
-            add_sampling_metadata=add_sampling_metadata,
-            track_usage=track_usage,
-        )
+    run_session(name, options, how, more)
 
 
+@exit_on_input_error()
 def fetch_model(name: str) -> None:
     """Fetch a model's files in advance and print where they are.
 
     Args:
         name: the model, one of flux.util.configs
     """
-    with exit_on_input_error():
-        from flux.weights.hub import download
+    from flux.weights.hub import download
 
-        download(name)
+    download(name)
 
 
 def app() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.sessions import options
-from flux.sessions.session import run_session
+from flux.sessions.session import CommandOptions, run_session
 
 
 @dataclass
@@ -26,6 +26,7 @@ class SamplingOptions(options.SamplingOptions):
         return {**super().as_settings(), "control": self.img_cond_path, "lora_scale": self.lora_scale}
 
 
+@exit_on_input_error()
 def main(
     name: str, width: int | None = None, height: int | None = None, seed: int | None = None,
     prompt: str = "a robot made out of gold", device: str = "auto", num_steps: int | None = None,
@@ -54,13 +55,6 @@ def main(
         track_usage: report each image to BFL, for licensed users (key in BFL_API_KEY)
         model: more fields of `flux.settings.demos.SessionSettings`
     """
-    fields = {"device": device, "offload": offload, "output_dir": output_dir, **model}
-    with exit_on_input_error():
-        run_session(
-            name,
-            SamplingOptions(prompt, width, height, num_steps, guidance, seed, img_cond_path, lora_scale),
-            fields,
-            loop=loop,
-            add_sampling_metadata=add_sampling_metadata,
-            track_usage=track_usage,
-        )
+    options = SamplingOptions(prompt, width, height, num_steps, guidance, seed, img_cond_path, lora_scale)
+    how = CommandOptions(device, offload, output_dir, loop, add_sampling_metadata, track_usage)
+    run_session(name, options, how, model)

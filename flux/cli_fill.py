@@ -12,7 +12,7 @@ from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.sessions import options
-from flux.sessions.session import run_session
+from flux.sessions.session import CommandOptions, run_session
 
 MASK = "assets/cup_mask.png"
 
@@ -29,6 +29,7 @@ class SamplingOptions(options.SamplingOptions):
         return {**super().as_settings(), "fill": self.img_cond_path, "mask": self.img_mask_path}
 
 
+@exit_on_input_error()
 def main(
     seed: int | None = None, prompt: str = "a white paper cup", device: str = "auto",
     num_steps: int | None = None, loop: bool = False, guidance: float | None = None,
@@ -56,13 +57,6 @@ def main(
     """
     size = model.get("width"), model.get("height")
     mask = None if model.get("outpaint") is not None and img_mask_path == MASK else img_mask_path
-    fields = {"device": device, "offload": offload, "output_dir": output_dir, **model}
-    with exit_on_input_error():
-        run_session(
-            name,
-            SamplingOptions(prompt, *size, num_steps, guidance, seed, img_cond_path, mask),
-            fields,
-            loop=loop,
-            add_sampling_metadata=add_sampling_metadata,
-            track_usage=track_usage,
-        )
+    options = SamplingOptions(prompt, *size, num_steps, guidance, seed, img_cond_path, mask)
+    how = CommandOptions(device, offload, output_dir, loop, add_sampling_metadata, track_usage)
+    run_session(name, options, how, model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.sessions import options
-from flux.sessions.session import run_session
+from flux.sessions.session import CommandOptions, run_session
 from flux.settings.fields import Files
 
 
@@ -27,6 +27,7 @@ class SamplingOptions(options.SamplingOptions):
         return {**super().as_settings(), "context": self.img_cond_path, "aspect_ratio": self.aspect_ratio}
 
 
+@exit_on_input_error()
 def main(
     name: str = "flux-dev-kontext", aspect_ratio: str | None = None, seed: int | None = None,
     prompt: str = "replace the logo with the text 'Black Forest Labs'", device: str = "auto",
@@ -53,13 +54,6 @@ def main(
         model: more fields of `flux.settings.demos.SessionSettings`
     """
     size = model.get("width"), model.get("height")
-    fields = {"device": device, "offload": offload, "output_dir": output_dir, **model}
-    with exit_on_input_error():
-        run_session(
-            name,
-            SamplingOptions(prompt, *size, num_steps, guidance, seed, img_cond_path, aspect_ratio),
-            fields,
-            loop=loop,
-            add_sampling_metadata=add_sampling_metadata,
-            track_usage=track_usage,
-        )
+    options = SamplingOptions(prompt, *size, num_steps, guidance, seed, img_cond_path, aspect_ratio)
+    how = CommandOptions(device, offload, output_dir, loop, add_sampling_metadata, track_usage)
+    run_session(name, options, how, model)

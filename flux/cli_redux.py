@@ -11,7 +11,7 @@ from typing import Any
 
 from flux.errors import exit_on_input_error
 from flux.sessions import options
-from flux.sessions.session import run_session
+from flux.sessions.session import CommandOptions, run_session
 from flux.settings.fields import Files
 
 
@@ -26,6 +26,7 @@ class SamplingOptions(options.SamplingOptions):
         return {**super().as_settings(), "redux": self.img_cond_path}
 
 
+@exit_on_input_error()
 def main(
     name: str = "flux-dev", width: int | None = 1360, height: int | None = 768, seed: int | None = None,
     device: str = "auto", num_steps: int | None = None, loop: bool = False, guidance: float | None = None,
@@ -52,17 +53,10 @@ def main(
         prompt: what to show besides; the published adapter mostly follows the image
         model: more fields of `flux.settings.demos.SessionSettings`
     """
-    fields = {"device": device, "offload": offload, "output_dir": output_dir, **model}
-    with exit_on_input_error():
-        from flux.specs import get_spec
+    from flux.specs import get_spec
 
-        if guidance is None and get_spec(name).params.guidance_embed:
-            guidance = 2.5
-        run_session(
-            name,
-            SamplingOptions(prompt, width, height, num_steps, guidance, seed, img_cond_path),
-            fields,
-            loop=loop,
-            add_sampling_metadata=add_sampling_metadata,
-            track_usage=track_usage,
-        )
+    if guidance is None and get_spec(name).params.guidance_embed:
+        guidance = 2.5
+    options = SamplingOptions(prompt, width, height, num_steps, guidance, seed, img_cond_path)
+    how = CommandOptions(device, offload, output_dir, loop, add_sampling_metadata, track_usage)
+    run_session(name, options, how, model)

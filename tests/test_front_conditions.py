@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.condition_models import SPECS, save_image, save_mask, save_steered, steered_pipe
+from helpers.condition_models import make_steered_folder, save_image, save_mask, save_steered, steered_pipe
 from PIL import Image
 
 from flux import Pipeline
@@ -14,7 +14,6 @@ from flux.pipeline import generate_all
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.settings.files import read_settings
-from flux.specs import configs
 
 FAST = {"num_steps": 2, "progress": False}
 
@@ -22,13 +21,7 @@ FAST = {"num_steps": 2, "progress": False}
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """The tiny models are in the table, and the current folder is a new one."""
-    for name, spec in SPECS.items():
-        monkeypatch.setitem(configs, name, spec)
-    monkeypatch.chdir(tmp_path)
-    save_image(tmp_path / "a.png")
-    save_image(tmp_path / "wide.png", 128, 64, seed=1)
-    save_mask(tmp_path / "mask.png")
-    return tmp_path
+    return make_steered_folder(monkeypatch, tmp_path)
 
 
 @pytest.fixture

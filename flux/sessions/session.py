@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,21 +24,40 @@ HOSTED_TAKES = ("prompt", "seed", "width", "height", "num_steps", "guidance")
 NOT_OPTIONS = {"model", "batch_size", "metadata"}
 
 
+@dataclass(frozen=True)
+class CommandOptions:
+    """The options of a command that hold for all its images.
+
+    Attributes:
+        device: Where the model runs.
+        offload: What waits in main memory.
+        output_dir: Folder to write to.
+        loop: Whether to ask for further prompts.
+        add_sampling_metadata: Whether prompt and settings are written into the files.
+        track_usage: Whether each image is reported to BFL.
+    """
+
+    device: str
+    offload: bool | str
+    output_dir: str
+    loop: bool
+    add_sampling_metadata: bool
+    track_usage: bool
+
+
 class PromptSession(Generic[O]):
     """Makes one image after another by one model and saves them as img_N.jpg.
 
     Args:
         name: Name of the model.
-        output_dir: Folder to write to.
-        metadata: Whether the prompt and the settings are written into the files.
-        track_usage: Whether each image is reported to BFL.
+        how: The options of the command.
     """
 
-    def __init__(self, name: str, output_dir: Path, metadata: bool, track_usage: bool):
-        self.name, self.output_dir, self.metadata, self.track_usage = name, output_dir, metadata, track_usage
+    def __init__(self, name: str, how: CommandOptions):
+        self.name, self.how = name, how
         self.seed: int | None = None
 
-    def run(self, options: O, loop: bool) -> None:
+    def run(self, options: O) -> None:
         """Make an image of each prompt in the options, and in a loop of each one typed after them.
 
         Raises:
@@ -49,13 +68,13 @@ class PromptSession(Generic[O]):
         if not prompts and self.needs_prompt:
             raise InputError("Got an empty prompt: say what to show")
         self.load()
-        if loop:
+        if self.how.loop:
             print(help_of(options))
         prompts = prompts or [""]
         for prompt in prompts:
             self.generate(prompt)
         options = replace(options, prompt=prompts[-1])
-        while loop and (answer := ask(replace(options, seed=self.seed), self.use)):
+        while self.how.loop and (answer := ask(replace(options, seed=self.seed), self.use)):
             options = answer
             try:
                 self.generate(options.prompt)
@@ -76,13 +95,13 @@ class PromptSession(Generic[O]):
         begin = time.perf_counter()
         image = self.draw(prompt, seed)
         about = {"model": self.name, "prompt": prompt, "seed": seed, **self.about()}
-        path = reserve_path(self.output_dir)
+        path = reserve_path(Path(self.how.output_dir))
         try:
-            save_image(image, path, about if self.metadata else None)
+            save_image(image, path, about if self.how.add_sampling_metadata else None)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        if self.track_usage:
+        if self.how.track_usage:
             track_usage_via_api(self.name, 1)
         print(f"{path}  seed {seed}  {time.perf_counter() - begin:.1f} s")
         if self.seed is not None:
@@ -113,23 +132,15 @@ class LocalSession(PromptSession[O]):
 
     Args:
         name: Name of the model.
-        output_dir: Folder to write to.
-        metadata: Whether the prompt and the settings are written into the files.
-        track_usage: Whether each image is reported to BFL.
+        how: The options of the command.
         settings: The model and how it runs, what to start from, and the first options.
     """
 
     pipe: "Pipeline"
+    loaded: "SessionSettings | None"
 
-    def __init__(
-        self,
-        name: str,
-        output_dir: Path,
-        metadata: bool,
-        track_usage: bool,
-        settings: "SessionSettings",
-    ):
-        super().__init__(name, output_dir, metadata, track_usage)
+    def __init__(self, name: str, how: CommandOptions, settings: "SessionSettings"):
+        super().__init__(name, how)
         self.given = settings
         self.steered: Pipeline | None = None
         self.warned: set[str] = set()
@@ -160,12 +171,14 @@ class LocalSession(PromptSession[O]):
                 self.warned.add(line)
 
     def load(self) -> None:
-        """Read the image to start from and load the model."""
+        """Read the image to start from and load the model, in place of an earlier one."""
         from flux.images.io import read_image
         from flux.pipeline import Pipeline
 
         start = self.given.init_image
         self.image = read_image(start) if start else None
+        vars(self).pop("pipe", None)  # two models may not fit into memory
+        self.loaded = None
         self.pipe, self.loaded = Pipeline.load(self.settings), self.settings
 
     def draw(self, prompt: str, seed: int) -> "Image":
@@ -173,7 +186,7 @@ class LocalSession(PromptSession[O]):
         from flux.images.io import crop_to_fit
 
         settings = self.settings
-        if settings.lora_scale != self.loaded.lora_scale:  # it is merged into the weights
+        if self.loaded is None or settings.lora_scale != self.loaded.lora_scale:  # it is in the weights
             self.load()
         if self.steered is None:
             self.steered = self.pipe.steered(self.images, settings)
@@ -213,24 +226,14 @@ class HostedSession(PromptSession[O]):
         return self.settings.sampling()
 
 
-def run_session(
-    name: str,
-    options: SamplingOptions,
-    fields: Mapping[str, Any],
-    *,
-    loop: bool,
-    add_sampling_metadata: bool,
-    track_usage: bool,
-) -> None:
+def run_session(name: str, options: SamplingOptions, how: CommandOptions, fields: Mapping[str, Any]) -> None:
     """Make the images of a command.
 
     Args:
         name: The model.
         options: The options of the first images.
-        fields: More fields of the settings: where the model runs, where images are written, ...
-        loop: Whether to ask for further prompts.
-        add_sampling_metadata: Whether prompt and settings are written into the files.
-        track_usage: Whether each image is reported to BFL.
+        how: The options that hold for all images.
+        fields: More fields of the settings, such as `quantize`.
 
     Raises:
         InputError: A value cannot be used. It is raised before a model is loaded.
@@ -240,19 +243,20 @@ def run_session(
     from flux.settings.files import check_settings
     from flux.specs import HOSTED
 
-    settings = check_settings(SessionSettings, {"model": name, **fields, **options.as_settings()})
+    placed = {"device": how.device, "offload": how.offload, "output_dir": how.output_dir}
+    settings = check_settings(SessionSettings, {"model": name, **placed, **fields, **options.as_settings()})
     check_folder(settings.output_dir)
-    saving = Path(settings.output_dir), add_sampling_metadata, track_usage
+    how = replace(how, output_dir=settings.output_dir)
     if name not in HOSTED:
-        LocalSession(name, *saving, settings).run(options, loop)
+        LocalSession(name, how, settings).run(options)
         return
     usual = SessionSettings.model_fields
     given = [each for each in fields if each in usual and fields[each] != usual[each].default]
-    given = [each for each in given if each not in (*HOSTED_TAKES, "output_dir", "device", "offload")]
-    if given or track_usage:
-        got = ", ".join([*given, *["track_usage"] * track_usage])
+    given = [each for each in given if each not in HOSTED_TAKES]
+    if given or how.track_usage:
+        got = ", ".join([*given, *["track_usage"] * how.track_usage])
         raise InputError(
             f"Got {got} for {name}, which is not run here: it takes prompt, seed, width and height, some "
             "models num_steps and guidance too"
         )
-    HostedSession(name, *saving).run(options, loop)
+    HostedSession(name, how).run(options)

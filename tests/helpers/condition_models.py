@@ -101,6 +101,18 @@ SPECS = {
 """Tiny models, to be added to the table of models."""
 
 
+def make_steered_folder(monkeypatch, folder: Path) -> Path:
+    """Put the `SPECS` into the table of models, and images into a folder that becomes the current one."""
+    for name, spec in SPECS.items():
+        monkeypatch.setitem(configs, name, spec)
+    monkeypatch.chdir(folder)
+    save_image(folder / "a.png")
+    save_image(folder / "b.png", seed=5)
+    save_image(folder / "wide.png", 128, 64, seed=1)
+    save_mask(folder / "mask.png")
+    return folder
+
+
 def steered_pipe(nano: Pipeline, name: str) -> Pipeline:
     """Return a pipeline of one of the `SPECS`, with the networks of flux-nano but for the transformer."""
     spec = SPECS[name]

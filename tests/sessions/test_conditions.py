@@ -3,11 +3,14 @@
 import importlib
 import inspect
 import sys
+import weakref
+from collections import Counter
 
 import pytest
 from helpers.condition_models import (
     REDUX_SIZES,
     SPECS,
+    make_steered_folder,
     save_depth_model,
     save_image,
     save_mask,
@@ -19,21 +22,17 @@ from helpers.condition_models import (
 from PIL import Image
 
 from flux import cli, cli_control, cli_fill, cli_kontext, cli_redux
+from flux.errors import InputError
 from flux.images.io import read_metadata
 from flux.pipeline import Pipeline
+from flux.settings.conditions import ConditionSettings
 from flux.specs import configs
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """The tiny models are in the table, and the current folder is a new one."""
-    for name, spec in SPECS.items():
-        monkeypatch.setitem(configs, name, spec)
-    monkeypatch.chdir(tmp_path)
-    save_image(tmp_path / "a.png")
-    save_image(tmp_path / "wide.png", 128, 64, seed=1)
-    save_mask(tmp_path / "mask.png")
-    return tmp_path
+    return make_steered_folder(monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -128,6 +127,13 @@ def test_defaults_are_upstreams(monkeypatch, folder, main, fields, expected):
     assert (settings.model, settings.num_steps, settings.guidance, prompt, length) == expected
 
 
+def test_each_field_of_conditions_is_an_option_of_one_command():
+    """Upstream's options name the images."""
+    taken = Counter(name for names in cli.COMMANDS.values() for name in names)
+    images = {"context", "fill", "mask", "control", "redux"}
+    assert taken == Counter(ConditionSettings.model_fields.keys() - images)
+
+
 # ---- the loop
 
 
@@ -168,6 +174,26 @@ def test_another_strength_of_the_lora_loads_the_model_again(monkeypatch, folder,
     cli_control.main("tiny-canny", prompt="a dog", img_cond_path="a.png", lora_scale=0.8, loop=True)
     assert [settings.lora_scale for settings in loaded] == [0.8, 0.5]
     assert len(metadata(folder)) == 3
+
+
+def test_an_earlier_model_is_let_go_before_the_next_is_loaded(monkeypatch, folder, nano):
+    """Both at once may not fit into memory. One that failed to load is tried again."""
+    models = []
+
+    def load(settings, *_):
+        assert not [model for model in models if model() is not None]
+        if len(models) == 1:
+            models.append(lambda: None)
+            raise InputError("the disk is away")
+        pipe = steered_pipe(nano, settings.model)
+        models.append(weakref.ref(pipe.model))
+        return pipe
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    typed(monkeypatch, "/l 0.5", "a cat", "a pig")
+    cli_control.main("tiny-canny", prompt="a dog", img_cond_path="a.png", loop=True)
+    assert [each["prompt"] for each in metadata(folder)] == ["a dog", "a pig"]
+    assert len(models) == 3
 
 
 # ---- whole commands
