@@ -8,6 +8,7 @@ from torch import Tensor
 from flux.conditions.base import Encode, encoding, prepare_with
 from flux.errors import InputError
 from flux.images.io import ImageLike, as_rgb, to_tensor
+from flux.images.sizes import TOKEN
 from flux.inputs import Condition
 from flux.modules.autoencoder import AutoEncoder
 
@@ -43,8 +44,9 @@ def check_shape(image: Image.Image, width: int, height: int) -> None:
         width: Width of the image to make in pixels.
         height: Height of the image to make in pixels.
     """
-    # Half a token of difference cannot be seen, and sizes are rounded to whole tokens.
-    if abs(image.width * height / image.height - width) > 16 and image.size != (width, height):
+    # Sizes are rounded to whole tokens: one side may be a token from that of the image's shape.
+    across, down = image.width * height / image.height, image.height * width / image.width
+    if min(abs(across - width), abs(down - height)) > TOKEN:
         raise InputError(
             f"Got a control image of {image.width}x{image.height} pixels for an image of {width}x{height}: "
             "crop it to that shape, or choose a size of its own shape"

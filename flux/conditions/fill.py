@@ -1,6 +1,5 @@
 """Fill: an image and a mask of what to paint, as 320 more channels of each noise token."""
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from flux.conditions.base import Encode, encoding, prepare_with
 from flux.errors import InputError
-from flux.images.io import ImageLike, as_pil, as_rgb, to_tensor
-from flux.images.masks import OPAQUE, as_mask, read_mask
+from flux.images.io import ImageLike, as_rgb, to_tensor
+from flux.images.masks import OPAQUE, take_mask
+from flux.images.sizes import TOKEN
 from flux.inputs import Condition
 from flux.modules.autoencoder import AutoEncoder
 from flux.sampling.latents import pack
-
-TOKEN = 16  # pixels: the side of a token
 
 
 def fill_images(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.Image]:
@@ -25,7 +23,7 @@ def fill_images(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.I
 
     Args:
         image: The image, of mode RGB, or its file. Its sides are multiples of 16.
-        mask: White where the image is to be painted, or its file: see `flux.images.masks.as_mask`.
+        mask: White where the image is to be painted, or its file: see `flux.images.masks.take_mask`.
 
     Returns:
         The image, of mode RGB, and the mask, of mode "L": white or black in each pixel, as greys are nearer.
@@ -34,8 +32,7 @@ def fill_images(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.I
         InputError: One of them cannot be read, the mask has another size or no white, or the image's sides
             are not multiples of 16.
     """
-    source = as_rgb(image)
-    painted = read_mask(os.fspath(mask)) if isinstance(mask, str | os.PathLike) else as_mask(as_pil(mask))
+    source, painted = as_rgb(image), take_mask(mask)
     if painted.size != source.size:
         raise InputError(
             f"Got a mask of {painted.width}x{painted.height} pixels for an image of {source.width}x"

@@ -1,6 +1,5 @@
 """The images that steer a run: from the settings that name them to the condition of a pass."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -12,8 +11,8 @@ from flux.conditions.control import MapEncoder, check_shape, control_condition
 from flux.conditions.fill import fill_condition, fill_images, paste_unmasked
 from flux.conditions.kontext import aspect_ratio_to_height_width, kontext_condition, kontext_size
 from flux.conditions.redux import ImageEncoder, redux_condition
-from flux.images.io import ImageLike, as_pil, as_rgb, crop_to_fit
-from flux.images.masks import as_mask, read_mask
+from flux.images.io import ImageLike, as_rgb, crop_to_fit
+from flux.images.masks import take_mask
 from flux.images.outpaint import outpaint
 from flux.images.sizes import TOKEN, natural_size
 from flux.inputs import Condition
@@ -114,10 +113,8 @@ def _read_filled(
         source, painted = outpaint(source, settings.outpaint, settings.overlap)
     elif mask is None or settings.mask in ("auto", "none"):
         return None
-    elif isinstance(mask, str | os.PathLike):
-        painted = read_mask(os.fspath(mask))
     else:
-        painted = as_mask(as_pil(mask))
+        painted = take_mask(mask)
     size = getattr(settings, "width", None), getattr(settings, "height", None)
     if any(size) and painted.size == source.size:
         width, height = ((side or own) // TOKEN * TOKEN for side, own in zip(size, source.size))
@@ -129,31 +126,37 @@ def sized(settings: S, images: ConditionImages) -> S:
     """Return the settings with the size that the images ask for, where none is given.
 
     That is the size of the image to fill, one of the control image's shape, or Kontext's preferred size of
-    the shape of the first context image. An aspect ratio comes before all of them.
+    the shape of the first context image. An aspect ratio comes before the last two.
 
     Raises:
-        InputError: The aspect ratio is none, or the control image has another shape than the given size.
+        InputError: The aspect ratio is none, or the control image has another shape than the size.
     """
-    if settings.width is not None and settings.height is not None:
-        if images.control:
-            check_shape(images.control, settings.width, settings.height)
-        return settings
+    if settings.width is None or settings.height is None:
+        settings = _with_size_of(images, settings)
+    if images.control and settings.width is not None and settings.height is not None:
+        check_shape(images.control, settings.width, settings.height)
+    return settings
+
+
+def _with_size_of(images: ConditionImages, settings: S) -> S:
+    """Return the settings with the sides that they lack."""
     side = get_spec(settings.model).size
+    if images.filled:
+        width, height = images.filled[0].size
+        return settings.model_copy(update={"width": width, "height": height})
     if isinstance(settings, SessionSettings) and settings.aspect_ratio is not None:
-        size = aspect_ratio_to_height_width(settings.aspect_ratio, side**2)
-    elif images.filled:
-        size = images.filled[0].size
+        size = shape = aspect_ratio_to_height_width(settings.aspect_ratio, side**2)
     elif images.control:
-        size = natural_size(images.control, side)
+        size, shape = natural_size(images.control, side), images.control.size
     elif images.context:
-        size = kontext_size(*images.context[0].size, side)
+        size = shape = kontext_size(*images.context[0].size, side)
     else:
         return settings
     width, height = size
-    if settings.width is not None and not images.filled:
-        width, height = settings.width, round(settings.width * height / width)
-    elif settings.height is not None and not images.filled:
-        width, height = round(settings.height * width / height), settings.height
+    if settings.width is not None:
+        width, height = settings.width, round(settings.width * shape[1] / shape[0])
+    elif settings.height is not None:
+        width, height = round(settings.height * shape[0] / shape[1]), settings.height
     return settings.model_copy(update={"width": width, "height": height})
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from flux.conditions.base import Encode, check_strength, encoding, prepare_with, read_images
 from flux.errors import InputError
 from flux.images.io import ImageLike, to_tensor
+from flux.images.sizes import TOKEN
 from flux.inputs import Condition
 from flux.modules.autoencoder import AutoEncoder
 from flux.sampling.latents import get_noise, image_ids
 
-TOKEN = 16  # pixels: the side of a token
 SIDE = 1024  # of the square that has as many pixels as the sizes below
 
 _NARROW = (

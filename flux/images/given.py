@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from flux.images.io import ImageLike, as_pil, as_rgb
-from flux.images.masks import as_mask, read_mask
+from flux.images.io import as_rgb
+from flux.images.masks import take_mask
 
 Images = Image.Image | list[Image.Image]
 
@@ -50,7 +50,7 @@ def take_images(fields: Mapping[str, Any]) -> GivenImages:
     for field, value in fields.items():
         if value is None:
             continue
-        read = _read_mask if field == "mask" else as_rgb
+        read = take_mask if field == "mask" else as_rgb
         if isinstance(value, list | tuple):
             images[field] = [read(each) for each in value]
             are_files = all(isinstance(each, str | os.PathLike) for each in value)
@@ -67,7 +67,3 @@ def take_images(fields: Mapping[str, Any]) -> GivenImages:
 def file_names(field: str, count: int) -> list[str]:
     """Return the names of the files for several images of a field."""
     return [f"{field}_{number}.png" for number in range(count)]
-
-
-def _read_mask(image: ImageLike) -> Image.Image:
-    return read_mask(os.fspath(image)) if isinstance(image, str | os.PathLike) else as_mask(as_pil(image))

@@ -1,12 +1,13 @@
 """Painted masks: images that say what an edit may change."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from flux.errors import warn
-from flux.images.io import read_upright
+from flux.images.io import ImageLike, as_pil, read_upright
 
 OPAQUE = 128  # of 255: from here on a pixel counts as painted
 MANY_COLOURS = 24  # more than a painter's palette: a photograph
@@ -24,6 +25,18 @@ def read_mask(path: str | Path) -> Image.Image:
         warn(f"{path} looks like a photograph, not like a mask: where it is bright, the image may change")
     mask.info.clear()
     return mask
+
+
+def take_mask(mask: ImageLike) -> Image.Image:
+    """Returns a mask of a program, or that of a file, see `as_mask`.
+
+    Args:
+        mask: a path, a PIL image, or a NumPy array, see `flux.images.io.as_pil`.
+
+    Raises:
+        InputError: as `read_mask` and `as_pil`.
+    """
+    return read_mask(os.fspath(mask)) if isinstance(mask, str | os.PathLike) else as_mask(as_pil(mask))
 
 
 def as_mask(image: Image.Image) -> Image.Image:

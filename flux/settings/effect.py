@@ -108,8 +108,11 @@ def _without_effect_on_conditions(
     for holds, names, reason in rules:
         for name in _changed(settings, *names) if holds else ():
             yield name, reason
-    if isinstance(settings, SessionSettings) and settings.aspect_ratio and settings.width and settings.height:
-        yield "aspect_ratio", "width and height are given"
+    if isinstance(settings, SessionSettings) and settings.aspect_ratio:
+        if settings.fill is not None:
+            yield "aspect_ratio", "fill has a shape of its own"
+        elif settings.width and settings.height:
+            yield "aspect_ratio", "width and height are given"
 
 
 def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]]:

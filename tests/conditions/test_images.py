@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.condition_models import SPECS, save_image, save_mask, steered_pipe
+from helpers.condition_models import make_steered_folder, save_image, save_mask, steered_pipe
 from PIL import Image
 
 from flux.conditions.images import read_conditions, sized
@@ -10,19 +10,12 @@ from flux.errors import InputError
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, SessionSettings
 from flux.settings.edits import EditSettings
-from flux.specs import configs
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
     """The tiny models are in the table, and the current folder is a new one."""
-    for name, spec in SPECS.items():
-        monkeypatch.setitem(configs, name, spec)
-    monkeypatch.chdir(tmp_path)
-    save_image(tmp_path / "a.png")
-    save_image(tmp_path / "b.png", seed=5)
-    save_image(tmp_path / "wide.png", 128, 64, seed=1)
-    save_mask(tmp_path / "mask.png")
+    make_steered_folder(monkeypatch, tmp_path)
 
 
 def settings(model: str, **fields) -> GenerateSettings:
@@ -45,6 +38,8 @@ def resolved(given):
         ({"model": "tiny-canny", "control": "wide.png"}, (96, 48)),
         ({"model": "tiny-canny", "control": "wide.png", "width": 128}, (128, 64)),
         ({"model": "tiny-canny", "control": "wide.png", "height": 32}, (64, 32)),
+        ({"model": "flux-dev-canny", "control": "cinema.png"}, (1584, 656)),
+        ({"model": "flux-dev-canny", "control": "cinema.png", "width": 3000}, (3000, 1255)),
         ({"model": "tiny-fill", "fill": "wide.png", "outpaint": 0.5}, (256, 128)),
         ({"model": "tiny-fill", "fill": "a.png", "mask": "mask.png"}, (64, 64)),
         ({"model": "tiny-fill", "fill": "a.png", "mask": "mask.png", "width": 40}, (32, 64)),
@@ -52,7 +47,8 @@ def resolved(given):
         ({"model": "tiny"}, (None, None)),
     ],
 )
-def test_sizes(fields, expected):
+def test_sizes(fields, expected, tmp_path):
+    save_image(tmp_path / "cinema.png", 2390, 1000)
     given = settings(**fields)
     found = sized(given, read_conditions(given))
     assert (found.width, found.height) == expected
@@ -64,6 +60,16 @@ def test_an_aspect_ratio_comes_first():
     assert (found.width, found.height) == (80, 32)
     with pytest.raises(InputError, match="Got the aspect ratio 'wide'"):
         sized(given.model_copy(update={"aspect_ratio": "wide"}), read_conditions(given))
+
+
+def test_an_aspect_ratio_beside_images_of_their_own_shape():
+    """The image to fill keeps its shape. A control image must have that of the ratio."""
+    given = SessionSettings(model="tiny-fill", fill="wide.png", outpaint=0.5, aspect_ratio="1:1")
+    found = sized(given, read_conditions(given))
+    assert (found.width, found.height) == (256, 128)
+    given = SessionSettings(model="tiny-canny", control="wide.png", aspect_ratio="1:1")
+    with pytest.raises(InputError, match="Got a control image of 128x64 pixels for an image of 64x64"):
+        sized(given, read_conditions(given))
 
 
 def test_images_in_place_of_files():

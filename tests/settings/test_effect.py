@@ -65,6 +65,11 @@ CASES = [
         {"aspect_ratio": "2:1", "width": 64, "height": 64},
         ["aspect_ratio (width and height are given)"],
     ),
+    (
+        SessionSettings,
+        {"model": "flux-dev-fill", "fill": "a", "mask": "b", "aspect_ratio": "2:1"},
+        ["aspect_ratio (fill has a shape of its own)"],
+    ),
     (SessionSettings, {"aspect_ratio": "2:1"}, []),
     (GenerateSettings, GENERATE | {"strength": 0.5}, ["strength (no image)"]),
     (GenerateSettings, GENERATE | {"strength": 0.5, "image": "a.png"}, []),
