@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flux.errors import InputError
+from flux.errors import InputError, reason_of
 from flux.images.io import as_rgb, to_pil
 
 DEFAULT = "Falconsai/nsfw_image_detection"
 LABEL, THRESHOLD = "nsfw", 0.85
 PIXTRAL = "mistral-community/pixtral-12b"
-MOST_PIXELS = 512**2  # of an image that Pixtral looks at
+MOST_PIXELS = 512**2  # of an image that Pixtral is shown
 PROTECTED = "a character, logo or artwork under copyright or trademark, or a real and well-known person"
 ABOUT_IMAGES = f"Does this image show {PROTECTED}? Answer yes or no."
 ABOUT_PROMPTS = (
@@ -59,10 +59,9 @@ class ContentFilter:
             model = AutoModelForImageClassification.from_pretrained(name)
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"Got content_filter {name!r}, which cannot be loaded ({reason}): give an image classifier's "
-                'hub name or folder, or "off"'
+                f"Got content_filter {name!r}, which cannot be loaded ({reason_of(error)}): give an image "
+                'classifier\'s hub name or folder, or "off"'
             ) from error
         labels = {label.lower(): index for index, label in model.config.id2label.items()}
         if LABEL not in labels:
@@ -109,10 +108,9 @@ class PixtralContentFilter(nn.Module):
             self.processor = AutoImageProcessor.from_pretrained(pixtral, backend="pil")
             model: Any = LlavaForConditionalGeneration.from_pretrained(pixtral, dtype=torch.bfloat16)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"Got {pixtral!r} for the content filter, which cannot be loaded ({reason}): give a hub "
-                "name or folder of a Pixtral"
+                f"Got {pixtral!r} for the content filter, which cannot be loaded ({reason_of(error)}): give "
+                "a hub name or folder of a Pixtral"
             ) from error
         self.model: Any = model.to(device).eval()
         self.yes, self.no = (
@@ -149,7 +147,7 @@ class PixtralContentFilter(nn.Module):
 
     @torch.inference_mode()
     def _says_yes(self, question: str, **image: Any) -> bool:
-        """Return whether the model rather goes on with yes than with no."""
+        """Return whether yes is likelier than no as the model's answer."""
         tokens = self.tokenizer(f"[INST]{question}[/INST]", return_tensors="pt")
         given = {
             name: x.to(self.model.device, self.model.dtype if x.is_floating_point() else None)

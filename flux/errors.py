@@ -22,6 +22,12 @@ class InputError(ValueError):
     """Wrong input. The message is one line for each problem: what we got, what we expected, what to do."""
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's message or, if it has none, the error's kind."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 class InputWarning(UserWarning):
     """Input that works otherwise than its user may think. It is shown as one line, "warning: ...".
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flux.bfl import track_usage_via_api
 from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS, aspect_ratio_to_height_width
-from flux.errors import InputError
+from flux.errors import InputError, reason_of
 from flux.images.watermark import WATERMARK_BITS, WATERMARK_MESSAGE, WatermarkEmbedder, embed_watermark
 from flux.model import Flux, FluxLoraWrapper
 from flux.modules.autoencoder import AutoEncoder
@@ -218,8 +218,9 @@ def prompt_for_hf_auth() -> bool:
     try:
         login(token=token)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"Got a token that the hub does not accept ({reason}): make a new one") from error
+        raise InputError(
+            f"Got a token that the hub does not accept ({reason_of(error)}): make a new one"
+        ) from error
     return True
 
 

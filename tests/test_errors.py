@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from flux.errors import reason_of
+
 ROOT = Path(__file__).parents[1]
 WORK = """
 import sys, time
@@ -94,3 +96,8 @@ def test_a_report_into_a_full_disk_does_not_end_the_work(start, tmp_path):
         assert process.stderr.read() == "writing\n"
     assert process.returncode == 0
     assert (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize(("message", "expected"), [("", "OSError"), ("\n  one \ntwo", "one")])
+def test_the_reason_is_one_line(message, expected):
+    assert reason_of(OSError(message)) == expected

@@ -1,6 +1,6 @@
 """Image-to-text models of transformers, and how each kind is asked.
 
-| kind | how it is told by | how it is asked |
+| kind | how it is recognised | how it is asked |
 |---|---|---|
 | `TaskCaptioner` | Florence-2's class | a task's token; the processor reads the answer |
 | `ChatCaptioner` | a chat template | a conversation that holds the image |
@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from flux.errors import InputError
+from flux.errors import InputError, reason_of
 
 SYSTEM_PROMPT = "You are a helpful image captioner."
 PHOTO_PROMPT = "Describe this image in one sentence. Begin with its subject."
-"""What a chat model is asked for the prompt of a photograph."""
+"""The question to a chat model whose answer is to be a photograph's prompt."""
 PHOTO_TOKENS = 64
 """The most tokens of a photograph's prompt."""
 
@@ -46,9 +46,9 @@ class Captioner(ABC):
     """
 
     prompt: ClassVar[str]
-    """What the model is asked by default."""
+    """The default prompt: a question, a task, or the beginning of a description."""
     prompts: ClassVar[tuple[str, ...]] = ()
-    """All that it can be asked. If empty, it takes any text."""
+    """All prompts that it takes. If empty, it takes any text."""
     repeats_prompt: ClassVar[bool] = False
     """Whether the tokens that it generates begin with those that it was given."""
 
@@ -62,7 +62,8 @@ class Captioner(ABC):
         Args:
             name: Hub id or folder of an image-to-text model of transformers.
             device: Where the model computes.
-            prompt: What it will be asked, to be checked before its weights are read. If None, its default.
+            prompt: The prompt that `describe` will get: it is checked before weights are read. If None, the
+                default of its kind.
 
         Raises:
             InputError: The model cannot be loaded, describes no images, or does not take the prompt.
@@ -97,7 +98,8 @@ class Captioner(ABC):
 
         Args:
             images: RGB images.
-            prompt: What the model is asked. If None, the default of its kind.
+            prompt: The question, the task, or the beginning of the descriptions. If None, the default of its
+                kind.
             max_new_tokens: The most tokens of a description.
 
         Raises:
@@ -237,8 +239,7 @@ def _template_of(processor: Any) -> Any:
 
 
 def _no_captioner(name: str, error: Exception) -> InputError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return InputError(
-        f"Got caption_model {name!r}, which cannot describe the image ({reason}): give an image-to-text "
-        "model of transformers, or write the text yourself"
+        f"Got caption_model {name!r}, which cannot describe the image ({reason_of(error)}): give an "
+        "image-to-text model of transformers, or write the text yourself"
     )

@@ -6,30 +6,21 @@ before it is put in place. Hence neither `snapshot_download(dry_run=True)`, whic
 `http_backoff`, which does not know how far a transfer came, is used.
 """
 
-import errno
 import hashlib
 import os
-import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from flux.errors import InputError
 from flux.specs import ModelSpec, configs, get_spec
 from flux.weights.checkpoint import read_weight_map
+from flux.weights.hub_errors import hub_errors, with_retries
 from flux.weights.tokenizers import VOCABULARIES, vocabulary_files
 
-T = TypeVar("T")
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-ATTEMPTS = 6  # without progress
 CONNECT_ATTEMPTS = 3  # without a connection: usually this machine is offline
-FIRST_PAUSE = 1.0  # seconds, doubled from one attempt to the next
-RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 HASH_BYTES = 2**24  # read at once
 CHECKPOINTS_DIR = Path("checkpoints")
 """The folder, in the current one, into which upstream's package downloads."""
@@ -119,7 +110,8 @@ def fetch(
     cached = repository.cached(wanted, weights)
     if cached is not None and not (renew and download and not constants.HF_HUB_OFFLINE):
         return cached
-    with _hub_errors(repository, " and ".join(wanted[:2]) + (" ..." if len(wanted) > 2 else "")):
+    named = " and ".join(wanted[:2]) + (" ..." if len(wanted) > 2 else "")
+    with hub_errors(repository.id, repository.licence, named):
         if not download or constants.HF_HUB_OFFLINE:
             from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -206,7 +198,7 @@ class _Repository:
         """Ask the hub for the newest commit and those of its files that are wanted."""
         from huggingface_hub import HfApi
 
-        info = _with_retries(
+        info = with_retries(
             lambda: HfApi().model_info(self.id, revision="main", files_metadata=True),
             connect_attempts=CONNECT_ATTEMPTS,
         )
@@ -262,7 +254,7 @@ class _Repository:
                     self._transfer(file, commit)
                     os.replace(self.partial(file), blob)
         fresh = not blob.exists()
-        path = Path(_with_retries(lambda: hf_hub_download(self.id, file.name, revision=commit)))
+        path = Path(with_retries(lambda: hf_hub_download(self.id, file.name, revision=commit)))
         if fresh and file.git_hash and file.size and _git_hash(path) != file.git_hash:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
@@ -277,7 +269,7 @@ class _Repository:
         for last in (False, True):
             if _size(path) > file.size:
                 path.unlink()
-            _with_retries(lambda: self._resume(file, commit), progress=lambda: _size(path))
+            with_retries(lambda: self._resume(file, commit), progress=lambda: _size(path))
             if _sha256(path) == file.sha256:
                 return
             # What an earlier run left may have been damaged: try once more from the start.
@@ -339,120 +331,6 @@ def _sha256(path: Path) -> str:
 def _git_hash(path: Path) -> str:
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-# ---- errors
-
-
-def _with_retries(
-    action: Callable[[], T], progress: Callable[[], int] = lambda: 0, connect_attempts: int = ATTEMPTS
-) -> T:
-    """Call `action`, again with growing pauses as long as another attempt may help, and return its result.
-
-    Args:
-        action: What is tried.
-        progress: A number that grows when `action` gets further; then the attempts are counted anew.
-        connect_attempts: The number of attempts without a connection after which to give up.
-    """
-    failures = 0
-    while True:
-        before = progress()
-        try:
-            return action()
-        except Exception as error:
-            failures = 0 if progress() > before else failures + 1
-            name = type(error).__name__
-            attempts = connect_attempts if name.startswith("Connect") else ATTEMPTS
-            if failures == attempts or not _is_temporary(error):
-                raise
-            pause = FIRST_PAUSE * 2 ** min(failures, 5)
-            print(f"The hub does not answer ({name}): trying again in {pause:.0f} s", file=sys.stderr)
-            time.sleep(pause)
-
-
-def _is_temporary(error: Exception) -> bool:
-    """Whether it is an error of the network that may be over soon."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in RETRY_STATUS
-    # The client's version decides which of httpx's errors it passes on.
-    return type(error).__module__.startswith("httpx") or "Consistency check failed" in str(error)
-
-
-@contextmanager
-def _hub_errors(repository: _Repository, what: str) -> Iterator[None]:
-    """Turn errors of the hub's client into one line that says what to do."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = _reason(error, repository)
-        if reason is None:
-            raise
-        raise InputError(f"Could not get {what} of {repository.id} from the hub: {reason}") from error
-
-
-def _reason(error: Exception, repository: _Repository) -> str | None:
-    """Why a download failed, and what to do; None for errors that are not the hub's."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{repository.id}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    said = _words_of_hub(error)
-    if isinstance(error, errors.DisabledRepoError) or "disabled" in said:
-        return f"the hub has disabled it{said}: give the files' paths"
-    if "fine-grained" in said:
-        return (
-            f"the token may not read it{said}: allow it public gated repositories at "
-            f"{constants.ENDPOINT}/settings/tokens, or set HF_TOKEN to another one"
-        )
-    if re.search("invalid.*(credentials|token|username)", said, re.IGNORECASE):
-        return f"the token is not valid{said}: log in again with `hf auth login`, or set HF_TOKEN anew"
-    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-        return (
-            f"access to it has to be asked for: accept its licence ({repository.licence}) at {page}, "
-            f"then log in with `hf auth login` or set HF_TOKEN{said}"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        return f"there is no {page}, or it is not shown without a token: `hf auth login`, or HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            "it is not on this machine, and the hub cannot be reached or HF_HUB_OFFLINE is set: "
-            "go online, or give the files' paths"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.filename} cannot be written: set HF_HOME to a folder that can"
-    if status in RETRY_STATUS:
-        return f"it answers with status {status}: try again later; what has come so far is kept"
-    if type(error).__name__ == "ProxyError" or (
-        isinstance(error, ValueError | ImportError) and "proxy" in f"{error}".lower()
-    ):
-        return (
-            f"the proxy refuses ({_one_line(str(error), 120)}): mend or unset HTTPS_PROXY, HTTP_PROXY and "
-            "ALL_PROXY, or give the files' paths"
-        )
-    if _is_temporary(error):
-        return (
-            f"it cannot be reached or breaks off ({type(error).__name__}): try again, it goes on where "
-            "it stopped; or set HF_ENDPOINT to a mirror, or give the files' paths"
-        )
-    return str(error).strip().splitlines()[0] if isinstance(error, OSError) else None
-
-
-def _words_of_hub(error: Exception) -> str:
-    """The hub's own words on a refusal, in brackets; empty if it says nothing."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    words = error.response.headers.get("X-Error-Message") if isinstance(error, HfHubHTTPError) else None
-    return f' (it says: "{_one_line(words, 200)}")' if words else ""
-
-
-def _one_line(text: str, length: int) -> str:
-    """A foreign text in one printable line of at most so many characters."""
-    line = "".join(sign if sign.isprintable() else " " for sign in " ".join(text.split()))
-    return line if len(line) <= length else f"{line[:length]} ..."
 
 
 # ---- the command
