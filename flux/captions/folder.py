@@ -9,7 +9,9 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flux.errors import InputError
@@ -62,10 +64,13 @@ class ImageFolder:
         """Returns the path of an image's .txt file."""
         return (self.path / image).with_suffix(".txt")
 
+    @cached_property
+    def _first_of_stem(self) -> dict[str, str]:
+        return {Path(name).stem: name for name in reversed(self.images)}
+
     def sharing(self, image: str) -> str | None:
         """Returns the first image whose .txt file would be this one's too, if it is another one."""
-        stem = Path(image).stem
-        first = next(name for name in self.images if Path(name).stem == stem)
+        first = self._first_of_stem[Path(image).stem]
         return None if first == image else first
 
     def text(self, image: str) -> str | None:
@@ -93,6 +98,11 @@ class ImageFolder:
         path = self.path / WRITTEN
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return path
+
+
+def mentions(text: str, trigger: str) -> bool:
+    """Returns whether a trigger is in a text: as a whole word, in capitals or not."""
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _is_image(path: Path) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux.captions.captioner import Captioner, Description
-from flux.captions.folder import WRITTEN, ImageFolder
+from flux.captions.folder import WRITTEN, ImageFolder, mentions
 from flux.captions.tokens import TokenCounter
 from flux.errors import InputError
 from flux.files import claim_folder
@@ -21,7 +21,7 @@ from flux.runtime.devices import pick_device
 from flux.settings.captions import CaptionSettings
 
 TRIES = 3
-"""A captioner that has failed for so many images, and described none, is no captioner."""
+"""The images after which a captioner that has failed for each of them is given up."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ def caption_folder(
         progress: Whether to show a progress bar.
 
     Returns:
-        What was done. An image that cannot be read or described is among its errors.
+        The report. An image that cannot be read or described is among its errors.
 
     Raises:
         InputError: There are no images, the folder cannot be written, or the captioner cannot be loaded or
@@ -171,13 +171,13 @@ def compose(description: str, prefix: str = "", trigger: str = "") -> str:
     """Puts together an image's text.
 
     Args:
-        description: What the captioner says.
+        description: The captioner's words.
         prefix: Text before it.
         trigger: The word that the whole begins with, unless it is in it already.
     """
     text = f"{prefix.strip()} {description}".strip()
     word = trigger.strip()
-    return text if word in text else f"{word}, {text}"
+    return text if not word or mentions(text, word) else f"{word}, {text}"
 
 
 def _counter(settings: CaptionSettings) -> TokenCounter | None:

@@ -2,12 +2,10 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux.errors import InputError
 from flux.specs import get_spec
 from flux.weights.find import ENV_TEXT, path_from_env
 from flux.weights.hub import own_text_folder
@@ -16,12 +14,10 @@ from flux.weights.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEV = get_spec("flux-dev")
+DEV, SCHNELL = get_spec("flux-dev"), get_spec("flux-schnell")
 LIMITS = {"CLIP": DEV.clip_length, "T5": DEV.text_length}
 """The tokens that each encoder reads, its marks of beginning and end included."""
 FOLDERS = {"CLIP": "tokenizer", "T5": "tokenizer_2"}
-CACHED_MODELS = ("flux-dev", "flux-schnell")
-"""Models with these tokenizers. If none is in the hub's cache, the last one's are downloaded."""
 NAMED_AT_MOST = 5  # files in a line
 
 
@@ -40,13 +36,14 @@ class TokenCounter:
         """Loads both tokenizers.
 
         Args:
-            folder: The folder of both. If None, the one that the environment names, or the hub's.
+            folder: The folder of both. If None, the one that the environment names, or that of any model in
+                the hub's cache. If there is none, schnell's are downloaded: they need no login.
 
         Raises:
             InputError: A tokenizer is not there, damaged, or cannot be downloaded.
         """
         named = folder or path_from_env(ENV_TEXT)
-        found = Path(named) if named else _hub_folder()
+        found = Path(named) if named else own_text_folder(SCHNELL, download=True, weights=False)
         return cls({name: load_tokenizer(found / own, own, sys.maxsize) for name, own in FOLDERS.items()})
 
     def lengths(self, texts: Mapping[str, str]) -> dict[str, dict[str, int]]:
@@ -73,10 +70,3 @@ class TokenCounter:
                 line += f"; {len(beyond)} are cut: {', '.join(beyond[:NAMED_AT_MOST])}{more}"
             lines.append(line)
         return lines
-
-
-def _hub_folder() -> Path:
-    for name in CACHED_MODELS:
-        with suppress(InputError):
-            return own_text_folder(get_spec(name), download=False, weights=False)
-    return own_text_folder(get_spec(CACHED_MODELS[-1]), download=True, weights=False)

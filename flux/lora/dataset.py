@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from flux.captions.folder import ImageFolder
+from flux.captions.folder import ImageFolder, mentions
 from flux.errors import InputError
 from flux.images.io import read_image
 from flux.settings.train import TRIGGER, TrainSettings
@@ -147,6 +147,6 @@ def _caption(folder: ImageFolder, name: str, settings: TrainSettings) -> str:
                 f"Got {TRIGGER} in the caption of {folder.path / name}, but no trigger: give one"
             )
         return text
-    if TRIGGER in text or trigger.lower() in text.lower():
+    if TRIGGER in text or mentions(text, trigger):
         return settings.with_trigger(text)
     return f"{trigger}, {text}" if text else trigger

@@ -150,6 +150,9 @@ def test_folders_that_cannot_be_written(images, monkeypatch):
         ("", "ohwx", "ohwx, a dog"),
         ("photo of ", "ohwx", "ohwx, photo of a dog"),
         ("photo of ohwx,", "ohwx", "photo of ohwx, a dog"),
+        ("Ohwx:", "ohwx", "Ohwx: a dog"),
+        ("a hotdog,", "hot", "hot, a hotdog, a dog"),
+        ("", "do", "do, a dog"),
     ],
 )
 def test_prefix_and_trigger(prefix, trigger, expected):

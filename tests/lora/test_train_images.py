@@ -42,14 +42,14 @@ def test_captions_have_the_trigger(tmp_path):
     (images / "1.txt").write_text("a Flower Bell in the snow")
     (images / "2.txt").write_text("\ufeffa garden\n")
     (images / "3.txt").unlink()
-    for name, file, text in (("4", "metadata", "at night"), ("5", "captions", "at sunset")):
+    for name, file, text in (("4", "metadata", "a sunflower bell at night"), ("5", "captions", "at sunset")):
         shutil.copy(images / "3.png", images / f"{name}.png")
         (images / f"{file}.jsonl").write_text(json.dumps({"file_name": f"{name}.png", "text": text}))
     given = settings(tmp_path)
     captions = [example.caption for example in read_training_set(given, lora_training.SPEC).examples]
     assert captions == [
         "a flower bell on the grass", "a Flower Bell in the snow", "flower bell, a garden", "flower bell",
-        "flower bell, at night", "flower bell, at sunset",
+        "flower bell, a sunflower bell at night", "flower bell, at sunset",
     ]  # fmt: skip
 
 
