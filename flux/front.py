@@ -12,7 +12,7 @@ import numpy as np
 from flux import pipeline
 from flux.attention.film import Film
 from flux.attention.watch import check_watch, watch
-from flux.conditions.images import read_conditions, sized
+from flux.conditions.images import ConditionImages, read_conditions, sized
 from flux.editing.edit import check_edits, edit
 from flux.editing.prepare import complete_edit, with_caption
 from flux.errors import InputError
@@ -182,12 +182,11 @@ class Pipeline:
             "seed": seed, "width": width, "height": height, "num_steps": num_steps, "guidance": guidance,
             "strength": strength,
         }  # fmt: skip
-        taken = _take_images(
-            fields, image=image, context=context, fill=fill, mask=mask, control=control, redux=redux
-        )
-        settings = self._settings(GenerateSettings, given | taken.names | fields)
-        conditions = read_conditions(settings, taken.images)
-        settings = resolve(sized(settings, conditions))
+        settings, conditions, taken = self._sized_settings(
+            GenerateSettings, given, fields,
+            image=image, context=context, fill=fill, mask=mask, control=control, redux=redux,
+        )  # fmt: skip
+        settings = resolve(settings)
         print_warnings(settings, self.models.spec)
         start = taken.one("image")
         steered = self.models.steered(conditions, settings)
@@ -256,11 +255,11 @@ class Pipeline:
         is_word = isinstance(mask, str) and mask in ("auto", "none")
         if is_word:
             given["mask"] = mask
-        taken = _take_images(fields, photo=photo, mask=None if is_word else mask)
+        settings, conditions, taken = self._sized_settings(
+            EditSettings, given, fields, photo=photo, mask=None if is_word else mask
+        )
         photograph = taken.one("photo")
-        settings = self._settings(EditSettings, given | taken.names | fields)
-        conditions = read_conditions(settings, taken.images)
-        settings, layers = complete_edit(sized(settings, conditions), photograph, self._checkpoint)
+        settings, layers = complete_edit(settings, photograph, self._checkpoint)
         painted = taken.one("mask") if "mask" in taken.unfiled else None
         if painted:
             settings = settings.model_copy(update={"mask": None})  # no file holds it yet
@@ -399,10 +398,8 @@ class Pipeline:
             "prompt": prompt, "layers": [layers] if isinstance(layers, int) else layers,
             "words": [words] if isinstance(words, str) else words, "at_steps": at_steps, "seed": seed,
         }  # fmt: skip
-        taken = _take_images(fields)
-        settings = self._settings(LayerSettings, given | taken.names | fields)
-        conditions = read_conditions(settings, taken.images)
-        settings = resolve(sized(settings, conditions))
+        settings, conditions, taken = self._sized_settings(LayerSettings, given, fields)
+        settings = resolve(settings)
         print_warnings(settings, self.models.spec)
         check_watch(settings)
         models = self.models.steered(conditions, settings)
@@ -416,9 +413,22 @@ class Pipeline:
         """The fingerprint of the transformer, by which a scan of it is found."""
         return checkpoint_of(self.settings)
 
-    def _settings(self, cls: type[S], fields: Mapping[str, Any]) -> S:
-        """Return settings of one call. A field that is None keeps its default."""
-        return with_fields(cls, self.settings, _plain(fields))
+    def _sized_settings(
+        self, cls: type[S], given: dict[str, Any], fields: dict[str, Any], **images: Any
+    ) -> tuple[S, ConditionImages, GivenImages]:
+        """Return the settings of one call, in the size that its images ask for, with these images.
+
+        Args:
+            cls: Class of the settings.
+            given: Values of fields. One that is None keeps its default.
+            fields: Further ones, from which images that steer are taken out.
+            images: More images, by the fields that would name their files.
+        """
+        steering = {name: fields.pop(name) for name in CONDITION_IMAGES if name in fields}
+        taken = take_images({**images, **steering})
+        settings = with_fields(cls, self.settings, _plain(given | taken.names | fields))
+        conditions = read_conditions(settings, taken.images)
+        return sized(settings, conditions), conditions, taken
 
     def _sweep_settings(
         self,
@@ -436,21 +446,14 @@ class Pipeline:
             "seed": seed,
             "output_dir": folder if isinstance(folder, Path) else folder.name,
         }
-        taken = _take_images(fields)
+        settings, _, taken = self._sized_settings(cls, given, fields)
         if taken.unfiled:
             field = next(iter(taken.unfiled))
             raise InputError(
                 f"Got {field} as an image: save it, and give its file, so that a stopped run can resume"
             )
-        settings = self._settings(cls, given | taken.names | fields)
         print_warnings(settings, self.models.spec)
-        return sized(settings, read_conditions(settings))
-
-
-def _take_images(fields: dict[str, Any], **more: Any) -> GivenImages:
-    """Read the images of a call, and take those that steer it out of its other fields."""
-    steering = {name: fields.pop(name) for name in CONDITION_IMAGES if name in fields}
-    return take_images({**more, **steering})
+        return settings
 
 
 def _plain(value: Any) -> Any:
