@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.condition_models import REDUX_SIZES, save_depth_model, save_redux_adapter, save_siglip
+from helpers.tiny_models import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -13,8 +15,6 @@ from torch.nn import functional as F
 from flux.errors import InputError
 from flux.images.io import to_tensor
 from flux.modules.image_embedders import CannyImageEncoder, DepthImageEncoder, ReduxImageEncoder
-from tests.helpers.condition_models import REDUX_SIZES, save_depth_model, save_redux_adapter, save_siglip
-from tests.helpers.tiny_models import relative_error
 
 
 def image(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
