@@ -27,7 +27,7 @@ from flux.lora.live import LiveLora, load_live
 from flux.pipeline import Pipeline
 from flux.runs.folder import ResumableFolder
 from flux.runs.record import image_metadata
-from flux.runs.workers import device_on_worker, finish_beside, gpus_per_worker, run_tasks, uses_ray
+from flux.runs.workers import finish_beside, run_tasks_of
 from flux.sampling import Conditioning
 from flux.scan.layers import LayerSet, layer_sets, layers_text
 from flux.scan.skipper import LayerSkipper
@@ -77,7 +77,7 @@ class AblationTask:
 
 
 class UpdateAblator:
-    """Makes the images of tasks. The work of `flux.runs.workers.run_tasks`.
+    """Makes the images of tasks. The work of `flux.runs.workers.run_tasks_of`.
 
     It keeps the encoded prompts of the last task, so tasks of the same rows should follow one another.
 
@@ -104,10 +104,8 @@ class UpdateAblator:
         self.live.set_strength(task.variant.strength, dict.fromkeys(task.variant.without, settings.scale))
         cond = self._conditioning(task.prompts)
         latent = pipe.noise(task.seeds, width, height)
-        levels, ids = (
-            pipe.schedule(settings.num_steps, width, height),
-            pipe.image_ids(len(latent), width, height),
-        )
+        levels = pipe.schedule(settings.num_steps, width, height)
+        ids = pipe.image_ids(len(latent), width, height)
         with pipe.denoising() as model:
             for step in sampling.sample(model, latent, ids, cond, levels):
                 latent = step.latent
@@ -207,21 +205,11 @@ class Ablation:
             progress: Whether to show a progress bar.
 
         Raises:
-            InputError: An image cannot be written, or as `UpdateAblator` or `run_tasks`.
+            InputError: An image cannot be written, or as `UpdateAblator` or `run_tasks_of`.
         """
         settings, pending = self.settings, self.pending()
         self._folder.remove_leftovers()
-        by_ray = uses_ray(settings.workers, settings.ray_address)
-        # A Ray worker loads its own model.
-        on_worker = settings.model_copy(update={"device": device_on_worker(settings.device)})
-        results = run_tasks(
-            UpdateAblator,
-            (on_worker,) if by_ray else (settings, loaded),
-            pending,
-            settings.workers,
-            settings.ray_address,
-            gpus_per_worker(settings.device) if by_ray else 0,
-        )
+        results = run_tasks_of(settings, UpdateAblator, (loaded,), pending)
 
         def write(number: int, decode: Callable[[], list[Image.Image]]) -> AblationTask:
             task, images = pending[number], decode()

@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from flux.runs.ray_pool import WorkerPool, connected, import_ray
+from flux.settings.demos import SkipSettings
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -102,6 +103,30 @@ def run_tasks(
                 yield number, unpack(packed)
         finally:
             pool.shutdown()
+
+
+def run_tasks_of(
+    settings: SkipSettings,
+    make_work: Callable[..., Work[Task, Result]],
+    loaded: tuple[Any, ...],
+    tasks: Sequence[Task],
+) -> Generator[tuple[int, Result], None, None]:
+    """Does the tasks of a run with as many workers as its settings name, otherwise as `run_tasks`.
+
+    Args:
+        settings: The settings, the first argument of `make_work`.
+        make_work: Makes the work, e.g. its class.
+        loaded: Its other arguments, in this process. A Ray worker loads its own.
+        tasks: The tasks.
+
+    Raises:
+        InputError: As `run_tasks`.
+    """
+    if not uses_ray(settings.workers, settings.ray_address):
+        return run_tasks(make_work, (settings, *loaded), tasks)
+    on_worker = settings.model_copy(update={"device": device_on_worker(settings.device)})
+    workers = settings.workers, settings.ray_address, gpus_per_worker(settings.device)
+    return run_tasks(make_work, (on_worker,), tasks, *workers)
 
 
 def finish_beside(

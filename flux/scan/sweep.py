@@ -24,7 +24,7 @@ from flux.images.sheets import grid
 from flux.pipeline import Pipeline
 from flux.runs.folder import ResumableFolder
 from flux.runs.record import image_metadata
-from flux.runs.workers import device_on_worker, finish_beside, gpus_per_worker, run_tasks, uses_ray
+from flux.runs.workers import finish_beside, run_tasks_of
 from flux.scan.layers import REFERENCE, LayerSet, layer_sets, layers_text
 from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.settings.demos import Prompt, SkipSettings
@@ -114,7 +114,7 @@ class Sweep:
             name: What to write before it.
 
         Raises:
-            InputError: An image cannot be written, or as `LayerSkipper` or `run_tasks`.
+            InputError: An image cannot be written, or as `LayerSkipper` or `run_tasks_of`.
         """
         _folder_of(self.folder).remove_leftovers()
         pending = self.pending()
@@ -174,17 +174,7 @@ class Sweep:
     def _written(self, pending: Sequence[SkipTask], pipe: Pipeline | None) -> Generator[SkipTask, None, None]:
         """Yields each of these tasks once its images are written."""
         settings = self.settings
-        by_ray = uses_ray(settings.workers, settings.ray_address)
-        # A Ray worker loads its own model.
-        on_worker = settings.model_copy(update={"device": device_on_worker(settings.device)})
-        results = run_tasks(
-            LayerSkipper,
-            (on_worker,) if by_ray else (settings, pipe, self._opened),
-            pending,
-            settings.workers,
-            settings.ray_address,
-            gpus_per_worker(settings.device) if by_ray else 0,
-        )
+        results = run_tasks_of(settings, LayerSkipper, (pipe, self._opened), pending)
 
         def write(number: int, decode: Callable[[], list[Image.Image]]) -> SkipTask:
             task, images = pending[number], decode()
