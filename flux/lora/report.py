@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from flux.files import write_json, write_text
 from flux.lora.contents import OpenLora, layer_name, open_loras
 from flux.lora.norms import LayerChange, layer_changes
 from flux.scan.plots import plot_vitality
+from flux.scan.report import fill_in
 from flux.weights.checkpoint import open_checkpoint
 
 BAR = 14  # letters of the longest bar in the table
@@ -226,15 +225,12 @@ def write_report(folder: str | Path, reports: Sequence[LoraReport]) -> Path:
         "loras": [report.to_json() for report in reports],
     }
     write_json(folder / "report.json", data)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
-        reports=reports, charts=charts, rows=layer_rows(reports), size_text=size_text(reports)
+    page = fill_in(
+        Path(__file__).with_name("report.html"),
+        reports=reports,
+        charts=charts,
+        rows=layer_rows(reports),
+        size_text=size_text(reports),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"

@@ -119,14 +119,8 @@ def write_report(
             base = embedded_thumbnail(base_path(number)) if base_path else None
             rows.append({**row, "mean": change[number].mean(), "base": base})
     sets = scored_sets(layer_sets, vitality, intervals, vital, num_double)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("report.html").render(
+    page = fill_in(
+        Path(__file__).with_name("report.html"),
         words=words,
         model=settings["model"],
         vital=layer_ranges(list(vital)) or "none",
@@ -145,6 +139,18 @@ def write_report(
         rows=rows,
     )
     write_text(path, page)
+
+
+def fill_in(template: Path, **values: Any) -> str:
+    """Fills in the Jinja template of an HTML page. Texts are escaped, and a missing value is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template.name).render(**values)
 
 
 def _chart(sets: Sequence[ScoredSet]) -> dict[str, Any]:
