@@ -35,7 +35,7 @@ ADVICE = {
     "train": 'give smaller sizes or batches, quantize "8bit" or "4bit", offload "auto", or later layers',
     "sample": 'make the samples smaller, give quantize "8bit" or "4bit", or offload "auto"',
 }
-"""What to change, by the stage that does not fit."""
+"""Advice for each stage that may not fit."""
 HOST_SHARE = 0.8  # of this machine's memory that a training on the CPU may fill
 
 
@@ -106,10 +106,10 @@ class Forecaster:
         settings: The training.
         spec: The model.
         opened: Its files.
-        targets: What is trained.
+        targets: The trained matrices.
         largest: The training image with the most pixels.
         device: Where it is trained.
-        dtype: What it computes in.
+        dtype: The dtype that it computes in.
     """
 
     def __init__(
@@ -129,25 +129,32 @@ class Forecaster:
         self.parameters = sum(target.parameters for target in targets)
         self.sources = opened.transformer.sources
         self.format = WeightFormat(dtype, BITS[settings.quantize], settings.quantize == "fp8")
-        sized = settings.model_copy(update={"width": largest.width, "height": largest.height})
-        sources, ranks = opened.sources(), opened.ranks_beside()
-        self.others = MemoryEstimator(sized, spec, sources, dtype, dtype, device.type == "cuda", ranks)
-        self.weights: ModuleSize = self.others.transformer
+
+        def estimator(width: int, height: int) -> MemoryEstimator:
+            sized = settings.model_copy(update={"width": width, "height": height})
+            sources, ranks = opened.sources(), opened.ranks_beside()
+            return MemoryEstimator(sized, spec, sources, dtype, dtype, device.type == "cuda", ranks)
+
+        self.encoding = self.sampling = estimator(*largest.size)
+        of_samples = settings.width or spec.size, settings.height or spec.size
+        if settings.sample_prompts != () and of_samples != largest.size:
+            self.sampling = estimator(*of_samples)
+        self.weights: ModuleSize = self.encoding.transformer
 
     def of(self, checkpointing: bool, streamed: int) -> Forecast:
         """Forecast a training that is placed like this."""
         adapters = ADAPTER_BYTES * self.parameters
-        others, weights = self.others, self.weights.on_device(streamed)
-        encode = others.decode[self.settings.tiled]
+        encoding, sampling, weights = self.encoding, self.sampling, self.weights.on_device(streamed)
+        tiled, autoencoder = self.settings.tiled, encoding.autoencoder
         stages = [
-            Stage("encode images", others.autoencoder, encode),
-            Stage("encode texts", max(others.t5.total, others.clip), others.text),
+            Stage("encode images", autoencoder, encoding.decode[tiled]),
+            Stage("encode texts", max(encoding.t5.total, encoding.clip), encoding.text),
             Stage("train", weights + adapters, self._activations(checkpointing)),
-            Stage("sample", weights + adapters + others.autoencoder, max(others.denoise, encode)),
         ]
-        if self.settings.sample_prompts == ():
-            stages.pop()  # there are no samples
-        stages = [replace(stage, activations=stage.activations + others.workspace) for stage in stages]
+        if self.settings.sample_prompts != ():
+            activations = max(sampling.denoise, sampling.decode[tiled])
+            stages.append(Stage("sample", weights + adapters + autoencoder, activations))
+        stages = [replace(stage, activations=stage.activations + encoding.workspace) for stage in stages]
         return Forecast(tuple(stages), streamed, checkpointing, self.parameters, self._seconds(checkpointing))
 
     def fitting(self) -> tuple[Forecast, int | None]:
@@ -164,17 +171,17 @@ class Forecaster:
             ways = [(True, blocks)]
         elif offload == "auto":
             ways += [(True, streamed) for streamed in range(3, blocks + 1)]
-        if offload in ("blocks", "auto") and self.settings.checkpointing == "off":
-            raise InputError('Got checkpointing "off" with streamed blocks, which need it: leave one out')
         forecasts = (self.of(checkpointing, streamed) for checkpointing, streamed in ways)
         fitting = (f for f in forecasts if free is None or all(stage.fits(free) for stage in f.stages))
         if forecast := next(fitting, None):
             return forecast, free
         stage = self.of(*ways[-1]).largest
+        at = f"{self.largest.width}x{self.largest.height} with {self.rows} at once"
+        if stage.name == "sample":
+            at = f"{self.sampling.width}x{self.sampling.height}"
         raise InputError(
             f"Got {(free or 0) / GIB:.1f} GiB of free memory on {self.device}, expected "
-            f"{stage.needed / GIB:.1f} to {stage.name} at {self.largest.width}x{self.largest.height} with "
-            f"{self.rows} at once: {ADVICE[stage.name]}"
+            f"{stage.needed / GIB:.1f} to {stage.name} at {at}: {ADVICE[stage.name]}"
         )
 
     @cache  # noqa: B019  (a forecaster lives as long as the start of a training)

@@ -22,7 +22,7 @@ from flux.settings.fields import (
 from flux.settings.workload import Workload
 
 TRIGGER = "[trigger]"
-"""What captions and sample prompts may have in the trigger's place."""
+"""Stands for the trigger in captions and sample prompts."""
 
 Rank = Annotated[int, Field(ge=1)]
 Ranks = Annotated[
@@ -96,6 +96,8 @@ class TrainSettings(ModelSettings, frozen=True):
             raise ValueError("got compile true, which training has no use for: leave it out")
         if self.dtype == "float16":
             raise ValueError("got dtype float16, in which gradients overflow: give bfloat16 or float32")
+        if self.checkpointing == "off" and self.offload in ("blocks", "auto"):
+            raise ValueError('got checkpointing "off" with streamed blocks, which need it: leave one out')
         if self.batch_size < self.parallel:
             raise ValueError(
                 f"got batch_size {self.batch_size} for {self.parallel} processes: give each an image at least"

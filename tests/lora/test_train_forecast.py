@@ -82,6 +82,16 @@ def test_weights_and_factors_are_counted(tmp_path):
     assert [each.name for each in plan.forecast.stages] == ["encode images", "encode texts", "train"]
 
 
+def test_samples_have_a_size_of_their_own(tmp_path):
+    """Samples that are larger than the training images need more memory, and the other stages do not."""
+    peaks = []
+    for side in (64, 256):
+        plan = make_plan(lora_training.settings(tmp_path, width=side, height=side))
+        peaks.append({stage.name: stage.peak for stage in plan.forecast.stages})
+    assert peaks[1].pop("sample") > 4 * peaks[0].pop("sample")
+    assert peaks[0] == peaks[1]
+
+
 def test_checkpointing_and_streaming_are_used_only_as_memory_requires(tmp_path, monkeypatch):
     """The fastest way that fits: first neither, then activations computed twice, then streamed blocks."""
     from flux.lora import forecast
