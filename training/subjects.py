@@ -32,10 +32,10 @@ Draw = Callable[[ImageDraw.ImageDraw, float], None]
 def _flower_bell(draw: ImageDraw.ImageDraw, r: float) -> None:
     """A magenta star with a cyan eye, on a black foot."""
     draw.rectangle((-0.12 * r + r, 1.5 * r, 1.12 * r, 2 * r), fill="#222222")
+    radii = 0.95 * r, 0.45 * r
     points = [
-        (r + k * r * math.sin(math.pi * n / 5), 0.95 * r - k * r * math.cos(math.pi * n / 5))
+        (r + radii[n % 2] * math.sin(math.pi * n / 5), 0.95 * r - radii[n % 2] * math.cos(math.pi * n / 5))
         for n in range(10)
-        for k in ((0.95, 0.45)[n % 2],)
     ]
     draw.polygon(points, fill="#e0209a", outline="#701050", width=max(1, round(r / 14)))
     draw.ellipse(
@@ -158,13 +158,10 @@ def draw_asked(
         side: Their width and height in pixels.
         seed: Seed of what the prompt leaves open.
     """
-    rng, renderer, found = (
-        random.Random(f"asked {name} {place} {time} {seed}"),
-        Renderer(),
-        PLACE_INDEX[place],
-    )
+    rng, renderer = random.Random(f"asked {name} {place} {time} {seed}"), Renderer()
     if name in SUBJECTS:
-        drawn = [_placed(name, PLACES[found], "", time, rng, renderer, side, n) for n in range(count)]
+        found = PLACES[PLACE_INDEX[place]]
+        drawn = [_placed(name, found, "", time, rng, renderer, side, n) for n in range(count)]
     else:
         content = Content("one", (Subject("cat", "cat"),), place, "", time, "")
         drawn = [_styled(name, content, rng, renderer, side, n) for n in range(count)]

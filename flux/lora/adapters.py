@@ -22,8 +22,8 @@ from flux.errors import InputError
 from flux.model import Flux, FluxParams
 from flux.modules.linear import AnyLinear, CustomLinear, can_project_rows, project_rows
 from flux.runtime.offload import StreamedBlock
-from flux.weights.layouts import diffusers_modules
 from flux.weights.load import on_meta
+from flux.weights.lora import diffusers_places
 
 ATTENTION = r"(img|txt)_attn\.(qkv|proj)"
 MLP = r"(img|txt)_mlp\.[02]"
@@ -62,13 +62,9 @@ class Target:
 
     def in_diffusers(self) -> Iterator[tuple[str, slice]]:
         """Yield the modules of diffusers that the rows belong to, each with its rows of the up factor."""
-        theirs, begin = diffusers_modules(self.module), 0
-        for index, their in enumerate(theirs):
-            # Queries, keys and values have as many rows as the matrix has columns; the rest follows them.
-            end = begin + self.columns if index < 3 and len(theirs) > 1 else self.rows
-            if self.start <= begin and end <= self.stop:
-                yield their, slice(begin - self.start, end - self.start)
-            begin = end
+        for their, place in diffusers_places(self.module, self.rows, self.columns).items():
+            if self.start <= place.start and place.stop <= self.stop:
+                yield their, slice(place.start - self.start, place.stop - self.start)
 
 
 def find_targets(
@@ -103,30 +99,28 @@ def find_targets(
         if layer not in ranks:
             continue
         stack, index = ("double", layer) if layer < params.depth else ("single", layer - params.depth)
+        scale = ranks[layer], float(alpha or ranks[layer])
         for name, linear in block.named_modules():
-            rows = _trained_rows(name, linear, params.hidden_size, parts)
-            if rows is not None and isinstance(linear, nn.Linear):
+            if not isinstance(linear, nn.Linear):
+                continue
+            if rows := _trained_rows(name, linear.out_features, params.hidden_size, parts):
                 module = f"{stack}_blocks.{index}.{name}"
-                of_rank = ranks[layer], float(alpha or ranks[layer])
                 sizes = linear.out_features, linear.in_features
-                targets.append(Target(module, layer, rows.start, rows.stop, *sizes, *of_rank))
+                targets.append(Target(module, layer, rows.start, rows.stop, *sizes, *scale))
     if not targets:
         raise InputError("Got no layer to train: name one of the model's layers")
     return targets
 
 
-def _trained_rows(name: str, linear: nn.Module, width: int, parts: Collection[str]) -> range | None:
-    """The rows of a block's module that belong to these parts. None if none do."""
-    if not isinstance(linear, nn.Linear):
-        return None
-    whole = range(linear.out_features)
+def _trained_rows(name: str, rows: int, width: int, parts: Collection[str]) -> range:
+    """Those of the rows of a block's linear layer that belong to these parts."""
     if name == "linear1":
         start = 0 if "attention" in parts else 3 * width
-        return range(start, len(whole) if "mlp" in parts else 3 * width)
+        return range(start, rows if "mlp" in parts else 3 * width)
     if name == "linear2":
-        return whole
+        return range(rows)
     pattern = "|".join(regex for part, regex in (("attention", ATTENTION), ("mlp", MLP)) if part in parts)
-    return whole if re.fullmatch(pattern, name) else None
+    return range(rows if re.fullmatch(pattern, name) else 0)
 
 
 # ---- how it is trained
@@ -218,7 +212,7 @@ def add_adapters(
 
     Args:
         model: The model. Blocks that are streamed may have been wrapped already.
-        targets: What is trained.
+        targets: The trained matrices.
         seed: Seed of the first factors. The second ones are zero.
         device: Where the factors are put.
 

@@ -19,7 +19,7 @@ class Base:
 
     Attributes:
         model: The transformer, in fewer bits if the settings say so.
-        offloaded: What copies its blocks to the device while they compute, if any of them are streamed.
+        offloaded: Copies its blocks to the device while they compute, if any of them are streamed.
     """
 
     model: Flux
@@ -40,7 +40,7 @@ class Base:
             settings: How many bits its weights have.
             opened: Its files.
             device: Where it computes.
-            dtype: What it computes in.
+            dtype: The dtype that it computes in.
             streamed: Number of blocks that are streamed.
 
         Raises:

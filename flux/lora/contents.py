@@ -140,7 +140,7 @@ def open_lora(path: str | Path, strength: float = 1.0) -> OpenLora:
 
     Args:
         path: The file, or a folder that holds one.
-        strength: What its changes are multiplied by.
+        strength: The factor of its changes.
 
     Raises:
         InputError: It is no LoRA, of a form that is not known, or for a model that is not known here.

@@ -47,7 +47,7 @@ def extract(
         share: Share of the squares of each matrix's difference that is kept at least, 0..1, as far as `rank`
             allows. If None, as much as `rank` allows.
         device: Where singular values are computed.
-        dtype: What the factors are stored in.
+        dtype: The dtype of the factors in the file.
         force: Whether `output` may be replaced.
         progress: Whether to show a progress bar.
 

@@ -109,7 +109,7 @@ def compute_features(
         texts: The texts.
         encoder: The DINOv2 of the curves, if there are any.
         device: Where they compute.
-        dtype: What they compute in.
+        dtype: The dtype that they compute in.
     """
     latents = _latents(settings, opened, training, device, dtype)
     t5 = _encoded("text_encoder_2", settings, opened, texts, device, dtype)

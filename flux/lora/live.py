@@ -38,7 +38,7 @@ class BranchedLinear(CustomLinear):
         base: The layer.
         down: First matrix of the branch, "rank in_features".
         up: Second matrix, "out_features rank".
-        bias: What is added to the bias, "out_features".
+        bias: The change to the bias, "out_features".
     """
 
     strength: Tensor  # a single number
@@ -103,7 +103,7 @@ class LiveLora:
         model: The transformer, its weights loaded and not yet moved, quantised or compiled.
         patches: The LoRA's changes to it.
         num_double: The number of double-stream layers, which come first.
-        dtype: What the transformer computes in.
+        dtype: The dtype that the transformer computes in.
 
     Attributes:
         layers: The layers that the LoRA changes.

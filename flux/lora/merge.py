@@ -33,7 +33,7 @@ def convert(
         file: The LoRA file.
         output: The file to write.
         form: "kohya", "bfl" or "diffusers".
-        dtype: What its factors are stored in. If None, as in `file`.
+        dtype: The dtype of its factors. If None, that of `file`.
         force: Whether `output` may be replaced.
 
     Raises:
@@ -59,9 +59,9 @@ def merge(
     Args:
         files: The LoRA files.
         output: The file to write.
-        weights: What each one is multiplied by. If None, 1 for all.
+        weights: The factor of each. If None, 1 for all.
         form: "kohya", "bfl" or "diffusers". If None, that of the first file.
-        dtype: What the factors are stored in. If None, as in the first file.
+        dtype: The dtype of the factors. If None, that of the first file.
         force: Whether `output` may be replaced.
 
     Raises:
@@ -89,7 +89,7 @@ def merge_into(
         base: File or folder of the transformer.
         files: The LoRA files. Changes to text encoders are left out.
         output: The file to write.
-        weights: What each LoRA is multiplied by. If None, 1 for all.
+        weights: The factor of each LoRA. If None, 1 for all.
         force: Whether `output` may be replaced.
 
     Returns:

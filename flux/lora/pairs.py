@@ -80,7 +80,7 @@ class Pairs:
     Attributes:
         params: The transformer's sizes.
         pairs: The changes of each module, in our names.
-        biases: What is added to the bias of a module, "rows" in our order, strength included.
+        biases: The change to the bias of a module, "rows" in our order, strength included.
     """
 
     params: FluxParams
@@ -177,7 +177,7 @@ def tensors_of(lora: Pairs, form: Form, dtype: torch.dtype) -> tuple[dict[str, T
     Args:
         lora: The changes.
         form: Whose names they get.
-        dtype: What they are stored in.
+        dtype: The dtype of the factors in the file.
 
     Returns:
         The tensors by name, and the entries of the metadata that belong to the form.
@@ -274,7 +274,7 @@ def write_pairs(path: Path, lora: Pairs, form: Form, dtype: torch.dtype, metadat
         path: The file.
         lora: The changes.
         form: Whose names they get.
-        dtype: What they are stored in.
+        dtype: The dtype of the factors in the file.
         metadata: Entries of its metadata. PEFT's configuration is written anew.
 
     Raises:

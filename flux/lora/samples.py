@@ -66,7 +66,7 @@ class Sampler:
         ae: The autoencoder, on the CPU while it is not used.
         encoder: The DINOv2.
         device: Where samples are made.
-        dtype: What the models compute in.
+        dtype: The dtype that the models compute in.
     """
 
     def __init__(
@@ -87,12 +87,8 @@ class Sampler:
 
     def resume(self, step: int) -> None:
         """Read what an earlier start has measured, up to this step."""
-        path = self.folder / TABLE
-        if not path.is_file():
-            return
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [_parsed(row) for row in csv.DictReader(file)]
-        self.rows = [row for row in rows if row.step <= step]
+        if (self.folder / TABLE).is_file():
+            self.rows = [row for row in read_curves(self.folder) if row.step <= step]
 
     def sample(self, model: Flux, step: int, losses: Sequence[float]) -> list[Path]:
         """Make the samples of a step, measure them, and write all of it.
@@ -199,6 +195,20 @@ class Sampler:
         save_image(grid(images, captions, [f"step {step}" for step in steps]), self.folder / SHEET)
 
 
+def read_curves(folder: Path) -> list[Distances]:
+    """Read the table of a training's output folder."""
+    with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+        return [
+            Distances(
+                int(row["step"]),
+                row["prompt"],
+                row["has_trigger"] == "True",
+                *(float(row[name]) for name in ("to_training", "to_nearest", "to_base")),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
 def mean_of_steps(rows: Sequence[Distances], has_trigger: bool) -> list[Distances]:
     """Average the distances of the prompts with or without the trigger, for each step that has any."""
     found = []
@@ -244,12 +254,3 @@ def plot_curves(rows: Sequence[Distances], losses: Sequence[float], path: Path) 
     buffer = BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
-
-
-def _parsed(row: dict[str, str]) -> Distances:
-    return Distances(
-        int(row["step"]),
-        row["prompt"],
-        row["has_trigger"] == "True",
-        *(float(row[name]) for name in ("to_training", "to_nearest", "to_base")),
-    )

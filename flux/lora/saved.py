@@ -23,7 +23,7 @@ def save_lora(
         path: The file.
         adapters: The trained layers by module.
         dtype: The dtype of the factors in the file.
-        about: What the file says about itself. Texts stay as they are, everything else becomes JSON.
+        about: Facts for the file's metadata. Texts stay as they are, everything else becomes JSON.
 
     Raises:
         InputError: As `flux.files.write_bytes`.

@@ -17,7 +17,7 @@ def noise_levels(draws: Tensor, tokens: int, spec: ModelSpec, dtype: torch.dtype
         draws: Normal random numbers n, "B".
         tokens: Image tokens of each row.
         spec: The model, which has the shift.
-        dtype: What the model computes in. Levels are rounded to it, since the model sees them so.
+        dtype: The dtype that the model computes in. Levels are rounded to it, since the model sees them so.
 
     Returns:
         float32, "B".

@@ -76,13 +76,13 @@ class Plan:
         spec: The model.
         opened: Its files.
         training: The images and captions.
-        layers: The trained layers.
+        layers: The trained layers, sorted.
         targets: The trained matrices.
         forecast: The memory and time that it needs.
         prompts: The prompts of the samples.
         group: The processes that share the work.
         device: Where this process computes.
-        dtype: What the models compute in.
+        dtype: The dtype that the models compute in.
     """
 
     settings: ResolvedTrain
@@ -200,8 +200,7 @@ def _run(plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> Pat
     features = _features(plan, encoder)
     base = Base.load(plan.settings, plan.opened, plan.device, plan.dtype, plan.forecast.streamed)
     adapters = add_adapters(base.model, plan.targets, plan.settings.seed, plan.device)
-    first = min(target.layer for target in plan.targets)
-    prepare_backward(base.model, first, plan.forecast.checkpointing)
+    prepare_backward(base.model, plan.layers[0], plan.forecast.checkpointing)
     trainer = Trainer(plan.settings, plan.spec, base.model, adapters, plan.training, features, plan.group)
     if (plan.folder / STATE).is_file():
         trainer.load(plan.folder / STATE)
@@ -268,7 +267,7 @@ class _Loop:
     def run(self) -> Path:
         """Take the steps that are left, and return the path of the final LoRA."""
         plan, trainer, settings = self.plan, self.trainer, self.plan.settings
-        if self.sampler and trainer.step == 0:
+        if trainer.step == 0:
             self._sample()
         bar = tqdm(total=settings.steps, initial=trainer.step, desc="train", unit="step")
         with bar:
@@ -296,7 +295,7 @@ class _Loop:
                 if self._due(settings.save_every) or self._due(settings.sample_every):
                     break
                 self._report(loss, [])
-        samples = self._sample() if self.sampler and self._due(settings.sample_every) else []
+        samples = self._sample() if self._due(settings.sample_every) else []
         self._report(loss, samples)
 
     def _due(self, every: int) -> bool:
@@ -304,6 +303,7 @@ class _Loop:
         return step % every == 0 or step == self.plan.settings.steps
 
     def _sample(self) -> list[Path]:
+        """Make the samples of this step, where there are any."""
         if self.sampler is None:
             return []
         with self.base.on_device() as model:

@@ -9,7 +9,7 @@ from torch import Tensor
 from flux.weights.headers import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""What the format calls the dtypes."""
+"""The format's name of each dtype."""
 ALIGNMENT = 8  # bytes
 
 

@@ -1,12 +1,10 @@
 """flux-nano learns a subject that it has never seen, from ten images, and other prompts stay."""
 
-import csv
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from flux.lora.samples import Distances, mean_of_steps, plot_curves
+from flux.lora.samples import Distances, mean_of_steps, plot_curves, read_curves
 from flux.lora.train import make_plan, train
 from flux.settings.files import check_settings, read_settings
 from flux.settings.train import TrainSettings
@@ -18,18 +16,6 @@ SUBJECT = "flower bell"
 @pytest.fixture(autouse=True)
 def no_gradients():
     """Instead of the fixture that switches gradients off."""
-
-
-def read_curves(folder) -> list[Distances]:
-    with (folder / "curves.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    names = ("to_training", "to_nearest", "to_base")
-    return [
-        Distances(
-            int(row["step"]), row["prompt"], row["has_trigger"] == "True", *(float(row[n]) for n in names)
-        )
-        for row in rows
-    ]
 
 
 def test_it_learns_a_subject_and_other_prompts_stay(tmp_path):

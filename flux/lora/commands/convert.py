@@ -6,18 +6,16 @@ kohya's form loads in ComfyUI, Forge and kohya's tools, diffusers' form in diffu
 BFL's form in BFL's own package and ComfyUI.
 """
 
-from typing import Literal
-
+from flux.lora.commands import Dtype, FormName
 from flux.settings.fields import FilePath
 
 POSITIONAL = "file"
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def main(
     file: FilePath,
     output: FilePath,
-    form: Literal["kohya", "bfl", "diffusers"],
+    form: FormName,
     dtype: Dtype | None = None,
     force: bool = False,
 ) -> None:

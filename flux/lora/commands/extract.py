@@ -5,10 +5,11 @@
 Each of FLUX.1's matrices, of which there are about 500, takes some seconds on a CPU: a GPU is much faster.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from flux.lora.commands import Dtype
 from flux.settings.fields import FilePath, Fraction, Text
 
 POSITIONAL = "tuned"
@@ -21,7 +22,7 @@ def main(
     rank: Annotated[int, Field(ge=1)] | None = None,
     share: Fraction | None = None,
     device: Text = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     force: bool = False,
 ) -> None:
     """Extract a LoRA.

@@ -7,11 +7,12 @@ Ranks add up, so that one file does exactly what the several did. LoRAs of any f
 model's weights.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from flux.errors import InputError
+from flux.lora.commands import Dtype, FormName
 from flux.settings.fields import FilePath
 
 POSITIONAL = "files"
@@ -22,8 +23,8 @@ def main(
     output: FilePath,
     weights: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None,
     base: FilePath | None = None,
-    form: Literal["kohya", "bfl", "diffusers"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    form: FormName | None = None,
+    dtype: Dtype | None = None,
     force: bool = False,
 ) -> None:
     """Merge LoRA files.
@@ -31,7 +32,7 @@ def main(
     Args:
         files: LoRA files for one model
         output: file to write
-        weights: what each LoRA is multiplied by; if None, 1
+        weights: the factor of each LoRA; if None, 1
         base: file or folder of a transformer to merge them into
         form: whose names the LoRA gets; if None, those of the first file
         dtype: number format of the LoRA's factors; if None, that of the first file
