@@ -97,5 +97,5 @@ def test_freed_memory_goes_back_to_the_system():
     del blocks
     before = resident_megabytes()
     return_freed_memory()
-    assert resident_megabytes() < before - 50
+    assert resident_megabytes() < before - 75, "94 measured"
     assert len(kept) == 250

@@ -18,8 +18,8 @@ from flux.weights.find import find_model
 from flux.weights.load import read_weights
 
 NANO = configs["flux-nano"]
-# Relative error of one velocity against the plain model, as in the matrix of all forms.
-BOUNDS = {"none": 1e-5, "8bit": 0.06, "4bit": 0.5}
+# Relative error of one velocity against the plain model. Measured: 0, 0.014 and 0.124.
+BOUNDS = {"none": 0, "8bit": 0.03, "4bit": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def check_bytes(pipe: Pipeline, model: str, **fields) -> None:
         settings, opened.spec, opened.sources(), dtype, dtype, False, opened.ranks_beside()
     )
     used = sum(x.nbytes for x in (*pipe.model.parameters(), *pipe.model.buffers()))
-    assert estimate.transformer.total == pytest.approx(used, rel=2e-4)
+    assert estimate.transformer.total == used
 
 
 @pytest.fixture
@@ -83,14 +83,11 @@ def control(small, weights, tmp_path) -> dict[str, str]:
 def test_a_fill_model(fill, quantize, offload):
     plain = load("flux-dev-fill", weights=fill)
     placed = load("flux-dev-fill", weights=fill, quantize=quantize, offload=offload)
-    assert tiny_models.relative_error(velocity(placed), velocity(plain)) < BOUNDS[quantize]
-    if quantize == "none":
-        check_bytes(plain, "flux-dev-fill", weights=fill)
-    else:
-        check_bytes(placed, "flux-dev-fill", weights=fill, quantize=quantize)
+    assert tiny_models.relative_error(velocity(placed), velocity(plain)) <= BOUNDS[quantize]
+    check_bytes(placed, "flux-dev-fill", weights=fill, quantize=quantize)
 
 
 def test_a_control_lora_over_gguf(control):
     plain, placed = (load("flux-dev-canny-lora", **control, offload=how) for how in ("none", "blocks"))
-    assert tiny_models.relative_error(velocity(placed), velocity(plain)) < 1e-5
+    assert torch.equal(velocity(placed), velocity(plain))
     check_bytes(plain, "flux-dev-canny-lora", **control)

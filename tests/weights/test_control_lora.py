@@ -76,10 +76,10 @@ def load(path, lora, scale=SCALE, params=tiny_models.PARAMS, **more) -> Flux:
     return weight_files.load(path, wide, own_lora=(lora, scale), **changes, **more)
 
 
-def check(model: Flux, expected: Flux, tolerance: float = 2e-6) -> None:
+def check(model: Flux, expected: Flux) -> None:
     assert model.params == expected.params
     got, wanted = weight_files.velocity(model), weight_files.velocity(expected)
-    assert tiny_models.relative_error(got, wanted) < tolerance
+    assert tiny_models.relative_error(got, wanted) < 2e-6
 
 
 @pytest.mark.parametrize("form", ["BFL", "diffusers"])
@@ -145,7 +145,7 @@ def test_bases_of_other_forms(tmp_path, form):
     packed = isinstance(model.double_blocks[0].img_attn.qkv, LowRankLinear)
     assert packed == (form != "diffusers folder")
     assert type(model.img_in) is nn.Linear
-    check(model, by_upstreams_class(base, file, params), 1e-5)
+    check(model, by_upstreams_class(base, file, params))
 
 
 def test_a_text_to_images_lora_beside_it(tmp_path, weights, file):
@@ -170,7 +170,7 @@ def test_over_a_packed_input(tmp_path):
     model = weight_files.load(path, params, keep_8bit=True, loras=[(style, 1.0)])
     assert isinstance(model.img_in, LowRankLinear)
     meant["img_in.weight"][:, :64] += up @ down
-    check(model, weight_files.model_of(meant, params), 1e-5)
+    check(model, weight_files.model_of(meant, params))
 
 
 def test_a_control_lora_for_another_model(tmp_path, weights, file):
@@ -202,11 +202,11 @@ def test_upstreams_call(tmp_path, monkeypatch, form):
     expected = by_upstreams_class(base, file, params)
     expected.set_lora_scale(1.0)
     model = load_flow_model(name, "cpu", dtype=torch.float32)
-    check(model, expected, 1e-5)
+    check(model, expected)
     assert isinstance(model, FluxLoraWrapper) == (form == "BFL")
     model = load_flow_model(name, "cpu", dtype=torch.float32, lora_scale=SCALE)
     expected.set_lora_scale(SCALE)
-    check(model, expected, 1e-5)
+    check(model, expected)
     if form == "BFL":
         for each in (model, expected):
             for _, module in each.named_modules():
