@@ -20,10 +20,10 @@ from flux.modules.conditioner import HFEmbedder
 from flux.modules.gguf_blocks import BLOCKS
 from flux.sessions.files import save_sample as save_image
 from flux.specs import ModelSpec, configs, get_spec
-from flux.weights.checkpoint import Checkpoint
 from flux.weights.find import own_lora, path_from_env
-from flux.weights.hub import CHECKPOINTS_DIR, checkpoint_path, fetch, own_file, own_text_folder
+from flux.weights.hub import CHECKPOINTS_DIR, own_file, own_text_folder
 from flux.weights.open_model import ModelFiles, OpenFiles, OpenModel
+from flux.weights.scales import ScaledTensor
 
 __all__ = [
     "BFL_API_KEY",
@@ -83,36 +83,35 @@ def load_flow_model(
     spec = get_spec(name)
     path = Path(path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
     opened, given = OpenFiles(), path_from_env(spec.env_lora)
-    lora = own_lora(
-        spec, opened.open(path, "transformer"), Path(given) if given else None, lora_scale, hf_download
-    )
-    files = ModelFiles(path, path, path, own_lora=lora)
-    model = OpenModel(spec, files, opened)
-    wrapper = None
+    transformer = opened.open(path, "transformer")
+    lora = own_lora(spec, transformer, Path(given) if given else None, lora_scale, hf_download)
+    model = OpenModel(spec, ModelFiles(path, path, path, own_lora=lora), opened)
     if lora is not None and spec.condition == "control":
-        wrapper = _empty_wrapper(model, opened.open(lora.path), lora_scale)
-    if lora is not None and wrapper is not None:
-        without = replace(files, own_lora=lora._replace(strength=0.0))
-        base = OpenModel(spec, without, opened).load_transformer(device, dtype).state_dict()
-        tensors = opened.open(lora.path).tensors.items()
-        beside = {key: tensor.read(device).to(dtype) for key, tensor in tensors if key not in base}
-        wrapper.load_state_dict(base | beside, assign=True)
-        return wrapper.eval().requires_grad_(False)
+        tensors = opened.open(lora.path).tensors
+        wrapper = _empty_wrapper(model, tensors, lora_scale)
+        if wrapper is not None:
+            without = replace(model.files, own_lora=lora._replace(strength=0.0))
+            base = OpenModel(spec, without, opened).load_transformer(device, dtype).state_dict()
+            beside = {key: x.read(device).to(dtype) for key, x in tensors.items() if key not in base}
+            wrapper.load_state_dict(base | beside, assign=True)
+            return wrapper.eval().requires_grad_(False)
     return model.load_transformer(device, dtype)
 
 
-def _empty_wrapper(model: OpenModel, lora: Checkpoint, scale: float) -> FluxLoraWrapper | None:
+def _empty_wrapper(
+    model: OpenModel, lora: Mapping[str, ScaledTensor], scale: float
+) -> FluxLoraWrapper | None:
     """A wrapper without memory that takes a LoRA's tensors by their names; None if they do not fit it."""
-    base = model.transformer
-    downs = [tensor.shape[0] for name, tensor in lora.tensors.items() if name.endswith(".lora_A.weight")]
-    if not downs or any(source.is_packed and source.kind in BLOCKS for source in base.sources.values()):
+    sources = model.transformer.sources.values()
+    downs = [tensor.shape[0] for name, tensor in lora.items() if name.endswith(".lora_A.weight")]
+    if not downs or any(source.is_packed and source.kind in BLOCKS for source in sources):
         return None
     with torch.device("meta"):
         wrapper = FluxLoraWrapper(max(downs), scale, model.spec.params)
     shapes = {name: tuple(x.shape) for name, x in wrapper.state_dict().items()}
     beside = {name: shape for name, shape in shapes.items() if ".lora_" in name}
-    found = {name: tensor.shape for name, tensor in lora.tensors.items() if name in beside}
-    return wrapper if found == beside and lora.tensors.keys() <= shapes.keys() else None
+    found = {name: tensor.shape for name, tensor in lora.items() if name in beside}
+    return wrapper if found == beside and lora.keys() <= shapes.keys() else None
 
 
 def load_ae(
@@ -187,14 +186,11 @@ def get_checkpoint_path(repo_id: str, filename: str, env_var: str) -> Path:
         if not Path(given).exists():
             raise InputError(f"Got {given} in {env_var}, which does not exist: mend or unset the variable")
         return Path(given)
-    path = checkpoint_path(repo_id, filename)
-    if path.is_file():
-        return path
     owners = (
         spec for spec in configs.values() if repo_id in (spec.repo_id, spec.lora_repo_id, spec.redux_repo_id)
     )
     spec = next(owners, replace(configs["flux-dev"], licence="its licence is on its page"))
-    return fetch(spec, [filename], repo_id=repo_id) / filename
+    return own_file(spec, filename, True, repo_id)
 
 
 def ensure_hf_auth() -> bool:

@@ -24,9 +24,11 @@ def test_where_a_checkpoint_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fetched = []
     monkeypatch.setattr(
-        util,
+        hub,
         "fetch",
-        lambda spec, names, repo_id: fetched.append((spec.licence, repo_id, *names)) or Path("/cache"),
+        lambda spec, names, download, repo_id: (
+            fetched.append((spec.licence, repo_id, *names)) or Path("/cache")
+        ),
     )
     assert util.get_checkpoint_path(*REDUX) == Path("/cache") / REDUX[1]
     assert util.get_checkpoint_path("me/mine", "x.safetensors", "MINE") == Path("/cache/x.safetensors")
@@ -35,10 +37,11 @@ def test_where_a_checkpoint_is(tmp_path, monkeypatch):
         ("its licence is on its page", "me/mine", "x.safetensors"),
     ]
     assert list(tmp_path.iterdir()) == []
-    path = util.CHECKPOINTS_DIR / "black-forest-labs_FLUX.1-Redux-dev" / REDUX[1]
+    path = Path("checkpoints/black-forest-labs_FLUX.1-Redux-dev") / REDUX[1]
     path.parent.mkdir(parents=True)
     path.touch()
     assert util.get_checkpoint_path(*REDUX) == path
+    assert path.parents[1] == util.CHECKPOINTS_DIR
     monkeypatch.setenv("FLUX_REDUX", str(tmp_path / "mine"))
     with pytest.raises(InputError, match=r"mine in FLUX_REDUX, which does not exist"):
         util.get_checkpoint_path(*REDUX)
@@ -102,7 +105,3 @@ def test_usage_is_reported_under_upstreams_names():
     assert {named.pop("flux-dev"), named.pop("flux-dev-krea")} == {"flux-1-dev", "flux-1-krea-dev"}
     assert set(named.values()) == {"flux-tools"}
     assert len(named) == 6
-
-
-def test_the_folder_is_that_of_the_weights():
-    assert util.CHECKPOINTS_DIR == hub.CHECKPOINTS_DIR == Path("checkpoints")

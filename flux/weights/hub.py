@@ -23,7 +23,7 @@ TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 CONNECT_ATTEMPTS = 3  # without a connection: usually this machine is offline
 HASH_BYTES = 2**24  # read at once
 CHECKPOINTS_DIR = Path("checkpoints")
-"""The folder, in the current one, into which upstream's package downloads."""
+"""The folder, in the current one, into which upstream's package downloads: a folder for each repository."""
 
 
 def own_file(spec: ModelSpec, filename: str, download: bool, repo_id: str | None = None) -> Path:
@@ -46,13 +46,8 @@ def own_file(spec: ModelSpec, filename: str, download: bool, repo_id: str | None
     repo_id = repo_id or spec.repo_id
     if spec.folder is not None or repo_id is None:
         return (spec.folder or Path()) / filename
-    path = checkpoint_path(repo_id, filename)
+    path = CHECKPOINTS_DIR / repo_id.replace("/", "_") / filename
     return path if path.is_file() else fetch(spec, [filename], download, repo_id=repo_id) / filename
-
-
-def checkpoint_path(repo_id: str, filename: str) -> Path:
-    """Return where upstream's package puts a file of a repository."""
-    return CHECKPOINTS_DIR / repo_id.replace("/", "_") / filename
 
 
 def own_text_folder(spec: ModelSpec, download: bool, weights: bool = True) -> Path:
