@@ -89,7 +89,7 @@ class _Run:
     """One run over a folder.
 
     Attributes:
-        report: What it has done so far.
+        report: The numbers so far.
         failures: How often the captioner has failed for a single image.
     """
 

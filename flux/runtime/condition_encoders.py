@@ -30,7 +30,7 @@ def image_encoders(
         settings: Where the encoders' files are.
         encode: Encodes pixels to a packed latent.
         device: Where the encoders compute.
-        dtype: What Redux's encoder computes in.
+        dtype: The dtype in which Redux's encoder computes.
     """
 
     def load_map() -> MapEncoder:

@@ -72,7 +72,7 @@ class LoraFile:
 
     Attributes:
         checkpoint: The file.
-        strength: What the user multiplies its changes by.
+        strength: The user's factor of its changes.
         modules: The file's tensors by module, in the file's names, and by role.
         metadata: PEFT's configuration, if the file comes with one.
         layers: The layers that it changes; or by layer what its strength is multiplied by there, other layers
@@ -118,7 +118,7 @@ def read_lora(
 
     Args:
         checkpoint: The file.
-        strength: What its changes are multiplied by.
+        strength: The factor of its changes.
         layers: See `LoraFile`.
 
     Raises:

@@ -51,7 +51,7 @@ class LoraUse(NamedTuple):
 
     Attributes:
         path: The file.
-        strength: What its changes are multiplied by.
+        strength: The factor of its changes.
         layers: See `flux.weights.lora.LoraFile`.
     """
 
@@ -109,7 +109,7 @@ class OpenPart(Generic[M]):
     Attributes:
         build: Makes it without memory.
         sources: How each of its tensors is made of a file's.
-        patches: What LoRA files change in it.
+        patches: The changes of LoRA files to it.
     """
 
     build: Callable[[], M]

@@ -82,7 +82,7 @@ class ScaledTensor:
 def pair_with_scales(
     path: Path, stored: Mapping[str, StoredTensor], declared: Iterable[Mapping[str, Any]]
 ) -> dict[str, ScaledTensor]:
-    """Join each matrix of 8-bit floats with its scale; leave out what only other programs need.
+    """Join each matrix of 8-bit numbers with its scale; leave out what only other programs need.
 
     A scale that fits no matrix is kept under its own name. No model has such a tensor, so that loading
     fails: without its scale the matrix would only make noise.

@@ -38,7 +38,7 @@ def control_lora(params: FluxParams, seed: int = 1) -> dict[str, Tensor]:
 def by_upstreams_class(
     base: dict[str, Tensor], file: dict[str, Tensor], params: FluxParams
 ) -> FluxLoraWrapper:
-    """What upstream's program makes of both files: one state dict after the other, the first padded."""
+    """Load both files as upstream's program does: one state dict after the other, the first padded."""
     model = FluxLoraWrapper(lora_rank=RANK, lora_scale=SCALE, params=replace(params, in_channels=128))
     padded = torch.zeros(params.hidden_size, 128)
     padded[:, :64] = base["img_in.weight"]
