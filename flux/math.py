@@ -157,7 +157,7 @@ class AttentionEdit:
             k: Keys of the image stream, "B H I+J D".
             v: Its values, likewise.
         """
-        if not self.num_context:
+        if not (self.num_context and self.changes_kv):
             return self._blend_both(k, v)
         sizes = k.shape[2] - self.num_context, self.num_context
         (img_k, context_k), (img_v, context_v) = k.split(sizes, dim=2), v.split(sizes, dim=2)
