@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from flux.errors import InputError, warn
+from flux.modules.image_embedders import adapter_features
+from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.weights.checkpoint import Checkpoint
@@ -63,6 +65,8 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
             read_lora(opened.open(path))
     if text is not None:
         _check_text_folder(text, given, opened)
+    if isinstance(settings, ConditionSettings) and settings.redux:
+        adapter_features(find_redux(spec, settings.redux_weights, download))
     flow = flow or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
     lora = own_lora(spec, opened.open(flow, "transformer"), lora_path, scale, download)

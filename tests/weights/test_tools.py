@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from flux.errors import InputError, InputWarning
 from flux.model import Flux
 from flux.modules.linear import PackedLinear
-from flux.settings.demos import ModelSettings
+from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.specs import NANO_FOLDER, configs
 from flux.util import load_flow_model
 from flux.weights.find import find_model, find_redux
@@ -186,6 +186,13 @@ def test_a_redux_file_in_another_place(small_tools, tmp_path, part):
     path = weight_files.save({"redux_up.weight": torch.zeros(4, 2)}, tmp_path / "redux.safetensors")
     with pytest.raises(InputError, match=r"which is a Redux adapter \(give it as redux_weights\); expected"):
         find_model(ModelSettings(model="flux-dev-redux", **{part: str(path)}))
+
+
+def test_a_redux_adapter_that_is_none_is_told_before_the_models_are_loaded(small_tools, tmp_path):
+    path = save_tiny(tmp_path, 64)
+    fields = {"prompts": [""], "redux": ["a.png"], "redux_weights": str(path), "weights": str(path)}
+    with pytest.raises(InputError, match=r"m\.safetensors as the Redux adapter, which cannot be read"):
+        find_model(GenerateSettings(model="flux-dev", **fields))
 
 
 # ---- where files are found
