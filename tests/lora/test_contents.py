@@ -1,4 +1,4 @@
-"""What a LoRA file is: the models that it fits, whose names it has, and who made it."""
+"""Opened LoRA files: the models that each fits, whose names it has, and who made it."""
 
 import json
 

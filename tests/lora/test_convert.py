@@ -80,7 +80,7 @@ def test_parts_of_their_own_become_blocks(tiny, weights, base, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_biases(tiny, weights, base, tmp_path, form):
-    """Of a module with a pair, of the one whose rows diffusers swaps, and of one without a pair."""
+    """A module with a pair, the one whose rows diffusers swaps, and one without a pair keep theirs."""
     swapped, alone = "final_layer.adaLN_modulation.1", "vector_in.in_layer"
     file = file_of(pairs(weights, ["img_in", swapped]), lambda m: m, None, "lora_A", "lora_B")
     file |= {f"{m}.lora_B.bias": torch.randn(len(weights[f"{m}.bias"])) for m in (swapped, alone)}
@@ -102,9 +102,9 @@ def test_diffusers_gives_the_same_numbers(weights, source, base, tmp_path):
     net.load_lora_adapter(tmp_path, weight_name="out.safetensors", prefix="transformer")
     given = tiny_models.inputs(1)
     expected = weight_files.load(base, loras=[(mixed, 1.0)])(**given)
-    assert tiny_models.relative_error(tiny_models.ask_diffusers(net, given), expected) < 1e-5
+    assert tiny_models.relative_error(tiny_models.ask_diffusers(net, given), expected) < 2e-6
     plain = weight_files.load(base)(**given)
-    assert tiny_models.relative_error(plain, expected) > 1e-2
+    assert tiny_models.relative_error(plain, expected) > 0.1
 
 
 def test_diffusers_reads_kohyas_form(tmp_path):
@@ -122,7 +122,7 @@ def test_diffusers_reads_kohyas_form(tmp_path):
     for part in ("attn.to_q", "attn.to_v", "proj_mlp"):
         name = f"transformer.single_transformer_blocks.7.{part}"
         product, expected = (x[f"{name}.lora_B.weight"] @ x[f"{name}.lora_A.weight"] for x in (read, file))
-        assert tiny_models.relative_error(product, expected) < 1e-5
+        assert tiny_models.relative_error(product, expected) < 1e-6
 
 
 @pytest.mark.parametrize(("stored", "expected"), [("float16", torch.float16), ("float32", torch.float32)])

@@ -30,7 +30,7 @@ def error(base, lora, tuned):
 def test_a_lora_comes_out_again(base, tuned, tmp_path, how):
     out = tmp_path / "lora.safetensors"
     assert extract(base, tuned, out, **how) > 0.999999
-    assert error(base, out, tuned) < 1e-5
+    assert error(base, out, tuned) < 1e-6
     lora = open_lora(out)
     assert {patch.place.module for patch in lora.patches} == {
         *MODULES,
@@ -57,7 +57,7 @@ def test_best_product(shape, rank, share):
     down, up, squares = low_rank(matrix, rank, share)
     expected = (left[:, :count] * values[:count]) @ right[:count]
     assert down.shape == (count, shape[1])
-    assert tiny_models.relative_error((up @ down).double(), expected) < 1e-5
+    assert tiny_models.relative_error((up @ down).double(), expected) < 1e-6
     assert squares == pytest.approx(float((values[:count] ** 2).sum()), rel=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_command(base, tuned, tmp_path, capsys):
     out = tmp_path / "lora"
     main(["extract", str(tuned), "--base", str(base), "--rank", "1", "--output", str(out)])
     share = float(capsys.readouterr().out.split(": ")[1].split(" %")[0])
-    assert 25 < share < 90
+    assert 40 < share < 46
     assert open_lora(out).file.checkpoint.metadata["extracted_from"] == "tuned.safetensors"
 
 

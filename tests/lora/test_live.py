@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_models, weight_files
-from helpers.lora_files import MODULES, file_of, pairs
+from helpers.lora_files import MODULES, added, file_of, pairs
 
 from flux.errors import InputError
 from flux.inputs import Inputs
@@ -101,6 +101,8 @@ def test_over_packed_weights(load, tmp_path):
         OpenModel(weight_files.spec(weight_files.WIDE), files), read_lora(open_checkpoint(file))
     )
     model = opened.load_transformer("cpu", torch.float32)
+    whole = weight_files.model_of(added(held, chosen, 1.0), weight_files.WIDE)
+    assert tiny_models.relative_error(weight_files.velocity(model), weight_files.velocity(whole)) < 2e-6
     opened.live.set_strength(0.0)
     plain = weight_files.model_of(held, weight_files.WIDE)
     assert tiny_models.relative_error(weight_files.velocity(model), weight_files.velocity(plain)) < 2e-6

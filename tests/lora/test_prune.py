@@ -91,7 +91,7 @@ def test_scores_of_an_ablation(source, scores):
 
 
 def test_scores_of_a_report(source, tmp_path):
-    """Of several files, that of the LoRA's name."""
+    """A report may have several files: the one with the LoRA's name counts."""
     reports = look_into([NANO_FOLDER / "schnell_lora.safetensors"])
     write_report(tmp_path / "other", reports)
     reports = look_into([source])

@@ -322,15 +322,15 @@ def test_a_learning_rate_that_is_too_large(tmp_path):
 
 
 def test_a_lora_learns_what_the_velocity_is(trained):
-    """The loss falls on one image that is seen again and again."""
+    """The loss falls on images that are seen again and again; measured 0.75 of the first steps' loss."""
     given = settings(Path(trained.images).parent, "again", steps=60, learning_rate=3e-3, sample_prompts=[])
     losses = []
     train(given, lambda progress: losses.append(progress.loss))
-    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
 
 
 def test_weights_are_loaded_in_fewer_bits_and_streamed(tmp_path):
-    """Both train to nearly the same factors as plain weights do."""
+    """Both train to nearly the same factors as plain weights do; measured a cosine of 0.9999 in 8 bits."""
     ups = {}
     for name, fields in {
         "plain": {},
@@ -341,4 +341,4 @@ def test_weights_are_loaded_in_fewer_bits_and_streamed(tmp_path):
         ups[name] = torch.cat([x.flatten() for x in load_file(train(given)).values()])
     assert torch.equal(ups["streamed"], ups["plain"])
     cosine = torch.nn.functional.cosine_similarity(ups["8bit"], ups["plain"], dim=0)
-    assert 0.98 < cosine < 1
+    assert 0.999 < cosine < 1

@@ -181,7 +181,7 @@ def test_gradients_pass_through_quantised_weights(bits):
     twin = dense_twin(model)
     found, expected = (gradients(each, adapted(each)) for each in (model, twin))
     for name in expected:
-        assert tiny_models.relative_error(found[name], expected[name]) < 1e-5, name
+        assert tiny_models.relative_error(found[name], expected[name]) < 1e-6, name
     kinds = {type(module) for module in model.double_blocks[2].modules()}
     assert FrozenLinear in kinds
     assert FrozenLinear not in {type(module) for module in model.double_blocks[0].modules()}
@@ -200,11 +200,14 @@ def test_gradients_pass_through_gguf(tmp_path):
         found.append([adapter.up.grad for adapter in adapters.values()])
     assert isinstance(model.single_blocks[1].linear1.base, FrozenLinear)
     for ours, expected in zip(*found, strict=True):
-        assert tiny_models.relative_error(ours, expected) < 1e-5
+        assert tiny_models.relative_error(ours, expected) < 1e-6
 
 
 def test_gradients_pass_through_8_bit_floats():
-    """Rounding of activations counts as if it changed nothing, so gradients are near a plain model's."""
+    """Rounding of activations counts as if it changed nothing, so gradients are near a plain model's.
+
+    Measured a cosine of 0.991 at least.
+    """
     model = tiny_models.flux()
     to_fp8([model.double_blocks, model.single_blocks])
     twin = dense_twin(model)

@@ -57,7 +57,7 @@ def trainer_of(plan, bits: int = 16) -> Trainer:
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize(("quantize", "bits"), [("none", 16), ("8bit", 8)])
 def test_a_step_takes_what_was_forecast(tmp_path, checkpointing, quantize, bits):
-    """Activations, gradients included, within a tenth; measured 1.00 to 1.03 of the forecast."""
+    """Activations, gradients included, measured 1.00 to 1.03 of the forecast."""
     fields = {"checkpointing": checkpointing, "quantize": quantize, "caption_dropout": 0.0, "batch_size": 3}
     images = lora_training.write_images(tmp_path / "images")
     (images / "2.png").unlink()  # the only one of another shape
@@ -70,7 +70,7 @@ def test_a_step_takes_what_was_forecast(tmp_path, checkpointing, quantize, bits)
         trainer.take_step()
     stage = next(stage for stage in plan.forecast.stages if stage.name == "train")
     forecast = stage.activations + 4 * plan.forecast.parameters
-    assert 0.9 < live.peak / forecast < 1.1
+    assert 0.97 < live.peak / forecast < 1.06
 
 
 def test_weights_and_factors_are_counted(tmp_path):
@@ -116,7 +116,7 @@ def test_checkpointing_and_streaming_are_used_only_as_memory_requires(tmp_path, 
 
 
 def test_later_layers_need_less(tmp_path):
-    """What is kept begins with the first trained layer."""
+    """Activations are kept from the first trained layer on."""
 
     def activations(layers) -> int:
         plan = make_plan(lora_training.settings(tmp_path, layers=layers, checkpointing="off"))

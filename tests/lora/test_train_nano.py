@@ -32,9 +32,9 @@ def test_it_learns_a_subject_and_other_prompts_stay(tmp_path):
     train(check_settings(TrainSettings, fields))
     rows = read_curves(tmp_path / "out")
     (before, after), (_, other) = (mean_of_steps(rows, has_trigger) for has_trigger in (True, False))
-    assert after.to_nearest < 0.5 * before.to_nearest
-    assert after.to_training < before.to_training - 0.05
-    assert other.to_base < 0.5 * after.to_base
+    assert after.to_nearest < 0.4 * before.to_nearest
+    assert after.to_training < before.to_training - 0.08
+    assert other.to_base < 0.25 * after.to_base
 
 
 def test_the_demo_trains_on_a_folder_of_drawn_images(tmp_path):
@@ -48,7 +48,7 @@ def test_the_demo_trains_on_a_folder_of_drawn_images(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sets_are_drawn(name):
-    """Of words that flux-nano knows, the name among them, and again the same."""
+    """Captions have only words that flux-nano knows, the name among them. Drawn again, all is the same."""
     from flux.specs import configs
     from flux.vocabulary import vocabulary_warnings
 
