@@ -39,19 +39,36 @@ Answer = tuple[list[FileData], FileData, list[str]]
 
 def add_endpoints(studio: Studio) -> None:
     """Adds the endpoints of what the model can do to the page that is being built."""
+    # A model is asked only for what it can do.
+    every = Endpoints(studio)
+    usual = (every.generate, every.edit, every.scan)
+    of_kinds = {
+        "kontext": (*usual, every.instruct),
+        "fill": (every.fill,),
+        "control": (every.generate,),
+    }
+    for endpoint in of_kinds.get(studio.spec.condition or "", usual):
+        api(endpoint, concurrency_limit=None)
 
-    def needed(data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image:
-        return studio.limits.read_upload(data, Path(get_upload_folder()), read)
 
-    def upload(data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
-        return None if data is None else needed(data, read)
+class Endpoints:
+    """The endpoints. Gradio reads their names, fields and documentation from these methods."""
 
-    def in_turn(request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    def _needed(self, data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image:
+        return self.studio.limits.read_upload(data, Path(get_upload_folder()), read)
+
+    def _upload(self, data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
+        return None if data is None else self._needed(data, read)
+
+    def _in_turn(self, request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
         """Waits for the caller's turn, does the work, and returns its last update."""
         caller, last = request.session_hash or "", None
         address = getattr(getattr(request, "client", None), "host", "")
-        studio.callers.admit(caller, address, is_event=True)
-        with studio.turn(caller, ENDPOINT, address) as (job, session, waiting):
+        self.studio.callers.admit(caller, address, is_event=True)
+        with self.studio.turn(caller, ENDPOINT, address) as (job, session, waiting):
 
             def updates() -> Generator[Any, None, None]:
                 yield from waiting
@@ -60,7 +77,7 @@ def add_endpoints(studio: Studio) -> None:
 
             for update in (running := updates()):
                 last = update
-                if studio.callers.is_gone(caller):
+                if self.studio.callers.is_gone(caller):
                     running.close()
                     raise InputError("Nobody waits for this run any more")
             if job.stop.is_set() or last is None:
@@ -68,6 +85,7 @@ def add_endpoints(studio: Studio) -> None:
         return last
 
     def generate(
+        self,
         request: gr.Request,
         prompt: str,
         seed: int = 0,
@@ -89,18 +107,19 @@ def add_endpoints(studio: Studio) -> None:
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength, "image": image}
         form |= {"control": control, "redux": redux, "redux_strength": redux_strength}
-        settings = generate_settings(studio, form)
+        settings = generate_settings(self.studio, form)
 
         def work(session: Session) -> Iterator[tuple[Any, Run]]:
-            given = {"control": upload(control), "redux": upload(redux)}
+            given = {"control": self._upload(control), "redux": self._upload(redux)}
             read = {kind: image for kind, image in given.items() if image}
             steering = steering_images(settings, read)
-            return run_generate(studio, session, settings, upload(image), steering)
+            return run_generate(self.studio, session, settings, self._upload(image), steering)
 
-        _, run = in_turn(request, work)
-        return _answer(run, warnings_about(studio, settings, form))
+        _, run = self._in_turn(request, work)
+        return _answer(run, warnings_about(self.studio, settings, form))
 
     def instruct(
+        self,
         request: gr.Request,
         prompt: str,
         context: list[FileData],
@@ -121,16 +140,19 @@ def add_endpoints(studio: Studio) -> None:
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "context": context}
         form |= {"reference_strength": reference_strength}
-        settings = instruct_settings(studio, form)
-        images = [needed(each) for each in context]
+        settings = instruct_settings(self.studio, form)
+        images = [self._needed(each) for each in context]
         if width is None and height is None:
-            width, height = kontext_size(*images[0].size, studio.spec.size)
-            settings = instruct_settings(studio, {**form, "width": width, "height": height})
+            width, height = kontext_size(*images[0].size, self.studio.spec.size)
+            settings = instruct_settings(self.studio, {**form, "width": width, "height": height})
         steering = {"context": images}
-        _, run = in_turn(request, lambda session: run_generate(studio, session, settings, steering=steering))
-        return _answer(run, warnings_about(studio, settings, form))
+        _, run = self._in_turn(
+            request, lambda session: run_generate(self.studio, session, settings, steering=steering)
+        )
+        return _answer(run, warnings_about(self.studio, settings, form))
 
     def fill(
+        self,
         request: gr.Request,
         prompt: str,
         image: FileData,
@@ -152,13 +174,16 @@ def add_endpoints(studio: Studio) -> None:
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "outpaint": mask is None}
         form |= {"left": left, "right": right, "above": above, "below": below, "overlap": overlap}
-        source = needed(image)
-        settings = fill_settings(studio, form, source.size)
-        painted = upload(mask, read_mask)
-        _, run = in_turn(request, lambda session: run_fill(studio, session, settings, source, painted))
-        return _answer(run, warnings_about(studio, settings, form))
+        source = self._needed(image)
+        settings = fill_settings(self.studio, form, source.size)
+        painted = self._upload(mask, read_mask)
+        _, run = self._in_turn(
+            request, lambda session: run_fill(self.studio, session, settings, source, painted)
+        )
+        return _answer(run, warnings_about(self.studio, settings, form))
 
     def edit(
+        self,
         request: gr.Request,
         prompt: str,
         edits: list[str],
@@ -184,18 +209,21 @@ def add_endpoints(studio: Studio) -> None:
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "edits": as_lines("edits", edits), "seed": seed}
-        own = studio.sessions.of(request.session_hash)
-        form |= {"layers": known_layers(studio, own)[0] if layers is None else layers}
+        own = self.studio.sessions.of(request.session_hash)
+        form |= {"layers": known_layers(self.studio, own)[0] if layers is None else layers}
         form |= {"dose": dose, "weight": weight, "inject_from": inject_from, "inject_until": inject_until}
         form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back, "photo": photo}
-        settings = edit_settings(studio, form)
-        _, run = in_turn(
+        settings = edit_settings(self.studio, form)
+        _, run = self._in_turn(
             request,
-            lambda session: run_edit(studio, session, settings, upload(photo), upload(mask, read_mask)),
+            lambda session: run_edit(
+                self.studio, session, settings, self._upload(photo), self._upload(mask, read_mask)
+            ),
         )
-        return _answer(run, warnings_about(studio, settings, form))
+        return _answer(run, warnings_about(self.studio, settings, form))
 
     def scan(
+        self,
         request: gr.Request,
         prompts: list[str],
         seed: int = 0,
@@ -211,18 +239,12 @@ def add_endpoints(studio: Studio) -> None:
         sampling = (width, height, num_steps, guidance, true_cfg, "")
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompts": as_lines("prompts", prompts), "seed": seed, "top": top}
-        form |= {"layers": list(range(studio.spec.num_layers)) if layers is None else layers}
-        settings = scan_settings(studio, form)
-        in_turn(request, lambda session: run_scan(studio, session, settings))
+        form |= {"layers": list(range(self.studio.spec.num_layers)) if layers is None else layers}
+        settings = scan_settings(self.studio, form)
+        self._in_turn(request, lambda session: run_scan(self.studio, session, settings))
         folder = Path(settings.output_dir)
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
-        return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
-
-    # A model is asked only for what it can do.
-    usual = (generate, edit, scan)
-    of_kinds = {"kontext": (*usual, instruct), "fill": (fill,), "control": (generate,)}
-    for endpoint in of_kinds.get(studio.spec.condition or "", usual):
-        api(endpoint, concurrency_limit=None)
+        return found, _file(folder / "vitality.png"), warnings_about(self.studio, settings, form)
 
 
 def as_lines(name: str, texts: Any) -> str:

@@ -45,7 +45,7 @@ TRAINING = {
     "learning_rate": 0.002,
     "sample_prompts": ["a [trigger] on the grass", "a dog on the grass"],
 }
-"""What flux-nano learns a subject with in some hundred steps, as in configs/train.json."""
+"""Settings with which flux-nano learns a subject in some hundred steps, as in configs/train.json."""
 INTEGERS = ("width", "height", "num_steps", "seed", "top", "count", "steps")
 
 

@@ -42,6 +42,7 @@ def test_stop(page, served):
     page.locator("#generate-go").click()
     says(page, "#generate-status", "of 100")
     page.locator("#generate-preview img").wait_for()
+    assert not page.locator("#generate-stage").is_visible()  # the steps stand in its place
     page.locator("#generate-stop").click()
     says(page, "#generate-status", "Stopped")
     assert not served.engine.running
@@ -120,7 +121,9 @@ def test_settings_come_back(page, url, tmp_path):
     image = download_image(page)
     shutil.copy(image, tmp_path / "mine.png")
     visit(page, url, "generate")
-    page.locator("#generate-prompt textarea").fill("a frog")  # the form itself survives a reload
+    # The form itself survives a reload, so what the file brings back must differ from it.
+    page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'a penguin'")
+    page.locator("#generate-prompt textarea").fill("a frog")
     page.locator("#drop input[type=file]").set_input_files(tmp_path / "mine.png")
     page.wait_for_function("document.querySelector('#generate-prompt textarea').value === 'a penguin'")
     page.locator("#generate-settings button").first.click()

@@ -163,7 +163,8 @@ class RunButton(Generic[S]):
         if self.studio.line.has(caller, tab):  # "Edit" was clicked twice
             yield {status: gr.skip()}
             return
-        begin, form, finished = time.perf_counter(), self._form(values), Changes()
+        begin, form = time.perf_counter(), self._form(values)
+        finished, last = Changes(), Changes()  # what all results changed, and what the last one did
         # A preview of this run stands in the place of an earlier image, which must not be saved for it.
         unsaved: Changes = {button: gr.update(interactive=False) for button in self.buttons}
         try:
@@ -174,7 +175,8 @@ class RunButton(Generic[S]):
                     begin = time.perf_counter()
                     yield unsaved or {status: gr.skip()}
                     for update, changes in self.work(session, self.settings_of(form), form):
-                        finished = finished if update.result is None else finished | changes
+                        if update.result is not None:
+                            finished, last = finished | changes, changes
                         yield {status: status_html(update), **changes}
                 is_stopped = job.stop.is_set()
         except Exception:
@@ -183,8 +185,9 @@ class RunButton(Generic[S]):
             raise
         took = duration(time.perf_counter() - begin)
         text = f"Stopped after {took}." if is_stopped else f"Done in {took}."
-        # After Stop the last finished image, the one that is saved, takes the place of a preview.
-        again = finished if is_stopped else Changes()
+        # After Stop the last finished image, the one that is saved, takes the place of a preview. After the
+        # end it is sent again: a busy page passes over an update that another one follows at once.
+        again = finished if is_stopped else last
         yield {**again, status: status_html(text), **self.controls.switched(False)}
 
     def _form(self, values: Sequence[Any]) -> Form:

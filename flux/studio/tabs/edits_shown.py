@@ -59,7 +59,7 @@ class EditsShown:
         """Shows an image that is not a run's of this tab, and says what it shows."""
         hidden = (self._preview, self._correct, self._gallery)
         return {
-            self._viewer: gr.update(visible=True, value=image_alone(path, shows)),
+            self._viewer: image_alone(path, shows),
             **{part: gr.update(visible=False) for part in hidden},
         }
 
@@ -67,7 +67,7 @@ class EditsShown:
         """Shows an image that is not saved, such as a step's, or changes nothing if there is none."""
         if image is None:
             return {}
-        hidden = (self._viewer, self._correct, self._gallery)
+        hidden = (self._correct, self._gallery)
         return {
             self._preview: gr.update(visible=True, value=image),
             **{part: gr.update(visible=False) for part in hidden},
@@ -113,7 +113,7 @@ class EditsShown:
     def _choose(self, run: Run, name: str) -> Changes:
         """Shows an image of the run that the gallery shows."""
         return {
-            self._viewer: gr.update(visible=True, value=_pair(run, name)),
+            self._viewer: _pair(run, name),
             self._correct: gr.update(visible=mask_of(run, name) is not None),
             **self._under.show(run, run.images[name]),
             self._chosen: name,

@@ -90,8 +90,7 @@ class FilmTab:
                 made = update.result
                 shown: Changes = {}
                 if update.preview:
-                    shown = {self.viewer: gr.update(visible=False)}
-                    shown[self.preview] = gr.update(visible=True, value=update.preview)
+                    shown = {self.preview: gr.update(visible=True, value=update.preview)}
                 elif isinstance(made, MadeImage):
                     shown = {**self._shown(run, run.images[IMAGE]), **history.changes(session)}
                 elif made and made.stem in SHEETS:
@@ -115,7 +114,7 @@ class FilmTab:
         value = image_alone(file, run.captions[IMAGE])
         return {
             self.preview: gr.update(visible=False),
-            self.viewer: gr.update(visible=True, value=value),
+            self.viewer: value,
             **self.under.show(run, run.images[IMAGE], saved=file),
         }
 

@@ -26,11 +26,10 @@ from flux.studio.tabs.common import (
     wire_notes,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.shown import ShownImage
+from flux.studio.tabs.shown import ShownRun
 from flux.studio.tabs.source import ImageSource
-from flux.studio.viewer import image_alone, viewer
-from flux.studio.visits import existing_file, shown_run
-from flux.studio.widgets import Changes, held_image, image_input, preview, results, status_html
+from flux.studio.viewer import image_alone
+from flux.studio.widgets import Changes, held_image, image_input, status_html
 from flux.studio.work.generate import run_generate, steering_images
 
 EXAMPLE_SEED = 7
@@ -77,11 +76,16 @@ class GenerateTab:
                 self.examples = Examples.of(samples, [prompt for prompt, _ in samples])
             with gr.Column(elem_classes="outputs"):
                 self.controls.add_status(f"An example, made by {example.settings.model} before.")
-                self.preview = preview("generate-preview")
-                self.viewer = viewer("generate-stage", image_alone(drawn, example.captions["reference"]))
-                further = "" if studio.spec.condition == "control" else "Edit this"
-                self.under = ShownImage(run=example, image=drawn, further=further)
-                self.gallery = results("Images of this run", "generate-gallery", columns=2)
+                self.shown = ShownRun(
+                    "generate",
+                    lambda run, name: image_alone(run.images[name], run.captions[name]),
+                    first=image_alone(drawn, example.captions["reference"]),
+                    columns=2,
+                    run=example,
+                    image=drawn,
+                    further="" if studio.spec.condition == "control" else "Edit this",
+                )
+                self.under = self.shown.under
             with gr.Column(elem_classes="options"):
                 steering = self._steering()
                 self.fields = {"prompt": self.prompt, **steering, **self._settings(), **self._start_image()}
@@ -157,48 +161,20 @@ class GenerateTab:
             given = {kind: held_image(form[kind]) for kind in self.sources if form[kind]}
             steering = steering_images(settings, given)
             for update, run in run_generate(self.studio, session, settings, image, steering):
-                shown: Changes = {}
-                if update.preview:
-                    shown[self.preview] = gr.update(visible=True, value=update.preview)
-                if update.result:
-                    shown = self._shown(run, update.result.name) | history.changes(session)
-                yield update, shown
+                shown = self.shown.follow(update, run)
+                yield update, shown | history.changes(session) if update.result else shown
 
         seed = self.fields["seed"]
         run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        outputs = [*self._shown_parts, history.gallery]
+        outputs = [*self.shown.components, history.gallery]
         run.wire([self.go.click, self.prompt.submit], outputs, new_seed=(self.new_seed, seed))
         self.examples.wire([self.prompt, seed, self.new_seed], False)
         wire_notes(self.fields, partial(notes_about, self.studio, generate_settings))
 
-        def choose(file: str, event: gr.SelectData) -> Changes:
-            run = shown_run(existing_file(file).parent)
-            return self._chosen(run, list(run.images)[event.index])
-
-        self.gallery.select(choose, self.under.file, [self.viewer, *self.under.components], **UNQUEUED)
-
-    @property
-    def _shown_parts(self) -> list[Component]:
-        return [self.preview, self.viewer, self.gallery, *self.under.components]
-
-    def _shown(self, run: Run, name: str) -> Changes:
-        """Shows an image of a run, and the others of the run in a grid."""
-        images = [(str(path), run.captions[each]) for each, path in run.images.items()]
-        at = list(run.images).index(name)
-        grid = gr.update(value=images, visible=len(images) > 1, selected_index=at)
-        hidden = gr.update(visible=False)
-        return {self.preview: hidden, self.gallery: grid, **self._chosen(run, name)}
-
-    def _chosen(self, run: Run, name: str) -> Changes:
-        """Shows an image of the run that the grid shows."""
-        path = run.images[name]
-        value = image_alone(path, run.captions[name])
-        return {self.viewer: gr.update(visible=True, value=value), **self.under.show(run, path)}
-
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        shown = [*self._shown_parts, self.controls.status]
+        shown = [*self.shown.components, self.controls.status]
         uploads = [self.upload, *(source.upload for source in self.sources.values())]
         return [self.new_seed, *uploads, *self.fields.values(), *shown]
 
@@ -218,4 +194,4 @@ class GenerateTab:
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows an image of this session once more."""
-        return {**self._shown(run, name), self.controls.status: status_html("From your images.")}
+        return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}

@@ -108,7 +108,6 @@ class LoraTab:
             for update, before, run in run_lora(self.studio, session, settings):
                 shown: Changes = {}
                 if update.preview:
-                    shown[self.viewer] = gr.update(visible=False)
                     shown[self.preview] = gr.update(visible=True, value=update.preview)
                 if update.result:
                     shown = self._shown(run, before) | history.changes(session)
@@ -164,7 +163,7 @@ class LoraTab:
             value = pair(before.images[NAME], shows, path, with_it, tags=("Without", "With"))
         return {
             self.preview: gr.update(visible=False),
-            self.viewer: gr.update(visible=True, value=value),
+            self.viewer: value,
             **self.under.show(run, path),
         }
 

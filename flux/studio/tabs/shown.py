@@ -1,14 +1,19 @@
-"""The buttons under an image that is shown: edit it, save it, repeat its run."""
+"""A run as a tab shows it: its steps, its images, and the buttons under an image."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
+from flux.studio.engine import MadeImage, Update
 from flux.studio.repeat import as_command, as_python
 from flux.studio.sessions import Run
 from flux.studio.tabs.common import UNQUEUED
-from flux.studio.widgets import Changes, download_button, downloadable
+from flux.studio.viewer import viewer
+from flux.studio.visits import existing_file, shown_run
+from flux.studio.widgets import Changes, download_button, downloadable, preview, results
 
 
 class ShownImage:
@@ -74,3 +79,67 @@ class ShownImage:
             **dict(zip(self._texts, texts, strict=True)),
             self.file: str(image),
         }
+
+
+class ShownRun:
+    """The steps of a run, then one of its images with buttons under it, and all of them to choose from.
+
+    Attributes:
+        under: The buttons.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        viewed: Callable[[Run, str], dict[str, Any]],
+        first: Any = None,
+        placeholder: str = "",
+        columns: int = 4,
+        **under: Any,
+    ):
+        """Adds the components.
+
+        Args:
+            name: The tab's name, with which the components' ids begin.
+            viewed: Makes the viewer's value for an image of a run, see `flux.studio.viewer`.
+            first: The viewer's value before the first run.
+            placeholder: The text that stands there if that is None.
+            columns: Number of columns of the images to choose from.
+            under: Arguments of `ShownImage`.
+        """
+        self._viewed = viewed
+        self._preview = preview(f"{name}-preview")
+        self._viewer = viewer(f"{name}-stage", first, placeholder)
+        self.under = ShownImage(**under)
+        self._gallery = results("Images of this run", f"{name}-gallery", columns=columns)
+
+        def choose(file: str, event: gr.SelectData) -> Changes:
+            run = shown_run(existing_file(file).parent)
+            return self._choose(run, list(run.images)[event.index])
+
+        chosen = [self._viewer, *self.under.components]
+        self._gallery.select(choose, self.under.file, chosen, **UNQUEUED)
+
+    @property
+    def components(self) -> list[Component]:
+        """The components that `show` and `follow` change."""
+        return [self._preview, self._viewer, self._gallery, *self.under.components]
+
+    def follow(self, update: Update[MadeImage], run: Run) -> Changes:
+        """Shows a step of a run, or the image that is made."""
+        if update.result:
+            return self.show(run, update.result.name)
+        return {self._preview: gr.update(visible=True, value=update.preview)} if update.preview else {}
+
+    def show(self, run: Run, name: str) -> Changes:
+        """Shows an image of a run, and all of them if there are several."""
+        images = [(str(path), run.captions[each]) for each, path in run.images.items()]
+        at = list(run.images).index(name)
+        return {
+            self._preview: gr.update(visible=False),
+            self._gallery: gr.update(value=images, visible=len(images) > 1, selected_index=at),
+            **self._choose(run, name),
+        }
+
+    def _choose(self, run: Run, name: str) -> Changes:
+        return {self._viewer: self._viewed(run, name), **self.under.show(run, run.images[name])}

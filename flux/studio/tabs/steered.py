@@ -15,7 +15,6 @@ from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
     CONCURRENT,
-    UNQUEUED,
     FormFields,
     RunButton,
     RunControls,
@@ -24,10 +23,9 @@ from flux.studio.tabs.common import (
     wire_notes,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.shown import ShownImage
-from flux.studio.viewer import viewer
-from flux.studio.visits import existing_file, shown_run
-from flux.studio.widgets import Changes, preview, results, status_html
+from flux.studio.tabs.shown import ShownRun
+from flux.studio.visits import existing_file
+from flux.studio.widgets import Changes, status_html
 
 
 class SteeredTab(ABC):
@@ -86,12 +84,9 @@ class SteeredTab(ABC):
     def add_outputs(self, status: str) -> None:
         """Adds the status line, the viewer, and what is below it."""
         self.controls.add_status(status)
-        self.preview = preview(f"{self.name}-preview")
-        self.viewer = viewer(
-            f"{self.name}-stage", None, "The result appears here, beside what it was made of."
-        )
-        self.under = ShownImage(further="Continue from this image")
-        self.gallery = results("Images of this run", f"{self.name}-gallery")
+        placeholder = "The result appears here, beside what it was made of."
+        further = "Continue from this image"
+        self.shown = ShownRun(self.name, self.compared, placeholder=placeholder, further=further)
 
     def add_settings(self, has_size: bool) -> FormFields:
         """Adds the fields of every run. Without a size, the image to begin with has it."""
@@ -117,47 +112,22 @@ class SteeredTab(ABC):
             session: Session, settings: ResolvedGenerate, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
             for update, run in self.work(session, settings, form):
-                shown: Changes = {}
-                if update.preview:
-                    shown[self.preview] = gr.update(visible=True, value=update.preview)
-                if update.result:
-                    shown = self._shown(run, update.result.name) | history.changes(session)
-                yield update, shown
+                shown = self.shown.follow(update, run)
+                yield update, shown | history.changes(session) if update.result else shown
 
         button = RunButton(self.studio, self.controls, self.fields, self.settings_of, work)
-        button.wire([self.go.click], [*self._shown_parts, history.gallery])
+        button.wire([self.go.click], [*self.shown.components, history.gallery])
         wire_notes(
             self.fields, lambda form: notes_about(self.studio, lambda _, form: self.settings_of(form), form)
         )
 
-        def choose(file: str, event: gr.SelectData) -> Changes:
-            run = shown_run(existing_file(file).parent)
-            return self._chosen(run, list(run.images)[event.index])
-
-        self.gallery.select(choose, self.under.file, [self.viewer, *self.under.components], **UNQUEUED)
-        further = self.under.edit.click(
+        further = self.shown.under.edit.click(
             lambda file: self.start_from([str(existing_file(file))]),
-            self.under.file,
+            self.shown.under.file,
             self.begun_with,
             **CONCURRENT,
         )
         further.then(None, None, None, js=f"() => studio.focus('#{self.name}-prompt textarea')")
-
-    @property
-    def _shown_parts(self) -> list[Component]:
-        return [self.preview, self.viewer, self.gallery, *self.under.components]
-
-    def _shown(self, run: Run, name: str) -> Changes:
-        """Shows an image of a run, and the others of the run in a row."""
-        images = [(str(path), run.captions[each]) for each, path in run.images.items()]
-        at = list(run.images).index(name)
-        row = gr.update(value=images, visible=len(images) > 1, selected_index=at)
-        return {self.preview: gr.update(visible=False), self.gallery: row, **self._chosen(run, name)}
-
-    def _chosen(self, run: Run, name: str) -> Changes:
-        """Shows an image of the run that the row shows."""
-        value = self.compared(run, name)
-        return {self.viewer: gr.update(visible=True, value=value), **self.under.show(run, run.images[name])}
 
     # ---- an earlier run
 
@@ -165,7 +135,7 @@ class SteeredTab(ABC):
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
         form = [field for name, field in self.fields.items() if name != "mask"]
-        parts = [*form, *self.begun_with, *self._shown_parts, self.controls.status]
+        parts = [*form, *self.begun_with, *self.shown.components, self.controls.status]
         return list(dict.fromkeys(parts))
 
     def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
@@ -184,4 +154,4 @@ class SteeredTab(ABC):
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows an image of this session once more."""
-        return {**self._shown(run, name), self.controls.status: status_html("From your images.")}
+        return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
