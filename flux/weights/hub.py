@@ -10,16 +10,20 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flux.errors import InputError
+from flux.modules.image_embedders import DEPTH_MODEL, SIGLIP
 from flux.specs import ModelSpec, configs, get_spec
 from flux.weights.checkpoint import read_weight_map
 from flux.weights.hub_errors import hub_errors, with_retries
 from flux.weights.tokenizers import VOCABULARIES, vocabulary_files
 
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+IMAGE_ENCODERS = {"depth": DEPTH_MODEL, "redux": SIGLIP}
+"""The models that make conditions of images, by the map or the condition. Their licence is Apache-2.0."""
+IMAGE_ENCODER_FILES = ("preprocessor_config.json", "model.safetensors", "config.json")
 CONNECT_ATTEMPTS = 3  # without a connection: usually this machine is offline
 HASH_BYTES = 2**24  # read at once
 CHECKPOINTS_DIR = Path("checkpoints")
@@ -334,6 +338,8 @@ def _git_hash(path: Path) -> str:
 def download(name: str) -> None:
     """Download all files of a model and print where they are: `python -m flux download NAME`.
 
+    Those are also the files of the model that makes its condition of an image.
+
     Raises:
         InputError: The model is unknown, or a download fails.
     """
@@ -350,6 +356,9 @@ def download(name: str) -> None:
     for repo_id, names in repositories.items():
         folder = fetch(spec, names, renew=True, repo_id=repo_id)
         paths += [folder / name for name in names]
+    if encoder := IMAGE_ENCODERS.get(spec.control or spec.condition or ""):
+        own = replace(spec, repo_id=encoder, licence="Apache-2.0")
+        paths.append(fetch(own, IMAGE_ENCODER_FILES, renew=True))
     print(f"{name} is on this machine ({spec.licence}):")
     for path in paths:
         print(f"  {path}")
