@@ -36,16 +36,21 @@ def test_configs_are_found_elsewhere(site, tmp_path):
     code = """
 import flux
 from flux.settings import EditSettings, GenerateSettings, read_settings
+from flux.settings.ablate import AblateSettings
 print(flux.__file__)
 print(read_settings(EditSettings, "edit.json").model, read_settings(EditSettings, "flux-dev/edit.json").model)
 print(len(read_settings(GenerateSettings, "test.json", {"prompts": "prompts.json"}).prompts))
+print(read_settings(AblateSettings, "ablate.json").lora[0].file)
 """
     alone = {**os.environ, "PYTHONPATH": str(site)}
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=alone, capture_output=True, text=True
     )
     assert ended.stderr == ""
-    assert ended.stdout.split() == [str(site / "flux" / "__init__.py"), "flux-nano", "flux-dev", "64"]
+    package = site / "flux"
+    *others, lora = ended.stdout.split()
+    assert others == [str(package / "__init__.py"), "flux-nano", "flux-dev", "64"]
+    assert lora == str(package / "assets" / "nano" / "schnell_lora.safetensors"), "named by configs/"
 
 
 def test_every_file_of_the_package_is_there(site):

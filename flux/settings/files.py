@@ -75,7 +75,8 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     | fields of `cls.either`  | all from `overrides` if one is there; else all from the file                 |
     | `prompts` as a text     | that file: as given; beside the JSON file; in configs/                       |
     | seeds of the prompts    | `seed` in `overrides`, counted on; the prompt's own; `seed`, counted on      |
-    | an image, weights, LoRA | from `overrides`: as given; from the file: beside it; as given               |
+    | an image, weights, LoRA | from `overrides`: as given; from the file: beside it; of the package, for    |
+    |                         | files in configs/; as given                                                  |
     | numbers of the model    | `overrides`; the file, unless `overrides` names another model; the model     |
 
     Args:
@@ -275,12 +276,16 @@ def _without_seed(prompt: Any) -> Any:
 def _beside(path: Path, name: Any) -> Any:
     """Return the path of the file of that name beside `path` if there is one, else the name itself.
 
-    Of a list, each entry is looked for.
+    Files in configs/ name files of the package too, such as flux/assets/example/reference.jpg. Each entry of
+    a list is looked for.
     """
     if isinstance(name, list):
         return [_beside(path, each) for each in name]
-    there = isinstance(name, str) and name and os.path.exists(path.parent / name)
-    return str(path.parent / name) if there else name
+    if not isinstance(name, str) or not name:
+        return name
+    shipped = path.resolve().is_relative_to(CONFIGS)
+    candidates = [folder / name for folder in (path.parent, *[PACKAGE.parent] * shipped)]
+    return next((str(each) for each in candidates if os.path.exists(each)), name)
 
 
 def _find(name: str | os.PathLike, beside: Path | None = None) -> Path:
