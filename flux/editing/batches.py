@@ -11,7 +11,8 @@ from tqdm import tqdm
 from flux.editing.automask import WatchedPass, changed_tokens, subject_tokens
 from flux.editing.flow_edit import flow_edit, spatial_prior
 from flux.editing.photo import TOKEN, Mask
-from flux.editing.reference import OnStep, ReferenceStep, Source, guidance_args, prefetch
+from flux.editing.reference import prefetch
+from flux.editing.source import OnStep, ReferenceStep, Source, guidance_args
 from flux.editing.sparse import RowGroup, group_rows, sparse_step
 from flux.intervention import NOTHING, Intervention
 from flux.math import KeysValues, PartialKeysValues

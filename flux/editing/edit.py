@@ -11,8 +11,9 @@ from PIL import Image
 
 from flux.editing.batches import Batch, run_batches, start_batches
 from flux.editing.photo import Mask, mask_image, token_mask
-from flux.editing.reference import OnStep, Reference, Source, find_source
+from flux.editing.reference import Reference
 from flux.editing.reference_fields import reference_fields
+from flux.editing.source import OnStep, Source, find_source
 from flux.errors import InputError, warn
 from flux.images.masks import as_mask, read_mask
 from flux.modules.conditioner import cut_words, shortened
@@ -56,7 +57,7 @@ def edit(
         progress: whether to show progress bars.
 
     Raises:
-        InputError: as `check_edits`, `check_prompts` and `flux.editing.reference.find_source`.
+        InputError: as `check_edits`, `check_prompts` and `flux.editing.source.find_source`.
     """
     masks = check_edits(settings, layers, photo, mask)
     if progress:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flux.editing.batches import run_batches, start_batches
 from flux.editing.photo import Mask, token_mask
-from flux.editing.reference import generated_source, guidance_args, photo_source
+from flux.editing.source import generated_source, guidance_args, photo_source
 from flux.evaluate.benchmark import Item
 from flux.evaluate.resolve import ResolvedMethod
 from flux.pipeline import Pipeline, count_evaluations

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import flux.editing.batches as batch_room
-from flux.editing import automask, reference
+from flux.editing import automask
 from flux.editing.batches import Batch, group_edits
 from flux.editing.edit import check_edits, edit, edit_reference
 from flux.editing.reference import keep_reference
+from flux.editing.source import find_source
 from flux.errors import InputError
 from flux.settings.doses import DEFAULT_DOSE, DOSES
 from flux.settings.edits import Turn
@@ -204,7 +205,7 @@ def test_the_mask_of_a_dose(small, tmp_path):
     half_mask().save(tmp_path / "mask.png")
     own = [{}, {"mask": "none"}, {"mask": str(tmp_path / "mask.png")}, {"dose": "paper"}]
     edits = settings(dose="auto", edits=[{"prompt": EDITS[0], **each} for each in own])
-    source = reference.find_source(small, edits)
+    source = find_source(small, edits)
 
     def masks(mask):
         batches = batch_room.start_batches(

@@ -6,11 +6,11 @@ from helpers.editing import DOG, HEIGHT, LAYERS, ONE, WIDTH, difference, half_ma
 from torch.testing import assert_close
 
 import flux.editing.flow_edit
-from flux.editing import reference
 from flux.editing.batches import run_batches, start_batches
 from flux.editing.flow_edit import flow_edit
 from flux.editing.noising import noised_path
 from flux.editing.photo import Photograph, token_mask
+from flux.editing.source import find_source
 
 PLAIN = {"weight": 0.0, "true_cfg": 1.0}
 
@@ -33,11 +33,11 @@ def test_edits_beside_the_path_are_flow_edits(small, photo, monkeypatch):
     tokens = token_mask(mask, [(WIDTH, HEIGHT)], WIDTH, HEIGHT)
     for masks in ([None], [(mask, tokens)]):
         wanted = settings(**ONE, **PLAIN, seed=5, sparse=False)
-        source = reference.find_source(small, wanted, photo)
+        source = find_source(small, wanted, photo)
         [batch] = start_batches(small, source, wanted, LAYERS, masks)
         run_batches(small, source, [batch])
         free = settings(**ONE, **PLAIN, seed=5, inversion="none")
-        walked = reference.find_source(small, free, photo)
+        walked = find_source(small, free, photo)
         noises = [small.noise([5 + index], WIDTH, HEIGHT) for index in range(source.num_steps)]
         how = walked.start, small.image_ids(1, WIDTH, HEIGHT), walked.cond, batch.cond, walked.levels, noises
         *_, end = flow_edit(small.model, *how, mask=tokens if masks[0] else None)
@@ -53,7 +53,7 @@ def test_an_edit_to_the_photographs_own_prompt_is_the_photograph(small, photo):
 def test_what_the_mask_does_not_free_is_the_photograph(small, photo):
     """As the autoencoder decodes it, wherever the edit's own pixels are too far to matter."""
     wanted = settings(**ONE)
-    source = reference.find_source(small, wanted, photo)
+    source = find_source(small, wanted, photo)
     tokens = torch.zeros(1, (WIDTH // 16) * (HEIGHT // 16), 1, dtype=torch.bool)
     tokens[:, 0] = True
     [batch] = start_batches(small, source, wanted, LAYERS, [(half_mask((WIDTH, HEIGHT)), tokens)])
@@ -81,6 +81,6 @@ def test_a_photograph_with_noise_costs_two_passes_a_step(small, photo, passes):
 def test_how_long_kv_is_injected(small, photo, how, steps):
     """The automatic dose injects for longer beside added noise, unless a number is given."""
     wanted = settings(**{**ONE, "num_steps": 20, "dose": "auto", "true_cfg": 1.0, "photo": "a.png", **how})
-    source = reference.find_source(small, wanted, photo)
+    source = find_source(small, wanted, photo)
     [batch] = start_batches(small, source, wanted, LAYERS, [None])
     assert sorted(batch.shares) == list(range(steps))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flux.editing.prompt_fit import WORST_FIT, prompt_fit, warn_of_unfit_prompt
-from flux.editing.reference import find_source
+from flux.editing.source import find_source
 from flux.errors import InputWarning
 from flux.evaluate.benchmark import Item, read_benchmark
 from flux.settings.complete import resolve

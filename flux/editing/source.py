@@ -1,0 +1,335 @@
+"""The source of edits: a reference, generated or a photograph's (Stable Flow, sections 3.2, 3.3).
+
+A `Source` is where edits begin. Its steps hand out the image keys and values of some layers, one step after
+the other. `flux.editing.reference` keeps those of all steps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from flux.captions.captioner import describe_image
+from flux.editing.flow_edit import FLOW_EDIT_GUIDANCE
+from flux.editing.inversion import INVERSIONS
+from flux.editing.noising import noised_path
+from flux.editing.photo import Photograph
+from flux.editing.prompt_fit import warn_of_unfit_prompt
+from flux.editing.store import KeptLayers
+from flux.errors import InputError
+from flux.intervention import Intervention
+from flux.pipeline import Pipeline
+from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step, step_at
+from flux.settings.resolved import ResolvedEdit
+
+OnStep = Callable[[Step, int, int], object]
+"""Called with a step, its number, and the number of steps of the whole work."""
+NUDGING = 1.15  # of Euler's inversion (section 3.3)
+T = TypeVar("T")
+
+
+# ---- one reference, step by step
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceStep:
+    """The reference in one step.
+
+    Attributes:
+        t: noise level at the start.
+        t_next: noise level at the end.
+        latent: the reference's latent at `t`, "R I 64".
+        next_latent: its latent at `t_next`, "R I 64".
+        kept: image keys and values by layer, for each pass. Empty where none are needed.
+        step: the Euler step itself. None if it was not computed, or is not kept.
+        drift: `next_latent` minus the latent that the Euler step leads to, "R I 64"; it is added to every
+            edit's step. If None, edits are not corrected.
+    """
+
+    t: float
+    t_next: float
+    latent: Tensor
+    next_latent: Tensor
+    kept: Passes[KeptLayers] = field(default_factory=lambda: Passes(KeptLayers({})))
+    step: Step | None = None
+    drift: Tensor | None = None
+
+    @property
+    def velocity(self) -> Tensor:
+        """The velocity that leads from `latent` to `next_latent`, "R I 64"."""
+        return (self.next_latent - self.latent) / (self.t_next - self.t)
+
+    def has_all(self, num_layers: int) -> bool:
+        """Whether the keys and values of so many layers are kept, in every pass."""
+        return all(len(kept) == num_layers for kept in self.kept)
+
+    def tensors(self) -> list[Tensor]:
+        """Lists all kept keys and values."""
+        return [x for kept in self.kept for x in kept.tensors()]
+
+    def num_bytes(self) -> int:
+        """Returns the memory that the kept keys and values take."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+    def to(self, device: torch.device, pinned: bool = False) -> "ReferenceStep":
+        """Copies the kept keys and values to a device, or with `pinned` to pinned memory; drops `step`."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device).pin_memory() if pinned else x.to(device, non_blocking=True)
+
+        return replace(self, kept=self.kept.map(lambda kept: kept.map(move)), step=None)
+
+    def rounded(self, exact: frozenset[int]) -> "ReferenceStep":
+        """Rounds the kept keys and values of all layers but those of `exact` to 8-bit floats."""
+        return replace(self, kept=self.kept.map(lambda kept: KeptLayers.of(kept, exact)))
+
+    def free(self) -> None:
+        """Forgets the kept keys and values."""
+        for kept in self.kept:
+            kept.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where edits begin, and the path of their reference.
+
+    It has one row, from which all edits begin, or one row for each edit of a single batch.
+
+    Attributes:
+        prompts: what each row shows.
+        settings: of the reference.
+        levels: noise levels of the schedule, from 1 to 0.
+        cond: steers its passes. For inverted photographs the guidance is 1, at which inversions are faithful.
+        start: the noise of reference and edits, "R I 64". With FlowEdit, the clean latent.
+        path: the latent before each step, and the last one. If None, the reference is sampled from `start`.
+        scale: divisor of latents before they are decoded.
+        photo: the photograph. None for a generated reference.
+        inverted_steps: the number of steps that an inversion took.
+        inversion_free: whether edits walk from the clean latent by FlowEdit.
+    """
+
+    prompts: list[str]
+    settings: ResolvedEdit
+    levels: list[float]
+    cond: Conditioning
+    start: Tensor
+    path: list[Tensor] | None = None
+    scale: float = 1.0
+    photo: Photograph | None = None
+    inverted_steps: int = 0
+    inversion_free: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of reference and edits."""
+        return len(self.levels) - 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.settings.width, self.settings.height
+
+    @property
+    def can_be_sparse(self) -> bool:
+        """Whether edits may leave out the tokens that they may not change.
+
+        Not where the reference's pass would be computed for their sake alone, as in replays without drift
+        correction.
+        """
+        return self.path is None or not self.settings.replays
+
+    @property
+    def is_noised(self) -> bool:
+        """Whether noise is added to the photograph, in place of an inversion."""
+        return self.path is not None and not self.settings.inverts
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether what the reference's own steps miss of its path is added to the edits' steps."""
+        return self.settings.correct_drift or self.is_noised
+
+    def decode(self, pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
+        """Decodes latents of the reference or of edits, "B I 64"."""
+        return pipe.decode(latents / self.scale, *self.size, self.settings.watermark)
+
+    def paste_back(self, image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
+        """Puts a decoded image into the whole photograph, if the settings ask for it."""
+        if self.photo is None or not self.settings.paste_back:
+            return image
+        return self.photo.with_part(image, mask)
+
+    def cond_at(self, cond: Conditioning, index: int) -> Conditioning:
+        """Returns what steers step `index`: the negative pass begins with `cfg_from`."""
+        begins = step_at(self.settings.cfg_from, self.num_steps)
+        return cond if index >= begins else replace(cond, negative=None)
+
+    def steps(
+        self, model: VelocityModel, img_ids: Tensor, layers_at: Callable[[int], frozenset[int]]
+    ) -> Iterator[ReferenceStep]:
+        """Computes the reference step by step. A pass that nothing is needed of is left out.
+
+        Args:
+            model: the transformer.
+            img_ids: positions of the image tokens, "1 I 3".
+            layers_at: returns the layers whose keys and values are needed in a step, by its number. It is
+                asked when the step begins.
+
+        Yields:
+            Each step. Its keys and values are freed when the next step is asked for.
+        """
+        latent, cond = self.start, self.cond
+        if self.path is not None:
+            # Inversions are unguided. The negative pass is there to keep keys and values for the edits.
+            cond = replace(cond, true_cfg=1.0, mimic_scale=None)
+        cond = cond.scheduled(model, self.levels[:-1])
+        for index, (t, t_next) in enumerate(pairwise(self.levels)):
+            layers = layers_at(index)
+            if self.path is not None:
+                latent = self.path[index]
+                if not layers and not self.corrects_drift:
+                    yield ReferenceStep(t, t_next, latent, self.path[index + 1])
+                    continue
+            at_index = self.cond_at(cond, index)
+            step = euler_step(model, latent, img_ids, at_index, t, t_next, Intervention(keep=layers))
+            next_latent, drift = step.latent, None
+            if self.path is not None:
+                next_latent = self.path[index + 1]
+                drift = next_latent - step.latent if self.corrects_drift else None
+            reference_step = ReferenceStep(
+                t, t_next, latent, next_latent, step.kept.map(KeptLayers), step, drift
+            )
+            yield reference_step
+            # The caller still holds this step while the next one is computed: only one may stay in memory.
+            reference_step.free()
+            latent = next_latent
+
+
+# ---- finding the source
+
+
+def find_source(
+    pipe: Pipeline,
+    settings: ResolvedEdit,
+    image: Image.Image | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = False,
+) -> Source:
+    """Finds the one source that the settings describe: generated, or the photograph `image`.
+
+    A photograph without a prompt is described by `caption_model`. With `progress`, a prompt that does not fit
+    the photograph is warned of. For the other arguments see `photo_source`.
+
+    Raises:
+        InputError: the settings name a photograph, but `image` is missing; there is no prompt, or the caption
+            model cannot write one.
+    """
+    if settings.photo and image is None:
+        raise InputError(
+            f"Got the setting photo {str(settings.photo)!r}, but no image: pass what read_image returns"
+        )
+    photo = Photograph.of(image, settings.width, settings.height) if image else None
+    prompt = settings.prompt
+    if prompt is None:
+        if photo is None or settings.caption_model is None:
+            raise InputError("Got no prompt: say what the reference shows, or give a photo and caption_model")
+        prompt = describe_image(photo.part, settings.caption_model, str(pipe.device))
+    if photo is None:
+        return generated_source(pipe, settings, [prompt], [settings.seed])
+    clean = pipe.encode(photo.part)
+    if progress and settings.prompt is not None:
+        warn_of_unfit_prompt(pipe, prompt, clean, settings.width, settings.height)
+    return photo_source(pipe, settings, [prompt], clean, photo, on_step, progress)
+
+
+def generated_source(
+    pipe: Pipeline, settings: ResolvedEdit, prompts: Sequence[str], seeds: Sequence[int]
+) -> Source:
+    """Prepares references to be generated, one row for each prompt and seed."""
+    size = settings.width, settings.height
+    cond = pipe.condition(prompts, settings.guidance, **guidance_args(settings))
+    levels = pipe.schedule(settings.num_steps, *size)
+    return Source(list(prompts), settings, levels, cond, pipe.noise(seeds, *size))
+
+
+def photo_source(
+    pipe: Pipeline,
+    settings: ResolvedEdit,
+    prompts: Sequence[str],
+    clean: Tensor,
+    photo: Photograph | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = False,
+) -> Source:
+    """Adds noise to photographs, one row each, inverts them, or begins at their latents, as the settings say.
+
+    Args:
+        pipe: the models.
+        settings: of the edits.
+        prompts: what each photograph shows.
+        clean: the photographs' latents, "R I 64".
+        photo: the photograph itself, if edits are to be put back into it.
+        on_step: called with each step of the inversion, its number and the number of steps of inversion and
+            reference together. An exception from it ends the run.
+        progress: whether to show a progress bar.
+    """
+    levels = pipe.schedule(settings.num_steps, settings.width, settings.height)
+    inverts = settings.inverts
+    cond = pipe.condition(prompts, 1.0 if inverts else FLOW_EDIT_GUIDANCE, **guidance_args(settings))
+    if settings.inversion_free:
+        return Source(list(prompts), settings, levels, cond, clean, photo=photo, inversion_free=True)
+    if not inverts:
+        path = noised_path(pipe, clean, levels, settings.width, settings.height, settings.seed)
+        return Source(list(prompts), settings, levels, cond, path[0], path, photo=photo)
+    path, scale = inversion_path(pipe, settings, cond, clean, levels, on_step, progress)
+    return Source(list(prompts), settings, levels, cond, path[0], path, scale, photo, settings.num_steps)
+
+
+def inversion_path(
+    pipe: Pipeline,
+    settings: ResolvedEdit,
+    cond: Conditioning,
+    clean: Tensor,
+    levels: Sequence[float],
+    on_step: OnStep | None = None,
+    progress: bool = False,
+) -> tuple[list[Tensor], float]:
+    """Inverts latents of photographs, "R I 64".
+
+    Returns:
+        The path that the reference replays, from noise to the photographs, and the divisor of its latents
+        before they are decoded.
+    """
+    method = "euler" if settings.as_published else settings.inversion
+    nudging = settings.nudging or (NUDGING if method == "euler" else 1.0)
+    ids, cond = pipe.image_ids(1, settings.width, settings.height), replace(cond, negative=None)
+    path, total = [nudging * clean], len(levels) - 1
+    with pipe.denoising() as model:
+        cond = cond.scheduled(model, levels[:-1])
+        latents = INVERSIONS[method](model, path[0], ids, cond, levels)
+        for index, latent in enumerate(with_bar(latents, "inversion", total, progress)):
+            if on_step:
+                t, noisier = levels[-1 - index], levels[-2 - index]
+                velocity = (latent - path[0]) / (noisier - t)
+                on_step(Step(noisier, t, latent, velocity), index, 2 * total)
+            path.insert(0, latent)
+    if settings.as_published:
+        # The public code replays the path with a lag. After step i it replaces the latent by the one of two
+        # levels before, after the first step by the cleanest noisy one. It decodes without undoing nudging.
+        return [path[0], path[-2], *path[:-2]], 1.0
+    return path, nudging
+
+
+def guidance_args(settings: ResolvedEdit) -> dict[str, Any]:
+    """Returns the settings of true CFG, as arguments of `Pipeline.condition`."""
+    names = ("true_cfg", "negative_prompt", "mimic_scale", "mimic_percentile")
+    return {name: getattr(settings, name) for name in names}
+
+
+def with_bar(steps: Iterable[T], name: str, total: int, progress: bool) -> Iterator[T]:
+    """Yields the steps, with a progress bar if `progress` is set."""
+    return iter(tqdm(steps, desc=name, total=total, unit="step", disable=not progress))
