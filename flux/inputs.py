@@ -67,6 +67,10 @@ class Condition:
         """The same for the noise tokens at these places, "M". All context tokens stay."""
         return self if self.channels is None else replace(self, channels=self.channels[:, places])
 
+    def without_context(self) -> "Condition":
+        """The same without context tokens."""
+        return replace(self, context=None, context_ids=None, context_strength=1.0)
+
     def stacked(self, other: "Condition") -> "Condition":
         """These rows, then those of `other`, as one batch.
 
@@ -188,6 +192,10 @@ class Streams:
     def expanded(self, batch: int) -> "Streams":
         """Expand a single row to the whole batch, without a copy."""
         return Streams(self.layer, self.img.expand(batch, -1, -1), self.txt.expand(batch, -1, -1))
+
+    def cut(self, tokens: int) -> "Streams":
+        """The same with only the first tokens of the image stream, so many."""
+        return Streams(self.layer, self.img[:, :tokens], self.txt)
 
     def stacked(self, other: "Streams") -> "Streams":
         """These rows, then those of `other`, as one batch."""

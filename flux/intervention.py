@@ -50,8 +50,8 @@ class Intervention:
     """The changes to one forward pass, and what it hands out.
 
     The empty intervention changes nothing, bit for bit. The image tokens here are the noise tokens, those of
-    the image to make. A context image's tokens are left alone, but pass on with all others where a layer is
-    skipped.
+    the image to make. A context image's tokens are left alone by the fields that do not name the context, but
+    pass on with all others where a layer is skipped.
 
     Layers are numbered over the whole model, double-stream blocks first (0..18 in FLUX.1), single-stream
     blocks after (19..56). For another intervention in each step, hand a sequence of them to
@@ -73,6 +73,10 @@ class Intervention:
             the injected ones replace the row's own, which are then not computed.
         hide_context: Layers in which text and noise tokens do not attend to the context tokens, which are
             computed all the same.
+        keep_context: Whether the context tokens' keys and values are handed out, those of every layer.
+        inject_context: Keys and values of all context tokens to use in place of a layer's own, by layer: "R H
+            J D" each, as `Recorded.context` has them. If no layer is left that needs their own, the context
+            tokens are not computed.
         free: The image tokens to compute. The velocity of all others is 0. What is kept and watched is that
             of the computed ones. If None, all are computed.
     """
@@ -84,23 +88,22 @@ class Intervention:
     inject: Mapping[int, PartialKeysValues] = field(default_factory=dict)
     inject_weights: Mapping[int, float | Tensor] = field(default_factory=dict)
     hide_context: frozenset[int] = frozenset()
+    keep_context: bool = False
+    inject_context: Mapping[int, KeysValues] = field(default_factory=dict)
     free: FreeTokens | None = None
 
-    def check(self, num_layers: int, batch: int, num_img: int) -> None:
-        """Raise InputError for layers that the model lacks, and for rows or image tokens that do not fit."""
-        named = self.keep, self.inject, self.watch, self.hide_context
+    def check(self, num_layers: int, batch: int, num_img: int, num_context: int = 0) -> None:
+        """Raise InputError for layers that the model lacks, and for rows or tokens that do not fit."""
+        named = self.keep, self.inject, self.watch, self.hide_context, self.inject_context
         check_layers(frozenset().union(*self._skip_rows, *named), num_layers)
         if isinstance(self.skip, tuple) and len(self.skip) != batch:
             raise InputError(
                 f"Got {len(self.skip)} sets of layers to skip for a batch of {batch}: give one for each row"
             )
         for layer, kv in self.inject.items():
-            shapes = {tuple(x.shape) for x in kv if x is not None}
-            if len(shapes) != 1 or any(batch % shape[0] or shape[2] != num_img for shape in shapes):
-                raise InputError(
-                    f"Got keys and values of shapes {sorted(shapes)} for layer {layer}: their shapes must be "
-                    f"equal, their rows divide the batch of {batch}, their tokens be {num_img}"
-                )
+            _check_shapes(layer, kv, batch, num_img)
+        for layer, kv in self.inject_context.items():
+            _check_shapes(layer, kv, batch, num_context)
         for layer, weight in self.inject_weights.items():
             if isinstance(weight, Tensor):
                 if weight.ndim != 2 or batch % weight.shape[0] or weight.shape[1] != num_img:
@@ -123,8 +126,18 @@ class Intervention:
     @property
     def is_plain(self) -> bool:
         """Whether the pass is left as it is."""
-        changes = self.keep or self.inject or self.watch or self.hide_context or self.free is not None
-        return not (changes or any(self._skip_rows))
+        changes = self.keep or self.inject or self.watch or self.free is not None
+        of_context = self.hide_context or self.keep_context or self.inject_context
+        return not (changes or of_context or any(self._skip_rows))
+
+    def needs_context(self, layers: Iterable[int]) -> bool:
+        """Whether the context tokens are computed in a pass of these layers.
+
+        They are, unless theirs are injected in each layer that is computed and does not hide the context.
+        """
+        skipped = frozenset.intersection(*self._skip_rows) if self.skip_scale == 0 else frozenset()
+        served = self.inject_context.keys() | self.hide_context | skipped
+        return not self.inject_context or not served.issuperset(layers)
 
     def skip_at(self, layer: int, device: torch.device) -> "LayerSkip":
         """How the rows of a batch on that device skip the layer."""
@@ -144,9 +157,12 @@ class Intervention:
         """
         plain = replace(
             plain,
-            record=layer in self.keep or layer in self.watch,
+            record=layer in self.keep or layer in self.watch or self.keep_context,
             hides_context=layer in self.hide_context,
         )
+        if layer in self.inject_context:
+            k, v = (rows_to_batch(x, batch) for x in self.inject_context[layer])
+            plain = replace(plain, context_kv=(k, v))
         if self.free is not None:
             plain = replace(plain, others=self.free.kv_at(layer, batch), other_places=self.free.others)
         if layer not in self.inject:
@@ -182,7 +198,9 @@ class Intervention:
         if isinstance(self.skip, tuple):
             raise ValueError("Got a set of layers to skip for each row: a part of the rows cannot have it")
         inject = {layer: _of_both(kv, lambda x: rows_of(x, rows, batch)) for layer, kv in self.inject.items()}
-        return replace(self, inject=inject, inject_weights=self._weights(lambda x: rows_of(x, rows, batch)))
+        context = _of_each(self.inject_context, lambda x: rows_of(x, rows, batch))
+        weights = self._weights(lambda x: rows_of(x, rows, batch))
+        return replace(self, inject=inject, inject_weights=weights, inject_context=context)
 
     def _weights(self, change: Callable[[Tensor], Tensor]) -> dict[int, float | Tensor]:
         """The weights, with those of each image token changed."""
@@ -200,7 +218,10 @@ class Intervention:
         if self.free is not None or other.free is not None:
             raise ValueError("Both passes must compute all tokens to be one batch")
         own, theirs = (
-            (each.skip, each.skip_scale, each.keep, each.hide_context, each.inject.keys())
+            (
+                *(each.skip, each.skip_scale, each.keep, each.inject.keys()),
+                *(each.hide_context, each.keep_context, each.inject_context.keys()),
+            )
             for each in (self, other)
         )
         if own != theirs:
@@ -215,9 +236,14 @@ class Intervention:
             layer: (both(k, other.inject[layer][0]), both(v, other.inject[layer][1]))
             for layer, (k, v) in self.inject.items()
         }
+        others = other.inject_context
+        context = {
+            layer: (torch.cat((k, others[layer][0])), torch.cat((v, others[layer][1])))
+            for layer, (k, v) in self.inject_context.items()
+        }
         weights = self._weights(lambda x: x.repeat(2, 1))
         skip = 2 * self.skip if isinstance(self.skip, tuple) else self.skip
-        return replace(self, skip=skip, inject=inject, inject_weights=weights)
+        return replace(self, skip=skip, inject=inject, inject_weights=weights, inject_context=context)
 
 
 def rows_to_batch(x: Tensor, batch: int) -> Tensor:
@@ -240,11 +266,27 @@ def _of_both(kv: PartialKeysValues, change: Callable[[Tensor], Tensor]) -> Parti
     return k, v
 
 
+def _of_each(
+    pairs: Mapping[int, tuple[Tensor, Tensor]], change: Callable[[Tensor], Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    return {layer: (change(x), change(y)) for layer, (x, y) in pairs.items()}
+
+
 def check_layers(layers: Iterable[int], num_layers: int) -> None:
     """Raise InputError if one of `layers` is not a layer of a model with `num_layers`."""
     wrong = sorted(layer for layer in layers if not 0 <= layer < num_layers)
     if wrong:
         raise InputError(f"Got layers {wrong}, but this model numbers its layers 0..{num_layers - 1}")
+
+
+def _check_shapes(layer: int, kv: PartialKeysValues, batch: int, tokens: int) -> None:
+    """Raise InputError if keys and values do not fit a pass of so many rows and tokens of their kind."""
+    shapes = {tuple(x.shape) for x in kv if x is not None}
+    if len(shapes) != 1 or any(batch % shape[0] or shape[2] != tokens for shape in shapes):
+        raise InputError(
+            f"Got keys and values of shapes {sorted(shapes)} for layer {layer}: their shapes must be "
+            f"equal, their rows divide the batch of {batch}, their tokens be {tokens}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,10 +297,13 @@ class Recorded:
         kept: Image keys and values, "B H I D" each, after QK-norm and rotary embedding.
         watched: Queries of the prompt's and the noise tokens, "B H T+I D", and keys of these and then of all
             other tokens, "B H N D", likewise.
+        context: Keys and values of the context tokens, "B H J D" each, likewise. Those of a pass that does
+            not compute these tokens are not handed out.
     """
 
     kept: dict[int, KeysValues] = field(default_factory=dict)
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    context: dict[int, KeysValues] = field(default_factory=dict)
 
     def add(self, intervention: Intervention, layer: int, runs: Runs, qkv: QueriesKeysValues | None) -> None:
         """Store what the intervention asks for of a layer's queries, keys and values."""
@@ -267,18 +312,20 @@ class Recorded:
         q, k, v = qkv
         if layer in intervention.keep:
             self.kept[layer] = (_copy(k.split(runs, dim=2)[2]), _copy(v.split(runs, dim=2)[2]))
+        if intervention.keep_context and runs.context:
+            self.context[layer] = (_copy(k.split(runs, dim=2)[3]), _copy(v.split(runs, dim=2)[3]))
         if layer in intervention.watch:
-            if runs.image_txt or runs.context:
-                (txt, _, img, _), (k_txt, image_txt, k_img, context) = q.split(runs, 2), k.split(runs, 2)
+            (txt, _, img, _), (k_txt, image_txt, k_img, context) = q.split(runs, 2), k.split(runs, 2)
+            if not runs.context and layer in intervention.inject_context:
+                context = rows_to_batch(intervention.inject_context[layer][0], len(k))
+            if runs.image_txt or context.shape[2]:
                 q, k = torch.cat((txt, img), 2), torch.cat((k_txt, k_img, image_txt, context), 2)
             self.watched[layer] = (q, k)
 
     def rows(self, rows: slice) -> "Recorded":
         """Some rows of the batch."""
-        return Recorded(
-            {layer: (k[rows], v[rows]) for layer, (k, v) in self.kept.items()},
-            {layer: (q[rows], k[rows]) for layer, (q, k) in self.watched.items()},
-        )
+        of_both = self.kept, self.watched, self.context
+        return Recorded(*(_of_each(pairs, lambda x: x[rows]) for pairs in of_both))
 
 
 def _copy(heads: Tensor) -> Tensor:

@@ -76,12 +76,12 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
     return rotated.flatten(-2).type_as(x)
 
 
-def join_streams(txt: Tensor, img: Tensor) -> Tensor:
-    """Join the heads of both streams, "B H T D" and "B H I D", to one sequence, "B H N D", text first.
+def join_streams(*streams: Tensor) -> Tensor:
+    """Join the heads of several streams, "B H n D" each, to one sequence, "B H N D", text first.
 
     In memory it is "B N H D", as projections leave it, so that long runs are copied.
     """
-    return torch.cat((txt.transpose(1, 2), img.transpose(1, 2)), dim=1).transpose(1, 2)
+    return torch.cat([x.transpose(1, 2) for x in streams], dim=1).transpose(1, 2)
 
 
 def choose_tokens(x: Tensor, places: Tensor) -> Tensor:
@@ -110,7 +110,9 @@ class AttentionEdit:
         others: Keys and values of another pass, "B H I D" each, from which the image tokens come that this
             pass does not compute. If None, it computes all of them.
         other_places: Places of these tokens in `others`.
-        num_context: Number of context tokens, J, which come last. Nothing is injected in them.
+        num_context: Number of context tokens that this pass computes, J, which come last.
+        context_kv: Keys and values of all context tokens, "B H J D" each, in place of the layer's own. If
+            None, the layer's own stay.
         context_strength: Scale of the context's keys about their mean, "1 1 1 1". If None, they stay.
         hides_context: Whether text and noise tokens do not attend to the context tokens.
         record: Whether the block returns the queries, keys and values that it computed or injected.
@@ -120,6 +122,7 @@ class AttentionEdit:
     kv: PartialKeysValues | None = None
     kv_weight: Tensor | None = None
     num_context: int = 0
+    context_kv: KeysValues | None = None
     context_strength: Tensor | None = None
     hides_context: bool = False
     record: bool = False
@@ -146,12 +149,13 @@ class AttentionEdit:
     @property
     def changes_kv(self) -> bool:
         """Whether any of the image stream's own keys and values change."""
-        return self.kv is not None or self.context_strength is not None
+        changes_context = self.context_kv is not None or self.context_strength is not None
+        return self.kv is not None or (self.num_context > 0 and changes_context)
 
     def inject(self, k: Tensor, v: Tensor) -> KeysValues:
         """Move the layer's own image keys and values to the injected ones (Stable Flow, section 3.2).
 
-        own + weight * (injected - own). The context's keys are scaled about their mean.
+        own + weight * (injected - own). The context's are replaced, or its keys scaled about their mean.
 
         Args:
             k: Keys of the image stream, "B H I+J D".
@@ -161,7 +165,9 @@ class AttentionEdit:
             return self._blend_both(k, v)
         sizes = k.shape[2] - self.num_context, self.num_context
         (img_k, context_k), (img_v, context_v) = k.split(sizes, dim=2), v.split(sizes, dim=2)
-        if self.context_strength is not None:
+        if self.context_kv is not None:
+            context_k, context_v = self.context_kv
+        elif self.context_strength is not None:
             context_k = torch.lerp(context_k.mean(dim=2, keepdim=True), context_k, self.context_strength)
         img_k, img_v = self._blend_both(img_k, img_v)
         return join_streams(img_k, context_k), join_streams(img_v, context_v)
@@ -182,11 +188,15 @@ class AttentionEdit:
         `k` and `v` are those that this process computes. The tokens that are not computed come after them,
         then those of the other processes. Attention gives the same in any order.
         """
+        keys, values = [k], [v]
         if self.others is not None and self.other_places is not None:
-            k, v = (
-                join_streams(own, choose_tokens(other, self.other_places))
-                for own, other in zip((k, v), self.others)
-            )
+            for parts, other in zip((keys, values), self.others):
+                parts.append(choose_tokens(other, self.other_places))
+        if self.context_kv is not None and not (self.num_context or self.hides_context):
+            for parts, context in zip((keys, values), self.context_kv):
+                parts.append(context)
+        if len(keys) > 1:
+            k, v = join_streams(*keys), join_streams(*values)
         return self.exchange(k, v) if self.exchange else lambda: (k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kernel: Attend = attend) -> Tensor:

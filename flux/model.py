@@ -1,7 +1,7 @@
 """The transformer of FLUX.1: from a noisy packed latent, a text and a noise level to a velocity."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Protocol, cast
@@ -213,7 +213,11 @@ class Flux(nn.Module):
         """
         whole, free, batch = inputs.img, intervention.free, len(inputs.img)
         inputs.check(self.in_channels)
-        intervention.check(self.num_layers, batch, whole.shape[1])
+        intervention.check(self.num_layers, batch, whole.shape[1], inputs.runs.context)
+        first_layer = 0 if start is None else start.layer
+        if not intervention.needs_context(range(first_layer, self.num_layers)):
+            inputs = replace(inputs, condition=inputs.condition.without_context())
+            start = start and start.cut(whole.shape[1])
         if free is not None:
             inputs, intervention = inputs.at_tokens(free.computed), intervention.at_tokens(free.computed)
         modulation = self._modulation(inputs) if mods is None else mods.__getitem__

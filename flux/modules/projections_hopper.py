@@ -107,7 +107,10 @@ def _split(qk: Tensor, v: Tensor, num_heads: int) -> QueriesKeysValues:
 def _inject(edit: AttentionEdit, k: Tensor, v: Tensor) -> None:
     """`AttentionEdit.inject` in place, "B H I+J D" each."""
     num_img = k.shape[2] - edit.num_context
-    if edit.context_strength is not None:
+    if edit.num_context and edit.context_kv is not None:
+        for whole, injected in zip((k, v), edit.context_kv):
+            whole[:, :, num_img:].copy_(injected)
+    elif edit.context_strength is not None:
         context = k[:, :, num_img:]
         context.copy_(torch.lerp(context.mean(dim=2, keepdim=True), context, edit.context_strength))
     for whole, injected in zip((k, v), edit.kv or ()):

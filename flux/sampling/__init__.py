@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flux.model import VelocityModel
 from flux.sampling.conditioning import Conditioning, Modulations
+from flux.sampling.context import ContextReuse
 from flux.sampling.guidance import ONE_BATCH, Passes, guided, in_one_batch
 from flux.sampling.latents import get_noise, image_ids, latent_size, pack, prepare, unpack
 from flux.sampling.schedule import get_lin_function, get_schedule, step_at, time_shift, window
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ONE_BATCH",
     "Conditioning",
+    "ContextReuse",
     "Modulations",
     "Passes",
     "Step",

@@ -62,6 +62,8 @@ class Conditioning:
         mimic_percentile: Share of values, 0..1, that this range holds at least.
         modulations: Modulations that were computed in advance, see `scheduled`.
         condition: An image that steers the pass too, see `with_condition`.
+        context_every: Number of steps from one computation of the context tokens to the next. The steps
+            between reuse their keys and values, see `flux.sampling.context.ContextReuse`.
     """
 
     txt: Tensor
@@ -74,15 +76,21 @@ class Conditioning:
     mimic_percentile: float = 0.995
     modulations: Modulations | None = None
     condition: Condition = field(default_factory=Condition)
+    context_every: int = 1
 
-    def with_condition(self, condition: Condition) -> "Conditioning":
+    def with_condition(self, condition: Condition, context_every: int = 1) -> "Conditioning":
         """The same with an image that steers both passes, so that true guidance is that of the prompts alone.
+
+        Args:
+            condition: The image.
+            context_every: The attribute of that name.
 
         Raises:
             InputError: The condition's rows are neither one nor those of the prompts.
         """
         negative = self.negative and self.negative.with_condition(condition)
-        return replace(self, condition=condition.expanded(len(self.txt)), negative=negative)
+        condition = condition.expanded(len(self.txt))
+        return replace(self, condition=condition, context_every=context_every, negative=negative)
 
     def scheduled(self, model: VelocityModel, timesteps: Sequence[float]) -> "Conditioning":
         """The same with the modulations at all these noise levels, so that no step computes its own.

@@ -14,6 +14,7 @@ from flux.math import KeysValues
 from flux.model import VelocityModel
 from flux.modules.step_cache import StepCache
 from flux.sampling.conditioning import Conditioning
+from flux.sampling.context import ContextReuse
 from flux.sampling.guidance import Passes, guided, in_one_batch
 
 
@@ -79,6 +80,7 @@ def euler_step(
     intervention: Intervention | Passes[Intervention] = NOTHING,
     start: Passes[Streams] | None = None,
     cache: StepCache | None = None,
+    context: ContextReuse | None = None,
 ) -> Step:
     """One step of Euler's method from the packed latent `img` at noise level t to t_next.
 
@@ -93,7 +95,10 @@ def euler_step(
             is watched.
         start: Streams to begin with instead of at layer 0, see `streams`.
         cache: See `sample`. Not used with a negative pass.
+        context: See `sample`. If None, the context tokens are computed.
     """
+    if context is not None:
+        context.begin_step()
 
     def observe(
         img: Tensor,
@@ -101,9 +106,15 @@ def euler_step(
         intervention: Intervention,
         start: Streams | None,
         cache: StepCache | None = None,
+        number: int = 0,
     ) -> tuple[Tensor, Recorded]:
         inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
-        return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
+        if context is None:
+            return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
+        intervention = context.applied(intervention, number, len(img))
+        velocity, found = model.observe(inputs, intervention, start=start, mods=mods)
+        context.store(found, number)
+        return velocity, found
 
     each = intervention if isinstance(intervention, Passes) else Passes(intervention)
     first, second = (start.positive, start.negative) if start else (None, None)
@@ -122,7 +133,7 @@ def euler_step(
         found, found_negative = found.rows(slice(batch)), found.rows(slice(batch, None))
     else:
         velocity, found = observe(img, cond, each.positive, first)
-        away, found_negative = observe(img, cond.negative, other, second)
+        away, found_negative = observe(img, cond.negative, other, second, number=1)
     kept = Passes(found.kept, found_negative.kept)
     return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, found.watched)
 
@@ -135,6 +146,7 @@ def sample(
     timesteps: Sequence[float],
     interventions: Intervention | Iterable[Intervention | Passes[Intervention]] = NOTHING,
     cache: StepCache | None = None,
+    context: ContextReuse | None = None,
 ) -> Iterator[Step]:
     """Take the steps of Euler's method: yield each of the len(timesteps) - 1 steps as soon as it is taken.
 
@@ -146,18 +158,21 @@ def sample(
         timesteps: Noise levels, falling.
         interventions: One for all steps, or one for each. A step's own is asked for only when the step
             begins, so that it may come from another sampling that runs beside this one.
-        cache: Spares steps that change little most of their work. Give a new one to each sampling.
+        cache: Spares steps that change little most of their work. Give a new one to each sampling. Not used
+            where the context is reused.
+        context: Reuses the context tokens' keys and values. Give a new one to each sampling. If None, there
+            is one if `cond` asks for it.
 
     Raises:
         ValueError: There are fewer interventions than steps.
     """
     each = repeat(interventions) if isinstance(interventions, Intervention) else iter(interventions)
-    cond = cond.scheduled(model, timesteps[:-1])
+    cond, context = cond.scheduled(model, timesteps[:-1]), context or ContextReuse.of(cond)
     for t, t_next in pairwise(timesteps):
         intervention = next(each, None)
         if intervention is None:
             raise ValueError(f"Got too few interventions for {len(timesteps) - 1} steps: give one for each")
-        step = euler_step(model, img, img_ids, cond, t, t_next, intervention, cache=cache)
+        step = euler_step(model, img, img_ids, cond, t, t_next, intervention, cache=cache, context=context)
         img = step.latent
         yield step
 

@@ -143,6 +143,27 @@ def with_a_condition(model, given) -> Answers:
 
 
 @case
+def context_of_another_pass(model, given) -> Answers:
+    """Injected in all layers or in some, watched, beside free tokens, with and without a start."""
+    plain = model if isinstance(model, Flux) else model.model
+    wider = conditions.model() if plain is model else SequenceParallelFlux(conditions.model(), model.group)
+    whole, every = conditions.condition(2, 15), frozenset(range(tiny_models.NUM_LAYERS))
+    keep = Intervention(keep=every, keep_context=True)
+    found = wider.observe(Inputs(**reference(), condition=whole.at_rows([0])), keep)[1]
+    inputs, watch = Inputs(**given, condition=whole), frozenset(LAYERS)
+    free = replace(FreeTokens.of(torch.arange(15) % 4 == 0), kv=found.kept)
+    some = {layer: found.context[layer] for layer in LAYERS}
+    changes = [
+        Intervention(inject_context=kv, free=each) for kv in (found.context, some) for each in (None, free)
+    ]
+    answers = [wider.observe(inputs, change)[0] for change in changes]
+    start = wider.streams(inputs)[2]
+    answers += [wider.observe(inputs, change, start=start)[0] for change in changes[::2]]
+    watched = wider.observe(inputs, replace(changes[0], watch=watch))[1].watched
+    return answers + [x for pair in watched.values() for x in pair]
+
+
+@case
 def equal_shares(model, given) -> Answers:
     return ask(model, tiny_models.inputs(2, 64, 64, num_txt=4))
 
