@@ -17,6 +17,7 @@ from flux.images.io import save_image, to_pil
 from training.arguments import Parser, start
 from training.judge import asked_for
 from training.scenes.edits import Pair, sample_pair
+from training.scenes.instructions import instruction
 from training.scenes.render import Renderer
 
 # The benchmark's kinds, drawn in turn, and the edits that make them.
@@ -34,7 +35,7 @@ def draw(number: int) -> tuple[str, Pair]:
     """Draws the kind and the scenes of the benchmark's edit of that number."""
     turn, place = divmod(number, len(EDITS))
     kind, edits = list(EDITS.items())[place]
-    # Training and its evaluation seed with numbers, never with text.
+    # Training and its evaluation seed with numbers and the names of stages.
     return kind, sample_pair(random.Random(f"benchmark {number}"), edits[turn % len(edits)])
 
 
@@ -64,7 +65,7 @@ def write(folder: Path, count: int, side: int = 256, first: int = 0) -> None:
             "target_image_path": names[1],
             "original_prompt": mark_changes(source, target),
             "editing_prompt": mark_changes(target, source),
-            "editing_instruction": "",
+            "editing_instruction": instruction(random.Random(f"instruction {number}"), pair),
             "editing_type_id": next((key for key, name in KINDS.items() if name == kind), "0"),
             "blended_word": "",
             "mask": encode_mask(mask[0, 0].numpy()),

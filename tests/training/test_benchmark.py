@@ -53,3 +53,13 @@ def test_a_longer_benchmark_begins_with_a_shorter_one(rendered_edits, tmp_path):
 def test_marks():
     assert mark_changes("a dog on snow", "a red dog on snow") == "a dog on snow"
     assert mark_changes("a red dog on snow", "a dog in a room") == "a [red] dog [on snow]"
+
+
+def test_edits_are_said_as_instructions(rendered_edits):
+    """What comes is named; what goes away is named alone."""
+    for item in read_benchmark(rendered_edits):
+        new = {word for word in item.target.split() if word not in item.source.split()}
+        if item.kind == "remove":
+            assert item.instruction.startswith(("remove the", "take the"))
+        else:
+            assert new & set(item.instruction.split()), (item.instruction, item.target)

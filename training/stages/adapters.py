@@ -39,6 +39,7 @@ from training.stages.flow import EmptyCaption, add_noise, autocast, load_generat
 from training.stages.schnell import LoraLinear, lora_weights
 
 EXTRA_CHANNELS = {"kontext": 0, "fill": 320, "canny": 64}  # input channels beside the noisy latent's 64
+RANKS = {"kontext": 16, "fill": 8, "canny": 6}
 CANNY_THRESHOLDS = 50, 200
 CHUNK = 64  # examples rendered at once
 PLAIN_GUIDANCE = 1.0  # where the distilled model gives the plain velocity
@@ -198,15 +199,23 @@ def widened(flux: Flux, extra: int) -> Flux:
     return wide.to(flux.img_in.weight.device)
 
 
-def adapted(flux: Flux, rank: int) -> Flux:
+def adapted(flux: Flux, rank: int, *, text: bool) -> Flux:
     """Replaces the input and the linear layers of the blocks, in place, by ones that learn a low-rank change.
 
     Modulations stay as they are. The change of the input is not of low rank.
+
+    Args:
+        flux: The transformer.
+        rank: The rank of the changes in the blocks.
+        text: Whether the text streams of the double-stream blocks learn too. Captions are known to the model,
+            instructions are not.
     """
     flux.requires_grad_(False)
     for block in [flux, *flux.blocks]:
         for name, module in list(block.named_modules()):
-            stays = "mod" in name if block is not flux else name != "img_in"
+            stays = "mod" in name or (name.startswith("txt_") and not text)
+            if block is flux:
+                stays = name != "img_in"
             if isinstance(module, nn.Linear) and not stays:
                 own = min(module.weight.shape) if name == "img_in" else rank
                 parent, _, child = name.rpartition(".")
@@ -223,7 +232,8 @@ def train_adapter(work: Work, kind: str) -> bool:
     torch.manual_seed(3)
     generator = base_generator(work).eval().requires_grad_(False)
     base = {name: value.detach().clone() for name, value in generator.flux.state_dict().items()}
-    student = adapted(widened(generator.flux, EXTRA_CHANNELS[kind]), work.sizes.lora_rank).to(device)
+    student = widened(generator.flux, EXTRA_CHANNELS[kind])
+    student = adapted(student, RANKS[kind], text=kind == "kontext").to(device)
     low_rank = [p for name, p in student.named_parameters() if ".lora_" in name]
     biases = [p for name, p in student.named_parameters() if name.endswith(".bias") and p.requires_grad]
     groups = [{"params": low_rank, "lr": plan.lr}, {"params": biases, "lr": 0.3 * plan.lr}]
