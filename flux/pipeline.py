@@ -308,6 +308,7 @@ class Pipeline:
         strength: float = 1.0,
         watermark: bool = False,
         cache: float | None = None,
+        intervention: Intervention = NOTHING,
         on_step: Callable[[Step], None] | None = None,
         progress: bool | str = True,
     ) -> list[Image.Image]:
@@ -329,6 +330,7 @@ class Pipeline:
             strength: Fraction of the schedule that is run on it, 0..1; 1 keeps nothing of it.
             watermark: Whether to embed the invisible watermark.
             cache: Threshold of `flux.modules.step_cache.StepCache`. If None, every step is computed in full.
+            intervention: The changes to each pass.
             on_step: Called with each step as soon as it is taken.
             progress: Whether to show a progress bar, or what to write before it.
 
@@ -348,7 +350,7 @@ class Pipeline:
         ids = self.image_ids(len(prompts), width, height)
         with self.denoising() as model:
             step_cache = StepCache(cache, self.group.total) if cache else None
-            steps = sampling.sample(model, latent, ids, cond, levels, cache=step_cache)
+            steps = sampling.sample(model, latent, ids, cond, levels, intervention, cache=step_cache)
             name = progress if isinstance(progress, str) else "denoise"
             for step in tqdm(steps, total=len(levels) - 1, desc=name, unit="step", disable=not progress):
                 latent = step.latent

@@ -54,6 +54,7 @@ class Item:
         seed: The seed of the noise, for methods that draw any.
         truth: The file of the finished edit, if the benchmark has it.
         asked: What a judge checks in the edit, if the benchmark says so.
+        instruction: The edit said as an instruction. Empty if the benchmark has none.
     """
 
     key: str
@@ -65,6 +66,18 @@ class Item:
     seed: int = 0
     truth: Path | None = None
     asked: dict[str, Any] | None = None
+    instruction: str = ""
+
+    def prompt(self, by_instruction: bool = False, reconstruct: bool = False) -> str:
+        """Return the prompt of the edit.
+
+        Args:
+            by_instruction: Whether it is an instruction, for a model that sees the photograph.
+            reconstruct: Whether the edit is to show what the photograph does.
+        """
+        if by_instruction:
+            return self.instruction
+        return self.source if reconstruct else self.target
 
     def photo(self, width: int, height: int) -> Image.Image:
         """Crops and scales the photograph to `width` x `height` pixels. Raises InputError as `read_image`."""
@@ -158,6 +171,7 @@ def _read_item(folder: Path, key: str, entry: Any) -> Item:
         seed=entry.get("seed", 0),
         truth=paths[1] if len(paths) > 1 else None,
         asked=entry.get("asked"),
+        instruction=str(entry.get("editing_instruction") or ""),
     )
 
 

@@ -1,18 +1,28 @@
-"""Runs one editing method on several items of a benchmark, as one batch."""
+"""Runs one editing method on several items of a benchmark, as one batch.
+
+A Kontext model edits by instructions: the photograph of each item is the context image of its row, the
+instruction is its prompt. With a strength of 1 it starts from noise alone, as Kontext is made to. Other
+methods edit the photograph besides, whose own prompt is then empty.
+"""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flux.conditions.images import Steering
+from flux.conditions.kontext import kontext_condition
 from flux.editing.batches import run_batches, start_batches
 from flux.editing.photo import Mask, token_mask
 from flux.editing.source import generated_source, guidance_args, photo_source
 from flux.evaluate.benchmark import Item
 from flux.evaluate.resolve import ResolvedMethod
+from flux.inputs import Condition
+from flux.intervention import Intervention
 from flux.pipeline import Pipeline, count_evaluations
 
 
@@ -56,7 +66,7 @@ class MethodRunner:
         reconstruct: bool = False,
     ):
         self.pipe, self.size, self.seed, self.photos = pipe, size, seed, photos
-        self.reconstruct = reconstruct
+        self.reconstruct, self.by_instruction = reconstruct, pipe.spec.condition == "kontext"
 
     def run(self, method: ResolvedMethod | None, items: Sequence[Item]) -> list[EditResult]:
         """Edits the items as one batch. If `method` is None, the autoencoder encodes and decodes them.
@@ -71,9 +81,9 @@ class MethodRunner:
             if method is None:
                 images = self._decoded(self._encoded(items))
             elif method.strength is not None:
-                images = self._image_to_image(method, method.strength, items)
+                images = self._image_to_image(self._steered(method, items), method, method.strength, items)
             else:
-                images, references, ious = self._edited(method, items)
+                images, references, ious = self._edited(self._steered(method, items), method, items)
         shares = ((time.perf_counter() - begin) / len(items), evaluations() / len(items))
         return [EditResult(image, ref, *shares, iou) for image, ref, iou in zip(images, references, ious)]
 
@@ -87,17 +97,29 @@ class MethodRunner:
         return self.pipe.decode(latents, *self.size)
 
     def _targets(self, items: Sequence[Item]) -> list[str]:
-        return [item.source if self.reconstruct else item.target for item in items]
+        return [item.prompt(self.by_instruction, self.reconstruct) for item in items]
 
     def _seeds(self, items: Sequence[Item]) -> list[int]:
         return [self.seed + item.seed for item in items]
 
+    def _steered(self, method: ResolvedMethod, items: Sequence[Item]) -> Pipeline:
+        """The model. One that edits by instructions sees each item's photograph in the item's row."""
+        pipe = self.pipe
+        if not self.by_instruction:
+            return pipe
+        side, strength = pipe.spec.size, method.settings.reference_strength
+        conditions = [
+            kontext_condition(pipe.encode_pixels, photo, side, strength=strength)
+            for photo in self._photos(items)
+        ]
+        return replace(pipe, steering=Steering(reduce(Condition.stacked, conditions)))
+
     def _image_to_image(
-        self, method: ResolvedMethod, strength: float, items: Sequence[Item]
+        self, pipe: Pipeline, method: ResolvedMethod, strength: float, items: Sequence[Item]
     ) -> list[Image.Image]:
         """Generates from the photographs with added noise (SDEdit, arXiv 2108.01073)."""
         settings, (width, height) = method.settings, self.size
-        return self.pipe.generate(
+        return pipe.generate(
             self._targets(items),
             self._seeds(items),
             width=width,
@@ -107,11 +129,12 @@ class MethodRunner:
             **guidance_args(settings),
             image=self._photos(items),
             strength=strength,
+            intervention=Intervention(hide_context=method.hidden),
             progress=False,
         )
 
     def _edited(
-        self, method: ResolvedMethod, items: Sequence[Item]
+        self, pipe: Pipeline, method: ResolvedMethod, items: Sequence[Item]
     ) -> tuple[list[Image.Image], Sequence[Image.Image | None], Sequence[float | None]]:
         """Edits each item as `flux.editing.edit.edit` does, but with all items in the rows of one batch.
 
@@ -119,7 +142,8 @@ class MethodRunner:
             The edits; the references if they were generated, else None for each; and each edit's
             `EditResult.mask_iou`.
         """
-        pipe, settings, prompts = self.pipe, method.settings, [item.source for item in items]
+        settings = method.settings
+        prompts = ["" if self.by_instruction else item.source for item in items]
         masks: list[Mask | None] = [None] * len(items)
         if settings.mask == "given":
             images = [item.mask(*self.size) for item in items]

@@ -6,12 +6,13 @@ from typing import Any
 
 from flux.editing.edit import check_edits
 from flux.errors import InputError
+from flux.evaluate.benchmark import Item
 from flux.evaluate.settings import EvaluateSettings, Method, methods_of
 from flux.settings.complete import resolve
 from flux.settings.effect import settings_warnings
 from flux.settings.fields import Side, StrictModel
 from flux.settings.resolved import ResolvedEdit
-from flux.specs import get_spec
+from flux.specs import ModelSpec, get_spec
 from flux.vital_layers import find_vital_layers
 from flux.weights.find import checkpoint_of
 from flux.weights.open_model import OpenModel
@@ -32,6 +33,31 @@ class ResolvedEvaluate(Sized, EvaluateSettings, frozen=True):
         """Width and height of the edits in pixels."""
         return self.width, self.height
 
+    @property
+    def by_instruction(self) -> bool:
+        """Whether the model edits by instructions, with the photographs as context images."""
+        return get_spec(self.model).condition == "kontext"
+
+    def prompt_of(self, item: Item) -> str:
+        """The prompt of an item's edit."""
+        return item.prompt(self.by_instruction, self.reconstruct)
+
+    def check_items(self, items: Sequence[Item]) -> None:
+        """Raise InputError if the model edits by instructions and cannot edit these items so."""
+        if not self.by_instruction:
+            return
+        if self.reconstruct or self.references == "generated":
+            raise InputError(
+                f"Got the model {self.model}, which edits photographs by instructions: leave out reconstruct "
+                "and references, or choose another model"
+            )
+        if missing := [item.key for item in items if not item.instruction]:
+            raise InputError(
+                f"Got the model {self.model}, which edits by instructions, but {len(missing)} edits of "
+                f"{self.benchmark} have no editing_instruction, the first is {missing[0]}: add them, or "
+                "choose another model"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class ResolvedMethod(Method):
@@ -40,10 +66,12 @@ class ResolvedMethod(Method):
     Attributes:
         settings: The resolved settings of the edit.
         layers: Its vital layers, the most vital first.
+        hidden: The layers in which the photograph, as a context image, is not attended to.
     """
 
     settings: ResolvedEdit
     layers: tuple[int, ...] = field(kw_only=True)
+    hidden: frozenset[int] = frozenset()
 
 
 def resolve_evaluation(settings: EvaluateSettings) -> ResolvedEvaluate:
@@ -63,20 +91,38 @@ def resolve_methods(settings: EvaluateSettings, opened: OpenModel | None = None)
         opened: the model's files, if they are open already.
 
     Raises:
-        InputError: as `resolve`, `find_vital_layers` and `check_edits`, with the method's name.
+        InputError: as `resolve`, `find_vital_layers` and `check_edits`, or a method says where the context is
+            seen and the model has none, with the method's name.
     """
     spec, methods = get_spec(settings.model), []
     checkpoint = opened.fingerprint() if opened else checkpoint_of(resolve(settings))
     for method in methods_of(settings):
         try:
-            edit = resolve(method.settings)
-            layers = find_vital_layers(edit.vital_layers, spec, checkpoint)
+            given = {"context": ("photo",)} if spec.condition == "kontext" else {}
+            edit = resolve(method.settings.model_copy(update=given))
+            uses_layers = method.strength is None or method.context_in != "all"
+            layers = find_vital_layers(edit.vital_layers, spec, checkpoint) if uses_layers else ()
             unmasked = edit.model_copy(update={"mask": None if edit.mask == "given" else edit.mask})
             check_edits(unmasked, layers)
+            hidden = _hidden_layers(method, layers, spec)
         except InputError as error:
             raise InputError(f"method {method.name!r}: {error}") from error
-        methods.append(ResolvedMethod(method.name, edit, method.strength, layers=layers))
+        methods.append(
+            ResolvedMethod(
+                method.name, edit, method.strength, method.context_in, layers=layers, hidden=hidden
+            )
+        )
     return methods
+
+
+def _hidden_layers(method: Method, layers: Sequence[int], spec: ModelSpec) -> frozenset[int]:
+    """Returns the layers in which a method does not attend to the context image."""
+    if method.context_in == "all":
+        return frozenset()
+    if spec.condition != "kontext":
+        raise InputError("got context_in for a model without context images: choose a Kontext model")
+    vital = frozenset(layers)
+    return vital if method.context_in == "others" else frozenset(range(spec.num_layers)) - vital
 
 
 def evaluation_warnings(settings: EvaluateSettings, methods: Sequence[ResolvedMethod]) -> list[str]:

@@ -73,6 +73,7 @@ def evaluate(
     settings = resolve_evaluation(settings)
     every = read_benchmark(settings.benchmark)
     items = select_evenly(select_kinds(every, settings.kinds), settings.count)
+    settings.check_items(items)
     opened = local_model(resolve(settings))
     methods = resolve_methods(settings, opened)
     for line in evaluation_warnings(settings, methods):
@@ -183,7 +184,7 @@ def _edit_and_record(
     def record(task: EditTask, results: Sequence[EditResult]) -> None:
         for item, result in zip(task.items, results):
             more = {"method": task.method, "source": item.source}
-            known = image_metadata(settings, item.target, item.seed, **more)
+            known = image_metadata(settings, settings.prompt_of(item), item.seed, **more)
             save_image(result.image, store.image(task.method, item.key), known)
             if result.reference:
                 save_image(result.reference, store.image(task.method, item.key, reference=True), known)
@@ -237,7 +238,7 @@ def _sheet(store: Store, items: Sequence[Item], titles: Mapping[str, str]) -> Im
         )
         texts = [_caption(title, store.rows[name, item.key]) for name, title in titles.items()]
         captions.append([item.source, *texts])
-    return grid(images, captions, [f"{item.kind}: {item.target}" for item in shown])
+    return grid(images, captions, [f"{item.kind}: {store.settings.prompt_of(item)}" for item in shown])
 
 
 def _caption(title: str, row: ResultRow) -> str:

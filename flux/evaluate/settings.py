@@ -26,8 +26,11 @@ FOREIGN_TO_METHODS = {
     *(ModelSettings.model_fields.keys() - set(SAMPLING)), "prompt", "edits", "photo", "seed", "paste_back",
     "caption_model", "parallel",
 }  # fmt: skip
-# Fields that image-to-image has a use for.
-IMAGE_TO_IMAGE = {*SAMPLING, "mimic_scale", "mimic_percentile"}
+# Fields that image-to-image has a use for, the last one with a Kontext model.
+IMAGE_TO_IMAGE = {*SAMPLING, "mimic_scale", "mimic_percentile", "reference_strength"}
+# Fields of a method that no edit has.
+OWN_TO_METHODS = ("name", "strength", "context_in")
+CONTEXT_IN = ("all", "vital", "others")
 MethodFields = dict[str, Any]
 
 
@@ -98,12 +101,15 @@ class Method:
     Attributes:
         name: The name in the file. `slug` names its folder.
         settings: The settings of the edit without its prompts and image. The mask "given" is the benchmark's.
-        strength: The strength of image-to-image. If None, the method is another one.
+        strength: The strength of image-to-image, at 1 from noise alone. If None, the method is another one.
+        context_in: The layers in which image-to-image with a Kontext model attends to the photograph: "all",
+            the "vital" ones, or the "others".
     """
 
     name: str
     settings: EditSettings
     strength: float | None = None
+    context_in: str = "all"
 
     @property
     def slug(self) -> str:
@@ -129,20 +135,27 @@ def methods_of(settings: EvaluateSettings) -> list[Method]:
         placeholders["photo"] = "photo"
     methods = []
     for number, fields in enumerate(settings.methods):
-        own = {name: value for name, value in fields.items() if name not in ("name", "strength")}
+        own = {name: value for name, value in fields.items() if name not in OWN_TO_METHODS}
         where, strength = f"methods[{number}]", fields.get("strength")
+        context_in = fields.get("context_in", "all")
         if foreign := sorted(FOREIGN_TO_METHODS & own.keys()):
             raise InputError(f"{where}: got {', '.join(foreign)}, which all methods share or the edits say")
         if strength is not None and (
             settings.references != "photo" or type(strength) not in (int, float) or not 0 < strength <= 1
         ):
             raise InputError(f"{where}: expected a strength in 0..1, and photos, got {strength!r}")
-        if strength is not None and (useless := sorted(own.keys() - IMAGE_TO_IMAGE)):
+        if context_in not in CONTEXT_IN or (context_in != "all" and strength is None):
+            raise InputError(
+                f'{where}: context_in: expected "all", "vital" or "others", and a strength, got '
+                f"{show(context_in)}"
+            )
+        of_layers = {"vital_layers"} if context_in != "all" else set()
+        if strength is not None and (useless := sorted(own.keys() - IMAGE_TO_IMAGE - of_layers)):
             raise InputError(
                 f"{where}: got {', '.join(useless)} with strength: image-to-image has no use for that"
             )
         if own.get("mask") not in (None, "given", "auto", "none"):
             raise InputError(f'{where}: mask: expected "given", "auto" or "none", got {show(own["mask"])}')
         edit = check_settings(EditSettings, {**shared, **own, **placeholders}, where)
-        methods.append(Method(fields["name"], edit, strength))
+        methods.append(Method(fields["name"], edit, strength, context_in))
     return methods

@@ -16,6 +16,7 @@ from flux.settings.files import check_settings
 
 SIDE = 64
 RENDERED_EDITS = 14  # of the benchmark of scenes
+INSTRUCTIONS = {"replace": "replace the dog with a cat", "add": "add a dog"}
 PROMPTS = {"replace": ("a dog on the grass", "a cat on the grass"), "add": ("a car", "a car and a dog")}
 
 
@@ -38,6 +39,7 @@ def write_squares(folder: Path) -> Path:
             "target_image_path": names[1],
             "original_prompt": PROMPTS[kind][0],
             "editing_prompt": PROMPTS[kind][1],
+            "editing_instruction": INSTRUCTIONS[kind],
             "editing_type_id": "1" if kind == "replace" else "2",
             "mask": encode_mask(mask),
             "seed": number,
