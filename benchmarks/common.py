@@ -1,9 +1,10 @@
 """Shared by all benchmarks: models of random weights, times and memory of steps, and tables."""
 
+import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -24,6 +25,9 @@ from flux.sampling import Conditioning, Step, VelocityModel, euler_step, image_i
 from flux.settings.complete import whole_tokens
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, configs
+from flux.weights.headers import StoredTensor
+from flux.weights.layouts import TensorSource
+from flux.weights.scales import ScaledTensor
 
 GIB = 2**30
 OTHERS = ("diffusers", "triton", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl")
@@ -118,6 +122,24 @@ class PassClock:
 def peak_gib(device: torch.device) -> float:
     """Returns the GPU memory at its peak since the last reset, in GiB."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def clean(device: torch.device) -> None:
+    """Frees memory and resets its peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def source_of(kind: str, shape: torch.Size, nbytes: int) -> TensorSource:
+    """Describes a tensor as if a file held it in that form."""
+    return TensorSource((ScaledTensor(StoredTensor(Path("random"), kind, tuple(shape), 0, nbytes)),))
+
+
+def sources_of(weights: Mapping[str, Tensor]) -> dict[str, TensorSource]:
+    """Describes tensors as if a file held them in bfloat16."""
+    return {name: source_of("BF16", x.shape, 2 * x.numel()) for name, x in weights.items()}
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -1,9 +1,12 @@
 """Builds diffusers' FluxPipeline on the weights that a `Flux` holds, so that both fit on one GPU."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from flux.inputs import Inputs
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoderParams
 
@@ -72,6 +75,7 @@ def peer_transformer(model: Flux) -> FluxTransformer2DModel:
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(
             in_channels=params.in_channels,
+            out_channels=params.out_channels,
             num_layers=params.depth,
             num_single_layers=params.depth_single_blocks,
             attention_head_dim=params.hidden_size // params.num_heads,
@@ -83,6 +87,21 @@ def peer_transformer(model: Flux) -> FluxTransformer2DModel:
         )
     transformer.load_state_dict(to_diffusers_names(model.state_dict(), params.hidden_size), assign=True)
     return transformer.eval().requires_grad_(False)
+
+
+def peer_step(peer: FluxTransformer2DModel, inputs: Inputs) -> Callable[[], Tensor]:
+    """Makes a step of diffusers' transformer, with the tensors that its pipelines hand to it."""
+    txt, num_img = inputs.txt_in, inputs.img.shape[1]
+    txt_ids, img_ids = inputs.ids[0].split([txt.shape[1], inputs.img_in.shape[1]])
+    arguments = {
+        "encoder_hidden_states": txt,
+        "pooled_projections": inputs.y,
+        "timestep": inputs.timesteps,
+        "guidance": None if inputs.guidance is None else inputs.guidance.float(),
+        "img_ids": img_ids,
+        "txt_ids": txt_ids,
+    }
+    return lambda: peer(inputs.img_in, **arguments, return_dict=False)[0][:, :num_img]
 
 
 def peer_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:

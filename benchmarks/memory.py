@@ -12,7 +12,6 @@ Results are saved after each case. With the same --output it resumes. No case be
 Needs a GPU, 100 GB of main memory, and no file. `--toy` runs the same on a tiny model, on any machine.
 """
 
-import gc
 import json
 import tempfile
 import time
@@ -33,10 +32,13 @@ from benchmarks.common import (
     PROMPT,
     PassClock,
     check_full_size,
+    clean,
     machine,
     markdown,
     names_with,
     peak_gib,
+    source_of,
+    sources_of,
     toy_plan,
     words_of,
 )
@@ -60,10 +62,7 @@ from flux.settings.command_line import run
 from flux.settings.edits import EditSettings
 from flux.settings.fields import LIST
 from flux.specs import ModelSpec, configs
-from flux.weights.headers import StoredTensor
-from flux.weights.layouts import TensorSource
 from flux.weights.load import on_meta
-from flux.weights.scales import ScaledTensor
 
 STEPS = 5
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64}
@@ -118,10 +117,7 @@ class RandomModels:
         }
         torch.manual_seed(0)
         self.weights = {part: self._draw(on_meta(*kind), device) for part, kind in self.kinds.items()}
-        self.made = {
-            part: {name: self._source("BF16", x.shape, x.nbytes) for name, x in weights.items()}
-            for part, weights in self.weights.items()
-        }
+        self.made = {part: sources_of(weights) for part, weights in self.weights.items()}
         self.device, self.plain = device, self
         folder = Path(tempfile.mkdtemp())
         write_text_encoders(folder, spec, words_of([PROMPT, *EDITS]))
@@ -139,10 +135,6 @@ class RandomModels:
             weights[name] = torch.randn(x.shape, device=device, dtype=self.dtype).mul_(deviation).cpu()
         return weights
 
-    def _source(self, kind: str, shape: torch.Size, nbytes: int) -> TensorSource:
-        """Describes a tensor as if a file held it in that form."""
-        return TensorSource((ScaledTensor(StoredTensor(Path("random"), kind, tuple(shape), 0, nbytes)),))
-
     def packed(self, kind: str) -> "RandomModels":
         """Packs the matrices of the transformer's blocks. All other weights are shared."""
         other = copy(self)
@@ -151,7 +143,7 @@ class RandomModels:
         for name, x in plain.items():
             if x.ndim == 2 and "_blocks." in name:
                 plain[name] = Packed.draw(kind, x.shape, x.shape[1] ** -0.5, self.device)
-                sources[name] = self._source(kind, x.shape, plain[name].rows.nbytes)
+                sources[name] = source_of(kind, x.shape, plain[name].rows.nbytes)
         other.weights["transformer"], other.made["transformer"] = plain, sources
         return other
 
@@ -227,14 +219,6 @@ def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
         *(replace(form, name=f"{form.name}, {offload}", offload=offload) for offload in named),
         *(replace(form, name=f"{form.name}, {cap:g} GiB", offload="auto", cap=cap) for cap in caps),
     ]
-
-
-def clean(device: torch.device) -> None:
-    """Frees memory and resets its peak."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def limit(device: torch.device, cap: float | None) -> None:

@@ -25,6 +25,7 @@ from benchmarks.common import (
     milliseconds,
     relative_error,
 )
+from benchmarks.diffusers_peer import peer_step
 from benchmarks.step_speed import Bench, peak_gib, prepared, toy_step
 from flux.errors import exit_on_input_error
 from flux.files import write_json
@@ -172,7 +173,7 @@ def main(
 
     if any(word in "diffusers compiled" for word in words):
         peer = bench.build_peer(compiled=True)
-        prepare("diffusers compiled", lambda: bench.theirs(peer, bench.inputs()))
+        prepare("diffusers compiled", lambda: peer_step(peer, bench.inputs()))
     for way, how in WAYS.items():
         if not any(word in way for word in words) or ("epilogues" in way and not hopper_kernels(where)):
             continue

@@ -35,7 +35,7 @@ from benchmarks.common import (
     random_inputs,
     relative_error,
 )
-from benchmarks.diffusers_peer import peer_transformer
+from benchmarks.diffusers_peer import peer_step, peer_transformer
 from benchmarks.random_weights import random_transformer
 from flux.errors import exit_on_input_error
 from flux.files import write_json
@@ -133,19 +133,6 @@ class Bench:
             mods = model.modulations(inputs.timesteps[:1], inputs.y[:1], guidance)
         return lambda: model.observe(inputs, intervention=intervention, mods=mods)[0]
 
-    def theirs(self, peer: FluxTransformer2DModel, inputs: Inputs) -> Callable:
-        """Makes diffusers' step."""
-        arguments = {
-            "hidden_states": inputs.img,
-            "encoder_hidden_states": inputs.txt,
-            "pooled_projections": inputs.y,
-            "timestep": inputs.timesteps,
-            "guidance": inputs.guidance.float(),
-            "img_ids": inputs.img_ids[0],
-            "txt_ids": inputs.txt_ids[0],
-        }
-        return lambda: peer(**arguments, return_dict=False)[0]
-
     def graphed(self, step: Callable) -> Callable:
         """Records the step as one CUDA graph, which is replayed."""
         for _ in range(3):
@@ -172,10 +159,10 @@ class Bench:
         variants = {
             "ours eager": (lambda: self.ours(eager, one), 1, False),
             "ours eager, modulations ahead": (lambda: self.ours(eager, one, True), 1, False),
-            "diffusers eager": (lambda: self.theirs(self.build_peer(), one), 1, False),
+            "diffusers eager": (lambda: peer_step(self.build_peer(), one), 1, False),
             "ours compiled": (lambda: self.ours(compiled, one), 1, False),
             "ours compiled, modulations ahead": (lambda: self.ours(compiled, one, True), 1, False),
-            "diffusers compiled": (lambda: self.theirs(self.build_peer(True), one), 1, False),
+            "diffusers compiled": (lambda: peer_step(self.build_peer(True), one), 1, False),
             "reference, kept": (lambda: self.ours(compiled, one, True, keeping), 1, False),
             "edit of a kept reference": (lambda: self.ours(compiled, one, True, injecting), 1, False),
         }
@@ -209,7 +196,7 @@ class Bench:
         return variants | {
             f"ours compiled, batch {BATCH}": (lambda: self.ours(compiled, four, True), BATCH, False),
             f"diffusers compiled, batch {BATCH}": (
-                lambda: self.theirs(self.build_peer(True), four),
+                lambda: peer_step(self.build_peer(True), four),
                 BATCH,
                 False,
             ),

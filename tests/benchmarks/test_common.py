@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, edit_photo, full_size, memory, scan, step_speed
+from benchmarks import common, conditions, edit_photo, full_size, memory, scan, step_speed
 from benchmarks.common import full_plan, names_with
 from benchmarks.random_weights import random_transformer
 from flux.errors import InputError
@@ -25,7 +25,14 @@ def test_the_full_size_is_flux_dev():
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [(edit_photo, ["files"]), (full_size, ["files"]), (memory, []), (scan, ["files"]), (step_speed, [])],
+    [
+        (conditions, []),
+        (edit_photo, ["files"]),
+        (full_size, ["files"]),
+        (memory, []),
+        (scan, ["files"]),
+        (step_speed, []),
+    ],
 )
 def test_the_full_size_without_a_gpu_is_refused(module, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
