@@ -91,6 +91,8 @@ class BlockStreamer:
 
     On a CPU the copies are made too, without CUDA streams and without any benefit.
 
+    Blocks compute in order or, in a backward pass, in reverse order. The last two tell which one is next.
+
     Attributes:
         buffers: The two buffers on the device. Empty while the streamer is closed.
         resident: The number of the block in each buffer.
@@ -101,20 +103,21 @@ class BlockStreamer:
         self.blocks = [_HostBlock(block, self.on_gpu) for block in blocks]
         self.buffers: list[Tensor] = []
         self.resident: list[int | None] = [None, None]
+        self.last, self.backwards = 0, False
         self.stream: torch.cuda.Stream | None = None
 
     def open(self) -> None:
         """Allocate the buffers and start copying the first block."""
         size = max(block.nbytes for block in self.blocks)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.resident = [None, None]
+        self.resident, self.last, self.backwards = [None, None], 0, False
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.copy(0, buffer=0)
 
     def ensure_on_device(self, number: int) -> None:
         """Make a block's tensors available to the kernels launched next, and start copying the next block.
 
-        Blocks may be requested in any order. Only in their own order is there no waiting.
+        Blocks may be requested in any order. Only in their own order, or in reverse, is there no waiting.
         """
         if number not in self.resident:
             self.copy(number, buffer=0)
@@ -122,7 +125,10 @@ class BlockStreamer:
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.blocks[number].rebind(self.buffers[buffer])
-        following = (number + 1) % len(self.blocks)
+        if number != self.last:
+            self.backwards = number == self.last - 1
+        self.last = number
+        following = (number + (-1 if self.backwards else 1)) % len(self.blocks)
         if following not in self.resident:
             self.copy(following, 1 - buffer)
 

@@ -109,6 +109,25 @@ def test_two_blocks_at_most_are_on_the_device(monkeypatch):
     assert sent == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 0]
 
 
+def test_backward_passes_find_the_block_before_on_the_device(monkeypatch):
+    """Then each block is copied once per pass in reverse order, too, but for those where the order turns."""
+    sent, copy = [], BlockStreamer.copy
+
+    def recorded(streamer: BlockStreamer, number: int, buffer: int) -> None:
+        sent.append(number)
+        copy(streamer, number, buffer)
+
+    monkeypatch.setattr(BlockStreamer, "copy", recorded)
+    blocks = [torch.nn.Linear(3, 3) for _ in range(6)]
+    weights = [block.weight.clone() for block in blocks]
+    streamer = BlockStreamer(blocks, CPU)
+    streamer.open()
+    for number in (*range(6), *reversed(range(6)), *range(6)):
+        streamer.ensure_on_device(number)
+        assert torch.equal(blocks[number].weight, weights[number])
+    assert sent == [*range(6), 0, 4, 3, 2, 1, 0, 5, 1, 2, 3, 4, 5, 0]
+
+
 def test_which_blocks_are_streamed():
     assert evenly_spaced(7, 7) == list(range(7))
     assert evenly_spaced(0, 7) == []
