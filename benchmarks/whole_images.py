@@ -175,14 +175,16 @@ def main(
     if group.rank == 0:
         runs["diffusers, bf16"] = peer_image(ours["ours, bf16"], steps, side, compiled)
     results: dict[str, Any] = {"machine": machine(where), "gpus": gpus, "steps": steps, "side": side}
-    found: dict[str, dict] = {
-        name: {"warm_up_s": seconds(image, where), "s": []} for name, image in runs.items()
-    }
+    found: dict[str, dict] = {}
+    for name, image in runs.items():
+        found[name] = {"warm_up_s": seconds(image, where), "s": []}
+        print(f"{name}: the first image took {found[name]['warm_up_s']:.1f} s", flush=True)
     for pipe in ours.values():
         pipe.timings.clear()
     for _ in range(rounds):
         for name, image in runs.items():
             found[name]["s"].append(seconds(image, where))
+            print(f"{name}: {found[name]['s'][-1]:.3f} s", flush=True)
     for name, entry in found.items():
         entry["median_s"] = statistics.median(entry["s"])
         if name in ours:
