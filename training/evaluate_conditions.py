@@ -95,8 +95,8 @@ def fill_examples(renderer: Renderer, side: int) -> Iterator[Example]:
         before, after, changed = renderer.pairs([pair], side, side, seed=number)
         yield Example(
             kind,
-            _image(before),
-            _image(after),
+            image_of(before),
+            image_of(after),
             pair.after.caption,
             asked_for(pair.edit, pair.before.content, pair.after.content),
             number,
@@ -106,7 +106,7 @@ def fill_examples(renderer: Renderer, side: int) -> Iterator[Example]:
 
 def _outpainted(renderer: Renderer, number: int, side: int) -> Example:
     scene = sample(random.Random(f"outpaint {number}"))
-    image = _image(renderer(torch.tensor([scene.row()]), side, side, seed=number))
+    image = image_of(renderer(torch.tensor([scene.row()]), side, side, seed=number))
     mask = Image.new("L", (side, side), 255)
     mask.paste(0, (side // 4, side // 4, side * 3 // 4, side * 3 // 4))
     asked = asked_of(scene.content)
@@ -117,7 +117,7 @@ def canny_examples(renderer: Renderer, side: int) -> Iterator[Example]:
     """Draws scenes without end."""
     for number in count(FIRST):
         scene = sample(random.Random(f"canny scene {number}"))
-        image = _image(renderer(torch.tensor([scene.row()]), side, side, seed=number))
+        image = image_of(renderer(torch.tensor([scene.row()]), side, side, seed=number))
         yield Example(scene.content.kind, image, image, scene.caption, asked_of(scene.content), number)
 
 
@@ -143,7 +143,8 @@ def boxed(changed: Tensor) -> Image.Image:
     return mask
 
 
-def _image(rendered: Tensor) -> Image.Image:
+def image_of(rendered: Tensor) -> Image.Image:
+    """Returns a rendered scene, "1 3 H W" in 0..1, as an image."""
     return to_pil(2 * rendered[0] - 1)
 
 
