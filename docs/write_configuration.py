@@ -89,6 +89,7 @@ UNITS = {
     "seed": "number",
     "strength": "fraction of the schedule",
     "reference_strength": "factor",
+    "context_every": "steps",
     "redux_strength": "factor",
     "lora_scale": "factor",
     "outpaint": "fraction of the sides",

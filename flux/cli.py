@@ -21,7 +21,7 @@ __all__ = ["SamplingOptions", "app", "main"]
 
 DEFAULT_PROMPT = "a dog wearing a top hat on the grass"
 COMMANDS = {
-    "kontext": {"context_positions", "reference_strength"},
+    "kontext": {"context_positions", "reference_strength", "context_every"},
     "fill": {"outpaint", "overlap", "paste_back"},
     "control": {"depth_model"},
     "redux": {"redux_strength", "siglip"},

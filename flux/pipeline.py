@@ -200,7 +200,7 @@ class Pipeline:
             mimic_scale=mimic_scale,
             mimic_percentile=mimic_percentile,
         )
-        return cond.with_condition(self.steering.condition)
+        return cond.with_condition(self.steering.condition, self.steering.context_every)
 
     def steered(self, images: ConditionImages, settings: SteeredSettings) -> "Pipeline":
         """Return the same loaded models, whose passes these images steer from now on.

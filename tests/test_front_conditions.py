@@ -62,6 +62,26 @@ def test_a_saved_run_repeats(pipe, folder, nano):
     assert np.array_equal(again, made[0])
 
 
+def test_the_context_is_reused(pipe, folder, nano):
+    """By images, edits, films and sweeps alike; the run repeats."""
+    kontext, how = pipe("tiny-kontext"), {"context": "a.png", "num_steps": 3, "progress": False}
+    plain = pixels(kontext.generate("a dog", **how)[0])
+    assert np.array_equal(kontext.generate("a dog", context_every=1, **how)[0], plain)
+    made = kontext.generate("a dog", context_every=2, **how)
+    assert 0 < np.abs(pixels(made[0]) - plain).mean() < 20
+    how["context_every"] = 2
+    assert np.array_equal(kontext.watch("a dog", [1], words=["dog"], **how).image, made[0])
+    assert np.array_equal(kontext.edit("a dog", ["a cat"], vital_layers=[1], **how).reference, made[0])
+    skipped = kontext.skip("a dog", [2], folder=folder / "skip", **how)
+    assert np.array_equal(skipped.image(), made[0])
+    assert not np.array_equal(skipped.image(2), made[0])
+    made.save(folder / "out")
+    settings = resolve(read_settings(GenerateSettings, folder / "out" / "run.json"))
+    models = steered_pipe(nano, "tiny-kontext").steered(read_conditions(settings), settings)
+    [again] = generate_all(models, settings, progress=False)
+    assert np.array_equal(again, made[0])
+
+
 def test_fill_keeps_what_is_not_masked(pipe, folder):
     source, mask = Image.open("a.png"), Image.open("mask.png")
     made = pipe("tiny-fill").generate("a dog", fill=source, mask=mask, **FAST)
@@ -135,6 +155,11 @@ def test_demo_0(monkeypatch, folder):
         ("tiny-fill", {}, "Got no fill for tiny-fill"),
         ("tiny-fill", {"fill": "a.png", "mask": Image.new("L", (64, 64))}, "black all over"),
         ("tiny-canny", {"control": "wide.png", "width": 64, "height": 64}, "Got a control image of 128x64"),
+        (
+            "tiny-kontext",
+            {"context": "a.png", "context_every": 2, "cache": 0.1},
+            "got cache 0.1 and context_every 2, which both spare parts of a step",
+        ),
         ("tiny-kontext", {"context": 3}, "Got int, expected a path, a PIL image or a NumPy array"),
     ],
 )

@@ -58,10 +58,12 @@ class Steering:
 
     Attributes:
         condition: Steers the passes.
+        context_every: See `flux.sampling.Conditioning`.
         kept: An image and its mask. Where the mask is black, decoded images get the image's own pixels back.
     """
 
     condition: Condition = field(default_factory=Condition)
+    context_every: int = 1
     kept: tuple[Image.Image, Image.Image] | None = None
 
     def finish(self, image: Image.Image) -> Image.Image:
@@ -199,4 +201,4 @@ def encode_conditions(images: ConditionImages, settings: SteeredSettings, encode
     if images.redux:
         redux = redux_condition(encoders.load_redux(), images.redux, settings.redux_strength)
         condition = replace(condition, txt=redux.txt)
-    return Steering(condition, kept)
+    return Steering(condition, settings.context_every, kept)

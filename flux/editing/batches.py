@@ -17,7 +17,16 @@ from flux.editing.sparse import RowGroup, group_rows, sparse_step
 from flux.intervention import NOTHING, Intervention
 from flux.math import KeysValues, PartialKeysValues
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step, step_at, window
+from flux.sampling import (
+    Conditioning,
+    ContextReuse,
+    Passes,
+    Step,
+    VelocityModel,
+    euler_step,
+    step_at,
+    window,
+)
 from flux.settings.doses import Dose
 from flux.settings.edits import Turn
 from flux.settings.resolved import ResolvedEdit
@@ -95,6 +104,8 @@ class Batch:
             there is no such edit, as far as is known.
         sparse: whether tokens that may not change are left out, once the mask is known.
         groups: the rows by the tokens that they compute. Empty while all rows compute all tokens.
+        context: reuses the context's keys and values, while the rows are not in groups. If None, they are
+            computed in each step.
     """
 
     kind: BatchKind
@@ -110,10 +121,12 @@ class Batch:
     held: Tensor | None = None
     sparse: bool = False
     groups: list[RowGroup] = field(default_factory=list)
+    context: ContextReuse | None = None
 
     def __post_init__(self):
+        self.context = ContextReuse.of(self.cond)
         if self.sparse and self.mask is not None:
-            self.groups = group_rows(self.mask)
+            self.groups = group_rows(self.mask, self.cond)
 
     @classmethod
     def start(
@@ -208,7 +221,7 @@ class Batch:
         """Sets the automatic mask, "B I 1", and the subject's tokens, "B I"; both bool."""
         self.mask, whole_image = mask, mask.all(dim=1)
         self.held = subject & whole_image if subject is not None and whole_image.any() else None
-        self.groups = group_rows(mask) if self.sparse else []
+        self.groups = group_rows(mask, self.cond) if self.sparse else []
 
     def step(
         self, pipe: Pipeline, model: VelocityModel, source: Source, index: int, reference: ReferenceStep
@@ -226,9 +239,10 @@ class Batch:
             interventions = replace(interventions, positive=watching)
         where = model, self.latent, ids, cond, reference.t, reference.t_next
         if self.groups and reference.has_all(pipe.model.num_layers):
+            self.context = None  # its keys and values are needed no more
             step = sparse_step(*where, interventions, reference.kept, self.groups, reference.velocity)
         else:
-            step = euler_step(*where, interventions)
+            step = euler_step(*where, interventions, context=self.context)
         if finds_mask:
             self.set_mask(*auto_mask(pipe, model, source, reference, self, step))
             step.watched.clear()

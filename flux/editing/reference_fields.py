@@ -6,7 +6,7 @@ from flux.settings.resolved import ResolvedEdit
 from flux.specs import get_spec
 
 STEERING = {
-    "context": ("context_positions", "reference_strength"),
+    "context": ("context_positions", "reference_strength", "context_every"),
     "fill": ("mask", "outpaint", "overlap"),
     "control": ("depth_model",),
     "redux": ("redux_strength", "redux_weights", "siglip"),

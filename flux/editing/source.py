@@ -24,7 +24,7 @@ from flux.editing.store import KeptLayers
 from flux.errors import InputError
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step, step_at
+from flux.sampling import Conditioning, ContextReuse, Passes, Step, VelocityModel, euler_step, step_at
 from flux.settings.resolved import ResolvedEdit
 
 OnStep = Callable[[Step, int, int], object]
@@ -186,7 +186,7 @@ class Source:
         if self.path is not None:
             # Inversions are unguided. The negative pass is there to keep keys and values for the edits.
             cond = replace(cond, true_cfg=1.0, mimic_scale=None)
-        cond = cond.scheduled(model, self.levels[:-1])
+        cond, context = cond.scheduled(model, self.levels[:-1]), ContextReuse.of(cond)
         for index, (t, t_next) in enumerate(pairwise(self.levels)):
             layers = layers_at(index)
             if self.path is not None:
@@ -194,8 +194,8 @@ class Source:
                 if not layers and not self.corrects_drift:
                     yield ReferenceStep(t, t_next, latent, self.path[index + 1])
                     continue
-            at_index = self.cond_at(cond, index)
-            step = euler_step(model, latent, img_ids, at_index, t, t_next, Intervention(keep=layers))
+            where = model, latent, img_ids, self.cond_at(cond, index), t, t_next
+            step = euler_step(*where, Intervention(keep=layers), context=context)
             next_latent, drift = step.latent, None
             if self.path is not None:
                 next_latent = self.path[index + 1]

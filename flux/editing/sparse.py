@@ -14,7 +14,7 @@ from torch import Tensor
 from flux.editing.store import KeptLayers
 from flux.intervention import FreeTokens, Intervention, rows_of
 from flux.math import KeysValues
-from flux.sampling import Conditioning, Passes, Step, VelocityModel, euler_step
+from flux.sampling import Conditioning, ContextReuse, Passes, Step, VelocityModel, euler_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +24,12 @@ class RowGroup:
     Attributes:
         rows: The rows, ascending.
         free: The tokens. If None, all of them.
+        context: Reuses the context's keys and values of these rows. If None, they are computed.
     """
 
     rows: list[int]
     free: FreeTokens | None
+    context: ContextReuse | None = None
 
     def intervention(self, whole: Intervention, kv: Mapping[int, KeysValues], batch: int) -> Intervention:
         """The intervention of this group's pass.
@@ -47,8 +49,12 @@ class RowGroup:
         return replace(whole, free=replace(self.free, kv=kv))
 
 
-def group_rows(mask: Tensor) -> list[RowGroup]:
-    """Group the rows of a mask, "B I 1", by the tokens that they may change.
+def group_rows(mask: Tensor, cond: Conditioning) -> list[RowGroup]:
+    """Group rows by the tokens that they may change.
+
+    Args:
+        mask: The tokens that each row may change, "B I 1".
+        cond: The conditioning of the rows.
 
     Returns:
         The groups. Empty if every row may change all tokens, so that nothing is spared.
@@ -59,7 +65,8 @@ def group_rows(mask: Tensor) -> list[RowGroup]:
     groups = []
     for rows in alike.values():
         tokens = mask[rows[0], :, 0]
-        groups.append(RowGroup(rows, None if tokens.all() else FreeTokens.of(tokens)))
+        free = None if tokens.all() else FreeTokens.of(tokens)
+        groups.append(RowGroup(rows, free, ContextReuse.of(cond)))
     return groups if any(group.free for group in groups) else []
 
 
@@ -93,7 +100,7 @@ def sparse_step(
     for group in groups:
         each = Passes(*(group.intervention(*pair, batch) for pair in zip(interventions, kept)))
         part, own = (img, cond) if len(group.rows) == batch else (img[group.rows], cond.at_rows(group.rows))
-        found = euler_step(model, part, img_ids, own, t, t_next, each).velocity
+        found = euler_step(model, part, img_ids, own, t, t_next, each, context=group.context).velocity
         if group.free is not None:
             others = group.free.others
             found[:, others] = rows_of(elsewhere, group.rows, batch)[:, others].to(found)

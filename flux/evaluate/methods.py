@@ -112,7 +112,8 @@ class MethodRunner:
             kontext_condition(pipe.encode_pixels, photo, side, strength=strength)
             for photo in self._photos(items)
         ]
-        return replace(pipe, steering=Steering(reduce(Condition.stacked, conditions)))
+        condition, every = reduce(Condition.stacked, conditions), method.settings.context_every
+        return replace(pipe, steering=Steering(condition, every))
 
     def _image_to_image(
         self, pipe: Pipeline, method: ResolvedMethod, strength: float, items: Sequence[Item]

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS, kontext_size
 from flux.inputs import Condition, Inputs
+from flux.intervention import Intervention
 from flux.model import Flux, FluxParams
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.float8 import EIGHT_BIT_FLOATS
@@ -237,6 +238,11 @@ def steering_tokens(settings: ModelSettings, spec: ModelSpec) -> tuple[int, int]
     return contexts * max(width // 16 * (height // 16) for width, height in sizes), variations * REDUX_TOKENS
 
 
+def reuses_context(settings: ModelSettings) -> bool:
+    """Return whether steps use the context's keys and values of an earlier one, which are then kept."""
+    return isinstance(settings, ConditionSettings) and bool(settings.context) and settings.context_every > 1
+
+
 class MemoryEstimator:
     """Estimates the bytes that a run with these settings needs, wherever its models are placed.
 
@@ -329,7 +335,12 @@ class MemoryEstimator:
             condition=condition,
         )
         given = [x for x in (*vars(inputs).values(), *vars(condition).values()) if isinstance(x, Tensor)]
-        nbytes = live_bytes(lambda: model.observe(inputs), [*model.parameters(), *model.buffers(), *given])
+        keeping = Intervention(keep_context=reuses_context(self.settings))
+        known = [*model.parameters(), *model.buffers(), *given]
+        nbytes = live_bytes(lambda: model.observe(inputs, keeping), known)
+        if keeping.keep_context:
+            rows = self.workload.interleaved or batch
+            nbytes += self.passes * rows * spec.num_layers * 2 * self.context_tokens * channel_bytes
         kept_layers = self.workload.kept_layers
         if kept_layers is None:
             kept_layers = len(spec.vital_layers or ())

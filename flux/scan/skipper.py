@@ -13,7 +13,7 @@ from flux.conditions.images import read_conditions
 from flux.inputs import Streams
 from flux.intervention import Intervention
 from flux.pipeline import Pipeline
-from flux.sampling import Conditioning, Passes, euler_step, sample, streams
+from flux.sampling import Conditioning, ContextReuse, Passes, euler_step, sample, streams
 from flux.scan.layers import LayerSet
 from flux.settings.resolved import ResolvedSkip
 from flux.weights.open_model import OpenModel
@@ -126,12 +126,12 @@ class LayerSkipper:
         with pipe.denoising() as model:
             # Below the first skipped layer, the first step is the reference's own.
             first_layer = min((min(layers) for layers in task.layer_sets if layers), default=0)
-            start = reference.streams[first_layer]
-            step = euler_step(
-                model, latent, ids, cond, levels[0], levels[1], intervention=intervention, start=start
-            )
-            latent = step.latent
-            for step in sample(model, latent, ids, cond, levels[1:], intervention):
+            context = ContextReuse.of(cond)
+            # Later steps need the context's keys and values of all layers.
+            start = reference.streams[0 if context else first_layer]
+            first = model, latent, ids, cond, levels[0], levels[1], intervention
+            latent = euler_step(*first, start=start, context=context).latent
+            for step in sample(model, latent, ids, cond, levels[1:], intervention, context=context):
                 latent = step.latent
         return latent
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from flux.settings.fields import Borders, FilePath, Files, Fraction, StrictModel
+from flux.settings.fields import Borders, FilePath, Files, Fraction, Steps, StrictModel
 
 
 class ConditionSettings(StrictModel, frozen=True):
@@ -23,6 +23,11 @@ class ConditionSettings(StrictModel, frozen=True):
         ge=0,
         description="how clearly attention tells places of the context apart: scale of its keys about their "
         "mean",
+    )
+    context_every: Steps = Field(
+        default=1,
+        description="number of steps that share one computation of the context's keys and values: above 1, "
+        "steps are faster, and images change",
     )
     fill: FilePath | None = Field(default=None, description="Fill: the image of which a part is painted anew")
     mask: FilePath | None = Field(

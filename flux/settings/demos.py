@@ -243,6 +243,15 @@ class GenerateSettings(Divisible, PromptSettings, frozen=True):
     )
     output_dir: FilePath = Field(default="output/test", description="folder to write to")
 
+    @model_validator(mode="after")
+    def _spares_in_one_way(self) -> "GenerateSettings":
+        if self.cache is not None and self.context and self.context_every > 1:
+            raise ValueError(
+                f"got cache {self.cache:g} and context_every {self.context_every}, which both spare parts of "
+                "a step: leave one of them out"
+            )
+        return self
+
 
 class LayerSettings(Divisible, PromptSettings, frozen=True):
     """Demo 1: a prompt's way from noise to image. After reading, `prompt` has moved to `prompts`."""

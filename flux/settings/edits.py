@@ -215,6 +215,7 @@ class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
         masks = {entry.effective_dose().mask for entry in self.entries}
         return Workload(
             self.batch_size,
+            interleaved=1 + len(self.entries),
             kept_layers=None if isinstance(self.vital_layers, str) else len(self.vital_layers),
             finds_masks="auto" in masks,
             keeps_all_layers=self.sparse and not masks <= {None, "none"},

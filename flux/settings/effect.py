@@ -98,7 +98,7 @@ def _without_effect_on_conditions(
     # Of an edit, paste_back is about a photo.
     pasting = () if isinstance(settings, EditSettings) else ("paste_back",)
     rules = (
-        (not settings.context, ("reference_strength",), "no context"),
+        (not settings.context, ("reference_strength", "context_every"), "no context"),
         (len(settings.context) < 2, ("context_positions",), "not several context images"),
         (settings.fill is None, pasting, "no fill"),
         (settings.outpaint is None, ("overlap",), "no outpaint"),
@@ -126,6 +126,9 @@ def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]
     elif not settings.inverts:
         for name in _changed(settings, "nudging", "correct_drift"):
             yield name, f'inversion is "{settings.inversion}"'
+    if settings.photo is not None and settings.inversion_free and settings.context:
+        for name in _changed(settings, "context_every"):
+            yield name, "FlowEdit computes all of it in every step"
     if isinstance(settings.vital_layers, tuple):
         count = len(settings.vital_layers)
         for top in sorted({entry.top for entry in settings.entries if entry.top and entry.top > count}):

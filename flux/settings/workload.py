@@ -9,6 +9,8 @@ class Workload:
 
     Attributes:
         batch: Number of images sampled at once.
+        interleaved: Number of images whose steps are taken by turns, batch by batch, so that all of them have
+            their context's keys and values at the same time. If None, those of one batch.
         kept_layers: Number of layers whose image kv a reference keeps for its edits. None stands for all the
             vital layers of the model.
         keeps_all_layers: Whether it may keep those of all layers, for edits that compute some tokens only.
@@ -20,6 +22,7 @@ class Workload:
     """
 
     batch: int
+    interleaved: int | None = None
     kept_layers: int | None = 0
     keeps_all_layers: bool = False
     finds_masks: bool = False

@@ -1,8 +1,11 @@
 """Edits of a reference that an image steers: every kind of edit, each as alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers.editing import DOG, EDITS, difference, half_mask, make
+from helpers.conditions import CONTEXT
+from helpers.editing import DOG, EDITS, STEPS, TOKENS, difference, half_mask, make
 
 WAYS = {
     "injection": {},
@@ -30,4 +33,38 @@ def test_a_photograph_with_its_own_prompt_comes_back(steered, photo, inversion):
     """What the edit asks for is what is there: every step is the reference's."""
     options = {"inversion": inversion, "guidance": GUIDANCE[inversion], "true_cfg": 1.0}
     made = make(steered, photo, edits=[DOG], **options)
+    assert difference(made.edits[0], made.reference) <= 1
+
+
+@pytest.fixture
+def reusing(steered):
+    """`steered`, with two steps for each computation of the context's keys and values."""
+    return replace(steered, steering=replace(steered.steering, context_every=2))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", WAYS)
+def test_edits_that_reuse_the_context_come_out_as_alone(reusing, steered, name):
+    together = make(reusing, batch_size=3, **WAYS[name])
+    for number, prompt in enumerate(EDITS[:2]):
+        alone = make(reusing, edits=[prompt], **WAYS[name])
+        assert difference(alone.edits[0], together.edits[number]) <= 1
+        assert difference(alone.reference, together.reference) == 0
+    assert difference(together.reference, make(steered).reference) > 5, "nothing is reused"
+
+
+@torch.inference_mode()
+def test_tokens_of_edits_that_reuse_the_context(reusing):
+    """Of the reference and a sparse edit beside it, in turn."""
+    counts: list[int] = []
+    hook = reusing.model.img_in.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    make(reusing, edits=EDITS[:1], mask=half_mask(), sparse=True, true_cfg=1.0)
+    hook.remove()
+    context = [CONTEXT * (step % 2 == 0) for step in range(STEPS)]
+    assert counts == [tokens + more for more in context for tokens in (TOKENS, TOKENS // 2)]
+
+
+@torch.inference_mode()
+def test_an_edit_with_its_references_prompt_is_the_reference(reusing):
+    made = make(reusing, edits=[DOG])
     assert difference(made.edits[0], made.reference) <= 1

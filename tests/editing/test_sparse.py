@@ -16,7 +16,7 @@ from flux.editing.edit import edit_reference
 from flux.editing.reference import keep_reference
 from flux.editing.sparse import group_rows
 from flux.intervention import Intervention
-from flux.sampling import euler_step
+from flux.sampling import Conditioning, euler_step
 
 LEFT = torch.arange(TOKENS) % (WIDTH // 16) < WIDTH // 32  # the white half of `half_mask`
 EVERY = frozenset(range(tiny_models.NUM_LAYERS))
@@ -245,8 +245,9 @@ def test_rows_by_their_tokens():
     mask = torch.zeros(4, 6, 1, dtype=torch.bool)
     mask[0, :2] = mask[2, :2] = mask[1, 5] = True
     mask[3] = True
-    groups = group_rows(mask)
+    cond = Conditioning(*torch.zeros(3, 4, 1))
+    groups = group_rows(mask, cond)
     assert [group.rows for group in groups] == [[0, 2], [1], [3]]
     assert [group.free and group.free.computed.tolist() for group in groups] == [[0, 1], [5], None]
     assert groups[1].free.others.tolist() == [0, 1, 2, 3, 4]
-    assert group_rows(mask[3:]) == []
+    assert group_rows(mask[3:], cond) == []

@@ -57,6 +57,26 @@ def test_kontext_counts_context_tokens(dev):
     )
 
 
+def test_kept_context_is_counted(dev):
+    """Keys and values of all layers: of each row of both passes, of a reference and of each of its edits."""
+    kv = 57 * 2 * 4150 * 3072 * 2  # bytes of one row
+    fields = {"prompts": ["x"], "context": ["a.png"], "num_steps": 50}
+
+    def kept(**more) -> float:
+        settings = fields | more
+        every, once = (
+            full_size.estimator("flux-dev-kontext", **settings, context_every=n).denoise for n in (1, 2)
+        )
+        return (once - every) / kv
+
+    assert kept() == pytest.approx(1, rel=0.1)
+    assert kept(batch_size=3) == pytest.approx(3, rel=0.1)
+    assert kept(true_cfg=2.0) == pytest.approx(2, rel=0.1)
+    edits = {"prompt": "x", "edits": ["a", "b", {"prompt": "c", "then": ["d"]}], "vital_layers": [0]}
+    fields = edits | {"context": ["a.png"], "num_steps": 50}
+    assert kept() == pytest.approx(1 + 4, rel=0.1)
+
+
 def test_redux_counts_text_tokens(dev):
     redux = full_size.estimator("flux-dev-redux")
     assert redux.denoise / dev.denoise == pytest.approx((4096 + 512 + 729) / (4096 + 512), rel=0.03)
