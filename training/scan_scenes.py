@@ -4,8 +4,8 @@
 
 A scan of `python -m flux.scan` has one image for all its prompts. Here every prompt has its own: Kontext a
 scene and an instruction for it; Fill a scene with a mask, and its caption; Canny the edges of a scene, and
-its caption; flux-nano the caption alone. Fill's images are those of the model, without the pixels that are put
-back into them, so that layers count which keep a scene as it is.
+its caption; flux-nano the caption alone. Fill's images are those of the model, without the pixels that are
+put back into them, so that layers count which keep a scene as it is.
 
 Writes scene_00/ and so on as demo 2 does, similarity.csv, vital_layers.json, vitality.png and table.md.
 Started again, it resumes.

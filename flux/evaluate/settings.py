@@ -26,8 +26,8 @@ FOREIGN_TO_METHODS = {
     *(ModelSettings.model_fields.keys() - set(SAMPLING)), "prompt", "edits", "photo", "seed", "paste_back",
     "caption_model", "parallel",
 }  # fmt: skip
-# Fields that image-to-image has a use for, the last one with a Kontext model.
-IMAGE_TO_IMAGE = {*SAMPLING, "mimic_scale", "mimic_percentile", "reference_strength"}
+# Fields that image-to-image has a use for, the last two with a Kontext model.
+IMAGE_TO_IMAGE = {*SAMPLING, "mimic_scale", "mimic_percentile", "reference_strength", "context_every"}
 # Fields of a method that no edit has.
 OWN_TO_METHODS = ("name", "strength", "context_in")
 CONTEXT_IN = ("all", "vital", "others")

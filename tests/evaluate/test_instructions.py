@@ -55,7 +55,14 @@ def differences(a, b) -> list[int]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"reference_strength": 1.5}, {"true_cfg": 2.0}, {"context_in": "vital"}, {"context_in": "others"}],
+    [
+        {},
+        {"reference_strength": 1.5},
+        {"context_every": 2},
+        {"true_cfg": 2.0},
+        {"context_in": "vital"},
+        {"context_in": "others"},
+    ],
 )
 def test_a_batch_is_what_kontext_makes_one_by_one(kontext, benchmark, items, tmp_path, fields):
     """From noise alone, with the instruction as prompt and the item's photograph as context image."""
