@@ -60,6 +60,7 @@ def test_kontext_counts_context_tokens(dev):
 def test_kept_context_is_counted(dev):
     """Keys and values of all layers: of each row of both passes, of a reference and of each of its edits."""
     kv = 57 * 2 * 4150 * 3072 * 2  # bytes of one row
+    assert round(kv / GIB, 1) == 2.7, "the page on memory"
     fields = {"prompts": ["x"], "context": ["a.png"], "num_steps": 50}
 
     def kept(**more) -> float:
