@@ -6,7 +6,6 @@ import types
 import warnings
 import weakref
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def condition(batch: int, **changes) -> Condition:
     return replace(whole, channels=None, context=whole.context[..., :64].contiguous(), **changes)
 
 
-def ways(batch: int) -> dict[str, Intervention]:
+def ways(batch: int, steered: Condition) -> dict[str, Intervention]:
     """Every way a block is called: plain, recording, skipped by rows, injecting all or some."""
     kept = (
         tiny_models.flux()
@@ -60,7 +59,16 @@ def ways(batch: int) -> dict[str, Intervention]:
     reference = Inputs(**tiny_models.inputs(1, seed=3, **SMALL))
     kv = tiny_models.flux().observe(reference, Intervention(keep=every))[1].kept
     free = replace(FreeTokens.of(torch.tensor([True, False, True, False])), kv=kv)
-    return {
+    of_context = {}
+    if steered.context is not None:
+        given = Inputs(**tiny_models.inputs(batch, seed=3, **SMALL), condition=steered)
+        context = tiny_models.flux().observe(given, Intervention(keep_context=True))[1].context
+        some = {layer: context[layer] for layer in LAYERS}
+        of_context = {
+            "context injected": Intervention(inject_context=some),
+            "context not computed": Intervention(inject_context=context, hide_context=LAYERS),
+        }
+    return of_context | {
         "plain": Intervention(),
         "kept": Intervention(keep=LAYERS, watch=LAYERS),
         "skipped": Intervention(skip=tuple(frozenset((row,)) for row in range(batch))),
@@ -91,7 +99,8 @@ def test_a_model_says_the_same(hopper, batch, eight_bit):
         # With more tokens, some value may lie so near the middle of two 8-bit floats that it is rounded the
         # other way.
         del steering[1:]
-    for steered, (name, one) in product(steering, ways(batch).items()):
+    calls = ((steered, *way) for steered in steering for way in ways(batch, steered).items())
+    for steered, name, one in calls:
         inputs = Inputs(**given, condition=steered)
         expected, found = model.observe(inputs, one)
         answer, other = fast.observe(inputs, one)

@@ -6,10 +6,12 @@ from helpers import tiny_models
 from PIL import Image
 
 from flux.editing.edit import edit
+from flux.inputs import Condition
 from flux.intervention import Intervention
 from flux.model import Inputs
 from flux.pipeline import Pipeline
 from flux.runtime.offload import BlockStreamer, Offloaded, StreamedBlock, evenly_spaced
+from flux.sampling import Conditioning, sample
 from flux.settings.complete import resolve
 from flux.settings.edits import EditSettings
 
@@ -153,6 +155,23 @@ def test_compiled_blocks_are_streamed():
     offloaded = Offloaded(model, CPU, [model.double_blocks, model.single_blocks], 7)
     with offloaded.on_device(), torch._dynamo.config.patch(error_on_recompile=False):
         assert torch.equal(model(**GIVEN), tiny_models.flux()(**GIVEN))
+
+
+def test_compiled_and_streamed_blocks_attend_to_a_kept_context():
+    """One graph for each kind of step: a break would be an error. Streamed or not, the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    context = {"context": torch.randn(1, 12, 64, generator=generator), "context_ids": torch.ones(1, 12, 3)}
+    cond = Conditioning(*(GIVEN[name] for name in ("txt", "txt_ids", "y", "guidance")))
+    cond = cond.with_condition(Condition(**context), context_every=2)
+    start = GIVEN["img"], GIVEN["img_ids"], cond, [1.0, 0.7, 0.4, 0.0]
+    model = tiny_models.flux(depth=1, depth_single_blocks=1)
+    *_, plain = sample(model, *start)
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    offloaded = Offloaded(model, CPU, [model.double_blocks, model.single_blocks], 2)
+    with offloaded.on_device(), torch._dynamo.config.patch(error_on_recompile=False):
+        *_, made = sample(model, *start)
+    assert torch.equal(made.latent, plain.latent)
 
 
 @pytest.mark.parametrize("offload", ["model", "blocks"])
