@@ -1,4 +1,8 @@
-"""The training images: their captions, the sizes they are trained at, and the order they come in."""
+"""The training images: their captions, the sizes they are trained at, and the order they come in.
+
+Kontext learns from pairs. An image `name.png`, made as the instruction in `name.txt` says, has in the
+subfolder `context` the image of that name that it was made of.
+"""
 
 import hashlib
 import json
@@ -9,14 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from PIL import Image
+
 from flux.captions.folder import ImageFolder, mentions
-from flux.errors import InputError
+from flux.conditions.kontext import kontext_size
+from flux.errors import InputError, warn
 from flux.images.io import read_image
 from flux.settings.train import TRIGGER, TrainSettings
 from flux.specs import ModelSpec
 
 STEP = 64  # pixels; images whose sides differ by less share a bucket
 LARGE_SIZES = (512, 768, 1024)
+CONTEXT = "context"
+"""The subfolder of the images that Kontext is given."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,14 @@ class Example:
         caption: Its caption, with the trigger.
         width: The width in pixels that it is scaled and cropped to, a multiple of `STEP`.
         height: The height.
+        context: The file of the image that Kontext is given. If None, the example is no pair.
     """
 
     path: Path
     caption: str
     width: int
     height: int
+    context: Path | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,6 +79,18 @@ class TrainingSet:
         """The example with the most pixels."""
         return max(self.examples, key=lambda example: example.width * example.height)
 
+    def pair_of(self, prompt: str, number: int) -> int:
+        """The number of the example whose context image a sample gets, at the largest of its sizes.
+
+        Args:
+            prompt: The prompt of the sample. If it is a caption, the first image that has it is taken.
+            number: The number of the sample. If the prompt is no caption, the image of that number is taken.
+        """
+        with_caption = [each.path for each in self.examples if each.caption == prompt]
+        path = with_caption[0] if with_caption else self.images[number % len(self.images)]
+        own = [index for index, each in enumerate(self.examples) if each.path == path]
+        return max(own, key=lambda index: self.examples[index].width * self.examples[index].height)
+
     def batches(self, seed: int, epoch: int, batch_size: int) -> list[list[int]]:
         """Divide the examples into batches of one size each, anew in each epoch.
 
@@ -98,28 +121,98 @@ def read_training_set(settings: TrainSettings, spec: ModelSpec) -> TrainingSet:
     """Read the folder of training images, and check every image and caption.
 
     Raises:
-        InputError: The folder cannot be read, an image is damaged or too small, or a caption is missing or
-            no UTF-8. The message names the file.
+        InputError: The folder cannot be read, an image is damaged or too small, a caption is missing or no
+            UTF-8, or Kontext lacks an image of a pair. The message names the file.
     """
     folder = ImageFolder.open(settings.images)
+    contexts = _find_contexts(folder, settings.model) if spec.condition == "kontext" else {}
+    if not contexts and (folder.path / CONTEXT).is_dir():
+        warn(f"{folder.path / CONTEXT} is not used: {settings.model} is trained on images alone")
     sizes, examples, digest = settings.sizes or usual_sizes(spec), [], hashlib.sha256()
     for name in folder.images:
         path, caption = folder.path / name, _caption(folder, name, settings)
-        image = read_image(path)
-        if min(image.size) < STEP:
-            raise InputError(
-                f"Got {path} of {image.width}x{image.height} pixels: expected at least {STEP} on each side"
-            )
-        found = list(dict.fromkeys(bucket(image.width, image.height, size) for size in sizes))
-        examples += [Example(path, caption, *each) for each in found]
-        pixels = hashlib.sha256(image.tobytes()).hexdigest()
-        digest.update(json.dumps([name, pixels, image.size, caption, found]).encode())
+        image, context = _read(path), contexts.get(name)
+        of_size = bucket
+        seen = [name, _digest(image), image.size, caption]
+        if context:
+            before = _read(context)
+            _check_shapes(path, image, context, before)
+            seen += [_digest(before), before.size]
+            of_size = pair_size
+        found = list(dict.fromkeys(of_size(image.width, image.height, size) for size in sizes))
+        examples += [Example(path, caption, *each, context) for each in found]
+        digest.update(json.dumps([*seen, found]).encode())
     return TrainingSet(tuple(examples), digest.hexdigest()[:32])
 
 
+def _read(path: Path) -> Image.Image:
+    """Read a training image. Raises InputError if it is damaged or too small."""
+    image = read_image(path)
+    if min(image.size) < STEP:
+        raise InputError(
+            f"Got {path} of {image.width}x{image.height} pixels: expected at least {STEP} on each side"
+        )
+    return image
+
+
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def _find_contexts(folder: ImageFolder, model: str) -> dict[str, Path]:
+    """Find the context image of each image of a folder, by its name.
+
+    Raises:
+        InputError: An image has none or two, or there is one without an image.
+    """
+    place = folder.path / CONTEXT
+    if not place.is_dir():
+        raise InputError(
+            f"Got images {folder.path} without a folder {CONTEXT}, but {model} is trained on pairs: put the "
+            f"image that each one was made of into {place}, under the same name"
+        )
+    found: dict[str, list[Path]] = {}
+    for name in ImageFolder.open(place).images:
+        found.setdefault(Path(name).stem, []).append(place / name)
+    contexts = {}
+    for name in folder.images:
+        paths = found.get(Path(name).stem, [])
+        if len(paths) != 1:
+            raise InputError(
+                f"Got {folder.path / name} with {len(paths)} images of that name in {place}: expected one, "
+                "the image that it was made of"
+            )
+        contexts[name] = paths[0]
+    if alone := found.keys() - {Path(name).stem for name in folder.images}:
+        path = found[min(alone)][0]
+        raise InputError(f"Got {path}, but no image of that name in {folder.path}: add what is made of it")
+    return contexts
+
+
+def _check_shapes(path: Path, image: Image.Image, context: Path, before: Image.Image) -> None:
+    """Raise InputError unless both images of a pair have one shape: their tokens share positions."""
+    if kontext_size(*image.size) != kontext_size(*before.size):
+        raise InputError(
+            f"Got {path} of {image.width}x{image.height} and {context} of {before.width}x{before.height}: "
+            "expected both in one shape"
+        )
+
+
 def usual_sizes(spec: ModelSpec) -> Sequence[int]:
-    """The sizes that a model is trained at by default."""
-    return LARGE_SIZES if spec.size >= max(LARGE_SIZES) else (spec.size,)
+    """The sizes that a model is trained at by default. Kontext makes images of one size."""
+    several = spec.size >= max(LARGE_SIZES) and spec.condition is None
+    return LARGE_SIZES if several else (spec.size,)
+
+
+def pair_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """Return the size that both images of a pair are trained at, see `kontext_size`.
+
+    Args:
+        width: Width of the image.
+        height: Its height.
+        size: Side of the square of as many pixels. Images are not enlarged beyond that.
+    """
+    return kontext_size(width, height, min(size, math.isqrt(width * height)))
 
 
 def bucket(width: int, height: int, size: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,12 +40,14 @@ class Features:
         txt: T5's features of each text, "1 T features".
         vec: CLIP's features of each text, "1 features".
         dino: DINOv2's features of the training images, "n C". None if there are no samples to compare.
+        contexts: The packed latent of each example's context image, "1 I 64". Empty without pairs.
     """
 
     latents: list[Tensor]
     txt: dict[str, Tensor]
     vec: dict[str, Tensor]
     dino: Tensor | None
+    contexts: Sequence[Tensor] = ()
 
 
 def read_features(folder: Path, key: str, texts: Sequence[str]) -> Features | None:
@@ -56,18 +59,24 @@ def read_features(folder: Path, key: str, texts: Sequence[str]) -> Features | No
     if checkpoint.metadata.get("key") != key:
         return None
     tensors = {name: tensor.stored.read("cpu") for name, tensor in checkpoint.tensors.items()}
-    count = sum(name.startswith("latent.") for name in tensors)
+
+    def numbered(kind: str) -> list[Tensor]:
+        count = sum(name.startswith(f"{kind}.") for name in tensors)
+        return [tensors[f"{kind}.{number}"] for number in range(count)]
+
     return Features(
-        [tensors[f"latent.{number}"] for number in range(count)],
+        numbered("latent"),
         {text: tensors[f"txt.{number}"] for number, text in enumerate(texts)},
         {text: tensors[f"vec.{number}"] for number, text in enumerate(texts)},
         tensors.get("dino"),
+        numbered("context"),
     )
 
 
 def write_features(folder: Path, key: str, features: Features) -> None:
     """Write the features for later starts. Raises InputError as `flux.files.write_bytes`."""
     tensors = {f"latent.{number}": latent for number, latent in enumerate(features.latents)}
+    tensors |= {f"context.{number}": latent for number, latent in enumerate(features.contexts)}
     tensors |= {f"txt.{number}": txt for number, txt in enumerate(features.txt.values())}
     tensors |= {f"vec.{number}": vec for number, vec in enumerate(features.vec.values())}
     if features.dino is not None:
@@ -111,11 +120,11 @@ def compute_features(
         device: Where they compute.
         dtype: The dtype that they compute in.
     """
-    latents = _latents(settings, opened, training, device, dtype)
+    latents, contexts = _latents(settings, opened, training, device, dtype)
     t5 = _encoded("text_encoder_2", settings, opened, texts, device, dtype)
     clip = _encoded("text_encoder", settings, opened, texts, device, dtype)
     dino = encoder.embed([read_image(path) for path in training.images]).cpu() if encoder else None
-    return Features(latents, t5, clip, dino)
+    return Features(latents, t5, clip, dino, contexts)
 
 
 def _latents(
@@ -124,14 +133,24 @@ def _latents(
     training: TrainingSet,
     device: torch.device,
     dtype: torch.dtype,
-) -> list[Tensor]:
-    ae, latents = opened.load_autoencoder(device, dtype), []
-    for example in tqdm(training.examples, desc="images", unit="image"):
-        image = crop_to_fit(read_image(example.path), *example.size)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The latents of all examples and, of pairs, those of their context images."""
+    ae, latents, contexts = opened.load_autoencoder(device, dtype), [], []
+
+    def encode(image: Image.Image) -> Tensor:
         pixels = to_tensor(image)[None].to(device, dtype)
         latent = in_tiles(ae.encode, pixels, 1 / 8) if settings.tiled else ae.encode(pixels)
-        latents.append(sampling.pack(latent).cpu())
-    return latents
+        return sampling.pack(latent).cpu()
+
+    for example in tqdm(training.examples, desc="images", unit="image"):
+        image = read_image(example.path)
+        if example.context is None:
+            latents.append(encode(crop_to_fit(image, *example.size)))
+            continue
+        # As `kontext_condition` scales them, so that both show each thing at one place.
+        for each, found in ((image, latents), (read_image(example.context), contexts)):
+            found.append(encode(each.resize(example.size, Image.Resampling.LANCZOS)))
+    return latents, contexts
 
 
 def _encoded(

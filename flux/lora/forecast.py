@@ -4,6 +4,7 @@ Weights are counted from their shapes. Activations are measured by one training 
 torch's meta device, which allocates nothing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flux.errors import InputError
+from flux.inputs import Condition
 from flux.lora.adapters import Target, add_adapters, prepare_backward
 from flux.lora.dataset import Example
-from flux.lora.step import velocity_loss
+from flux.lora.step import context_condition, velocity_loss
 from flux.model import Inputs
 from flux.runtime.devices import total_memory
 from flux.runtime.estimate import LiveBytes, MemoryEstimator, ModuleSize, WeightFormat, model_on_meta
@@ -124,6 +126,7 @@ class Forecaster:
     ):
         self.settings, self.spec, self.targets, self.dtype = settings, spec, targets, dtype
         self.largest, self.device = largest, device
+        self.is_pair = largest.context is not None
         self.rows = -(-settings.batch_size // settings.parallel)
         self.first = min(target.layer for target in targets)
         self.parameters = sum(target.parameters for target in targets)
@@ -133,10 +136,14 @@ class Forecaster:
         def estimator(width: int, height: int) -> MemoryEstimator:
             sized = settings.model_copy(update={"width": width, "height": height})
             sources, ranks = opened.sources(), opened.ranks_beside()
-            return MemoryEstimator(sized, spec, sources, dtype, dtype, device.type == "cuda", ranks)
+            # Context images have the size of the others.
+            own = replace(spec, size=math.ceil(math.sqrt(width * height))) if self.is_pair else spec
+            return MemoryEstimator(sized, own, sources, dtype, dtype, device.type == "cuda", ranks)
 
         self.encoding = self.sampling = estimator(*largest.size)
         of_samples = settings.width or spec.size, settings.height or spec.size
+        if self.is_pair:
+            of_samples = largest.size
         if settings.sample_prompts != () and of_samples != largest.size:
             self.sampling = estimator(*of_samples)
         self.weights: ModuleSize = self.encoding.transformer
@@ -203,6 +210,10 @@ class Forecaster:
 
     def _inputs(self) -> Inputs:
         params, spec, latent = self.spec.params, self.spec, self._latent_shape()
+        condition = Condition()
+        if self.is_pair:
+            context = torch.empty(latent, dtype=self.dtype, device="meta")
+            condition = context_condition(context, *self.largest.size, "meta")
         rows, tokens, _ = latent
 
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -216,6 +227,7 @@ class Forecaster:
             empty(rows),
             empty(rows, params.vec_in_dim),
             empty(rows) if params.guidance_embed else None,
+            condition,
         )
 
     def _seconds(self, checkpointing: bool) -> float:
@@ -225,7 +237,7 @@ class Forecaster:
         """
         layers = self.spec.num_layers
         passes = (1 + checkpointing) * (layers - self.first) / layers + 1
-        tokens = self._latent_shape()[1] + self.spec.text_length
+        tokens = (1 + self.is_pair) * self._latent_shape()[1] + self.spec.text_length
         on_gpu = self.device.type == "cuda"
         speed = operations_per_second(self.dtype, self.device, 8192 if on_gpu else 1024)
         return self.rows * passes * operations(self.spec, tokens) / (EFFICIENCY * speed)

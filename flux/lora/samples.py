@@ -19,7 +19,10 @@ from flux import sampling
 from flux.files import write_bytes, write_text
 from flux.images.io import read_image, save_image, to_pil
 from flux.images.sheets import grid
+from flux.inputs import Condition
+from flux.lora.dataset import TrainingSet
 from flux.lora.features import Features
+from flux.lora.step import context_condition
 from flux.metrics.features import PerceptualEncoder
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
@@ -62,6 +65,7 @@ class Sampler:
         settings: How to sample, and the folder.
         spec: The model.
         prompts: The prompts, with the trigger in its place.
+        training: The training images, whose context images Kontext's samples get.
         features: Features of the prompts and of the training images.
         ae: The autoencoder, on the CPU while it is not used.
         encoder: The DINOv2.
@@ -74,6 +78,7 @@ class Sampler:
         settings: ResolvedTrain,
         spec: ModelSpec,
         prompts: Sequence[str],
+        training: TrainingSet,
         features: Features,
         ae: AutoEncoder,
         encoder: PerceptualEncoder,
@@ -81,6 +86,7 @@ class Sampler:
         dtype: torch.dtype,
     ):
         self.settings, self.spec, self.prompts, self.features = settings, spec, prompts, features
+        self.training = training
         self.ae, self.encoder, self.device, self.dtype = ae, encoder, device, dtype
         self.folder = Path(settings.output_dir)
         self.rows: list[Distances] = []
@@ -128,10 +134,11 @@ class Sampler:
     def _image(self, model: Flux, number: int) -> Image.Image:
         """The sample of one prompt."""
         given, spec = self.settings, self.spec
-        width, height, seed = given.width, given.height, given.seed + number
+        (width, height), condition = self._pair(number)
+        seed = given.seed + number
         latent = sampling.get_noise(1, height, width, self.device, self.dtype, seed)
         negative = self._conditioning(given.negative_prompt) if given.true_cfg > 1 else None
-        cond = self._conditioning(self.prompts[number], negative, given.true_cfg)
+        cond = self._conditioning(self.prompts[number], negative, given.true_cfg).with_condition(condition)
         levels = sampling.get_schedule(
             given.num_steps, height // 16 * (width // 16), spec.base_shift, spec.max_shift, spec.shifted
         )
@@ -144,6 +151,14 @@ class Sampler:
         pixels = in_tiles(self.ae.decode, latent, 8) if given.tiled else self.ae.decode(latent)
         self.ae.to("cpu")
         return to_pil(pixels[0].float().clamp(-1, 1))
+
+    def _pair(self, number: int) -> tuple[tuple[int, int], Condition]:
+        """The size of one prompt's sample, and its context image: of Kontext, those of a pair."""
+        if not self.features.contexts:
+            return (self.settings.width, self.settings.height), Condition()
+        pair = self.training.pair_of(self.prompts[number], number)
+        size = self.training.examples[pair].size
+        return size, context_condition(self.features.contexts[pair], *size, self.device)
 
     def _conditioning(
         self, prompt: str, negative: Conditioning | None = None, true_cfg: float = 1.0

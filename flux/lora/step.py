@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flux.conditions.kontext import context_ids
+from flux.inputs import Condition
 from flux.model import Flux, Inputs
 from flux.sampling import get_lin_function, time_shift
 from flux.specs import ModelSpec
@@ -41,3 +43,16 @@ def velocity_loss(model: Flux, inputs: Inputs, velocity: Tensor) -> Tensor:
         velocity: The true velocity, noise - x0, "B I 64" in float32.
     """
     return (model.observe(inputs)[0].float() - velocity).square().mean(dim=(1, 2))
+
+
+def context_condition(context: Tensor, width: int, height: int, device: torch.device | str) -> Condition:
+    """Make the condition of a batch of pairs, as `flux.conditions.kontext` does of one context image.
+
+    Args:
+        context: Packed latents of the context images, "B I 64".
+        width: Width of all these images in pixels.
+        height: Their height.
+        device: Where it is put.
+    """
+    ids = context_ids([(width, height)]).to(device)
+    return Condition(context=context.to(device), context_ids=ids).expanded(len(context))

@@ -162,9 +162,14 @@ def make_plan(given: TrainSettings) -> Plan:
             f"Got model {settings.model!r}, which was distilled to few steps: training on it undoes that. "
             f"Train on {'flux-nano' if spec.folder else 'flux-dev'}, and add the LoRA to either"
         )
-    if spec.condition:
+    if spec.condition not in (None, "kontext"):
         raise InputError(
             f"Got model {settings.model!r}, which images steer: it cannot be trained here, train on flux-dev"
+        )
+    if spec.condition and (given.width or given.height):
+        raise InputError(
+            f"Got width or height, but samples of {settings.model} have the sizes of their context images: "
+            "leave them out, or give sizes"
         )
     training = read_training_set(settings, spec)
     if spec.vocabulary:
@@ -208,7 +213,15 @@ def _run(plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> Pat
     if encoder and plan.group.rank == 0:
         ae = plan.opened.load_autoencoder("cpu", plan.dtype)
         sampler = Sampler(
-            plan.settings, plan.spec, plan.prompts, features, ae, encoder, plan.device, plan.dtype
+            plan.settings,
+            plan.spec,
+            plan.prompts,
+            plan.training,
+            features,
+            ae,
+            encoder,
+            plan.device,
+            plan.dtype,
         )
         sampler.resume(trainer.step)
     return _Loop(plan, base, trainer, sampler, on_progress).run()

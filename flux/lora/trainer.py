@@ -14,10 +14,11 @@ from torch import Tensor
 
 from flux.errors import InputError
 from flux.files import write_bytes
+from flux.inputs import Condition
 from flux.lora.adapters import LoraLinear
 from flux.lora.dataset import TrainingSet
 from flux.lora.features import Features
-from flux.lora.step import noise_levels, noisy, velocity_loss
+from flux.lora.step import context_condition, noise_levels, noisy, velocity_loss
 from flux.model import Flux, Inputs
 from flux.runtime.parallel import ProcessGroup
 from flux.sampling import image_ids
@@ -122,6 +123,10 @@ class Trainer:
         guidance = None
         if self.model.params.guidance_embed:
             guidance = torch.full((rows,), self.settings.training_guidance, device=device, dtype=dtype)
+        condition = Condition()
+        if self.features.contexts:
+            context = torch.cat([self.features.contexts[number] for number in numbers])
+            condition = context_condition(context, *example.size, device)
         return Inputs(
             noisy(latents, noise, levels).to(device, dtype),
             image_ids(rows, example.height, example.width, device),
@@ -130,6 +135,7 @@ class Trainer:
             levels.to(device, dtype),
             torch.cat([self.features.vec[text] for text in texts]).to(device),
             guidance,
+            condition,
         )
 
     def _share(self, loss: Tensor) -> float:

@@ -243,7 +243,7 @@ def test_no_caption_and_no_trigger(tmp_path):
     [
         ({"model": "flux-schnell"}, "distilled to few steps.*Train on flux-dev"),
         ({"model": "flux-nano-schnell"}, "distilled to few steps.*Train on flux-nano"),
-        ({"model": "flux-dev-kontext"}, "which images steer: it cannot be trained here"),
+        ({"model": "flux-dev-fill"}, "which images steer: it cannot be trained here"),
         ({"layers": [4]}, r"\[4\].*layers 0\.\.3"),
         ({"layers": "folklore"}, "no file and no preset"),
         ({"rank": {"1": 4}}, r"no rank for layers \[2\]"),
