@@ -50,6 +50,7 @@ FIRST = 10_000  # the number of the first edit: those of the benchmark are lower
 MARGIN = 8  # pixels between what an edit changes and the edge of the mask's box
 NEAR = 2  # pixels by which an edge may be off
 OUTPAINTED = 5  # every so many masked scenes, all but the middle is masked
+JUDGED = 40  # images judged at once
 SHEET_ROWS = 10
 FIELDS = ("device", "dtype", "num_steps", "guidance", "batch_size")  # of the model's settings
 DIGITS = {"PSNR inside": 1, "changed outside": 4}
@@ -198,12 +199,14 @@ def measure(
         subjects is where it is in the scene, as intersection over union; then for a mask the PSNR inside and
         the share of changed pixels outside, for edges their agreement.
     """
-    truths, asked = [each.truth for each in examples], [each.asked for each in examples]
-    verdicts = judge.judge(truths, images, asked)
     rows = []
-    for example, image, verdict in zip(examples, images, verdicts, strict=True):
-        scores = {"success": float(verdict.success), "overlap": verdict.overlap}
-        rows.append(scores | (fidelity(example, image) if example.mask else agreement(example, image)))
+    for begin in range(0, len(examples), JUDGED):
+        part, made = examples[begin : begin + JUDGED], images[begin : begin + JUDGED]
+        truths, asked = [each.truth for each in part], [each.asked for each in part]
+        for example, image, verdict in zip(part, made, judge.judge(truths, made, asked), strict=True):
+            scores = {"success": float(verdict.success), "overlap": verdict.overlap}
+            own = fidelity(example, image) if example.mask else agreement(example, image)
+            rows.append(scores | own)
     return rows
 
 
@@ -278,7 +281,7 @@ def evaluate(kind: str, arguments: Namespace) -> Path:
     given |= {"model": arguments.model or f"flux-nano-{kind}", "width": SIDE, "height": SIDE}
     settings = check_settings(ModelSettings, given)
     pipe = Pipeline.load(settings)
-    nano = settings.model_copy(update={"model": "flux-nano"})
+    nano = settings.model_copy(update={"model": "flux-nano", "guidance": None})
     plain = Pipeline.load(nano)
     renderer, judge = Renderer(pipe.device), MeasuringJudge.load(device=pipe.device)
     draws = {"fill": fill_examples, "canny": canny_examples}[kind](renderer, SIDE)
