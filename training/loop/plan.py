@@ -42,9 +42,9 @@ PLAN: dict[str, StagePlan] = {
     "flow256": StagePlan(690, 320, 8e-4, 300_000, 61_440, 16, 8_192, decay=0.7),
     "guidance": StagePlan(40, 256, 3e-4, 60_000, 40_960, 32, 8_192, decay=0.8),
     "schnell": StagePlan(40, 256, 1e-3, 60_000, 16_384, 0, 16_384, decay=0.8),
-    "kontext": StagePlan(240, 128, 1e-3, 0, 16_384, 32, 4_096, decay=0.6),
-    "fill": StagePlan(150, 192, 1e-3, 0, 16_384, 32, 4_096, decay=0.6),
-    "canny": StagePlan(100, 192, 1e-3, 0, 16_384, 32, 4_096, decay=0.6),
+    "kontext": StagePlan(400, 128, 1.5e-3, 0, 32_768, 16, 4_096, decay=0.6),
+    "fill": StagePlan(240, 192, 1.5e-3, 0, 32_768, 16, 4_096, decay=0.6),
+    "canny": StagePlan(160, 192, 1.5e-3, 0, 32_768, 16, 4_096, decay=0.6),
     "dinov2": StagePlan(52, 256, 1e-3, 150_000, decay=0.9),
     "measuring": StagePlan(280, 512, 2e-3, 600_000, decay=0.9),
 }

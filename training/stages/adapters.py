@@ -26,7 +26,7 @@ from flux.modules.autoencoder import AutoEncoder
 from flux.sampling import pack
 from flux.weights.load import read_weights
 from training.loop.data import EMPTY, CaptionEncoder, positions
-from training.loop.models import Generator, build_flux, load_text_encoders, text_ids
+from training.loop.models import Generator, build_flux, compile_blocks, load_text_encoders, text_ids
 from training.loop.optimizer import Optimizers
 from training.loop.plan import Work
 from training.loop.trainer import Schedule, Trainer, save_atomically
@@ -242,6 +242,8 @@ def train_adapter(work: Work, kind: str) -> bool:
     trainer = Trainer(
         kind, student, Optimizers(adamw), schedule, work.cluster, work.folder, work.budget, average_decay=0.99
     )
+    if device.type == "cuda":
+        compile_blocks(student)
     examples = Examples(work, kind, load_autoencoder(work))
     while examples.filled < plan.first:
         examples.add(min(CHUNK, plan.first))

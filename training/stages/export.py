@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flux.lora.extract import low_rank
 from flux.weights.load import read_weights
 from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
 from training.loop.plan import ADAPTERS, Work
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = torch.iinfo(torch.int8).max
+INPUT_RANK = 128
 SMALL = 4096
 TINY = torch.finfo(torch.float16).tiny
 
@@ -36,7 +38,7 @@ def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     file = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for name, value in weights.items():
-        value = value.detach().float().cpu()
+        value = value.detach().float().cpu().contiguous()
         if value.ndim == 2:
             scale = value.abs().max().clamp(min=1e-12) / FP8_MAX
             file[name] = (value / scale).to(torch.float8_e4m3fn)
@@ -73,6 +75,17 @@ def export_judge(weights: dict[str, Tensor], path: Path) -> None:
     save_file(rounded_to_bytes(weights), path)
 
 
+def export_adapter(weights: dict[str, Tensor], folder: Path, kind: str) -> None:
+    """Writes the low-rank changes of a kind of condition. The input's change is cut to `INPUT_RANK`."""
+    from safetensors.torch import save_file
+
+    down, up = weights["img_in.lora_A.weight"], weights["img_in.lora_B.weight"]
+    if len(down) > INPUT_RANK:
+        down, up, _ = low_rank(up @ down, INPUT_RANK, None)
+    weights = {**weights, "img_in.lora_A.weight": down, "img_in.lora_B.weight": up}
+    save_file(scaled_fp8(weights), folder / f"{kind}_lora.safetensors")
+
+
 def export(work: Work) -> bool:
     """Writes `work.folder`/assets, except for the perceptual encoder. Returns True."""
     if not work.cluster.first:
@@ -88,10 +101,7 @@ def export(work: Work) -> bool:
     save_file(scaled_fp8(lora), folder / "schnell_lora.safetensors")
     for kind in ADAPTERS:
         if work.result(kind).exists():
-            save_file(
-                scaled_fp8(torch.load(work.result(kind), map_location="cpu")),
-                folder / f"{kind}_lora.safetensors",
-            )
+            export_adapter(torch.load(work.result(kind), map_location="cpu"), folder, kind)
     ae = load_autoencoder(work).cpu()
     save_file(rounded_to_bytes(ae.state_dict()), folder / "ae.safetensors")
     generator.t5.half().save_pretrained(folder / "text_encoder_2")

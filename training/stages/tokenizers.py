@@ -57,7 +57,9 @@ def _write_t5(folder: Path, captions: list[str], words: list[str]) -> None:
         [sys.executable, "-c", _TRAIN_PIECES, str(corpus), str(model), str(T5_PIECES)],
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
+    # tokenizer.json says all that this file does, but for Unicode's rules, which are 250 kB.
     corpus.unlink()
+    model.unlink()
     _fast_t5([(piece, score) for piece, score in json.loads(found.stdout)]).save_pretrained(folder)
     # Every release of transformers knows this name. Newer ones write another, which older ones do not know.
     config = folder / "tokenizer_config.json"
