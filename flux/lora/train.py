@@ -13,6 +13,7 @@ A training may be stopped at any moment; started again, it resumes after the las
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ FREE_FIELDS = {
 }  # fmt: skip
 STATE, LORA = "state.safetensors", "lora.safetensors"
 MOST_DEFAULT_PROMPTS = 2
+LONGEST_WAIT = timedelta(days=7)  # for the first process, which alone encodes images and makes samples
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def make_plan(given: TrainSettings) -> Plan:
     training = read_training_set(settings, spec)
     if spec.vocabulary:
         warn_of_unknown_words(training.captions, spec.vocabulary)
-    group = join(settings.parallel, settings.device)
+    group = join(settings.parallel, settings.device, LONGEST_WAIT)
     device = group.device or pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device, spec)
     if settings.quantize == "fp8":

@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache
 from itertools import permutations
 
@@ -70,12 +71,14 @@ class ProcessGroup:
 ALONE = ProcessGroup()
 
 
-def join(parallel: int, device: str) -> ProcessGroup:
+def join(parallel: int, device: str, longest_wait: timedelta | None = None) -> ProcessGroup:
     """Join the other processes that torchrun started.
 
     Args:
         parallel: Number of processes that the settings ask for.
         device: Device that the settings ask for.
+        longest_wait: How long a process may wait for another one. If None, as long as torch lets it: ten
+            minutes on GPUs, half an hour elsewhere.
 
     Returns:
         `ALONE` if there is a single process.
@@ -101,7 +104,7 @@ def join(parallel: int, device: str) -> ProcessGroup:
         )
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if not on_gpu:
-        dist.init_process_group(backend="gloo")
+        dist.init_process_group(backend="gloo", timeout=longest_wait)
         return ProcessGroup(dist.get_rank(), parallel, torch.device("cpu"))
     gpus, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus < wanted:
@@ -111,7 +114,7 @@ def join(parallel: int, device: str) -> ProcessGroup:
     # Makes NCCL leave copies to the GPUs' copy engines where it can. Its kernels would wait for a matmul to
     # end that they are to overlap with.
     os.environ.setdefault("NCCL_CTA_POLICY", "2")
-    dist.init_process_group(backend="nccl", device_id=gpu)
+    dist.init_process_group(backend="nccl", device_id=gpu, timeout=longest_wait)
     return ProcessGroup(dist.get_rank(), parallel, gpu)
 
 

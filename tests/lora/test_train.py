@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,19 @@ def test_two_processes_train_as_one(tmp_path):
         assert error < 1e-5, name
     names = [sorted(path.name for path in Path(tmp_path, way).iterdir()) for way in ("one", "two")]
     assert names[0] == names[1]
+
+
+def test_processes_wait_for_the_samples_of_the_first(tmp_path, monkeypatch):
+    """torch ends a process that has waited for ten minutes, which encoding or sampling may well take."""
+    from flux.runtime import parallel
+
+    given = {}
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda **fields: given.update(fields))
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_RUN_ID": "test"}.items():
+        monkeypatch.setenv(name, value)
+    make_plan(settings(tmp_path, parallel=2, batch_size=2))
+    assert given["timeout"] > timedelta(hours=24)
 
 
 def test_an_edit_with_the_new_lora_under_injection(trained, tmp_path):
