@@ -138,6 +138,36 @@ def test_rows_are_those_of_separate_samplings(model, given):
         assert_close(last(model, own, conditioning(own, 2)), together[[row]], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_context_kept_on_request(model, given, guided):
+    """A step hands out what its own intervention keeps, and nothing of what is reused."""
+    cond, where = conditioning(given, 2, guided), (given["img"], given["img_ids"])
+    keep = Intervention(keep_context=True)
+    plain, kept = (
+        list(sample(model, *where, cond, LEVELS, each, context=context))
+        for each, context in ((Intervention(), None), (keep, ContextReuse(1)))
+    )
+    assert not any(kv for step in plain for kv in step.context)
+    for step in kept:
+        again = step.context.map(lambda kv: Intervention(inject_context=kv))
+        velocity = euler_step(model, step.noisy, given["img_ids"], cond, step.t, step.t_next, again).velocity
+        assert_close(velocity, step.velocity, rtol=0, atol=2e-5)
+        assert [len(kv) for kv in step.context] == [tiny_models.NUM_LAYERS] * (1 + guided)
+
+
+def test_what_a_step_injects_comes_first(model, given):
+    """In its layers; in the others, what is known from the step before is used."""
+    cond = conditioning(given, 2)
+    first, second, *_ = pairwise(LEVELS)
+    begin = euler_step(model, given["img"], given["img_ids"], cond, *first, Intervention(keep_context=True))
+    own = {3: tuple(x + 1 for x in begin.context.positive[3])}
+    mine = Intervention(inject_context=own)
+    *_, step = sample(model, given["img"], given["img_ids"], cond, LEVELS[:3], [Intervention(), mine])
+    both = Intervention(inject_context={**begin.context.positive, **own})
+    expected = euler_step(model, begin.latent, given["img_ids"], cond, *second, both)
+    assert_close(step.latent, expected.latent, rtol=0, atol=5e-6)
+
+
 def test_beside_interventions_of_each_step(model, given, computed):
     """A layer skipped in all steps, and in each row another one; a step's own injection comes first."""
     cond = conditioning(given, 9)

@@ -29,6 +29,7 @@ class Step:
         velocity: The model's answer to it, "B I 64".
         kept: Image keys and values of the layers that the intervention kept, for each pass.
         watched: Queries and keys of the layers that the intervention watched.
+        context: The context tokens' keys and values, if the intervention kept them, for each pass.
     """
 
     t: float
@@ -37,6 +38,7 @@ class Step:
     velocity: Tensor
     kept: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    context: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
 
     @cached_property
     def latent(self) -> Tensor:
@@ -111,16 +113,18 @@ def euler_step(
         inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
         if context is None:
             return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
-        intervention = context.applied(intervention, number, len(img))
-        velocity, found = model.observe(inputs, intervention, start=start, mods=mods)
+        changed = context.applied(intervention, number, len(img))
+        velocity, found = model.observe(inputs, changed, start=start, mods=mods)
         context.store(found, number)
-        return velocity, found
+        # A step may outlive those that are reused, which are large.
+        return velocity, found if intervention.keep_context else replace(found, context={})
 
     each = intervention if isinstance(intervention, Passes) else Passes(intervention)
     first, second = (start.positive, start.negative) if start else (None, None)
     if cond.negative is None:
         velocity, found = observe(img, cond, each.positive, first, cache)
-        return Step(t, t_next, img, velocity, Passes(found.kept), found.watched)
+        kept, of_context = Passes(found.kept), Passes(found.context)
+        return Step(t, t_next, img, velocity, kept, found.watched, of_context)
 
     other = each.negative or replace(each.positive, watch=frozenset())
     if in_one_batch(img) and each.positive.free is None:
@@ -135,7 +139,8 @@ def euler_step(
         velocity, found = observe(img, cond, each.positive, first)
         away, found_negative = observe(img, cond.negative, other, second, number=1)
     kept = Passes(found.kept, found_negative.kept)
-    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, found.watched)
+    of_context = Passes(found.context, found_negative.context)
+    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, found.watched, of_context)
 
 
 def sample(
