@@ -8,10 +8,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.files import write_file
 from flux.lora.contents import OpenLora, open_lora, open_loras
-from flux.lora.pairs import DTYPES, Form, Pairs, check_output, form_of, read_pairs, stored_dtype, write_pairs
+from flux.lora.pairs import (
+    DTYPES,
+    ENCODERS,
+    Form,
+    Pairs,
+    check_output,
+    form_of,
+    read_pairs,
+    stored_dtype,
+    write_pairs,
+)
 from flux.model import Flux
 from flux.specs import configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
@@ -99,6 +109,10 @@ def merge_into(
         InputError: A LoRA does not fit the transformer, or the output exists or cannot be written.
     """
     path, opened = check_output(output, force), open_loras(files)
+    for lora in opened:
+        if lora.text_encoders:
+            encoders = " and ".join(ENCODERS[part] for part in lora.text_encoders)
+            warn(f"{lora.path}: its changes to {encoders} are left out, which a transformer's file has not")
     uses = [LoraUse(Path(f), weight) for f, weight in zip(files, _weights(files, weights), strict=True)]
     checkpoint = open_checkpoint(Path(base), "transformer")
     name, model = _open_model(checkpoint, opened[0], uses)

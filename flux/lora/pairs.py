@@ -6,7 +6,7 @@
 
 In the last two, alpha / rank is multiplied into the second factor. diffusers has queries, keys and values
 apart: a pair is cut by rows, which is exact. The other way they become one pair of three times the rank,
-unless they share their first factor.
+unless they share their first factor. kohya and diffusers have names for the text encoders' matrices as well.
 """
 
 import json
@@ -25,8 +25,10 @@ from flux.errors import InputError, warn
 from flux.files import write_bytes
 from flux.lora.contents import OpenLora
 from flux.model import Flux, FluxParams
+from flux.weights.headers import short_name
+from flux.weights.layouts import Part
 from flux.weights.load import on_meta
-from flux.weights.lora import diffusers_places
+from flux.weights.lora import diffusers_places, match_text_patches
 from flux.weights.lora_formats import LowRank
 from flux.weights.save import safetensors_bytes
 
@@ -34,6 +36,12 @@ Form = Literal["kohya", "bfl", "diffusers"]
 CPU = torch.device("cpu")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OF_PEFT = "lora_adapter_metadata"
+# How names of the text encoders' modules begin in the forms that have some.
+TEXT_NAMES: dict[Form, dict[Part, str]] = {
+    "kohya": {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te3_"},
+    "diffusers": {"text_encoder": "text_encoder.text_model.", "text_encoder_2": "text_encoder_2."},
+}
+ENCODERS: dict[Part, str] = {"text_encoder": "CLIP", "text_encoder_2": "T5"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +83,19 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """All low-rank changes to a transformer.
+    """All low-rank changes to a transformer and its text encoders.
 
     Attributes:
         params: The transformer's sizes.
-        pairs: The changes of each module, in our names.
+        pairs: The changes of each of its modules, in our names.
         biases: The change to the bias of a module, "rows" in our order, strength included.
+        texts: The changes of each module of the text encoders, likewise.
     """
 
     params: FluxParams
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[Part, dict[str, list[Pair]]] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -95,22 +105,25 @@ class Pairs:
 
     def add(self, other: "Pairs", strength: float = 1.0) -> None:
         """Add another LoRA's changes, times a strength. Ranks add up, the sum is exact."""
-        for module, pairs in other.pairs.items():
-            scaled = [Pair(pair.start, pair.down, pair.up, pair.scale * strength) for pair in pairs]
-            self.pairs.setdefault(module, []).extend(scaled)
+        every = [(self.pairs, other.pairs)]
+        every += [(self.texts.setdefault(part, {}), pairs) for part, pairs in other.texts.items()]
+        for own, theirs in every:
+            for module, pairs in theirs.items():
+                scaled = [Pair(pair.start, pair.down, pair.up, pair.scale * strength) for pair in pairs]
+                own.setdefault(module, []).extend(scaled)
         for module, bias in other.biases.items():
             self.biases[module] = self.biases.get(module, torch.zeros_like(bias)) + strength * bias
 
 
 def read_pairs(lora: OpenLora) -> Pairs:
-    """Read the low-rank changes of a file to the transformer.
+    """Read the low-rank changes of a file.
 
     Raises:
-        InputError: It has changes of another form.
+        InputError: It has changes of another form to the transformer.
     """
-    if others := lora.file.parts - {"transformer"}:
-        warn(f"{lora.path}: its changes to {' and '.join(sorted(others))} are left out")
     found = Pairs(lora.params)
+    for part in lora.text_encoders:
+        found.texts[part] = _text_pairs(lora, part)
     shapes = found.shapes
     for patch in lora.patches:
         module, place = patch.place.module, patch.place
@@ -128,6 +141,22 @@ def read_pairs(lora: OpenLora) -> Pairs:
             bias = found.biases.setdefault(module, torch.zeros(shapes[module][0]))
             bias[place.start : place.stop] += patch.bias(CPU)
     return replace(found, pairs={module: regrouped(pairs) for module, pairs in found.pairs.items()})
+
+
+def _text_pairs(lora: OpenLora, part: Part) -> dict[str, list[Pair]]:
+    """The changes to the modules of a text encoder. Those of other forms are left out."""
+    patches, others = match_text_patches(lora.file, part)
+    if others:
+        warn(
+            f"{lora.path}: {len(others)} changes to {ENCODERS[part]} are no pairs of factors and left out: "
+            f"{', '.join(map(short_name, others[:3]))}"
+        )
+    pairs: dict[str, list[Pair]] = {}
+    for patch in patches:
+        if isinstance(patch.change, LowRank):
+            down, up = patch.change.factors(patch.place, 1.0, CPU)
+            pairs[patch.place.module] = [Pair(0, down, up, patch.scale * patch.strength)]
+    return pairs
 
 
 def stored_dtype(lora: OpenLora) -> torch.dtype:
@@ -182,20 +211,15 @@ def tensors_of(lora: Pairs, form: Form, dtype: torch.dtype) -> tuple[dict[str, T
     Returns:
         The tensors by name, and the entries of the metadata that belong to the form.
     """
-    shapes, tensors = lora.shapes, {}
+    shapes, (tensors, texts) = lora.shapes, _of_text_encoders(lora, form, dtype)
     if form == "diffusers":
-        return _in_diffusers(lora, shapes, dtype)
+        own, config = _in_diffusers(lora, shapes, dtype)
+        metadata = {OF_PEFT: json.dumps(config | texts, sort_keys=True)} if config or texts else {}
+        return own | tensors, metadata
     for module in sorted({*lora.pairs, *lora.biases}):
         name = f"lora_unet_{module.replace('.', '_')}" if form == "kohya" else module
         if module in lora.pairs:
-            pair = joined(lora.pairs[module], shapes[module][0])
-            if form == "kohya":
-                tensors[f"{name}.lora_down.weight"] = pair.down.to(dtype)
-                tensors[f"{name}.lora_up.weight"] = pair.up.to(dtype)
-                tensors[f"{name}.alpha"] = torch.tensor(pair.scale * pair.rank)
-            else:
-                tensors[f"{name}.lora_A.weight"] = pair.down.to(dtype)
-                tensors[f"{name}.lora_B.weight"] = (pair.scale * pair.up).to(dtype)
+            tensors |= _factors(name, joined(lora.pairs[module], shapes[module][0]), form, dtype)
         if module in lora.biases:
             # Beside a pair, a bias of BFL's form is scaled by 1, as the pair is.
             ending = "lora_B.bias" if form == "bfl" else "diff_b"
@@ -203,9 +227,41 @@ def tensors_of(lora: Pairs, form: Form, dtype: torch.dtype) -> tuple[dict[str, T
     return tensors, {}
 
 
+def _factors(name: str, pair: Pair, form: Form, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a module's pair, which has all its rows in the file's order."""
+    if form == "kohya":
+        factors = {"lora_down.weight": pair.down.to(dtype), "lora_up.weight": pair.up.to(dtype)}
+        factors["alpha"] = torch.tensor(pair.scale * pair.rank)
+    else:
+        factors = {"lora_A.weight": pair.down.to(dtype), "lora_B.weight": (pair.scale * pair.up).to(dtype)}
+    return {f"{name}.{role}": factor for role, factor in factors.items()}
+
+
+def _of_text_encoders(
+    lora: Pairs, form: Form, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the text encoders' changes, and PEFT's configuration of them."""
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for part, modules in lora.texts.items():
+        if form not in TEXT_NAMES:
+            warn(f"The changes to {ENCODERS[part]} are left out: {form} has no names for them")
+            continue
+        prefix, ranks = TEXT_NAMES[form][part], {}
+        for module, pairs in sorted(modules.items()):
+            pair = joined(pairs, len(pairs[0].up))
+            name = prefix + (module.replace(".", "_") if form == "kohya" else module)
+            tensors |= _factors(name, pair, form, dtype)
+            ranks[name.removeprefix(f"{part}.")] = pair.rank
+        if ranks:
+            config |= _peft_config(ranks, False, part)
+    return tensors, config
+
+
 def _in_diffusers(
     lora: Pairs, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the transformer's changes, and PEFT's configuration of them."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for module in sorted({*lora.pairs, *lora.biases}):
@@ -220,16 +276,13 @@ def _in_diffusers(
             pair = joined(parts or [nothing], place.rows)
             ranks[their] = pair.rank
             name = f"transformer.{their}"
-            tensors[f"{name}.lora_A.weight"] = pair.down.to(dtype)
-            tensors[f"{name}.lora_B.weight"] = place.in_order(pair.scale * pair.up).to(dtype)
+            tensors |= _factors(name, replace(pair, up=place.in_order(pair.up)), "diffusers", dtype)
             if lora.biases:  # PEFT has them in all modules or in none
                 tensors[f"{name}.lora_B.bias"] = place.in_order(bias).to(dtype)
-    if not tensors:
-        return {}, {}
-    return tensors, {OF_PEFT: json.dumps(_peft_config(ranks, bool(lora.biases)), sort_keys=True)}
+    return tensors, _peft_config(ranks, bool(lora.biases), "transformer") if ranks else {}
 
 
-def _peft_config(ranks: Mapping[str, int], has_biases: bool) -> dict[str, Any]:
+def _peft_config(ranks: Mapping[str, int], has_biases: bool, part: Part) -> dict[str, Any]:
     """PEFT's configuration of a file whose modules' scale is 1. diffusers takes ranks that differ from it."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != usual}
@@ -241,7 +294,7 @@ def _peft_config(ranks: Mapping[str, int], has_biases: bool) -> dict[str, Any]:
         "target_modules": sorted(ranks),
         "lora_bias": has_biases,
     }
-    return {f"transformer.{key}": value for key, value in config.items()}
+    return {f"{part}.{key}": value for key, value in config.items()}
 
 
 def form_of(lora: OpenLora) -> Form:

@@ -22,7 +22,7 @@ from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.headers import parse_json, short_name
 from flux.weights.layouts import SWAPPED, Part, diffusers_modules
-from flux.weights.lora_formats import LoraFields, LoraPlace, Sum, WeightChange, read_finite
+from flux.weights.lora_formats import LoraFields, LoraPlace, LowRank, Sum, WeightChange, read_finite
 from flux.weights.lora_patches import BIASES, Patch, change_in, check_fields
 from flux.weights.scales import ScaledTensor
 
@@ -52,6 +52,17 @@ EMBEDDING = "bundle_emb."  # a trained word that OneTrainer puts beside a LoRA
 TEXT_PREFIXES: dict[Part, tuple[str, ...]] = {
     "text_encoder": ("lora_te1_", "lora_te_", "text_encoder.", "text_encoders.clip_l.transformer."),
     "text_encoder_2": ("lora_te2_", "lora_te3_", "text_encoder_2.", "text_encoders.t5xxl.transformer."),
+}
+# The matrices of text encoders that trainers change: a pattern of kohya's names, and our name.
+TEXT_MODULES: dict[Part, tuple[str, str]] = {
+    "text_encoder": (
+        r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc[12])",
+        r"encoder.layers.\1.\2.\3",
+    ),
+    "text_encoder_2": (
+        r"encoder_block_(\d+)_layer_([01])_(SelfAttention|DenseReluDense)_([qkvo]|wi_[01]|wo)",
+        r"encoder.block.\1.layer.\2.\3.\4",
+    ),
 }
 PREFIXES = (
     "base_model.model.", "transformer.", "unet.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
@@ -215,6 +226,30 @@ def match_patches(files: Iterable[LoraFile], part: Part, model: nn.Module) -> li
         if part == "transformer" and file.layers:
             check_layers(file.layers, num_double + num_single)
     return [patch for file in files for patch in _patches_of(file, part, model, places, num_double)]
+
+
+def match_text_patches(file: LoraFile, part: Part) -> tuple[list[Patch], list[str]]:
+    """Find the low-rank changes of a file to a text encoder by the file's names, without any model.
+
+    Returns:
+        These changes, and the modules, in the file's names, that are changed in another way.
+    """
+    pattern, ours = TEXT_MODULES[part]
+    patches, others = [], []
+    for module, fields in file.modules.items():
+        if part_of(module) != part:
+            continue
+        prefix = next(prefix for prefix in TEXT_PREFIXES[part] if module.startswith(prefix))
+        found = re.fullmatch(pattern, module[len(prefix) :].replace(".", "_"))
+        change = _change_in(file, part, fields)
+        if not found or not isinstance(change, LowRank) or not change.shape or fields.keys() & {*BIASES}:
+            others.append(module)
+            continue
+        rows, columns = change.shape
+        scale = _scale(file, module, part, fields, change.rank)
+        place = LoraPlace(found.expand(ours), 0, rows, columns)
+        patches.append(Patch(place, change, {}, file.strength, scale, module))
+    return patches, others
 
 
 def layer_of(module: str, num_double: int) -> int | None:
