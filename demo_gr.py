@@ -1,9 +1,9 @@
 """The studio, a web page: generate, edit and look inside.
 
-    python demo_gr.py [--name flux-nano] [--device auto] [--offload] [--share] [--host 0.0.0.0] [--port 7860]
-        [--auth user:password] [--ssl_certfile FILE --ssl_keyfile FILE] [--root_path /studio]
-        [--allowed_hosts NAME,NAME] [--publish_scans] [--track_usage] [--content_filter auto|off|NAME]
-        [--output_dir output/studio]
+    python demo_gr.py [--name flux-nano] [--models NAME,NAME] [--device auto] [--offload] [--share]
+        [--host 0.0.0.0] [--port 7860] [--auth user:password] [--ssl_certfile FILE --ssl_keyfile FILE]
+        [--root_path /studio] [--allowed_hosts NAME,NAME] [--publish_scans] [--track_usage]
+        [--content_filter auto|off|NAME] [--output_dir output/studio]
 
 Any other field of a demo's model (--weights, --dtype, ...) may be given too. The page writes its images to
 output_dir, into a folder for each session. `flux.studio` describes how programs use it over HTTP.
@@ -22,6 +22,7 @@ from flux.settings.files import check_settings
 @exit_on_input_error()
 def main(
     name: str = "flux-nano",
+    models: str | None = None,
     device: str = "auto",
     offload: bool | str = False,
     share: bool = False,
@@ -41,7 +42,9 @@ def main(
     """Serve the studio until it is stopped.
 
     Args:
-        name: the model, one of flux.specs.configs
+        name: the first model, one of flux.specs.configs
+        models: further models that visitors can choose, with commas between; if not set, those that share
+            the first one's files, unless others than this machine's user can open the page
         device: where to run: "auto", "cpu", "cuda", "cuda:1", "mps"
         offload: keep each model in main memory until it is used; or "blocks", "auto", as in the demos
         share: make a public link through gradio's servers
@@ -64,14 +67,21 @@ def main(
 
     from flux.files import check_folder
     from flux.studio.app import Address, open_studio, serve
+    from flux.studio.models import models_beside
 
-    names = tuple(name.strip() for name in allowed_hosts.split(",") if name.strip())
-    address = Address(host, port, share, auth, ssl_certfile, ssl_keyfile, root_path, names)
+    hosts = _names(allowed_hosts)
+    address = Address(host, port, share, auth, ssl_certfile, ssl_keyfile, root_path, hosts)
     address.check()
     folder = Path(output_dir).expanduser()
     check_folder(folder)
-    studio = open_studio(settings, folder, content_filter, track_usage, publish_scans)
+    others = models_beside(settings, None if models is None else _names(models), address.is_public)
+    studio = open_studio(settings, folder, content_filter, track_usage, publish_scans, others)
     serve(studio, address)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Split names at their commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Text encoders: T5 for the features of each token, CLIP for one pooled vector."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -111,7 +111,19 @@ class HFEmbedder(nn.Module):
         return self.hf_module(input_ids=tokens["input_ids"].to(self.hf_module.device))[self.output_key]
 
 
-def cut_words(t5: HFEmbedder, prompt: str) -> list[str]:
+class TextReader(NamedTuple):
+    """The part of a text encoder that says what it sees of a prompt. It needs no weights.
+
+    Attributes:
+        tokenizer: The encoder's tokenizer.
+        max_length: Number of tokens to which a prompt is cut.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+
+
+def cut_words(t5: HFEmbedder | TextReader, prompt: str) -> list[str]:
     """List the words of a prompt that lie wholly or partly beyond the encoder's length."""
     tokens = t5.tokenizer(prompt, truncation=True, max_length=t5.max_length, return_offsets_mapping=True)
     if len(tokens["input_ids"]) < t5.max_length:
@@ -122,7 +134,7 @@ def cut_words(t5: HFEmbedder, prompt: str) -> list[str]:
     return prompt[min(seen, next(starts, seen)) :].split()
 
 
-def unreadable_words(t5: HFEmbedder, prompt: str) -> list[str]:
+def unreadable_words(t5: HFEmbedder | TextReader, prompt: str) -> list[str]:
     """List the words of a prompt with letters that the encoder has no token for, such as Chinese in T5."""
     unknown = t5.tokenizer.unk_token_id
     tokens = t5.tokenizer(prompt, truncation=True, max_length=t5.max_length, return_offsets_mapping=True)
@@ -138,7 +150,7 @@ def unreadable_words(t5: HFEmbedder, prompt: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def unseen_words_warnings(t5: HFEmbedder, prompts: list[str]) -> list[str]:
+def unseen_words_warnings(t5: HFEmbedder | TextReader, prompts: list[str]) -> list[str]:
     """Return a sentence for each prompt with words that are cut off, and with words that cannot be read."""
     lines = []
     for prompt in prompts:

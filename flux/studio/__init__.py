@@ -1,18 +1,23 @@
 """The studio: a web page to generate, edit and look inside, and the same over HTTP (`python demo_gr.py`).
 
-Modules, from top to bottom: `app` loads the model and serves the page; `guard` stands before the whole
-server; `page` builds the page from `tabs`; `endpoints` serves programs; `work` holds the work of each tab;
-`widgets` holds components, `viewer` the one for before and after, `painter` the board for masks, `sliders`
-the layers of a LoRA; `words` explains the page's ideas; `repeat` writes a run as a command and a program;
-`forms` turns form values into settings; `state` holds what all share; `line` is the queue for the model,
-`engine` runs one thing at a time; `callers` knows who is connected, `sessions` keeps what each visitor made,
+Modules, from top to bottom: `app` loads the models and serves the page at an `address`; `guard` stands
+before the whole server; `page` builds the page of each model from `header` and `tabs`; `endpoints` serves
+programs; `work` holds the work of each tab; `widgets` holds components, `viewer` the one for before and
+after, `painter` the board for masks, `sliders` the layers of a LoRA; `words` explains the page's ideas;
+`repeat` writes a run as a command and a program;
+`forms` turns form values into settings; `state` holds what all share; `line` is the queue for the models,
+`engine` runs one thing at a time; `models` says which models there are, `memory` which of them are loaded;
+`callers` knows who is connected, `sessions` keeps what each visitor made,
 `visits` finds it again after a reload; `limits` bounds requests; `hardening` keeps gradio from fetching or
 serving anything else. `studio.js` is what the page does by itself.
 
-Programs call named endpoints, those of what the loaded model can do, with gradio_client or plain HTTP (see
-`examples/studio_client.py`).
-Parameters that are left out have the page's values. Layers are numbered over the whole model, from 0.
+Programs call named endpoints, those of what the studio's models can do, with gradio_client or plain HTTP
+(see `examples/studio_client.py`). Each takes `model`, the name of one of the studio's models; without it, the
+first one that can do what is asked. Other parameters that are left out have the values of that model's page.
+Layers are numbered over the whole model, from 0.
 
+/models     -> a list of the models: name, what it does, its endpoints, and whether it is in memory. The first
+            one is that of the page at the server's root.
 /generate   prompt, seed, count, width, height, num_steps, guidance, true_cfg, negative_prompt, image,
             strength, control, redux, redux_strength
             -> the images (PNG with the settings in it), run.json, which demo 0 takes, and warnings.
@@ -29,16 +34,19 @@ Parameters that are left out have the page's values. Layers are numbered over th
             continued: left to below are borders, as shares of its sides; overlap is how far its own edge is
             painted anew.
 /edit       prompt, edits, seed, layers, photo, mask, dose, weight, inject_from, inject_until, parts,
-            inversion, paste_back, width, height, num_steps, guidance, true_cfg, negative_prompt
+            inversion, paste_back, width, height, num_steps, guidance, true_cfg, negative_prompt, control,
+            fill
             -> the reference and its edits, run.json, which demo 4 takes, and warnings.
             edits: what each edited image shows; one that begins with ">" is a further turn of the one before.
             photo: edit this upload, which the prompt describes. mask: an upload of any size, white where the
             image may change; without one, the dose auto finds a mask by itself, and with any other dose the
             whole image may change. layers: without any, those that this caller's own last scan found, then
-            the model's known vital layers. All others are fields of `flux.settings.edits.EditSettings`.
-/scan       prompts, seed, layers, top, width, height, num_steps, guidance, true_cfg
+            the model's known vital layers. control, fill: for models that need such an image; of an image to
+            fill, mask is what reference and edits paint anew. All others are fields of
+            `flux.settings.edits.EditSettings`.
+/scan       prompts, seed, layers, top, width, height, num_steps, guidance, true_cfg, control, fill, mask
             -> the contents of vital_layers.json, vitality.png, and warnings. top: how many layers are vital;
-            without it, those above the largest gap.
+            without it, those above the largest gap. control, fill, mask: as for /edit.
 
 warnings is a list of lines: words of the prompts that the model does not know or does not see, settings
 without effect, a size that was rounded or is far from the model's own. Calls wait for their turn; callers

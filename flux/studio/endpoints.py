@@ -24,12 +24,13 @@ from flux.studio.forms import (
     scan_settings,
     warnings_about,
 )
+from flux.studio.models import about_model
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.work.edit import known_layers, run_edit
 from flux.studio.work.fill import run_fill
 from flux.studio.work.generate import run_generate, steering_images
-from flux.studio.work.scan import run_scan
+from flux.studio.work.scan import run_scan, steered_scan
 
 R = TypeVar("R")
 ENDPOINT = "endpoint"  # of a job that no tab started
@@ -38,17 +39,20 @@ Answer = tuple[list[FileData], FileData, list[str]]
 
 
 def add_endpoints(studio: Studio) -> None:
-    """Adds the endpoints of what the model can do to the page that is being built."""
-    # A model is asked only for what it can do.
+    """Adds the endpoints of what the models can do to the page that is being built."""
     every = Endpoints(studio)
-    usual = (every.generate, every.edit, every.scan)
-    of_kinds = {
-        "kontext": (*usual, every.instruct),
-        "fill": (every.fill,),
-        "control": (every.generate,),
-    }
-    for endpoint in of_kinds.get(studio.spec.condition or "", usual):
-        api(endpoint, concurrency_limit=None)
+    api(every.models, concurrency_limit=None)
+    for name in dict.fromkeys(name for each in studio.models.values() for name in endpoints_of(each)):
+        api(getattr(every, name), concurrency_limit=None)
+
+
+def endpoints_of(studio: Studio) -> tuple[str, ...]:
+    """Names the endpoints of what a model can do."""
+    kind = studio.spec.condition
+    drawing = (
+        ("fill",) if kind == "fill" else ("generate", "instruct") if kind == "kontext" else ("generate",)
+    )
+    return (*drawing, "edit", "scan")
 
 
 class Endpoints:
@@ -57,11 +61,34 @@ class Endpoints:
     def __init__(self, studio: Studio):
         self.studio = studio
 
+    def _asked(self, model: Any, endpoint: str) -> Studio:
+        """Returns the studio of the model that a call names. If it names none, the first that can do it."""
+        able = {name: each for name, each in self.studio.models.items() if endpoint in endpoints_of(each)}
+        if model is None:
+            return next(iter(able.values()))
+        if not isinstance(model, str) or model not in able:
+            raise InputError(f"Got model {model!r:.60} for /{endpoint}, expected {' or '.join(able)}")
+        return able[model]
+
     def _needed(self, data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image:
         return self.studio.limits.read_upload(data, Path(get_upload_folder()), read)
 
     def _upload(self, data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
         return None if data is None else self._needed(data, read)
+
+    def _steering(self, studio: Studio, form: dict[str, Any], mask: Any) -> dict[str, Image.Image]:
+        """Reads the images of a call that steer its run, by field. One to fill gives the form its size.
+
+        Raises:
+            InputError: An image was not uploaded, or one to fill has no mask.
+        """
+        given = {name: self._needed(form[name]) for name in ("control", "fill") if form[name] is not None}
+        if "fill" in given:
+            if mask is None:
+                raise InputError("Got fill without a mask: give an image, white where it is painted anew")
+            given["mask"] = self._needed(mask, read_mask)
+            form["width"], form["height"] = studio.limits.fill_size(given["fill"].size)
+        return given
 
     def _in_turn(self, request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
         """Waits for the caller's turn, does the work, and returns its last update."""
@@ -84,6 +111,18 @@ class Endpoints:
                 raise InputError("The run was cancelled")
         return last
 
+    def models(self) -> list[dict[str, Any]]:
+        """The models: name, what each does, its endpoints, and whether it is in memory."""
+        return [
+            {
+                "model": name,
+                "about": about_model(studio.spec),
+                "endpoints": [f"/{endpoint}" for endpoint in endpoints_of(studio)],
+                "is_loaded": studio.engine.is_loaded,
+            }
+            for name, studio in self.studio.models.items()
+        ]
+
     def generate(
         self,
         request: gr.Request,
@@ -101,22 +140,24 @@ class Endpoints:
         control: Upload = None,
         redux: Upload = None,
         redux_strength: float = 1.0,
+        model: str | None = None,
     ) -> Answer:
         """Images from a prompt, the run.json that makes them again, and warnings."""
+        studio = self._asked(model, "generate")
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength, "image": image}
         form |= {"control": control, "redux": redux, "redux_strength": redux_strength}
-        settings = generate_settings(self.studio, form)
+        settings = generate_settings(studio, form)
 
         def work(session: Session) -> Iterator[tuple[Any, Run]]:
             given = {"control": self._upload(control), "redux": self._upload(redux)}
             read = {kind: image for kind, image in given.items() if image}
             steering = steering_images(settings, read)
-            return run_generate(self.studio, session, settings, self._upload(image), steering)
+            return run_generate(studio, session, settings, self._upload(image), steering)
 
         _, run = self._in_turn(request, work)
-        return _answer(run, warnings_about(self.studio, settings, form))
+        return _answer(run, warnings_about(studio, settings, form))
 
     def instruct(
         self,
@@ -132,24 +173,26 @@ class Endpoints:
         guidance: float | None = None,
         true_cfg: float | None = None,
         negative_prompt: str = "",
+        model: str | None = None,
     ) -> Answer:
         """Images that an instruction makes of context images, their run.json, and warnings."""
+        studio = self._asked(model, "instruct")
         if not isinstance(context, list):
             raise InputError(f"context: expected a list of images, got {context!r:.60}")
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "context": context}
         form |= {"reference_strength": reference_strength}
-        settings = instruct_settings(self.studio, form)
+        settings = instruct_settings(studio, form)
         images = [self._needed(each) for each in context]
         if width is None and height is None:
-            width, height = kontext_size(*images[0].size, self.studio.spec.size)
-            settings = instruct_settings(self.studio, {**form, "width": width, "height": height})
+            width, height = kontext_size(*images[0].size, studio.spec.size)
+            settings = instruct_settings(studio, {**form, "width": width, "height": height})
         steering = {"context": images}
         _, run = self._in_turn(
-            request, lambda session: run_generate(self.studio, session, settings, steering=steering)
+            request, lambda session: run_generate(studio, session, settings, steering=steering)
         )
-        return _answer(run, warnings_about(self.studio, settings, form))
+        return _answer(run, warnings_about(studio, settings, form))
 
     def fill(
         self,
@@ -168,19 +211,19 @@ class Endpoints:
         guidance: float | None = None,
         true_cfg: float | None = None,
         negative_prompt: str = "",
+        model: str | None = None,
     ) -> Answer:
         """Images that a mask is filled in, or that are continued, their run.json, and warnings."""
+        studio = self._asked(model, "fill")
         sampling = (None, None, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "seed": seed, "count": count, "outpaint": mask is None}
         form |= {"left": left, "right": right, "above": above, "below": below, "overlap": overlap}
         source = self._needed(image)
-        settings = fill_settings(self.studio, form, source.size)
+        settings = fill_settings(studio, form, source.size)
         painted = self._upload(mask, read_mask)
-        _, run = self._in_turn(
-            request, lambda session: run_fill(self.studio, session, settings, source, painted)
-        )
-        return _answer(run, warnings_about(self.studio, settings, form))
+        _, run = self._in_turn(request, lambda session: run_fill(studio, session, settings, source, painted))
+        return _answer(run, warnings_about(studio, settings, form))
 
     def edit(
         self,
@@ -204,23 +247,29 @@ class Endpoints:
         guidance: float | None = None,
         true_cfg: float | None = None,
         negative_prompt: str = "",
+        control: Upload = None,
+        fill: Upload = None,
+        model: str | None = None,
     ) -> Answer:
         """A reference and its edits, the run.json that makes them again, and warnings."""
+        studio = self._asked(model, "edit")
         sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompt": prompt, "edits": as_lines("edits", edits), "seed": seed}
-        own = self.studio.sessions.of(request.session_hash)
-        form |= {"layers": known_layers(self.studio, own)[0] if layers is None else layers}
+        own = studio.sessions.of(request.session_hash)
+        form |= {"layers": known_layers(studio, own)[0] if layers is None else layers}
         form |= {"dose": dose, "weight": weight, "inject_from": inject_from, "inject_until": inject_until}
         form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back, "photo": photo}
-        settings = edit_settings(self.studio, form)
-        _, run = self._in_turn(
-            request,
-            lambda session: run_edit(
-                self.studio, session, settings, self._upload(photo), self._upload(mask, read_mask)
-            ),
-        )
-        return _answer(run, warnings_about(self.studio, settings, form))
+        form |= {"control": control, "fill": fill}
+        given = self._steering(studio, form, mask)
+        settings = edit_settings(studio, form)
+
+        def work(session: Session) -> Iterator[tuple[Any, Run]]:
+            painted, steering = self._upload(mask, read_mask), steering_images(settings, given)
+            return run_edit(studio, session, settings, self._upload(photo), painted, steering)
+
+        _, run = self._in_turn(request, work)
+        return _answer(run, warnings_about(studio, settings, form))
 
     def scan(
         self,
@@ -234,17 +283,24 @@ class Endpoints:
         num_steps: int | None = None,
         guidance: float | None = None,
         true_cfg: float | None = None,
+        control: Upload = None,
+        fill: Upload = None,
+        mask: Upload = None,
+        model: str | None = None,
     ) -> tuple[dict, FileData, list[str]]:
         """The contents of vital_layers.json, vitality.png, and warnings. Asked again, it resumes."""
+        studio = self._asked(model, "scan")
         sampling = (width, height, num_steps, guidance, true_cfg, "")
         form = dict(zip(SAMPLING, sampling, strict=True))
         form |= {"prompts": as_lines("prompts", prompts), "seed": seed, "top": top}
-        form |= {"layers": list(range(self.studio.spec.num_layers)) if layers is None else layers}
-        settings = scan_settings(self.studio, form)
-        self._in_turn(request, lambda session: run_scan(self.studio, session, settings))
+        form |= {"layers": list(range(studio.spec.num_layers)) if layers is None else layers}
+        form |= {"control": control, "fill": fill}
+        given = self._steering(studio, form, mask)
+        settings = steered_scan(scan_settings(studio, form), given)
+        self._in_turn(request, lambda session: run_scan(studio, session, settings))
         folder = Path(settings.output_dir)
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
-        return found, _file(folder / "vitality.png"), warnings_about(self.studio, settings, form)
+        return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
 
 
 def as_lines(name: str, texts: Any) -> str:

@@ -1,4 +1,4 @@
-"""The studio's one model: one run at a time, with progress, previews, and cancelling within a step."""
+"""The studio's models: one run at a time, with progress, previews, and cancelling within a step."""
 
 import threading
 import time
@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -18,9 +19,15 @@ from flux.editing.reference import Reference
 from flux.errors import InputError, InputWarning, Stopped
 from flux.images.io import read_image
 from flux.metrics.base import Metric
+from flux.modules.conditioner import TextReader
 from flux.pipeline import Pipeline
+from flux.runtime.devices import pick_device, pick_dtype
 from flux.sampling import Step, pack, unpack
 from flux.settings.resolved import ResolvedModel
+from flux.specs import get_spec
+from flux.studio.memory import Memory
+from flux.weights.find import find_model
+from flux.weights.open_model import OpenModel
 
 PREVIEW_SIDE = 32  # latent pixels; a larger latent is scaled down before it is decoded
 PREVIEW_SHARE = 0.2  # of a run's time may go into previews: on a CPU one costs more than a step
@@ -138,7 +145,7 @@ class KeptReference:
     """A reference that edits may use again.
 
     Attributes:
-        key: What shaped it: its `reference_fields`, and the photograph's pixels or None.
+        key: What shaped it: its `reference_fields`, and the pixels of the images that it began with.
         reference: The reference.
         id: A name that no other reference has.
     """
@@ -149,21 +156,75 @@ class KeptReference:
 
 
 class Engine:
-    """A loaded model, shared by all visitors.
+    """A model, shared by all visitors. It is loaded when a run needs it, and may be freed between two runs.
 
     Attributes:
         settings: Settings of the model, and defaults for every run.
-        pipe: The model.
         unsafe: Tells which images are not shown. If None, all are shown.
+        memory: The models in memory, of all engines of a studio.
         kept: The last reference. One for all visitors, since a reference of FLUX.1 takes gigabytes.
         metrics: What scans compare images with. None until the first scan.
     """
 
-    def __init__(self, settings: ResolvedModel, pipe: Pipeline, unsafe: ContentFilter | None = None):
-        self.settings, self.pipe, self.unsafe = settings, pipe, unsafe
+    def __init__(
+        self,
+        settings: ResolvedModel,
+        pipe: Pipeline | None = None,
+        unsafe: ContentFilter | None = None,
+        memory: Memory | None = None,
+    ):
+        """Makes an engine.
+
+        Args:
+            settings: Settings of the model.
+            pipe: The loaded model. If None, it is loaded with the first run.
+            unsafe: As the attribute.
+            memory: As the attribute. If None, no other engine shares it.
+        """
+        self.settings, self.unsafe, self.memory = settings, unsafe, memory or Memory()
         self.kept: KeptReference | None = None
         self.metrics: Mapping[str, Metric] | None = None
-        self._lock = threading.Lock()
+        self._pipe = pipe
+        self._reader: TextReader | None = None
+        if pipe:
+            self.memory.add(self)
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The loaded model. Only a run may rely on it."""
+        if self._pipe is None:
+            raise RuntimeError(f"{self.settings.model} is not loaded")
+        return self._pipe
+
+    @pipe.setter
+    def pipe(self, pipe: Pipeline) -> None:
+        self._pipe = pipe
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._pipe is not None
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether parts of the loaded model wait in main memory. False as long as it is not loaded."""
+        return self._pipe is not None and bool(self._pipe.offloaded)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        settings = self.settings
+        return pick_dtype(settings.dtype, pick_device(settings.device), get_spec(settings.model))
+
+    @property
+    def reader(self) -> TextReader:
+        """What tells which words of a prompt the model sees, also while it is not loaded."""
+        if self._reader is None and self._pipe is not None:
+            self._reader = TextReader(self._pipe.t5.tokenizer, self._pipe.t5.max_length)
+        elif self._reader is None:
+            tokenizer = find_model(self.settings, download=False).tokenizer("text_encoder_2")
+            self._reader = TextReader(tokenizer, get_spec(self.settings.model).text_length)
+        return self._reader
 
     @property
     def kept_id(self) -> str | None:
@@ -172,8 +233,16 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        """Whether a run is using the model."""
-        return self._lock.locked()
+        """Whether a run is using a model of this studio."""
+        return self.memory.lock.locked()
+
+    def load(self, opened: OpenModel) -> None:
+        """Loads the model from its opened files. Called by `Memory.load`."""
+        self._pipe = Pipeline.load(self.settings, opened=opened)
+
+    def free(self) -> None:
+        """Removes the model from memory, with all that belongs to it."""
+        self._pipe = self.kept = self.metrics = None
 
     def run(
         self, work: Callable[[Progress[R]], T], stop: threading.Event
@@ -192,10 +261,14 @@ class Engine:
 
         def in_thread() -> None:
             try:
-                with self._lock, warnings.catch_warnings():
+                with self.memory.lock, warnings.catch_warnings():
                     # They quote what the visitor typed. The page tells the visitor, nobody else.
                     warnings.simplefilter("ignore", InputWarning)
-                    outcome["result"] = work(Progress(self.preview, stop, updates.put))
+                    progress = Progress[R](self.preview, stop, updates.put)
+                    if not self.is_loaded:
+                        progress.begin(f"loading {self.settings.model}", 0)
+                    self.memory.use(self)
+                    outcome["result"] = work(progress)
             except Stopped:
                 pass
             except BaseException as error:

@@ -54,13 +54,20 @@ INTEGERS = ("width", "height", "num_steps", "seed", "top", "count", "steps")
 
 def generate_settings(studio: Studio, form: Form) -> ResolvedGenerate:
     """Makes the settings of the Generate tab. Raises InputError for values that cannot be used."""
+    return _drawn_settings(studio, form, conditions_in(form))
+
+
+def conditions_in(form: Form) -> dict[str, Any]:
+    """Names the images of a form that steer a run, as they are saved beside its run.json."""
     conditions: dict[str, Any] = {}
     if form.get("control"):
         conditions["control"] = "control.png"
+    if form.get("fill"):
+        conditions |= {"fill": "fill.png", "mask": "mask.png"}
     if form.get("redux"):
         conditions["redux"] = file_names("redux", 1)
         conditions["redux_strength"] = _number_in(form, "redux_strength", MOST_STRENGTH)
-    return _drawn_settings(studio, form, conditions)
+    return conditions
 
 
 def _drawn_settings(studio: Studio, form: Form, conditions: Mapping[str, Any]) -> ResolvedGenerate:
@@ -178,7 +185,7 @@ def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
     # Only numbers that differ from the dose's own: a number that is given would disable `hold_subject_until`.
     own = dose_values(form.get("dose"))
     fields |= {name: form.get(name) for name in DOSE_FIELDS if form.get(name) != own.get(name)}
-    fields |= {"prompt": prompt, "edits": parse_edits(text), "vital_layers": layers}
+    fields |= {"prompt": prompt, "edits": parse_edits(text), "vital_layers": layers, **conditions_in(form)}
     settings = resolve(studio.settings(EditSettings, fields))
     studio.limits.check_size(settings)
     return settings
@@ -204,7 +211,8 @@ def scan_settings(studio: Studio, form: Form) -> ResolvedScan:
     fields |= {"gap": True} if top in (None, 0) else {"top": top}
     fields["layers"] = "all" if len(layers) == studio.spec.num_layers else layers
     # No metadata: it would name this machine's files, and no demo takes an image with a skipped layer.
-    settings = resolve(studio.settings(ScanSettings, {**fields, "prompts": prompts, "metadata": False}))
+    fields |= {"prompts": prompts, "metadata": False, **conditions_in(form)}
+    settings = resolve(studio.settings(ScanSettings, fields))
     studio.limits.check_size(settings)
     free = FREE_FIELDS | {"top", "gap"}
     request = {name: value for name, value in settings.to_json().items() if name not in free}
@@ -219,7 +227,7 @@ def film_settings(studio: Studio, form: Form) -> ResolvedLayer:
     fields = values_of(form, *SAMPLING, "seed")
     fields["layers"] = layers_on(form["layers"], studio.spec.num_layers)
     fields["words"] = [word.strip() for word in text.split(",") if word.strip()]
-    settings = resolve(studio.settings(LayerSettings, {**fields, "prompt": prompt}))
+    settings = resolve(studio.settings(LayerSettings, {**fields, "prompt": prompt, **conditions_in(form)}))
     studio.limits.check_size(settings)
     check_watch(settings)
     return settings
@@ -257,7 +265,7 @@ def notes_about(studio: Studio, make: Callable[[Studio, Form], ModelSettings], f
 
 def unseen_words(studio: Studio, settings: ModelSettings) -> list[str]:
     """Lists the words of these settings that are beyond the length of the model's text encoder."""
-    return unseen_words_warnings(studio.engine.pipe.t5, _texts_once(settings))
+    return unseen_words_warnings(studio.engine.reader, _texts_once(settings))
 
 
 def _texts_once(settings: ModelSettings) -> list[str]:

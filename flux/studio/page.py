@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from gradio import themes
 
 from flux.studio.endpoints import add_endpoints
 from flux.studio.hardening import Page
+from flux.studio.header import header
 from flux.studio.sessions import Run
 from flux.studio.state import Studio
 from flux.studio.tabs.common import CONCURRENT, UNQUEUED
@@ -70,74 +71,76 @@ def theme() -> dict[str, Any]:
 
 
 def build(studio: Studio) -> Page:
-    """Builds the whole page, ready to be launched with `theme()`."""
-    with Page(title=f"Studio · {studio.defaults.model}", fill_width=True, delete_cache=(3600, 86400)) as page:
-        with gr.Row(elem_id="top"):
-            gr.HTML(
-                f'<header><h1>Studio</h1><span class="model">{studio.defaults.model}</span>'
-                f'<span class="licence">{studio.spec.licence}</span></header>'
-            )
-            undo = gr.Button("Undo", size="sm", elem_id="undo", scale=0, min_width=80)
-        kind = studio.spec.condition
-        first = {"kontext": "instruct", "fill": "fill", "control": "generate"}.get(kind or "", "edit")
-        with gr.Tabs(elem_id="tabs", selected=first) as tabs:
-            forms, places = _add_fill(studio, tabs) if kind == "fill" else _add_tabs(studio, tabs)
-        history = History(studio)
-        gr.HTML(list_of_words(), elem_id="words")
-        for name, tab in forms.items():
-            if name != "scan":
-                tab.wire(history)
-        if "edit" in forms:
-            forms["scan"].wire(tabs, forms["edit"])
-            _wire_edit_this((forms[name] for name in ("generate", "lora", "film")), tabs, forms["edit"])
-        history.wire(places)
-        _wire_memory(page, undo, forms)
-        _wire_visit(page, studio, history)
+    """Builds the page of each model, ready to be launched with `theme()`.
+
+    The first model's page is at the root of the server, each other one at the model's name.
+    """
+    first, *others = studio.models.values()
+    with Page(title=f"Studio · {first.defaults.model}", fill_width=True, delete_cache=(3600, 86400)) as page:
+        _add_model(page, first)
         add_endpoints(studio)
+    for other in others:
+        with page.route(other.page, other.page, show_in_navbar=False):
+            _add_model(page, other)
     return page
 
 
-def _add_fill(studio: Studio, tabs: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
-    """Adds the tab of a model that does nothing but fill."""
-    with gr.Tab("Fill", id="fill") as place:
-        fill = FillTab(studio)
-    _wire_addresses(place)
-    return {"fill": fill}, {"fill": HistoryPlace({tabs: "fill"}, fill)}
+def _add_model(page: gr.Blocks, studio: Studio) -> None:
+    """Adds the page of one model."""
+    with gr.Row(elem_id="top"):
+        gr.HTML(header(studio))
+        undo = gr.Button("Undo", size="sm", elem_id="undo", scale=0, min_width=80)
+    first = {"kontext": "instruct", "fill": "fill", "control": "generate"}.get(
+        studio.spec.condition or "", "edit"
+    )
+    with gr.Tabs(elem_id="tabs", selected=first) as tabs:
+        forms, places = _add_tabs(studio, tabs)
+    history = History(studio)
+    gr.HTML(list_of_words(), elem_id="words")
+    for name, tab in forms.items():
+        if name != "scan":
+            tab.wire(history)
+    forms["scan"].wire(tabs, forms["edit"])
+    _wire_edit_this(
+        (forms[name] for name in ("generate", "lora", "film") if name in forms), tabs, forms["edit"]
+    )
+    history.wire(places)
+    _wire_memory(page, undo, forms)
+    _wire_visit(page, studio, history)
 
 
 def _add_tabs(studio: Studio, tabs: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
-    """Adds the tabs of a model that draws prompts, as far as it can do what they do.
+    """Adds the tabs of what a model can do.
 
     Returns:
         The tabs by name, and the places where the history brings settings back.
     """
-    example, forms = _example(studio), dict[str, Any]()
-    with gr.Tab("Generate", id="generate") as place:
-        forms["generate"] = GenerateTab(studio, example)
-    opened, places = [place], {"generate": HistoryPlace({tabs: "generate"}, forms["generate"])}
-    if studio.spec.condition == "control":  # every image of such a model needs its control image
-        _wire_addresses(*opened)
-        return forms, places
-    if studio.spec.condition == "kontext":
-        with gr.Tab("Edit by instruction", id="instruct") as place:
-            forms["instruct"] = InstructTab(studio)
+    example, kind, forms = _example(studio), studio.spec.condition, dict[str, Any]()
+    # Where a small model needs an image, one is there.
+    first = example.images["reference"] if studio.spec.folder else None
+    opened, places = list[gr.Tab](), dict[str, HistoryPlace]()
+
+    def add(name: str, title: str, make: Callable[[], Any]) -> None:
+        with gr.Tab(title, id=name) as place:
+            forms[name] = make()
         opened.append(place)
-        places["instruct"] = HistoryPlace({tabs: "instruct"}, forms["instruct"])
-    with gr.Tab("Edit", id="edit") as edit_place:
-        forms["edit"] = EditTab(studio, example)
-    with gr.Tab("LoRA", id="lora") as lora_place:
-        forms["lora"] = LoraTab(studio)
+        places[name] = HistoryPlace({tabs: name}, forms[name])
+
+    if kind == "fill":
+        add("fill", "Fill", lambda: FillTab(studio, first))
+    else:
+        add("generate", "Generate", lambda: GenerateTab(studio, example))
+    if kind == "kontext":
+        add("instruct", "Edit by instruction", lambda: InstructTab(studio, first))
+    add("edit", "Edit", lambda: EditTab(studio, example))
+    add("lora", "LoRA", lambda: LoraTab(studio, first))
     with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner") as inner:
         with gr.Tab("Which layers matter", id="scan") as scan_place:
-            forms["scan"] = ScanTab(studio)
+            forms["scan"] = ScanTab(studio, first)
         with gr.Tab("Step by step", id="film") as film_place:
-            forms["film"] = FilmTab(studio)
-    places |= {
-        "edit": HistoryPlace({tabs: "edit"}, forms["edit"]),
-        "lora": HistoryPlace({tabs: "lora"}, forms["lora"]),
-        "layer": HistoryPlace({tabs: "look", inner: "film"}, forms["film"]),
-    }
-    _wire_addresses(*opened, edit_place, lora_place, look_place, scan_place, film_place)
+            forms["film"] = FilmTab(studio, first)
+    places["layer"] = HistoryPlace({tabs: "look", inner: "film"}, forms["film"])
+    _wire_addresses(*opened, look_place, scan_place, film_place)
     return forms, places
 
 
@@ -176,7 +179,7 @@ def _wire_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> N
         for name, tab in tabs.items()
         for field, component in tab.fields.items()
         if not isinstance(component, gr.State) and field not in ("source", "mask")
-        if "lora" not in tabs or component is not tabs["lora"].sliders  # they are an upload's
+        if component is not tabs["lora"].sliders  # they are an upload's
     }
     names, fields = json.dumps(list(kept)), list(kept.values())
     changes = [field.change for field in fields]
@@ -193,4 +196,5 @@ def _wire_visit(page: gr.Blocks, studio: Studio, history: History) -> None:
     def join(request: gr.Request, name: str) -> Changes:
         return history.changes(continue_visit(studio.sessions, request.session_hash, name))
 
-    page.load(join, visit, history.gallery, js="() => [studio.visit()]", **UNQUEUED)
+    joined = page.load(join, visit, history.gallery, js="() => [studio.visit()]", **UNQUEUED)
+    joined.success(None, None, None, js="() => { studio.bring(); }")

@@ -21,16 +21,17 @@ PNG = "data:image/png;base64,"
 MOST_PIXELS = 2**21  # of a board: images of 1024x1024 and less are painted on
 
 
-def painter(elem_id: str, value: dict[str, Any] | None, about: str) -> gr.HTML:
+def painter(elem_id: str, value: dict[str, Any] | None, about: str, is_open: bool = False) -> gr.HTML:
     """Makes a board in a fold. Its value comes from `board`; `painted_mask` reads what was painted.
 
     Args:
         elem_id: The element's id.
         value: The first value.
         about: What is said above it, in HTML.
+        is_open: Whether its fold is open at first.
     """
     # The page builds it (studio.js) beside the template, which is drawn anew with every stroke.
-    start = f"studio.painter(element, props, watch, {json.dumps(about)})"
+    start = f"studio.painter(element, props, watch, {json.dumps(about)}, {json.dumps(is_open)})"
     return gr.HTML(value, label="Mask", html_template=" ", js_on_load=start, elem_id=elem_id)
 
 

@@ -100,10 +100,9 @@ class Session:
         self.runs.append(run)
         return run
 
-    @property
-    def vital_scan(self) -> Path:
-        """The vital_layers.json of this visit's last scan. The file need not exist."""
-        return self.folder / "vital_layers.json"
+    def vital_scan(self, model: str) -> Path:
+        """The vital_layers.json of this visit's last scan of a model. The file need not exist."""
+        return self.folder / f"vital_layers_{model}.json"
 
     def remove(self, run: Run) -> None:
         """Deletes a run."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +25,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class Studio:
-    """The state that all parts of the studio share.
+    """The state that all parts of the studio share, as far as they serve one of its models.
+
+    Each model has a Studio of its own. They share all but the engine and the limits.
 
     Attributes:
-        engine: The loaded model.
+        engine: The model.
         limits: The largest request that is accepted.
         sessions: What each visitor has made.
         folder: The folder of everything that is written or served.
@@ -38,6 +40,8 @@ class Studio:
         line: The runs that wait for the model.
         callers: Who is connected.
         disk: How much has been written.
+        models: The studio of each model, this one included, by the model's name. The first one's page is at
+            the root of the server.
     """
 
     engine: Engine
@@ -49,16 +53,29 @@ class Studio:
     line: Line = field(default_factory=Line)
     callers: Callers = field(default_factory=Callers)
     disk: Disk = field(default_factory=Disk)
+    models: dict[str, "Studio"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.models[self.defaults.model] = self
+
+    def add(self, engine: Engine) -> "Studio":
+        """Serves a further model, in the same line and to the same visitors."""
+        return replace(self, engine=engine, limits=Limits.of(get_spec(engine.settings.model)))
 
     @property
     def defaults(self) -> ResolvedModel:
-        """The settings that the studio was started with."""
+        """The settings that the model was started with."""
         return self.engine.settings
 
     @property
     def spec(self) -> ModelSpec:
-        """The spec of the loaded model."""
+        """The spec of the model."""
         return get_spec(self.defaults.model)
+
+    @property
+    def page(self) -> str:
+        """The name of the model's page, as part of its address. The first model's is empty."""
+        return "" if self is next(iter(self.models.values())) else self.defaults.model
 
     def settings(self, cls: type[S], fields: Mapping[str, Any]) -> S:
         """Makes settings from the studio's defaults and the given fields.

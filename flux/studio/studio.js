@@ -79,6 +79,37 @@ document.addEventListener("click", ({ target }) => {
   studio.enlarge(images, images.indexOf(image));
 });
 
+// ---- models
+
+/** Returns the path of the server's root, with a slash at its end. */
+const root = () => `${new URL(window.gradio_config.root, location.href).pathname.replace(/\/$/, "")}/`;
+
+/** Returns the page's title. Gradio knows that of the first model alone. */
+const title = () => {
+  const page = window.gradio_config.current_page;
+  return page ? `Studio · ${page}` : document.title;
+};
+
+const address = (page) => `${root()}${page}${location.search}`;
+
+/** Gives the page its title, and the list of models their addresses. */
+const nameModels = () => {
+  document.title = title();
+  for (const link of document.querySelectorAll(".models a"))
+    link.href = address(link.dataset.page);
+};
+
+document.addEventListener("click", ({ target }) => {
+  for (const list of document.querySelectorAll(".models[open]"))
+    if (!list.contains(target)) list.open = false;
+});
+document.addEventListener("keydown", ({ key }) => {
+  const list = document.querySelector(".models[open]");
+  if (key !== "Escape" || !list) return;
+  list.open = false;
+  list.querySelector("summary").focus();
+});
+
 // ---- tabs in the address
 
 let going = true;
@@ -86,16 +117,20 @@ let going = true;
 const tab = (place) => document.querySelector(`[role=tab][data-tab-id="${place}"]`);
 const isOpen = (place) => tab(place)?.getAttribute("aria-selected") === "true";
 
+/** Returns the address of a place on this page. A bare "#place" would be one on the page of the first model. */
+const here = (place) => `${location.pathname}${location.search}#${place}`;
+
 /** Writes the place that was opened into the address, so that "back" returns from it. */
 studio.opened = (place) => {
   if (place === "look") place = isOpen("film") ? "film" : "scan";
-  if (!going && location.hash !== `#${place}`) history.pushState(null, "", `#${place}`);
+  if (!going && location.hash !== `#${place}`) history.pushState(null, "", here(place));
 };
 
 /** Opens the place that the address names. */
 studio.go = () => {
+  nameModels();
   const first = () => document.querySelector("#tabs [role=tab][aria-selected=true]")?.dataset.tabId ?? "edit";
-  if (!location.hash) history.replaceState(null, "", `#${first()}`);
+  if (!location.hash) history.replaceState(null, "", here(first()));
   const place = location.hash.slice(1);
   const path = { scan: ["look", "scan"], film: ["look", "film"] }[place] ?? [place];
   going = true;
@@ -103,7 +138,7 @@ studio.go = () => {
     const next = path.find((step) => !isOpen(step));
     if (next) tab(next)?.click();
     if (next && tries) return setTimeout(() => follow(tries - 1), 50);
-    if (next && !tab(next)) history.replaceState(null, "", `#${first()}`); // this model has no such tab
+    if (next && !tab(next)) history.replaceState(null, "", here(first())); // this model has no such tab
     [going, studio.ready] = [false, true];
   };
   follow(20);
@@ -155,14 +190,33 @@ studio.unfold = (selector) => {
   studio.focus(`${selector} summary`);
 };
 
-/** Shows what the open tab shows: scrolls to its image and puts the focus there. */
-studio.look = () =>
+/**
+ * Shows what the open tab shows: scrolls to its image and puts the focus there. An image that another model made is
+ * `elsewhere`, as JSON of its page and its name: the page is opened, and `studio.bring` asks for the image there.
+ */
+studio.look = (elsewhere) => {
+  if (elsewhere) {
+    const { page, image } = JSON.parse(elsewhere);
+    sessionStorage.setItem("studio-wanted", image);
+    return location.assign(address(page));
+  }
   setTimeout(() => {
     const shown = [...document.querySelectorAll(".outputs")].find((column) => column.offsetParent);
     shown.tabIndex = -1;
     shown.scrollIntoView({ block: "start" });
     shown.focus({ preventScroll: true });
   }, 300);
+};
+
+/** Brings back the image for which this page was opened, if it was opened for one. */
+studio.bring = () => sessionStorage.getItem("studio-wanted") && document.querySelector("#bring").click();
+
+/** Returns the name of that image, once. */
+studio.wanted = () => {
+  const image = sessionStorage.getItem("studio-wanted");
+  sessionStorage.removeItem("studio-wanted");
+  return image;
+};
 
 // ---- masks painted
 
@@ -172,9 +226,10 @@ const PAINT = "#ff7a00";
  * Builds a board beside a component whose value is {image, painted}: a file to paint on, and what is painted, as the
  * address of a PNG. Paint is opaque, so that what is erased is gone.
  */
-studio.painter = (element, props, watch, about) => {
+studio.painter = (element, props, watch, about, isOpen) => {
   const box = document.createElement("details");
   box.className = "painter";
+  box.open = isOpen;
   const tool = (name, text) => `<button type="button" data-tool="${name}" aria-pressed="false">${text}</button>`;
   box.innerHTML = `<summary></summary><p>${about}</p>
     <p class="nothing">Press Reference, or upload a photograph, to paint on it.</p>
@@ -244,8 +299,8 @@ studio.painter = (element, props, watch, about) => {
 
 // ---- the form remembered
 
-const stored = (name) => `studio-${name}-${location.pathname}`;
-const formKey = () => stored(`form-${document.title}`); // the title names the model
+const stored = (name) => `studio-${name}-${root()}`;
+const formKey = () => stored(`form-${title()}`); // each model has a form of its own
 let [undone, last, waiting] = [[], null, 0];
 
 /** Remembers the form's values across reloads, and each earlier state for `undo`. */

@@ -96,15 +96,23 @@ def strip_value(
 # ---- image inputs
 
 
-def image_input(studio: Studio, **options: Any) -> tuple[gr.Image, gr.State, Dependency]:
+def image_input(
+    studio: Studio, first: Path | None = None, **options: Any
+) -> tuple[gr.Image, gr.State, Dependency]:
     """Makes an image upload.
+
+    Args:
+        studio: The studio.
+        first: The image that stands there at first. If None, there is none.
+        options: Arguments of `gr.Image`.
 
     Returns:
         The upload; a state that holds the path of what was uploaded: an upright image within the limits, as
         bare pixels, or None as long as there is no upload; and the event that fills the state.
     """
-    upload = gr.Image(type="filepath", sources=["upload", "clipboard"], format="png", **options)
-    held = gr.State(None)
+    value = first and str(first)
+    upload = gr.Image(value, type="filepath", sources=["upload", "clipboard"], format="png", **options)
+    held = gr.State(value)
 
     def keep(request: gr.Request, uploaded: dict[str, Any]) -> str:
         image = studio.limits.read_upload(uploaded, Path(get_upload_folder()))

@@ -156,7 +156,7 @@ class OpenModel:
         """
         self.sources()
         for part in TOKENIZERS:
-            self._tokenizer(part)
+            self.tokenizer(part)
         self._warn_of_name()
 
     def _warn_of_name(self) -> None:
@@ -260,7 +260,7 @@ class OpenModel:
             raise _wrong_encoder(folder, config, "text_encoder")
         return self._open("text_encoder", lambda: on_meta(CLIPTextModel, own), self.loras)
 
-    def _tokenizer(self, part: Part) -> "PreTrainedTokenizerBase":
+    def tokenizer(self, part: Part) -> "PreTrainedTokenizerBase":
         """The tokenizer of a text encoder."""
         if part not in self._tokenizers:
             embedding = self.text_encoder(part).sources[EMBEDDINGS[part]]
@@ -337,7 +337,7 @@ class OpenModel:
         Raises:
             InputError: As `check`, for the encoder's files.
         """
-        tokenizer = self._tokenizer(part)
+        tokenizer = self.tokenizer(part)
         module = self.text_encoder(part).load(device, dtype, keep_8bit)
         if part == "text_encoder_2":
             module.set_input_embeddings(module.get_input_embeddings())  # T5 has one, in two places

@@ -46,7 +46,8 @@ def set_number(page, box, label, value):
 
 def paint(page, board="edit-mask"):
     """Paints a stroke on the mask canvas."""
-    page.locator(f"#{board} summary").click()
+    if not page.locator(f"#{board} canvas").is_visible():
+        page.locator(f"#{board} summary").click()
     canvas = page.locator(f"#{board} canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()

@@ -13,7 +13,8 @@ from helpers.studio import ROOT
 from flux.content_filters import ContentFilter
 from flux.errors import InputError
 from flux.settings.demos import ModelSettings
-from flux.studio.app import check_address, open_studio
+from flux.studio.address import check_address
+from flux.studio.app import open_studio
 
 
 def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):

@@ -62,7 +62,8 @@ def test_the_content_filter_over_http(client, filtered, photo_file):
 
 
 def test_endpoints_are_named(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/generate", "/edit", "/scan"}
+    named = set(client.view_api(return_format="dict")["named_endpoints"])
+    assert named == {"/models", "/generate", "/edit", "/scan"}
 
 
 def test_a_scan_stays_with_its_visitor(client, url, served, photo_file):

@@ -53,7 +53,7 @@ def open_page(browser, url, tab):
 def test_fill(serve_model, browser, image_file):
     studio, url = serve_model("tiny-fill")
     page = open_page(browser, url, "fill")
-    assert page.locator("#tabs [role=tab]").all_inner_texts() == ["Fill"]
+    assert page.locator("#tabs [role=tab]").all_inner_texts() == ["Fill", "Edit", "LoRA", "Look inside"]
     page.locator("#fill-prompt textarea").fill("a dog")
     page.locator("#fill-image input[type=file]").set_input_files(image_file)
     page.locator("#fill-mask.empty, .painter.empty").wait_for(state="detached")
@@ -96,6 +96,8 @@ def test_instruct(serve_model, browser, image_file):
     studio, url = serve_model("tiny-kontext")
     page = open_page(browser, url, "instruct")
     page.locator("#instruct-prompt textarea").fill("a dog at night")
+    page.get_by_role("button", name="Remove all").click()
+    page.locator("#instruct-contexts img").wait_for(state="detached")
     page.locator("#instruct-image input[type=file]").set_input_files(image_file)
     page.locator("#instruct-contexts img").wait_for()
     page.locator("#instruct-go").click()

@@ -12,7 +12,8 @@ from gradio_client import Client
 from helpers.studio_page import SECONDS
 
 from flux.errors import InputError
-from flux.studio.app import Address, check_tls, serve
+from flux.studio.address import check_tls
+from flux.studio.app import Address, serve
 
 
 class Proxy(BaseHTTPRequestHandler):

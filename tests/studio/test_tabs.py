@@ -17,6 +17,6 @@ def test_words_that_a_model_does_not_know(studio):
 
 
 def test_examples_use_known_words():
-    texts = [prompt for prompt, _ in generate.EXAMPLES["flux-nano"]] + [scan.PROMPTS, film.PROMPT]
-    texts += [f"{prompt} {edits}" for prompt, _, edits in edit.EXAMPLES["flux-nano"]]
+    texts = [prompt for prompt, _ in generate.EXAMPLES["small"]] + [scan.PROMPTS, film.PROMPT]
+    texts += [f"{prompt} {edits}" for prompt, _, edits in edit.EXAMPLES["small"]]
     assert not unknown_words(" ".join(texts), configs["flux-nano"].vocabulary)

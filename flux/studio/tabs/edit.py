@@ -32,6 +32,7 @@ from flux.studio.tabs.common import (
 from flux.studio.tabs.edits_shown import EditsShown
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.mask import MaskCanvas
+from flux.studio.tabs.steering import Steering
 from flux.studio.visits import existing_file
 from flux.studio.widgets import (
     Changes,
@@ -43,17 +44,18 @@ from flux.studio.widgets import (
 )
 from flux.studio.words import about
 from flux.studio.work.edit import known_layers, run_edit, run_reference
+from flux.studio.work.generate import steering_images
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
 INVERSION_CHOICES = ["noising", "midpoint", "euler", "fireflow", "fixed-point", "none"]
 EXAMPLES = {
-    "flux-nano": [
+    "small": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
         ("an owl in the forest", 4, "a parrot in the forest\nan owl in the snow"),
         ("a red car on the street", 3, "a blue car on the street\n> a blue car on the street at night"),
     ],
-    "": [
+    "large": [
         (
             "a photo of a dog in standing on the street",
             42,
@@ -76,9 +78,12 @@ class EditTab:
         self.studio, self.controls = studio, RunControls(studio, "edit")
         self.vital, self.vitality = known_layers(studio)
         self.example: Any = example.settings
+        drawn = example.images["reference"]
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
-                self.fields = self._inputs()
+                first = drawn if studio.spec.folder else None
+                self.steering = Steering(studio, "edit", first)
+                self.fields = {**self.steering.fields, **self._inputs()}
             with gr.Column(elem_classes="outputs"):
                 made_by = example.settings.model
                 self.controls.add_status(
@@ -88,7 +93,8 @@ class EditTab:
             with gr.Column(elem_classes="options"):
                 self.layers = self._layer_choice()
                 self.fields |= {"layers": self.layers, **self._dose()}
-                self.canvas = MaskCanvas(example.images["reference"])
+                # Edits of an image to fill may change what its mask says.
+                self.canvas = self.steering.canvas or MaskCanvas(drawn)
                 self.fields |= {"mask": self.canvas.painter, **self._settings()}
 
     # ---- components
@@ -100,6 +106,7 @@ class EditTab:
             value=PROMPT,
             label="The reference comes from",
             info=about("The image that edits start from.", "reference"),
+            visible=self.studio.spec.condition not in ("control", "fill"),
         )
         self.upload, self.photo, self.uploaded = image_input(
             self.studio, label="Photograph", visible=False, elem_id="edit-photo"
@@ -120,7 +127,7 @@ class EditTab:
             info=about("One per line. A line that begins with > continues the edit above.", "turn"),
         )
         self.go, self.go_reference = self.controls.add_buttons("Edit", "Reference")
-        samples = EXAMPLES.get(self.studio.defaults.model, EXAMPLES[""])
+        samples = EXAMPLES["small" if self.studio.spec.folder else "large"]
         self.examples = Examples.of(
             samples, [f"{prompt} → {edits.splitlines()[0]}" for prompt, _, edits in samples]
         )
@@ -227,13 +234,15 @@ class EditTab:
 
         def settings_of(form: Form) -> ResolvedEdit:
             photo_in(form)
+            self.steering.check(form)
             return edit_settings(self.studio, form)
 
         def work(
             session: Session, settings: ResolvedEdit, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
             mask = painted_mask(form["mask"])
-            for update, run in run_edit(self.studio, session, settings, photo_in(form), mask):
+            steering = steering_images(settings, self.steering.images(form))
+            for update, run in run_edit(self.studio, session, settings, photo_in(form), mask, steering):
                 if (made := update.result) is None:
                     yield update, self.shown.show_preview(update.preview)
                     continue
@@ -250,7 +259,8 @@ class EditTab:
         def reference_work(
             session: Session, settings: ResolvedEdit, form: Form
         ) -> Iterator[tuple[Update[Image.Image], Changes]]:
-            for update in run_reference(self.studio, session, settings, photo_in(form)):
+            steering = steering_images(settings, self.steering.images(form))
+            for update in run_reference(self.studio, session, settings, photo_in(form), steering):
                 shown = self.shown.show_preview(update.result or update.preview)
                 if update.result:
                     session.reference_id = self.studio.engine.kept_id
@@ -290,6 +300,7 @@ class EditTab:
         sized = [fields["width"], fields["height"], *self.canvas.components]
         self.uploaded.success(size_to, self.photo, sized, **UNQUEUED)
         self.examples.wire([prompt, fields["seed"], fields["edits"], self.source], PROMPT)
+        self.steering.wire(fields)
 
     def _notes(self, form: Form) -> dict[str, str]:
         if form["source"] == PROMPT:
@@ -301,7 +312,7 @@ class EditTab:
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        form = [self.upload, *self.fields.values(), *self.canvas.components]
+        form = [self.upload, *self.steering.restorable, *self.fields.values(), *self.canvas.components]
         return list(dict.fromkeys([*form, *self.shown.components, self.controls.status]))
 
     def restored(self, settings: EditSettings, said: Mapping[str, Any], files: Files) -> Changes:
@@ -317,13 +328,13 @@ class EditTab:
         existing = range(self.studio.spec.num_layers)
         values["layers"] = self.strip(layer for layer in layers if layer in existing)
         values["source"] = PHOTO if settings.photo else PROMPT
-        values["photo"] = files.upload and str(files.upload)
+        values["photo"] = files.one_of("photo")
         values["prompt"] = settings.prompt or ""
         values["edits"] = format_edits(settings.edits)
         filled = {self.fields[name]: value for name, value in values.items()}
         shown = files.shown and thumbnail(read_image(files.shown), 1024)
         canvas = self.canvas.show(shown, files.mask) if shown else self.canvas.clear()
-        return {self.upload: values["photo"], **filled, **canvas}
+        return {self.upload: values["photo"], **filled, **self.steering.restored(files), **canvas}
 
     def take(self, file: str) -> Changes:
         """Makes an image of another tab a reference.

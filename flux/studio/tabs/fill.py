@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,12 +24,13 @@ from flux.studio.tabs.history import Files
 from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.source import ImageSource
 from flux.studio.tabs.steered import SteeredTab
+from flux.studio.tabs.steering import ABOUT_MASK, mask_in
 from flux.studio.viewer import pair
 from flux.studio.widgets import Changes, held_image
 from flux.studio.work.fill import before, frame, run_fill
 
-ABOUT = """Paint over what is to be painted anew. All other pixels stay exactly as they are. What is
-painted here does not count around the image."""
+ABOUT = f"{ABOUT_MASK} What is painted here does not count around the image."
+PROMPT = "a dog wearing a top hat on the grass"  # of the image that small models begin with
 MASK, AROUND = "Under a mask", "Around the image"
 
 
@@ -37,18 +39,19 @@ class FillTab(SteeredTab):
 
     name = "fill"
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, first: Path | None = None):
+        """Adds the tab. `first` is the image to fill at first."""
         super().__init__(studio)
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
-                self.source = ImageSource(studio, "Image", "fill-image")
+                self.source = ImageSource(studio, "Image", "fill-image", first)
                 self.fields = {"fill": self.source.held, **self._where()}
-                self.fields |= self.add_prompt("", "What the whole image shows", "Fill")
+                self.fields |= self.add_prompt(PROMPT if first else "", "What the whole image shows", "Fill")
             with gr.Column(elem_classes="outputs"):
                 self.add_outputs("Add an image, and paint over what is to be painted anew.")
             with gr.Column(elem_classes="options"):
-                self.canvas = MaskCanvas(None, "fill-mask", ABOUT)
-                self.painted_on = gr.State(None)  # the file of the image on the canvas
+                self.canvas = MaskCanvas(first, "fill-mask", ABOUT, is_open=True)
+                self.painted_on = gr.State(first and str(first))  # the file of the image on the canvas
                 self.fields |= {"mask": self.canvas.painter, **self._borders(), **self.add_settings(False)}
         self._wire_images()
 
@@ -127,9 +130,8 @@ class FillTab(SteeredTab):
         form = _with_word(form)
         if not form["fill"]:
             raise InputError("Got no image: upload the one that is to be filled")
-        is_painted = "mask" not in form or painted_mask(form["mask"]) is not None
-        if not form["outpaint"] and not is_painted:
-            raise InputError("Got no mask: open Mask, and paint over what is to be painted anew")
+        if not form["outpaint"] and "mask" in form:
+            mask_in(form)
         with Image.open(held_file(form["fill"])) as image:
             return fill_settings(self.studio, form, image.size)
 
@@ -152,15 +154,15 @@ class FillTab(SteeredTab):
 
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
         """Brings back the image, its mask or its borders."""
-        image = next(iter(files.inputs), None)
+        image = files.one_of("fill")
         borders = settings.outpaint or (0.0, 0.0, 0.0, 0.0)
         values: Changes = {self.fields[side]: min(border, 1.0) for side, border in zip(SIDES, borders)}
         values[self.where] = MASK if settings.outpaint is None else AROUND
-        values[self.painted_on] = image and str(image)
+        values[self.painted_on] = image
         values[self.fields["overlap"]] = min(settings.overlap, MOST_OVERLAP)
-        board = thumbnail(held_image(str(image)), 1024) if image else None
+        board = thumbnail(held_image(image), 1024) if image else None
         canvas = self.canvas.show(board, files.mask) if board else self.canvas.clear()
-        return {**values, **self.start_from([str(image)] if image else []), **canvas}
+        return {**values, **self.start_from([image] if image else []), **canvas}
 
 
 def _frame_html(framed: Image.Image) -> str:

@@ -24,10 +24,12 @@ from flux.studio.tabs.common import (
 )
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.shown import ShownImage
+from flux.studio.tabs.steering import Steering
 from flux.studio.viewer import image_alone, viewer
 from flux.studio.widgets import Changes, layer_strip, preview, results, status_html, strip_value
 from flux.studio.words import about
 from flux.studio.work.film import run_film
+from flux.studio.work.generate import steering_images
 
 PROMPT = "a cat wearing a top hat in the snow"
 IMAGE = "picture"  # the name of a film's last image
@@ -41,10 +43,12 @@ class FilmTab:
         fields: The components that a run's settings are read from, by name.
     """
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, first: Path | None = None):
+        """Adds the tab. `first` is the image that steers a run at first, for models that need one."""
         self.studio, self.controls = studio, RunControls(studio, "film")
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
+                self.steering = Steering(studio, "film", first)
                 self.prompt = gr.Textbox(
                     PROMPT,
                     label="Prompt",
@@ -61,7 +65,7 @@ class FilmTab:
                 self.sheets = results("Sheets", "film-sheets", columns=3, object_fit="contain", zoomable=True)
                 self.under = ShownImage("Film")
             with gr.Column(elem_classes="options"):
-                self.fields = {"prompt": self.prompt, **self._options()}
+                self.fields = {"prompt": self.prompt, **self.steering.fields, **self._options()}
 
     def _options(self) -> FormFields:
         params = self.studio.spec.params
@@ -78,15 +82,18 @@ class FilmTab:
     def wire(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
         self.controls.wire_stop()
+        self.steering.wire(self.fields)
 
         def settings_of(form: Form) -> ResolvedLayer:
+            self.steering.check(form)
             return film_settings(self.studio, form)
 
         def work(
-            session: Session, settings: ResolvedLayer, _: Form
+            session: Session, settings: ResolvedLayer, form: Form
         ) -> Iterator[tuple[Update[MadeImage | Path], Changes]]:
             sheets: list[tuple[str, str]] = []
-            for update, run in run_film(self.studio, session, settings):
+            steering = steering_images(settings, self.steering.images(form))
+            for update, run in run_film(self.studio, session, settings, steering):
                 made = update.result
                 shown: Changes = {}
                 if update.preview:
@@ -121,16 +128,17 @@ class FilmTab:
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        return [*self.fields.values(), *self._shown_parts, self.sheets, self.controls.status]
+        form = dict.fromkeys([*self.steering.restorable, *self.fields.values()])
+        return [*form, *self._shown_parts, self.sheets, self.controls.status]
 
-    def restored(self, settings: LayerSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a film begins with no upload
+    def restored(self, settings: LayerSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fills the form with these settings."""
         entry = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
         existing = [layer for layer in settings.layers if layer < self.studio.spec.num_layers]
         values |= {"prompt": entry.prompt, "seed": entry.seed, "words": ", ".join(settings.words)}
         values["layers"] = strip_value(self.studio, existing)
-        return {self.fields[name]: value for name, value in values.items()}
+        return {self.fields[name]: value for name, value in values.items()} | self.steering.restored(files)
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows a film of this session once more, or its image if the film was not finished."""

@@ -7,16 +7,13 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from flux.images.sizes import natural_size
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import MOST_STRENGTH, SAMPLING, Form, generate_settings, notes_about
+from flux.studio.forms import SAMPLING, Form, generate_settings, notes_about
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.common import (
-    SMALLEST,
-    UNQUEUED,
     Examples,
     FormFields,
     RunButton,
@@ -27,20 +24,20 @@ from flux.studio.tabs.common import (
 )
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.shown import ShownRun
-from flux.studio.tabs.source import ImageSource
-from flux.studio.viewer import image_alone
+from flux.studio.tabs.steering import Steering
+from flux.studio.viewer import image_alone, pair
 from flux.studio.widgets import Changes, held_image, image_input, status_html
 from flux.studio.work.generate import run_generate, steering_images
 
 EXAMPLE_SEED = 7
 EXAMPLES = {
-    "flux-nano": [
+    "small": [
         ("a dog wearing a top hat on the grass", 7),
         ("an owl in the forest", 4),
         ("a red car on the street", 3),
         ("a penguin in front of mountains", 5),
     ],
-    "": [
+    "large": [
         ("a red fox curled up asleep on mossy roots in an old beech wood, soft light after rain", 1001),
         ("a lone lighthouse on black basalt cliffs with a storm rolling in, long exposure", 1003),
         ("a steam locomotive crossing a stone viaduct in autumn woodland, aerial photograph", 1021),
@@ -61,6 +58,7 @@ class GenerateTab:
         drawn = example.images["reference"]
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
+                self.steering = Steering(studio, "generate", drawn if studio.spec.folder else None)
                 self.prompt = gr.Textbox(
                     example.captions["reference"],
                     label="Prompt",
@@ -72,23 +70,22 @@ class GenerateTab:
                     info="Enter draws it.",
                 )
                 [self.go] = self.controls.add_buttons("Draw")
-                samples = EXAMPLES.get(studio.defaults.model, EXAMPLES[""])
+                samples = EXAMPLES["small" if studio.spec.folder else "large"]
                 self.examples = Examples.of(samples, [prompt for prompt, _ in samples])
             with gr.Column(elem_classes="outputs"):
                 self.controls.add_status(f"An example, made by {example.settings.model} before.")
                 self.shown = ShownRun(
                     "generate",
-                    lambda run, name: image_alone(run.images[name], run.captions[name]),
+                    _viewed,
                     first=image_alone(drawn, example.captions["reference"]),
                     columns=2,
                     run=example,
                     image=drawn,
-                    further="" if studio.spec.condition == "control" else "Edit this",
                 )
                 self.under = self.shown.under
             with gr.Column(elem_classes="options"):
-                steering = self._steering()
-                self.fields = {"prompt": self.prompt, **steering, **self._settings(), **self._start_image()}
+                self.fields = {"prompt": self.prompt, **self.steering.fields, **self._settings()}
+                self.fields |= self._start_image()
 
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
@@ -112,44 +109,10 @@ class GenerateTab:
             )
         return {"image": image, "strength": strength}
 
-    def _steering(self) -> FormFields:
-        """Adds what steers the model, if it was trained with a control image or Redux images."""
-        self.sources: dict[str, ImageSource] = {}
-        kind = self.studio.spec.condition
-        if kind not in ("control", "redux"):
-            return {}
-        traits = {"canny": "Image whose edges it has", "depth": "Image whose depth it has"}
-        label = traits.get(self.studio.spec.control or "", "Image to vary")
-        self.sources[kind] = source = ImageSource(self.studio, label, f"generate-{kind}")
-        if kind == "control":
-            return {"control": source.held}
-        strength = gr.Slider(
-            0,
-            MOST_STRENGTH,
-            1,
-            step=0.05,
-            label="Strength of the image",
-            info="Below 1, the prompt counts for more.",
-        )
-        return {"redux": source.held, "redux_strength": strength}
-
-    def _wire_size(self) -> None:
-        """Gives images the shape of the control image."""
-        size = [self.fields["width"], self.fields["height"]]
-
-        def size_to(file: str | None) -> Changes:
-            if file is None:
-                return dict.fromkeys(size, gr.skip())
-            sides = natural_size(held_image(file), self.studio.spec.size)
-            return dict(zip(size, (max(SMALLEST, side) for side in sides), strict=True))
-
-        self.sources["control"].held.change(size_to, self.fields["control"], size, **UNQUEUED)
-
     def wire(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
         self.controls.wire_stop()
-        if "control" in self.sources:
-            self._wire_size()
+        self.steering.wire(self.fields)
 
         def settings_of(form: Form) -> ResolvedGenerate:
             return generate_settings(self.studio, form)
@@ -158,8 +121,7 @@ class GenerateTab:
             session: Session, settings: ResolvedGenerate, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
             image = held_image(form["image"]) if form["image"] else None
-            given = {kind: held_image(form[kind]) for kind in self.sources if form[kind]}
-            steering = steering_images(settings, given)
+            steering = steering_images(settings, self.steering.images(form))
             for update, run in run_generate(self.studio, session, settings, image, steering):
                 shown = self.shown.follow(update, run)
                 yield update, shown | history.changes(session) if update.result else shown
@@ -175,23 +137,26 @@ class GenerateTab:
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
         shown = [*self.shown.components, self.controls.status]
-        uploads = [self.upload, *(source.upload for source in self.sources.values())]
-        return [self.new_seed, *uploads, *self.fields.values(), *shown]
+        form = [self.new_seed, self.upload, *self.steering.restorable, *self.fields.values()]
+        return list(dict.fromkeys([*form, *shown]))
 
     def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
         """Fills the form as for one image of these settings, or for all if `said` names none."""
-        first, upload = settings.prompts[0], files.upload and str(files.upload)
-        image = upload if settings.image else None
+        first, image = settings.prompts[0], files.one_of("image")
         values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
         values["prompt"] = said.get("prompt", first.prompt)
         values["seed"] = said.get("seed", first.seed)
         values["count"] = 1 if "prompt" in said else len(settings.prompts)
         values["image"] = image
         filled = {self.fields[name]: value for name, value in values.items()}
-        for kind, source in self.sources.items():
-            filled |= dict.fromkeys((source.upload, source.held), upload if getattr(settings, kind) else None)
-        return {self.new_seed: False, self.upload: image, **filled}
+        return {self.new_seed: False, self.upload: image, **filled, **self.steering.restored(files)}
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Shows an image of this session once more."""
         return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
+
+
+def _viewed(run: Run, name: str) -> dict[str, Any]:
+    """Makes the viewer's value: an image of a run, over its control image if it has one."""
+    control, shown = run.folder / "control.png", (run.images[name], run.captions[name])
+    return pair(control, "the control image", *shown) if control.is_file() else image_alone(*shown)

@@ -1,7 +1,8 @@
 """The images of this session, and the way back from an image to the settings that made it."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
 from flux.studio.tabs.common import CONCURRENT
-from flux.studio.visits import unpack_mask
+from flux.studio.visits import GONE, unpack_mask
 from flux.studio.widgets import Changes, results
 
 INPUTS = ("image", "photo", "context", "fill", "control", "redux")  # fields that name uploaded images
@@ -50,19 +51,22 @@ class Files:
     """The images that come back with a run's settings.
 
     Attributes:
-        inputs: The uploaded images that the run began with, if they are in this session.
+        inputs: The images that the run began with, by the field that names them, if they are in this session.
         mask: The mask that was painted, white where edits may change the reference.
         shown: An image to paint a mask on.
     """
 
-    inputs: tuple[Path, ...] = ()
+    inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     mask: Image.Image | None = None
     shown: Path | None = None
 
-    @property
-    def upload(self) -> Path | None:
-        """The first of these images."""
-        return next(iter(self.inputs), None)
+    def all_of(self, name: str) -> tuple[Path, ...]:
+        """The images of a field."""
+        return self.inputs.get(name, ())
+
+    def one_of(self, name: str) -> str | None:
+        """The file of a field's first image, as components take it. None if there is none."""
+        return next((str(path) for path in self.all_of(name)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,10 @@ class History:
                 height=84,
                 elem_id="drop",
             )
+        # An image that another model made: where it is shown, and which one this page was opened for.
+        self.elsewhere = gr.Textbox(visible="hidden", label="Elsewhere")
+        self.wanted = gr.Textbox(visible="hidden", label="Wanted")
+        self.bring = gr.Button("Bring", visible="hidden", elem_id="bring")
 
     def changes(self, session: Session) -> Changes:
         """Shows all images of the session."""
@@ -102,57 +110,71 @@ class History:
         """Names the tab that runs of this kind are made in."""
         if not isinstance(settings, GenerateSettings):
             return settings.demo
+        if self.studio.has_own_lora(settings):
+            return "lora"
         if settings.context or settings.fill:
             return "instruct" if settings.context else "fill"
-        return "lora" if self.studio.has_own_lora(settings) else "generate"
+        return "generate"
 
     def wire(self, places: Mapping[str, HistoryPlace]) -> None:
         """Lets images and files bring settings back to their tab. The tabs are named as by `_tab_of`."""
         every = list(places.values())
         rows = [row for place in every for row in place.opened]
         components = [part for place in every for part in place.tab.restorable]
-        outputs = list(dict.fromkeys([*rows, *components]))
+        outputs = list(dict.fromkeys([*rows, *components, self.elsewhere]))
 
         def select(request: gr.Request, event: gr.SelectData) -> dict:
             images = self.studio.sessions.of(request.session_hash).images()
             if event.index >= len(images):
-                raise InputError("That image is gone: images are deleted a day after the session's last use")
+                raise InputError(GONE)
             run, name, path = images[event.index]
+            maker = self.studio.models.get(run.settings.model, self.studio)
+            if maker is not self.studio:
+                return {self.elsewhere: json.dumps({"page": maker.page, "image": _title(run, name)})}
+            return show(run, name, path)
+
+        def bring(request: gr.Request, wanted: str) -> dict:
+            images = self.studio.sessions.of(request.session_hash).images()
+            found = next((image for image in images if _title(*image[:2]) == wanted), None)
+            if found is None:
+                raise InputError(GONE)
+            return show(*found)
+
+        def show(run: Run, name: str, path: Path) -> dict:
             settings, said = read_back(path)
-            named = next((given for field in INPUTS if (given := getattr(settings, field, None))), ())
-            names = [named] if isinstance(named, str) else named
             mask = run.folder / "mask.png"
             files = Files(
-                inputs=tuple(run.folder / name for name in names),
+                inputs={name: _inputs(settings, name, run.folder) for name in INPUTS},
                 mask=read_mask(mask) if mask.is_file() else None,
                 shown=run.images.get("reference", path),
             )
             shown = place_of(settings).tab.shown_again(run, name)
-            return {**bring_back(settings, said, files), **shown}
+            return {**bring_back(settings, said, files), **shown, self.elsewhere: ""}
 
         def dropped(path: str | None) -> dict:
             if not path:
                 return {outputs[0]: gr.skip()}
             settings, said = read_back(Path(path))
             if settings.model != self.studio.defaults.model:
+                further = ": choose it above, then drop this again" * (settings.model in self.studio.models)
                 toast(
                     gr.Warning,
-                    f"This was made with {settings.model}; this studio runs {self.studio.defaults.model}.",
+                    f"This was made with {settings.model}, not with {self.studio.defaults.model}{further}.",
                 )
-            if any(getattr(settings, field, None) for field in INPUTS):
+            if any(getattr(settings, name, None) for name in INPUTS):
                 toast(gr.Info, "It began with an image that is not in the file: upload that again.")
             mask = unpack_mask(said["mask"]) if "mask" in said else None
             if getattr(settings, "mask", None) and mask is None:
                 toast(gr.Info, "Its mask is not in the file: paint it again.")
             shown = None if path.endswith(".json") else Path(path)
-            return bring_back(settings, said, Files(mask=mask, shown=shown))
+            return {**bring_back(settings, said, Files(mask=mask, shown=shown)), self.elsewhere: ""}
 
         def place_of(settings: ModelSettings) -> HistoryPlace:
             if place := places.get(self._tab_of(settings)):
                 return place
             raise InputError(
-                f"Got settings of {settings.model}; this studio runs {self.studio.defaults.model}, which "
-                "has no tab for them"
+                f"Got settings of {settings.model}; this page is of {self.studio.defaults.model}, which has "
+                "no tab for them"
             )
 
         def bring_back(settings: ModelSettings, said: Mapping[str, Any], files: Files) -> dict:
@@ -166,9 +188,21 @@ class History:
         for event in (
             self.gallery.select(select, None, outputs, **CONCURRENT),
             self.drop.upload(dropped, self.drop, outputs, **CONCURRENT),
+            self.bring.click(bring, self.wanted, outputs, js="() => [studio.wanted()]", **CONCURRENT),
         ):
-            event.success(None, None, None, js="() => studio.look()")
+            event.success(None, self.elsewhere, None, js="elsewhere => { studio.look(elsewhere); }")
         packed = self.zip.click(pack, None, self.file, **CONCURRENT)
         packed.success(
             None, None, None, js="() => setTimeout(() => document.querySelector('#zip-file').click(), 300)"
         )
+
+
+def _inputs(settings: ModelSettings, name: str, folder: Path) -> tuple[Path, ...]:
+    """Lists the files in a run's folder that a field of its settings names."""
+    named = getattr(settings, name, None) or ()
+    return tuple(folder / each for each in ([named] if isinstance(named, str) else named))
+
+
+def _title(run: Run, name: str) -> str:
+    """Names an image of a visit in one text."""
+    return f"{run.folder.name}/{name}"

@@ -1,6 +1,7 @@
 """The tab that edits by instruction, for models that take context images."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,7 @@ from flux.studio.engine import MadeImage, Update
 from flux.studio.forms import MOST_STRENGTH, Form, instruct_settings
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import SMALLEST, UNQUEUED
+from flux.studio.tabs.common import SMALLEST, UNQUEUED, Examples
 from flux.studio.tabs.history import Files
 from flux.studio.tabs.source import ImageSource
 from flux.studio.tabs.steered import SteeredTab
@@ -23,21 +24,32 @@ from flux.studio.widgets import Changes, held_image, results
 from flux.studio.words import about
 from flux.studio.work.generate import run_generate
 
+EXAMPLES = ("make it night", "add a top hat", "replace the dog with a cat")
+
 
 class InstructTab(SteeredTab):
     """The tab that edits by instruction."""
 
     name = "instruct"
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, first: Path | None = None):
+        """Adds the tab. `first` is the context image that stands there at first."""
         super().__init__(studio)
+        contexts = [str(first)] if first else []
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.source = ImageSource(studio, "Add a context image", "instruct-image")
-                self.thumbnails = results("Context images", "instruct-contexts", columns=3)
-                self.clear = gr.Button("Remove all", size="sm", visible=False)
-                self.fields = {"context": gr.State([])}
-                self.fields |= self.add_prompt("", "Instruction", "Edit")
+                self.thumbnails = results(
+                    "Context images",
+                    "instruct-contexts",
+                    columns=3,
+                    visible=bool(first),
+                    value=_named(contexts),
+                )
+                self.clear = gr.Button("Remove all", size="sm", visible=bool(first))
+                self.fields = {"context": gr.State(contexts)}
+                self.fields |= self.add_prompt(EXAMPLES[0] if first else "", "Instruction", "Edit")
+                self.examples = Examples.of([(text,) for text in EXAMPLES], EXAMPLES)
             with gr.Column(elem_classes="outputs"):
                 self.add_outputs("Add an image, and say what is to change.")
             with gr.Column(elem_classes="options"):
@@ -71,6 +83,7 @@ class InstructTab(SteeredTab):
             api_visibility="private",
         )
         joined.failure(lambda: (None, None), None, [self.source.upload, self.source.held], **UNQUEUED)
+        self.examples.wire([self.fields["prompt"]])
         self.clear.click(lambda: self.start_from([]), None, self.begun_with, **UNQUEUED)
 
     @property
@@ -82,12 +95,11 @@ class InstructTab(SteeredTab):
 
     def start_from(self, images: list[str]) -> Changes:
         """Makes these files the context images, and sizes the run to the first one."""
-        shown = [(file, f"Context image {number + 1}") for number, file in enumerate(images)]
         changes: Changes = {
             self.source.upload: None,
             self.source.held: None,
             self.fields["context"]: images,
-            self.thumbnails: gr.update(value=shown, visible=bool(images)),
+            self.thumbnails: gr.update(value=_named(images), visible=bool(images)),
             self.clear: gr.update(visible=bool(images)),
         }
         if images:
@@ -117,4 +129,9 @@ class InstructTab(SteeredTab):
         """Brings back the context images, the size, and the strength."""
         size = {self.fields[side]: getattr(settings, side) for side in ("width", "height")}
         strength = {self.fields["reference_strength"]: min(settings.reference_strength, MOST_STRENGTH)}
-        return {**self.start_from([str(path) for path in files.inputs]), **size, **strength}
+        return {**self.start_from([str(path) for path in files.all_of("context")]), **size, **strength}
+
+
+def _named(images: list[str]) -> list[tuple[str, str]]:
+    """Names context images by their order."""
+    return [(file, f"Context image {number + 1}") for number, file in enumerate(images)]

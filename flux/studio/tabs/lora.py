@@ -27,11 +27,13 @@ from flux.studio.tabs.common import (
 )
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.shown import ShownImage
+from flux.studio.tabs.steering import Steering
 from flux.studio.tabs.train import TrainPart
 from flux.studio.viewer import image_alone, pair, viewer
 from flux.studio.widgets import UNLISTED, Changes, preview, status_html
 from flux.studio.words import about
 from flux.studio.work.edit import known_layers
+from flux.studio.work.generate import steering_images
 from flux.studio.work.lora import NAME, HeldLora, keep_lora, run_lora
 from flux.studio.work.train import can_train
 
@@ -45,7 +47,8 @@ class LoraTab:
         fields: The components that a run's settings are read from, by name.
     """
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, first: Path | None = None):
+        """Adds the tab. `first` is the image that steers a run at first, for models that need one."""
         self.studio, self.controls = studio, RunControls(studio, "lora")
         self.train = TrainPart(studio, self.controls) if can_train(studio) else None
         with gr.Row(elem_classes="workspace"):
@@ -59,6 +62,7 @@ class LoraTab:
                     elem_id="lora-file",
                 )
                 held = gr.State(None)
+                self.steering = Steering(studio, "lora", first)
                 self.prompt = gr.Textbox(
                     PROMPT,
                     label="Prompt",
@@ -77,7 +81,7 @@ class LoraTab:
                 if self.train:
                     self.train.add_samples()
             with gr.Column(elem_classes="options"):
-                self.fields = {"lora": held, "prompt": self.prompt, **self._options()}
+                self.fields = {"lora": held, "prompt": self.prompt, **self.steering.fields, **self._options()}
 
     def _options(self) -> FormFields:
         weight = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Strength", info="0 is without it.")
@@ -97,15 +101,18 @@ class LoraTab:
     def wire(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
         self.controls.wire_stop()
+        self.steering.wire(self.fields)
         self._wire_upload()
 
         def settings_of(form: Form) -> ResolvedGenerate:
+            self.steering.check(form)
             return lora_settings(self.studio, form)
 
         def work(
-            session: Session, settings: ResolvedGenerate, _: Form
+            session: Session, settings: ResolvedGenerate, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
-            for update, before, run in run_lora(self.studio, session, settings):
+            steering = steering_images(settings, self.steering.images(form))
+            for update, before, run in run_lora(self.studio, session, settings, steering):
                 shown: Changes = {}
                 if update.preview:
                     shown[self.preview] = gr.update(visible=True, value=update.preview)
@@ -170,17 +177,19 @@ class LoraTab:
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        names = [name for name in self.fields if name not in ("lora", "layers")]
-        return [*(self.fields[name] for name in names), *self._shown_parts, self.controls.status]
+        form = [self.fields[name] for name in self.fields if name not in ("lora", "layers")]
+        form = dict.fromkeys([*self.steering.restorable, *form])
+        return [*form, *self._shown_parts, self.controls.status]
 
-    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - the LoRA is not among the files
+    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fills the form with these settings, all but the LoRA and its layers."""
         first, lora = settings.prompts[0], settings.lora[-1]
         values = {name: getattr(settings, name) for name in SAMPLING}
         values |= {"prompt": first.prompt, "seed": first.seed}
         values["weight"] = min(max(lora.weight, 0.0), MOST_STRENGTH)
         status = status_html(f"Made with {Path(lora.file).name}: drop it, if it is not the one that is here.")
-        return {**{self.fields[name]: value for name, value in values.items()}, self.controls.status: status}
+        filled = {self.fields[name]: value for name, value in values.items()}
+        return {**filled, **self.steering.restored(files), self.controls.status: status}
 
     def shown_again(self, run: Run, name: str) -> Changes:  # noqa: ARG002 - a run has one image
         """Shows an image of this session once more."""

@@ -19,15 +19,18 @@ class MaskCanvas:
         painter: The board, whose value `flux.studio.painter.painted_mask` reads.
     """
 
-    def __init__(self, image: Path | None, elem_id: str = "edit-mask", about: str = ABOUT):
+    def __init__(
+        self, image: Path | None, elem_id: str = "edit-mask", about: str = ABOUT, is_open: bool = False
+    ):
         """Adds the board.
 
         Args:
             image: The file of the image to paint on. If None, there is none yet.
             elem_id: The element's id.
             about: What is said above the board, in HTML.
+            is_open: Whether the fold is open at first.
         """
-        self.painter = painter(elem_id, image and board(image), about)
+        self.painter = painter(elem_id, image and board(image), about, is_open)
 
     @property
     def components(self) -> list[gr.HTML]:

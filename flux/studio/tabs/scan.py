@@ -26,6 +26,7 @@ from flux.studio.tabs.common import (
     wire_notes,
 )
 from flux.studio.tabs.edit import EditTab
+from flux.studio.tabs.steering import Steering
 from flux.studio.viewer import image_alone, viewer
 from flux.studio.widgets import (
     Changes,
@@ -36,7 +37,7 @@ from flux.studio.widgets import (
     strip_value,
 )
 from flux.studio.words import about
-from flux.studio.work.scan import Vital, read_vitality, run_scan
+from flux.studio.work.scan import Vital, read_vitality, run_scan, steered_scan
 
 PLOT = "The vitality of each layer"
 PROMPTS = "a dog on the grass\nan owl in the forest\na red car on the street"
@@ -45,10 +46,12 @@ PROMPTS = "a dog on the grass\nan owl in the forest\na red car on the street"
 class ScanTab:
     """The tab that scans for the vital layers."""
 
-    def __init__(self, studio: Studio):
+    def __init__(self, studio: Studio, first: Path | None = None):
+        """Adds the tab. `first` is the image that steers a scan at first, for models that need one."""
         self.studio, self.controls = studio, RunControls(studio, "scan")
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
+                self.steering = Steering(studio, "scan", first)
                 prompts = gr.Textbox(
                     PROMPTS,
                     label="Prompts",
@@ -64,7 +67,7 @@ class ScanTab:
             with gr.Column(elem_classes="outputs"):
                 self._outputs()
             with gr.Column(elem_classes="options"):
-                self.fields = {"prompts": prompts, **self._options()}
+                self.fields = {"prompts": prompts, **self.steering.fields, **self._options()}
         self.scanned = gr.State(None)  # the folder of the scan that is shown
 
     def _outputs(self) -> None:
@@ -111,13 +114,16 @@ class ScanTab:
     def wire(self, tabs: gr.Tabs, edit: EditTab) -> None:
         """Connects the events; the set of layers that is found goes to the tab `edit` of `tabs`."""
         self.controls.wire_stop()
+        self.steering.wire(self.fields)
 
         def settings_of(form: Form) -> ResolvedScan:
+            self.steering.check(form)
             return scan_settings(self.studio, form)
 
         def work(
-            session: Session, settings: ResolvedScan, _: Form
+            session: Session, settings: ResolvedScan, form: Form
         ) -> Iterator[tuple[Update[Path | Vital], Changes]]:
+            settings = steered_scan(settings, self.steering.images(form))
             for update in run_scan(self.studio, session, settings):
                 yield update, self._shown(update.result, settings)
 

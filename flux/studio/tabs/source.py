@@ -1,5 +1,7 @@
 """A place for an image that a run begins with: an upload, or one of this visit's images."""
 
+from pathlib import Path
+
 import gradio as gr
 
 from flux.errors import InputError
@@ -14,10 +16,11 @@ class ImageSource:
     Attributes:
         upload: The upload.
         held: A state that holds the file of the image, or None. Its `change` is the event to follow.
+        given: The events by which a visitor gives an image. An earlier run that comes back is none.
     """
 
-    def __init__(self, studio: Studio, label: str, elem_id: str):
-        self.upload, self.held, _ = image_input(studio, label=label, elem_id=elem_id)
+    def __init__(self, studio: Studio, label: str, elem_id: str, first: Path | None = None):
+        self.upload, self.held, uploaded = image_input(studio, first, label=label, elem_id=elem_id)
         with gr.Accordion("Take one of your images", open=False, elem_id=f"{elem_id}-taken") as fold:
             gallery = results("Your images, to take one", f"{elem_id}-visit", columns=5)
             nothing = gr.Markdown("There is none yet.", elem_classes="label")
@@ -35,4 +38,5 @@ class ImageSource:
             return files[event.index], files[event.index]
 
         fold.expand(list_images, None, [gallery, nothing, files], **UNQUEUED)
-        gallery.select(take, files, [self.upload, self.held], **CONCURRENT)
+        taken = gallery.select(take, files, [self.upload, self.held], **CONCURRENT)
+        self.given = (uploaded, taken)

@@ -1,20 +1,23 @@
 """The work of the Edit tab: a reference that is kept, and edits of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 
 from PIL import Image
 
+from flux.conditions.images import ConditionImages, read_conditions
 from flux.editing.edit import check_edits, check_prompts, edit_reference
 from flux.editing.reference import Reference, keep_reference
 from flux.editing.reference_fields import reference_fields
 from flux.errors import InputError
+from flux.images.given import Images
 from flux.images.io import save_image
 from flux.settings.resolved import ResolvedEdit
 from flux.studio.engine import Engine, KeptReference, MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.visits import pack_mask
+from flux.studio.work.generate import images_of, steered
 from flux.studio.work.scan import read_vitality
 from flux.vital_layers import PRESETS, find_vital_layers, remembered_scan
 from flux.weights.find import checkpoint_of
@@ -24,7 +27,11 @@ FOUND_MASK = "{}_mask.png"
 
 
 def make_reference(
-    engine: Engine, settings: ResolvedEdit, progress: Progress, photo: Image.Image | None = None
+    engine: Engine,
+    settings: ResolvedEdit,
+    progress: Progress,
+    photo: Image.Image | None = None,
+    conditions: ConditionImages | None = None,
 ) -> Reference:
     """Returns the reference that the settings describe: the kept one if it fits, else a new one, then kept.
 
@@ -33,12 +40,14 @@ def make_reference(
         settings: The reference, and the layers to keep.
         progress: Receives the steps.
         photo: Invert this photograph instead of generating the reference.
+        conditions: Images that steer the run.
 
     Raises:
-        InputError: The content filter objects to the photograph or the reference.
+        InputError: The content filter objects to an image.
     """
-    layers = _layers(settings)
-    pixels = photo and (photo.mode, photo.size, sha256(photo.tobytes()).digest())
+    layers, settings = _layers(settings), _without_mask_file(settings, conditions)
+    given = [photo, *([*images_of(conditions), conditions.mask] if conditions else [])]
+    pixels = [(image.mode, image.size, sha256(image.tobytes()).digest()) for image in given if image]
     key = (reference_fields(settings, photo is not None), pixels)
     kept = engine.kept
     if kept and kept.key == key and set(layers) <= set(kept.reference.layers):
@@ -49,7 +58,8 @@ def make_reference(
         engine.check(photo)
     inverted = settings.num_steps if photo is not None and settings.inverts else 0
     progress.begin("reference", inverted + settings.num_steps, settings.width, settings.height)
-    reference = keep_reference(engine.pipe, settings, layers, photo, on_step=progress.step_at, progress=False)
+    pipe = steered(engine, settings, conditions)
+    reference = keep_reference(pipe, settings, layers, photo, on_step=progress.step_at, progress=False)
     engine.check(reference.image)
     engine.kept = KeptReference(key, reference)
     return reference
@@ -62,6 +72,7 @@ def make_edits(
     photo: Image.Image | None = None,
     mask: Image.Image | None = None,
     on_mask: Callable[[int, Image.Image], object] | None = None,
+    conditions: ConditionImages | None = None,
 ) -> None:
     """Emits the reference and its edits, under the names that demo 4 saves them with.
 
@@ -72,18 +83,22 @@ def make_edits(
         photo: Edit this photograph instead of a generated reference.
         mask: White where the edits may change the reference. If None, as the dose says.
         on_mask: Receives the masks that are found, see `flux.editing.edit.edit_reference`.
+        conditions: Images that steer the run. Edits of an image to fill may change what its mask says.
 
     Raises:
         InputError: The content filter objects to an image, or the edits are wrong.
     """
+    settings = _without_mask_file(settings, conditions)
+    if conditions and conditions.mask:
+        mask = conditions.mask
     # Whatever is wrong with the edits is said before minutes go into their reference.
     check_edits(settings, _layers(settings), photo, mask)
     check_prompts(engine.pipe, settings, [settings.prompt or ""])
-    reference = make_reference(engine, settings, progress, photo)
+    reference = make_reference(engine, settings, progress, photo, conditions)
     progress.emit(MadeImage("reference", reference.image, settings.prompt or "", settings.seed))
     progress.begin("edits", settings.num_steps, settings.width, settings.height)
     images = edit_reference(
-        engine.pipe,
+        steered(engine, settings, conditions),
         reference,
         settings.edits,
         settings,
@@ -102,8 +117,19 @@ def run_edit(
     settings: ResolvedEdit,
     photo: Image.Image | None = None,
     mask: Image.Image | None = None,
+    steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage], Run]]:
-    """Makes the edits, and yields each update with its run."""
+    """Makes the edits, and yields each update with its run.
+
+    Args:
+        studio: The studio.
+        session: The visitor's session.
+        settings: The reference and its edits.
+        photo: Edit this photograph instead of a generated reference.
+        mask: White where the edits may change the reference, of any size.
+        steering: Images that steer the run, by the fields that name them.
+    """
+    conditions = read_conditions(settings, steering)
     if mask is not None:
         size = photo.size if photo else (settings.width, settings.height)
         mask = mask.resize(size, Image.Resampling.NEAREST)
@@ -112,21 +138,27 @@ def run_edit(
         def save_mask(number: int, found: Image.Image) -> None:
             save_image(found, run.folder / FOUND_MASK.format(f"edit_{number}"))
 
-        make_edits(studio.engine, settings, progress, photo, mask, save_mask)
+        make_edits(studio.engine, settings, progress, photo, mask, save_mask, conditions)
 
-    inputs = {name: image for name, image in (("photo", photo), ("mask", mask)) if image is not None}
+    own = {name: image for name, image in (("photo", photo), ("mask", mask)) if image is not None}
+    inputs: dict[str, Images] = {**own, **(steering or {})}
     # So an image file alone brings its mask back.
     carried = {} if mask is None else {"mask": pack_mask(mask)}
     return studio.run(session, settings, work, inputs, layers=settings.vital_layers, **carried)
 
 
 def run_reference(
-    studio: Studio, session: Session, settings: ResolvedEdit, photo: Image.Image | None = None
+    studio: Studio,
+    session: Session,
+    settings: ResolvedEdit,
+    photo: Image.Image | None = None,
+    steering: Mapping[str, Images] | None = None,
 ) -> Iterator[Update[Image.Image]]:
     """Makes the reference alone, and yields each update. Nothing is saved."""
+    conditions = read_conditions(settings, steering)
 
     def work(progress: Progress[Image.Image]) -> None:
-        progress.emit(make_reference(studio.engine, settings, progress, photo).image)
+        progress.emit(make_reference(studio.engine, settings, progress, photo, conditions).image)
 
     return studio.engine.run(work, session.stop)
 
@@ -140,9 +172,9 @@ def known_layers(
         studio: The studio.
         session: A visitor's session, whose own scan counts first. If None, the default of all visitors.
     """
-    if session and session.vital_scan.is_file():
-        layers = find_vital_layers(str(session.vital_scan), studio.spec)
-        return layers, read_vitality(session.vital_scan)
+    own = session and session.vital_scan(studio.defaults.model)
+    if own and own.is_file():
+        return find_vital_layers(str(own), studio.spec), read_vitality(own)
     checkpoint = checkpoint_of(studio.defaults)
     scan = remembered_scan(checkpoint) if checkpoint else None
     try:
@@ -151,6 +183,11 @@ def known_layers(
         # Nobody has scanned this model: those of FLUX.1 [dev], as far as it has them.
         layers = tuple(layer for layer in PRESETS["stable-flow"] if layer < studio.spec.num_layers)
     return layers, read_vitality(scan) if scan and scan.is_file() else None
+
+
+def _without_mask_file(settings: ResolvedEdit, conditions: ConditionImages | None) -> ResolvedEdit:
+    """Returns settings that do not name the file in which a run keeps the mask of an image to fill."""
+    return settings.model_copy(update={"mask": None}) if conditions and conditions.mask else settings
 
 
 def _layers(settings: ResolvedEdit) -> tuple[int, ...]:

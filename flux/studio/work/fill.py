@@ -5,15 +5,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from flux.images.io import crop_to_fit, read_image, save_image
+from flux.errors import InputError
+from flux.images.io import read_image, save_image
 from flux.images.outpaint import outpaint
-from flux.images.sizes import TOKEN
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.engine import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.work.generate import run_generate
+from flux.studio.work.generate import fitted, run_generate, steering_images
 
 GREY = (128, 128, 128)
 
@@ -36,21 +36,11 @@ def run_fill(
     """
     if settings.outpaint is not None:
         steering = {"fill": fitted(image, studio.limits.fill_size(image.size, settings.outpaint))}
+    elif mask is None:
+        raise InputError("Got no mask: paint over what is to be painted anew")
     else:
-        size = settings.width, settings.height
-        steering = {"fill": fitted(image, size)}
-        if mask is not None:
-            steering["mask"] = fitted(mask.resize(image.size, Image.Resampling.NEAREST), size)
+        steering = steering_images(settings, {"fill": image, "mask": mask})
     return run_generate(studio, session, settings, steering=steering)
-
-
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Brings an image to a size. Where less than a token is too much, it is cut off and no pixel changes."""
-    across, down = (own - wanted for own, wanted in zip(image.size, size))
-    if 0 <= across < TOKEN and 0 <= down < TOKEN:
-        left, above = across // 2, down // 2
-        return image.crop((left, above, left + size[0], above + size[1]))
-    return crop_to_fit(image, *size)
 
 
 def frame(image: Image.Image, borders: tuple[float, float, float, float], overlap: float) -> Image.Image:

@@ -1,20 +1,27 @@
 """The work of the film tab: the steps of an image, and what its layers attend to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flux.attention.film import Film
 from flux.attention.watch import watch
+from flux.conditions.images import ConditionImages, read_conditions
+from flux.images.given import Images
 from flux.images.io import save_image
 from flux.runs.record import image_metadata
 from flux.settings.resolved import ResolvedLayer
 from flux.studio.engine import Engine, MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
+from flux.studio.work.generate import steered
 
 
 def make_film(
-    engine: Engine, settings: ResolvedLayer, progress: Progress[MadeImage | Path], run: Run
+    engine: Engine,
+    settings: ResolvedLayer,
+    progress: Progress[MadeImage | Path],
+    run: Run,
+    conditions: ConditionImages | None = None,
 ) -> None:
     """Emits the image, then the paths of its film and sheets, which it writes to the run's folder.
 
@@ -23,11 +30,13 @@ def make_film(
         settings: The prompt, and the layers to watch.
         progress: Receives steps, the image "picture" and the paths.
         run: The run. Its folder gets film.webp, steps.png and, with layers, layers.png and words.png.
+        conditions: Images that steer the run.
 
     Raises:
-        InputError: The content filter objects to the image.
+        InputError: The content filter objects to an image.
     """
-    [entry], pipe, size = settings.prompts, engine.pipe, (settings.width, settings.height)
+    [entry], size = settings.prompts, (settings.width, settings.height)
+    pipe = steered(engine, settings, conditions)
     progress.begin("drawing", settings.num_steps, *size)
     steps, attention = watch(pipe, entry.prompt, entry.seed, settings, progress=False, on_step=progress.step)
     progress.begin("decoding the steps", len(steps))
@@ -43,11 +52,15 @@ def make_film(
 
 
 def run_film(
-    studio: Studio, session: Session, settings: ResolvedLayer
+    studio: Studio,
+    session: Session,
+    settings: ResolvedLayer,
+    steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage | Path], Run]]:
-    """Makes the film, and yields each update with its run."""
+    """Makes the film, and yields each update with its run. Images may steer it, by their fields."""
+    conditions = read_conditions(settings, steering)
 
     def work(progress: Progress[MadeImage | Path], run: Run) -> None:
-        make_film(studio.engine, settings, progress, run)
+        make_film(studio.engine, settings, progress, run, conditions)
 
-    return studio.run(session, settings, work)
+    return studio.run(session, settings, work, steering)

@@ -7,7 +7,9 @@ from PIL import Image
 from flux.conditions.images import ConditionImages, read_conditions
 from flux.images.given import Images
 from flux.images.io import crop_to_fit
-from flux.settings.resolved import ResolvedGenerate
+from flux.images.sizes import TOKEN
+from flux.pipeline import Pipeline
+from flux.settings.resolved import ResolvedGenerate, ResolvedModel, SteeredSettings
 from flux.studio.engine import Engine, MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
@@ -32,11 +34,7 @@ def make_images(
     Raises:
         InputError: The content filter objects to an image.
     """
-    pipe, steps, strength = engine.pipe, settings.num_steps, 1.0
-    if conditions:
-        for given in _images(conditions):
-            engine.check(given)
-        pipe = pipe.steered(conditions, settings)
+    pipe, steps, strength = steered(engine, settings, conditions), settings.num_steps, 1.0
     if image is not None:
         engine.check(image)
         image, strength = crop_to_fit(image, settings.width, settings.height), settings.strength
@@ -55,19 +53,52 @@ def make_images(
         progress.emit(MadeImage(f"{number:03d}", engine.check(made), entry.prompt, entry.seed))
 
 
-def _images(conditions: ConditionImages) -> list[Image.Image]:
+def steered(engine: Engine, settings: SteeredSettings, conditions: ConditionImages | None) -> Pipeline:
+    """Returns the engine's model, steered by images if there are any.
+
+    Raises:
+        InputError: The content filter objects to an image.
+    """
+    if not conditions:
+        return engine.pipe
+    for image in images_of(conditions):
+        engine.check(image)
+    return engine.pipe.steered(conditions, settings)
+
+
+def images_of(conditions: ConditionImages) -> list[Image.Image]:
+    """Lists the images that steer a run, without their mask."""
     alone = (conditions.control, conditions.filled and conditions.filled[0])
     return [*conditions.context, *conditions.redux, *filter(None, alone)]
 
 
-def steering_images(settings: ResolvedGenerate, given: Mapping[str, Image.Image]) -> dict[str, Images]:
-    """Brings a control image to the size of a run, and makes a list of a Redux image."""
+def steering_images(settings: ResolvedModel, given: Mapping[str, Image.Image]) -> dict[str, Images]:
+    """Brings images that steer a run to its size, and makes a list of a Redux image.
+
+    Args:
+        settings: The run.
+        given: The images by the fields of the settings that name them. A mask has any size.
+    """
     images: dict[str, Images] = {}
+    size = settings.width, settings.height
     if "control" in given:
-        images["control"] = crop_to_fit(given["control"], settings.width, settings.height)
+        images["control"] = crop_to_fit(given["control"], *size)
+    if "fill" in given:
+        image = given["fill"]
+        mask = given["mask"].resize(image.size, Image.Resampling.NEAREST)
+        images |= {"fill": fitted(image, size), "mask": fitted(mask, size)}
     if "redux" in given:
         images["redux"] = [given["redux"]]
     return images
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Brings an image to a size. Where less than a token is too much, it is cut off and no pixel changes."""
+    across, down = (own - wanted for own, wanted in zip(image.size, size))
+    if 0 <= across < TOKEN and 0 <= down < TOKEN:
+        left, above = across // 2, down // 2
+        return image.crop((left, above, left + size[0], above + size[1]))
+    return crop_to_fit(image, *size)
 
 
 def run_generate(

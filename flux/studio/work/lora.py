@@ -9,7 +9,7 @@ import re
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ from uuid import uuid4
 
 from torch import nn
 
+from flux.conditions.images import read_conditions
 from flux.errors import InputError
+from flux.images.given import Images
 from flux.lora.live import LiveLora
 from flux.lora.report import LoraReport, look_into
 from flux.model import Flux
@@ -87,12 +89,12 @@ def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> He
 
 
 def hold_lora(studio: Studio, session: Session, path: Path) -> HeldLora:
-    """Keeps a LoRA file for the session, in place of an earlier one.
+    """Keeps a LoRA file for the session, in place of an earlier one for this model.
 
     Raises:
         InputError: It is no LoRA for the loaded model.
     """
-    folder = session.folder / "uploads" / "lora"
+    folder = session.folder / "uploads" / "lora" / studio.defaults.model
     kept = folder / uuid4().hex / f"{_plain_name(path)}.safetensors"
     kept.parent.mkdir(parents=True)
     try:
@@ -137,7 +139,7 @@ def _check_fit(studio: Studio, report: LoraReport) -> None:
         if not _is_beside(patch)
     )
     # The weights as they were, those that the strength leads from, and those that it leads to.
-    needed = 3 * copied * studio.engine.pipe.dtype.itemsize
+    needed = 3 * copied * studio.engine.dtype.itemsize
     if needed > COPIED_BYTES:
         raise InputError(
             f"Got {report.lora.path.name}, a {report.lora.form}, which needs {needed / 2**30:.1f} GB of "
@@ -152,7 +154,7 @@ def check_engine(engine: Engine) -> None:
     """Raises InputError unless LoRAs can be put beside the loaded model: plain weights that stay in place."""
     settings = engine.settings
     for hindrance, is_there in (
-        ("offloaded", bool(engine.pipe.offloaded)),
+        ("offloaded", engine.is_offloaded),
         ("quantised", settings.quantize != "none"),
         ("compiled", settings.compile),
     ):
@@ -177,6 +179,7 @@ def lora_on(engine: Engine, lora: Lora) -> Iterator[None]:
     model, path = engine.pipe.model, Path(lora.file)
     if not path.is_file():
         raise InputError("Your LoRA is gone, a day after the session's last use: upload it again")
+    check_engine(engine)  # its model may not have been loaded before
     file = read_lora(open_checkpoint(path), lora.weight, lora.layers)
     patches = match_patches([file], "transformer", on_meta(Flux, model.params))
     with _as_it_was(model, patches):
@@ -207,7 +210,10 @@ def _is_beside(patch: Patch) -> bool:
 
 
 def run_lora(
-    studio: Studio, session: Session, settings: ResolvedGenerate
+    studio: Studio,
+    session: Session,
+    settings: ResolvedGenerate,
+    steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage], Run | None, Run]]:
     """Makes one image without the visitor's LoRA and one with it.
 
@@ -215,14 +221,16 @@ def run_lora(
         studio: The studio.
         session: The visitor's session. An image without it that was made before is not made again.
         settings: One prompt; the last LoRA is the visitor's.
+        steering: Images that steer the run, by the fields that name them.
 
     Yields:
         Each update, the run without the LoRA once it is done, and the run that the update is of.
     """
     plain = settings.model_copy(update={"lora": settings.lora[:-1]})
-    before = _earlier_run(session, plain)
+    conditions = read_conditions(settings, steering)
+    before = None if steering else _earlier_run(session, plain)  # it may have begun with another image
     if before is None:
-        for update, run in run_generate(studio, session, plain):
+        for update, run in run_generate(studio, session, plain, steering=steering):
             yield update, None, run
             before = run
     if session.stop.is_set():
@@ -230,9 +238,9 @@ def run_lora(
 
     def work(progress: Progress[MadeImage], _: Run) -> None:
         with lora_on(studio.engine, settings.lora[-1]):
-            make_images(studio.engine, settings, progress)
+            make_images(studio.engine, settings, progress, conditions=conditions)
 
-    for update, run in studio.run(session, settings, work):
+    for update, run in studio.run(session, settings, work, steering):
         yield update, before, run
 
 

@@ -30,8 +30,8 @@ class Sample:
 
 
 def can_train(studio: Studio) -> bool:
-    """Tells whether the page offers trainings: of a small model that was not distilled to few steps."""
-    return studio.spec.folder is not None and studio.spec.shifted
+    """Tells whether the page offers trainings: of a small model that needs no image and many steps."""
+    return studio.spec.folder is not None and studio.spec.shifted and studio.spec.condition is None
 
 
 def keep_images(studio: Studio, session: Session, uploads: Any, inside: Path) -> list[Path]:

@@ -1,0 +1,98 @@
+"""The models in memory: one is loaded when a run needs it, and others make room for it."""
+
+import gc
+import threading
+from typing import Protocol
+
+import torch
+
+from flux.runtime.devices import pick_device, pick_dtype, return_freed_memory
+from flux.runtime.estimate import MemoryEstimator
+from flux.runtime.plan import Plan, free_memory
+from flux.settings.resolved import ResolvedModel
+from flux.weights.find import find_model
+from flux.weights.open_model import OpenModel
+
+
+class Holder(Protocol):
+    """Something that holds a model: `flux.studio.engine.Engine`."""
+
+    settings: ResolvedModel
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        ...
+
+    def load(self, opened: OpenModel) -> None:
+        """Loads the model from its opened files."""
+        ...
+
+    def free(self) -> None:
+        """Removes the model from memory."""
+        ...
+
+
+class Memory:
+    """The models in memory.
+
+    Attributes:
+        lock: Held by the run that computes. Only its owner may call `use`.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._loaded: list[Holder] = []  # the last used one last
+
+    def add(self, holder: Holder) -> None:
+        """Notes that this holder's model is loaded and used."""
+        self._loaded = [*(other for other in self._loaded if other is not holder), holder]
+
+    def use(self, holder: Holder) -> None:
+        """Loads the holder's model unless it is there. If it needs room, the least recently used are freed.
+
+        A model that was freed comes back with its next run, also if this one then cannot be loaded.
+
+        Raises:
+            InputError: Its files are gone or wrong, which is found before any other is freed; or as
+                `Pipeline.load`.
+        """
+        if not holder.is_loaded:
+            opened = find_model(holder.settings, download=False)
+            opened.check()
+            while self._loaded and not fits_beside(opened, holder.settings):
+                self._loaded.pop(0).free()
+                give_back()
+            try:
+                holder.load(opened)
+            except BaseException:
+                give_back()  # what was loaded of it
+                raise
+        self.add(holder)
+
+
+def fits_beside(opened: OpenModel, settings: ResolvedModel) -> bool:
+    """Tells whether a model fits into memory beside those that are loaded.
+
+    The models of this package are small, and always do. Any other does on a GPU whose free memory holds all
+    of its parts. In main memory, and where parts of it wait there, it is taken not to fit.
+    """
+    if opened.spec.folder is not None:
+        return True
+    device = pick_device(settings.device)
+    free = free_memory(device)
+    if free is None or settings.offload not in ("none", "auto"):
+        return False
+    dtype = pick_dtype(settings.dtype, device, opened.spec)
+    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    sources, ranks = opened.sources(), opened.ranks_beside()
+    estimate = MemoryEstimator(settings, opened.spec, sources, dtype, text_dtype, True, ranks)
+    return Plan.of(estimate, "none", tiled=settings.tiled).fits(free)
+
+
+def give_back() -> None:
+    """Gives the memory of models that were removed back to the device and the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return_freed_memory()

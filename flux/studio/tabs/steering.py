@@ -1,0 +1,144 @@
+"""The part of a tab that takes an image beside the prompt, for models that images steer.
+
+It is a control image, an image to fill with its mask, or one to vary.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gradio as gr
+from gradio.components import Component
+from PIL import Image
+
+from flux.errors import InputError
+from flux.images.io import thumbnail
+from flux.images.sizes import natural_size
+from flux.studio.forms import MOST_STRENGTH, Form
+from flux.studio.painter import painted_mask
+from flux.studio.state import Studio
+from flux.studio.tabs.common import SMALLEST, UNQUEUED, FormFields
+from flux.studio.tabs.history import Files
+from flux.studio.tabs.mask import MaskCanvas
+from flux.studio.tabs.source import ImageSource
+from flux.studio.widgets import Changes, held_image
+
+LABELS = {
+    "canny": "Image whose edges it has",
+    "depth": "Image whose depth it has",
+    "fill": "Image of which a part is painted anew",
+    "redux": "Image to vary",
+}
+ABOUT_MASK = "Paint over what is painted anew. All other pixels stay exactly as they are."
+
+
+class Steering:
+    """An image that steers a tab's runs. A model that needs none adds nothing.
+
+    Attributes:
+        fields: The components that a run's settings are read from, by name.
+        canvas: Where the mask of an image to fill is painted. None for models without such images.
+    """
+
+    def __init__(self, studio: Studio, tab: str, first: Path | None = None):
+        """Adds the components.
+
+        Args:
+            studio: The studio.
+            tab: The tab's name, with which the components' ids begin.
+            first: The image that stands there at first. If None, there is none.
+        """
+        self._studio, self.fields = studio, FormFields()
+        self.canvas: MaskCanvas | None = None
+        spec, kind = studio.spec, studio.spec.condition
+        self._kind = kind if kind in ("control", "fill", "redux") else None
+        if self._kind is None:
+            return
+        label = LABELS[spec.control or self._kind]
+        self._source = ImageSource(studio, label, f"{tab}-{self._kind}", None if kind == "redux" else first)
+        self.fields[self._kind] = self._source.held
+        if kind == "redux":
+            self.fields["redux_strength"] = gr.Slider(
+                0,
+                MOST_STRENGTH,
+                1,
+                step=0.05,
+                label="Strength of the image",
+                info="Below 1, the prompt counts for more.",
+            )
+        if kind == "fill":
+            self.canvas = MaskCanvas(first, f"{tab}-mask", ABOUT_MASK, is_open=True)
+            self.fields["mask"] = self.canvas.painter
+
+    def wire(self, fields: FormFields) -> None:
+        """Gives a tab's images the size of the image, and lets its mask be painted on it.
+
+        Args:
+            fields: The tab's fields, of which it changes "width" and "height".
+        """
+        if self._kind in (None, "redux"):
+            return
+        size = [fields["width"], fields["height"]]
+        canvas = self.canvas
+
+        def size_to(file: str | None) -> Changes:
+            if file is None:
+                return dict.fromkeys(size, gr.skip())
+            image, limits = held_image(file), self._studio.limits
+            if self._kind == "fill":
+                sides = limits.fill_size(image.size)
+            else:
+                sides = natural_size(image, self._studio.spec.size)
+            changes: Changes = dict(zip(size, (max(SMALLEST, side) for side in sides), strict=True))
+            return changes | (canvas.show(thumbnail(image, 1024)) if canvas else {})
+
+        # Not `change`: an earlier run brings its own size and mask back.
+        for event in self._source.given:
+            event.success(size_to, self._source.held, [*size, *self._canvas_parts], **UNQUEUED)
+
+    def images(self, form: Form) -> dict[str, Image.Image]:
+        """Reads the images of a form, by the fields of settings that name them.
+
+        Raises:
+            InputError: The mask of an image to fill is missing, or an image has been deleted.
+        """
+        if self._kind is None or not form[self._kind]:
+            return {}
+        images = {self._kind: held_image(form[self._kind])}
+        if self._kind == "fill":
+            images["mask"] = mask_in(form)
+        return images
+
+    def check(self, form: Form) -> None:
+        """Raises InputError if the image to fill has no mask."""
+        if self._kind == "fill" and form[self._kind]:
+            mask_in(form)
+
+    @property
+    def restorable(self) -> list[Component]:
+        """The components that `restored` changes."""
+        if self._kind is None:
+            return []
+        return [self._source.upload, self._source.held, *self._canvas_parts]
+
+    def restored(self, files: Files) -> Changes:
+        """Brings back the images of a run."""
+        if self._kind is None:
+            return {}
+        file = files.one_of(self._kind)
+        changes: Changes = dict.fromkeys((self._source.upload, self._source.held), file)
+        if canvas := self.canvas:
+            shown = thumbnail(held_image(file), 1024) if file else None
+            changes |= canvas.show(shown, files.mask) if shown else canvas.clear()
+        return changes
+
+    @property
+    def _canvas_parts(self) -> list[gr.HTML]:
+        return self.canvas.components if self.canvas else []
+
+
+def mask_in(form: Mapping[str, object]) -> Image.Image:
+    """Takes the mask of an image to fill from a form. Raises InputError if nothing is painted."""
+    mask = painted_mask(form["mask"])
+    if mask is None:
+        raise InputError("Got no mask: open Mask, and paint over what is to be painted anew")
+    return mask
