@@ -6,7 +6,7 @@ J, H heads, D head size, C = H D channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -21,11 +21,25 @@ QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of all tokens in one layer, "B H N D" each, as attention uses them."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Softmax attention: queries, keys and values, "B H n D" each, to "B n C"."""
-Exchange = Callable[[Tensor, Tensor], Callable[[], KeysValues]]
-"""If processes share the tokens: starts to gather keys and values, returns a function that waits for them.
 
-In go those of this process's tokens, "B H n D" each. Out come those of all tokens, "B H N D" each.
-"""
+
+class Exchange(Protocol):
+    """What processes tell each other in a layer, if they share the tokens."""
+
+    def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
+        """Start to gather keys and values; return a function that waits for them.
+
+        In go those of this process's tokens, "B H n D" each. Out come those of all tokens, "B H N D" each.
+        """
+        ...
+
+    def mean_of_context(self, x: Tensor) -> Tensor:
+        """The mean of all context tokens, "B H 1 D", from this process's, "B H n D"."""
+        ...
+
+    def without_context(self, x: Tensor) -> Tensor:
+        """Gathered keys or values but those of context tokens."""
+        ...
 
 
 class Runs(NamedTuple):
@@ -168,9 +182,14 @@ class AttentionEdit:
         if self.context_kv is not None:
             context_k, context_v = self.context_kv
         elif self.context_strength is not None:
-            context_k = torch.lerp(context_k.mean(dim=2, keepdim=True), context_k, self.context_strength)
+            context_k = self.scale_context(context_k, self.context_strength)
         img_k, img_v = self._blend_both(img_k, img_v)
         return join_streams(img_k, context_k), join_streams(img_v, context_v)
+
+    def scale_context(self, k: Tensor, strength: Tensor) -> Tensor:
+        """The context's keys, "B H J D", scaled about their mean."""
+        mean = self.exchange.mean_of_context(k) if self.exchange else k.mean(dim=2, keepdim=True)
+        return torch.lerp(mean, k, strength)
 
     def _blend_both(self, k: Tensor, v: Tensor) -> KeysValues:
         if self.kv is None:
@@ -192,7 +211,9 @@ class AttentionEdit:
         if self.others is not None and self.other_places is not None:
             for parts, other in zip((keys, values), self.others):
                 parts.append(choose_tokens(other, self.other_places))
-        if self.context_kv is not None and not (self.num_context or self.hides_context):
+        # Processes gather the same tokens in all layers.
+        hidden = self.hides_context and self.exchange is None
+        if self.context_kv is not None and not (self.num_context or hidden):
             for parts, context in zip((keys, values), self.context_kv):
                 parts.append(context)
         if len(keys) > 1:
@@ -208,12 +229,17 @@ class AttentionEdit:
             v: Their values.
             kernel: Softmax attention over all keys that it is given.
         """
-        if not (self.hides_context and self.num_context):
+        if not self.hides_context or (self.num_context == 0 and self.exchange is None):
             return kernel(q, k, v)
         seen, all_own = q.shape[2] - self.num_context, q.shape[2]
-        context = kernel(q[:, :, seen:], k, v)
-        k, v = (join_streams(x[:, :, :seen], x[:, :, all_own:]) for x in (k, v))
-        return torch.cat((kernel(q[:, :, :seen], k, v), context), dim=1)
+        if self.exchange:
+            visible = self.exchange.without_context(k), self.exchange.without_context(v)
+        else:
+            visible = [join_streams(x[:, :, :seen], x[:, :, all_own:]) for x in (k, v)]
+        attn = kernel(q[:, :, :seen], *visible)
+        if self.num_context == 0:
+            return attn
+        return torch.cat((attn, kernel(q[:, :, seen:], k, v)), dim=1)
 
 
 PLAIN = AttentionEdit()

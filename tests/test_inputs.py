@@ -261,10 +261,12 @@ def test_context_without_positions_is_refused(model, given, whole):
         model.observe(Inputs(**given, condition=replace(whole, context_ids=None)))
 
 
-def test_what_several_gpus_cannot_do(given, whole):
-    parallel = SequenceParallelFlux(conditions.model(), ProcessGroup(0, 2))
-    scaled = Inputs(**given, condition=replace(whole, context_strength=2.0))
-    with pytest.raises(InputError, match="context strength 2 on several GPUs"):
-        parallel.observe(scaled)
-    with pytest.raises(InputError, match="hide the context on several GPUs"):
-        parallel.observe(Inputs(**given, condition=whole), Intervention(hide_context=VITAL))
+def test_what_several_gpus_cannot_do(model, given, whole):
+    context = model.observe(Inputs(**given, condition=whole), Intervention(keep_context=True))[1].context
+    bare = Intervention(hide_context=VITAL, inject_context={n: context[n] for n in EVERY - {2, 3}})
+    parallel = SequenceParallelFlux(model, ProcessGroup(0, 2))
+    with pytest.raises(InputError, match=r"layers \[2, 3\] that hide a context which is not computed"):
+        parallel.observe(Inputs(**given, condition=whole), bare)
+    parallel = SequenceParallelFlux(model, ProcessGroup(0, CONTEXT + 1))
+    with pytest.raises(InputError, match="strength 2 for 9 context tokens on 10 GPUs"):
+        parallel.observe(Inputs(**given, condition=replace(whole, context_strength=2.0)))

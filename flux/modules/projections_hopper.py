@@ -112,7 +112,7 @@ def _inject(edit: AttentionEdit, k: Tensor, v: Tensor) -> None:
             whole[:, :, num_img:].copy_(injected)
     elif edit.context_strength is not None:
         context = k[:, :, num_img:]
-        context.copy_(torch.lerp(context.mean(dim=2, keepdim=True), context, edit.context_strength))
+        context.copy_(edit.scale_context(context, edit.context_strength))
     for whole, injected in zip((k, v), edit.kv or ()):
         own = whole[:, :, :num_img]
         if injected is not None and edit.kv_weight is None:

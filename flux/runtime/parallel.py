@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
-from itertools import permutations
+from itertools import permutations, zip_longest
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from torch import Tensor
 from flux.errors import InputError, launched
 from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, FreeTokens, Intervention, Recorded
-from flux.math import KeysValues
+from flux.math import KeysValues, Runs, choose_tokens
 from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
@@ -121,7 +121,7 @@ def join(parallel: int, device: str, longest_wait: timedelta | None = None) -> P
 WIDE = torch.complex128  # the widest dtype: the fewer numbers are copied, the faster
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AllGatherKV:
     """A `flux.math.Exchange` by all-gather.
 
@@ -130,10 +130,23 @@ class AllGatherKV:
     Attributes:
         group: The processes.
         tokens: Number of tokens that each process holds.
+        num_context: Number of context tokens of all processes.
+        visible: Places of all other tokens once they are gathered. Needed where the context is hidden.
     """
 
     group: ProcessGroup
     tokens: tuple[int, ...]
+    num_context: int = 0
+    visible: Tensor | None = None
+
+    def mean_of_context(self, x: Tensor) -> Tensor:
+        """The mean of all context tokens, "B H 1 D", from this process's, "B H n D"."""
+        total = self.group.total(x.sum(dim=2, keepdim=True, dtype=torch.float32))
+        return (total / self.num_context).to(x)
+
+    def without_context(self, x: Tensor) -> Tensor:
+        """Gathered keys or values but those of context tokens."""
+        return x if self.visible is None else choose_tokens(x, self.visible)
 
     def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
         """Start to gather keys and values, "B H n D"; return a function that waits for all, "B H N D"."""
@@ -216,9 +229,12 @@ class SequenceParallelFlux:
         cache: StepCache | None = None,
     ) -> tuple[Tensor, Recorded]:
         """See `Flux.observe`."""
-        if intervention.hide_context and inputs.runs.context:
+        bare = intervention.hide_context - intervention.inject_context.keys()
+        first_layer = 0 if start is None else start.layer
+        if bare and not intervention.needs_context(range(first_layer, self.model.num_layers)):
             raise InputError(
-                "Got layers that hide the context on several GPUs, where tokens are not in order: use one GPU"
+                f"Got layers {sorted(bare)} that hide a context which is not computed. Several GPUs exchange "
+                "its keys and values in all layers: inject them in these too"
             )
         if intervention.free is not None:
             return self._observe_free(inputs, intervention, intervention.free, mods)
@@ -235,7 +251,7 @@ class SequenceParallelFlux:
             start=start,
             mods=mods,
             cache=cache,
-            exchange=AllGatherKV(self.group, self.group.sizes(*runs)),
+            exchange=self._exchange(runs, intervention, self.group.sizes(*runs)),
         )
         watched = {
             layer: (gather(q, 2, txt, img), gather(k, 2, txt, img, image_txt, context))
@@ -251,7 +267,10 @@ class SequenceParallelFlux:
         ends = torch.tensor(self.group.sizes(num_img), device=free.others.device).cumsum(0)
         owners = torch.searchsorted(ends, free.others, right=True)
         held = owners.bincount(minlength=self.group.count).tolist()
-        computed = self.group.sizes(*inputs.runs._replace(img=len(free.computed)))
+        runs = inputs.runs._replace(img=len(free.computed))
+        tokens = tuple(map(sum, zip(self.group.sizes(*runs), held)))
+        if not intervention.needs_context(range(self.model.num_layers)):
+            held = [0] * self.group.count  # where no context token is computed, they come last
         start = ends[self.group.rank] - self.group.sizes(num_img)[self.group.rank]
         own = FreeTokens(
             shard(free.computed[None])[0], free.others[owners == self.group.rank] - start, free.kv
@@ -268,21 +287,42 @@ class SequenceParallelFlux:
             replace(part, img=inputs.img, img_ids=inputs.img_ids, condition=condition),
             replace(intervention, inject=inject, free=own),
             mods=mods,
-            exchange=AllGatherKV(self.group, tuple(map(sum, zip(computed, held)))),
+            exchange=self._exchange(runs, intervention, tokens, held),
         )
         return self.group.total(velocity), recorded
 
     def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
         """See `Flux.streams`. The streams are those of this process's share."""
-        sizes = self.group.sizes(*inputs.runs)
-        return self.model.streams(self._shard(inputs), mods, AllGatherKV(self.group, sizes))
+        exchange = self._exchange(inputs.runs, NOTHING, self.group.sizes(*inputs.runs))
+        return self.model.streams(self._shard(inputs), mods, exchange)
+
+    def _exchange(
+        self, runs: Runs, intervention: Intervention, tokens: tuple[int, ...], behind: Sequence[int] = ()
+    ) -> AllGatherKV:
+        """The exchange of a pass.
+
+        Args:
+            runs: Number of tokens of each kind of all processes.
+            intervention: The pass's own.
+            tokens: Number of tokens that each process holds.
+            behind: Number of these that come after its context tokens. If empty, none do.
+        """
+        visible = None
+        if intervention.hide_context and runs.context:
+            kinds = []
+            for own, context, after in zip_longest(
+                tokens, self.group.sizes(runs.context), behind, fillvalue=0
+            ):
+                kinds += [True] * (own - context - after) + [False] * context + [True] * after
+            visible = torch.tensor(kinds).nonzero()[:, 0].to(next(self.model.parameters()).device)
+        return AllGatherKV(self.group, tokens, runs.context, visible)
 
     def _shard(self, inputs: Inputs) -> Inputs:
-        strength = inputs.condition.context_strength
-        if strength != 1:
+        context, strength = inputs.runs.context, inputs.condition.context_strength
+        if 0 < context < self.group.count and strength != 1:
             raise InputError(
-                f"Got the context strength {strength:g} on several GPUs, each of which has a part of the "
-                "context: leave it at 1, or use one GPU"
+                f"Got the context strength {strength:g} for {context} context tokens on {self.group.count} "
+                "GPUs, of which each needs one: use fewer GPUs"
             )
         tokens = ("img", "img_ids", "txt", "txt_ids")
         shards = {name: self.group.shard(getattr(inputs, name)) for name in tokens}

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -124,11 +125,16 @@ def watched(model, given) -> Answers:
     return [x for pair in found.watched.values() for x in pair]
 
 
+def that_takes_conditions(model: Flux | SequenceParallelFlux) -> Flux | SequenceParallelFlux:
+    """A model with wider inputs, on as many processes as this one."""
+    wider = conditions.model()
+    return wider if isinstance(model, Flux) else SequenceParallelFlux(wider, model.group)
+
+
 @case
 def with_a_condition(model, given) -> Answers:
     """Channels, context and text tokens, each sharded by itself: plain, injected, free, watched, started."""
-    plain = model if isinstance(model, Flux) else model.model
-    wider = conditions.model() if plain is model else SequenceParallelFlux(conditions.model(), model.group)
+    wider = that_takes_conditions(model)
     whole, every = conditions.condition(2, 15), frozenset(range(tiny_models.NUM_LAYERS))
     source = Inputs(**reference(), condition=whole.at_rows([0]))
     velocity, found = wider.observe(source, Intervention(keep=every, watch=frozenset(LAYERS)))
@@ -145,8 +151,7 @@ def with_a_condition(model, given) -> Answers:
 @case
 def context_of_another_pass(model, given) -> Answers:
     """Injected in all layers or in some, watched, beside free tokens, with and without a start."""
-    plain = model if isinstance(model, Flux) else model.model
-    wider = conditions.model() if plain is model else SequenceParallelFlux(conditions.model(), model.group)
+    wider = that_takes_conditions(model)
     whole, every = conditions.condition(2, 15), frozenset(range(tiny_models.NUM_LAYERS))
     keep = Intervention(keep=every, keep_context=True)
     found = wider.observe(Inputs(**reference(), condition=whole.at_rows([0])), keep)[1]
@@ -161,6 +166,23 @@ def context_of_another_pass(model, given) -> Answers:
     answers += [wider.observe(inputs, change, start=start)[0] for change in changes[::2]]
     watched = wider.observe(inputs, replace(changes[0], watch=watch))[1].watched
     return answers + [x for pair in watched.values() for x in pair]
+
+
+@case
+def context_scaled_and_hidden(model, given) -> Answers:
+    """Scaled about the mean of all processes' keys; computed or of another pass, beside free tokens."""
+    wider, hidden = that_takes_conditions(model), frozenset({1, 2, 4})
+    whole, every = conditions.condition(2, 15, context_strength=1.7), frozenset(range(tiny_models.NUM_LAYERS))
+    keep = Intervention(keep=every, keep_context=True, hide_context=hidden)
+    source = Inputs(**reference(), condition=whole.at_rows([0]))
+    velocity, found = wider.observe(source, keep)
+    answers, inputs = [velocity], Inputs(**given, condition=whole)
+    free = replace(FreeTokens.of(torch.arange(15) % 4 == 0), kv=found.kept)
+    some = {layer: found.context[layer] for layer in LAYERS}
+    for each, kv, layers in product((None, free), ({}, some, found.context), (frozenset(), hidden)):
+        change = Intervention(hide_context=layers, inject_context=kv, free=each)
+        answers += [wider.observe(inputs, change)[0]]
+    return answers + [wider.observe(inputs, start=start)[0] for start in wider.streams(inputs)[1::3]]
 
 
 @case
@@ -229,12 +251,15 @@ def hopper_blocks(model, given) -> Answers:
 @case
 def compiled_blocks(model, given) -> Answers:
     """One graph each: a break would be an error."""
+    context = conditions.condition(2, 15, channels=None, context_strength=1.7)
+    context = replace(context, context=context.context[..., :64])
+    hide = Intervention(hide_context=frozenset({0, 1}))
     small = tiny_models.flux(depth=1, depth_single_blocks=1)
-    if isinstance(model, Flux):
-        return ask(small, given)
-    for block in small.blocks:
-        block.compile(fullgraph=True, backend="eager")
-    return ask(SequenceParallelFlux(small, model.group), given)
+    if not isinstance(model, Flux):
+        for block in small.blocks:
+            block.compile(fullgraph=True, backend="eager")
+        small = SequenceParallelFlux(small, model.group)
+    return ask(small, given) + ask(small, given | {"condition": context}, hide)
 
 
 def compare(make: Callable, undivided: Flux, group: ProcessGroup) -> float:

@@ -20,7 +20,10 @@ from flux.runtime import parallel
 from flux.runtime.parallel import ALONE, ProcessGroup, join
 
 ROOT = Path(__file__).parents[2]
-FEW = ("plain", "equal_shares", "injected_in_part", "free_tokens", "spared_steps")  # cases for four processes
+FEW = (  # cases for four processes
+    *("plain", "equal_shares", "injected_in_part", "free_tokens", "spared_steps"),
+    "context_scaled_and_hidden",
+)
 
 
 def torchrun(count: int, *arguments) -> subprocess.CompletedProcess:
