@@ -10,8 +10,10 @@ from helpers.conditions import CONTEXT, condition
 from torch.testing import assert_close
 
 from flux import sampling
+from flux.errors import InputError
 from flux.inputs import Condition
 from flux.intervention import Intervention
+from flux.modules.step_cache import StepCache
 from flux.sampling import Conditioning, ContextReuse, euler_step, sample
 
 TOKENS = 15
@@ -129,6 +131,11 @@ def test_a_negative_pass_that_begins_later(model, given, monkeypatch, computed, 
     assert computed == (
         [wide, TOKENS, wide, TOKENS] if one_batch else [wide, TOKENS, TOKENS, wide, TOKENS, TOKENS]
     )
+
+
+def test_a_cache_beside_it_is_refused(model, given):
+    with pytest.raises(InputError, match="Got a cache and a context that is reused"):
+        last(model, given, conditioning(given, 2), cache=StepCache(0.1))
 
 
 def test_rows_are_those_of_separate_samplings(model, given):

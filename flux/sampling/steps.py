@@ -8,6 +8,7 @@ from itertools import pairwise, repeat
 import torch
 from torch import Tensor
 
+from flux.errors import InputError
 from flux.inputs import Condition, Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.math import KeysValues
@@ -163,16 +164,20 @@ def sample(
         timesteps: Noise levels, falling.
         interventions: One for all steps, or one for each. A step's own is asked for only when the step
             begins, so that it may come from another sampling that runs beside this one.
-        cache: Spares steps that change little most of their work. Give a new one to each sampling. Not used
-            where the context is reused.
+        cache: Spares steps that change little most of their work. Give a new one to each sampling.
         context: Reuses the context tokens' keys and values. Give a new one to each sampling. If None, there
             is one if `cond` asks for it.
 
     Raises:
         ValueError: There are fewer interventions than steps.
+        InputError: There is a cache, and the context is reused.
     """
     each = repeat(interventions) if isinstance(interventions, Intervention) else iter(interventions)
     cond, context = cond.scheduled(model, timesteps[:-1]), context or ContextReuse.of(cond)
+    if cache is not None and context is not None:
+        raise InputError(
+            "Got a cache and a context that is reused, which both spare parts of a step: give one"
+        )
     for t, t_next in pairwise(timesteps):
         intervention = next(each, None)
         if intervention is None:
