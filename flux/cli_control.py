@@ -51,7 +51,7 @@ def main(
         output_dir: folder to write to
         add_sampling_metadata: write prompt and model into the files
         img_cond_path: the image whose edges or depth are taken
-        lora_scale: strength of a model that is a LoRA; if not set, 0.85
+        lora_scale: strength of a model that is a LoRA; if not set, its own
         track_usage: report each image to BFL, for licensed users (key in BFL_API_KEY)
         model: more fields of `flux.settings.demos.SessionSettings`
     """

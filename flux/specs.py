@@ -133,6 +133,21 @@ _NANO = ModelSpec(
     vocabulary=NANO_FOLDER / "vocabulary.txt",
 )  # fmt: skip
 
+
+def _nano_tool(name: str, condition: ConditionKind, channels: int, **changes: Any) -> ModelSpec:
+    """Make the spec of flux-nano with a LoRA for images of one kind. The arguments are those of `_tool`."""
+    return replace(
+        _NANO,
+        params=replace(_NANO.params, in_channels=channels),
+        condition=condition,
+        lora_filename=f"{name}_lora.safetensors",
+        base_params=_NANO.params,
+        guidance=1.0,  # what the LoRAs were trained with
+        vital_layers=None,
+        **changes,
+    )
+
+
 _DEV_SPEC = ModelSpec(
     params=_DEV,
     ae_params=_AE,
@@ -232,6 +247,11 @@ configs: dict[str, ModelSpec] = {
         shifted=False,
         vital_layers=(4, 0),
     ),
+    "flux-nano-kontext": _nano_tool(
+        "kontext", "kontext", 64, vocabulary=NANO_FOLDER / "vocabulary_kontext.txt"
+    ),
+    "flux-nano-fill": _nano_tool("fill", "fill", 384),
+    "flux-nano-canny": _nano_tool("canny", "control", 128, control="canny"),
 }
 
 

@@ -57,9 +57,10 @@ def find_vital_layers(
         print(f"vital layers {layers}, from a scan of this checkpoint: {scan}")
     elif choice == "auto":
         if spec.vital_layers is None:
+            fits = spec.num_layers > max(VITAL_LAYERS_DEV)
             raise InputError(
                 "The vital layers of this model are not known: scan it (python -m flux.scan) and give the "
-                'vital_layers.json, or try "stable-flow", the set of flux-dev'
+                "vital_layers.json" + (', or try "stable-flow", the set of flux-dev' if fits else "")
             )
         layers = spec.vital_layers
     elif choice == "all":

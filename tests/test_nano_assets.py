@@ -115,13 +115,18 @@ def test_tokenizer_cuts_pads_and_lowers(tokenizer):
     assert tokenizer.eos_token_id in short
 
 
-def test_schnell_is_a_difference_of_the_same_layers():
-    tensors = load_file(FOLDER / configs["flux-nano-schnell"].lora_filename)
+@pytest.mark.parametrize("kind", ["schnell", "kontext", "fill", "canny"])
+def test_a_lora_is_a_difference_of_the_same_layers(kind):
+    """Scaled fp8, as the transformer. Its input is as wide as the model that it makes."""
+    spec = configs[f"flux-nano-{kind}"]
+    tensors = load_file(FOLDER / spec.lora_filename)
     with torch.device("meta"):
         names = {name.removesuffix(".weight") for name, _ in Flux(SPEC.params).named_parameters()}
     changed = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
     assert changed
     assert changed <= names
+    assert tensors["img_in.lora_A.weight"].shape[1] == spec.params.in_channels
+    assert {x.dtype for name, x in tensors.items() if x.ndim == 2} == {torch.float8_e4m3fn}
     assert sum(tensor.nbytes for tensor in tensors.values()) < 2.5 * MIB
 
 

@@ -78,6 +78,19 @@ def test_the_numbers_of_the_tools():
         assert tools[name].env_flow == (f"FLUX_DEV_{name.upper()}", "FLUX_MODEL")
 
 
+@pytest.mark.parametrize("name", ["kontext", "fill", "canny"])
+def test_the_small_tools(name):
+    """flux-nano's files and a LoRA beside them. Its kind and its channels are those of the large model."""
+    spec, nano, large = (configs[each] for each in (f"flux-nano-{name}", "flux-nano", f"flux-dev-{name}"))
+    assert (spec.folder, spec.repo_flow, spec.base_params) == (nano.folder, nano.repo_flow, nano.params)
+    assert (spec.folder / spec.lora_filename).stat().st_size < 3_000_000
+    for field in ("condition", "control", "lora_repo_id"):
+        assert getattr(spec, field) == getattr(large, field)
+    assert spec.params.in_channels == large.params.in_channels
+    for field in ("text_length", "num_steps", "size", "licence", "watermark", "dinov2"):
+        assert getattr(spec, field) == getattr(nano, field)
+
+
 @pytest.mark.parametrize("name", ["canny", "depth"])
 def test_control_loras(name):
     """Dev's files and a LoRA of another repository; all else as the model that it makes."""

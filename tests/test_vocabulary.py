@@ -19,6 +19,12 @@ def test_unknown_words_come_with_similar_ones():
     assert found["zyzzyva"] == []
 
 
+def test_instructions_are_known_to_the_model_that_takes_them():
+    text = "Replace the dog with a cat, put a top hat on it and make it night"
+    assert unknown_words(text, configs["flux-nano-kontext"].vocabulary) == {}
+    assert list(unknown_words(text, WORDS)) == ["replace", "put", "it", "make"]
+
+
 def test_a_warning_names_the_word_similar_words_and_the_prompt():
     with pytest.warns(
         UserWarning, match=r"This model does not know 'elefant' \(near: elephant.*'an elefant'"

@@ -166,7 +166,8 @@ def make_plan(given: TrainSettings) -> Plan:
         )
     if spec.condition not in (None, "kontext"):
         raise InputError(
-            f"Got model {settings.model!r}, which images steer: it cannot be trained here, train on flux-dev"
+            f"Got model {settings.model!r}, which images steer: it cannot be trained here, train on "
+            f"{'flux-nano' if spec.folder else 'flux-dev'}"
         )
     if spec.condition and (given.width or given.height):
         raise InputError(

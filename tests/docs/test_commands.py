@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers import commands
@@ -23,10 +24,13 @@ RUN = [page for page in PAGES if any(b.language in ("bash", "python") for b in b
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with the files of one's own that the pages name; flux-nano makes small images."""
+    """The current folder, with the files that the pages name; flux-nano and its kind make small images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setitem(specs.configs, "flux-nano", replace(specs.configs["flux-nano"], num_steps=4, size=64))
+    for name in ("flux-nano", "flux-nano-kontext", "flux-nano-fill", "flux-nano-canny"):
+        monkeypatch.setitem(specs.configs, name, replace(specs.configs[name], num_steps=4, size=64))
+    example = Path("flux", "assets", "example")
+    shutil.copytree(commands.ROOT / example, example)
     Image.effect_noise((96, 96), 60).convert("RGB").save("my.png")
     mask = Image.new("L", (96, 96))
     mask.paste(255, (16, 16, 48, 48))

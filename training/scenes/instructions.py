@@ -1,10 +1,11 @@
 """Says an edit as an instruction: "add a top hat", "make it night", "replace the dog with a cat"."""
 
 import random
+import re
 
 from training.scenes.content import Subject, draw_word
 from training.scenes.edits import Pair
-from training.scenes.vocabulary import with_article
+from training.scenes.vocabulary import all_words, with_article
 
 SENTENCES: dict[str, tuple[str, ...]] = {
     "replace": ("replace the {old} with {new}", "change the {old} to {new}", "turn the {old} into {new}"),
@@ -37,6 +38,13 @@ def instruction(rng: random.Random, pair: Pair) -> str:
         "time": rng.choice(TIMES[after.time]),
     }
     return rng.choice(SENTENCES[pair.edit]).format(**words)
+
+
+def instruction_words() -> list[str]:
+    """Lists every word that an instruction can hold, sorted: those of captions too."""
+    phrases = [phrase for sentences in (*SENTENCES.values(), *TIMES.values()) for phrase in sentences]
+    words = {word for phrase in phrases for word in re.sub(r"\{\w+\}|:", "", phrase).split()}
+    return sorted(words | set(all_words()))
 
 
 def _colour_and_noun(subject: Subject) -> str:

@@ -17,6 +17,7 @@ from flux.weights.load import read_weights
 from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
 from training.loop.plan import ADAPTERS, Work
 from training.loop.trainer import save_atomically
+from training.scenes.instructions import instruction_words
 from training.scenes.vocabulary import all_words
 from training.stages.autoencoder import load_autoencoder
 from training.stages.flow import load_generator
@@ -95,6 +96,7 @@ def export(work: Work) -> bool:
     folder = work.folder / "assets"
     shutil.copytree(work.tokenizers, folder, dirs_exist_ok=True)
     (folder / "vocabulary.txt").write_text("\n".join(all_words()) + "\n")
+    (folder / "vocabulary_kontext.txt").write_text("\n".join(instruction_words()) + "\n")
     generator = load_generator(work, "guidance", guidance=True).cpu()
     save_file(scaled_fp8(generator.flux.state_dict()), folder / "transformer.safetensors")
     lora = torch.load(work.result("schnell"), map_location="cpu")

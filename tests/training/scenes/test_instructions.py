@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from flux.specs import configs
+from flux.vocabulary import known_words, unknown_words
 from training.scenes.edits import EDITS, sample_pair
-from training.scenes.instructions import instruction
+from training.scenes.instructions import instruction, instruction_words
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -30,3 +32,10 @@ def test_an_instruction_names_what_changes(edit):
 def test_chance_decides_the_words():
     pair = sample_pair(random.Random(0), "hat")
     assert len({instruction(random.Random(seed), pair) for seed in range(20)}) > 2
+
+
+def test_the_words_of_instructions_are_those_that_the_package_knows():
+    file, rng = configs["flux-nano-kontext"].vocabulary, random.Random(0)
+    assert known_words(file) == set(instruction_words())
+    texts = [instruction(rng, sample_pair(rng, edit)) for edit in EDITS for _ in range(40)]
+    assert [text for text in texts if unknown_words(text, file)] == []
