@@ -371,6 +371,8 @@ def _follow(
         if shown:
             report(shown, index)
         latent = reference.next_latent
+    for batch in batches:
+        batch.context, batch.groups = None, []  # frees the context's keys and values before decoding
     return latent
 
 

@@ -1,11 +1,15 @@
 """Edits of a reference that an image steers: every kind of edit, each as alone."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.conditions import CONTEXT
 from helpers.editing import DOG, EDITS, STEPS, TOKENS, difference, half_mask, make
+
+from flux.pipeline import Pipeline
+from flux.sampling import ContextReuse
 
 WAYS = {
     "injection": {},
@@ -68,3 +72,23 @@ def test_tokens_of_edits_that_reuse_the_context(reusing):
 def test_an_edit_with_its_references_prompt_is_the_reference(reusing):
     made = make(reusing, edits=[DOG])
     assert difference(made.edits[0], made.reference) <= 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("way", [{"dose": "auto"}, {"mask": half_mask(), "sparse": True}])
+def test_nothing_of_the_context_is_kept_while_images_are_decoded(reusing, monkeypatch, way):
+    stored, alive, store = [], [], ContextReuse.store
+
+    def noted(context, recorded, number):
+        stored.extend(weakref.ref(x) for kv in recorded.context.values() for x in kv)
+        store(context, recorded, number)
+
+    def decode(*given):
+        alive.append(sum(x() is not None for x in stored))
+        return Pipeline.decode(reusing, *given)
+
+    monkeypatch.setattr(ContextReuse, "store", noted)
+    monkeypatch.setattr(reusing, "decode", decode)
+    make(reusing, edits=EDITS[:1], **way)
+    assert stored
+    assert set(alive) == {0}
