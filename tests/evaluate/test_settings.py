@@ -16,7 +16,10 @@ from flux.settings.files import CONFIGS, check_settings, read_settings
 
 @pytest.mark.parametrize(
     "file",
-    ["evaluate", "evaluate_inversions", "evaluate_strength", "evaluate_generated", "flux-dev/evaluate"],
+    [
+        *("evaluate", "evaluate_inversions", "evaluate_strength", "evaluate_generated", "evaluate_kontext"),
+        *("evaluate_context", "flux-dev/evaluate"),
+    ],
 )
 def test_shipped_files_are_sound(file):
     settings = read_settings(EvaluateSettings, f"{file}.json")
