@@ -83,11 +83,12 @@ class TrainingSet:
         """The number of the example whose context image a sample gets, at the largest of its sizes.
 
         Args:
-            prompt: The prompt of the sample. If it is a caption, the first image that has it is taken.
-            number: The number of the sample. If the prompt is no caption, the image of that number is taken.
+            prompt: The prompt of the sample. If it is a caption, one of the images that have it is taken.
+            number: The number of the sample. It chooses among these images, or else among all.
         """
-        with_caption = [each.path for each in self.examples if each.caption == prompt]
-        path = with_caption[0] if with_caption else self.images[number % len(self.images)]
+        with_caption = dict.fromkeys(each.path for each in self.examples if each.caption == prompt)
+        paths = list(with_caption) or self.images
+        path = paths[number % len(paths)]
         own = [index for index, each in enumerate(self.examples) if each.path == path]
         return max(own, key=lambda index: self.examples[index].width * self.examples[index].height)
 

@@ -142,12 +142,12 @@ def test_a_step_takes_what_was_forecast(tmp_path, monkeypatch):
 
 def test_a_training_on_pairs(tmp_path):
     """Samples have the context image and the size of their pair; a training that resumes ends the same."""
-    prompts = ["flower bell, a house", "a [trigger] on the snow", "a [trigger] on the grass"]
+    prompts = ["a flower bell at night", "a [trigger] on the grass", "a [trigger] on the snow"]
     whole = given(tmp_path, "whole", sample_prompts=prompts)
     train(whole)
     sizes = [Image.open(tmp_path / "whole" / "samples" / f"step_000004_{n}.png").size for n in range(3)]
-    # The first has the first pair's; the third has that of the first pair with its caption.
-    assert sizes == [(64, 64), (64, 64), (64, 64)]
+    # The second sample's prompt is the caption of the first and the last pair: it begins with the last one.
+    assert sizes == [(64, 64), (96, 48), (64, 64)]
     features = load_file(tmp_path / "whole" / "features.safetensors")
     assert [features[f"context.{n}"].shape for n in range(3)] == [
         features[f"latent.{n}"].shape for n in range(3)
@@ -178,7 +178,9 @@ def test_which_pair_a_sample_begins_with(tmp_path):
     training = read_training_set(given(tmp_path, sizes=[64, 48]), SPEC)
     assert [example.width for example in training.examples] == [64, 48, 64, 48, 96, 64]
     caption = training.examples[2].caption
-    assert training.pair_of(caption, 0) == 2
+    assert [training.pair_of(caption, number) for number in range(2)] == [2, 2]
+    shared = training.examples[0].caption
+    assert [training.pair_of(shared, number) for number in range(3)] == [0, 4, 0]
     assert [training.pair_of("another", number) for number in range(4)] == [0, 2, 4, 0]
 
 
