@@ -237,7 +237,8 @@ class Batch:
         if finds_mask:
             watching = replace(interventions.positive, watch=pipe.model.params.junction_layers)
             interventions = replace(interventions, positive=watching)
-        where = model, self.latent, ids, cond, reference.t, reference.t_next
+        latent = self.latent if reference.shift is None else self.latent + reference.shift
+        where = model, latent, ids, cond, reference.t, reference.t_next
         if self.groups and reference.has_all(pipe.model.num_layers):
             self.context = None  # its keys and values are needed no more
             step = sparse_step(*where, interventions, reference.kept, self.groups, reference.velocity)

@@ -35,7 +35,7 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
         if not settings.as_published:
             names.append("inversion")
         if settings.inverts:
-            names += ["nudging", "correct_drift"]
+            names += ["nudging"] if settings.shifts else ["nudging", "correct_drift"]
         elif not inversion_free:
             names.append("seed")
         if settings.prompt is None:

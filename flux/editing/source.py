@@ -49,6 +49,8 @@ class ReferenceStep:
         step: the Euler step itself. None if it was not computed, or is not kept.
         drift: `next_latent` minus the latent that the Euler step leads to, "R I 64"; it is added to every
             edit's step. If None, edits are not corrected.
+        shift: what is added to the latents before the Euler step, "R I 64", see `Source.steps`. `drift` takes
+            it off again. If None, nothing is.
     """
 
     t: float
@@ -58,6 +60,7 @@ class ReferenceStep:
     kept: Passes[KeptLayers] = field(default_factory=lambda: Passes(KeptLayers({})))
     step: Step | None = None
     drift: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def velocity(self) -> Tensor:
@@ -151,7 +154,7 @@ class Source:
     @property
     def corrects_drift(self) -> bool:
         """Whether what the reference's own steps miss of its path is added to the edits' steps."""
-        return self.settings.correct_drift or self.is_noised
+        return (self.settings.correct_drift and not self.settings.shifts) or self.is_noised
 
     def decode(self, pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
         """Decodes latents of the reference or of edits, "B I 64"."""
@@ -173,6 +176,13 @@ class Source:
     ) -> Iterator[ReferenceStep]:
         """Computes the reference step by step. A pass that nothing is needed of is left out.
 
+        DirectEdit (arXiv 2605.02417) takes each step of an inverted photograph where the inversion took it.
+        With z_i and z_(i+1) the path's latents before and after the step, and y_i an edit's,
+
+            y_(i+1) = y_i + (t_(i+1) - t_i) v(y_i + z_(i+1) - z_i, t_i, target)
+
+        For the reference's own prompt, y_i = z_i, that is Euler's inversion read backwards: exactly the path.
+
         Args:
             model: the transformer.
             img_ids: positions of the image tokens, "1 I 3".
@@ -188,20 +198,25 @@ class Source:
             cond = replace(cond, true_cfg=1.0, mimic_scale=None)
         cond, context = cond.scheduled(model, self.levels[:-1]), ContextReuse.of(cond)
         for index, (t, t_next) in enumerate(pairwise(self.levels)):
-            layers = layers_at(index)
+            layers, evaluated = layers_at(index), latent
+            drift = shift = None
             if self.path is not None:
-                latent = self.path[index]
+                evaluated = latent = self.path[index]
+                if self.settings.shifts:
+                    shift = self.path[index + 1] - latent
+                    evaluated, drift = latent + shift, -shift
                 if not layers and not self.corrects_drift:
-                    yield ReferenceStep(t, t_next, latent, self.path[index + 1])
+                    yield ReferenceStep(t, t_next, latent, self.path[index + 1], drift=drift, shift=shift)
                     continue
-            where = model, latent, img_ids, self.cond_at(cond, index), t, t_next
+            where = model, evaluated, img_ids, self.cond_at(cond, index), t, t_next
             step = euler_step(*where, Intervention(keep=layers), context=context)
-            next_latent, drift = step.latent, None
+            next_latent = step.latent
             if self.path is not None:
                 next_latent = self.path[index + 1]
-                drift = next_latent - step.latent if self.corrects_drift else None
+                if self.corrects_drift:
+                    drift = next_latent - step.latent
             reference_step = ReferenceStep(
-                t, t_next, latent, next_latent, step.kept.map(KeptLayers), step, drift
+                t, t_next, latent, next_latent, step.kept.map(KeptLayers), step, drift, shift
             )
             yield reference_step
             # The caller still holds this step while the next one is computed: only one may stay in memory.

@@ -97,6 +97,11 @@ EditEntry = Annotated[
 ]
 
 
+Inversion = Literal[
+    "noising", "midpoint", "euler", "fireflow", "fixed-point", "directedit", "none", "decflowedit"
+]
+
+
 class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
     """Demo 4: a reference image, generated or a photograph, and edits that keep what they do not name."""
 
@@ -124,12 +129,10 @@ class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
     caption_model: FilePath | None = Field(
         default=None, description="hub id or folder of a model that writes the prompt for a photo without one"
     )
-    inversion: Literal["noising", "midpoint", "euler", "fireflow", "fixed-point", "none", "decflowedit"] = (
-        Field(
-            default="noising",
-            description="how a photo becomes noise: it is added in each step, or one of four inversions "
-            "finds it; with none FlowEdit edits the photo instead, with decflowedit DecFlowEdit",
-        )
+    inversion: Inversion = Field(
+        default="noising",
+        description="how a photo becomes noise: it is added in each step, or one of four inversions "
+        "finds it; directedit, none and decflowedit edit the photo by DirectEdit, FlowEdit and DecFlowEdit",
     )
     nudging: float | None = Field(
         default=None,
@@ -185,7 +188,12 @@ class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
     @property
     def replays(self) -> bool:
         """Whether a photograph's reference is replayed as it was inverted: its drift is not corrected."""
-        return self.as_published or (self.inverts and not self.correct_drift)
+        return self.as_published or self.shifts or (self.inverts and not self.correct_drift)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a photograph's edits take their steps where its inversion took them, by DirectEdit."""
+        return self.inversion == "directedit" and not self.as_published
 
     @property
     def own_guidance(self) -> float | None:

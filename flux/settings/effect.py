@@ -123,6 +123,9 @@ def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]
         if settings.inversion != "euler":
             for name in _changed(settings, "inversion"):
                 yield name, "as_published uses euler"
+    elif settings.shifts:
+        for name in _changed(settings, "correct_drift"):
+            yield name, f'inversion is "{settings.inversion}"'
     elif not settings.inverts:
         for name in _changed(settings, "nudging", "correct_drift"):
             yield name, f'inversion is "{settings.inversion}"'

@@ -86,7 +86,7 @@ def test_main_memory_gives_back_the_same(nano, monkeypatch, true_cfg):
     assert all(difference(a, b) == 0 for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("method", ["noising", "midpoint", "none", "decflowedit"])
+@pytest.mark.parametrize("method", ["noising", "midpoint", "directedit", "none", "decflowedit"])
 def test_a_kept_photograph(small, photo, method):
     wanted = settings(edits=EDITS[:2], inversion=method, batch_size=2)
     at_once = edit(small, wanted, LAYERS, photo, half_mask(photo.size), progress=False)

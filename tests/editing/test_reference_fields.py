@@ -40,6 +40,7 @@ BASES = {
     "photo, inverted": {**PHOTO, "inversion": "midpoint", "true_cfg": 1.0},
     "photo, inverted, two passes": {**PHOTO, "inversion": "midpoint", **MIMIC},
     "photo, as published": {**PHOTO, "true_cfg": 1.0, "as_published": True},
+    "photo, DirectEdit": {**PHOTO, "inversion": "directedit", "true_cfg": 1.0},
     "photo, FlowEdit": {**PHOTO, "inversion": "none", **MIMIC},
 }
 

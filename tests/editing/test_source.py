@@ -1,15 +1,20 @@
 """Sources of edits: their references, replayed from a photograph's inversion."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers.editing import DOG, HEIGHT, LAYERS, ONE, STEPS, WIDTH, difference, make, rms, settings
+from torch.testing import assert_close
 
 import flux.editing.batches as batch_room
 import flux.editing.source as source_room
 from flux.editing.edit import edit
-from flux.editing.inversion import INVERSIONS
+from flux.editing.inversion import INVERSIONS, velocity_at
 from flux.editing.photo import Photograph
 from flux.editing.source import find_source
+from flux.intervention import Intervention
+from flux.sampling import euler_step
 
 
 @pytest.mark.parametrize("nudging", [None, 1.0, 1.3])
@@ -40,6 +45,8 @@ def test_an_edit_to_the_photographs_own_prompt_is_the_photograph(small, photo, m
     same = {"edits": [DOG], "weight": 0.0, "true_cfg": 1.0, "guidance": 1.0, "num_steps": 3}
     made = make(small, photo, inversion=method, **same)
     assert difference(made.edits[0], made.reference) <= 1
+    if method == "directedit":
+        return  # it has no drift
     drifting = make(small, photo, inversion=method, correct_drift=False, **same)
     assert rms(drifting.edits[0], made.reference) > 0.5
 
@@ -49,13 +56,13 @@ def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monke
     inverted = {**ONE, "inversion": "midpoint"}
     seen, edits, euler_step = [], [], source_room.euler_step
 
-    def reference_step(model, img, ids, cond, t, t_next, intervention):
+    def reference_step(model, img, ids, cond, t, t_next, intervention, **more):
         seen.append(t)
-        return euler_step(model, img, ids, cond, t, t_next, intervention)
+        return euler_step(model, img, ids, cond, t, t_next, intervention, **more)
 
-    def edit_step(model, img, ids, cond, t, t_next, intervention):
+    def edit_step(model, img, ids, cond, t, t_next, intervention, **more):
         edits.append((img, bool(intervention.positive.inject)))
-        return euler_step(model, img, ids, cond, t, t_next, intervention)
+        return euler_step(model, img, ids, cond, t, t_next, intervention, **more)
 
     monkeypatch.setattr(source_room, "euler_step", reference_step)
     monkeypatch.setattr(batch_room, "euler_step", edit_step)
@@ -67,6 +74,36 @@ def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monke
         assert seen == expected
         assert [injected for _, injected in edits] == [True] * 2 + [False] * 3
         assert torch.equal(edits[0][0], source.start)
+
+
+def test_directedit_takes_its_steps_where_the_inversion_took_them(small, photo, passes):
+    """The formula of `Source.steps`, written out. The reference is computed only in steps that inject."""
+    wanted = settings(**ONE, inversion="directedit", weight=0.0, true_cfg=1.0)
+    source = find_source(small, wanted, photo)
+    [batch] = batch_room.start_batches(small, source, wanted, LAYERS, [None])
+    ids, latent, steps = small.image_ids(1, WIDTH, HEIGHT), source.start, pairwise(source.levels)
+    for (t, t_next), (noisy, clean) in zip(steps, pairwise(source.path), strict=True):
+        velocity = velocity_at(small.model, latent + clean - noisy, ids, batch.cond, t)
+        latent = latent + (t_next - t) * velocity
+    batch_room.run_batches(small, source, [batch])
+    assert_close(batch.latent, latent, rtol=0, atol=1e-5)
+    passes.clear()
+    make(small, photo, **ONE, inversion="directedit", parts="v", inject_until=0.4, true_cfg=1.0)
+    assert len(passes) == STEPS + 2 + STEPS
+    injected = [bool(given.inject) for given in passes[STEPS:]]
+    assert injected == [False, True, False, True, False, False, False]
+
+
+def test_directedit_injects_what_the_inversion_saw(small, photo):
+    """The reference's keys and values in a step are those of the inversion's own pass of that step."""
+    source = find_source(small, settings(**ONE, inversion="directedit", true_cfg=1.0), photo)
+    ids, layers = small.image_ids(1, WIDTH, HEIGHT), frozenset(LAYERS)
+    with small.denoising() as model:
+        steps = source.steps(model, ids, lambda _: layers)
+        for step, clean in zip(steps, source.path[1:], strict=True):
+            own = euler_step(model, clean, ids, source.cond, step.t, 0.0, Intervention(keep=layers))
+            for layer, pair in own.kept.positive.items():
+                assert_close(step.kept.positive[layer], pair, rtol=0, atol=1e-4)
 
 
 def test_a_photograph_is_inverted_without_a_second_pass(small, photo, passes):

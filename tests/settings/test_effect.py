@@ -96,6 +96,11 @@ CASES = [
     ),
     (
         EditSettings,
+        EDIT | {"photo": "a.png", "inversion": "directedit", "correct_drift": False},
+        ['correct_drift (inversion is "directedit")'],
+    ),
+    (
+        EditSettings,
         EDIT | {"photo": "a.png", "inversion": "none", "nudging": 1.1},
         ['nudging (inversion is "none")'],
     ),
