@@ -11,7 +11,8 @@ from flux.math import (
     PLAIN,
     AttentionEdit,
     KeysValues,
-    PartialKeysValues,
+    PartialParts,
+    Parts,
     QueriesKeysValues,
     Runs,
     choose_tokens,
@@ -26,12 +27,12 @@ class FreeTokens:
         computed: Places of the tokens that are computed, "M", in ascending order.
         others: Places of all others in `kv`, "I - M".
         kv: Image keys and values of all tokens in every layer, "R H I D" each, of which those of the others
-            are attended to. R divides the batch.
+            are attended to. R divides the batch. Queries behind them are not needed.
     """
 
     computed: Tensor
     others: Tensor
-    kv: Mapping[int, KeysValues] = field(default_factory=dict)
+    kv: Mapping[int, Parts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mask: Tensor) -> "FreeTokens":
@@ -41,7 +42,7 @@ class FreeTokens:
 
     def kv_at(self, layer: int, batch: int) -> KeysValues:
         """Keys and values of all tokens in one layer, for a batch of so many rows."""
-        k, v = (rows_to_batch(x, batch) for x in self.kv[layer])
+        k, v = (rows_to_batch(x, batch) for x in self.kv[layer][:2])
         return k, v
 
 
@@ -63,11 +64,12 @@ class Intervention:
         skip_scale: Fraction of a skipped layer's output that is kept. At 0 the layer is not even computed if
             every row skips it; at 1 the skip has no effect.
         keep: Layers whose image keys and values are handed out.
+        keep_queries: Layers of `keep` whose image queries are handed out as well, behind keys and values.
         watch: Layers whose queries and keys are handed out, see `Recorded`.
         inject: Image keys and values to use in place of a layer's own, by layer: "R H I D" each, after
             QK-norm and rotary embedding (Stable Flow, section 3.2). The R rows must divide the batch; each
-            serves batch / R rows in turn. Text keys and values, and all queries, stay the row's own. If the
-            keys or the values are None, the row's own are used.
+            serves batch / R rows in turn. If the keys or the values are None, the row's own are used. Image
+            queries may stand behind them, to be used likewise. The text's always stay the row's own.
         inject_weights: Weight of what is injected, 0..1, by layer: own + weight * (injected - own). A tensor
             has one weight for each image token, "R I", its rows as in `inject`. In a layer without a weight,
             the injected ones replace the row's own, which are then not computed.
@@ -84,8 +86,9 @@ class Intervention:
     skip: frozenset[int] | tuple[frozenset[int], ...] = frozenset()
     skip_scale: float = 0.0
     keep: frozenset[int] = frozenset()
+    keep_queries: frozenset[int] = frozenset()
     watch: frozenset[int] = frozenset()
-    inject: Mapping[int, PartialKeysValues] = field(default_factory=dict)
+    inject: Mapping[int, PartialParts] = field(default_factory=dict)
     inject_weights: Mapping[int, float | Tensor] = field(default_factory=dict)
     hide_context: frozenset[int] = frozenset()
     keep_context: bool = False
@@ -100,8 +103,8 @@ class Intervention:
             raise InputError(
                 f"Got {len(self.skip)} sets of layers to skip for a batch of {batch}: give one for each row"
             )
-        for layer, kv in self.inject.items():
-            _check_shapes(layer, kv, batch, num_img)
+        for layer, parts in self.inject.items():
+            _check_shapes(layer, parts, batch, num_img)
         for layer, kv in self.inject_context.items():
             _check_shapes(layer, kv, batch, num_context)
         for layer, weight in self.inject_weights.items():
@@ -167,22 +170,23 @@ class Intervention:
             plain = replace(plain, others=self.free.kv_at(layer, batch), other_places=self.free.others)
         if layer not in self.inject:
             return plain
-        k, v = (None if x is None else rows_to_batch(x, batch) for x in self.inject[layer])
-        weight, like = self.inject_weights.get(layer, 1.0), v if k is None else k
-        if like is None or (not isinstance(weight, Tensor) and weight == 1):
-            return replace(plain, kv=(k, v))
+        parts = [None if x is None else rows_to_batch(x, batch) for x in self.inject[layer]]
+        k, v, queries = parts if len(parts) == 3 else (*parts, None)
+        edit = replace(plain, kv=None if k is None and v is None else (k, v), queries=queries)
+        weight = self.inject_weights.get(layer, 1.0)
+        if not isinstance(weight, Tensor) and weight == 1:
+            return edit
+        like = next(x for x in parts if x is not None)
         if isinstance(weight, Tensor):
             weight = rows_to_batch(weight, batch).to(like)[:, None, :, None]
         else:
             # A tensor, since compiled blocks would be compiled anew for each number.
             weight = like.new_full((1, 1, 1, 1), weight)
-        return replace(plain, kv=(k, v), kv_weight=weight)
+        return replace(edit, kv_weight=weight)
 
     def at_tokens(self, places: Tensor) -> "Intervention":
         """The same with what is injected restricted to the image tokens at these places, "M"."""
-        inject = {
-            layer: _of_both(kv, lambda x: choose_tokens(x, places)) for layer, kv in self.inject.items()
-        }
+        inject = _of_parts(self.inject, lambda x: choose_tokens(x, places))
         return replace(self, inject=inject, inject_weights=self._weights(lambda x: x[:, places]))
 
     def at_rows(self, rows: Sequence[int], batch: int) -> "Intervention":
@@ -197,7 +201,7 @@ class Intervention:
         """
         if isinstance(self.skip, tuple):
             raise ValueError("Got a set of layers to skip for each row: a part of the rows cannot have it")
-        inject = {layer: _of_both(kv, lambda x: rows_of(x, rows, batch)) for layer, kv in self.inject.items()}
+        inject = _of_parts(self.inject, lambda x: rows_of(x, rows, batch))
         context = _of_each(self.inject_context, lambda x: rows_of(x, rows, batch))
         weights = self._weights(lambda x: rows_of(x, rows, batch))
         return replace(self, inject=inject, inject_weights=weights, inject_context=context)
@@ -219,7 +223,7 @@ class Intervention:
             raise ValueError("Both passes must compute all tokens to be one batch")
         own, theirs = (
             (
-                *(each.skip, each.skip_scale, each.keep, each.inject.keys()),
+                *(each.skip, each.skip_scale, each.keep, each.keep_queries, each.inject.keys()),
                 *(each.hide_context, each.keep_context, each.inject_context.keys()),
             )
             for each in (self, other)
@@ -233,8 +237,8 @@ class Intervention:
             return None if x is None or y is None else torch.cat((x, y))
 
         inject = {
-            layer: (both(k, other.inject[layer][0]), both(v, other.inject[layer][1]))
-            for layer, (k, v) in self.inject.items()
+            layer: tuple(both(x, y) for x, y in zip(parts, other.inject[layer], strict=True))
+            for layer, parts in self.inject.items()
         }
         others = other.inject_context
         context = {
@@ -261,9 +265,10 @@ def rows_of(x: Tensor, rows: Sequence[int], batch: int) -> Tensor:
     return x[served[0] : served[0] + 1] if len(set(served)) == 1 else x[served]
 
 
-def _of_both(kv: PartialKeysValues, change: Callable[[Tensor], Tensor]) -> PartialKeysValues:
-    k, v = (None if x is None else change(x) for x in kv)
-    return k, v
+def _of_parts(
+    inject: Mapping[int, PartialParts], change: Callable[[Tensor], Tensor]
+) -> dict[int, PartialParts]:
+    return {layer: tuple(x if x is None else change(x) for x in parts) for layer, parts in inject.items()}
 
 
 def _of_each(
@@ -279,9 +284,9 @@ def check_layers(layers: Iterable[int], num_layers: int) -> None:
         raise InputError(f"Got layers {wrong}, but this model numbers its layers 0..{num_layers - 1}")
 
 
-def _check_shapes(layer: int, kv: PartialKeysValues, batch: int, tokens: int) -> None:
-    """Raise InputError if keys and values do not fit a pass of so many rows and tokens of their kind."""
-    shapes = {tuple(x.shape) for x in kv if x is not None}
+def _check_shapes(layer: int, parts: PartialParts, batch: int, tokens: int) -> None:
+    """Raise InputError if what is injected does not fit a pass of so many rows and tokens of its kind."""
+    shapes = {tuple(x.shape) for x in parts if x is not None}
     if len(shapes) != 1 or any(batch % shape[0] or shape[2] != tokens for shape in shapes):
         raise InputError(
             f"Got keys and values of shapes {sorted(shapes)} for layer {layer}: their shapes must be "
@@ -294,14 +299,15 @@ class Recorded:
     """The tensors that a forward pass hands out beside its velocity, by layer.
 
     Attributes:
-        kept: Image keys and values, "B H I D" each, after QK-norm and rotary embedding.
+        kept: Image keys and values, and the queries that are kept, "B H I D" each, after QK-norm and rotary
+            embedding.
         watched: Queries of the prompt's and the noise tokens, "B H T+I D", and keys of these and then of all
             other tokens, "B H N D", likewise.
         context: Keys and values of the context tokens, "B H J D" each, likewise. Those of a pass that does
             not compute these tokens are not handed out.
     """
 
-    kept: dict[int, KeysValues] = field(default_factory=dict)
+    kept: dict[int, Parts] = field(default_factory=dict)
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     context: dict[int, KeysValues] = field(default_factory=dict)
 
@@ -311,7 +317,8 @@ class Recorded:
             return
         q, k, v = qkv
         if layer in intervention.keep:
-            self.kept[layer] = (_copy(k.split(runs, dim=2)[2]), _copy(v.split(runs, dim=2)[2]))
+            parts = (k, v, q) if layer in intervention.keep_queries else (k, v)
+            self.kept[layer] = tuple(_copy(x.split(runs, dim=2)[2]) for x in parts)
         if intervention.keep_context and runs.context:
             self.context[layer] = (_copy(k.split(runs, dim=2)[3]), _copy(v.split(runs, dim=2)[3]))
         if layer in intervention.watch:
@@ -324,8 +331,8 @@ class Recorded:
 
     def rows(self, rows: slice) -> "Recorded":
         """Some rows of the batch."""
-        of_both = self.kept, self.watched, self.context
-        return Recorded(*(_of_each(pairs, lambda x: x[rows]) for pairs in of_both))
+        kept = {layer: tuple(x[rows] for x in parts) for layer, parts in self.kept.items()}
+        return Recorded(kept, *(_of_each(x, lambda x: x[rows]) for x in (self.watched, self.context)))
 
 
 def _copy(heads: Tensor) -> Tensor:

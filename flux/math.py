@@ -17,6 +17,10 @@ KeysValues = tuple[Tensor, Tensor]
 """Keys (after QK-norm and rotary embedding) and values of some tokens in one layer, "B H n D" each."""
 PartialKeysValues = tuple[Tensor | None, Tensor | None]
 """Keys and values, of which either may be missing."""
+Parts = tuple[Tensor, ...]
+"""Keys and values of some tokens in one layer, as `KeysValues`, and their queries if those are kept too."""
+PartialParts = tuple[Tensor | None, ...]
+"""The same, of which any may be missing."""
 QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of all tokens in one layer, "B H N D" each, as attention uses them."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -119,8 +123,9 @@ class AttentionEdit:
 
     Attributes:
         kv: Image keys and values to inject, "B H I D" each. If one of them is None, the layer's own stay.
-        kv_weight: How far these replace the layer's own, 0..1, in a shape that broadcasts to "B H I D". If
-            None, they replace them wholly.
+        queries: Image queries to inject, "B H I D". If None, the layer's own stay.
+        kv_weight: How far all of these replace the layer's own, 0..1, in a shape that broadcasts to "B H I
+            D". If None, they replace them wholly.
         others: Keys and values of another pass, "B H I D" each, from which the image tokens come that this
             pass does not compute. If None, it computes all of them.
         other_places: Places of these tokens in `others`.
@@ -134,6 +139,7 @@ class AttentionEdit:
     """
 
     kv: PartialKeysValues | None = None
+    queries: Tensor | None = None
     kv_weight: Tensor | None = None
     num_context: int = 0
     context_kv: KeysValues | None = None
@@ -190,6 +196,17 @@ class AttentionEdit:
         """The context's keys, "B H J D", scaled about their mean."""
         mean = self.exchange.mean_of_context(k) if self.exchange else k.mean(dim=2, keepdim=True)
         return torch.lerp(mean, k, strength)
+
+    def inject_queries(self, q: Tensor) -> Tensor:
+        """Move the layer's own image queries to the injected ones, as `inject` does with keys and values.
+
+        Args:
+            q: Queries of the image stream, "B H I+J D".
+        """
+        if self.queries is None:
+            return q
+        img, context = q.split((q.shape[2] - self.num_context, self.num_context), dim=2)
+        return join_streams(self._blend(img, self.queries), context)
 
     def _blend_both(self, k: Tensor, v: Tensor) -> KeysValues:
         if self.kv is None:

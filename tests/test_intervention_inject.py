@@ -1,4 +1,4 @@
-"""Injected keys and values, against a forward pass by hand that writes them over by rows."""
+"""Injected keys, values and queries, against a forward pass by hand that writes them over by rows."""
 
 import copy
 import dataclasses
@@ -35,11 +35,15 @@ def shared(given):
     return {**given, "timesteps": given["timesteps"][:1].expand(3)}
 
 
-def kept_by(model, given, rows=(0,), layers=VITAL):
-    velocity, found = model.observe(
-        Inputs(**tiny_models.rows_of(given, list(rows))), Intervention(keep=frozenset(layers))
-    )
-    return velocity, found.kept
+def kept_by(model, given, rows=(0,), layers=VITAL, parts="kv"):
+    """The velocity, and by layer keys, values and queries, of which those that `parts` lacks are None."""
+    layers = frozenset(layers)
+    keep = Intervention(keep=layers, keep_queries=layers if "q" in parts else frozenset())
+    velocity, found = model.observe(Inputs(**tiny_models.rows_of(given, list(rows))), keep)
+    return velocity, {
+        layer: tuple(x if part in parts else None for part, x in zip("kvq", kept))
+        for layer, kept in found.kept.items()
+    }
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -49,18 +53,43 @@ def test_injecting_ones_own_changes_nothing(model, given, layer):
     assert_close(model(**given, intervention=Intervention(inject=kept)), velocity, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("parts", ["kv", "q", "kvq"])
 @pytest.mark.parametrize("layers", [{0}, {3}, VITAL, set(LAYERS)], ids=str)
-def test_injecting_is_writing_over_keys_and_values_by_rows(model, shared, layers):
+def test_injecting_is_writing_over_keys_and_values_by_rows(model, shared, layers, parts):
     """The method as its paper states it: in one batch, row 0's image keys and values written over those of
-    the others before the rotary embedding. Two passes with a hand-over give the same.
+    the others before the rotary embedding. Two passes with a hand-over give the same. So it is with queries.
     """
-    by_rows = tiny_models.hand_forward(model, shared, inject=frozenset(layers))
-    reference, kept = kept_by(model, shared, layers=layers)
+    by_rows = tiny_models.hand_forward(model, shared, inject=frozenset(layers), parts=parts)
+    reference, kept = kept_by(model, shared, layers=layers, parts=parts)
     edits = model(**tiny_models.rows_of(shared, [1, 2]), intervention=Intervention(inject=kept))
     error = tiny_models.relative_error(torch.cat((reference, edits)), by_rows)
     assert error < 1e-6, f"relative error {error:.1e}"
     plain = model(**tiny_models.rows_of(shared, [1, 2]))
     assert (edits - plain).abs().max() > 0.1, "the injection did nothing"
+
+
+def test_queries_of_ones_own_change_no_bit(model, given):
+    """Injected in all layers, in a pass that computes keys and values as a plain one does."""
+    velocity, kept = kept_by(model, given, rows=(0, 1, 2), layers=LAYERS, parts="q")
+    assert torch.equal(model(**given, intervention=Intervention(inject=kept)), velocity)
+
+
+def test_all_parts_in_all_layers_are_the_reference(model, given):
+    """The same prompt and latent, and everything the image's attention is made of: the reference's bits,
+    where its own pass projects queries, keys and values apart, as passes that inject do.
+    """
+    row = tiny_models.rows_of(given, [0])
+    own = Intervention(inject=kept_by(model, given, layers=LAYERS)[1])
+    every = frozenset(LAYERS)
+    reference, found = model.observe(Inputs(**row), dataclasses.replace(own, keep=every, keep_queries=every))
+    assert torch.equal(model(**row, intervention=Intervention(inject=found.kept)), reference)
+
+
+def test_queries_are_kept_only_where_they_are_asked_for(model, given):
+    keep = Intervention(keep=VITAL, keep_queries=frozenset({2}))
+    kept = model.observe(Inputs(**given), keep)[1].kept
+    assert {layer: len(parts) for layer, parts in kept.items()} == {0: 2, 2: 3, 3: 2, 6: 2}
+    assert torch.equal(kept[2][0], kept_by(model, given, rows=(0, 1, 2))[1][2][0])
 
 
 def test_text_keys_and_values_stay_the_rows_own(model, shared):
@@ -135,24 +164,23 @@ def test_skipping_and_injecting_together(model, shared):
 
 
 def hand_blend(model, given, layer, weight, parts="kv"):
-    """The velocity where one layer's image keys and values are own + weight * (row 0's - own): wholly
-    injected from a blend that is made beforehand.
+    """The velocity where one layer's image keys, values and queries are own + weight * (row 0's - own):
+    wholly injected from a blend that is made beforehand.
     """
-    _, own = kept_by(model, given, rows=(0, 1, 2), layers={layer})
+    _, own = kept_by(model, given, rows=(0, 1, 2), layers={layer}, parts="kvq")
     blend = []
-    for part, x in zip("kv", own[layer]):
+    for part, x in zip("kvq", own[layer]):
         share = weight if part in parts else torch.zeros(())
         blend.append(x + share * (x[:1] - x))
     return model(**given, intervention=Intervention(inject={layer: tuple(blend)}))
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3, 6])
-@pytest.mark.parametrize("parts", ["kv", "k", "v"])
+@pytest.mark.parametrize("parts", ["kv", "k", "v", "q", "vq", "kvq"])
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_weights_blend_with_ones_own(model, given, layer, weight, parts):
-    _, kept = kept_by(model, given, layers={layer})
-    pair = tuple(x if part in parts else None for part, x in zip("kv", kept[layer]))
-    got = model(**given, intervention=Intervention(inject={layer: pair}, inject_weights={layer: weight}))
+    _, kept = kept_by(model, given, layers={layer}, parts=parts)
+    got = model(**given, intervention=Intervention(inject=kept, inject_weights={layer: weight}))
     assert_close(got, hand_blend(model, given, layer, torch.tensor(weight), parts), rtol=0, atol=5e-6)
 
 
@@ -196,12 +224,15 @@ def test_two_interventions_as_one_batch():
     """Sets of layers, injected rows, and weights of tokens stand for the first rows, then for the last."""
     k, weight = torch.zeros(1, 2, TOKENS, 4), torch.rand(1, TOKENS)
     skip = (frozenset({1}), frozenset())
-    first = Intervention(skip, keep=frozenset({2}), inject={0: (k, None)}, inject_weights={0: weight, 3: 0.5})
-    both = first.stacked(dataclasses.replace(first, inject={0: (k + 1, None)}))
+    inject = {0: (k, None), 1: (None, None, k)}
+    first = Intervention(skip, keep=frozenset({2}), inject=inject, inject_weights={0: weight, 3: 0.5})
+    both = first.stacked(dataclasses.replace(first, inject={0: (k + 1, None), 1: (None, None, k + 2)}))
     assert both.skip == skip * 2
     assert both.keep == {2}
     assert torch.equal(both.inject[0][0], torch.cat((k, k + 1)))
     assert both.inject[0][1] is None
+    assert both.inject[1][:2] == (None, None)
+    assert torch.equal(both.inject[1][2], torch.cat((k, k + 2)))
     assert torch.equal(both.inject_weights[0], torch.cat((weight, weight)))
     assert both.inject_weights[3] == 0.5
     with pytest.raises(ValueError, match="one batch"):

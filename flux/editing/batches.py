@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from flux.editing.reference import prefetch
 from flux.editing.source import OnStep, ReferenceStep, Source, guidance_args
 from flux.editing.sparse import RowGroup, group_rows, sparse_step
 from flux.intervention import NOTHING, Intervention
-from flux.math import KeysValues, PartialKeysValues
+from flux.math import PartialParts, Parts
 from flux.pipeline import Pipeline
 from flux.sampling import (
     Conditioning,
@@ -27,7 +26,7 @@ from flux.sampling import (
     step_at,
     window,
 )
-from flux.settings.doses import Dose
+from flux.settings.doses import Dose, InjectedParts
 from flux.settings.edits import Turn
 from flux.settings.resolved import ResolvedEdit
 
@@ -43,12 +42,12 @@ class BatchKind:
 
     Attributes:
         dose: how much is injected. Its mask is "auto", or None for a painted mask and for none.
-        parts: whether keys, values or both are injected.
+        parts: which of queries, keys and values are injected.
         painted: whether the edits have masks given as images.
     """
 
     dose: Dose
-    parts: Literal["kv", "k", "v"]
+    parts: InjectedParts
     painted: bool
 
 
@@ -189,6 +188,11 @@ class Batch:
         """Returns the layers whose keys and values step `index` needs of the reference, of `every` layer."""
         return every if self.groups else self.layers_at(index)
 
+    @property
+    def query_layers(self) -> frozenset[int]:
+        """The layers in which it injects queries."""
+        return frozenset(self.layers if "q" in self.kind.parts else ())
+
     def weight_at(self, layer: int, index: int) -> float | Tensor:
         """Returns the weight of what is injected: one for all tokens, or one for each, "B I"."""
         weight = self.share_at(index) * self.kind.dose.of_layer(layer)
@@ -209,9 +213,8 @@ class Batch:
             layer: weight for layer, weight in weights.items() if isinstance(weight, Tensor) or weight < 1
         }
 
-        def choose(kv: KeysValues) -> PartialKeysValues:
-            k, v = kv
-            return k if "k" in self.kind.parts else None, v if "v" in self.kind.parts else None
+        def choose(kept: Parts) -> PartialParts:
+            return tuple(x if part in self.kind.parts else None for part, x in zip("kvq", kept))
 
         return reference.kept.map(
             lambda kept: Intervention(inject={n: choose(kept[n]) for n in layers}, inject_weights=partial)
@@ -344,6 +347,7 @@ def run_batches(
             model,
             pipe.image_ids(1, *source.size),
             lambda index: frozenset[int]().union(*(batch.needs_at(index, every) for batch in batches)),
+            frozenset[int]().union(*(batch.query_layers for batch in batches)),
         )
         return _follow(pipe, model, source, steps, batches, report)
 

@@ -102,8 +102,8 @@ def edit_reference(
         The edits in the order of `settings.entries`.
 
     Raises:
-        InputError: as `check_edits` and `check_prompts`; layers that were not kept; settings of another
-            reference.
+        InputError: as `check_edits` and `check_prompts`; layers or queries that were not kept; settings of
+            another reference.
     """
     settings = check_settings(ResolvedEdit, {**settings.model_dump(), "edits": edits})
     has_photo = reference.source.photo is not None
@@ -114,6 +114,11 @@ def edit_reference(
     layers = reference.layers if isinstance(settings.vital_layers, str) else settings.vital_layers
     if missing := sorted(set(layers) - set(reference.layers)):
         raise InputError(f"Got vital layers {missing}, but the reference was kept with {reference.layers}")
+    if not settings.keeps_queries and any("q" in (entry.parts or "") for entry in settings.entries):
+        raise InputError(
+            "Got an edit that injects queries, but the reference was kept without them: name them in the "
+            'parts of all edits, such as "qkv", and keep a new one'
+        )
     source = replace(reference.source, settings=settings)
     masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
     check_prompts(pipe, settings, source.prompts)

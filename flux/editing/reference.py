@@ -1,4 +1,7 @@
-"""A kept reference: the image keys and values of all its steps stay in memory for later edits."""
+"""A kept reference: the image keys and values of all its steps stay in memory for later edits.
+
+Image queries do so too, in the vital layers, if the setting `parts` of all edits names them.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +63,8 @@ def keep_reference(
         with pipe.denoising() as model:
             vital = frozenset(layers)
             kept, rounds = _layers_to_keep(pipe, settings, source, vital)
-            computed = source.steps(model, pipe.image_ids(1, *source.size), lambda _: kept)
+            queries = vital if settings.keeps_queries else frozenset()
+            computed = source.steps(model, pipe.image_ids(1, *source.size), lambda _: kept, queries)
             for index, step in enumerate(with_bar(computed, "reference", source.num_steps, progress)):
                 step = step.rounded(vital) if rounds else step
                 if index == 0:
@@ -88,9 +92,10 @@ def _layers_to_keep(
     of_layer = passes * source.num_steps * 2 * source.start.shape[1] * params.hidden_size
     whole = pipe.dtype.itemsize * of_layer
     rounded = rounded_bytes(of_layer, params.hidden_size // params.num_heads)
-    if _has_room(pipe.device, len(every) * whole):
+    queries = len(vital) * whole // 2 if settings.keeps_queries else 0
+    if _has_room(pipe.device, len(every) * whole + queries):
         return every, False
-    if _has_room(pipe.device, len(vital) * whole + (len(every) - len(vital)) * rounded):
+    if _has_room(pipe.device, len(vital) * whole + queries + (len(every) - len(vital)) * rounded):
         return every, True
     return vital, False
 

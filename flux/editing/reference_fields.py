@@ -46,6 +46,8 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
     shaping = {name: getattr(settings, name) for name in names}
     if settings.sparse and not (inversion_free or (has_photo and settings.replays)):
         shaping["sparse"] = True  # the reference then keeps all layers, if there is room
+    if settings.keeps_queries and not inversion_free:
+        shaping["parts"] = "q"
     if settings.true_cfg == 1:
         return shaping
     second_pass = ["negative_prompt"]

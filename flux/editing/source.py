@@ -45,7 +45,8 @@ class ReferenceStep:
         t_next: noise level at the end.
         latent: the reference's latent at `t`, "R I 64".
         next_latent: its latent at `t_next`, "R I 64".
-        kept: image keys and values by layer, for each pass. Empty where none are needed.
+        kept: image keys and values by layer, and queries that are asked for, for each pass. Empty where none
+            are needed.
         step: the Euler step itself. None if it was not computed, or is not kept.
         drift: `next_latent` minus the latent that the Euler step leads to, "R I 64"; it is added to every
             edit's step. If None, edits are not corrected.
@@ -172,7 +173,11 @@ class Source:
         return cond if index >= begins else replace(cond, negative=None)
 
     def steps(
-        self, model: VelocityModel, img_ids: Tensor, layers_at: Callable[[int], frozenset[int]]
+        self,
+        model: VelocityModel,
+        img_ids: Tensor,
+        layers_at: Callable[[int], frozenset[int]],
+        query_layers: frozenset[int] = frozenset(),
     ) -> Iterator[ReferenceStep]:
         """Computes the reference step by step. A pass that nothing is needed of is left out.
 
@@ -188,6 +193,7 @@ class Source:
             img_ids: positions of the image tokens, "1 I 3".
             layers_at: returns the layers whose keys and values are needed in a step, by its number. It is
                 asked when the step begins.
+            query_layers: those of these layers whose queries are needed as well.
 
         Yields:
             Each step. Its keys and values are freed when the next step is asked for.
@@ -209,7 +215,8 @@ class Source:
                     yield ReferenceStep(t, t_next, latent, self.path[index + 1], drift=drift, shift=shift)
                     continue
             where = model, evaluated, img_ids, self.cond_at(cond, index), t, t_next
-            step = euler_step(*where, Intervention(keep=layers), context=context)
+            keep = Intervention(keep=layers, keep_queries=layers & query_layers)
+            step = euler_step(*where, keep, context=context)
             next_latent = step.latent
             if self.path is not None:
                 next_latent = self.path[index + 1]

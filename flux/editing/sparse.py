@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flux.editing.store import KeptLayers
 from flux.intervention import FreeTokens, Intervention, rows_of
-from flux.math import KeysValues
+from flux.math import Parts
 from flux.sampling import Conditioning, ContextReuse, Passes, Step, VelocityModel, euler_step
 
 
@@ -31,7 +31,7 @@ class RowGroup:
     free: FreeTokens | None
     context: ContextReuse | None = None
 
-    def intervention(self, whole: Intervention, kv: Mapping[int, KeysValues], batch: int) -> Intervention:
+    def intervention(self, whole: Intervention, kv: Mapping[int, Parts], batch: int) -> Intervention:
         """The intervention of this group's pass.
 
         Args:
@@ -45,7 +45,7 @@ class RowGroup:
             return whole
         # A kept reference has a single row, and its layers are fetched one by one.
         if len(next(iter(kv.values()))[0]) > 1:
-            kv = {n: (rows_of(k, self.rows, batch), rows_of(v, self.rows, batch)) for n, (k, v) in kv.items()}
+            kv = {n: tuple(rows_of(x, self.rows, batch) for x in parts[:2]) for n, parts in kv.items()}
         return replace(whole, free=replace(self.free, kv=kv))
 
 

@@ -204,7 +204,7 @@ class DoubleStreamBlock(Block):
         k, v = join_streams(txt_k, img_k), join_streams(txt_v, img_v)
         # If processes share the tokens, all keys and values arrive while the queries are projected.
         wait = edit.gather(k, v)
-        q = join_streams(txt_q, project_q())
+        q = join_streams(txt_q, edit.inject_queries(project_q()))
         attn = edit.attend(q, *wait())
         return attn[:, num_txt:], attn[:, :num_txt], (q, k, v) if edit.record else None
 
@@ -257,6 +257,9 @@ class SingleStreamBlock(Block):
         if edit.changes_kv:
             img_k, img_v = edit.inject(k[:, :, num_txt:], v[:, :, num_txt:])
             k, v = join_streams(k[:, :, :num_txt], img_k), join_streams(v[:, :, :num_txt], img_v)
+
+        if edit.queries is not None:
+            q = join_streams(q[:, :, :num_txt], edit.inject_queries(q[:, :, num_txt:]))
 
         # If processes share the tokens, all keys and values arrive while the hidden channels are projected.
         wait = edit.gather(k, v)

@@ -121,6 +121,13 @@ def _inject(edit: AttentionEdit, k: Tensor, v: Tensor) -> None:
             own.lerp_(injected, edit.kv_weight)
 
 
+def _inject_queries(edit: AttentionEdit, q: Tensor) -> None:
+    """`AttentionEdit.inject_queries` in place, "B H I+J D"."""
+    if edit.queries is not None:
+        own = q[:, :, : q.shape[2] - edit.num_context]
+        own.copy_(edit.queries if edit.kv_weight is None else torch.lerp(own, edit.queries, edit.kv_weight))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
     """Softmax attention by flash-attn-4: three times "B H N D" -> "B N C", in `out` if that is given."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -202,6 +209,7 @@ class HopperDoubleBlock(DoubleStreamBlock):
         wait = edit.gather(k, values)
         if edit.splits_qkv:
             img_heads.project_q()
+        _inject_queries(edit, q[:, :, num_txt:])
         attn = edit.attend(q, *wait(), attend)
         return attn[:, num_txt:], attn[:, :num_txt], (q, k, values) if edit.record else None
 
@@ -246,6 +254,7 @@ class HopperSingleBlock(SingleStreamBlock):
             whole.project_v()
         q, k, values = _split(qk, v, self.num_heads)
         _inject(edit, k[:, :, num_txt:], values[:, :, num_txt:])
+        _inject_queries(edit, q[:, :, num_txt:])
         return q, k, values
 
 

@@ -344,9 +344,9 @@ class MemoryEstimator:
         kept_layers = self.workload.kept_layers
         if kept_layers is None:
             kept_layers = len(spec.vital_layers or ())
-        if self.workload.keeps_all_layers:
-            kept_layers = spec.num_layers
-        nbytes += self.passes * kept_layers * 2 * self.image_tokens * channel_bytes
+        kept_parts = kept_layers if self.workload.keeps_queries else 0
+        kept_parts += 2 * (spec.num_layers if self.workload.keeps_all_layers else kept_layers)
+        nbytes += self.passes * kept_parts * self.image_tokens * channel_bytes
         if self.workload.finds_masks:
             # Queries and keys of all tokens, of the edits and of their sources.
             tokens = 2 * batch * (self.image_tokens + self.text_tokens)

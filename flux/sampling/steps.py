@@ -11,7 +11,7 @@ from torch import Tensor
 from flux.errors import InputError
 from flux.inputs import Condition, Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
-from flux.math import KeysValues
+from flux.math import KeysValues, Parts
 from flux.model import VelocityModel
 from flux.modules.step_cache import StepCache
 from flux.sampling.conditioning import Conditioning
@@ -28,7 +28,7 @@ class Step:
         t_next: Noise level at the end.
         noisy: Packed latent at `t`, "B I 64".
         velocity: The model's answer to it, "B I 64".
-        kept: Image keys and values of the layers that the intervention kept, for each pass.
+        kept: Image keys, values and queries of the layers that the intervention kept, for each pass.
         watched: Queries and keys of the layers that the intervention watched.
         context: The context tokens' keys and values, if the intervention kept them, for each pass.
     """
@@ -37,7 +37,7 @@ class Step:
     t_next: float
     noisy: Tensor
     velocity: Tensor
-    kept: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
+    kept: Passes[dict[int, Parts]] = field(default_factory=lambda: Passes({}))
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     context: Passes[dict[int, KeysValues]] = field(default_factory=lambda: Passes({}))
 

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+InjectedParts = Literal["kv", "k", "v", "q", "qk", "qv", "qkv"]
+"""Which of a layer's image queries, keys and values are injected."""
+
 PUBLISHED_GUIDANCE = 3.0
 """Guidance of the edits of a photograph in Stable Flow's public code."""
 

@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import Divisible
-from flux.settings.doses import DEFAULT_DOSE, DOSES, PUBLISHED_GUIDANCE, Dose, DoseName
+from flux.settings.doses import DEFAULT_DOSE, DOSES, PUBLISHED_GUIDANCE, Dose, DoseName, InjectedParts
 from flux.settings.fields import (
     LIST,
     FilePath,
@@ -44,8 +44,8 @@ class DoseSettings(StrictModel, frozen=True):
     top: int | None = Field(
         default=None, ge=1, description="only so many of the vital layers, the most vital ones"
     )
-    parts: Literal["kv", "k", "v"] | None = Field(
-        default=None, description="what is injected: keys, values or both"
+    parts: InjectedParts | None = Field(
+        default=None, description="what is injected: keys, values, queries, or several of them"
     )
     mask: FilePath | None = Field(
         default=None, description='image, white where the edit may change; "auto"; "none"'
@@ -119,9 +119,7 @@ class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
         default="auto", description='"auto", a list, a vital_layers.json or a preset'
     )
     dose: DoseName = Field(default=DEFAULT_DOSE, description=DoseSettings.model_fields["dose"].description)
-    parts: Literal["kv", "k", "v"] = Field(
-        default="kv", description=DoseSettings.model_fields["parts"].description
-    )
+    parts: InjectedParts = Field(default="kv", description=DoseSettings.model_fields["parts"].description)
     photo: FilePath | None = Field(
         default=None, description="image file to edit instead of a generated reference"
     )
@@ -196,6 +194,11 @@ class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
         return self.inversion == "directedit" and not self.as_published
 
     @property
+    def keeps_queries(self) -> bool:
+        """Whether a kept reference keeps queries as well, for edits that inject them."""
+        return "q" in self.parts
+
+    @property
     def own_guidance(self) -> float | None:
         """The given guidance, or that of the method's public code where it is asked for."""
         if self.guidance is None and self.as_published and self.photo:
@@ -226,6 +229,7 @@ class EditSettings(DoseSettings, ConditionSettings, Divisible, frozen=True):
             interleaved=1 + len(self.entries),
             kept_layers=None if isinstance(self.vital_layers, str) else len(self.vital_layers),
             finds_masks="auto" in masks,
+            keeps_queries=any("q" in (entry.parts or "") for entry in self.entries),
             keeps_all_layers=self.sparse and not masks <= {None, "none"},
             encodes=bool(self.photo),
         )

@@ -13,6 +13,7 @@ class Workload:
             their context's keys and values at the same time. If None, those of one batch.
         kept_layers: Number of layers whose image kv a reference keeps for its edits. None stands for all the
             vital layers of the model.
+        keeps_queries: Whether it keeps their image queries too.
         keeps_all_layers: Whether it may keep those of all layers, for edits that compute some tokens only.
         finds_masks: Whether attention is recorded at the junction of the streams to find where an edit may
             change the image.
@@ -24,6 +25,7 @@ class Workload:
     batch: int
     interleaved: int | None = None
     kept_layers: int | None = 0
+    keeps_queries: bool = False
     keeps_all_layers: bool = False
     finds_masks: bool = False
     keeps_streams: bool = False

@@ -16,6 +16,7 @@ from helpers.editing import (
     difference,
     half_mask,
     make,
+    rms,
     settings,
 )
 from hypothesis import given
@@ -54,13 +55,32 @@ def test_a_falling_weight(small, passes):
 
 
 @pytest.mark.parametrize(
-    ("parts", "there"), [("k", (True, False)), ("v", (False, True)), ("kv", (True, True))]
-)
-def test_keys_or_values_alone(small, passes, parts, there):
+    ("parts", "there"),
+    [
+        ("k", (True, False)), ("v", (False, True)), ("kv", (True, True)),
+        ("q", (False, False, True)), ("qv", (False, True, True)), ("qkv", (True, True, True)),
+    ],
+)  # fmt: skip
+def test_keys_values_or_queries_alone(small, passes, parts, there):
     make(small, **ONE, true_cfg=1.0, parts=parts)
     assert [tuple(x is not None for x in given.inject[0]) for given in passes if given.inject] == [
         there
     ] * STEPS
+
+
+@pytest.mark.parametrize("mask", ["none", "auto"])
+def test_all_parts_of_all_layers_are_the_reference(small, mask):
+    """An edit to the reference's own prompt, whose attention takes everything of the image from it."""
+    same = {"edits": [{"prompt": DOG, "mask": mask}], "layers": range(small.model.num_layers)}
+    made = make(small, **same, parts="qkv")
+    assert difference(made.edits[0], made.reference) == 0
+
+
+def test_queries_count(small, edited):
+    """They keep more of the reference than keys and values do alone."""
+    more = make(small, parts="qkv")
+    for kv, qkv in zip(edited.edits, more.edits, strict=True):
+        assert rms(qkv, more.reference) < 0.97 * rms(kv, edited.reference)
 
 
 def test_edits_of_several_doses_in_one_run(small, edited):

@@ -21,7 +21,15 @@ from flux.editing.reference import keep_reference
 from flux.errors import InputError
 
 
-@pytest.mark.parametrize("more", [{}, {"weight": 0.6, "falling": True, "true_cfg": 1.0}, {"mask": "auto"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"weight": 0.6, "falling": True, "true_cfg": 1.0},
+        {"mask": "auto"},
+        {"mask": "auto", "parts": "qkv", "weight": 0.6},
+    ],
+)
 def test_edits_of_a_kept_reference_are_those_in_one_go(small, more):
     wanted = settings(edits=EDITS[:2], batch_size=2, **more)
     at_once = edit(small, wanted, LAYERS, progress=False)
@@ -49,6 +57,20 @@ def test_fewer_layers_than_were_kept(small):
     assert difference(later, make(small, **ONE, layers=(1, 3)).edits[0]) == 0
     with pytest.raises(InputError, match=r"\[9\]"):
         edit_reference(small, kept, EDITS[:1], settings(vital_layers=[1, 9]), progress=False)
+
+
+def test_queries_are_kept_where_all_edits_name_them(small):
+    """In the vital layers alone, in every step. An edit that asks for more than is kept is refused."""
+    wanted = settings(num_steps=2, parts="qv")
+    kept = keep_reference(small, wanted, (1, 2), progress=False)
+    for step in kept.steps:
+        assert {layer for layer, parts in step.kept.positive.items() if len(parts) == 3} == {1, 2}
+    with pytest.raises(InputError, match="another parts than"):
+        edit_reference(small, kept, EDITS, settings(num_steps=2), progress=False)
+    plain = keep_reference(small, settings(num_steps=2), (1, 2), progress=False)
+    with_queries = [{"prompt": EDITS[0], "parts": "qkv"}]
+    with pytest.raises(InputError, match="kept without them"):
+        edit_reference(small, plain, with_queries, settings(num_steps=2), progress=False)
 
 
 def test_a_kept_reference_is_bound_to_what_it_was_kept_with(small):

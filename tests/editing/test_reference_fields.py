@@ -25,7 +25,7 @@ OTHER = {
     "mimic_percentile": 0.9, "watermark": True, "inversion": "fireflow", "nudging": 1.2,
     "correct_drift": False, "as_published": True, "paste_back": True, "caption_model": "caption",
     "edits": ["a bird"], "vital_layers": [0, 1], "dose": "add", "weight": 0.5, "inject_from": 0.2,
-    "inject_until": 0.7, "falling": True, "top": 1, "parts": "k", "mask": "auto", "batch_size": 2,
+    "inject_until": 0.7, "falling": True, "top": 1, "parts": "qkv", "mask": "auto", "batch_size": 2,
     "output_dir": "elsewhere", "metadata": False, "sparse": False,
 }  # fmt: skip
 """Another value of every field."""

@@ -80,21 +80,25 @@ def keys_and_values_kept_and_injected(model, given) -> Answers:
 
 @case
 def injected_in_part(model, given) -> Answers:
-    """A weight, a weight for each token, keys alone and values alone."""
-    kept = model.observe(Inputs(**reference()), Intervention(keep=frozenset(LAYERS)))[1].kept
+    """A weight, a weight for each token, keys, values and queries alone."""
+    keep = Intervention(keep=frozenset(LAYERS), keep_queries=frozenset(LAYERS))
+    kept = model.observe(Inputs(**reference()), keep)[1].kept
     tokens = torch.linspace(0, 1, given["img"].shape[1])[None]
     answers = ask(model, given, Intervention(inject=kept, inject_weights={LAYERS[0]: 0.4, LAYERS[1]: tokens}))
-    for part in (0, 1):
-        shares = {n: tuple(x if i == part else None for i, x in enumerate(pair)) for n, pair in kept.items()}
+    for part in (0, 1, 2):
+        shares = {
+            n: tuple(x if i == part else None for i, x in enumerate(parts)) for n, parts in kept.items()
+        }
         answers += ask(model, given, Intervention(inject=shares, inject_weights={LAYERS[2]: tokens > 0.5}))
     return answers
 
 
 @case
 def free_tokens(model, given) -> Answers:
-    """Few and many of them, in a block and scattered; with keys and values injected, wholly and in part."""
+    """Few and many of them, in a block and scattered; with all parts injected, wholly and to some degree."""
     every = frozenset(range(tiny_models.NUM_LAYERS))
-    kept = model.observe(Inputs(**reference()), Intervention(keep=every))[1].kept
+    keep = Intervention(keep=every, keep_queries=frozenset(LAYERS))
+    kept = model.observe(Inputs(**reference()), keep)[1].kept
     vital, answers = {layer: kept[layer] for layer in LAYERS}, []
     tokens = torch.linspace(0, 1, given["img"].shape[1])[None]
     for mask in (tokens[0] < 0.3, tokens[0] > 0.9, torch.arange(15) % 2 == 0):

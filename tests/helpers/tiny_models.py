@@ -97,12 +97,13 @@ def hand_forward(
     num_context: int = 0,
     context_strength: float = 1.0,
     hidden: frozenset[int] = frozenset(),
+    parts: str = "kv",
 ) -> Tensor:
     """The velocity, from the model's linear layers alone; in the layers of `inject` every row has row 0's
-    image keys and values, written over its own before the rotation. In all layers, so do the image tokens
-    where `held` is true, "I". The last `num_context` image tokens are context: nothing is injected in them,
-    their rotated keys are scaled about their mean, and they have no velocity. In the layers of `hidden` only
-    they attend to themselves.
+    image keys, values or queries, as `parts` says, written over its own before the rotation. In all layers,
+    so do keys and values of the image tokens where `held` is true, "I". The last `num_context` image tokens
+    are context: nothing is injected in them, their rotated keys are scaled about their mean, and they have no
+    velocity. In the layers of `hidden` only they attend to themselves.
     """
     p = model.params
     img, txt = model.img_in(given["img"]), model.txt_in(given["txt"])
@@ -113,8 +114,9 @@ def hand_forward(
     def attention(qkv: Tensor, layer: int) -> Tensor:
         q, k, v = qkv
         if layer in inject:
-            for x in (k, v):
-                x[:, :, num_txt:end] = x[:1, :, num_txt:end].clone()
+            for part, x in zip("qkv", (q, k, v)):
+                if part in parts:
+                    x[:, :, num_txt:end] = x[:1, :, num_txt:end].clone()
         if held is not None:
             places = num_txt + held.nonzero()[:, 0]
             for x in (k, v):

@@ -49,15 +49,14 @@ def condition(batch: int, **changes) -> Condition:
 
 def ways(batch: int, steered: Condition) -> dict[str, Intervention]:
     """Every way a block is called: plain, recording, skipped by rows, injecting all or some."""
-    kept = (
-        tiny_models.flux()
-        .observe(Inputs(**tiny_models.inputs(1, seed=3, **SMALL)), intervention=Intervention(keep=LAYERS))[1]
-        .kept
-    )
-    keys = {layer: (k, None) for layer, (k, _) in kept.items()}
     every = frozenset(range(tiny_models.NUM_LAYERS))
     reference = Inputs(**tiny_models.inputs(1, seed=3, **SMALL))
-    kv = tiny_models.flux().observe(reference, Intervention(keep=every))[1].kept
+    keep = Intervention(keep=every, keep_queries=LAYERS)
+    kv = tiny_models.flux().observe(reference, keep)[1].kept
+    everything = {layer: kv[layer] for layer in LAYERS}
+    kept = {layer: parts[:2] for layer, parts in everything.items()}
+    keys = {layer: (k, None) for layer, (k, _) in kept.items()}
+    queries = {layer: (None, None, q) for layer, (_, _, q) in everything.items()}
     free = replace(FreeTokens.of(torch.tensor([True, False, True, False])), kv=kv)
     of_context = {}
     if steered.context is not None:
@@ -76,6 +75,9 @@ def ways(batch: int, steered: Condition) -> dict[str, Intervention]:
         "injected in part": Intervention(inject=kept, inject_weights=dict.fromkeys(LAYERS, 0.5)),
         "context hidden": Intervention(hide_context=LAYERS),
         "keys injected": Intervention(inject=keys),
+        "queries injected": Intervention(inject=queries),
+        "queries injected in part": Intervention(inject=queries, inject_weights=dict.fromkeys(LAYERS, 0.5)),
+        "all injected": Intervention(keep=LAYERS, keep_queries=LAYERS, watch=LAYERS, inject=everything),
         "some tokens free": Intervention(inject=kept, free=free),
         "some tokens free, kept": Intervention(keep=LAYERS, watch=LAYERS, free=free),
     }

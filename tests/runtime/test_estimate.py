@@ -148,6 +148,8 @@ def test_an_edit_keeps_the_kv_of_its_vital_layers(dev):
     fields = {"mask": "none", "vital_layers": [1, 2], "true_cfg": 2.0}
     more = full_size.estimator(prompt="a dog", edits=["a cat"], **fields)
     assert more.denoise - dev.denoise == 2 * 2 * 2 * 4096 * 3072 * 2
+    with_queries = full_size.estimator(prompt="a dog", edits=["a cat"], **fields, parts="qkv")
+    assert with_queries.denoise - more.denoise == 2 * 2 * 4096 * 3072 * 2
 
 
 def test_a_search_for_the_mask_keeps_queries_and_keys(dev):

@@ -232,7 +232,7 @@ def test_help_of_a_function():
         ("edits", "list"),
         ("vital_layers", "text or list"),
         ("weight", "number or object"),
-        ("parts", "kv|k|v"),
+        ("parts", "kv|k|v|q|qk|qv|qkv"),
     ],
 )
 def test_type_names(field, name):
