@@ -111,8 +111,9 @@ def test_parts_of_upstream_that_the_model_does_not_call():
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-dev-krea", "flux-schnell"])
 def test_full_size_has_the_names_and_shapes_of_the_published_file(name):
-    manifest = "flux1-schnell.json" if name == "flux-schnell" else "flux1-dev.json"
-    expected = json.loads((MANIFESTS / manifest).read_text())
+    expected = json.loads((MANIFESTS / "flux1-dev.json").read_text())
+    if name == "flux-schnell":
+        expected = {key: shape for key, shape in expected.items() if not key.startswith("guidance_in.")}
     with torch.device("meta"):
         model = Flux(configs[name].params)
     assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == expected
