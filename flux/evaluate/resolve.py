@@ -102,8 +102,9 @@ def resolve_methods(settings: EvaluateSettings, opened: OpenModel | None = None)
             edit = resolve(method.settings.model_copy(update=given))
             uses_layers = method.strength is None or method.context_in != "all"
             layers = find_vital_layers(edit.vital_layers, spec, checkpoint) if uses_layers else ()
-            unmasked = edit.model_copy(update={"mask": None if edit.mask == "given" else edit.mask})
-            check_edits(unmasked, layers)
+            if method.strength is None:
+                unmasked = edit.model_copy(update={"mask": None if edit.mask == "given" else edit.mask})
+                check_edits(unmasked, layers)
             hidden = _hidden_layers(method, layers, spec)
         except InputError as error:
             raise InputError(f"method {method.name!r}: {error}") from error

@@ -107,7 +107,7 @@ def test_injection_goes_with_instructions(kontext, benchmark, items, tmp_path):
 
 def test_layers_are_needed_only_where_they_are_used(benchmark, tmp_path, monkeypatch):
     monkeypatch.setitem(configs, MODEL, replace(SPECS[MODEL], vital_layers=None))
-    [plain] = methods_of(benchmark, tmp_path, {"strength": 1.0})
+    [plain] = methods_of(benchmark, tmp_path, {"strength": 1.0, "num_steps": 1})
     assert plain.hidden == frozenset()
     with pytest.raises(InputError, match=r"method 'm0': The vital layers of this model are not known"):
         methods_of(benchmark, tmp_path, {"strength": 1.0, "context_in": "vital"})
