@@ -58,6 +58,8 @@ def parse() -> Namespace:
         "--toy", action="store_true", help="tiny models, seconds a stage: does everything run?"
     )
     arguments = parser.parse_args()
+    if arguments.begin and arguments.toy:
+        parser.error("--begin trains exported files further, which --toy is too small for: give one of them")
     if arguments.begin and not (arguments.begin / "transformer.safetensors").is_file():
         parser.error(f"no exported files in {arguments.begin}: flux/assets/nano has those that ship")
     if missing := missing_stages(arguments.stage, arguments.folder, bool(arguments.begin)):

@@ -21,6 +21,14 @@ def test_nothing_to_begin_with_is_told_in_a_line(monkeypatch, capsys, tmp_path):
     assert f"no exported files in {tmp_path}" in capsys.readouterr().err
 
 
+def test_a_toy_does_not_begin_with_exported_files(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training", "kontext", "--toy", "--begin", "flux/assets/nano"])
+    with pytest.raises(SystemExit) as stop:
+        parse()
+    assert stop.value.code == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("stages", "lacks"),
     [

@@ -35,6 +35,7 @@ from training.scenes.edits import EDITS, sample_pair
 from training.scenes.instructions import instruction
 from training.scenes.render import Renderer
 from training.stages.autoencoder import load_autoencoder
+from training.stages.export import export_adapter
 from training.stages.flow import EmptyCaption, add_noise, autocast, load_generator, noise_levels, shift_for
 from training.stages.schnell import LoraLinear, lora_weights
 
@@ -272,5 +273,7 @@ def train_adapter(work: Work, kind: str) -> bool:
     if not trainer.run(loss, plan.batch):
         return False
     if work.cluster.first:
-        save_atomically(lora_weights(trainer.averaged(), base), work.result(kind))
+        learned = lora_weights(trainer.averaged(), base)
+        save_atomically(learned, work.result(kind))
+        export_adapter(learned, work.folder / "assets", kind)
     return True

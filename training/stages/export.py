@@ -15,7 +15,7 @@ from torch import Tensor
 from flux.lora.extract import low_rank
 from flux.weights.load import read_weights
 from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD
-from training.loop.plan import ADAPTERS, Work
+from training.loop.plan import Work
 from training.loop.trainer import save_atomically
 from training.scenes.instructions import instruction_words
 from training.scenes.vocabulary import all_words
@@ -80,6 +80,8 @@ def export_adapter(weights: dict[str, Tensor], folder: Path, kind: str) -> None:
     """Writes the low-rank changes of a kind of condition. The input's change is cut to `INPUT_RANK`."""
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
+
     down, up = weights["img_in.lora_A.weight"], weights["img_in.lora_B.weight"]
     if len(down) > INPUT_RANK:
         down, up, _ = low_rank(up @ down, INPUT_RANK, None)
@@ -101,9 +103,6 @@ def export(work: Work) -> bool:
     save_file(scaled_fp8(generator.flux.state_dict()), folder / "transformer.safetensors")
     lora = torch.load(work.result("schnell"), map_location="cpu")
     save_file(scaled_fp8(lora), folder / "schnell_lora.safetensors")
-    for kind in ADAPTERS:
-        if work.result(kind).exists():
-            export_adapter(torch.load(work.result(kind), map_location="cpu"), folder, kind)
     ae = load_autoencoder(work).cpu()
     save_file(rounded_to_bytes(ae.state_dict()), folder / "ae.safetensors")
     generator.t5.half().save_pretrained(folder / "text_encoder_2")

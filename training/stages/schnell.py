@@ -111,8 +111,7 @@ def train_schnell(work: Work) -> bool:
         work.budget,
         average_decay=0.98,
     )
-    # Not compiled: for the backward pass of the low-rank layers, torch 2.11 makes a kernel that reads outside
-    # its memory.
+    # Not compiled: that would take as long as the stage.
     img_ids, txt_ids = positions(work.side, work.side, device), text_ids(device)
     levels = torch.tensor(LEVELS, device=device)
     steps = torch.tensor(TEACHER_STEPS, device=device)
