@@ -7,7 +7,7 @@ torch's meta device, which allocates nothing.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from flux.specs import ModelSpec
 from flux.weights.open_model import OpenModel
 
 ADAPTER_BYTES = 16  # of each trained number: itself, its gradient and AdamW's two moments, in float32
-EFFICIENCY = 0.6  # of the speed of large matrices that a training step reaches
+# The share of the speed of large matrices that a training step reaches. Of 1024x1024 on an H100 it is 0.25 to
+# 0.43; smaller images and streamed blocks reach less (`benchmarks.lora_training`).
+EFFICIENCY = {"cuda": 0.36, "cpu": 0.6}
 ADVICE = {
     "encode images": "give smaller sizes, or tiled true",
     "encode texts": 'give t5 "8bit" or "cpu"',
@@ -56,12 +58,32 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Replaces attention by `_Attention`."""
+class _Norm(torch.autograd.Function):
+    """An RMS norm that keeps its input as it is. Elsewhere than on a GPU, torch keeps it in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:  # noqa: ARG004
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
+
+
+class _Fused(TorchFunctionMode):
+    """Replaces attention by `_Attention` and, for a GPU, RMS norms by `_Norm`."""
+
+    def __init__(self, on_gpu: bool):
+        super().__init__()
+        self.on_gpu = on_gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _Attention.apply(*args[:3])
+        if func is F.rms_norm and self.on_gpu:
+            return _Norm.apply(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -196,10 +218,11 @@ class Forecaster:
         """Bytes of one training step beyond weights and factors, measured without any memory."""
         model = model_on_meta(self.spec.params, self.sources, self.format).requires_grad_(False)
         add_adapters(model, self.targets, 0, "meta")
-        prepare_backward(model, self.first, checkpointing, _FusedAttention)
+        fused = partial(_Fused, self.device.type == "cuda")
+        prepare_backward(model, self.first, checkpointing, fused)
         inputs, noise = self._inputs(), torch.empty(self._latent_shape(), device="meta")
         known = [*model.parameters(), *model.buffers(), noise]
-        with torch.inference_mode(False), torch.enable_grad(), LiveBytes(known) as live, _FusedAttention():
+        with torch.inference_mode(False), torch.enable_grad(), LiveBytes(known) as live, fused():
             velocity_loss(model, inputs, noise).sum().backward()
         # The gradients of the factors are counted with the factors.
         return live.peak - 4 * self.parameters
@@ -240,7 +263,8 @@ class Forecaster:
         tokens = (1 + self.is_pair) * self._latent_shape()[1] + self.spec.text_length
         on_gpu = self.device.type == "cuda"
         speed = operations_per_second(self.dtype, self.device, 8192 if on_gpu else 1024)
-        return self.rows * passes * operations(self.spec, tokens) / (EFFICIENCY * speed)
+        efficiency = EFFICIENCY["cuda" if on_gpu else "cpu"]
+        return self.rows * passes * operations(self.spec, tokens) / (efficiency * speed)
 
 
 def available(device: torch.device) -> int | None:
