@@ -40,7 +40,7 @@ class TrainSettings(ModelSettings, frozen=True):
     program: ClassVar[str] = "python -m flux.lora train"
     images: FilePath = Field(
         description="folder of the training images, each with a .txt of the same name, or with a line in "
-        "metadata.jsonl or captions.jsonl"
+        "metadata.jsonl or captions.jsonl; for Kontext, what each was made of is in its subfolder context"
     )
     trigger: Text | None = Field(
         default=None, description="words that call what is learnt; put before captions that lack them"
@@ -60,7 +60,7 @@ class TrainSettings(ModelSettings, frozen=True):
     sizes: Sizes | None = Field(
         default=None,
         description="sides of the squares whose areas the training images get, by default "
-        "512, 768 and 1024, or the size of a smaller model; images are never enlarged",
+        "512, 768 and 1024, or the one size of a smaller model or of Kontext; images are never enlarged",
     )
     caption_dropout: Fraction = Field(
         default=0.05, description="how often a caption is replaced by an empty text"
