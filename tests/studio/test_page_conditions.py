@@ -87,6 +87,11 @@ def test_fill(serve_model, browser, image_file):
     [image], _, _ = client.predict(
         "a dog", handle_file(image_file), handle_file(mask), num_steps=1, api_name="/fill"
     )
+    files = {"fill": handle_file(image_file), "mask": handle_file(mask), "layers": [0], "num_steps": 2}
+    [_, edit], *_ = client.predict("a dog", ["a cat"], **files, api_name="/edit")
+    assert np.array_equal(np.asarray(read_image(edit))[:, 32:], np.asarray(read_image(image_file))[:, 32:])
+    with pytest.raises(Exception, match="fill without a mask"):
+        client.predict(["a dog"], **{**files, "mask": None}, api_name="/scan")
     filled, before = (np.asarray(read_image(path)) for path in (image, image_file))
     assert np.array_equal(filled[:, 32:], before[:, 32:])
     assert not np.array_equal(filled[:, :32], before[:, :32])
@@ -130,3 +135,6 @@ def test_control(serve_model, image_file):
     assert read_image(image).size == (64, 64)
     with pytest.raises(Exception, match="Got no control"):
         client.predict("a dog", **how)
+    how |= {"control": handle_file(image_file), "layers": [0], "top": 1, "api_name": "/scan"}
+    found, *_ = client.predict(["a dog"], **how)
+    assert found["vital_layers"] == [0]

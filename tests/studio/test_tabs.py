@@ -1,6 +1,6 @@
 from flux.specs import configs
 from flux.studio.forms import edit_settings, generate_settings, scan_settings
-from flux.studio.tabs import edit, film, generate, scan
+from flux.studio.tabs import edit, fill, film, generate, instruct, scan
 from flux.studio.tabs.common import words_note
 from flux.vocabulary import unknown_words
 
@@ -17,6 +17,9 @@ def test_words_that_a_model_does_not_know(studio):
 
 
 def test_examples_use_known_words():
-    texts = [prompt for prompt, _ in generate.EXAMPLES["small"]] + [scan.PROMPTS, film.PROMPT]
-    texts += [f"{prompt} {edits}" for prompt, _, edits in edit.EXAMPLES["small"]]
+    texts = [scan.PROMPTS, film.PROMPT, fill.PROMPT]
+    for kind in ("small", "steered"):
+        texts += [prompt for prompt, _ in generate.EXAMPLES[kind]]
+        texts += [f"{prompt} {edits}" for prompt, _, edits in edit.EXAMPLES[kind]]
     assert not unknown_words(" ".join(texts), configs["flux-nano"].vocabulary)
+    assert not unknown_words(" ".join(instruct.EXAMPLES), configs["flux-nano-kontext"].vocabulary)

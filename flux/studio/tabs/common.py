@@ -202,6 +202,16 @@ def seed_of(new: bool, seed: float | None) -> float | None:
 # ---- notes and examples
 
 
+def kind_of_examples(studio: Studio) -> str:
+    """Names the examples that suit a model: "large", "small", or "steered" for small ones that need an image.
+
+    The image that such a model begins with shows a dog on the grass.
+    """
+    if studio.spec.folder is None:
+        return "large"
+    return "steered" if studio.spec.condition in ("control", "fill") else "small"
+
+
 def words_note(studio: Studio, settings: ModelSettings) -> str:
     """Renders the words of these settings that the model was not trained on, or does not see."""
     found: dict[str, list[str]] = {}

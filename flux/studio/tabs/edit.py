@@ -26,6 +26,7 @@ from flux.studio.tabs.common import (
     RunControls,
     add_presets,
     guidance_fields,
+    kind_of_examples,
     size_and_seed_fields,
     wire_notes,
 )
@@ -54,6 +55,10 @@ EXAMPLES = {
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
         ("an owl in the forest", 4, "a parrot in the forest\nan owl in the snow"),
         ("a red car on the street", 3, "a blue car on the street\n> a blue car on the street at night"),
+    ],
+    "steered": [
+        ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
+        ("a dog on the grass", 4, "a tiger on the grass\n> a tiger on the grass at night"),
     ],
     "large": [
         (
@@ -127,7 +132,7 @@ class EditTab:
             info=about("One per line. A line that begins with > continues the edit above.", "turn"),
         )
         self.go, self.go_reference = self.controls.add_buttons("Edit", "Reference")
-        samples = EXAMPLES["small" if self.studio.spec.folder else "large"]
+        samples = EXAMPLES[kind_of_examples(self.studio)]
         self.examples = Examples.of(
             samples, [f"{prompt} → {edits.splitlines()[0]}" for prompt, _, edits in samples]
         )
@@ -358,6 +363,7 @@ class EditTab:
             **{self.fields[name]: value for name, value in values.items()},
             self.upload: values["photo"],
             **self.canvas.show(thumbnail(read_image(path), 1024)),
+            **self.steering.taken(Files.beside(path, settings)),
             **self.shown.show_alone(path, said["prompt"]),
             self.controls.status: status_html("Say what the edited image should show, and press Edit."),
         }

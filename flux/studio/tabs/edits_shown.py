@@ -114,7 +114,8 @@ class EditsShown:
         """Shows an image of the run that the gallery shows."""
         return {
             self._viewer: _pair(run, name),
-            self._correct: gr.update(visible=mask_of(run, name) is not None),
+            # A run disables the buttons of what is shown.
+            self._correct: gr.update(visible=mask_of(run, name) is not None, interactive=True),
             **self._under.show(run, run.images[name]),
             self._chosen: name,
         }

@@ -19,6 +19,7 @@ from flux.studio.tabs.common import (
     RunButton,
     RunControls,
     guidance_fields,
+    kind_of_examples,
     size_and_seed_fields,
     wire_notes,
 )
@@ -37,6 +38,7 @@ EXAMPLES = {
         ("a red car on the street", 3),
         ("a penguin in front of mountains", 5),
     ],
+    "steered": [("a cat on the grass", 7), ("a dog in the snow", 7), ("a dog at night", 7)],
     "large": [
         ("a red fox curled up asleep on mossy roots in an old beech wood, soft light after rain", 1001),
         ("a lone lighthouse on black basalt cliffs with a storm rolling in, long exposure", 1003),
@@ -70,7 +72,7 @@ class GenerateTab:
                     info="Enter draws it.",
                 )
                 [self.go] = self.controls.add_buttons("Draw")
-                samples = EXAMPLES["small" if studio.spec.folder else "large"]
+                samples = EXAMPLES[kind_of_examples(studio)]
                 self.examples = Examples.of(samples, [prompt for prompt, _ in samples])
             with gr.Column(elem_classes="outputs"):
                 self.controls.add_status(f"An example, made by {example.settings.model} before.")

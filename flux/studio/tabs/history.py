@@ -60,6 +60,22 @@ class Files:
     mask: Image.Image | None = None
     shown: Path | None = None
 
+    @classmethod
+    def beside(cls, path: Path, settings: ModelSettings, shown: Path | None = None) -> "Files":
+        """Finds the files of a run beside one of its images.
+
+        Args:
+            path: The image.
+            settings: The run's settings.
+            shown: As the attribute. If None, the image.
+        """
+        mask = path.with_name("mask.png")
+        return cls(
+            inputs={name: _inputs(settings, name, path.parent) for name in INPUTS},
+            mask=read_mask(mask) if mask.is_file() else None,
+            shown=shown or path,
+        )
+
     def all_of(self, name: str) -> tuple[Path, ...]:
         """The images of a field."""
         return self.inputs.get(name, ())
@@ -106,95 +122,101 @@ class History:
         images = [(str(path), run.captions[name]) for run, name, path in session.images()]
         return {self.gallery: gr.update(value=images, visible=bool(images))}
 
-    def _tab_of(self, settings: ModelSettings) -> str:
-        """Names the tab that runs of this kind are made in."""
-        if not isinstance(settings, GenerateSettings):
-            return settings.demo
-        if self.studio.has_own_lora(settings):
-            return "lora"
-        if settings.context or settings.fill:
-            return "instruct" if settings.context else "fill"
-        return "generate"
-
     def wire(self, places: Mapping[str, HistoryPlace]) -> None:
-        """Lets images and files bring settings back to their tab. The tabs are named as by `_tab_of`."""
+        """Lets images and files bring settings back to their tab. The tabs are named as by `_place_of`."""
+        self._places = places
         every = list(places.values())
         rows = [row for place in every for row in place.opened]
         components = [part for place in every for part in place.tab.restorable]
-        outputs = list(dict.fromkeys([*rows, *components, self.elsewhere]))
+        outputs = list(dict.fromkeys([self.elsewhere, *rows, *components]))
+        for event in (
+            self.gallery.select(self._select, None, outputs, **CONCURRENT),
+            self.drop.upload(self._dropped, self.drop, outputs, **CONCURRENT),
+            self.bring.click(self._bring, self.wanted, outputs, js="() => [studio.wanted()]", **CONCURRENT),
+        ):
+            event.success(None, self.elsewhere, None, js="elsewhere => { studio.look(elsewhere); }")
+        packed = self.zip.click(self._pack, None, self.file, **CONCURRENT)
+        packed.success(
+            None, None, None, js="() => setTimeout(() => document.querySelector('#zip-file').click(), 300)"
+        )
 
-        def select(request: gr.Request, event: gr.SelectData) -> dict:
-            images = self.studio.sessions.of(request.session_hash).images()
-            if event.index >= len(images):
-                raise InputError(GONE)
-            run, name, path = images[event.index]
-            maker = self.studio.models.get(run.settings.model, self.studio)
-            if maker is not self.studio:
-                return {self.elsewhere: json.dumps({"page": maker.page, "image": _title(run, name)})}
-            return show(run, name, path)
+    # ---- events
 
-        def bring(request: gr.Request, wanted: str) -> dict:
-            images = self.studio.sessions.of(request.session_hash).images()
-            found = next((image for image in images if _title(*image[:2]) == wanted), None)
-            if found is None:
-                raise InputError(GONE)
-            return show(*found)
+    def _select(self, request: gr.Request, event: gr.SelectData) -> Changes:
+        """Shows an image that was clicked, or says on which page it is shown."""
+        images = self.studio.sessions.of(request.session_hash).images()
+        if event.index >= len(images):
+            raise InputError(GONE)
+        run, name, path = images[event.index]
+        maker = self.studio.models.get(run.settings.model, self.studio)
+        if maker is not self.studio:
+            return {self.elsewhere: json.dumps({"page": maker.page, "image": _title(run, name)})}
+        return self._show(run, name, path)
 
-        def show(run: Run, name: str, path: Path) -> dict:
-            settings, said = read_back(path)
-            mask = run.folder / "mask.png"
-            files = Files(
-                inputs={name: _inputs(settings, name, run.folder) for name in INPUTS},
-                mask=read_mask(mask) if mask.is_file() else None,
-                shown=run.images.get("reference", path),
+    def _bring(self, request: gr.Request, wanted: str) -> Changes:
+        """Shows the image for which the page was opened."""
+        images = self.studio.sessions.of(request.session_hash).images()
+        found = next((image for image in images if _title(*image[:2]) == wanted), None)
+        if found is None:
+            raise InputError(GONE)
+        return self._show(*found)
+
+    def _dropped(self, path: str | None) -> Changes:
+        """Brings back the settings in a file, and says what is not in it."""
+        if not path:
+            return {self.elsewhere: gr.skip()}
+        settings, said = read_back(Path(path))
+        if settings.model != self.studio.defaults.model:
+            further = ": choose it above, then drop this again" * (settings.model in self.studio.models)
+            toast(
+                gr.Warning,
+                f"This was made with {settings.model}, not with {self.studio.defaults.model}{further}.",
             )
-            shown = place_of(settings).tab.shown_again(run, name)
-            return {**bring_back(settings, said, files), **shown, self.elsewhere: ""}
+        if any(getattr(settings, name, None) for name in INPUTS):
+            toast(gr.Info, "It began with an image that is not in the file: upload that again.")
+        mask = unpack_mask(said["mask"]) if "mask" in said else None
+        if getattr(settings, "mask", None) and mask is None:
+            toast(gr.Info, "Its mask is not in the file: paint it again.")
+        shown = None if path.endswith(".json") else Path(path)
+        return self._restored(settings, said, Files(mask=mask, shown=shown))
 
-        def dropped(path: str | None) -> dict:
-            if not path:
-                return {outputs[0]: gr.skip()}
-            settings, said = read_back(Path(path))
-            if settings.model != self.studio.defaults.model:
-                further = ": choose it above, then drop this again" * (settings.model in self.studio.models)
-                toast(
-                    gr.Warning,
-                    f"This was made with {settings.model}, not with {self.studio.defaults.model}{further}.",
-                )
-            if any(getattr(settings, name, None) for name in INPUTS):
-                toast(gr.Info, "It began with an image that is not in the file: upload that again.")
-            mask = unpack_mask(said["mask"]) if "mask" in said else None
-            if getattr(settings, "mask", None) and mask is None:
-                toast(gr.Info, "Its mask is not in the file: paint it again.")
-            shown = None if path.endswith(".json") else Path(path)
-            return {**bring_back(settings, said, Files(mask=mask, shown=shown)), self.elsewhere: ""}
+    def _pack(self, request: gr.Request) -> str:
+        return str(self.studio.sessions.of(request.session_hash).zip())
 
-        def place_of(settings: ModelSettings) -> HistoryPlace:
-            if place := places.get(self._tab_of(settings)):
-                return place
+    # ---- a run shown again
+
+    def _show(self, run: Run, name: str, path: Path) -> Changes:
+        """Shows an image of this session, and fills the form of its tab."""
+        settings, said = read_back(path)
+        files = Files.beside(path, settings, run.images.get("reference"))
+        shown = self._place_of(settings).tab.shown_again(run, name)
+        return {**self._restored(settings, said, files), **shown}
+
+    def _restored(self, settings: ModelSettings, said: Mapping[str, Any], files: Files) -> Changes:
+        """Opens the tab of these settings, and fills its form."""
+        place = self._place_of(settings)
+        opened = {row: gr.Tabs(selected=tab) for row, tab in place.opened.items()}
+        return {self.elsewhere: "", **opened, **place.tab.restored(settings, said, files)}
+
+    def _place_of(self, settings: ModelSettings) -> HistoryPlace:
+        """Finds the tab that runs of this kind are made in.
+
+        Raises:
+            InputError: This model has none.
+        """
+        name = settings.demo
+        if isinstance(settings, GenerateSettings):
+            name = "generate"
+            if self.studio.has_own_lora(settings):
+                name = "lora"
+            elif settings.context or settings.fill:
+                name = "instruct" if settings.context else "fill"
+        if name not in self._places:
             raise InputError(
                 f"Got settings of {settings.model}; this page is of {self.studio.defaults.model}, which has "
                 "no tab for them"
             )
-
-        def bring_back(settings: ModelSettings, said: Mapping[str, Any], files: Files) -> dict:
-            place = place_of(settings)
-            opened = {row: gr.Tabs(selected=tab) for row, tab in place.opened.items()}
-            return {**opened, **place.tab.restored(settings, said, files)}
-
-        def pack(request: gr.Request) -> str:
-            return str(self.studio.sessions.of(request.session_hash).zip())
-
-        for event in (
-            self.gallery.select(select, None, outputs, **CONCURRENT),
-            self.drop.upload(dropped, self.drop, outputs, **CONCURRENT),
-            self.bring.click(bring, self.wanted, outputs, js="() => [studio.wanted()]", **CONCURRENT),
-        ):
-            event.success(None, self.elsewhere, None, js="elsewhere => { studio.look(elsewhere); }")
-        packed = self.zip.click(pack, None, self.file, **CONCURRENT)
-        packed.success(
-            None, None, None, js="() => setTimeout(() => document.querySelector('#zip-file').click(), 300)"
-        )
+        return self._places[name]
 
 
 def _inputs(settings: ModelSettings, name: str, folder: Path) -> tuple[Path, ...]:

@@ -131,6 +131,10 @@ class Steering:
             changes |= canvas.show(shown, files.mask) if shown else canvas.clear()
         return changes
 
+    def taken(self, files: Files) -> Changes:
+        """Brings back the images of a run, if it began with any. Else what is there stays."""
+        return self.restored(files) if self._kind and files.one_of(self._kind) else {}
+
     @property
     def _canvas_parts(self) -> list[gr.HTML]:
         return self.canvas.components if self.canvas else []
