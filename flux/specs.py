@@ -143,7 +143,6 @@ def _nano_tool(name: str, condition: ConditionKind, channels: int, **changes: An
         lora_filename=f"{name}_lora.safetensors",
         base_params=_NANO.params,
         guidance=1.0,  # what the LoRAs were trained with
-        vital_layers=None,
         **changes,
     )
 
