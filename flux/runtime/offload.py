@@ -110,7 +110,8 @@ class BlockStreamer:
         """Allocate the buffers and start copying the first block."""
         size = max(block.nbytes for block in self.blocks)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.resident, self.last, self.backwards = [None, None], 0, False
+        self.resident = [None, None]
+        self.last, self.backwards = 0, False
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.copy(0, buffer=0)
 
