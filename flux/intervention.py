@@ -51,8 +51,8 @@ class Intervention:
     """The changes to one forward pass, and what it hands out.
 
     The empty intervention changes nothing, bit for bit. The image tokens here are the noise tokens, those of
-    the image to make. A context image's tokens are left alone by the fields that do not name the context, but
-    pass on with all others where a layer is skipped.
+    the image to make. Fields that do not name the context leave a context image's tokens alone. Only where a
+    layer is skipped, these pass on with all others.
 
     Layers are numbered over the whole model, double-stream blocks first (0..18 in FLUX.1), single-stream
     blocks after (19..56). For another intervention in each step, hand a sequence of them to
@@ -127,6 +127,12 @@ class Intervention:
         return self.skip if isinstance(self.skip, tuple) else (self.skip,)
 
     @property
+    def _changed_layers(self) -> tuple[object, ...]:
+        """The layers of each change. Two passes can be one batch if all of these are equal."""
+        of_image = self.skip, self.skip_scale, self.keep, self.keep_queries, self.inject.keys()
+        return *of_image, self.hide_context, self.keep_context, self.inject_context.keys()
+
+    @property
     def is_plain(self) -> bool:
         """Whether the pass is left as it is."""
         changes = self.keep or self.inject or self.watch or self.free is not None
@@ -186,7 +192,7 @@ class Intervention:
 
     def at_tokens(self, places: Tensor) -> "Intervention":
         """The same with what is injected restricted to the image tokens at these places, "M"."""
-        inject = _of_parts(self.inject, lambda x: choose_tokens(x, places))
+        inject = _map_parts(self.inject, lambda x: choose_tokens(x, places))
         return replace(self, inject=inject, inject_weights=self._weights(lambda x: x[:, places]))
 
     def at_rows(self, rows: Sequence[int], batch: int) -> "Intervention":
@@ -201,8 +207,8 @@ class Intervention:
         """
         if isinstance(self.skip, tuple):
             raise ValueError("Got a set of layers to skip for each row: a part of the rows cannot have it")
-        inject = _of_parts(self.inject, lambda x: rows_of(x, rows, batch))
-        context = _of_each(self.inject_context, lambda x: rows_of(x, rows, batch))
+        inject = _map_parts(self.inject, lambda x: rows_of(x, rows, batch))
+        context = _map_pairs(self.inject_context, lambda x: rows_of(x, rows, batch))
         weights = self._weights(lambda x: rows_of(x, rows, batch))
         return replace(self, inject=inject, inject_weights=weights, inject_context=context)
 
@@ -221,14 +227,7 @@ class Intervention:
         """
         if self.free is not None or other.free is not None:
             raise ValueError("Both passes must compute all tokens to be one batch")
-        own, theirs = (
-            (
-                *(each.skip, each.skip_scale, each.keep, each.keep_queries, each.inject.keys()),
-                *(each.hide_context, each.keep_context, each.inject_context.keys()),
-            )
-            for each in (self, other)
-        )
-        if own != theirs:
+        if self._changed_layers != other._changed_layers:
             raise ValueError(
                 "Both passes must skip, keep, inject and hide in the same layers to be one batch"
             )
@@ -265,15 +264,17 @@ def rows_of(x: Tensor, rows: Sequence[int], batch: int) -> Tensor:
     return x[served[0] : served[0] + 1] if len(set(served)) == 1 else x[served]
 
 
-def _of_parts(
+def _map_parts(
     inject: Mapping[int, PartialParts], change: Callable[[Tensor], Tensor]
 ) -> dict[int, PartialParts]:
+    """What is injected by layer, each tensor changed. Missing ones stay missing."""
     return {layer: tuple(x if x is None else change(x) for x in parts) for layer, parts in inject.items()}
 
 
-def _of_each(
+def _map_pairs(
     pairs: Mapping[int, tuple[Tensor, Tensor]], change: Callable[[Tensor], Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
+    """Two tensors of each layer, each of them changed."""
     return {layer: (change(x), change(y)) for layer, (x, y) in pairs.items()}
 
 
@@ -301,8 +302,8 @@ class Recorded:
     Attributes:
         kept: Image keys and values, and the queries that are kept, "B H I D" each, after QK-norm and rotary
             embedding.
-        watched: Queries of the prompt's and the noise tokens, "B H T+I D", and keys of these and then of all
-            other tokens, "B H N D", likewise.
+        watched: Queries of the prompt's and the noise tokens, "B H T+I D", likewise. Behind them keys, "B H N
+            D": of these tokens first, then of all others.
         context: Keys and values of the context tokens, "B H J D" each, likewise. Those of a pass that does
             not compute these tokens are not handed out.
     """
@@ -332,7 +333,8 @@ class Recorded:
     def rows(self, rows: slice) -> "Recorded":
         """Some rows of the batch."""
         kept = {layer: tuple(x[rows] for x in parts) for layer, parts in self.kept.items()}
-        return Recorded(kept, *(_of_each(x, lambda x: x[rows]) for x in (self.watched, self.context)))
+        watched, context = (_map_pairs(each, lambda x: x[rows]) for each in (self.watched, self.context))
+        return Recorded(kept, watched, context)
 
 
 def _copy(heads: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Exchange(Protocol):
-    """What processes tell each other in a layer, if they share the tokens."""
+    """The exchange between processes in one layer, if they share the tokens."""
 
     def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
         """Start to gather keys and values; return a function that waits for them.
@@ -42,7 +42,7 @@ class Exchange(Protocol):
         ...
 
     def without_context(self, x: Tensor) -> Tensor:
-        """Gathered keys or values but those of context tokens."""
+        """Gathered keys or values, "B H N D", without those of the context tokens, "B H N-J D"."""
         ...
 
 
@@ -126,15 +126,15 @@ class AttentionEdit:
         queries: Image queries to inject, "B H I D". If None, the layer's own stay.
         kv_weight: How far all of these replace the layer's own, 0..1, in a shape that broadcasts to "B H I
             D". If None, they replace them wholly.
-        others: Keys and values of another pass, "B H I D" each, from which the image tokens come that this
-            pass does not compute. If None, it computes all of them.
-        other_places: Places of these tokens in `others`.
         num_context: Number of context tokens that this pass computes, J, which come last.
         context_kv: Keys and values of all context tokens, "B H J D" each, in place of the layer's own. If
             None, the layer's own stay.
         context_strength: Scale of the context's keys about their mean, "1 1 1 1". If None, they stay.
         hides_context: Whether text and noise tokens do not attend to the context tokens.
         record: Whether the block returns the queries, keys and values that it computed or injected.
+        others: Keys and values of another pass, "B H I D" each. The image tokens that this pass does not
+            compute are taken from them. If None, it computes all of them.
+        other_places: Places of these tokens in `others`.
         exchange: Gathers the keys and values of all tokens, if processes share them.
     """
 
@@ -175,11 +175,15 @@ class AttentionEdit:
     def inject(self, k: Tensor, v: Tensor) -> KeysValues:
         """Move the layer's own image keys and values to the injected ones (Stable Flow, section 3.2).
 
-        own + weight * (injected - own). The context's are replaced, or its keys scaled about their mean.
+        They become own + weight * (injected - own). Those of the context are replaced, or its keys are scaled
+        about their mean.
 
         Args:
             k: Keys of the image stream, "B H I+J D".
             v: Its values, likewise.
+
+        Returns:
+            Keys and values in the shapes of `k` and `v`.
         """
         if not (self.num_context and self.changes_kv):
             return self._blend_both(k, v)
@@ -193,7 +197,7 @@ class AttentionEdit:
         return join_streams(img_k, context_k), join_streams(img_v, context_v)
 
     def scale_context(self, k: Tensor, strength: Tensor) -> Tensor:
-        """The context's keys, "B H J D", scaled about their mean."""
+        """The context's keys, "B H J D", scaled about their mean: mean + strength * (key - mean)."""
         mean = self.exchange.mean_of_context(k) if self.exchange else k.mean(dim=2, keepdim=True)
         return torch.lerp(mean, k, strength)
 
@@ -201,7 +205,7 @@ class AttentionEdit:
         """Move the layer's own image queries to the injected ones, as `inject` does with keys and values.
 
         Args:
-            q: Queries of the image stream, "B H I+J D".
+            q: Queries of the image stream, "B H I+J D". The context's stay.
         """
         if self.queries is None:
             return q
@@ -221,14 +225,15 @@ class AttentionEdit:
     def gather(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
         """Start to gather the keys and values of all tokens; return a function that waits for them.
 
-        `k` and `v` are those that this process computes. The tokens that are not computed come after them,
-        then those of the other processes. Attention gives the same in any order.
+        `k` and `v` are those that this process computes, "B H n D". Behind them come the tokens that are not
+        computed: image tokens, then the context's. If processes share the tokens, those of all are gathered.
+        Attention gives the same in any order.
         """
         keys, values = [k], [v]
         if self.others is not None and self.other_places is not None:
             for parts, other in zip((keys, values), self.others):
                 parts.append(choose_tokens(other, self.other_places))
-        # Processes gather the same tokens in all layers.
+        # Processes gather the same tokens in all layers, hidden or not.
         hidden = self.hides_context and self.exchange is None
         if self.context_kv is not None and not (self.num_context or hidden):
             for parts, context in zip((keys, values), self.context_kv):

@@ -131,7 +131,7 @@ class AllGatherKV:
         group: The processes.
         tokens: Number of tokens that each process holds.
         num_context: Number of context tokens of all processes.
-        visible: Places of all other tokens once they are gathered. Needed where the context is hidden.
+        visible: Places of all other tokens among those gathered. If None, no layer hides the context.
     """
 
     group: ProcessGroup
@@ -140,12 +140,12 @@ class AllGatherKV:
     visible: Tensor | None = None
 
     def mean_of_context(self, x: Tensor) -> Tensor:
-        """The mean of all context tokens, "B H 1 D", from this process's, "B H n D"."""
+        """See `flux.math.Exchange.mean_of_context`."""
         total = self.group.total(x.sum(dim=2, keepdim=True, dtype=torch.float32))
         return (total / self.num_context).to(x)
 
     def without_context(self, x: Tensor) -> Tensor:
-        """Gathered keys or values but those of context tokens."""
+        """See `flux.math.Exchange.without_context`."""
         return x if self.visible is None else choose_tokens(x, self.visible)
 
     def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
@@ -229,12 +229,12 @@ class SequenceParallelFlux:
         cache: StepCache | None = None,
     ) -> tuple[Tensor, Recorded]:
         """See `Flux.observe`."""
-        bare = intervention.hide_context - intervention.inject_context.keys()
+        without_kv = intervention.hide_context - intervention.inject_context.keys()
         first_layer = 0 if start is None else start.layer
-        if bare and not intervention.needs_context(range(first_layer, self.model.num_layers)):
+        if without_kv and not intervention.needs_context(range(first_layer, self.model.num_layers)):
             raise InputError(
-                f"Got layers {sorted(bare)} that hide a context which is not computed. Several GPUs exchange "
-                "its keys and values in all layers: inject them in these too"
+                f"Got layers {sorted(without_kv)} that hide a context which is not computed. Several GPUs "
+                "exchange its keys and values in all layers: inject them in these too"
             )
         if intervention.free is not None:
             return self._observe_free(inputs, intervention, intervention.free, mods)
@@ -309,12 +309,11 @@ class SequenceParallelFlux:
         """
         visible = None
         if intervention.hide_context and runs.context:
-            kinds = []
-            for own, context, after in zip_longest(
-                tokens, self.group.sizes(runs.context), behind, fillvalue=0
-            ):
-                kinds += [True] * (own - context - after) + [False] * context + [True] * after
-            visible = torch.tensor(kinds).nonzero()[:, 0].to(next(self.model.parameters()).device)
+            seen: list[bool] = []
+            contexts = self.group.sizes(runs.context)
+            for own, context, after in zip_longest(tokens, contexts, behind, fillvalue=0):
+                seen += [True] * (own - context - after) + [False] * context + [True] * after
+            visible = torch.tensor(seen).nonzero()[:, 0].to(next(self.model.parameters()).device)
         return AllGatherKV(self.group, tokens, runs.context, visible)
 
     def _shard(self, inputs: Inputs) -> Inputs:

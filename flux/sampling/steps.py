@@ -1,6 +1,6 @@
 """Euler steps from noise to latent."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise, repeat
@@ -114,34 +114,45 @@ def euler_step(
         inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
         if context is None:
             return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
-        changed = context.applied(intervention, number, len(img))
-        velocity, found = model.observe(inputs, changed, start=start, mods=mods)
-        context.store(found, number)
-        # A step may outlive those that are reused, which are large.
-        return velocity, found if intervention.keep_context else replace(found, context={})
+        return context.observe(model, inputs, intervention, number, start=start, mods=mods)
 
     each = intervention if isinstance(intervention, Passes) else Passes(intervention)
     first, second = (start.positive, start.negative) if start else (None, None)
     if cond.negative is None:
-        velocity, found = observe(img, cond, each.positive, first, cache)
-        kept, of_context = Passes(found.kept), Passes(found.context)
-        return Step(t, t_next, img, velocity, kept, found.watched, of_context)
-
-    other = each.negative or replace(each.positive, watch=frozenset())
-    if in_one_batch(img) and each.positive.free is None:
-        batch = img.shape[0]
-        if first and second:
-            first = first.expanded(batch).stacked(second.expanded(batch))
-        conds, interventions = cond.stacked(cond.negative), each.positive.stacked(other)
-        velocities, found = observe(img.repeat(2, 1, 1), conds, interventions, first)
-        velocity, away = velocities.chunk(2)
-        found, found_negative = found.rows(slice(batch)), found.rows(slice(batch, None))
+        velocity, recorded = observe(img, cond, each.positive, first, cache)
+        found = Passes(recorded)
     else:
-        velocity, found = observe(img, cond, each.positive, first)
-        away, found_negative = observe(img, cond.negative, other, second, number=1)
-    kept = Passes(found.kept, found_negative.kept)
-    of_context = Passes(found.context, found_negative.context)
-    return Step(t, t_next, img, guided(img, t, velocity, away, cond), kept, found.watched, of_context)
+        both = each.positive, each.negative or replace(each.positive, watch=frozenset())
+        velocity, away, found = _both_passes(observe, img, (cond, cond.negative), both, (first, second))
+        velocity = guided(img, t, velocity, away, cond)
+    kept, of_context = found.map(lambda each: each.kept), found.map(lambda each: each.context)
+    return Step(t, t_next, img, velocity, kept, found.positive.watched, of_context)
+
+
+def _both_passes(
+    observe: Callable[..., tuple[Tensor, Recorded]],
+    img: Tensor,
+    conds: tuple[Conditioning, Conditioning],
+    interventions: tuple[Intervention, Intervention],
+    starts: tuple[Streams | None, Streams | None],
+) -> tuple[Tensor, Tensor, Passes[Recorded]]:
+    """Take the prompt's pass and the negative one, as one batch if `in_one_batch` says so.
+
+    Returns:
+        The velocities of the two, "B I 64" each, and what they hand out.
+    """
+    first, second = starts
+    if not in_one_batch(img) or interventions[0].free is not None:
+        velocity, found = observe(img, conds[0], interventions[0], first)
+        away, found_negative = observe(img, conds[1], interventions[1], second, number=1)
+        return velocity, away, Passes(found, found_negative)
+    batch = img.shape[0]
+    if first and second:
+        first = first.expanded(batch).stacked(second.expanded(batch))
+    cond, intervention = conds[0].stacked(conds[1]), interventions[0].stacked(interventions[1])
+    velocities, found = observe(img.repeat(2, 1, 1), cond, intervention, first)
+    velocity, away = velocities.chunk(2)
+    return velocity, away, Passes(found.rows(slice(batch)), found.rows(slice(batch, None)))
 
 
 def sample(

@@ -9,8 +9,8 @@ class Workload:
 
     Attributes:
         batch: Number of images sampled at once.
-        interleaved: Number of images whose steps are taken by turns, batch by batch, so that all of them have
-            their context's keys and values at the same time. If None, those of one batch.
+        interleaved: Number of images whose steps are interleaved, batch by batch. All of them hold their
+            context's keys and values at the same time. If None, the images of one batch.
         kept_layers: Number of layers whose image kv a reference keeps for its edits. None stands for all the
             vital layers of the model.
         keeps_queries: Whether it keeps their image queries too.
