@@ -5,9 +5,9 @@
 An image of 1024x1024 by flux-dev; with a context image of that size (flux-dev-kontext); with a masked image
 (flux-dev-fill); with a control image (flux-dev-canny, and flux-dev-depth has the same shapes); and with the
 729 text tokens that Redux makes of an image (flux-dev-redux). Of each it takes a step in the middle of the
-tool's schedule, eager, compiled, and compiled with 8-bit floats, and diffusers' step of the same inputs,
-compiled. Medians in milliseconds; and the peak of GPU memory beside the one that the memory plan forecasts
-for the transformer alone.
+tool's schedule: eager, compiled, and compiled with 8-bit floats. Beside them runs diffusers' step of the same
+inputs, compiled. Medians in milliseconds; and the peak of GPU memory beside the one that the memory plan
+forecasts for the transformer alone.
 
 The tools share one set of random weights: only the layer that image tokens enter by has other shapes. The
 three in bfloat16 are interleaved. Those in 8 bits come last, when nothing else is on the GPU. Needs a GPU

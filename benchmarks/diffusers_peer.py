@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.inputs import Inputs
 from flux.model import Flux, FluxParams
@@ -102,6 +103,21 @@ def peer_step(peer: FluxTransformer2DModel, inputs: Inputs) -> Callable[[], Tens
         "txt_ids": txt_ids,
     }
     return lambda: peer(inputs.img_in, **arguments, return_dict=False)[0][:, :num_img]
+
+
+def peer_loss(peer: nn.Module, inputs: Inputs, velocity: Tensor) -> Tensor:
+    """Computes the loss of diffusers' transformer: the mean squared error to the true velocity, "B I 64"."""
+    found = peer(
+        hidden_states=inputs.img,
+        img_ids=inputs.img_ids[0],
+        encoder_hidden_states=inputs.txt,
+        txt_ids=inputs.txt_ids[0],
+        timestep=inputs.timesteps,
+        pooled_projections=inputs.y,
+        guidance=inputs.guidance,
+        return_dict=False,
+    )[0]
+    return F.mse_loss(found.float(), velocity)
 
 
 def peer_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:

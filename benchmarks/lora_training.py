@@ -1,6 +1,6 @@
 """Measures training steps of LoRAs on FLUX.1-dev's shapes with random weights, beside diffusers' training.
 
-    python -m benchmarks.lora_training [--output benchmarks/results/CARD-lora-training.json]
+    python -m benchmarks.lora_training [--output benchmarks/results/h100-lora-training.json]
                                        [--caps 24,16,12] [--only bf16,diffusers]
 
 Images of 512x512 and 1024x1024, one in a batch, LoRAs of rank 16 in the vital layers and in all. The base is
@@ -19,36 +19,39 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from benchmarks.common import GIB, check_full_size, machine, markdown, milliseconds, names_with, toy_plan
-from benchmarks.diffusers_peer import peer_transformer
-from benchmarks.memory import CLIP_L, CLIP_TOY, T5_TOY, T5_XXL, clean, limit
-from benchmarks.random_weights import random_transformer
+from benchmarks.common import (
+    GIB,
+    check_full_size,
+    clean,
+    machine,
+    markdown,
+    milliseconds,
+    names_with,
+    toy_plan,
+)
+from benchmarks.diffusers_peer import peer_loss, peer_transformer
+from benchmarks.memory import CLIP_L, CLIP_TOY, T5_TOY, T5_XXL, limit
+from benchmarks.random_base import RandomBase, shared
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.lora.adapters import Target, add_adapters, find_targets, prepare_backward
-from flux.lora.base import Base
 from flux.lora.dataset import Example, TrainingSet
 from flux.lora.features import Features
 from flux.lora.forecast import Forecaster
 from flux.lora.step import noisy, velocity_loss
 from flux.lora.trainer import LARGEST_NORM, Trainer
 from flux.model import Flux, Inputs
-from flux.modules.autoencoder import AutoEncoder
 from flux.runtime.devices import pick_device
 from flux.runtime.parallel import ALONE
-from flux.runtime.quantize import BITS, quantize_linears, to_fp8
 from flux.sampling import image_ids
 from flux.settings.command_line import run
 from flux.settings.complete import resolve
@@ -57,10 +60,6 @@ from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedTrain
 from flux.settings.train import TrainSettings
 from flux.specs import ModelSpec, configs
-from flux.weights.headers import StoredTensor
-from flux.weights.layouts import TensorSource
-from flux.weights.load import on_meta
-from flux.weights.scales import ScaledTensor
 
 RANK, LEARNING_RATE, DECAY = 16, 1e-4, 1e-4
 WARM_UP, MEASURED = 2, 4
@@ -71,7 +70,7 @@ PACKED = {"8-bit floats": "fp8", "4 bits": "4bit"}
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained.
+    """The matrices that are trained, and the image that they are trained on.
 
     Attributes:
         name: Its name in the results.
@@ -82,84 +81,6 @@ class Work:
     name: str
     side: int
     targets: tuple[Target, ...]
-
-
-class RandomBase:
-    """A transformer of random weights in main memory, plain and packed.
-
-    Args:
-        spec: The spec of the model.
-        dtype: The dtype of its weights.
-        device: Where they are drawn, and where models compute.
-        t5: The size of T5, which a forecast asks for.
-        clip: The size of CLIP.
-
-    Attributes:
-        opened: What a forecast asks of a model's files.
-        models: The transformer by the setting "quantize".
-    """
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, t5: dict, clip: dict):
-        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-        self.spec, self.dtype, self.device = spec, dtype, device
-        sources = {
-            "transformer": _sources_of(on_meta(Flux, spec.params), dtype),
-            "vae": _sources_of(on_meta(AutoEncoder, spec.ae_params), dtype),
-            "text_encoder": _sources_of(on_meta(CLIPTextModel, CLIPTextConfig(**clip)), dtype),
-            "text_encoder_2": _sources_of(on_meta(T5EncoderModel, T5Config(**t5)), dtype),
-        }
-        transformer = SimpleNamespace(sources=sources["transformer"])
-        self.opened: Any = SimpleNamespace(
-            transformer=transformer, sources=lambda: sources, ranks_beside=dict
-        )
-        torch.manual_seed(0)
-        plain = on_meta(Flux, spec.params)
-        plain.load_state_dict(random_transformer(spec.params, device), assign=True)
-        self.models = {"none": self._in_main_memory(plain.to(dtype).requires_grad_(False))}
-
-    def model(self, quantize: str) -> Flux:
-        """Returns the transformer of a form. It is packed when it is first asked for."""
-        if quantize not in self.models:
-            packed = shared(self.models["none"])
-            blocks = [packed.double_blocks, packed.single_blocks]
-            if quantize == "fp8":
-                to_fp8(blocks, self.device, self.device)
-            else:
-                quantize_linears(blocks, BITS[quantize], self.device, self.device)
-            self.models[quantize] = self._in_main_memory(packed)
-        return self.models[quantize]
-
-    def _in_main_memory(self, model: Flux) -> Flux:
-        """Moves a model, in place. Each case copies it from there, which is fast from pinned memory."""
-        for x in (*model.parameters(), *model.buffers()):
-            home = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
-            x.data = home.copy_(x)
-        return model
-
-    def load(self, settings: ResolvedTrain, streamed: int) -> Base:
-        """Loads the transformer as a training does."""
-        model = self.model(settings.quantize)
-        opened: Any = SimpleNamespace(load_transformer=lambda home, *_: shared(model).to(home))
-        return Base.load(settings, opened, self.device, self.dtype, streamed)
-
-
-def _sources_of(module: nn.Module, dtype: torch.dtype) -> dict[str, TensorSource]:
-    """Describes tensors as if a file held them."""
-    kind = "BF16" if dtype == torch.bfloat16 else "F32"
-
-    def source(x: Tensor) -> TensorSource:
-        nbytes = x.numel() * dtype.itemsize
-        return TensorSource((ScaledTensor(StoredTensor(Path("random"), kind, tuple(x.shape), 0, nbytes)),))
-
-    return {name: source(x) for name, x in module.named_parameters()}
-
-
-def shared(model: Flux) -> Flux:
-    """Copies a model whose tensors stay where they are, and are used by both."""
-    memo: dict[int, Any] = {id(x): nn.Parameter(x.detach(), False) for x in model.parameters()}
-    memo |= {id(x): x.detach() for x in model.buffers()}
-    return deepcopy(model, memo)
 
 
 def features_of(spec: ModelSpec, side: int, dtype: torch.dtype) -> Features:
@@ -230,6 +151,7 @@ class Bench:
         return found | {"losses": trainer.losses}
 
     def trainer(self, settings: ResolvedTrain, model: Flux, adapters: dict, example: Example) -> Trainer:
+        """Makes the trainer of one image."""
         features = features_of(self.spec, example.width, self.dtype)
         training = TrainingSet((example,), "random")
         return Trainer(settings, self.spec, model, adapters, training, features, ALONE)
@@ -286,21 +208,6 @@ class Bench:
             losses.append(loss.item())
 
         return found | timed(step, self.device) | {"losses": losses}
-
-
-def peer_loss(peer: nn.Module, inputs: Inputs, velocity: Tensor) -> Tensor:
-    """Computes the loss of diffusers' transformer."""
-    found = peer(
-        hidden_states=inputs.img,
-        img_ids=inputs.img_ids[0],
-        encoder_hidden_states=inputs.txt,
-        txt_ids=inputs.txt_ids[0],
-        timestep=inputs.timesteps,
-        pooled_projections=inputs.y,
-        guidance=inputs.guidance,
-        return_dict=False,
-    )[0]
-    return F.mse_loss(found.float(), velocity)
 
 
 def timed(step: Callable[[], object], device: torch.device) -> dict:

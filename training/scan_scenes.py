@@ -4,8 +4,8 @@
 
 A scan of `python -m flux.scan` has one image for all its prompts. Here every prompt has its own: Kontext a
 scene and an instruction for it; Fill a scene with a mask, and its caption; Canny the edges of a scene, and
-its caption; flux-nano the caption alone. Fill's images are those of the model, without the pixels that are
-put back into them, so that layers count which keep a scene as it is.
+its caption; flux-nano the caption alone. Fill's images are taken as the model makes them: the scene's own
+pixels are not put back. So layers count that keep a scene as it is.
 
 Writes scene_00/ and so on as demo 2 does, similarity.csv, vital_layers.json, vitality.png and table.md.
 Started again, it resumes.
@@ -70,9 +70,9 @@ def steering_of(kind: str | None, example: Example, folder: Path) -> dict[str, A
     if kind == "fill" and example.mask:
         save_image(example.mask, files["mask"])
         return {"fill": files["image"], "mask": files["mask"], "paste_back": False}
-    return {"kontext": {"context": files["image"]}, "control": {"control": files["image"]}}.get(
-        kind or "", {}
-    )
+    if kind == "kontext":
+        return {"context": files["image"]}
+    return {"control": files["image"]} if kind == "control" else {}
 
 
 def scan_scenes(arguments: Namespace) -> Path:

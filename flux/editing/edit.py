@@ -106,12 +106,23 @@ def edit_reference(
             another reference.
     """
     settings = check_settings(ResolvedEdit, {**settings.model_dump(), "edits": edits})
+    layers = reference.layers if isinstance(settings.vital_layers, str) else settings.vital_layers
+    _check_kept(reference, settings, layers)
+    source = replace(reference.source, settings=settings)
+    masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
+    check_prompts(pipe, settings, source.prompts)
+    batches = start_batches(pipe, source, settings, layers, masks)
+    run_batches(pipe, source, batches, reference.steps, on_step, progress)
+    return _decode_edits(pipe, source, batches, masks, on_mask)
+
+
+def _check_kept(reference: Reference, settings: ResolvedEdit, layers: Sequence[int]) -> None:
+    """Raises InputError if the edits need another reference, or more of it than was kept."""
     has_photo = reference.source.photo is not None
     wanted = reference_fields(settings, has_photo)
     kept = reference_fields(reference.source.settings, has_photo)
     if other := [name for name in wanted | kept if wanted.get(name) != kept.get(name)]:
         raise InputError(f"Got another {', '.join(other)} than the reference was kept with: keep a new one")
-    layers = reference.layers if isinstance(settings.vital_layers, str) else settings.vital_layers
     if missing := sorted(set(layers) - set(reference.layers)):
         raise InputError(f"Got vital layers {missing}, but the reference was kept with {reference.layers}")
     if not settings.keeps_queries and any("q" in (entry.parts or "") for entry in settings.entries):
@@ -119,12 +130,6 @@ def edit_reference(
             "Got an edit that injects queries, but the reference was kept without them: name them in the "
             'parts of all edits, such as "qkv", and keep a new one'
         )
-    source = replace(reference.source, settings=settings)
-    masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
-    check_prompts(pipe, settings, source.prompts)
-    batches = start_batches(pipe, source, settings, layers, masks)
-    run_batches(pipe, source, batches, reference.steps, on_step, progress)
-    return _decode_edits(pipe, source, batches, masks, on_mask)
 
 
 def check_edits(

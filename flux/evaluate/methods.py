@@ -1,8 +1,8 @@
 """Runs one editing method on several items of a benchmark, as one batch.
 
 A Kontext model edits by instructions: the photograph of each item is the context image of its row, the
-instruction is its prompt. With a strength of 1 it starts from noise alone, as Kontext is made to. Other
-methods edit the photograph besides, whose own prompt is then empty.
+instruction is its prompt. With a strength of 1 it starts from noise alone, as Kontext is made to. Methods
+without a strength also make a reference of the photograph, with an empty prompt, and inject its kv.
 """
 
 import time
@@ -103,7 +103,7 @@ class MethodRunner:
         return [self.seed + item.seed for item in items]
 
     def _steered(self, method: ResolvedMethod, items: Sequence[Item]) -> Pipeline:
-        """The model. One that edits by instructions sees each item's photograph in the item's row."""
+        """The model, which sees each item's photograph in the item's row if it edits by instructions."""
         pipe = self.pipe
         if not self.by_instruction:
             return pipe
@@ -112,8 +112,8 @@ class MethodRunner:
             kontext_condition(pipe.encode_pixels, photo, side, strength=strength)
             for photo in self._photos(items)
         ]
-        condition, every = reduce(Condition.stacked, conditions), method.settings.context_every
-        return replace(pipe, steering=Steering(condition, every))
+        condition = reduce(Condition.stacked, conditions)
+        return replace(pipe, steering=Steering(condition, method.settings.context_every))
 
     def _image_to_image(
         self, pipe: Pipeline, method: ResolvedMethod, strength: float, items: Sequence[Item]

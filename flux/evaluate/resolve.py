@@ -91,8 +91,8 @@ def resolve_methods(settings: EvaluateSettings, opened: OpenModel | None = None)
         opened: the model's files, if they are open already.
 
     Raises:
-        InputError: as `resolve`, `find_vital_layers` and `check_edits`, or a method says where the context is
-            seen and the model has none, with the method's name.
+        InputError: as `resolve`, `find_vital_layers` and `check_edits`, or a method has `context_in` and the
+            model takes no context image. The message begins with the method's name.
     """
     spec, methods = get_spec(settings.model), []
     checkpoint = opened.fingerprint() if opened else checkpoint_of(resolve(settings))

@@ -122,8 +122,8 @@ def read_training_set(settings: TrainSettings, spec: ModelSpec) -> TrainingSet:
     """Read the folder of training images, and check every image and caption.
 
     Raises:
-        InputError: The folder cannot be read, an image is damaged or too small, a caption is missing or no
-            UTF-8, or Kontext lacks an image of a pair. The message names the file.
+        InputError: The folder cannot be read, an image is damaged or too small, or a caption is missing or no
+            UTF-8. For Kontext, a pair lacks an image. The message names the file.
     """
     folder = ImageFolder.open(settings.images)
     contexts = _find_contexts(folder, settings.model) if spec.condition == "kontext" else {}
@@ -133,16 +133,15 @@ def read_training_set(settings: TrainSettings, spec: ModelSpec) -> TrainingSet:
     for name in folder.images:
         path, caption = folder.path / name, _caption(folder, name, settings)
         image, context = _read(path), contexts.get(name)
-        of_size = bucket
-        seen = [name, _digest(image), image.size, caption]
+        content, size_for = [name, _digest(image), image.size, caption], bucket
         if context:
             before = _read(context)
             _check_shapes(path, image, context, before)
-            seen += [_digest(before), before.size]
-            of_size = pair_size
-        found = list(dict.fromkeys(of_size(image.width, image.height, size) for size in sizes))
+            content += [_digest(before), before.size]
+            size_for = pair_size
+        found = list(dict.fromkeys(size_for(image.width, image.height, size) for size in sizes))
         examples += [Example(path, caption, *each, context) for each in found]
-        digest.update(json.dumps([*seen, found]).encode())
+        digest.update(json.dumps([*content, found]).encode())
     return TrainingSet(tuple(examples), digest.hexdigest()[:32])
 
 
@@ -157,6 +156,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def _digest(image: Image.Image) -> str:
+    """The SHA-256 of an image's pixels."""
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 

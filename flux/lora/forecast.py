@@ -30,8 +30,8 @@ from flux.specs import ModelSpec
 from flux.weights.open_model import OpenModel
 
 ADAPTER_BYTES = 16  # of each trained number: itself, its gradient and AdamW's two moments, in float32
-# The share of the speed of large matrices that a training step reaches. Of 1024x1024 on an H100 it is 0.25 to
-# 0.43; smaller images and streamed blocks reach less (`benchmarks.lora_training`).
+# The share of the speed of large matrices that a training step reaches. At 1024x1024 on an H100 it is 0.25 to
+# 0.43, with smaller images and streamed blocks less (`benchmarks.lora_training`).
 EFFICIENCY = {"cuda": 0.36, "cpu": 0.6}
 ADVICE = {
     "encode images": "give smaller sizes, or tiled true",

@@ -112,7 +112,7 @@ def merge_into(
     for lora in opened:
         if lora.text_encoders:
             encoders = " and ".join(ENCODERS[part] for part in lora.text_encoders)
-            warn(f"{lora.path}: its changes to {encoders} are left out, which a transformer's file has not")
+            warn(f"{lora.path}: its changes to {encoders} are left out: a transformer's file has none")
     uses = [LoraUse(Path(f), weight) for f, weight in zip(files, _weights(files, weights), strict=True)]
     checkpoint = open_checkpoint(Path(base), "transformer")
     name, model = _open_model(checkpoint, opened[0], uses)

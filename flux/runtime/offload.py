@@ -91,11 +91,13 @@ class BlockStreamer:
 
     On a CPU the copies are made too, without CUDA streams and without any benefit.
 
-    Blocks compute in order or, in a backward pass, in reverse order. The last two tell which one is next.
+    Blocks compute in order or, in a backward pass, in reverse order. The last two show which one is next.
 
     Attributes:
         buffers: The two buffers on the device. Empty while the streamer is closed.
         resident: The number of the block in each buffer.
+        last: The number of the block that computed last.
+        backwards: Whether blocks compute in reverse order.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
