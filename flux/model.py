@@ -327,11 +327,11 @@ class Flux(nn.Module):
 class FluxLoraWrapper(Flux):
     """The transformer with a low-rank change beside each linear layer, as in upstream's control LoRAs.
 
+    All further arguments are those of `Flux`.
+
     Args:
         lora_rank: Largest rank of a change.
         lora_scale: Strength of the changes.
-        args: Those of `Flux`.
-        kwargs: Those of `Flux`.
     """
 
     def __init__(self, lora_rank: int = 128, lora_scale: float = 1.0, *args, **kwargs):
