@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import conditions, tiny_models
-from helpers.conditions import CONTEXT, condition, joined
+from helpers.conditions import CONTEXT, condition, joined, of_row
 from torch.testing import assert_close
 
 from flux.errors import InputError
@@ -26,18 +26,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def given():
-    """Two rows, a reference and an edit, at one noise level."""
-    rows = tiny_models.inputs(2, 48, 80)
-    return {**rows, "timesteps": rows["timesteps"][:1].expand(2)}
+    return conditions.two_rows()
 
 
 @pytest.fixture(scope="module")
 def whole():
     return condition(2, TOKENS)
-
-
-def of_row(given, whole, row: int) -> Inputs:
-    return Inputs(**tiny_models.rows_of(given, [row]), condition=whole.at_rows([row]))
 
 
 KINDS = {"channels": ("channels",), "context": ("context", "context_ids"), "text": ("txt",)}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux.inputs import Condition
+from flux.inputs import Condition, Inputs
 from flux.sampling import image_ids
 from helpers import tiny_models
 
@@ -16,6 +16,17 @@ CONTEXT = 9  # tokens: a context image of 3 x 3
 def model():
     """A tiny transformer that takes the latent's channels and those of a condition."""
     return tiny_models.flux(in_channels=64 + CHANNELS)
+
+
+def two_rows() -> dict[str, Tensor]:
+    """The inputs of a reference and an edit, 15 noise tokens each, at one noise level."""
+    rows = tiny_models.inputs(2, 48, 80)
+    return {**rows, "timesteps": rows["timesteps"][:1].expand(2)}
+
+
+def of_row(given: dict[str, Tensor], condition: Condition, row: int) -> Inputs:
+    """One row of these inputs, with its row of a condition."""
+    return Inputs(**tiny_models.rows_of(given, [row]), condition=condition.at_rows([row]))
 
 
 def condition(batch: int, num_img: int, seed: int = 0, **changes) -> Condition:

@@ -46,6 +46,15 @@ def close(model, expected: dict[str, Tensor], params=tiny_models.PARAMS) -> bool
     )
 
 
+def assert_alpha_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """The same file in kohya's names, but that alpha has moved into the second factor."""
+    assert before.keys() == after.keys()
+    for name in before:
+        factor = ALPHA / RANK if name.endswith("lora_up.weight") else 1.0
+        expected = torch.tensor(float(RANK)) if name.endswith(".alpha") else factor * before[name]
+        assert torch.equal(after[name], expected), name
+
+
 def file_of(chosen: dict, names, alpha: float | None = None, downs="lora_down", ups="lora_up"):
     file = {}
     for module, (down, up) in chosen.items():

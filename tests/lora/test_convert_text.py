@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import weight_files
-from helpers.lora_files import ALPHA, RANK, file_of, pairs
+from helpers.lora_files import ALPHA, RANK, assert_alpha_moved, file_of, pairs
 from safetensors.torch import load_file
 
 from flux.lora.merge import convert, merge, merge_into
@@ -75,12 +75,7 @@ def test_there_and_back_is_the_same_file(source, tmp_path):
         "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wi_0",
     }
     convert(there, back, "kohya")
-    before, after = load_file(source), load_file(back)
-    assert before.keys() == after.keys()
-    for name in before:
-        factor = ALPHA / RANK if name.endswith("lora_up.weight") else 1.0  # alpha has moved into it
-        expected = torch.tensor(float(RANK)) if name.endswith(".alpha") else factor * before[name]
-        assert torch.equal(after[name], expected), name
+    assert_alpha_moved(load_file(source), load_file(back))
 
 
 def test_diffusers_reads_clips_changes(source, tmp_path):
@@ -114,7 +109,7 @@ def test_merged_they_add_up(source, transformer, tmp_path):
             assert torch.allclose(found, each, atol=1e-6)
 
 
-# ---- what is left out, and told
+# ---- what is left out, and warned of
 
 
 def test_bfls_form_has_no_names_for_them(source, tmp_path):
