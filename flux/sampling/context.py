@@ -67,8 +67,7 @@ class ContextReuse:
         """
         changed = self._applied(intervention, number, len(inputs.img))
         velocity, found = model.observe(inputs, changed, start=start, mods=mods)
-        if found.context:
-            self._known[number] = found.context
+        self.store(found, number)
         # A step may outlive those that are reused, which are large.
         return velocity, found if intervention.keep_context else replace(found, context={})
 
@@ -79,3 +78,8 @@ class ContextReuse:
         if not known or any(len(k) != rows for k, _ in known.values()):
             return replace(intervention, keep_context=True)
         return replace(intervention, inject_context=known | dict(intervention.inject_context))
+
+    def store(self, recorded: Recorded, number: int) -> None:
+        """Remember what a pass of the step computed."""
+        if recorded.context:
+            self._known[number] = recorded.context
