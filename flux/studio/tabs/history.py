@@ -131,11 +131,11 @@ class History:
         outputs = list(dict.fromkeys([self.elsewhere, *rows, *components]))
         for event in (
             self.gallery.select(self._select, None, outputs, **CONCURRENT),
-            self.drop.upload(self._dropped, self.drop, outputs, **CONCURRENT),
+            self.drop.upload(self.dropped, self.drop, outputs, **CONCURRENT),
             self.bring.click(self._bring, self.wanted, outputs, js="() => [studio.wanted()]", **CONCURRENT),
         ):
             event.success(None, self.elsewhere, None, js="elsewhere => { studio.look(elsewhere); }")
-        packed = self.zip.click(self._pack, None, self.file, **CONCURRENT)
+        packed = self.zip.click(self.pack, None, self.file, **CONCURRENT)
         packed.success(
             None, None, None, js="() => setTimeout(() => document.querySelector('#zip-file').click(), 300)"
         )
@@ -161,7 +161,7 @@ class History:
             raise InputError(GONE)
         return self._show(*found)
 
-    def _dropped(self, path: str | None) -> Changes:
+    def dropped(self, path: str | None) -> Changes:
         """Brings back the settings in a file, and says what is not in it."""
         if not path:
             return {self.elsewhere: gr.skip()}
@@ -180,7 +180,7 @@ class History:
         shown = None if path.endswith(".json") else Path(path)
         return self._restored(settings, said, Files(mask=mask, shown=shown))
 
-    def _pack(self, request: gr.Request) -> str:
+    def pack(self, request: gr.Request) -> str:
         return str(self.studio.sessions.of(request.session_hash).zip())
 
     # ---- a run shown again
