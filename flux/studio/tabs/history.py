@@ -181,6 +181,7 @@ class History:
         return self._restored(settings, said, Files(mask=mask, shown=shown))
 
     def pack(self, request: gr.Request) -> str:
+        """Writes all images of this session into one file, and names it."""
         return str(self.studio.sessions.of(request.session_hash).zip())
 
     # ---- a run shown again
