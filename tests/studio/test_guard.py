@@ -250,7 +250,7 @@ def test_a_program_that_leaves_stops_its_run(url, served, monkeypatch):
     assert not served.engine.running
 
 
-def test_programs_that_never_listen_do_not_fill_the_line(url, client, served):
+def test_programs_that_never_listen_do_not_fill_the_line(url, client, served, monkeypatch):
     data = {"data": ["a dog", 0, 4, 256, 256, 100, 3, 1, "", None, 0.8]}
     events = [httpx.post(f"{url}{API}/call/generate", json=data).json()["event_id"] for _ in range(40)]
     begin = time.monotonic()
@@ -260,6 +260,8 @@ def test_programs_that_never_listen_do_not_fill_the_line(url, client, served):
     assert sum(served.line.has(event, "endpoint") for event in events) == 32
     for event in events:
         served.line.stop(event, "endpoint")
+    # The others begin now, and end when they have not been listened to for so long.
+    monkeypatch.setattr("flux.studio.callers.UNHEARD_SECONDS", 1.0)
     assert client.predict("a dog", num_steps=1, api_name="/generate")
 
 
