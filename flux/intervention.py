@@ -267,14 +267,14 @@ def rows_of(x: Tensor, rows: Sequence[int], batch: int) -> Tensor:
 def _map_parts(
     inject: Mapping[int, PartialParts], change: Callable[[Tensor], Tensor]
 ) -> dict[int, PartialParts]:
-    """What is injected by layer, each tensor changed. Missing ones stay missing."""
+    """Change each tensor that is injected, by layer. Missing ones stay missing."""
     return {layer: tuple(x if x is None else change(x) for x in parts) for layer, parts in inject.items()}
 
 
 def _map_pairs(
     pairs: Mapping[int, tuple[Tensor, Tensor]], change: Callable[[Tensor], Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Two tensors of each layer, each of them changed."""
+    """Change both tensors of each layer."""
     return {layer: (change(x), change(y)) for layer, (x, y) in pairs.items()}
 
 

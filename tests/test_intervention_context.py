@@ -36,7 +36,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def found(model, given, whole):
-    """What the reference's pass hands out."""
+    """The keys and values that the reference's pass hands out."""
     return model.observe(of_row(given, whole, 0), KEEP)[1]
 
 

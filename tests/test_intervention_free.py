@@ -38,7 +38,7 @@ def given():
 
 @pytest.fixture(scope="module")
 def kept(model, given):
-    """Of row 0, in all layers, with queries."""
+    """The keys, values and queries of row 0 in all layers."""
     reference = Inputs(**tiny_models.rows_of(given, [0]))
     return model.observe(reference, Intervention(keep=EVERY, keep_queries=EVERY))[1].kept
 

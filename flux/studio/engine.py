@@ -212,13 +212,13 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         settings = self.settings
         return pick_dtype(settings.dtype, pick_device(settings.device), get_spec(settings.model))
 
     @property
     def reader(self) -> TextReader:
-        """What tells which words of a prompt the model sees, also while it is not loaded."""
+        """The reader that tells which words of a prompt the model sees. The model need not be loaded."""
         if self._reader is None and self._pipe is not None:
             self._reader = TextReader(self._pipe.t5.tokenizer, self._pipe.t5.max_length)
         elif self._reader is None:

@@ -68,9 +68,10 @@ def psnr(a, b, where: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    ("first", "count", "successes"), [(FIRST + 3, 3, 3), pytest.param(FIRST, 24, 20, marks=pytest.mark.slow)]
+    ("first", "count", "successes", "least"),
+    [(FIRST + 3, 3, 3, 29), pytest.param(FIRST, 24, 21, 33, marks=pytest.mark.slow)],
 )
-def test_instructions_are_followed(judge, first, count, successes):
+def test_instructions_are_followed(judge, first, count, successes, least):
     """Something more, something less, another place, ...: and all else stays."""
     name = "flux-nano-kontext"
     examples, stay = zip(*instructed(range(first, first + count)))
@@ -78,10 +79,10 @@ def test_instructions_are_followed(judge, first, count, successes):
     verdicts = judge.judge([each.image for each in examples], images, [each.asked for each in examples])
     kept = [psnr(image, each.image, where) for image, each, where in zip(images, examples, stay)]
     assert sum(verdict.success for verdict in verdicts) >= successes
-    assert np.median(kept) > 25
+    assert np.median(kept) > least
 
 
-@pytest.mark.parametrize(("count", "successes"), [(2, 2), pytest.param(20, 17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "successes"), [(2, 2), pytest.param(20, 19, marks=pytest.mark.slow)])
 def test_what_is_filled_is_what_the_prompt_says(judge, count, successes):
     """All else stays, also before the image's own pixels are put back."""
     name = "flux-nano-fill"
@@ -92,10 +93,10 @@ def test_what_is_filled_is_what_the_prompt_says(judge, count, successes):
     scores = measure(judge, examples, pasted)
     assert sum(score["success"] for score in scores) >= successes
     assert all(score["changed outside"] == 0 for score in scores)
-    assert np.median(kept) > 30
+    assert np.median(kept) > 31
 
 
-@pytest.mark.parametrize(("count", "successes"), [(2, 2), pytest.param(20, 17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "successes"), [(2, 2), pytest.param(20, 19, marks=pytest.mark.slow)])
 def test_edges_are_those_of_the_control_image(nano, judge, count, successes):
     """Without it, an image of the same prompt and noise has others."""
     name = "flux-nano-canny"

@@ -59,7 +59,7 @@ def test_edits_that_reuse_the_context_come_out_as_alone(reusing, steered, name):
 
 @torch.inference_mode()
 def test_tokens_of_edits_that_reuse_the_context(reusing):
-    """Of the reference and a sparse edit beside it, in turn."""
+    """Each step computes the reference's tokens, then those of a sparse edit beside it."""
     counts: list[int] = []
     hook = reusing.model.img_in.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
     make(reusing, edits=EDITS[:1], mask=half_mask(), sparse=True, true_cfg=1.0)

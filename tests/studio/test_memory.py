@@ -1,3 +1,5 @@
+"""Models that make room for one another: which are loaded, which are freed, what a failed load leaves."""
+
 import threading
 
 import pytest

@@ -1,3 +1,5 @@
+"""The models that a studio serves beside its first one."""
+
 import pytest
 
 from flux.errors import InputError
