@@ -27,7 +27,7 @@ def main(file: str = "test.json", **overrides: Any) -> None:
 
     from flux.conditions.images import read_conditions, sized
     from flux.images.io import read_image
-    from flux.pipeline import Pipeline, generate_all
+    from flux.loaded_model import LoadedModel, generate_all
     from flux.results import write_images
     from flux.runtime.parallel import join
     from flux.settings.complete import check_run, resolve
@@ -37,7 +37,7 @@ def main(file: str = "test.json", **overrides: Any) -> None:
     settings = resolve(sized(settings, conditions))
     check_run(settings)
     source = read_image(settings.image) if settings.image else None
-    pipe = Pipeline.load(settings, ranks).steered(conditions, settings)
+    pipe = LoadedModel.load(settings, ranks).steered(conditions, settings)
     images = generate_all(pipe, settings, source)
     if ranks.rank:  # only the first process writes
         for _ in images:

@@ -32,7 +32,7 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     from flux.attention.watch import check_watch, watch
     from flux.conditions.images import read_conditions, sized
     from flux.files import write_json
-    from flux.pipeline import Pipeline
+    from flux.loaded_model import LoadedModel
     from flux.results import write_film
     from flux.runs.record import run_record
     from flux.runtime.parallel import join
@@ -43,7 +43,7 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     settings = resolve(sized(settings, conditions))
     check_run(settings)
     check_watch(settings)
-    pipe = Pipeline.load(settings, ranks).steered(conditions, settings)
+    pipe = LoadedModel.load(settings, ranks).steered(conditions, settings)
     out = Path(settings.output_dir)
     for number, entry in enumerate(settings.prompts):
         folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"

@@ -28,7 +28,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     from flux.editing.edit import check_edits, edit
     from flux.editing.prepare import complete_edit, with_caption
     from flux.images.io import read_image
-    from flux.pipeline import Pipeline, count_evaluations
+    from flux.loaded_model import LoadedModel, count_evaluations
     from flux.results import EditResult
     from flux.runtime.parallel import join
     from flux.settings.complete import check_run
@@ -44,7 +44,7 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     mask = conditions.mask if settings.mask is None else None
     check_edits(settings, layers, photo, mask)
     settings = with_caption(settings, photo)
-    pipe = Pipeline.load(settings, ranks, opened).steered(conditions, settings)
+    pipe = LoadedModel.load(settings, ranks, opened).steered(conditions, settings)
     with count_evaluations(pipe) as evaluations:
         made = edit(pipe, settings, layers, photo, mask)
     if ranks.rank:  # only the first process writes

@@ -35,7 +35,7 @@ from flux.editing.edit import edit, edit_reference
 from flux.editing.reference import keep_reference
 from flux.errors import exit_on_input_error
 from flux.files import write_json
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runtime.devices import pick_device
 from flux.settings.command_line import run
 from flux.settings.edits import EditSettings
@@ -65,7 +65,7 @@ def timed(run: Callable[[], T], device: torch.device) -> tuple[T, dict[str, Any]
     return result, found | ({"peak_gib": peak_gib(device)} if on_gpu else {})
 
 
-def measure(pipe: Pipeline, settings: EditSettings, layers: tuple[int, ...], photo: Image.Image) -> dict:
+def measure(pipe: LoadedModel, settings: EditSettings, layers: tuple[int, ...], photo: Image.Image) -> dict:
     """Measures seconds and memory of each piece of work, by its name."""
     found: dict[str, dict[str, Any]] = {}
 

@@ -35,7 +35,7 @@ from benchmarks.diffusers_peer import peer_pipeline
 from flux.editing.edit import edit
 from flux.errors import exit_on_input_error
 from flux.files import write_json
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runtime.devices import pick_device
 from flux.settings.command_line import run
 from flux.settings.edits import EditSettings
@@ -69,7 +69,7 @@ def measure(
     return result
 
 
-def measure_ours(pipe: Pipeline, work: Work, layers: tuple[int, ...]) -> dict:
+def measure_ours(pipe: LoadedModel, work: Work, layers: tuple[int, ...]) -> dict:
     """Measures our pipeline."""
     size = {"width": work.width, "height": work.height, "guidance": GUIDANCE, "progress": False}
 
@@ -87,7 +87,7 @@ def measure_ours(pipe: Pipeline, work: Work, layers: tuple[int, ...]) -> dict:
     return measure(run, work.steps, passes, pipe.model.final_layer, pipe.device)
 
 
-def measure_peer(peer: FluxPipeline, pipe: Pipeline, work: Work) -> dict:
+def measure_peer(peer: FluxPipeline, pipe: LoadedModel, work: Work) -> dict:
     """Measures diffusers' pipeline."""
     cond = pipe.condition([PROMPT, *EDITS][: work.peer_rows], GUIDANCE)
     # Copies, since diffusers does not work in inference mode.
@@ -101,7 +101,7 @@ def measure_peer(peer: FluxPipeline, pipe: Pipeline, work: Work) -> dict:
 
 
 @torch.no_grad()
-def velocities(pipe: Pipeline, peer: FluxPipeline, work: Work) -> tuple[Tensor, Tensor]:
+def velocities(pipe: LoadedModel, peer: FluxPipeline, work: Work) -> tuple[Tensor, Tensor]:
     """Computes both transformers' velocity of the same latent, `1 I 64` each."""
     cond = pipe.condition([PROMPT], GUIDANCE)
     txt, vec, latent = cond.txt.clone(), cond.vec.clone(), pipe.noise([0], work.width, work.height)

@@ -48,13 +48,13 @@ from benchmarks.random_weights import write_text_encoders
 from flux.editing.edit import edit
 from flux.errors import InputError, exit_on_input_error
 from flux.files import write_json
+from flux.loaded_model import LoadedModel
 from flux.model import Flux
 from flux.modules import gguf_blocks
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.float8 import EIGHT_BIT_FLOATS
 from flux.modules.linear import PackedLinear
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import Plan, free_memory
@@ -166,7 +166,7 @@ class RandomModels:
             model.get_submodule(module).register_buffer(leaf, positions, persistent=False)
         return model.eval().requires_grad_(False)
 
-    def pipeline(self, settings: EditSettings, plan: Plan, device: torch.device) -> Pipeline:
+    def pipeline(self, settings: EditSettings, plan: Plan, device: torch.device) -> LoadedModel:
         """Builds a pipeline and places it as planned."""
         lengths = {"text_encoder_2": self.spec.text_length, "text_encoder": self.spec.clip_length}
         t5, clip = (
@@ -174,7 +174,7 @@ class RandomModels:
             for part, length in lengths.items()
         )
         model, ae = self.build("transformer"), self.build("vae")
-        pipe = Pipeline(self.spec, model, ae, t5, clip, device, self.dtype)
+        pipe = LoadedModel(self.spec, model, ae, t5, clip, device, self.dtype)
         pipe.place(settings, plan)
         return pipe
 

@@ -59,7 +59,7 @@ def main(
     from benchmarks.common import machine, markdown
     from flux.editing.edit import edit
     from flux.files import write_json
-    from flux.pipeline import Pipeline
+    from flux.loaded_model import LoadedModel
     from flux.settings.complete import resolve
     from flux.settings.edits import EditSettings
     from flux.settings.files import read_settings
@@ -74,8 +74,8 @@ def main(
     sampling = {**{name: getattr(settings, name) for name in same}, "progress": False}
 
     # The first one also imports transformers, as every run of a demo does.
-    loaded: list[Pipeline] = []
-    times["load"] = seconds(lambda: loaded.append(Pipeline.load(settings)), repeats)
+    loaded: list[LoadedModel] = []
+    times["load"] = seconds(lambda: loaded.append(LoadedModel.load(settings)), repeats)
     pipe = loaded[-1]
     work = {
         "a picture": lambda: pipe.generate([settings.prompt], [settings.seed], **sampling),

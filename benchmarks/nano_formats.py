@@ -91,8 +91,8 @@ def main(
     from benchmarks.common import machine, markdown, velocity_error
     from flux.editing.edit import edit
     from flux.files import write_json, write_text
+    from flux.loaded_model import LoadedModel
     from flux.metrics.pixels import psnr_or_none
-    from flux.pipeline import Pipeline
     from flux.sampling import VelocityModel, sample
     from flux.settings.complete import resolve
     from flux.settings.edits import EditSettings
@@ -108,7 +108,7 @@ def main(
     spec = get_spec(settings.model)
     settings = settings.model_copy(update={"edits": settings.edits[:edits]})
     layers = find_vital_layers(settings.vital_layers, spec)
-    pipe = Pipeline.load(settings)
+    pipe = LoadedModel.load(settings)
     weights = read_weights(spec.folder / spec.repo_flow, "cpu", torch.float32)
 
     def run(model: VelocityModel) -> list[Image.Image]:

@@ -29,16 +29,16 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
     from benchmarks.common import machine, markdown, velocity_error
     from flux import sampling
     from flux.files import write_json
+    from flux.loaded_model import LoadedModel
     from flux.metrics.pixels import psnr_or_none
     from flux.model import Flux
     from flux.modules.step_cache import StepCache
-    from flux.pipeline import Pipeline
     from flux.runtime.quantize import to_fp8
     from flux.settings.complete import resolve
     from flux.settings.demos import ModelSettings
 
     settings = resolve(ModelSettings(device=device, width=size, height=size, num_steps=num_steps))
-    pipe = Pipeline.load(settings)
+    pipe = LoadedModel.load(settings)
     fp8 = Flux(pipe.spec.params).to(pipe.device, pipe.dtype).eval().requires_grad_(False)
     fp8.load_state_dict(pipe.model.state_dict())
     to_fp8([fp8.double_blocks, fp8.single_blocks])

@@ -24,8 +24,8 @@ from benchmarks.common import check_full_size, machine
 from benchmarks.random_weights import write_dinov2, write_random_model
 from flux.errors import exit_on_input_error
 from flux.files import write_json
+from flux.loaded_model import LoadedModel
 from flux.model import Flux
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.layers import REFERENCE
 from flux.scan.run import scan
@@ -64,7 +64,7 @@ def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) ->
     return statistics.median(times)
 
 
-def waiting(pipe: Pipeline, settings: ScanSettings, layers: list[int]) -> dict:
+def waiting(pipe: LoadedModel, settings: ScanSettings, layers: list[int]) -> dict:
     """Measures a scan of two prompts: the time from its first step to its last, and the share without a step.
 
     In that share, images are decoded, written and scored, or the next prompt is encoded.
@@ -91,7 +91,7 @@ def waiting(pipe: Pipeline, settings: ScanSettings, layers: list[int]) -> dict:
 def one_process(settings: ScanSettings) -> dict:
     """Measures plain images and images with a skipped layer, projects a whole scan, and adds `waiting`."""
     begin = time.perf_counter()
-    pipe = Pipeline.load(settings)
+    pipe = LoadedModel.load(settings)
     skipper = LayerSkipper(settings, pipe)
     load = time.perf_counter() - begin
     for layers in (REFERENCE, (0,)):

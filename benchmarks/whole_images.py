@@ -26,10 +26,10 @@ from benchmarks.diffusers_peer import peer_pipeline
 from benchmarks.random_weights import random_transformer, write_text_encoders
 from flux.errors import exit_on_input_error, launched, only_rank_zero_prints
 from flux.files import write_json
+from flux.loaded_model import LoadedModel
 from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.runtime.parallel import ALONE, ProcessGroup, join
 from flux.runtime.quantize import to_fp8
@@ -66,7 +66,7 @@ def text_encoders(spec: ModelSpec, device: torch.device, toy: bool) -> tuple[HFE
 
 def pipelines(
     spec: ModelSpec, device: torch.device, group: ProcessGroup, toy: bool, compiled: bool
-) -> dict[str, Pipeline]:
+) -> dict[str, LoadedModel]:
     """Makes our pipelines, which share their text encoders and autoencoder."""
     torch.manual_seed(0)
     dtype = torch.float32 if toy else torch.bfloat16
@@ -88,12 +88,12 @@ def pipelines(
 
     names = {"ours, bf16": False} if toy else {"ours, bf16": False, "ours, fp8": True}
     return {
-        name: Pipeline(spec, build(fp8), ae, t5, clip, device, dtype, group=group)
+        name: LoadedModel(spec, build(fp8), ae, t5, clip, device, dtype, group=group)
         for name, fp8 in names.items()
     }
 
 
-def peer_image(pipe: Pipeline, steps: int, side: int, compiled: bool) -> Callable[[], object]:
+def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Callable[[], object]:
     """Makes diffusers' image, with the same text encoders and transformer."""
     with torch.device("meta"):
         bare = Flux(pipe.spec.params)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from flux import pipeline
 from flux.attention.film import Film
 from flux.attention.watch import check_watch, watch
 from flux.conditions.images import ConditionImages, read_conditions, sized
@@ -18,7 +17,7 @@ from flux.editing.prepare import complete_edit, with_caption
 from flux.errors import InputError
 from flux.images.given import GivenImages, take_images
 from flux.images.io import ImageLike
-from flux.pipeline import count_evaluations, generate_all
+from flux.loaded_model import LoadedModel, count_evaluations, generate_all
 from flux.results import EditResult, FilmResult, ImagesResult, ScanResult, SkipResult
 from flux.scan.run import scan
 from flux.scan.sweep import sweep
@@ -58,7 +57,7 @@ class Pipeline:
             take as `pipe`.
     """
 
-    def __init__(self, models: pipeline.Pipeline, settings: ModelSettings):
+    def __init__(self, models: LoadedModel, settings: ModelSettings):
         """Hold a model that is loaded already. Programs call `load` instead."""
         self.models, self.settings = models, settings
 
@@ -124,7 +123,7 @@ class Pipeline:
             "compile": compile,
         }  # fmt: skip
         settings = check_settings(ModelSettings, _plain(given))
-        return cls(pipeline.Pipeline.load(resolve(settings)), settings)
+        return cls(LoadedModel.load(resolve(settings)), settings)
 
     def generate(
         self,

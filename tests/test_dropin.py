@@ -272,7 +272,7 @@ def test_import_is_silent_and_light():
 def test_nothing_heavy_where_nothing_is_loaded():
     """transformers, the compiler, cv2 and matplotlib take seconds; importing every module must not pay."""
     modules = (
-        "flux.cli, flux.util, flux.pipeline, flux.editing.edit, flux.scan.sweep, flux.weights.load, "
+        "flux.cli, flux.util, flux.loaded_model, flux.editing.edit, flux.scan.sweep, flux.weights.load, "
         "flux.images.io"
     )
     heavy = "{'transformers', 'diffusers', 'torch._dynamo', 'matplotlib', 'cv2', 'gradio'}"

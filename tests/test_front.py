@@ -176,7 +176,7 @@ def test_numbers_and_paths_of_other_libraries(pipe, tmp_path):
 
 def test_repr_is_short(pipe):
     assert repr(pipe) == "<Pipeline flux-nano, cpu, float32>"
-    assert repr(pipe.models) == "<Pipeline flux-nano, cpu, float32>"
+    assert repr(pipe.models) == "<LoadedModel flux-nano, cpu, float32>"
     quantised = Pipeline(pipe.models, ModelSettings(quantize="8bit"))
     assert repr(quantised) == "<Pipeline flux-nano, cpu, float32, quantize='8bit'>"
 
@@ -201,7 +201,7 @@ def test_repr_is_short(pipe):
     ],
 )
 def test_wrong_values_end_in_one_line(pipe, monkeypatch, call, message):
-    monkeypatch.setattr(front.pipeline.Pipeline, "denoising", lambda _: pytest.fail("something was computed"))
+    monkeypatch.setattr(front.LoadedModel, "denoising", lambda _: pytest.fail("something was computed"))
     assert message in message_of(call, pipe)
 
 

@@ -175,7 +175,7 @@ def evaluate_samples(
 def evaluate_speed() -> dict[str, float]:
     """Times what the model card promises on this machine's CPU, in seconds, through the public functions."""
     from flux.editing.edit import edit
-    from flux.pipeline import Pipeline
+    from flux.loaded_model import LoadedModel
     from flux.settings.complete import resolve
     from flux.settings.edits import EditSettings
     from flux.specs import configs
@@ -186,7 +186,7 @@ def evaluate_speed() -> dict[str, float]:
     for name in [name for name in ("flux-nano", "flux-nano-schnell") if name in configs]:
         settings = resolve(EditSettings(prompt=prompt, edits=edits, model=name, device="cpu", batch_size=3))
         begin = time.perf_counter()
-        pipe = Pipeline.load(settings)
+        pipe = LoadedModel.load(settings)
         seconds[f"{name}: load"] = time.perf_counter() - begin
         layers, sampling = find_vital_layers("auto", pipe.spec), settings.sampling()
         pipe.generate([prompt], [0], progress=False, **sampling)  # the first image is slower

@@ -32,9 +32,9 @@ from flux.files import claim_folder, write_text
 from flux.images.io import save_image, to_pil, to_tensor
 from flux.images.sheets import grid
 from flux.inputs import Condition
+from flux.loaded_model import LoadedModel
 from flux.metrics.pixels import MAX_PSNR, decibels
 from flux.modules.image_embedders import CannyImageEncoder
-from flux.pipeline import Pipeline
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -153,10 +153,10 @@ def image_of(rendered: Tensor) -> Image.Image:
 
 
 def make(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     settings: ModelSettings,
     examples: Sequence[Example],
-    condition_of: Callable[[Pipeline, Example], Condition] | None = None,
+    condition_of: Callable[[LoadedModel, Example], Condition] | None = None,
 ) -> list[Image.Image]:
     """Generates an image for each example, with its condition if there is a function that makes one."""
     images = []
@@ -172,14 +172,14 @@ def make(
     return images
 
 
-def masked(pipe: Pipeline, example: Example) -> Condition:
+def masked(pipe: LoadedModel, example: Example) -> Condition:
     """Makes the condition of Fill."""
     if example.mask is None:
         raise ValueError("The example has no mask")
     return fill_condition(pipe.encode_pixels, example.image, example.mask)
 
 
-def edges(pipe: Pipeline, example: Example) -> Condition:
+def edges(pipe: LoadedModel, example: Example) -> Condition:
     """Makes the condition of Canny."""
     return control_condition(
         pipe.encode_pixels, example.image, *example.image.size, CannyImageEncoder(pipe.device)
@@ -280,9 +280,9 @@ def evaluate(kind: str, arguments: Namespace) -> Path:
     given = {name: getattr(arguments, name) for name in FIELDS}
     given |= {"model": arguments.model or f"flux-nano-{kind}", "width": SIDE, "height": SIDE}
     settings = check_settings(ModelSettings, given)
-    pipe = Pipeline.load(settings)
+    pipe = LoadedModel.load(settings)
     nano = settings.model_copy(update={"model": "flux-nano", "guidance": None})
-    plain = Pipeline.load(nano)
+    plain = LoadedModel.load(nano)
     renderer, judge = Renderer(pipe.device), MeasuringJudge.load(device=pipe.device)
     draws = {"fill": fill_examples, "canny": canny_examples}[kind](renderer, SIDE)
     examples = list(islice(draws, arguments.count))

@@ -21,8 +21,8 @@ from typing import Any
 from flux.conditions.images import read_conditions, sized
 from flux.files import claim_folder, write_text
 from flux.images.io import save_image
+from flux.loaded_model import LoadedModel
 from flux.metrics.table import load_metrics
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.layers import layer_sets
 from flux.scan.plots import plot_vitality
@@ -85,7 +85,7 @@ def scan_scenes(arguments: Namespace) -> Path:
     model = check_settings(ModelSettings, fields)
     spec, folder = get_spec(model.model), arguments.folder or Path("output", f"scan_{model.model}")
     claim_folder(folder)
-    pipe, device = Pipeline.load(model), pick_device(model.device)
+    pipe, device = LoadedModel.load(model), pick_device(model.device)
     sources = {"dino": encoder_of(model.model)}
     metrics = load_metrics(list(sources), sources, device)
     examples = list(islice(EXAMPLES[spec.condition](Renderer(device), SIDE), arguments.count))

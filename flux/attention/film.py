@@ -11,7 +11,7 @@ from flux.attention.tokens import prompt_words
 from flux.attention.watch import StepAttention
 from flux.images.io import save_animation
 from flux.images.sheets import grid
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import Step
 
 COLUMNS = 7  # steps in a row of the sheet
@@ -43,7 +43,7 @@ class Film:
     @classmethod
     def of(
         cls,
-        pipe: Pipeline,
+        pipe: LoadedModel,
         prompt: str,
         steps: Sequence[Step],
         attention: Sequence[StepAttention],

@@ -9,7 +9,7 @@ from flux.attention.maps import LayerAttention, layer_attention
 from flux.attention.tokens import find_word, text_tokens
 from flux.errors import InputError
 from flux.intervention import NOTHING, Intervention, check_layers
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import Step, sample
 from flux.settings.resolved import ResolvedLayer
 from flux.specs import get_spec
@@ -50,14 +50,14 @@ def check_watch(settings: ResolvedLayer) -> None:
 
 
 def watch(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     prompt: str,
     seed: int,
     settings: ResolvedLayer,
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[Step], list[StepAttention]]:
-    """Samples one image as `Pipeline.generate` does, and measures the attention of `settings.layers`.
+    """Samples one image as `LoadedModel.generate` does, and measures the attention of `settings.layers`.
 
     With true CFG, the pass of the prompt is watched, not the negative one. The queries and keys of one
     watched step stay in memory until they have been measured: at 1024x1024 in bfloat16, 57 MB for each layer.

@@ -13,7 +13,7 @@ from flux.modules.autoencoder import AutoEncoder
 from flux.sampling.latents import pack, prepare
 
 Encode = Callable[[Tensor], Tensor]
-"""Encodes pixels in -1..1, "1 3 H W", to a packed latent, "1 I 64", as `flux.pipeline.Pipeline` does."""
+"""Encodes pixels in -1..1, "1 3 H W", to a packed latent, "1 I 64", as `LoadedModel` does."""
 
 
 def read_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:

@@ -14,8 +14,8 @@ from flux.editing.reference import prefetch
 from flux.editing.source import OnStep, ReferenceStep, Source, guidance_args
 from flux.editing.sparse import RowGroup, group_rows, sparse_step
 from flux.intervention import NOTHING, Intervention
+from flux.loaded_model import LoadedModel
 from flux.math import PartialParts, Parts
-from flux.pipeline import Pipeline
 from flux.sampling import (
     Conditioning,
     ContextReuse,
@@ -130,7 +130,7 @@ class Batch:
     @classmethod
     def start(
         cls,
-        pipe: Pipeline,
+        pipe: LoadedModel,
         source: Source,
         settings: ResolvedEdit,
         layers: Sequence[int],
@@ -227,7 +227,7 @@ class Batch:
         self.groups = group_rows(mask, self.cond) if self.sparse else []
 
     def step(
-        self, pipe: Pipeline, model: VelocityModel, source: Source, index: int, reference: ReferenceStep
+        self, pipe: LoadedModel, model: VelocityModel, source: Source, index: int, reference: ReferenceStep
     ) -> Step:
         """Takes one step beside the reference's.
 
@@ -257,7 +257,12 @@ class Batch:
 
 
 def auto_mask(
-    pipe: Pipeline, model: VelocityModel, source: Source, reference: ReferenceStep, batch: Batch, step: Step
+    pipe: LoadedModel,
+    model: VelocityModel,
+    source: Source,
+    reference: ReferenceStep,
+    batch: Batch,
+    step: Step,
 ) -> tuple[Tensor, Tensor | None]:
     """Finds the automatic masks of a batch, from the step that watched its edits.
 
@@ -286,7 +291,7 @@ def auto_mask(
 
 
 def start_batches(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     source: Source,
     settings: ResolvedEdit,
     layers: Sequence[int],
@@ -306,7 +311,7 @@ def start_batches(
 
 
 def run_batches(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     source: Source,
     batches: Sequence[Batch],
     kept: Sequence[ReferenceStep] | None = None,
@@ -345,7 +350,6 @@ def run_batches(
         every = frozenset(range(pipe.model.num_layers))
         steps = source.steps(
             model,
-            pipe.image_ids(1, *source.size),
             lambda index: frozenset[int]().union(*(batch.needs_at(index, every) for batch in batches)),
             frozenset[int]().union(*(batch.query_layers for batch in batches)),
         )
@@ -356,7 +360,7 @@ Report = Callable[[Step, int], None]
 
 
 def _follow(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     model: VelocityModel,
     source: Source,
     steps: Iterable[ReferenceStep],
@@ -382,7 +386,7 @@ def _follow(
 
 
 def _flow_edits(
-    pipe: Pipeline, model: VelocityModel, source: Source, batches: Sequence[Batch], report: Report
+    pipe: LoadedModel, model: VelocityModel, source: Source, batches: Sequence[Batch], report: Report
 ) -> None:
     """Runs FlowEdit for each batch, with new noise in each step."""
     seed, ids = source.settings.seed, pipe.image_ids(1, *source.size)

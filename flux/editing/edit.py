@@ -16,8 +16,8 @@ from flux.editing.reference_fields import reference_fields
 from flux.editing.source import OnStep, Source, find_source
 from flux.errors import InputError, warn
 from flux.images.masks import as_mask, read_mask
+from flux.loaded_model import LoadedModel
 from flux.modules.conditioner import cut_words, shortened
-from flux.pipeline import Pipeline
 from flux.sampling import window
 from flux.settings.edits import Edit
 from flux.settings.files import check_settings
@@ -33,7 +33,7 @@ class Edits:
 
 
 def edit(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     settings: ResolvedEdit,
     layers: Sequence[int],
     photo: Image.Image | None = None,
@@ -74,7 +74,7 @@ def edit(
 
 
 def edit_reference(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     reference: Reference,
     edits: Sequence[str | Edit],
     settings: ResolvedEdit,
@@ -192,7 +192,7 @@ def print_shares(settings: ResolvedEdit, masks: Sequence[Mask | None]) -> None:
         print(f"{name}: {max(1, round(100 * share))} % of the image may change")
 
 
-def check_prompts(pipe: Pipeline, settings: ResolvedEdit, sources: Sequence[str]) -> None:
+def check_prompts(pipe: LoadedModel, settings: ResolvedEdit, sources: Sequence[str]) -> None:
     """Checks that the model can tell the edits' prompts from their sources'.
 
     A prompt that is the source's letter by letter is meant so.
@@ -214,7 +214,7 @@ def check_prompts(pipe: Pipeline, settings: ResolvedEdit, sources: Sequence[str]
 
 
 def _decode_edits(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     source: Source,
     batches: Sequence[Batch],
     masks: Sequence[Mask | None],

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 
 
 def noised_path(
-    pipe: Pipeline, clean: Tensor, levels: Sequence[float], width: int, height: int, seed: int
+    pipe: LoadedModel, clean: Tensor, levels: Sequence[float], width: int, height: int, seed: int
 ) -> list[Tensor]:
     """Adds noise to photographs at each level, new noise each time: s_i of the formula above.
 

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from flux.editing.inversion import velocity_at
 from flux.errors import warn
+from flux.loaded_model import LoadedModel
 from flux.modules.conditioner import shortened
-from flux.pipeline import Pipeline
 
 NOISE_LEVEL = 0.6
 SEED = 0
@@ -17,7 +17,7 @@ one's. Smaller images tell less, and of prompts with a single wrong word about a
 """
 
 
-def prompt_fit(pipe: Pipeline, prompt: str, clean: Tensor, width: int, height: int) -> float:
+def prompt_fit(pipe: LoadedModel, prompt: str, clean: Tensor, width: int, height: int) -> float:
     """Measures how well a prompt describes a photograph: 1 is as well as no prompt, less is better.
 
     It is the error of the velocity that the model predicts with the prompt, divided by that without one. With
@@ -39,7 +39,7 @@ def prompt_fit(pipe: Pipeline, prompt: str, clean: Tensor, width: int, height: i
     return error / error_without
 
 
-def warn_of_unfit_prompt(pipe: Pipeline, prompt: str, clean: Tensor, width: int, height: int) -> None:
+def warn_of_unfit_prompt(pipe: LoadedModel, prompt: str, clean: Tensor, width: int, height: int) -> None:
     """Warns of a prompt that describes a photograph worse than none. For the arguments see `prompt_fit`."""
     if prompt.strip() and prompt_fit(pipe, prompt, clean, width, height) > WORST_FIT:
         warn(

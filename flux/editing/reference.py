@@ -11,7 +11,7 @@ from PIL import Image
 
 from flux.editing.source import OnStep, ReferenceStep, Source, find_source, with_bar
 from flux.editing.store import rounded_bytes
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runtime.devices import total_memory
 from flux.settings.resolved import ResolvedEdit
 
@@ -34,7 +34,7 @@ class Reference:
 
 
 def keep_reference(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     settings: ResolvedEdit,
     layers: Sequence[int],
     photo: Image.Image | None = None,
@@ -64,7 +64,7 @@ def keep_reference(
             vital = frozenset(layers)
             kept, rounds = _layers_to_keep(pipe, settings, source, vital)
             queries = vital if settings.keeps_queries else frozenset()
-            computed = source.steps(model, pipe.image_ids(1, *source.size), lambda _: kept, queries)
+            computed = source.steps(model, lambda _: kept, queries)
             for index, step in enumerate(with_bar(computed, "reference", source.num_steps, progress)):
                 step = step.rounded(vital) if rounds else step
                 if index == 0:
@@ -78,7 +78,7 @@ def keep_reference(
 
 
 def _layers_to_keep(
-    pipe: Pipeline, settings: ResolvedEdit, source: Source, vital: frozenset[int]
+    pipe: LoadedModel, settings: ResolvedEdit, source: Source, vital: frozenset[int]
 ) -> tuple[frozenset[int], bool]:
     """Decides what a reference keeps: all layers for sparse edits if there is room, else the vital ones.
 

@@ -23,7 +23,7 @@ from flux.editing.prompt_fit import warn_of_unfit_prompt
 from flux.editing.store import KeptLayers
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import Conditioning, ContextReuse, Passes, Step, VelocityModel, euler_step, step_at
 from flux.settings.resolved import ResolvedEdit
 
@@ -41,6 +41,7 @@ class ReferenceStep:
     """The reference in one step.
 
     Attributes:
+        index: number of the step.
         t: noise level at the start.
         t_next: noise level at the end.
         latent: the reference's latent at `t`, "R I 64".
@@ -48,20 +49,21 @@ class ReferenceStep:
         kept: image keys and values by layer, and queries that are asked for, for each pass. Empty where none
             are needed.
         step: the Euler step itself. None if it was not computed, or is not kept.
-        drift: `next_latent` minus the latent that the Euler step leads to, "R I 64"; it is added to every
-            edit's step. If None, edits are not corrected.
-        shift: what is added to the latents before the Euler step, "R I 64", see `Source.steps`. `drift` takes
-            it off again. If None, nothing is.
+        shift: added to an edit's latent before its Euler step, "R I 64", by DirectEdit. If None, nothing is.
+        drift: added to an edit's latent after its Euler step, "R I 64". Where drift is corrected, it is
+            `next_latent` minus the end of the reference's own Euler step. With a shift, it takes that off
+            again. If None, nothing is added.
     """
 
+    index: int
     t: float
     t_next: float
     latent: Tensor
     next_latent: Tensor
     kept: Passes[KeptLayers] = field(default_factory=lambda: Passes(KeptLayers({})))
     step: Step | None = None
-    drift: Tensor | None = None
     shift: Tensor | None = None
+    drift: Tensor | None = None
 
     @property
     def velocity(self) -> Tensor:
@@ -109,6 +111,7 @@ class Source:
         settings: of the reference.
         levels: noise levels of the schedule, from 1 to 0.
         cond: steers its passes. For inverted photographs the guidance is 1, at which inversions are faithful.
+        img_ids: positions of the image tokens, "1 I 3".
         start: the noise of reference and edits, "R I 64". With FlowEdit, the clean latent.
         path: the latent before each step, and the last one. If None, the reference is sampled from `start`.
         scale: divisor of latents before they are decoded.
@@ -121,6 +124,7 @@ class Source:
     settings: ResolvedEdit
     levels: list[float]
     cond: Conditioning
+    img_ids: Tensor
     start: Tensor
     path: list[Tensor] | None = None
     scale: float = 1.0
@@ -157,7 +161,7 @@ class Source:
         """Whether what the reference's own steps miss of its path is added to the edits' steps."""
         return (self.settings.correct_drift and not self.settings.shifts) or self.is_noised
 
-    def decode(self, pipe: Pipeline, latents: Tensor) -> list[Image.Image]:
+    def decode(self, pipe: LoadedModel, latents: Tensor) -> list[Image.Image]:
         """Decodes latents of the reference or of edits, "B I 64"."""
         return pipe.decode(latents / self.scale, *self.size, self.settings.watermark)
 
@@ -175,22 +179,13 @@ class Source:
     def steps(
         self,
         model: VelocityModel,
-        img_ids: Tensor,
         layers_at: Callable[[int], frozenset[int]],
         query_layers: frozenset[int] = frozenset(),
     ) -> Iterator[ReferenceStep]:
-        """Computes the reference step by step. A pass that nothing is needed of is left out.
-
-        DirectEdit (arXiv 2605.02417) takes each step of an inverted photograph where the inversion took it.
-        With z_i and z_(i+1) the path's latents before and after the step, and y_i an edit's,
-
-            y_(i+1) = y_i + (t_(i+1) - t_i) v(y_i + z_(i+1) - z_i, t_i, target)
-
-        For the reference's own prompt, y_i = z_i, that is Euler's inversion read backwards: exactly the path.
+        """Computes the reference step by step.
 
         Args:
             model: the transformer.
-            img_ids: positions of the image tokens, "1 I 3".
             layers_at: returns the layers whose keys and values are needed in a step, by its number. It is
                 asked when the step begins.
             query_layers: those of these layers whose queries are needed as well.
@@ -198,44 +193,69 @@ class Source:
         Yields:
             Each step. Its keys and values are freed when the next step is asked for.
         """
-        latent, cond = self.start, self.cond
+        cond = self.cond
         if self.path is not None:
             # Inversions are unguided. The negative pass is there to keep keys and values for the edits.
             cond = replace(cond, true_cfg=1.0, mimic_scale=None)
         cond, context = cond.scheduled(model, self.levels[:-1]), ContextReuse.of(cond)
-        for index, (t, t_next) in enumerate(pairwise(self.levels)):
-            layers, evaluated = layers_at(index), latent
-            drift = shift = None
-            if self.path is not None:
-                evaluated = latent = self.path[index]
-                if self.settings.shifts:
-                    shift = self.path[index + 1] - latent
-                    evaluated, drift = latent + shift, -shift
-                if not layers and not self.corrects_drift:
-                    yield ReferenceStep(t, t_next, latent, self.path[index + 1], drift=drift, shift=shift)
-                    continue
-            where = model, evaluated, img_ids, self.cond_at(cond, index), t, t_next
+
+        def take_step(index: int, latent: Tensor) -> Step:
+            layers, (t, t_next) = layers_at(index), self.levels[index : index + 2]
+            where = model, latent, self.img_ids, self.cond_at(cond, index), t, t_next
             keep = Intervention(keep=layers, keep_queries=layers & query_layers)
-            step = euler_step(*where, keep, context=context)
-            next_latent = step.latent
-            if self.path is not None:
-                next_latent = self.path[index + 1]
-                if self.corrects_drift:
-                    drift = next_latent - step.latent
-            reference_step = ReferenceStep(
-                t, t_next, latent, next_latent, step.kept.map(KeptLayers), step, drift, shift
-            )
-            yield reference_step
+            return euler_step(*where, keep, context=context)
+
+        steps = self._sampled(take_step) if self.path is None else self._replayed(take_step, layers_at, self.path)
+        for step in steps:
+            yield step
             # The caller still holds this step while the next one is computed: only one may stay in memory.
-            reference_step.free()
-            latent = next_latent
+            step.free()
+
+    def _sampled(self, take_step: Callable[[int, Tensor], Step]) -> Iterator[ReferenceStep]:
+        """Yields the steps of a generated reference: each begins where the one before it ended."""
+        latent = self.start
+        for index in range(self.num_steps):
+            step = take_step(index, latent)
+            kept = step.kept.map(KeptLayers)
+            yield ReferenceStep(index, step.t, step.t_next, latent, step.latent, kept, step)
+            latent = step.latent
+
+    def _replayed(
+        self,
+        take_step: Callable[[int, Tensor], Step],
+        layers_at: Callable[[int], frozenset[int]],
+        path: Sequence[Tensor],
+    ) -> Iterator[ReferenceStep]:
+        """Yields the steps of a photograph's reference: each leads from one latent of the path to the next.
+
+        A step that nothing is needed of is not computed.
+
+        DirectEdit (arXiv 2605.02417) takes each step of an inverted photograph where the inversion took it.
+        With z_i and z_(i+1) the path's latents before and after the step, and y_i an edit's,
+
+            y_(i+1) = y_i + (t_(i+1) - t_i) v(y_i + z_(i+1) - z_i, t_i, target)
+
+        For the reference's own prompt, y_i = z_i, that is Euler's inversion read backwards: exactly the path.
+        """
+        for index, (t, t_next) in enumerate(pairwise(self.levels)):
+            latent, next_latent = path[index : index + 2]
+            reference = ReferenceStep(index, t, t_next, latent, next_latent)
+            if self.settings.shifts:
+                shift = next_latent - latent
+                latent, reference = latent + shift, replace(reference, shift=shift, drift=-shift)
+            if layers_at(index) or self.corrects_drift:
+                step = take_step(index, latent)
+                reference = replace(reference, kept=step.kept.map(KeptLayers), step=step)
+                if self.corrects_drift:
+                    reference = replace(reference, drift=next_latent - step.latent)
+            yield reference
 
 
 # ---- finding the source
 
 
 def find_source(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     settings: ResolvedEdit,
     image: Image.Image | None = None,
     on_step: OnStep | None = None,
@@ -269,17 +289,17 @@ def find_source(
 
 
 def generated_source(
-    pipe: Pipeline, settings: ResolvedEdit, prompts: Sequence[str], seeds: Sequence[int]
+    pipe: LoadedModel, settings: ResolvedEdit, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Source:
     """Prepares references to be generated, one row for each prompt and seed."""
     size = settings.width, settings.height
     cond = pipe.condition(prompts, settings.guidance, **guidance_args(settings))
-    levels = pipe.schedule(settings.num_steps, *size)
-    return Source(list(prompts), settings, levels, cond, pipe.noise(seeds, *size))
+    levels, img_ids = pipe.schedule(settings.num_steps, *size), pipe.image_ids(1, *size)
+    return Source(list(prompts), settings, levels, cond, img_ids, pipe.noise(seeds, *size))
 
 
 def photo_source(
-    pipe: Pipeline,
+    pipe: LoadedModel,
     settings: ResolvedEdit,
     prompts: Sequence[str],
     clean: Tensor,
@@ -299,40 +319,36 @@ def photo_source(
             reference together. An exception from it ends the run.
         progress: whether to show a progress bar.
     """
-    levels = pipe.schedule(settings.num_steps, settings.width, settings.height)
-    inverts = settings.inverts
-    cond = pipe.condition(prompts, 1.0 if inverts else FLOW_EDIT_GUIDANCE, **guidance_args(settings))
+    size = settings.width, settings.height
+    guidance = 1.0 if settings.inverts else FLOW_EDIT_GUIDANCE
+    cond = pipe.condition(prompts, guidance, **guidance_args(settings))
+    levels, img_ids = pipe.schedule(settings.num_steps, *size), pipe.image_ids(1, *size)
+    source = Source(list(prompts), settings, levels, cond, img_ids, clean, photo=photo)
     if settings.inversion_free:
-        return Source(list(prompts), settings, levels, cond, clean, photo=photo, inversion_free=True)
-    if not inverts:
-        path = noised_path(pipe, clean, levels, settings.width, settings.height, settings.seed)
-        return Source(list(prompts), settings, levels, cond, path[0], path, photo=photo)
-    path, scale = inversion_path(pipe, settings, cond, clean, levels, on_step, progress)
-    return Source(list(prompts), settings, levels, cond, path[0], path, scale, photo, settings.num_steps)
+        return replace(source, inversion_free=True)
+    if not settings.inverts:
+        path = noised_path(pipe, clean, levels, *size, settings.seed)
+        return replace(source, start=path[0], path=path)
+    path, scale = inversion_path(pipe, source, clean, on_step, progress)
+    return replace(source, start=path[0], path=path, scale=scale, inverted_steps=source.num_steps)
 
 
 def inversion_path(
-    pipe: Pipeline,
-    settings: ResolvedEdit,
-    cond: Conditioning,
-    clean: Tensor,
-    levels: Sequence[float],
-    on_step: OnStep | None = None,
-    progress: bool = False,
+    pipe: LoadedModel, source: Source, clean: Tensor, on_step: OnStep | None = None, progress: bool = False
 ) -> tuple[list[Tensor], float]:
-    """Inverts latents of photographs, "R I 64".
+    """Inverts photographs, as the settings of their source say. For the arguments see `photo_source`.
 
     Returns:
         The path that the reference replays, from noise to the photographs, and the divisor of its latents
         before they are decoded.
     """
+    settings, levels, total = source.settings, source.levels, source.num_steps
     method = "euler" if settings.as_published else settings.inversion
     nudging = settings.nudging or (NUDGING if method == "euler" else 1.0)
-    ids, cond = pipe.image_ids(1, settings.width, settings.height), replace(cond, negative=None)
-    path, total = [nudging * clean], len(levels) - 1
+    path = [nudging * clean]
     with pipe.denoising() as model:
-        cond = cond.scheduled(model, levels[:-1])
-        latents = INVERSIONS[method](model, path[0], ids, cond, levels)
+        cond = replace(source.cond, negative=None).scheduled(model, levels[:-1])
+        latents = INVERSIONS[method](model, path[0], source.img_ids, cond, levels)
         for index, latent in enumerate(with_bar(latents, "inversion", total, progress)):
             if on_step:
                 t, noisier = levels[-1 - index], levels[-2 - index]
@@ -347,7 +363,7 @@ def inversion_path(
 
 
 def guidance_args(settings: ResolvedEdit) -> dict[str, Any]:
-    """Returns the settings of true CFG, as arguments of `Pipeline.condition`."""
+    """Returns the settings of true CFG, as arguments of `LoadedModel.condition`."""
     names = ("true_cfg", "negative_prompt", "mimic_scale", "mimic_percentile")
     return {name: getattr(settings, name) for name in names}
 

@@ -23,7 +23,7 @@ from flux.evaluate.benchmark import Item
 from flux.evaluate.resolve import ResolvedMethod
 from flux.inputs import Condition
 from flux.intervention import Intervention
-from flux.pipeline import Pipeline, count_evaluations
+from flux.loaded_model import LoadedModel, count_evaluations
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class MethodRunner:
 
     def __init__(
         self,
-        pipe: Pipeline,
+        pipe: LoadedModel,
         size: tuple[int, int],
         seed: int = 0,
         photos: bool = True,
@@ -102,7 +102,7 @@ class MethodRunner:
     def _seeds(self, items: Sequence[Item]) -> list[int]:
         return [self.seed + item.seed for item in items]
 
-    def _steered(self, method: ResolvedMethod, items: Sequence[Item]) -> Pipeline:
+    def _steered(self, method: ResolvedMethod, items: Sequence[Item]) -> LoadedModel:
         """The model, which sees each item's photograph in the item's row if it edits by instructions."""
         pipe = self.pipe
         if not self.by_instruction:
@@ -116,7 +116,7 @@ class MethodRunner:
         return replace(pipe, steering=Steering(condition, method.settings.context_every))
 
     def _image_to_image(
-        self, pipe: Pipeline, method: ResolvedMethod, strength: float, items: Sequence[Item]
+        self, pipe: LoadedModel, method: ResolvedMethod, strength: float, items: Sequence[Item]
     ) -> list[Image.Image]:
         """Generates from the photographs with added noise (SDEdit, arXiv 2108.01073)."""
         settings, (width, height) = method.settings, self.size
@@ -135,7 +135,7 @@ class MethodRunner:
         )
 
     def _edited(
-        self, pipe: Pipeline, method: ResolvedMethod, items: Sequence[Item]
+        self, pipe: LoadedModel, method: ResolvedMethod, items: Sequence[Item]
     ) -> tuple[list[Image.Image], Sequence[Image.Image | None], Sequence[float | None]]:
         """Edits each item as `flux.editing.edit.edit` does, but with all items in the rows of one batch.
 

@@ -38,7 +38,7 @@ from flux.evaluate.summary import ResultRow, write_summary
 from flux.files import claim_folder
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runs.record import image_metadata
 from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks, uses_ray
 from flux.settings.complete import resolve
@@ -50,7 +50,7 @@ SHEET_ROWS, SHEET_SIDE = 12, 192
 
 def evaluate(
     settings: EvaluateSettings,
-    pipe: Pipeline | None = None,
+    pipe: LoadedModel | None = None,
     progress: bool = True,
     judge: Judge | None = None,
 ) -> Path:
@@ -137,13 +137,13 @@ class EvaluateWorker:
     """Runs tasks, here or in a process of `flux.runs.workers.run_tasks`.
 
     Raises:
-        InputError: as `Pipeline.load`.
+        InputError: as `LoadedModel.load`.
     """
 
     def __init__(
         self,
         settings: ResolvedEvaluate,
-        pipe: Pipeline | None = None,
+        pipe: LoadedModel | None = None,
         opened: OpenModel | None = None,
     ):
         if (
@@ -156,7 +156,7 @@ class EvaluateWorker:
         self.methods: dict[str, ResolvedMethod | None] = dict.fromkeys(BASELINES)
         self.methods |= {method.slug: method for method in resolve_methods(settings, opened)}
         photos = settings.references == "photo"
-        pipe = pipe or Pipeline.load(resolve(settings), opened=opened)
+        pipe = pipe or LoadedModel.load(resolve(settings), opened=opened)
         self.runner = MethodRunner(pipe, settings.size, settings.seed, photos, settings.reconstruct)
 
     def run(self, task: EditTask) -> list[EditResult]:

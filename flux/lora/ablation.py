@@ -22,9 +22,9 @@ from flux import sampling
 from flux.conditions.images import read_conditions
 from flux.errors import InputError
 from flux.images.io import save_image
+from flux.loaded_model import LoadedModel
 from flux.lora.contents import OpenLora, open_lora
 from flux.lora.live import LiveLora, load_live
-from flux.pipeline import Pipeline
 from flux.runs.folder import ResumableFolder
 from flux.runs.record import image_metadata
 from flux.runs.workers import finish_beside, run_tasks_of
@@ -86,12 +86,12 @@ class UpdateAblator:
         loaded: The model and its LoRA. If None, they are loaded.
 
     Raises:
-        InputError: As `load_live`, `read_conditions` and `Pipeline.steered`.
+        InputError: As `load_live`, `read_conditions` and `LoadedModel.steered`.
     """
 
     pack, unpack = staticmethod(LayerSkipper.pack), staticmethod(LayerSkipper.unpack)
 
-    def __init__(self, settings: ResolvedAblate, loaded: tuple[Pipeline, LiveLora] | None = None):
+    def __init__(self, settings: ResolvedAblate, loaded: tuple[LoadedModel, LiveLora] | None = None):
         self.settings = settings
         pipe, self.live = loaded or load_live(settings)
         self.pipe = pipe.steered(read_conditions(settings), settings)
@@ -197,7 +197,7 @@ class Ablation:
         """The tasks of which images are missing."""
         return [task for task in self.tasks if self._missing(task)]
 
-    def run(self, loaded: tuple[Pipeline, LiveLora] | None = None, progress: bool = True) -> None:
+    def run(self, loaded: tuple[LoadedModel, LiveLora] | None = None, progress: bool = True) -> None:
         """Makes the missing images. With more than one worker or a Ray address, Ray shares the work.
 
         Args:

@@ -11,12 +11,12 @@ from tqdm import tqdm
 from flux.errors import InputError
 from flux.files import write_json, write_text
 from flux.images.io import read_image
+from flux.loaded_model import LoadedModel
 from flux.lora.ablation import BASE, FULL, Ablation, Variant, variant_of
 from flux.lora.contents import layer_name
 from flux.lora.live import LiveLora
 from flux.metrics.base import Metric
 from flux.metrics.table import METRICS, load_metrics
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.layers import LayerSet, layer_ranges, layers_text
 from flux.scan.plots import plot_heat_map, plot_vitality
@@ -48,7 +48,7 @@ class Effects:
 
 def ablate(
     settings: ResolvedAblate,
-    loaded: tuple[Pipeline, LiveLora] | None = None,
+    loaded: tuple[LoadedModel, LiveLora] | None = None,
     *,
     metrics: Mapping[str, Metric] | None = None,
     progress: bool = True,

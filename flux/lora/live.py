@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from flux.errors import InputError, warn
+from flux.loaded_model import LoadedModel
 from flux.model import Flux
 from flux.modules.linear import AnyLinear, CustomLinear, can_project_rows, project_rows
 from flux.modules.norms import RMSNorm
-from flux.pipeline import Pipeline
 from flux.settings.demos import ModelSettings
 from flux.weights.checkpoint import open_checkpoint
 from flux.weights.find import find_model
@@ -221,7 +221,7 @@ class LiveModel(OpenModel):
         return model
 
 
-def load_live(settings: ModelSettings) -> tuple[Pipeline, LiveLora]:
+def load_live(settings: ModelSettings) -> tuple[LoadedModel, LiveLora]:
     """Load a model and put the one LoRA that its settings name beside it.
 
     Args:
@@ -231,11 +231,11 @@ def load_live(settings: ModelSettings) -> tuple[Pipeline, LiveLora]:
         The model, and the LoRA, whose strength may change between two images.
 
     Raises:
-        InputError: There is not exactly one LoRA, it does not fit the model, or as `Pipeline.load`.
+        InputError: There is not exactly one LoRA, it does not fit the model, or as `LoadedModel.load`.
     """
     if len(settings.lora) != 1:
         raise InputError(f"Got {len(settings.lora)} LoRAs, expected one, whose layers are told apart")
     [lora] = settings.lora
     file = read_lora(open_checkpoint(Path(lora.file)), lora.weight, lora.layers)
     opened = LiveModel(find_model(settings), file)
-    return Pipeline.load(settings, opened=opened), opened.live
+    return LoadedModel.load(settings, opened=opened), opened.live

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from flux.loaded_model import LoadedModel
 from flux.metrics.base import Metric
 from flux.metrics.table import METRICS, load_metrics
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device
 from flux.scan.layers import REFERENCE, LayerSet
 from flux.scan.plots import plot_vitality
@@ -49,7 +49,7 @@ class ScanProgress:
 
 def scan(
     settings: ResolvedScan,
-    pipe: Pipeline | None = None,
+    pipe: LoadedModel | None = None,
     *,
     progress: bool = True,
     on_progress: Callable[[ScanProgress], None] | None = None,
@@ -107,7 +107,7 @@ MayStop = Callable[[int, Callable[[], Sequence[RowSimilarities]]], bool]
 
 
 def _score_rows(
-    sweep: Sweep, pipe: Pipeline | None, metrics: Mapping[str, Metric], may_stop: MayStop, progress: bool
+    sweep: Sweep, pipe: LoadedModel | None, metrics: Mapping[str, Metric], may_stop: MayStop, progress: bool
 ) -> list[RowSimilarities]:
     """Runs the sweep, and scores each finished reference in a thread while the next ones are made."""
     rows: list[Future[dict[str, list[float]]]] = []
@@ -131,7 +131,7 @@ def _score_rows(
 
 def _score_batches(
     sweep: Sweep,
-    pipe: Pipeline | None,
+    pipe: LoadedModel | None,
     metrics: Mapping[str, Metric],
     may_stop: MayStop,
     on_progress: Callable[[ScanProgress], None],

@@ -12,7 +12,7 @@ from torch import Tensor
 from flux.conditions.images import read_conditions
 from flux.inputs import Streams
 from flux.intervention import Intervention
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import Conditioning, ContextReuse, Passes, euler_step, sample, streams
 from flux.scan.layers import LayerSet
 from flux.settings.resolved import ResolvedSkip
@@ -68,11 +68,13 @@ class LayerSkipper:
         reference: The kept parts of the last task's reference.
 
     Raises:
-        InputError: As `Pipeline.load`, `read_conditions` and `Pipeline.steered`.
+        InputError: As `LoadedModel.load`, `read_conditions` and `LoadedModel.steered`.
     """
 
-    def __init__(self, settings: ResolvedSkip, pipe: Pipeline | None = None, opened: OpenModel | None = None):
-        self.settings, pipe = settings, pipe or Pipeline.load(settings, opened=opened)
+    def __init__(
+        self, settings: ResolvedSkip, pipe: LoadedModel | None = None, opened: OpenModel | None = None
+    ):
+        self.settings, pipe = settings, pipe or LoadedModel.load(settings, opened=opened)
         self.pipe = pipe.steered(read_conditions(settings), settings)
         self.decodes_beside = decodes_beside(self.pipe)
         # On the stream of the steps, decoding would wait for the steps of the next images.
@@ -157,7 +159,7 @@ class LayerSkipper:
         return self.reference
 
 
-def decodes_beside(pipe: Pipeline) -> bool:
+def decodes_beside(pipe: LoadedModel) -> bool:
     """Whether images are decoded while the next ones are denoised: on a GPU with room for all models.
 
     On two CPU cores, which each model uses fully, a sweep would take a third longer.

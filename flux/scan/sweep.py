@@ -21,7 +21,7 @@ from tqdm import tqdm
 from flux.errors import InputError
 from flux.images.io import read_image, save_image
 from flux.images.sheets import grid
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runs.folder import ResumableFolder
 from flux.runs.record import image_metadata
 from flux.runs.workers import finish_beside, run_tasks_of
@@ -93,7 +93,7 @@ class Sweep:
 
     def run(
         self,
-        pipe: Pipeline | None = None,
+        pipe: LoadedModel | None = None,
         on_row: Callable[[int], bool] | None = None,
         on_task: Callable[[SkipTask], None] | None = None,
         progress: bool = True,
@@ -171,7 +171,9 @@ class Sweep:
                 return True
         return False
 
-    def _written(self, pending: Sequence[SkipTask], pipe: Pipeline | None) -> Generator[SkipTask, None, None]:
+    def _written(
+        self, pending: Sequence[SkipTask], pipe: LoadedModel | None
+    ) -> Generator[SkipTask, None, None]:
         """Yields each of these tasks once its images are written."""
         settings = self.settings
         results = run_tasks_of(settings, LayerSkipper, (pipe, self._opened), pending)
@@ -189,7 +191,7 @@ class Sweep:
 
 def sweep(
     settings: ResolvedSkip,
-    pipe: Pipeline | None = None,
+    pipe: LoadedModel | None = None,
     on_row: Callable[[int], bool] | None = None,
     progress: bool = True,
 ) -> Path:

@@ -14,7 +14,7 @@ from flux.sessions.options import SamplingOptions, ask, help_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from flux.pipeline import Pipeline
+    from flux.loaded_model import LoadedModel
     from flux.settings.demos import SessionSettings
 
 O = TypeVar("O", bound=SamplingOptions)  # noqa: E741
@@ -136,13 +136,13 @@ class LocalSession(PromptSession[O]):
         settings: The model and how it runs, what to start from, and the first options.
     """
 
-    pipe: "Pipeline"
+    pipe: "LoadedModel"
     loaded: "SessionSettings | None"
 
     def __init__(self, name: str, how: CommandOptions, settings: "SessionSettings"):
         super().__init__(name, how)
         self.given = settings
-        self.steered: Pipeline | None = None
+        self.steered: LoadedModel | None = None
         self.warned: set[str] = set()
 
     @property
@@ -173,13 +173,13 @@ class LocalSession(PromptSession[O]):
     def load(self) -> None:
         """Read the image to start from and load the model, in place of an earlier one."""
         from flux.images.io import read_image
-        from flux.pipeline import Pipeline
+        from flux.loaded_model import LoadedModel
 
         start = self.given.init_image
         self.image = read_image(start) if start else None
         vars(self).pop("pipe", None)  # two models may not fit into memory
         self.loaded = None
-        self.pipe, self.loaded = Pipeline.load(self.settings), self.settings
+        self.pipe, self.loaded = LoadedModel.load(self.settings), self.settings
 
     def draw(self, prompt: str, seed: int) -> "Image":
         """Return one image with the options in use."""

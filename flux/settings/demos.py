@@ -181,7 +181,7 @@ class ModelSettings(Settings, frozen=True):
         return self.guidance
 
     def sampling(self) -> dict[str, Any]:
-        """Return the fields that `flux.pipeline.Pipeline.generate` takes, by the names of its arguments."""
+        """Return the fields that `LoadedModel.generate` takes, by the names of its arguments."""
         names = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt", "watermark")
         return {name: getattr(self, name) for name in names}
 

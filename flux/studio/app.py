@@ -15,7 +15,7 @@ from PIL import Image
 
 from flux.content_filters import DEFAULT, ContentFilter
 from flux.errors import InputError
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runtime.devices import pick_device, return_freed_memory
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
@@ -62,30 +62,23 @@ def open_studio(
         others: Further models, see `flux.studio.models`. Each is loaded when a run needs it.
 
     Raises:
-        InputError: As `Pipeline.load` and `ContentFilter.load`.
+        InputError: As `LoadedModel.load` and `ContentFilter.load`.
     """
     first, *rest = (resolve(each) for each in (settings, *others))
-    memory, folder = Memory(), Path(folder).resolve()
-
-    def load() -> list[Engine]:
-        filters = _filters([first, *rest], content_filter)
-        engine = Engine(first, Pipeline.load(first), filters[first.model], memory)
-        return [engine, *(Engine(each, None, filters[each.model], memory) for each in rest)]
-
-    engine, *engines = _in_a_thread(load)
-    limits = Limits.of(get_spec(first.model))
+    filters, model = _in_a_thread(lambda: (_filters([first, *rest], content_filter), LoadedModel.load(first)))
+    memory, folder, limits = Memory(), Path(folder).resolve(), Limits.of(get_spec(first.model))
     studio = Studio(
-        engine,
-        limits,
-        Sessions(folder / "visits"),
-        folder,
-        track_usage,
-        publish_scans,
-        Line(limits.waiting, limits.waiting_each),
+        engine=Engine(first, model, filters[first.model], memory),
+        limits=limits,
+        sessions=Sessions(folder / "visits"),
+        folder=folder,
+        track_usage=track_usage,
+        publish_scans=publish_scans,
+        line=Line(limits.waiting, limits.waiting_each),
         disk=Disk(limits.disk_bytes),
     )
-    for other in engines:
-        studio.add(other)
+    for other in rest:
+        studio.add(Engine(other, None, filters[other.model], memory))
     return studio
 
 

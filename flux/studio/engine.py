@@ -4,6 +4,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,9 +19,9 @@ from flux.content_filters import ContentFilter
 from flux.editing.reference import Reference
 from flux.errors import InputError, InputWarning, Stopped
 from flux.images.io import read_image
+from flux.loaded_model import LoadedModel
 from flux.metrics.base import Metric
 from flux.modules.conditioner import TextReader
-from flux.pipeline import Pipeline
 from flux.runtime.devices import pick_device, pick_dtype
 from flux.sampling import Step, pack, unpack
 from flux.settings.resolved import ResolvedModel
@@ -169,7 +170,7 @@ class Engine:
     def __init__(
         self,
         settings: ResolvedModel,
-        pipe: Pipeline | None = None,
+        pipe: LoadedModel | None = None,
         unsafe: ContentFilter | None = None,
         memory: Memory | None = None,
     ):
@@ -190,14 +191,14 @@ class Engine:
             self.memory.add(self)
 
     @property
-    def pipe(self) -> Pipeline:
+    def pipe(self) -> LoadedModel:
         """The loaded model. Only a run may rely on it."""
         if self._pipe is None:
             raise RuntimeError(f"{self.settings.model} is not loaded")
         return self._pipe
 
     @pipe.setter
-    def pipe(self, pipe: Pipeline) -> None:
+    def pipe(self, pipe: LoadedModel) -> None:
         self._pipe = pipe
 
     @property
@@ -238,7 +239,7 @@ class Engine:
 
     def load(self, opened: OpenModel) -> None:
         """Loads the model from its opened files. Called by `Memory.load`."""
-        self._pipe = Pipeline.load(self.settings, opened=opened)
+        self._pipe = LoadedModel.load(self.settings, opened=opened)
 
     def free(self) -> None:
         """Removes the model from memory, with all that belongs to it."""
@@ -256,23 +257,14 @@ class Engine:
         Returns:
             What the work returns, or None if it was cancelled.
         """
-        updates: SimpleQueue[Update[R] | None] = SimpleQueue()
-        outcome: dict[str, Any] = {}
+        updates: SimpleQueue[Update[R] | None] = SimpleQueue()  # None after the last one
+        done: Future[T | None] = Future()
 
         def in_thread() -> None:
             try:
-                with self.memory.lock, warnings.catch_warnings():
-                    # They quote what the visitor typed. The page tells the visitor, nobody else.
-                    warnings.simplefilter("ignore", InputWarning)
-                    progress = Progress[R](self.preview, stop, updates.put)
-                    if not self.is_loaded:
-                        progress.begin(f"loading {self.settings.model}", 0)
-                    self.memory.use(self)
-                    outcome["result"] = work(progress)
-            except Stopped:
-                pass
+                done.set_result(self._do(work, Progress(self.preview, stop, updates.put)))
             except BaseException as error:
-                outcome["error"] = error
+                done.set_exception(error)
             updates.put(None)
 
         thread = threading.Thread(target=in_thread, daemon=True)
@@ -286,9 +278,20 @@ class Engine:
             raise
         finally:
             thread.join()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome.get("result")
+        return done.result()
+
+    def _do(self, work: Callable[[Progress[R]], T], progress: Progress[R]) -> T | None:
+        """Does the work once the model is free and loaded. Returns None if it is cancelled."""
+        with self.memory.lock, warnings.catch_warnings():
+            # They quote what the visitor typed. The page tells the visitor, nobody else.
+            warnings.simplefilter("ignore", InputWarning)
+            try:
+                if not self.is_loaded:
+                    progress.begin(f"loading {self.settings.model}", 0)
+                self.memory.use(self)
+                return work(progress)
+            except Stopped:
+                return None
 
     def preview(self, step: Step, width: int, height: int) -> Image.Image | None:
         """Decodes the first row's predicted clean image, with sides of at most 8 * PREVIEW_SIDE pixels.

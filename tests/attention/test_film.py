@@ -69,7 +69,7 @@ def file(tmp_path):
 
 
 def test_demo_writes_both_sheets(monkeypatch, nano, file, tmp_path):
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda *_: nano)
+    monkeypatch.setattr("flux.loaded_model.LoadedModel.load", lambda *_: nano)
     demo(monkeypatch, file)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"layers.png", "words.png", "steps.png", "steps.gif", "run.json"} <= names
@@ -80,7 +80,7 @@ def test_demo_writes_both_sheets(monkeypatch, nano, file, tmp_path):
 
 
 def test_demo_tells_a_wrong_word_before_loading(monkeypatch, file, capsys):
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr("flux.loaded_model.LoadedModel.load", lambda *_: pytest.fail("loaded a model"))
     with pytest.raises(SystemExit) as end:
         demo(monkeypatch, file, words=["cat"])
     assert end.value.code == 2

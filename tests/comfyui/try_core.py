@@ -19,7 +19,7 @@ from einops import rearrange
 from PIL import Image
 
 from flux.intervention import Intervention
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import euler_step
 from flux.settings.demos import ModelSettings
 
@@ -64,7 +64,7 @@ class Missing(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class Clip:
     """flux-nano's text encoders under the names of ComfyUI's."""
 
-    def __init__(self, pipe: Pipeline):
+    def __init__(self, pipe: LoadedModel):
         self.pipe = pipe
 
     def tokenize(self, text: str) -> dict:
@@ -78,7 +78,7 @@ class Clip:
 class Vae:
     """flux-nano's autoencoder under the name of ComfyUI's."""
 
-    def __init__(self, pipe: Pipeline, model):
+    def __init__(self, pipe: LoadedModel, model):
         self.pipe, self.model = pipe, model
 
     def images(self, samples: torch.Tensor) -> list[Image.Image]:
@@ -94,7 +94,7 @@ class Vae:
         return torch.stack(pixels).reshape(-1, SIZE, SIZE, 3).float() / 255
 
 
-def build(pipe: Pipeline):
+def build(pipe: LoadedModel):
     """ComfyUI's model patcher around ComfyUI's FLUX with flux-nano's weights, in float32."""
     import comfy.model_base
     import comfy.model_patcher
@@ -129,7 +129,7 @@ def build(pipe: Pipeline):
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
 
-def by_this_package(pipe: Pipeline, noise: torch.Tensor, layers) -> torch.Tensor:
+def by_this_package(pipe: LoadedModel, noise: torch.Tensor, layers) -> torch.Tensor:
     """The reference and its edits by this package's steps: latent rows."""
     levels, ids = pipe.schedule(STEPS, SIZE, SIZE), pipe.image_ids(1, SIZE, SIZE)
     reference = rearrange(noise[:1], "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--scan", action="store_true", help="run the Layer Scan node too")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    pipe = Pipeline.load(ModelSettings(model="flux-nano", dtype="float32", device="cpu"))
+    pipe = LoadedModel.load(ModelSettings(model="flux-nano", dtype="float32", device="cpu"))
 
     sys.path[:0] = [str(arguments.comfyui), str(Path(__file__).parents[2])]
     sys.argv = ["try_core.py", "--cpu"]

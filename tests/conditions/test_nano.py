@@ -13,7 +13,7 @@ from helpers import tiny_models
 
 from flux.conditions.fill import paste_unmasked
 from flux.conditions.kontext import kontext_condition
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.demos import ModelSettings
 from training.benchmark import draw
 from training.evaluate_conditions import (
@@ -57,7 +57,7 @@ def instructed(numbers: Sequence[int]) -> list[tuple[Example, np.ndarray]]:
     return made
 
 
-def context(pipe: Pipeline, example: Example):
+def context(pipe: LoadedModel, example: Example):
     return kontext_condition(pipe.encode_pixels, example.image, SIDE)
 
 

@@ -15,7 +15,7 @@ from flux.editing.automask import (
     word_attention,
     words_only_in,
 )
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 
@@ -65,7 +65,7 @@ def test_a_few_large_values_are_no_measure():
 
 def test_the_subject_is_where_a_shared_word_is_looked_at():
     """A square of six tokens attends to "dog", all else to everything alike: articles count for nothing."""
-    t5, prompt = Pipeline.load(resolve(ModelSettings(device="cpu"))).t5, "a dog on the grass"
+    t5, prompt = LoadedModel.load(resolve(ModelSettings(device="cpu"))).t5, "a dog on the grass"
     tokens = text_tokens(t5, prompt)
     num_txt = len(tokens.padding)
     q, k = torch.zeros(2, 1, 1, num_txt + SIDE**2, 4)

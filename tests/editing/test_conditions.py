@@ -8,7 +8,7 @@ import torch
 from helpers.conditions import CONTEXT
 from helpers.editing import DOG, EDITS, STEPS, TOKENS, difference, half_mask, make
 
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import ContextReuse
 
 WAYS = {
@@ -85,7 +85,7 @@ def test_nothing_of_the_context_is_kept_while_images_are_decoded(reusing, monkey
 
     def decode(*given):
         alive.append(sum(x() is not None for x in stored))
-        return Pipeline.decode(reusing, *given)
+        return LoadedModel.decode(reusing, *given)
 
     monkeypatch.setattr(ContextReuse, "store", noted)
     monkeypatch.setattr(reusing, "decode", decode)

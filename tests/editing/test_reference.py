@@ -96,10 +96,10 @@ def test_where_a_reference_is_kept(small):
 @pytest.mark.parametrize("true_cfg", [1.0, 2.5])
 def test_main_memory_gives_back_the_same(nano, monkeypatch, true_cfg):
     """Pinned, and fetched a step ahead beside the work."""
-    from flux.pipeline import Pipeline
+    from flux.loaded_model import LoadedModel
 
     wanted = settings(edits=EDITS[:2], device="cuda", true_cfg=true_cfg)
-    pipe, results = Pipeline.load(wanted), []
+    pipe, results = LoadedModel.load(wanted), []
     for fits in (True, False):
         monkeypatch.setattr(reference, "fits_on_device", lambda *_, fits=fits: fits)
         kept = keep_reference(pipe, wanted, LAYERS, progress=False)

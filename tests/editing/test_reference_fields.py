@@ -18,7 +18,7 @@ LOADING = {
 }  # fmt: skip
 """What a model is loaded with: the pipe is another one then."""
 STEERS = {*STEERING, *(name for names in STEERING.values() for name in names)} - {"mask"}
-"""What steers a model: `Pipeline.steered` makes another pipe of it."""
+"""What steers a model: `LoadedModel.steered` makes another pipe of it."""
 OTHER = {
     "prompt": "a cat", "photo": "other.png", "seed": 9, "width": 80, "height": 80, "num_steps": 4,
     "guidance": 2.0, "true_cfg": 3.0, "negative_prompt": "an owl", "cfg_from": 0.5, "mimic_scale": 1.5,
@@ -68,7 +68,7 @@ def fingerprint(reference: Reference) -> list[bytes]:
 @pytest.mark.parametrize("name", BASES)
 def test_every_field_in_turn(small, photo, name, monkeypatch):
     # These images are too small to hold the real one.
-    monkeypatch.setattr("flux.pipeline.embed_watermark", lambda images: -images)
+    monkeypatch.setattr("flux.loaded_model.embed_watermark", lambda images: -images)
     photos = {"photo.png": photo, "other.png": photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), None: None}
     base = {"negative_prompt": "a dog", **BASES[name]}
     has_photo = "photo" in base

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from flux.loaded_model import LoadedModel
 from flux.model import Flux
-from flux.pipeline import Pipeline
 from flux.specs import ModelSpec, configs
 from helpers.tiny_models import randomized
 
@@ -113,7 +113,7 @@ def make_steered_folder(monkeypatch, folder: Path) -> Path:
     return folder
 
 
-def steered_pipe(nano: Pipeline, name: str) -> Pipeline:
+def steered_pipe(nano: LoadedModel, name: str) -> LoadedModel:
     """Return a pipeline of one of the `SPECS`, with the networks of flux-nano but for the transformer."""
     spec = SPECS[name]
     return replace(nano, spec=spec, model=randomized(Flux(spec.params), 0))

@@ -5,7 +5,7 @@ from PIL import Image
 
 from flux.editing.edit import Edits, edit
 from flux.editing.photo import Photograph
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.complete import resolve
 from flux.settings.edits import EditSettings
 from flux.settings.files import check_settings
@@ -26,7 +26,7 @@ def settings(**changes) -> ResolvedEdit:
     return resolve(check_settings(EditSettings, given | changes))
 
 
-def make(pipe: Pipeline, photo=None, layers=LAYERS, mask=None, on_step=None, **changes) -> Edits:
+def make(pipe: LoadedModel, photo=None, layers=LAYERS, mask=None, on_step=None, **changes) -> Edits:
     return edit(pipe, settings(**changes), layers, photo, mask, on_step, progress=False)
 
 
@@ -45,6 +45,6 @@ def half_mask(size=(WIDTH, HEIGHT)) -> Image.Image:
     return mask
 
 
-def through(pipe: Pipeline, photo: Image.Image) -> Image.Image:
+def through(pipe: LoadedModel, photo: Image.Image) -> Image.Image:
     """Encodes and decodes a photograph's part."""
     return pipe.decode(pipe.encode(Photograph.of(photo, WIDTH, HEIGHT).part), WIDTH, HEIGHT)[0]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import configs
@@ -18,4 +18,4 @@ def make_steered_studio(name: str, folder: Path, **fields) -> Studio:
     weights = str(save_steered(name, folder))
     settings = resolve(ModelSettings(model=name, device="cpu", dtype="float32", weights=weights, **fields))
     limits = Limits.of(configs[name])
-    return Studio(Engine(settings, Pipeline.load(settings)), limits, Sessions(folder / "visits"), folder)
+    return Studio(Engine(settings, LoadedModel.load(settings)), limits, Sessions(folder / "visits"), folder)

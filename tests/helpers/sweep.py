@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from flux.images.io import read_image
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.scan.sweep import sweep
 from flux.settings.complete import resolve
 from flux.settings.demos import SkipSettings
@@ -35,7 +35,7 @@ def skip_settings(folder: Path, **changes: Any) -> ResolvedSkip:
     return resolve(SkipSettings(**{**SETTINGS, "output_dir": str(folder), **changes}))
 
 
-def run_sweep(pipe: Pipeline | None, folder: Path, **changes: Any) -> Path:
+def run_sweep(pipe: LoadedModel | None, folder: Path, **changes: Any) -> Path:
     """Runs the small sweep and returns its folder."""
     return sweep(skip_settings(folder, **changes), pipe, progress=False)
 

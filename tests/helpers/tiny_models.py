@@ -344,11 +344,11 @@ def diffusers_autoencoder(ae: AutoEncoder):
 
 
 def load_nano(name: str = "flux-nano"):
-    from flux.pipeline import Pipeline
+    from flux.loaded_model import LoadedModel
     from flux.settings.complete import resolve
     from flux.settings.demos import ModelSettings
 
-    return Pipeline.load(resolve(ModelSettings(model=name, device="cpu", dtype="float32")))
+    return LoadedModel.load(resolve(ModelSettings(model=name, device="cpu", dtype="float32")))
 
 
 def load_nano_in_diffusers(name: str = "flux-nano"):

@@ -7,8 +7,8 @@ from helpers.lora_files import MODULES, added, file_of, pairs
 
 from flux.errors import InputError
 from flux.inputs import Inputs
+from flux.loaded_model import LoadedModel
 from flux.lora.live import LiveModel, load_live
-from flux.pipeline import Pipeline
 from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER
 from flux.weights.checkpoint import open_checkpoint
@@ -118,7 +118,7 @@ def test_quantised_and_offloaded():
         offload="blocks",
     )
     pipe, live = load_live(settings)
-    plain = Pipeline.load(settings.model_copy(update={"lora": ()}))
+    plain = LoadedModel.load(settings.model_copy(update={"lora": ()}))
     given = Inputs(**tiny_models.inputs(1, params=pipe.spec.params))
 
     def velocity(pipe):

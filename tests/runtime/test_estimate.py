@@ -8,7 +8,7 @@ import torch
 from helpers import full_size, lora_files, tiny_models, weight_files
 from torch import nn
 
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runtime.estimate import MemoryEstimator, live_bytes
 from flux.runtime.plan import GIB, Plan
 from flux.scan.skipper import LayerSkipper, SkipTask
@@ -26,14 +26,14 @@ def dev() -> MemoryEstimator:
     return full_size.estimator()
 
 
-def counted_and_loaded(**fields) -> tuple[MemoryEstimator, Pipeline]:
+def counted_and_loaded(**fields) -> tuple[MemoryEstimator, LoadedModel]:
     settings = resolve(ModelSettings(device="cpu", dtype="float32", **fields))
     model = find_model(settings)
     dtype = torch.float32
     estimate = MemoryEstimator(
         settings, model.spec, model.sources(), dtype, dtype, False, model.ranks_beside()
     )
-    return estimate, Pipeline.load(settings)
+    return estimate, LoadedModel.load(settings)
 
 
 def bytes_of(model: nn.Module) -> int:

@@ -8,9 +8,9 @@ import torch
 from helpers import tiny_models, weight_files
 from helpers.lora_files import file_of, pairs
 
+from flux.loaded_model import LoadedModel
 from flux.model import Flux, Inputs
 from flux.modules.layers import Block
-from flux.pipeline import Pipeline
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER, configs
@@ -68,7 +68,9 @@ def files(tmp_path_factory):
     return {**own, "shards": folder / "shards", **loras}
 
 
-def load(files, model, form="own", quantize="none", compiled=False, offload="none", lora="none") -> Pipeline:
+def load(
+    files, model, form="own", quantize="none", compiled=False, offload="none", lora="none"
+) -> LoadedModel:
     settings = ModelSettings(
         model=model,
         weights=None if files[form] is None else str(files[form]),
@@ -79,10 +81,10 @@ def load(files, model, form="own", quantize="none", compiled=False, offload="non
         offload=offload,
         lora=() if lora == "none" else ({"file": str(files[lora])},),
     )
-    return Pipeline.load(resolve(settings))
+    return LoadedModel.load(resolve(settings))
 
 
-def velocity(pipe: Pipeline) -> torch.Tensor:
+def velocity(pipe: LoadedModel) -> torch.Tensor:
     given = tiny_models.inputs(2, params=configs["flux-nano"].params)
     with pipe.denoising() as model:
         return model.observe(Inputs(**given))[0]

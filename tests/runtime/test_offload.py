@@ -8,8 +8,8 @@ from PIL import Image
 from flux.editing.edit import edit
 from flux.inputs import Condition
 from flux.intervention import Intervention
+from flux.loaded_model import LoadedModel
 from flux.model import Inputs
-from flux.pipeline import Pipeline
 from flux.runtime.offload import BlockStreamer, Offloaded, StreamedBlock, evenly_spaced
 from flux.sampling import Conditioning, sample
 from flux.settings.complete import resolve
@@ -183,7 +183,7 @@ def test_a_photo_is_edited_as_without_offloading(nano, offload):
     )  # fmt: skip
     photo = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
     images = []
-    for pipe in (nano, Pipeline.load(resolve(settings))):
+    for pipe in (nano, LoadedModel.load(resolve(settings))):
         edits = edit(pipe, resolve(settings), settings.vital_layers, photo=photo, progress=False)
         images.append([image.tobytes() for image in (edits.reference, *edits.edits)])
     assert images[0] == images[1]

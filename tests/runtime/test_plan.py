@@ -10,8 +10,8 @@ from helpers import full_size
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux.errors import InputError, InputWarning
+from flux.loaded_model import LoadedModel
 from flux.model import Flux
-from flux.pipeline import Pipeline
 from flux.runtime import plan
 from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import (
@@ -162,7 +162,7 @@ def test_the_peak_is_as_planned(offload, quantize):
 
 @pytest.mark.gpu
 def test_auto_plans_for_the_present_gpu(capsys):
-    pipe = Pipeline.load(resolve(ModelSettings(device="auto", offload="auto")))
+    pipe = LoadedModel.load(resolve(ModelSettings(device="auto", offload="auto")))
     assert pipe.device.type == "cuda"
     assert not pipe.offloaded
     assert re.match(
@@ -194,9 +194,9 @@ def test_sizes_that_no_plan_fits(monkeypatch, fields, gpus, fits):
 
 def test_sizes_are_checked_before_files_are_looked_for(monkeypatch):
     monkeypatch.setattr(plan, "total_memory", lambda device: 2**20)
-    monkeypatch.setattr("flux.pipeline.find_model", lambda *_: pytest.fail("looked for files"))
+    monkeypatch.setattr("flux.loaded_model.find_model", lambda *_: pytest.fail("looked for files"))
     with pytest.raises(InputError, match="256x256"):
-        Pipeline.load(resolve(ModelSettings(device="cpu")))
+        LoadedModel.load(resolve(ModelSettings(device="cpu")))
 
 
 # ---- the time of a step on a CPU

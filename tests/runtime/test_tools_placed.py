@@ -9,7 +9,7 @@ from helpers import tiny_models, weight_files
 from helpers.lora_files import file_of, pairs
 
 from flux.inputs import Inputs
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.runtime.estimate import MemoryEstimator
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
@@ -40,17 +40,17 @@ def small(monkeypatch):
         monkeypatch.setitem(configs, name, replace(spec, params=params, base_params=base, **sizes))
 
 
-def load(model: str, **fields) -> Pipeline:
-    return Pipeline.load(resolve(ModelSettings(model=model, device="cpu", dtype="float32", **fields)))
+def load(model: str, **fields) -> LoadedModel:
+    return LoadedModel.load(resolve(ModelSettings(model=model, device="cpu", dtype="float32", **fields)))
 
 
-def velocity(pipe: Pipeline) -> torch.Tensor:
+def velocity(pipe: LoadedModel) -> torch.Tensor:
     given = tiny_models.inputs(1, params=pipe.model.params)
     with pipe.denoising() as model:
         return model.observe(Inputs(**given))[0]
 
 
-def check_bytes(pipe: Pipeline, model: str, **fields) -> None:
+def check_bytes(pipe: LoadedModel, model: str, **fields) -> None:
     """The bytes of the transformer that are planned are those that it has."""
     settings = resolve(ModelSettings(model=model, device="cpu", dtype="float32", **fields))
     opened, dtype = find_model(settings), torch.float32

@@ -51,7 +51,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch, nano):
     """No test loads it once more."""
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda settings, opened=None: nano)
+    monkeypatch.setattr("flux.loaded_model.LoadedModel.load", lambda settings, opened=None: nano)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.intervention import Intervention
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.sampling import sample
 from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.scan.sweep import sweep
@@ -157,7 +157,7 @@ def test_what_stops_the_thread_stops_the_sweep(nano, swept, tmp_path, monkeypatc
 @pytest.mark.gpu
 def test_decoding_on_a_stream_of_its_own_changes_no_bit(tmp_path, monkeypatch):
     given = skip_settings(tmp_path / "beside", device="cuda", layers=list(range(12)), batch_size=2)
-    pipe = Pipeline.load(given)
+    pipe = LoadedModel.load(given)
     assert LayerSkipper(given, pipe).decodes_beside
     folder = sweep(given, pipe, progress=False)
     monkeypatch.setattr("flux.scan.skipper.decodes_beside", lambda pipe: False)

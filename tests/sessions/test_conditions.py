@@ -24,7 +24,7 @@ from PIL import Image
 from flux import cli, cli_control, cli_fill, cli_kontext, cli_redux
 from flux.errors import InputError
 from flux.images.io import read_metadata
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.conditions import ConditionSettings
 from flux.specs import configs
 
@@ -44,7 +44,7 @@ def loaded(monkeypatch, nano):
         asked.append(settings)
         return steered_pipe(nano, settings.model)
 
-    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.setattr(LoadedModel, "load", load)
     return asked
 
 
@@ -189,7 +189,7 @@ def test_an_earlier_model_is_let_go_before_the_next_is_loaded(monkeypatch, folde
         models.append(weakref.ref(pipe.model))
         return pipe
 
-    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.setattr(LoadedModel, "load", load)
     typed(monkeypatch, "/l 0.5", "a cat", "a pig")
     cli_control.main("tiny-canny", prompt="a dog", img_cond_path="a.png", loop=True)
     assert [each["prompt"] for each in metadata(folder)] == ["a dog", "a pig"]

@@ -20,7 +20,7 @@ from flux.studio.app import open_studio
 def test_the_filter_is_for_flux_1_by_default(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(ContentFilter, "load", lambda name, device: asked.append(name))
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", lambda settings: None)
+    monkeypatch.setattr("flux.loaded_model.LoadedModel.load", lambda settings: None)
     for model, choice in (
         ("flux-nano", "auto"),
         ("flux-schnell", "auto"),
@@ -35,7 +35,7 @@ def test_the_model_is_loaded_in_a_thread_that_ends(monkeypatch, tmp_path):
     """One that stayed would slow down everything that computes after it."""
     threads = []
     monkeypatch.setattr(
-        "flux.pipeline.Pipeline.load", lambda settings: threads.append(threading.current_thread())
+        "flux.loaded_model.LoadedModel.load", lambda settings: threads.append(threading.current_thread())
     )
     open_studio(ModelSettings(device="cpu"), tmp_path)
     threads[0].join(10)
@@ -47,7 +47,7 @@ def test_errors_of_loading_are_raised(monkeypatch, tmp_path):
     def refuse(settings):
         raise InputError("no such weights")
 
-    monkeypatch.setattr("flux.pipeline.Pipeline.load", refuse)
+    monkeypatch.setattr("flux.loaded_model.LoadedModel.load", refuse)
     with pytest.raises(InputError, match="no such weights"):
         open_studio(ModelSettings(device="cpu"), tmp_path)
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.studio import SMALL, finish, make_studio
 
 from flux.errors import InputError
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.studio import memory
@@ -24,7 +24,7 @@ def loads(monkeypatch, nano):
         loads.append(settings.model)
         return nano
 
-    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.setattr(LoadedModel, "load", load)
     return loads
 
 
@@ -76,7 +76,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_at_work(studio, loads, 
         draw(other)
     assert studio.engine.is_loaded  # the file was missed before anything was freed
     other.engine.settings = sound
-    monkeypatch.setattr(Pipeline, "load", lambda settings, opened: 1 / 0)
+    monkeypatch.setattr(LoadedModel, "load", lambda settings, opened: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw(other)
     assert not other.engine.is_loaded

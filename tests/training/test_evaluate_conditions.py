@@ -10,7 +10,7 @@ from helpers.evaluation import SIDE
 from PIL import Image
 
 import training.evaluate_conditions as program
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.demos import ModelSettings
 from flux.specs import configs
 from training.evaluate_conditions import (
@@ -105,7 +105,7 @@ def test_the_table_has_means_and_kinds(cannies):
 def test_the_command(nano, tmp_path, monkeypatch, capsys, kind):
     """It writes a row for the scenes, one for flux-nano, and one for each scale of true CFG."""
     pipes = {"flux-nano": nano, f"tiny-{kind}": steered_pipe(nano, f"tiny-{kind}")}
-    monkeypatch.setattr(Pipeline, "load", lambda settings: pipes[settings.model])
+    monkeypatch.setattr(LoadedModel, "load", lambda settings: pipes[settings.model])
     monkeypatch.setattr(program, "SIDE", SIDE)
     options = ["--count", "2", "--num_steps", "1", "--true_cfg", "1", "2", "--device", "cpu"]
     argv = ["x", kind, "--model", f"tiny-{kind}", "--folder", str(tmp_path), *options]

@@ -9,7 +9,7 @@ from PIL import Image
 
 import training.scan_scenes as program
 from flux.errors import InputError
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.specs import configs
 from flux.vital_layers import find_vital_layers
 
@@ -20,7 +20,7 @@ KINDS = ["tiny-kontext", "tiny-fill", "tiny-canny", "tiny"]
 def model(request, nano, monkeypatch) -> str:
     monkeypatch.setitem(configs, request.param, SPECS[request.param])
     pipe = steered_pipe(nano, request.param)
-    monkeypatch.setattr(Pipeline, "load", lambda settings: pipe)
+    monkeypatch.setattr(LoadedModel, "load", lambda settings: pipe)
     monkeypatch.setattr(program, "SIDE", SIDE)
     return request.param
 

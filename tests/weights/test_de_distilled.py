@@ -12,7 +12,7 @@ from helpers import weight_files
 
 from flux.errors import InputError, InputWarning
 from flux.images.io import read_metadata
-from flux.pipeline import Pipeline, generate_all
+from flux.loaded_model import LoadedModel, generate_all
 from flux.runtime.estimate import MemoryEstimator
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, ModelSettings
@@ -98,7 +98,7 @@ def test_each_step_is_two_passes(twin):
     settings = resolve(
         GenerateSettings(prompts=["a dog"], model=NAME, width=64, height=64, num_steps=2, device="cpu")
     )
-    pipe = Pipeline.load(settings)
+    pipe = LoadedModel.load(settings)
     rows = []
     with pipe.listening(rows.append):
         list(generate_all(pipe, settings))

@@ -8,7 +8,7 @@ from helpers import tiny_models, weight_files
 from safetensors.torch import load_file, save_file
 
 from flux.errors import InputError
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.specs import NANO_FOLDER, configs
@@ -110,8 +110,8 @@ def test_all_in_one(tmp_path):
     files = find_model(settings).files
     assert (files.flow, files.ae, files.t5, files.clip) == (path,) * 4
     assert files.text == NANO_FOLDER
-    pipe = Pipeline.load(resolve(settings))
-    plain = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="float32")))
+    pipe = LoadedModel.load(resolve(settings))
+    plain = LoadedModel.load(resolve(ModelSettings(device="cpu", dtype="float32")))
     for model in ("t5", "clip"):
         assert torch.equal(getattr(pipe, model)(TEXTS), getattr(plain, model)(TEXTS))
     for model, file in ((pipe.model, spec.repo_flow), (pipe.ae, spec.repo_ae)):

@@ -11,7 +11,7 @@ from helpers.evaluation import settings_of, write_squares
 
 from flux.errors import InputError
 from flux.evaluate.run import evaluate
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.scan.run import scan
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings, ScanSettings
@@ -64,13 +64,13 @@ def test_a_start_reads_each_header_once(settings, reads):
     """As demo 4 starts: the fingerprint tells a remembered scan, then the pipeline is loaded."""
     opened = local_model(settings)
     assert len(opened.fingerprint()) == 32
-    Pipeline.load(settings, opened=opened)
+    LoadedModel.load(settings, opened=opened)
     expected = {"flow.safetensors": 1, "ae.safetensors": 1, "lora.safetensors": 1, "model.safetensors": 2}
     assert reads == expected, "the two text encoders have files of the same name"
 
 
 def test_a_pipeline_alone_reads_each_header_once(settings, reads):
-    Pipeline.load(settings)
+    LoadedModel.load(settings)
     assert set(reads.values()) == {1, 2}
     assert reads.total() == 5
 

@@ -8,7 +8,7 @@ from flux.conditions.images import ConditionImages, read_conditions
 from flux.images.given import Images
 from flux.images.io import crop_to_fit
 from flux.images.sizes import TOKEN
-from flux.pipeline import Pipeline
+from flux.loaded_model import LoadedModel
 from flux.settings.resolved import ResolvedGenerate, ResolvedModel, SteeredSettings
 from flux.studio.engine import Engine, MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
@@ -53,7 +53,7 @@ def make_images(
         progress.emit(MadeImage(f"{number:03d}", engine.check(made), entry.prompt, entry.seed))
 
 
-def steered(engine: Engine, settings: SteeredSettings, conditions: ConditionImages | None) -> Pipeline:
+def steered(engine: Engine, settings: SteeredSettings, conditions: ConditionImages | None) -> LoadedModel:
     """Returns the engine's model, steered by images if there are any.
 
     Raises:

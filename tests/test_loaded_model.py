@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flux import sampling
 from flux.errors import InputError
-from flux.pipeline import Pipeline, batch_name, count_evaluations
+from flux.loaded_model import LoadedModel, batch_name, count_evaluations
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -238,6 +238,12 @@ def test_no_second_pass_at_guidance_1(nano):
 # ---- loading
 
 
+def test_the_former_name():
+    from flux import pipeline
+
+    assert pipeline.Pipeline is LoadedModel
+
+
 def test_a_published_model_by_its_files(monkeypatch, tmp_path):
     """Transformer, autoencoder and text encoders by path; distilled guidance and schnell's lack of it both
     work.
@@ -263,7 +269,7 @@ def test_a_published_model_by_its_files(monkeypatch, tmp_path):
             num_steps=2,
         )
         settings = resolve(settings)
-        pipe = Pipeline.load(settings)
+        pipe = LoadedModel.load(settings)
         low, high = (
             pipe.generate([DOG], [1], width=64, height=48, num_steps=2, guidance=g, progress=False)[0]
             for g in (1.0, 8.0)
@@ -274,7 +280,7 @@ def test_a_published_model_by_its_files(monkeypatch, tmp_path):
 
 
 def test_a_name_is_enough():
-    assert repr(Pipeline.load("flux-nano")).startswith("<Pipeline flux-nano, ")
+    assert repr(LoadedModel.load("flux-nano")).startswith("<LoadedModel flux-nano, ")
 
 
 @pytest.fixture
@@ -286,7 +292,7 @@ def no_text_encoders(monkeypatch):
 @pytest.mark.parametrize("field", ["weights", "ae_weights", "text_encoders"])
 def test_wrong_paths_are_told_before_anything_loads(no_text_encoders, field):
     with pytest.raises(InputError, match="/nowhere"):
-        Pipeline.load(resolve(ModelSettings(device="cpu", **{field: "/nowhere"})))
+        LoadedModel.load(resolve(ModelSettings(device="cpu", **{field: "/nowhere"})))
 
 
 @pytest.mark.parametrize("field", ["weights", "ae_weights"])
@@ -294,12 +300,12 @@ def test_weights_of_another_model_are_told_before_anything_loads(no_text_encoder
     """Names and shapes stand in the file's head: no need to read gigabytes of text encoder first."""
     save_file({"img_in.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"is not this model's|expected an autoencoder"):
-        Pipeline.load(resolve(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
+        LoadedModel.load(resolve(ModelSettings(device="cpu", **{field: str(tmp_path / "other.safetensors")})))
 
 
 def test_bfloat16_makes_nearly_the_same_image(nano):
     """Same noise and steps in both; drawn in its own dtype, the noise of a seed would differ."""
-    narrow = Pipeline.load(resolve(ModelSettings(device="cpu", dtype="bfloat16")))
+    narrow = LoadedModel.load(resolve(ModelSettings(device="cpu", dtype="bfloat16")))
     latent = nano.noise([1], 128, 96)
     images = []
     for pipe in (nano, narrow):
@@ -318,7 +324,7 @@ def test_offloading_changes_nothing(nano, offload):
     """On a CPU it moves weights from there to there; the images must not notice, the second one neither."""
     fields = {"device": "cpu", "dtype": "float32", "offload": offload}
     settings = resolve(check_settings(ModelSettings, fields))
-    offloaded = Pipeline.load(settings)
+    offloaded = LoadedModel.load(settings)
     [a] = nano.generate([DOG], [1], **QUICK)
     for _ in range(2):
         [b] = offloaded.generate([DOG], [1], **QUICK)
@@ -331,13 +337,13 @@ def test_offloading_changes_nothing(nano, offload):
 def test_smaller_forms_make_nearly_the_same_image(nano, fields, bound):
     """Largest difference of a pixel. An image no larger than a tile is one tile."""
     settings = resolve(ModelSettings(device="cpu", dtype="float32", **fields))
-    [a], [b] = (pipe.generate([DOG], [1], **QUICK) for pipe in (nano, Pipeline.load(settings)))
+    [a], [b] = (pipe.generate([DOG], [1], **QUICK) for pipe in (nano, LoadedModel.load(settings)))
     assert difference(a, b) <= bound
 
 
 def test_four_bits_come_near(nano):
     settings = resolve(ModelSettings(device="cpu", dtype="float32", quantize="4bit"))
-    pipe = Pipeline.load(settings)
+    pipe = LoadedModel.load(settings)
     assert bytes_of(pipe.model) < bytes_of(nano.model) / 4
     cond, ids, errors = nano.condition([DOG], 3.5), nano.image_ids(1, 128, 96), []
     for seed, t in enumerate((0.9, 0.7, 0.5, 0.3)):
