@@ -156,7 +156,7 @@ class Batch:
             subject_steps = range(steps.stop, step_at(dose.hold_subject_until, source.num_steps))
         guidance = [settings.guidance if entry.guidance is None else entry.guidance for entry in entries]
         prompts = [entry.prompt for entry in entries]
-        painted = [mask[1] for mask in (masks[place] for place in places) if mask]
+        painted = [mask.tokens for mask in (masks[place] for place in places) if mask]
         # A mimicked scale takes the range of all tokens.
         mimics = settings.true_cfg != 1 and settings.mimic_scale is not None
         return cls(

@@ -177,14 +177,14 @@ def check_edits(
             if entry.mask not in images:
                 images[entry.mask] = read_mask(entry.mask)
             image = images[entry.mask]
-        masks.append((image, token_mask(image, sizes, *size)) if image else None)
+        masks.append(Mask(image, token_mask(image, sizes, *size)) if image else None)
     return masks
 
 
 def print_shares(settings: ResolvedEdit, masks: Sequence[Mask | None]) -> None:
     """Prints for each painted mask how much of the image may change, so that a wrong mask is noticed."""
     shares = {
-        entry.mask or "the mask": mask[1].float().mean().item()
+        entry.mask or "the mask": mask.tokens.float().mean().item()
         for entry, mask in zip(settings.entries, masks)
         if mask
     }
@@ -226,7 +226,7 @@ def _decode_edits(
         for row, (place, image) in enumerate(zip(batch.places, source.decode(pipe, batch.latent))):
             painted, mask = masks[place], None
             if painted:
-                mask = painted[0]
+                mask = painted.image
             elif batch.mask is not None:
                 mask = mask_image(batch.mask[row], *source.size)
                 if on_mask and not batch.mask[row].all():

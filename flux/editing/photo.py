@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,17 @@ from flux.images.sizes import TOKEN
 
 WHITE = 128  # of 255: greys of a mask from here on count as white
 
-Mask = tuple[Image.Image, Tensor]
-"""The part of its source that an edit may change: as an image, white there, and as tokens, "1 I 1", bool."""
+
+class Mask(NamedTuple):
+    """The part of its source that an edit may change.
+
+    Attributes:
+        image: the part, painted white.
+        tokens: its tokens, "1 I 1", bool.
+    """
+
+    image: Image.Image
+    tokens: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -205,7 +205,9 @@ class Source:
             keep = Intervention(keep=layers, keep_queries=layers & query_layers)
             return euler_step(*where, keep, context=context)
 
-        steps = self._sampled(take_step) if self.path is None else self._replayed(take_step, layers_at, self.path)
+        steps = (
+            self._sampled(take_step) if self.path is None else self._replayed(take_step, layers_at, self.path)
+        )
         for step in steps:
             yield step
             # The caller still holds this step while the next one is computed: only one may stay in memory.

@@ -148,7 +148,7 @@ class MethodRunner:
         masks: list[Mask | None] = [None] * len(items)
         if settings.mask == "given":
             images = [item.mask(*self.size) for item in items]
-            masks = [(image, token_mask(image, [self.size], *self.size)) for image in images]
+            masks = [Mask(image, token_mask(image, [self.size], *self.size)) for image in images]
         settings = settings.model_copy(
             update={
                 "edits": tuple(self._targets(items)),

@@ -153,7 +153,7 @@ def test_a_mask_of_each_edit(small, tmp_path):
     masked = {"prompt": EDITS[0], "mask": str(tmp_path / "mask.png"), "then": [EDITS[1]]}
     found = check_edits(settings(edits=[masked, EDITS[2]]), LAYERS)
     assert [mask is not None for mask in found] == [True, True, False]
-    assert found[0][1].sum() == TOKENS // 2
+    assert found[0].tokens.sum() == TOKENS // 2
 
 
 @pytest.mark.parametrize("kept", [False, True])

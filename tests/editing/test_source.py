@@ -27,7 +27,7 @@ def test_the_reference_of_a_photograph_ends_at_its_own_latent(small, photo, meth
     source = find_source(small, wanted, photo)
     clean = small.encode(Photograph.of(photo, WIDTH, HEIGHT).part)
     with small.denoising() as model:
-        steps = list(source.steps(model, small.image_ids(1, WIDTH, HEIGHT), lambda _: frozenset(LAYERS)))
+        steps = list(source.steps(model, lambda _: frozenset(LAYERS)))
     assert (steps[-1].next_latent / source.scale - clean).abs().max() < 1e-4
     assert [step.t for step in steps] == source.levels[:-1]
     assert all(torch.equal(step.latent, latent) for step, latent in zip(steps, source.path))
@@ -97,11 +97,13 @@ def test_directedit_takes_its_steps_where_the_inversion_took_them(small, photo, 
 def test_directedit_injects_what_the_inversion_saw(small, photo):
     """The reference's keys and values in a step are those of the inversion's own pass of that step."""
     source = find_source(small, settings(**ONE, inversion="directedit", true_cfg=1.0), photo)
-    ids, layers = small.image_ids(1, WIDTH, HEIGHT), frozenset(LAYERS)
+    layers = frozenset(LAYERS)
     with small.denoising() as model:
-        steps = source.steps(model, ids, lambda _: layers)
+        steps = source.steps(model, lambda _: layers)
         for step, clean in zip(steps, source.path[1:], strict=True):
-            own = euler_step(model, clean, ids, source.cond, step.t, 0.0, Intervention(keep=layers))
+            own = euler_step(
+                model, clean, source.img_ids, source.cond, step.t, 0.0, Intervention(keep=layers)
+            )
             for layer, pair in own.kept.positive.items():
                 assert_close(step.kept.positive[layer], pair, rtol=0, atol=1e-4)
 
