@@ -26,8 +26,8 @@ from flux.settings.complete import whole_tokens
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, configs
 from flux.weights.headers import StoredTensor
-from flux.weights.layouts import TensorSource
 from flux.weights.scales import ScaledTensor
+from flux.weights.sources import TensorSource
 
 GIB = 2**30
 OTHERS = ("diffusers", "triton", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl")

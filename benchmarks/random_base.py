@@ -15,8 +15,8 @@ from flux.modules.autoencoder import AutoEncoder
 from flux.runtime.quantize import BITS, quantize_linears, to_fp8
 from flux.settings.resolved import ResolvedTrain
 from flux.specs import ModelSpec
-from flux.weights.layouts import TensorSource
 from flux.weights.load import on_meta
+from flux.weights.sources import TensorSource
 
 
 class RandomBase:

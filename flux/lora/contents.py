@@ -14,7 +14,8 @@ from flux.errors import InputError
 from flux.model import Flux, FluxParams
 from flux.specs import configs
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.layouts import TITLES, Part, describe_file, holds_part
+from flux.weights.identify import TITLES, describe_checkpoint, holds_part
+from flux.weights.layouts import Part
 from flux.weights.load import on_meta
 from flux.weights.lora import LoraFile, layer_of, match_patches, part_of, read_lora
 from flux.weights.lora_formats import Difference, DoRA, LoHa, LoKr, LowRank, Replacement
@@ -147,7 +148,7 @@ def open_lora(path: str | Path, strength: float = 1.0) -> OpenLora:
     """
     checkpoint = open_checkpoint(Path(path))
     if any(holds_part(checkpoint, part) for part in TITLES):
-        raise InputError(f"Got {path}, which is {describe_file(checkpoint.tensors)}; expected a LoRA")
+        raise InputError(f"Got {path}, which is {describe_checkpoint(checkpoint)}; expected a LoRA")
     file = read_lora(checkpoint, strength)
     if file.parts.isdisjoint({"transformer"}):
         raise InputError(f"Got {path}, a LoRA of text encoders alone, which has no layers of a transformer")

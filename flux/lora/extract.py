@@ -14,9 +14,9 @@ from flux.lora.pairs import Pair, Pairs, check_output, tensors_of
 from flux.model import Flux, FluxParams
 from flux.specs import configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
-from flux.weights.layouts import TensorSource, find_sources
 from flux.weights.load import match_names, on_meta
 from flux.weights.save import safetensors_bytes
+from flux.weights.sources import TensorSource, find_sources
 
 CPU = torch.device("cpu")
 NOISE = 1e-6

@@ -30,8 +30,9 @@ from flux.runtime.tiling import TILE
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec
-from flux.weights.layouts import Part, TensorSource
+from flux.weights.layouts import Part
 from flux.weights.load import on_meta
+from flux.weights.sources import TensorSource
 
 CUBLAS_WORKSPACE = 32 * 2**20  # bytes that cuBLAS allocates for itself
 BLOCK = r"(double_blocks|single_blocks|encoder\.block)\.(\d+)\."

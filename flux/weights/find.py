@@ -10,7 +10,8 @@ from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
-from flux.weights.layouts import Part, holds_part, require_part
+from flux.weights.identify import holds_part, require_part
+from flux.weights.layouts import Part
 from flux.weights.lora import read_lora
 from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel, needs_lora
 from flux.weights.tokenizers import check_tokenizer

@@ -110,7 +110,7 @@ class FileHeader:
         size: Bytes of the whole file.
         span: Where the header's bytes begin and end.
         tensors: The file's tensors by name.
-        metadata: Free text entries; empty for GGUF.
+        metadata: Texts in the header by name; of GGUF only the one that says what the model is.
     """
 
     path: Path
@@ -193,13 +193,14 @@ def _other_format(start: bytes, size: int) -> str:
 def _gguf_header(path: Path, size: int) -> FileHeader:
     try:
         with path.open("rb") as file:
-            end, entries = parse_gguf_header(file, size)
+            header = parse_gguf_header(file, size)
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:  # UnicodeDecodeError too
         raise InputError(f"Got {path}, a GGUF file, but {error}{_unfinished_beside(path)}") from error
-    tensors = {name: StoredTensor(path, *entry, name) for name, entry in entries.items()}
-    return FileHeader(path, size, (0, end), tensors)
+    tensors = {name: StoredTensor(path, *entry, name) for name, entry in header.tensors.items()}
+    said = {"general.architecture": header.architecture} if header.architecture else {}
+    return FileHeader(path, size, (0, header.size), tensors, said)
 
 
 def _safetensors_header(path: Path, size: int, length: int) -> FileHeader:

@@ -13,9 +13,10 @@ from flux.modules.linear import PackedLinear
 from flux.specs import configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import short_name
-from flux.weights.layouts import Part, TensorSource, find_sources
+from flux.weights.layouts import Part
 from flux.weights.numbers import FiniteCheck
 from flux.weights.scales import EIGHT_BIT_FLOATS
+from flux.weights.sources import TensorSource, find_sources
 
 P = TypeVar("P")
 M = TypeVar("M", bound=nn.Module)

@@ -21,10 +21,12 @@ from flux.modules.linear import AnyLinear, LowRankLinear
 from flux.specs import ModelSpec, configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.headers import parse_json
-from flux.weights.layouts import TITLES, Part, TensorSource, find_sources
+from flux.weights.identify import TITLES
+from flux.weights.layouts import Part
 from flux.weights.load import load_into, match_names, on_meta
 from flux.weights.lora import LoraFile, match_patches, read_lora
 from flux.weights.lora_patches import Patch, apply_patches, ranks_beside
+from flux.weights.sources import TensorSource, find_sources
 from flux.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.settings.edits import EditSettings
 from flux.specs import configs
 from flux.weights.headers import StoredTensor
-from flux.weights.layouts import Part, TensorSource
+from flux.weights.layouts import Part
 from flux.weights.load import on_meta
 from flux.weights.scales import ScaledTensor
+from flux.weights.sources import TensorSource
 
 
 def sources_of(module: nn.Module) -> dict[str, TensorSource]:

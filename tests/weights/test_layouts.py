@@ -9,7 +9,6 @@ from helpers import tiny_models, weight_files
 from flux.errors import InputError
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.linear import PackedLinear
-from flux.weights.layouts import describe_file
 from flux.weights.open_model import ModelFiles, OpenModel
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -79,39 +78,6 @@ def check_autoencoder(own: AutoEncoder, path) -> None:
     model = OpenModel(weight_files.spec(), files).load_autoencoder("cpu", torch.float32)
     image = torch.rand(1, 3, 32, 32)
     assert torch.equal(model(image), own(image))
-
-
-OTHERS = {
-    "an SDXL model": [
-        "model.diffusion_model.label_emb.0.0.weight",
-        "model.diffusion_model.input_blocks.0.0.weight",
-    ],
-    "a Stable Diffusion model": ["model.diffusion_model.input_blocks.0.0.weight"],
-    "a Stable Diffusion 3 model": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
-    "a Stable Diffusion 3 transformer": ["pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight"],
-    "a Chroma transformer": ["distilled_guidance_layer.in_proj.weight", "img_in.weight"],
-    "a FLUX.2 transformer": ["double_stream_modulation_img.lin.weight", "img_in.weight"],
-    "an autoencoder": ["decoder.mid.attn_1.q.weight"],
-    "a T5 encoder": ["encoder.block.0.layer.0.SelfAttention.k.weight"],
-    "a CLIP text encoder": ["text_model.embeddings.token_embedding.weight"],
-    "a LoRA or another adapter": ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"],
-    "1 tensors of a model not known here (it begins with 'nothing')": ["nothing"],
-}
-
-
-@pytest.mark.parametrize("what", OTHERS)
-def test_files_of_other_nets_are_named(tmp_path, what):
-    path = weight_files.save({name: torch.zeros(2, 2) for name in OTHERS[what]}, tmp_path / "m.safetensors")
-    with pytest.raises(InputError) as error:
-        weight_files.load(path)
-    message = str(error.value)
-    assert f"which is {what}" in message
-    assert message.endswith("expected a FLUX.1 transformer")
-    assert "\n" not in message
-
-
-def test_nothing_at_all():
-    assert describe_file([]) == "0 tensors of a model not known here"
 
 
 def test_guidance_tells_dev_from_schnell_in_both_layouts(tmp_path, source, weights):
