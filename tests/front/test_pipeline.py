@@ -12,9 +12,8 @@ from helpers.settings_files import message_of
 from PIL import Image
 
 import flux
-from flux import front
 from flux.errors import InputError
-from flux.front import Pipeline
+from flux.front import Pipeline, pipeline
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
 from flux.settings.files import CONFIGS
@@ -93,7 +92,7 @@ def test_arguments_are_fields_with_their_defaults(name, cls):
 
 
 def test_what_is_not_given_is_the_models_own(pipe, monkeypatch):
-    monkeypatch.setattr(front, "generate_all", lambda *_: [noise()])
+    monkeypatch.setattr(pipeline, "generate_all", lambda *_: [noise()])
     made = pipe.generate(DOG)
     assert [(entry.prompt, entry.seed) for entry in made.settings.prompts] == [(DOG, 0)]
     s = made.settings
@@ -103,7 +102,7 @@ def test_what_is_not_given_is_the_models_own(pipe, monkeypatch):
 
 
 def test_a_scan_without_prompts_takes_the_packages_own(pipe, monkeypatch):
-    monkeypatch.setattr(front, "scan", lambda settings, *_, **__: [settings])
+    monkeypatch.setattr(pipeline, "scan", lambda settings, *_, **__: [settings])
     result = pipe.scan()
     assert (len(result.settings.prompts), result.settings.stop_when, result.settings.gap) == (
         64,
@@ -141,7 +140,7 @@ def test_an_edit_of_a_photograph_in_every_form(pipe, tmp_path):
 
 
 def test_a_photograph_keeps_its_shape(pipe, monkeypatch):
-    monkeypatch.setattr(front, "edit", lambda *_, **__: type("Made", (), {"reference": None, "edits": []}))
+    monkeypatch.setattr(pipeline, "edit", lambda *_, **__: type("Made", (), {"reference": None, "edits": []}))
     settings = pipe.edit(DOG, CAT, photo=noise(200, 100)).settings
     assert settings.width == 2 * settings.height + 16 * (settings.width // 16 % 2)
     assert abs(settings.width * settings.height / 256**2 - 1) < 0.1
@@ -201,7 +200,7 @@ def test_repr_is_short(pipe):
     ],
 )
 def test_wrong_values_end_in_one_line(pipe, monkeypatch, call, message):
-    monkeypatch.setattr(front.LoadedModel, "denoising", lambda _: pytest.fail("something was computed"))
+    monkeypatch.setattr(pipeline.LoadedModel, "denoising", lambda _: pytest.fail("something was computed"))
     assert message in message_of(call, pipe)
 
 

@@ -1,4 +1,4 @@
-"""The front door for Python: a model by its name, and an image, an edit or a scan in one call each."""
+"""A model by its name, and an image, an edit or a scan in one call each."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import numpy as np
-
 from flux.attention.film import Film
 from flux.attention.watch import check_watch, watch
-from flux.conditions.images import ConditionImages, read_conditions, sized
 from flux.editing.edit import check_edits, edit
 from flux.editing.prepare import complete_edit, with_caption
-from flux.errors import InputError
-from flux.images.given import GivenImages, take_images
+from flux.front.arguments import read_arguments, read_file_arguments, read_model
 from flux.images.io import ImageLike
 from flux.loaded_model import LoadedModel, count_evaluations, generate_all
 from flux.results import EditResult, FilmResult, ImagesResult, ScanResult, SkipResult
@@ -25,14 +21,13 @@ from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import Edit, EditSettings
 from flux.settings.effect import print_warnings
-from flux.settings.files import check_settings, read_prompts, with_fields
+from flux.settings.files import read_prompts
 from flux.weights.find import checkpoint_of
 
-S = TypeVar("S", bound=ModelSettings)
 SweepSettings = TypeVar("SweepSettings", bound=SkipSettings)
+T = TypeVar("T")
 
 AnyPath = str | os.PathLike[str]
-CONDITION_IMAGES = ("context", "fill", "mask", "control", "redux")
 
 
 class Pipeline:
@@ -116,13 +111,12 @@ class Pipeline:
             InputError: The model is unknown, or a file is missing or another model's. It is raised before
                 the first network is loaded.
         """
-        given = {
+        settings = read_model({
             "model": model, "weights": weights, "ae_weights": ae_weights, "t5_weights": t5_weights,
             "clip_weights": clip_weights, "text_encoders": text_encoders, "lora": lora, "device": device,
             "dtype": dtype, "offload": offload, "quantize": quantize, "t5": t5, "tiled": tiled,
             "compile": compile,
-        }  # fmt: skip
-        settings = check_settings(ModelSettings, _plain(given))
+        })  # fmt: skip
         return cls(LoadedModel.load(resolve(settings)), settings)
 
     def generate(
@@ -176,21 +170,16 @@ class Pipeline:
         Raises:
             InputError: A value cannot be used.
         """
-        given = {
-            "prompts": [prompt] if isinstance(prompt, str) else prompt,
-            "seed": seed, "width": width, "height": height, "num_steps": num_steps, "guidance": guidance,
-            "strength": strength,
-        }  # fmt: skip
-        settings, conditions, taken = self._sized_settings(
-            GenerateSettings, given, fields,
-            image=image, context=context, fill=fill, mask=mask, control=control, redux=redux,
-        )  # fmt: skip
+        settings, conditions, given = read_arguments(GenerateSettings, self.settings, {
+            "prompts": _listed(prompt), "seed": seed, "width": width, "height": height,
+            "num_steps": num_steps, "guidance": guidance, "image": image, "strength": strength,
+            "context": context, "fill": fill, "mask": mask, "control": control, "redux": redux, **fields,
+        })  # fmt: skip
         settings = resolve(settings)
         print_warnings(settings, self.models.spec)
-        start = taken.one("image")
-        steered = self.models.steered(conditions, settings)
-        images = list(generate_all(steered, settings, start, progress))
-        return ImagesResult(settings, images, dict(self.models.timings), taken.unfiled)
+        models = self.models.steered(conditions, settings)
+        images = list(generate_all(models, settings, given.one("image"), progress))
+        return ImagesResult(settings, images, dict(models.timings), given.unfiled)
 
     def edit(
         self,
@@ -246,32 +235,24 @@ class Pipeline:
         Raises:
             InputError: A value cannot be used.
         """
-        given = {
-            "prompt": prompt, "edits": [edits] if isinstance(edits, str) else edits, "dose": dose,
+        settings, conditions, given = read_arguments(EditSettings, self.settings, {
+            "prompt": prompt, "edits": _listed(edits), "photo": photo, "mask": mask, "dose": dose,
             "vital_layers": vital_layers, "seed": seed, "width": width, "height": height,
-            "num_steps": num_steps, "guidance": guidance,
-        }  # fmt: skip
-        is_word = isinstance(mask, str) and mask in ("auto", "none")
-        if is_word:
-            given["mask"] = mask
-        settings, conditions, taken = self._sized_settings(
-            EditSettings, given, fields, photo=photo, mask=None if is_word else mask
-        )
-        photograph = taken.one("photo")
+            "num_steps": num_steps, "guidance": guidance, **fields,
+        })  # fmt: skip
+        photograph = given.one("photo")
         settings, layers = complete_edit(settings, photograph, self._checkpoint)
-        painted = taken.one("mask") if "mask" in taken.unfiled else None
-        if painted:
-            settings = settings.model_copy(update={"mask": None})  # no file holds it yet
-        elif settings.mask is None:
-            painted = conditions.mask
+        painted = conditions.mask if settings.mask is None else None
+        if "mask" in given.unfiled:  # the settings name a file that is yet to be saved
+            settings, painted = settings.model_copy(update={"mask": None}), given.one("mask")
         print_warnings(settings, self.models.spec)
         check_edits(settings, layers, photograph, painted)
         settings = with_caption(settings, photograph)
         models = self.models.steered(conditions, settings)
         with count_evaluations(models) as evaluations:
             made = edit(models, settings, layers, photograph, painted, progress=progress)
-        timings = dict(self.models.timings)
-        return EditResult(settings, made.reference, made.edits, timings, evaluations(), taken.unfiled)
+        timings = dict(models.timings)
+        return EditResult(settings, made.reference, made.edits, timings, evaluations(), given.unfiled)
 
     def skip(
         self,
@@ -307,7 +288,7 @@ class Pipeline:
             InputError: A value cannot be used.
         """
         files = TemporaryDirectory(prefix="flux-skip-") if folder is None else Path(folder)
-        settings = resolve(self._sweep_settings(SkipSettings, prompt, layers, seed, files, fields))
+        settings = resolve(self._read_sweep(SkipSettings, prompt, layers, seed, files, fields))
         sweep(settings, self.models, progress=progress)
         return SkipResult(settings, files)
 
@@ -348,14 +329,14 @@ class Pipeline:
         Raises:
             InputError: A value cannot be used.
         """
-        chosen = {"top": top, "threshold": threshold}
+        more: dict[str, Any] = {"top": top, "threshold": threshold}
         if top is None and threshold is None:
-            chosen["gap"] = True
+            more["gap"] = True
         if prompts is None:
             prompts, _ = read_prompts("prompts_nano.json" if self.models.spec.vocabulary else "prompts.json")
-            chosen["stop_when"] = "stable"
+            more["stop_when"] = "stable"
         files = TemporaryDirectory(prefix="flux-scan-") if folder is None else Path(folder)
-        settings = resolve(self._sweep_settings(ScanSettings, prompts, layers, seed, files, chosen | fields))
+        settings = resolve(self._read_sweep(ScanSettings, prompts, layers, seed, files, more | fields))
         vital = scan(settings, self.models, progress=progress)
         return ScanResult(settings, files, vital)
 
@@ -393,11 +374,10 @@ class Pipeline:
         Raises:
             InputError: A value cannot be used.
         """
-        given = {
+        settings, conditions, given = read_arguments(LayerSettings, self.settings, {
             "prompt": prompt, "layers": [layers] if isinstance(layers, int) else layers,
-            "words": [words] if isinstance(words, str) else words, "at_steps": at_steps, "seed": seed,
-        }  # fmt: skip
-        settings, conditions, taken = self._sized_settings(LayerSettings, given, fields)
+            "words": _listed(words), "at_steps": at_steps, "seed": seed, **fields,
+        })  # fmt: skip
         settings = resolve(settings)
         print_warnings(settings, self.models.spec)
         check_watch(settings)
@@ -405,31 +385,14 @@ class Pipeline:
         steps, attention = watch(models, prompt, seed, settings, progress)
         [final] = models.decode(steps[-1].latent, settings.width, settings.height, settings.watermark)
         film = Film.of(models, prompt, steps, attention, final)
-        return FilmResult(settings, film, dict(film.sheets()), dict(models.timings), taken.unfiled)
+        return FilmResult(settings, film, dict(film.sheets()), dict(models.timings), given.unfiled)
 
     @cached_property
     def _checkpoint(self) -> str | None:
         """The fingerprint of the transformer, by which a scan of it is found."""
         return checkpoint_of(self.settings)
 
-    def _sized_settings(
-        self, cls: type[S], given: dict[str, Any], fields: dict[str, Any], **images: Any
-    ) -> tuple[S, ConditionImages, GivenImages]:
-        """Return the settings of one call, in the size that its images ask for, with these images.
-
-        Args:
-            cls: Class of the settings.
-            given: Values of fields. One that is None keeps its default.
-            fields: Further ones, from which images that steer are taken out.
-            images: More images, by the fields that would name their files.
-        """
-        steering = {name: fields.pop(name) for name in CONDITION_IMAGES if name in fields}
-        taken = take_images({**images, **steering})
-        settings = with_fields(cls, self.settings, _plain(given | taken.names | fields))
-        conditions = read_conditions(settings, taken.images)
-        return sized(settings, conditions), conditions, taken
-
-    def _sweep_settings(
+    def _read_sweep(
         self,
         cls: type[SweepSettings],
         prompts: str | Sequence[str | Mapping[str, Any]],
@@ -439,28 +402,14 @@ class Pipeline:
         fields: dict[str, Any],
     ) -> SweepSettings:
         """Return the settings of `skip` and `scan`, and warn of those without effect."""
-        given = {
-            "prompts": [prompts] if isinstance(prompts, str) else prompts,
-            "layers": [layers] if isinstance(layers, int) else layers,
-            "seed": seed,
-            "output_dir": folder if isinstance(folder, Path) else folder.name,
-        }
-        settings, _, taken = self._sized_settings(cls, given, fields)
-        if taken.unfiled:
-            field = next(iter(taken.unfiled))
-            raise InputError(
-                f"Got {field} as an image: save it, and give its file, so that a stopped run can resume"
-            )
+        settings = read_file_arguments(cls, self.settings, {
+            "prompts": _listed(prompts), "layers": [layers] if isinstance(layers, int) else layers,
+            "seed": seed, "output_dir": folder if isinstance(folder, Path) else folder.name, **fields,
+        })  # fmt: skip
         print_warnings(settings, self.models.spec)
         return settings
 
 
-def _plain(value: Any) -> Any:
-    """Return a value in the types of settings: paths as texts, NumPy's numbers as Python's."""
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple | range | np.ndarray):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def _listed(texts: str | Sequence[T]) -> Sequence[str | T]:
+    """Return a single text as a list of one."""
+    return [texts] if isinstance(texts, str) else texts

@@ -1,0 +1,46 @@
+"""The arguments of a call as settings: images or files, types of other libraries."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux.errors import InputError
+from flux.front.arguments import read_arguments, read_file_arguments
+from flux.settings.demos import ModelSettings, SkipSettings
+from flux.settings.edits import EditSettings
+
+MODEL = ModelSettings(device="cpu")
+EDIT = {"prompt": "a dog", "edits": ["a cat"]}
+
+
+def test_images_and_files(tmp_path):
+    """Settings name the files of both; only the images are yet to be saved."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
+    mask = np.ones((8, 8), dtype=bool)
+    settings, _, images = read_arguments(
+        EditSettings, MODEL, {**EDIT, "photo": tmp_path / "photo.png", "mask": mask}
+    )
+    assert (settings.photo, settings.mask) == (str(tmp_path / "photo.png"), "mask.png")
+    assert images.images.keys() == {"photo", "mask"}
+    assert images.unfiled.keys() == {"mask"}
+
+
+@pytest.mark.parametrize("word", ["auto", "none"])
+def test_the_words_of_masks_are_no_files(word):
+    settings, _, images = read_arguments(EditSettings, MODEL, {**EDIT, "mask": word})
+    assert (settings.mask, images.images) == (word, {})
+
+
+def test_other_types_and_defaults():
+    given = {"prompts": ["a dog"], "layers": np.arange(2), "width": np.int64(64), "guidance": None}
+    settings, _, _ = read_arguments(SkipSettings, MODEL, {**given, "output_dir": Path("out")})
+    assert (settings.layers, settings.width, settings.guidance) == ((0, 1), 64, None)
+    assert (settings.output_dir, settings.device) == ("out", "cpu")
+
+
+def test_a_run_that_resumes_takes_files(tmp_path):
+    given = {"prompts": ["a dog"], "control": Image.new("RGB", (8, 8))}
+    with pytest.raises(InputError, match="Got control as an image: save it, and give its file"):
+        read_file_arguments(SkipSettings, MODEL, given)
