@@ -2,11 +2,11 @@
 
 They are the tokens that attend to the words in which the two prompts differ, and those where the velocities
 of the two prompts diverge. For an edit of the whole image, the subject is found too: the tokens that attend
-to the shared words.
+to the shared words. `auto_mask` does it all, in one step of the edit.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor
 from flux.attention.maps import mean_attention
 from flux.attention.tokens import prompt_words, text_tokens
 from flux.editing.photo import TOKEN
+from flux.editing.source import ReferenceStep, Source
+from flux.intervention import Intervention
+from flux.loaded_model import LoadedModel
 from flux.modules.conditioner import HFEmbedder
+from flux.sampling import Conditioning, VelocityModel, euler_step
 
 THRESHOLD = 0.65  # of a map's maximum: tokens above it may change
 WHOLE_IMAGE = 0.25  # on flux-nano another place or time of day was above, another object or hat below
@@ -33,6 +37,49 @@ class WatchedPass:
 
     prompts: Sequence[str]
     layers: Mapping[int, tuple[Tensor, Tensor]]
+
+
+def auto_mask(
+    pipe: LoadedModel,
+    model: VelocityModel,
+    source: Source,
+    reference: ReferenceStep,
+    cond: Conditioning,
+    edits: WatchedPass,
+) -> tuple[Tensor, Tensor | None]:
+    """Finds the automatic masks of a batch of edits, in a step that watched its attention.
+
+    The divergence of an edit is measured at the reference's latent x of this step, at noise level t, with one
+    pass more for each prompt. It is the root mean square, over channels, of
+
+        v(x, t, target) - v(x, t, source)
+
+    Args:
+        pipe: the models.
+        model: the transformer.
+        source: where the edits began.
+        reference: the reference's step.
+        cond: steers the edits.
+        edits: the pass of the edits in this step.
+
+    Returns:
+        Which tokens each edit may change, "B I 1", bool; and the tokens of the subject that it shares with
+        its source, "B I", bool, or None if no edit may change its whole image.
+    """
+    num = len(edits.prompts)
+    where = model, reference.latent.expand(num, -1, -1), source.img_ids
+    levels = reference.t, reference.t_next
+    # The source gets the guidance of the edits, since other guidance changes the velocity everywhere.
+    source_cond = replace(source.cond.expanded(num), negative=None, guidance=cond.guidance)
+    watching = Intervention(watch=pipe.model.params.junction_layers)
+    of_source = euler_step(*where, source_cond, *levels, watching)
+    of_edits = euler_step(*where, replace(cond, negative=None), *levels)
+    divergence = (of_edits.velocity - of_source.velocity).square().mean(dim=2).sqrt()
+    sources = WatchedPass(source.prompts * (num // len(source.prompts)), of_source.watched)
+    mask = changed_tokens(pipe.t5, sources, edits, divergence, *source.size)
+    if not mask.all(dim=1).any():
+        return mask, None
+    return mask, subject_tokens(pipe.t5, sources, edits.prompts, *source.size)
 
 
 def words_only_in(prompt: str, other: str) -> list[str]:

@@ -9,10 +9,11 @@ from itertools import product
 
 from PIL import Image
 
-from flux.editing.batches import Batch, run_batches, start_batches
+from flux.editing.batches import Batch, start_batches
 from flux.editing.photo import Mask, mask_image, token_mask
 from flux.editing.reference import Reference
 from flux.editing.reference_fields import reference_fields
+from flux.editing.run import run_batches
 from flux.editing.source import OnStep, Source, find_source
 from flux.errors import InputError, warn
 from flux.images.masks import as_mask, read_mask
@@ -67,7 +68,7 @@ def edit(
     source = find_source(pipe, settings, photo, on_step, progress)
     if settings.prompt is None:
         check_prompts(pipe, settings, source.prompts)
-    batches = start_batches(pipe, source, settings, layers, masks)
+    batches = start_batches(pipe, source, layers, masks)
     latent = run_batches(pipe, source, batches, on_step=on_step, progress=progress)
     [reference] = source.decode(pipe, latent)
     return Edits(source.paste_back(reference), _decode_edits(pipe, source, batches, masks))
@@ -111,7 +112,7 @@ def edit_reference(
     source = replace(reference.source, settings=settings)
     masks = check_edits(settings, layers, source.photo and source.photo.whole, mask)
     check_prompts(pipe, settings, source.prompts)
-    batches = start_batches(pipe, source, settings, layers, masks)
+    batches = start_batches(pipe, source, layers, masks)
     run_batches(pipe, source, batches, reference.steps, on_step, progress)
     return _decode_edits(pipe, source, batches, masks, on_mask)
 

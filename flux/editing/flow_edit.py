@@ -1,7 +1,7 @@
 """FlowEdit and DecFlowEdit: editing an image without inversion, as published."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -14,21 +14,17 @@ from flux.sampling import Conditioning, VelocityModel
 FLOW_EDIT_SKIPS = 1 / 7  # of the steps, the noisiest: the paper's 4 of 28 for FLUX (appendix, table S1)
 FLOW_EDIT_GUIDANCE = 1.5  # of the source, likewise; the paper's 5.5 of the target is the user's guidance
 
+# DecFlowEdit's prior (its section 4.2)
+PRIOR_STEPS = 0.25, 0.75  # fractions of the steps whose differences count
+PRIOR_SMOOTHING = 5  # tokens: the side of the mean filter
+PRIOR_THRESHOLD, PRIOR_SOFTNESS = 0.55, 0.08
 
-def flow_edit(
-    model: VelocityModel,
-    latent: Tensor,
-    img_ids: Tensor,
-    source: Conditioning,
-    target: Conditioning,
-    timesteps: Sequence[float],
-    noises: Iterable[Tensor],
-    mask: Tensor | None = None,
-    prior: Tensor | float = 1.0,
-) -> Iterator[Tensor]:
-    """FlowEdit (arXiv 2412.08629, algorithm 1, with n_avg = 1 and n_min = 0).
 
-    The edit z walks from the clean latent x to the clean edit along the difference of two velocities, with
+@dataclass(frozen=True, eq=False)
+class FlowEdit:
+    """A batch of edits by FlowEdit (arXiv 2412.08629, algorithm 1, with n_avg = 1 and n_min = 0).
+
+    An edit z walks from the clean latent x to the clean edit along the difference of two velocities, with
     new noise e in each step:
 
         s = (1 - t) x + t e
@@ -36,82 +32,77 @@ def flow_edit(
 
     M is 1 in FlowEdit, and the prior in DecFlowEdit (arXiv 2609.34237, equation 6).
 
-    Args:
+    Attributes:
         model: the transformer.
-        latent: x, "R I 64". Its rows are those of `source`: one, or one for each edit.
+        clean: x, "R I 64". Its rows are those of `source`: one, or one for each edit.
         img_ids: positions of the image tokens, "1 I 3".
-        source: conditioning of the source.
-        target: conditioning of the B edits.
-        timesteps: descending noise levels.
+        source: steers v(..., source).
+        target: steers v(..., target), for the B edits.
+        levels: noise levels, falling to 0.
         noises: e of each step, "1 I 64".
-        mask: which tokens may change, "B I 1", bool. If None, all.
-        prior: M, "B I 1" if it is not a number, see `spatial_prior`.
-
-    Yields:
-        The edits after each step, "B I 64". The noisiest steps, FLOW_EDIT_SKIPS of all, do not change them.
     """
-    batch, steps = target.txt.shape[0], list(pairwise(timesteps))
-    edited, ids = latent.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)
-    source, target = (cond.scheduled(model, timesteps[:-1]) for cond in (source, target))
-    skipped = round(FLOW_EDIT_SKIPS * len(steps))
-    for index, ((t, t_next), noise) in enumerate(zip(steps, noises)):
-        if index >= skipped:
-            noisy = (1 - t) * latent + t * noise
-            source_velocity = velocity_at(model, noisy, img_ids, source, t)
-            target_velocity = velocity_at(model, noisy + (edited - latent), ids, target, t)
-            moved = edited + (t_next - t) * (prior * (target_velocity - source_velocity))
-            edited = moved if mask is None else torch.where(mask, moved, latent)
-        yield edited
 
+    model: VelocityModel
+    clean: Tensor
+    img_ids: Tensor
+    source: Conditioning
+    target: Conditioning
+    levels: Sequence[float]
+    noises: Sequence[Tensor]
 
-PRIOR_SMOOTHING = 5  # tokens: the side of the mean filter
-PRIOR_THRESHOLD, PRIOR_SOFTNESS = 0.55, 0.08
+    def edits(self, mask: Tensor | None = None, prior: Tensor | float = 1.0) -> Iterator[Tensor]:
+        """Takes the steps of the edits.
 
+        Args:
+            mask: which tokens may change, "B I 1", bool. If None, all.
+            prior: M, a number or "B I 1".
 
-def spatial_prior(
-    model: VelocityModel,
-    latent: Tensor,
-    img_ids: Tensor,
-    source: Conditioning,
-    target: Conditioning,
-    timesteps: Sequence[float],
-    noises: Iterable[Tensor],
-    columns: int,
-) -> Tensor:
-    """DecFlowEdit's prior: how far FlowEdit may move each token (arXiv 2609.34237, section 4.2).
+        Yields:
+            The edits after each step, "B I 64". The noisiest steps, FLOW_EDIT_SKIPS of all, do not change
+            them.
+        """
+        clean, batch = self.clean, self.target.txt.shape[0]
+        edited, ids = clean.expand(batch, -1, -1), self.img_ids.expand(batch, -1, -1)
+        source, target = (cond.scheduled(self.model, self.levels[:-1]) for cond in (self.source, self.target))
+        skipped = round(FLOW_EDIT_SKIPS * len(self.noises))
+        for index, ((t, t_next), noise) in enumerate(zip(pairwise(self.levels), self.noises)):
+            if index >= skipped:
+                noisy = (1 - t) * clean + t * noise
+                source_velocity = velocity_at(self.model, noisy, self.img_ids, source, t)
+                target_velocity = velocity_at(self.model, noisy + (edited - clean), ids, target, t)
+                moved = edited + (t_next - t) * (prior * (target_velocity - source_velocity))
+                edited = moved if mask is None else torch.where(mask, moved, clean)
+            yield edited
 
-    It comes from a FlowEdit of its own, whose guidance is 1 for source and target. With D_k, the difference
-    of its velocities in step k of T, with percentiles q over the tokens, and the sigmoid S:
+    def prior(self, columns: int) -> Tensor:
+        """Finds DecFlowEdit's prior: how far FlowEdit may move each token (arXiv 2609.34237, section 4.2).
 
-        E = |sum of D_k over 0.25 T <= k <= 0.75 T|, A = mean of E over 5x5 tokens        (equation 2)
-        M = S((clip((A - q10) / (q90 - q10), 0, 1) - 0.55) / 0.08)                 (equations 3 and 4)
+        It comes from a FlowEdit of its own, whose guidance is 1 for source and target. With D_k, the
+        difference of its velocities in step k of T, with percentiles q over the tokens, and the sigmoid S:
 
-    Args:
-        model: as `flow_edit`, like the next six.
-        latent: see there.
-        img_ids: see there.
-        source: see there.
-        target: see there.
-        timesteps: see there.
-        noises: see there.
-        columns: tokens in a row of the image.
+            E = |sum of D_k over 0.25 T <= k <= 0.75 T|, A = mean of E over 5x5 tokens        (equation 2)
+            M = S((clip((A - q10) / (q90 - q10), 0, 1) - 0.55) / 0.08)                 (equations 3 and 4)
 
-    Returns:
-        M, "B I 1".
-    """
-    source, target = (unguided(cond) for cond in (source, target))
-    steps, before, total = list(pairwise(timesteps)), latent, torch.zeros_like(latent)
-    edits = flow_edit(model, latent, img_ids, source, target, timesteps, noises)
-    for index, ((t, t_next), edited) in enumerate(zip(steps, edits)):
-        if 0.25 * len(steps) <= index <= 0.75 * len(steps):
-            total = total + (edited - before) / (t_next - t)
-        before = edited
-    energy = total.float().norm(dim=2).unflatten(1, (-1, columns))[:, None]
-    half = PRIOR_SMOOTHING // 2
-    smooth = F.avg_pool2d(energy, PRIOR_SMOOTHING, 1, half, count_include_pad=False).flatten(1)
-    low, high = (smooth.quantile(share, dim=1, keepdim=True) for share in (0.1, 0.9))
-    relative = ((smooth - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
-    return torch.sigmoid((relative - PRIOR_THRESHOLD) / PRIOR_SOFTNESS)[:, :, None].to(latent)
+        Args:
+            columns: tokens in a row of the image.
+
+        Returns:
+            M, "B I 1".
+        """
+        probe = replace(self, source=unguided(self.source), target=unguided(self.target))
+        first, last = (share * len(self.noises) for share in PRIOR_STEPS)
+        before, total = self.clean, torch.zeros_like(self.clean)
+        for index, ((t, t_next), edited) in enumerate(zip(pairwise(self.levels), probe.edits())):
+            if first <= index <= last:
+                total = total + (edited - before) / (t_next - t)
+            before = edited
+        energy = total.float().norm(dim=2).unflatten(1, (-1, columns))[:, None]
+        half = PRIOR_SMOOTHING // 2
+        smooth = F.avg_pool2d(energy, PRIOR_SMOOTHING, 1, half, count_include_pad=False).flatten(1)
+        low, high = (smooth.quantile(share, dim=1, keepdim=True) for share in (0.1, 0.9))
+        relative = ((smooth - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+        prior = torch.sigmoid((relative - PRIOR_THRESHOLD) / PRIOR_SOFTNESS)
+        return prior[:, :, None].to(self.clean)
 
 
 def unguided(cond: Conditioning) -> Conditioning:

@@ -62,7 +62,7 @@ def keep_reference(
     if not source.inversion_free:
         with pipe.denoising() as model:
             vital = frozenset(layers)
-            kept, rounds = _layers_to_keep(pipe, settings, source, vital)
+            kept, rounds = _layers_to_keep(pipe, source, vital)
             queries = vital if settings.keeps_queries else frozenset()
             computed = source.steps(model, lambda _: kept, queries)
             for index, step in enumerate(with_bar(computed, "reference", source.num_steps, progress)):
@@ -77,15 +77,13 @@ def keep_reference(
     return Reference(source, tuple(layers), steps, source.paste_back(image))
 
 
-def _layers_to_keep(
-    pipe: LoadedModel, settings: ResolvedEdit, source: Source, vital: frozenset[int]
-) -> tuple[frozenset[int], bool]:
+def _layers_to_keep(pipe: LoadedModel, source: Source, vital: frozenset[int]) -> tuple[frozenset[int], bool]:
     """Decides what a reference keeps: all layers for sparse edits if there is room, else the vital ones.
 
     Returns:
         The layers, and whether all but the vital ones are rounded to 8 bits.
     """
-    params, every = pipe.model.params, frozenset(range(pipe.model.num_layers))
+    settings, params, every = source.settings, pipe.model.params, frozenset(range(pipe.model.num_layers))
     if not settings.sparse or not source.can_be_sparse:
         return vital, False
     passes = 1 if source.cond.negative is None else 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flux.editing.store import KeptLayers
+from flux.editing.source import ReferenceStep
 from flux.intervention import FreeTokens, Intervention, rows_of
 from flux.math import Parts
 from flux.sampling import Conditioning, ContextReuse, Passes, Step, VelocityModel, euler_step
@@ -75,12 +75,9 @@ def sparse_step(
     img: Tensor,
     img_ids: Tensor,
     cond: Conditioning,
-    t: float,
-    t_next: float,
     interventions: Passes[Intervention],
-    kept: Passes[KeptLayers],
+    reference: ReferenceStep,
     groups: Sequence[RowGroup],
-    elsewhere: Tensor,
 ) -> Step:
     """Take one Euler step of a batch, a pass for each group of its rows.
 
@@ -89,20 +86,18 @@ def sparse_step(
         img: Packed latent, "B I 64".
         img_ids: Positions of the image tokens, "1 I 3".
         cond: Prompts and guidance.
-        t: Noise level of `img`.
-        t_next: Noise level to go to.
         interventions: What each pass injects, for all rows and tokens.
-        kept: Image keys and values of the reference in all layers, for each pass.
+        reference: The reference's step, with the keys and values of all layers. Its velocity stands where
+            nothing is computed.
         groups: The rows, see `group_rows`.
-        elsewhere: The reference's velocity, "R I 64", which stands where nothing is computed.
     """
-    batch, velocity = len(img), torch.empty_like(img)
+    batch, velocity, t, t_next = len(img), torch.empty_like(img), reference.t, reference.t_next
     for group in groups:
-        each = Passes(*(group.intervention(*pair, batch) for pair in zip(interventions, kept)))
+        each = Passes(*(group.intervention(*pair, batch) for pair in zip(interventions, reference.kept)))
         part, own = (img, cond) if len(group.rows) == batch else (img[group.rows], cond.at_rows(group.rows))
         found = euler_step(model, part, img_ids, own, t, t_next, each, context=group.context).velocity
         if group.free is not None:
             others = group.free.others
-            found[:, others] = rows_of(elsewhere, group.rows, batch)[:, others].to(found)
+            found[:, others] = rows_of(reference.velocity, group.rows, batch)[:, others].to(found)
         velocity[group.rows] = found
     return Step(t, t_next, img, velocity)

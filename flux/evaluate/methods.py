@@ -16,8 +16,9 @@ from torch import Tensor
 
 from flux.conditions.images import Steering
 from flux.conditions.kontext import kontext_condition
-from flux.editing.batches import run_batches, start_batches
+from flux.editing.batches import start_batches
 from flux.editing.photo import Mask, token_mask
+from flux.editing.run import run_batches
 from flux.editing.source import generated_source, guidance_args, photo_source
 from flux.evaluate.benchmark import Item
 from flux.evaluate.resolve import ResolvedMethod
@@ -161,7 +162,7 @@ class MethodRunner:
             source = photo_source(pipe, settings, prompts, self._encoded(items))
         else:
             source = generated_source(pipe, settings, prompts, self._seeds(items))
-        [batch] = start_batches(pipe, source, settings, method.layers, masks)
+        [batch] = start_batches(pipe, source, method.layers, masks)
         latent = run_batches(pipe, source, [batch])
         edits = self._decoded(batch.latent / source.scale)
         nothing = [None] * len(items)

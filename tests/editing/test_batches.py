@@ -124,8 +124,8 @@ def test_outside_the_mask_is_the_reference(small, monkeypatch):
     """Its tokens exactly, at every step; pixels up to the decoder's reach. Inside, the edit is at work."""
     latents, take_step = [], Batch.step
 
-    def step(batch, pipe, model, source, index, reference_step):
-        taken = take_step(batch, pipe, model, source, index, reference_step)
+    def step(batch, pipe, model, source, reference_step):
+        taken = take_step(batch, pipe, model, source, reference_step)
         latents.append((reference_step.next_latent, batch.latent))
         return taken
 
@@ -164,8 +164,8 @@ def test_the_subject_is_held_longer_where_all_may_change(small, passes, monkeypa
     masks = {EDITS[0]: part, EDITS[2]: torch.ones_like(part)}
     subject = part[:, :, 0]
 
-    def auto_mask(pipe, model, source, step, batch, edit_step) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = torch.cat([masks[prompt] for prompt in batch.prompts])
+    def auto_mask(pipe, model, source, step, cond, edits) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.cat([masks[prompt] for prompt in edits.prompts])
         return mask, subject.expand(len(mask), -1)
 
     monkeypatch.setattr(batch_room, "auto_mask", auto_mask)
@@ -200,10 +200,8 @@ def test_an_automatic_mask(small, passes, monkeypatch):
     """
     monkeypatch.setattr(automask, "THRESHOLD", 1.0)
     monkeypatch.setattr(automask, "WHOLE_IMAGE", 1.0)
-    found, changed = [], batch_room.changed_tokens
-    monkeypatch.setattr(
-        batch_room, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1]
-    )
+    found, changed = [], automask.changed_tokens
+    monkeypatch.setattr(automask, "changed_tokens", lambda *given: found.append(changed(*given)) or found[-1])
     plain = {"prompt": EDITS[0], "mask": "none"}
     auto = make(small, edits=[{"prompt": EDITS[0], "mask": "auto"}, plain, {"prompt": DOG, "mask": "auto"}])
     assert sum(bool(given.watch) for given in passes) == 2 * 2
@@ -228,9 +226,7 @@ def test_the_mask_of_a_dose(small, tmp_path):
     source = find_source(small, edits)
 
     def masks(mask):
-        batches = batch_room.start_batches(
-            small, source, edits, LAYERS, check_edits(edits, LAYERS, mask=mask)
-        )
+        batches = batch_room.start_batches(small, source, LAYERS, check_edits(edits, LAYERS, mask=mask))
         place = {n: "all" if b.mask is None else "some" for b in batches for n in b.places}
         return [place[n] for n in range(4)], [
             n for b in batches if b.kind.dose.mask == "auto" for n in b.places

@@ -7,7 +7,7 @@ from test_sampling import NO_TEXT, Field
 from torch.testing import assert_close
 
 from flux import sampling
-from flux.editing.flow_edit import flow_edit, spatial_prior
+from flux.editing.flow_edit import FlowEdit
 from flux.sampling import Conditioning
 
 LEVELS = sampling.get_schedule(7, 1024)
@@ -36,14 +36,14 @@ def noises(count: int = 7) -> list[torch.Tensor]:
 
 def test_flow_edit_to_the_same_prompt_changes_nothing(latent, ids):
     field = Field(lambda x, t, txt: torch.sin(x) * txt)
-    *_, end = flow_edit(field, latent, ids, told(2.0), told(2.0), LEVELS, noises())
+    *_, end = FlowEdit(field, latent, ids, told(2.0), told(2.0), LEVELS, noises()).edits()
     assert torch.equal(end, latent)
 
 
 def test_flow_edit_walks_along_the_difference(latent, ids):
     """A field of the text alone: each edit moves by its difference, times the noise level where it begins."""
     field = Field(lambda x, t, txt: txt * torch.ones_like(x))
-    steps = list(flow_edit(field, latent, ids, told(2.0), told(5.0, 1.0), LEVELS, noises()))
+    steps = list(FlowEdit(field, latent, ids, told(2.0), told(5.0, 1.0), LEVELS, noises()).edits())
     assert len(steps) == 7
     assert torch.equal(steps[0], latent.expand(2, -1, -1))
     begin = LEVELS[1]
@@ -54,7 +54,7 @@ def test_flow_edit_walks_along_the_difference(latent, ids):
 def test_flow_edit_asks_at_noise_of_its_own(latent, ids):
     """The source between latent and that step's noise; the target as far from there as the edit has come."""
     field, drawn = Field(lambda x, t, txt: txt * torch.ones_like(x)), noises()
-    steps = list(flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, drawn))
+    steps = list(FlowEdit(field, latent, ids, told(2.0), told(5.0), LEVELS, drawn).edits())
     for index, (source, target) in enumerate(zip(field.asked[::2], field.asked[1::2]), start=1):
         noisy = (1 - LEVELS[index]) * latent + LEVELS[index] * drawn[index]
         assert_close(source.img, noisy, rtol=0, atol=1e-6)
@@ -64,7 +64,7 @@ def test_flow_edit_asks_at_noise_of_its_own(latent, ids):
 def test_flow_edit_leaves_what_the_mask_forbids(latent, ids):
     field, mask = Field(lambda x, t, txt: txt * torch.ones_like(x)), torch.zeros(1, 6, 1, dtype=torch.bool)
     mask[:, 2] = True
-    *_, end = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises(), mask)
+    *_, end = FlowEdit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises()).edits(mask)
     assert torch.equal(end[:, [0, 1, 3, 4, 5]], latent[:, [0, 1, 3, 4, 5]])
     assert (end[:, 2] - latent[:, 2]).abs().min() > 1
 
@@ -77,7 +77,7 @@ def test_the_prior_of_decflowedit(ids):
     latent = torch.zeros(1, rows * columns, 64)
     drawn = [torch.zeros_like(latent)] * 7
     ids = sampling.image_ids(1, 16 * rows, 16 * columns, "cpu")
-    prior = spatial_prior(field, latent, ids, told(2.0), told(5.0), LEVELS, drawn, columns)
+    prior = FlowEdit(field, latent, ids, told(2.0), told(5.0), LEVELS, drawn).prior(columns)
     # Steps 2 to 5 of 7 lie in 0.25 T to 0.75 T: 1.75 to 5.25.
     energy = (4 * 3.0 * 8 * numbers).view(rows, columns)
     smooth = torch.empty_like(energy)
@@ -91,6 +91,6 @@ def test_the_prior_of_decflowedit(ids):
 
 def test_the_prior_weighs_each_move(latent, ids):
     field, prior = Field(lambda x, t, txt: txt * torch.ones_like(x)), torch.linspace(0, 1, 6)[None, :, None]
-    *_, plain = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises())
-    *_, weighed = flow_edit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises(), prior=prior)
+    *_, plain = FlowEdit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises()).edits()
+    *_, weighed = FlowEdit(field, latent, ids, told(2.0), told(5.0), LEVELS, noises()).edits(prior=prior)
     assert_close(weighed - latent, prior * (plain - latent), rtol=1e-5, atol=1e-5)

@@ -6,10 +6,11 @@ from helpers.editing import DOG, HEIGHT, LAYERS, ONE, WIDTH, difference, half_ma
 from torch.testing import assert_close
 
 import flux.editing.flow_edit
-from flux.editing.batches import run_batches, start_batches
-from flux.editing.flow_edit import flow_edit
+from flux.editing.batches import start_batches
+from flux.editing.flow_edit import FlowEdit
 from flux.editing.noising import noised_path
-from flux.editing.photo import Photograph, token_mask
+from flux.editing.photo import Mask, Photograph, token_mask
+from flux.editing.run import run_batches
 from flux.editing.source import find_source
 
 PLAIN = {"weight": 0.0, "true_cfg": 1.0}
@@ -31,16 +32,16 @@ def test_edits_beside_the_path_are_flow_edits(small, photo, monkeypatch):
     monkeypatch.setattr(flux.editing.flow_edit, "FLOW_EDIT_SKIPS", 0.0)
     mask = half_mask((WIDTH, HEIGHT))
     tokens = token_mask(mask, [(WIDTH, HEIGHT)], WIDTH, HEIGHT)
-    for masks in ([None], [(mask, tokens)]):
+    for masks in ([None], [Mask(mask, tokens)]):
         wanted = settings(**ONE, **PLAIN, seed=5, sparse=False)
         source = find_source(small, wanted, photo)
-        [batch] = start_batches(small, source, wanted, LAYERS, masks)
+        [batch] = start_batches(small, source, LAYERS, masks)
         run_batches(small, source, [batch])
         free = settings(**ONE, **PLAIN, seed=5, inversion="none")
         walked = find_source(small, free, photo)
         noises = [small.noise([5 + index], WIDTH, HEIGHT) for index in range(source.num_steps)]
-        how = walked.start, small.image_ids(1, WIDTH, HEIGHT), walked.cond, batch.cond, walked.levels, noises
-        *_, end = flow_edit(small.model, *how, mask=tokens if masks[0] else None)
+        how = walked.start, walked.img_ids, walked.cond, batch.cond, walked.levels, noises
+        *_, end = FlowEdit(small.model, *how).edits(tokens if masks[0] else None)
         assert_close(batch.latent, end, rtol=0, atol=2e-5)
         assert (end - walked.start).abs().max() > 0.1, "the edit changes the photograph"
 
@@ -56,7 +57,7 @@ def test_what_the_mask_does_not_free_is_the_photograph(small, photo):
     source = find_source(small, wanted, photo)
     tokens = torch.zeros(1, (WIDTH // 16) * (HEIGHT // 16), 1, dtype=torch.bool)
     tokens[:, 0] = True
-    [batch] = start_batches(small, source, wanted, LAYERS, [(half_mask((WIDTH, HEIGHT)), tokens)])
+    [batch] = start_batches(small, source, LAYERS, [Mask(half_mask((WIDTH, HEIGHT)), tokens)])
     end = run_batches(small, source, [batch])
     assert torch.equal(end, source.path[-1])
     assert torch.equal(batch.latent[:, 1:], end[:, 1:])
@@ -82,5 +83,5 @@ def test_how_long_kv_is_injected(small, photo, how, steps):
     """The automatic dose injects for longer beside added noise, unless a number is given."""
     wanted = settings(**{**ONE, "num_steps": 20, "dose": "auto", "true_cfg": 1.0, "photo": "a.png", **how})
     source = find_source(small, wanted, photo)
-    [batch] = start_batches(small, source, wanted, LAYERS, [None])
+    [batch] = start_batches(small, source, LAYERS, [None])
     assert sorted(batch.shares) == list(range(steps))

@@ -12,6 +12,7 @@ import flux.editing.source as source_room
 from flux.editing.edit import edit
 from flux.editing.inversion import INVERSIONS, velocity_at
 from flux.editing.photo import Photograph
+from flux.editing.run import run_batches
 from flux.editing.source import find_source
 from flux.intervention import Intervention
 from flux.sampling import euler_step
@@ -80,12 +81,12 @@ def test_directedit_takes_its_steps_where_the_inversion_took_them(small, photo, 
     """The formula of `Source.steps`, written out. The reference is computed only in steps that inject."""
     wanted = settings(**ONE, inversion="directedit", weight=0.0, true_cfg=1.0)
     source = find_source(small, wanted, photo)
-    [batch] = batch_room.start_batches(small, source, wanted, LAYERS, [None])
+    [batch] = batch_room.start_batches(small, source, LAYERS, [None])
     ids, latent, steps = small.image_ids(1, WIDTH, HEIGHT), source.start, pairwise(source.levels)
     for (t, t_next), (noisy, clean) in zip(steps, pairwise(source.path), strict=True):
         velocity = velocity_at(small.model, latent + clean - noisy, ids, batch.cond, t)
         latent = latent + (t_next - t) * velocity
-    batch_room.run_batches(small, source, [batch])
+    run_batches(small, source, [batch])
     assert_close(batch.latent, latent, rtol=0, atol=1e-5)
     passes.clear()
     make(small, photo, **ONE, inversion="directedit", parts="v", inject_until=0.4, true_cfg=1.0)

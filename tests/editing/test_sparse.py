@@ -27,8 +27,8 @@ def latents(monkeypatch) -> list:
     """After each step of a batch, the reference's latent and the edits'."""
     found, take_step = [], Batch.step
 
-    def step(batch, pipe, model, source, index, reference):
-        taken = take_step(batch, pipe, model, source, index, reference)
+    def step(batch, pipe, model, source, reference):
+        taken = take_step(batch, pipe, model, source, reference)
         found.append((reference.next_latent, batch.latent))
         return taken
 
@@ -152,9 +152,9 @@ def test_an_automatic_mask_is_kept_to_from_its_step_on(small, passes, monkeypatc
     monkeypatch.setattr(
         batch_room,
         "auto_mask",
-        lambda pipe, model, source, step, batch, edit_step: (
-            torch.cat([masks[prompt] for prompt in batch.prompts]),
-            part[:, :, 0].expand(len(batch.prompts), -1),
+        lambda pipe, model, source, step, cond, edits: (
+            torch.cat([masks[prompt] for prompt in edits.prompts]),
+            part[:, :, 0].expand(len(edits.prompts), -1),
         ),
     )
     both = {"dose": "auto", "num_steps": 8, "true_cfg": 1.0, "sparse": True, "batch_size": 2}
