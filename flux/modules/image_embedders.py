@@ -140,21 +140,6 @@ class ReduxImageEncoder(nn.Module):
         return self.redux_down(F.silu(self.redux_up(features)))
 
 
-def adapter_features(path: str | Path) -> int:
-    """Return the number of SigLIP's features that a Redux adapter takes.
-
-    Raises:
-        InputError: The file is no adapter.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_slice("redux_up.weight").get_shape()[1]
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"Got {path} as the Redux adapter, which cannot be read ({error})") from error
-
-
 def _levels(img: Tensor) -> np.ndarray:
     """Return images in -1..1, "B 3 H W", in levels of 0..255, "B H W 3".
 

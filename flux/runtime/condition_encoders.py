@@ -9,11 +9,10 @@ from flux.modules.image_embedders import (
     CannyImageEncoder,
     DepthImageEncoder,
     ReduxImageEncoder,
-    adapter_features,
 )
 from flux.settings.resolved import SteeredSettings
 from flux.specs import ModelSpec
-from flux.weights.find import find_redux
+from flux.weights.find import find_redux, redux_features
 
 
 def image_encoders(
@@ -40,7 +39,7 @@ def image_encoders(
 
     def load_redux() -> ReduxImageEncoder:
         path = find_redux(spec, settings.redux_weights)
-        sizes = adapter_features(path), spec.params.context_in_dim
+        sizes = redux_features(path), spec.params.context_in_dim
         return ReduxImageEncoder(device, path, *sizes, dtype, settings.siglip)
 
     return Encoders(encode, load_map, load_redux)

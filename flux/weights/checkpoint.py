@@ -16,11 +16,13 @@ from flux.weights.headers import (
     StoredTensor,
     parse_json,
     read_header,
+    read_json,
     short_name,
     unreadable,
 )
 from flux.weights.scales import ScaledTensor, pair_with_scales
 
+INDEX = ".safetensors.index.json"
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.safetensors|\.gguf)")
 MAX_SHARDS = 1000
@@ -78,9 +80,10 @@ def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
     Raises:
         InputError: No complete safetensors or GGUF file is there. The message says what is there instead.
     """
-    if path.is_dir():
-        headers = _headers_in_folder(path / subfolder if (path / subfolder).is_dir() else path)
-    elif path.name.endswith(".safetensors.index.json"):
+    # os.path: unlike Path it also answers for names that cannot exist, and in folders that cannot be read.
+    if os.path.isdir(path):
+        headers = _headers_in_folder(path / subfolder if os.path.isdir(path / subfolder) else path)
+    elif path.name.endswith(INDEX):
         headers = _headers_of_shards(path)
     else:
         headers = tuple(map(read_header, _all_shards(path)))
@@ -100,8 +103,12 @@ def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
 
 def _headers_in_folder(folder: Path) -> tuple[FileHeader, ...]:
     """The headers of the shards that an index in the folder lists, or of its one weight file."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".sft", ".gguf"))
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    indices = [path for path in paths if path.name.endswith(INDEX)]
+    files = [path for path in paths if path.suffix in (".safetensors", ".sft", ".gguf")]
     usual = [path for path in files if path.name in USUAL_NAMES]
     # Beside half-precision variants ("....fp16.safetensors.index.json") the plain form is meant.
     indices = [path for path in indices if path.name.count(".") == 3] or indices
@@ -113,11 +120,11 @@ def _headers_in_folder(folder: Path) -> tuple[FileHeader, ...]:
     if files:
         names = ", ".join(path.name for path in files[:3]) + (" ..." if len(files) > 3 else "")
         raise InputError(f"Got {folder}, a folder of several files ({names}): give the path of one of them")
-    pickles = [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    pickles = [path for path in paths if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
         raise InputError(f"Got {folder}, where {pickles[0].name} is {NO_PICKLE}")
     raise InputError(
-        f"Got {folder}, which is a folder and holds no .safetensors file: give the path of the file itself"
+        f"Got {folder}, a folder without .safetensors or .gguf files: give the path of the file itself"
     )
 
 
@@ -128,11 +135,11 @@ def _all_shards(path: Path) -> list[Path]:
         InputError: Shards are missing.
     """
     found = SHARD.fullmatch(path.name)
-    if not found or not path.is_file():
+    if not found or not os.path.isfile(path):
         return [path]
     count = min(int(found[2]), MAX_SHARDS)
     shards = [path.with_name(f"{found[1]}-{i:05}-of-{found[2]}{found[3]}") for i in range(1, count + 1)]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    missing = [shard.name for shard in shards if not os.path.isfile(shard)]
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise InputError(f"Got {path}, one of {count} shards, where {names} is missing: fetch all of them")
@@ -145,11 +152,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         InputError: The index is broken.
     """
-    try:
-        text = index.read_bytes()
-    except OSError as error:
-        raise unreadable(index, error) from error
-    weight_map = parse_json(text, index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"Got {index}, which has no weight_map: fetch it again")
     return weight_map
@@ -161,7 +164,6 @@ def _headers_of_shards(index: Path) -> tuple[FileHeader, ...]:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise InputError(f"Got {index}, which names {file[:60]!r}: expected files beside it")
-        # os.path.isfile: unlike Path.is_file it also returns False for names that cannot exist.
         if not os.path.isfile(index.parent / file):
             raise InputError(
                 f"Got {index.parent}, where {short_name(file)} is missing: the download did not finish"

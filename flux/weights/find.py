@@ -1,19 +1,21 @@
 """Find the files of a model: paths in settings, environment variables, the package itself, the hub."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from flux.errors import InputError, warn
-from flux.modules.image_embedders import adapter_features
+from flux.model import FluxParams
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
-from flux.weights.checkpoint import Checkpoint
+from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
-from flux.weights.identify import holds_part, require_part
+from flux.weights.identify import describe_checkpoint, holds_part, require_part
 from flux.weights.layouts import Part
 from flux.weights.lora import read_lora
-from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel, needs_lora
+from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel
+from flux.weights.sources import find_sources
 from flux.weights.tokenizers import check_tokenizer
 
 ENV_TEXT = ("FLUX_TEXT_ENCODERS",)
@@ -25,7 +27,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
 
     Each file is the one that the settings name, else the one that an environment variable names
     (`ModelSpec.env_flow`, `env_ae`, `env_lora`, `ENV_TEXT`), else the transformer's file or folder if that
-    holds it too, else the package's own, one in upstream's folder `checkpoints`, or the hub's. All local
+    holds it too, else the package's own, one in upstream's folder `checkpoints`, or the hub's. All named
     files are checked before anything is downloaded.
 
     Args:
@@ -36,59 +38,98 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         InputError: A path does not hold what it should, or a file cannot be downloaded.
     """
     spec, opened = get_spec(settings.model), OpenFiles()
-    flow = _first(settings.weights, path_from_env(spec.env_flow))
-
-    def in_flow(part: Part) -> Path | None:
-        """The transformer's own path, if it holds this network too."""
-        if flow is None:
-            return None
-        holds = (flow / part).is_dir() if flow.is_dir() else holds_part(opened.open(flow), part)
-        return flow if holds else None
-
-    ae = _first(settings.ae_weights, path_from_env(spec.env_ae)) or in_flow("vae")
-    # The small models' text encoders are part of the package, as their autoencoder is.
-    text = _first(settings.text_encoders, None if spec.folder else path_from_env(ENV_TEXT))
-    t5, clip = map(_first, (settings.t5_weights, settings.clip_weights))
-    if text is None:
-        t5, clip = t5 or in_flow("text_encoder_2"), clip or in_flow("text_encoder")
-        if flow is not None and all((flow / folder).is_dir() for folder in TEXT_FOLDERS):
-            text = flow
-    given: dict[Part, Path | None] = {
-        "transformer": flow, "vae": ae, "text_encoder_2": t5, "text_encoder": clip,
-    }  # fmt: skip
-    for part, path in given.items():
-        if path is not None:
-            require_part(opened.open(path, part), part)
+    named, text = _named_files(settings, spec, opened)
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
-    lora_path = _first(settings.lora_weights, path_from_env(spec.env_lora))
-    for path in (*(lora.path for lora in loras), lora_path):
+    lora_weights = _first(settings.lora_weights, path_from_env(spec.env_lora))
+    for part, path in named.items():
+        require_part(opened.open(path, part), part)
+    for path in (*(lora.path for lora in loras), lora_weights):
         if path is not None:
             read_lora(opened.open(path))
     if text is not None:
-        _check_text_folder(text, given, opened)
+        _check_text_folder(text, named, opened)
     if isinstance(settings, ConditionSettings) and settings.redux:
-        adapter_features(find_redux(spec, settings.redux_weights, download))
-    flow = flow or own_file(spec, spec.repo_flow, download)
+        redux_features(find_redux(spec, settings.redux_weights, download))
+
+    flow = named.get("transformer") or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
-    lora = own_lora(spec, opened.open(flow, "transformer"), lora_path, scale, download)
+    lora = own_lora(spec, opened.open(flow, "transformer"), lora_weights, scale, download)
     if lora is None and spec.lora_filename and (settings.lora_weights or settings.lora_scale is not None):
         warn(f"{flow} is {settings.model} already: lora_weights and lora_scale change nothing")
+    t5, clip = named.get("text_encoder_2"), named.get("text_encoder")
     files = ModelFiles(
         flow,
-        ae or own_file(spec, spec.repo_ae, download),
-        text or own_text_folder(spec, download, weights=not (t5 and clip)),
-        t5,
-        clip,
-        loras,
-        lora,
+        ae=named.get("vae") or own_file(spec, spec.repo_ae, download),
+        text=text or own_text_folder(spec, download, weights=not (t5 and clip)),
+        t5=t5,
+        clip=clip,
+        loras=loras,
+        own_lora=lora,
     )
     return OpenModel(spec, files, opened)
+
+
+def _named_files(
+    settings: ModelSettings, spec: ModelSpec, opened: OpenFiles
+) -> tuple[dict[Part, Path], Path | None]:
+    """The files that the user names for each network, and the folder of text encoders and tokenizers.
+
+    What has no name of its own, but is in the transformer's file or folder, is taken from there.
+    """
+    flow = _first(settings.weights, path_from_env(spec.env_flow))
+    # The small models' text encoders are part of the package, as their autoencoder is.
+    text = _first(settings.text_encoders, None if spec.folder else path_from_env(ENV_TEXT))
+    paths: dict[Part, Path | None] = {
+        "transformer": flow,
+        "vae": _first(settings.ae_weights, path_from_env(spec.env_ae)),
+        "text_encoder_2": _first(settings.t5_weights),
+        "text_encoder": _first(settings.clip_weights),
+    }
+    if flow is not None:
+        beside: tuple[Part, ...] = ("vae",) if text else ("vae", "text_encoder_2", "text_encoder")
+        for part in beside:
+            if paths[part] is None and _holds(flow, part, opened):
+                paths[part] = flow
+        if text is None and all(os.path.isdir(flow / folder) for folder in TEXT_FOLDERS):
+            text = flow
+    return {part: path for part, path in paths.items() if path is not None}, text
+
+
+def _holds(path: Path, part: Part, opened: OpenFiles) -> bool:
+    """Whether a folder has a subfolder for this network, or a file holds it."""
+    return os.path.isdir(path / part) if os.path.isdir(path) else holds_part(opened.open(path), part)
+
+
+def _check_text_folder(folder: Path, named: Mapping[Part, Path], opened: OpenFiles) -> None:
+    """Check a folder of text encoders, apart from encoders whose files have names of their own.
+
+    Raises:
+        InputError: It does not hold them and their tokenizers.
+    """
+    if os.path.isfile(folder):
+        raise InputError(
+            f"Got {folder} for the text encoders, which is {describe_checkpoint(opened.open(folder))}; "
+            f"expected a folder with {', '.join(TEXT_FOLDERS)}"
+        )
+    missing = [name for name in TEXT_FOLDERS if not os.path.isdir(folder / name)]
+    if missing:
+        raise InputError(f"Got {folder} for the text encoders, but it has no folder {' or '.join(missing)}")
+    for part, tokenizer in TOKENIZERS.items():
+        check_tokenizer(folder / tokenizer, tokenizer)
+        if part not in named:
+            require_part(opened.open(folder / part), part)
+
+
+# ---- the LoRA and the adapter of a model
 
 
 def own_lora(
     spec: ModelSpec, transformer: Checkpoint, given: Path | None, scale: float, download: bool
 ) -> LoraUse | None:
     """Find the LoRA that turns a transformer's file into this model.
+
+    The file's inputs tell whether it is the model to turn, or has the LoRA merged in. Where both have the
+    same inputs, it is taken for the former.
 
     Args:
         spec: The model.
@@ -103,9 +144,25 @@ def own_lora(
     Raises:
         InputError: It is not there and cannot be downloaded.
     """
-    if spec.lora_filename is None or not needs_lora(spec, transformer):
+    if spec.lora_filename is None or spec.base_params is None:
+        return None
+    before, after = _inputs_of(spec.base_params), _inputs_of(spec.params)
+    if before != after == _inputs_in(transformer):
         return None
     return LoraUse(given or own_file(spec, spec.lora_filename, download, spec.lora_repo_id), scale)
+
+
+def _inputs_of(params: FluxParams) -> tuple[int | None, bool]:
+    """The channels of an image token, and whether there is a guidance input."""
+    return params.in_channels, params.guidance_embed
+
+
+def _inputs_in(transformer: Checkpoint) -> tuple[int | None, bool]:
+    """The same, of an opened file. There are no channels if it has no such matrix."""
+    image, guidance = "img_in.weight", "guidance_in.in_layer.weight"
+    sources, _ = find_sources(transformer, "transformer", [image, guidance])
+    channels = sources[image].shape[-1:] if image in sources else ()
+    return next(iter(channels), None), guidance in sources
 
 
 def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True) -> Path:
@@ -127,8 +184,24 @@ def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True)
     return own_file(spec, spec.redux_filename, download, spec.redux_repo_id)
 
 
+def redux_features(path: Path) -> int:
+    """The number of SigLIP's features that a Redux adapter takes.
+
+    Raises:
+        InputError: The file is no adapter.
+    """
+    adapter = open_checkpoint(path)
+    up = adapter.tensors.get("redux_up.weight")
+    if up is None or len(up.shape) != 2:
+        raise InputError(f"Got {path}, which is {describe_checkpoint(adapter)}; expected a Redux adapter")
+    return up.shape[1]
+
+
+# ---- a model that is on this machine
+
+
 def local_model(settings: ModelSettings) -> OpenModel | None:
-    """Finds a model without downloads. Returns None if a file is not on this machine or not right."""
+    """Find a model without downloads. Returns None if a file is not on this machine or not right."""
     try:
         return find_model(settings, download=False)
     except InputError:
@@ -144,6 +217,9 @@ def checkpoint_of(settings: ModelSettings) -> str | None:
     return None if model is None else model.fingerprint()
 
 
+# ---- paths
+
+
 def path_from_env(names: tuple[str, ...]) -> str | None:
     """The value of the first of these environment variables that is set."""
     return next((os.path.expanduser(os.environ[name]) for name in names if os.environ.get(name)), None)
@@ -151,13 +227,3 @@ def path_from_env(names: tuple[str, ...]) -> str | None:
 
 def _first(*candidates: str | None) -> Path | None:
     return next((Path(path) for path in candidates if path), None)
-
-
-def _check_text_folder(folder: Path, given: dict[Part, Path | None], opened: OpenFiles) -> None:
-    missing = [name for name in TEXT_FOLDERS if not (folder / name).is_dir()]
-    if missing:
-        raise InputError(f"Got {folder} for the text encoders, but it has no folder {' or '.join(missing)}")
-    for part, tokenizer in TOKENIZERS.items():
-        check_tokenizer(folder / tokenizer, tokenizer)
-        if given[part] is None:
-            require_part(opened.open(folder / part), part)

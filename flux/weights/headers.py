@@ -4,11 +4,13 @@ The format is told by content, not by name. All reading is plain: some file syst
 memory (OSError 19). No pickle is ever loaded.
 """
 
+import difflib
 import json
 import math
 import operator
 import os
 import re
+import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,18 +129,16 @@ def read_header(path: Path) -> FileHeader:
         InputError: The file is not a complete safetensors or GGUF file. The message says what it is instead.
     """
     try:
-        size = os.stat(path).st_size
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would keep us waiting
+            raise InputError(f"Got {path}, which is no file: give the path of a .safetensors or .gguf file")
         with path.open("rb") as file:
             start = file.read(512)
     except FileNotFoundError:
-        if re.match(r"https?:", str(path)):
-            raise InputError(f"Got {path}, an address: download the file, and give its path") from None
-        raise InputError(
-            f"Got {path}, which does not exist: give the path of a .safetensors or .gguf "
-            f"file{_unfinished_beside(path)}"
-        ) from None
+        raise _missing(path) from None
     except OSError as error:
         raise unreadable(path, error) from error
+    size = status.st_size
     refuse_lfs_pointer(path, start)
     _refuse_zero_tail(path, size)
     if start.startswith(b"GGUF"):
@@ -147,6 +147,21 @@ def read_header(path: Path) -> FileHeader:
     if start[8:9] == b"{" and 2 <= length <= MAX_HEADER_BYTES:
         return _safetensors_header(path, size, length)
     raise InputError(f"Got {path}, which is {_other_format(start, size)}")
+
+
+def _missing(path: Path) -> InputError:
+    """The error for a file that does not exist, with what may have been meant."""
+    if re.match(r"https?:", str(path)):
+        return InputError(f"Got {path}, an address: download the file, and give its path")
+    hint = _unfinished_beside(path)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        hint = f" (if it is a repository of the hub: hf download {path} --local-dir {path.name})"
+    elif path.parent.is_dir() and os.access(path.parent, os.R_OK):
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+        hint = hint or (f" (did you mean {near[0]}?)" if near else "")
+    return InputError(
+        f"Got {path}, which does not exist: give the path of a .safetensors or .gguf file{hint}"
+    )
 
 
 def _refuse_zero_tail(path: Path, size: int) -> None:
@@ -255,6 +270,27 @@ def _safetensors_entry(path: Path, name: str, entry: dict[str, Any], data_begin:
 def unreadable(path: Path, error: OSError) -> InputError:
     """The error for a file that the operating system refuses to read."""
     return InputError(f"Got {path}, which cannot be read: {error.strerror}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a small file.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        InputError: It cannot be read, or as `parse_json`.
+    """
+    return parse_json(read_bytes(path), path)
 
 
 def short_name(name: str) -> str:

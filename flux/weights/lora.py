@@ -6,6 +6,7 @@ The formats of the changes are in `flux.weights.lora_formats`, how they are appl
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from flux.intervention import check_layers
 from flux.model import Flux
 from flux.modules.norms import RMSNorm
 from flux.weights.checkpoint import Checkpoint
-from flux.weights.headers import parse_json, short_name
+from flux.weights.headers import parse_json, read_json, short_name
 from flux.weights.layouts import SWAPPED, Part, diffusers_modules
 from flux.weights.lora_formats import LoraFields, LoraPlace, LowRank, Sum, WeightChange, read_finite
 from flux.weights.lora_patches import BIASES, Patch, change_in, check_fields
@@ -188,8 +189,8 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         return parse_json(text, checkpoint.path)
     file = checkpoint.headers[0].path
     beside = file.with_name("adapter_config.json")
-    if file.name == "adapter_model.safetensors" and beside.is_file():
-        return {f"transformer.{key}": value for key, value in parse_json(beside.read_bytes(), beside).items()}
+    if file.name == "adapter_model.safetensors" and os.path.isfile(beside):
+        return {f"transformer.{key}": value for key, value in read_json(beside).items()}
     return {}
 
 

@@ -1,6 +1,7 @@
 """One model's files, each opened once: what is checked, planned, fingerprinted and loaded."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,24 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from flux.errors import InputError, warn
-from flux.model import Flux, FluxParams
+from flux.model import Flux
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
-from flux.modules.layers import MLPEmbedder, timestep_embedding
-from flux.modules.linear import AnyLinear, LowRankLinear
 from flux.specs import ModelSpec, configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
-from flux.weights.headers import parse_json
+from flux.weights.fold_guidance import fold_guidance
+from flux.weights.headers import read_json
 from flux.weights.identify import TITLES
 from flux.weights.layouts import Part
 from flux.weights.load import load_into, match_names, on_meta
 from flux.weights.lora import LoraFile, match_patches, read_lora
 from flux.weights.lora_patches import Patch, apply_patches, ranks_beside
-from flux.weights.sources import TensorSource, find_sources
+from flux.weights.sources import TensorSource
 from flux.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class OpenFiles:
 
     def open(self, path: Path, subfolder: str = "") -> Checkpoint:
         """Open a checkpoint, see `open_checkpoint`, unless it has been opened before."""
-        place = path / subfolder if (path / subfolder).is_dir() else path
+        place = path / subfolder if os.path.isdir(path / subfolder) else path
         if place not in self._opened:
             self._opened[place] = open_checkpoint(path, subfolder)
         return self._opened[place]
@@ -280,12 +279,12 @@ class OpenModel:
         from transformers import AutoConfig
 
         path = self.files.of(part)
-        folder = path / part if (path / part).is_dir() else path
-        if not (folder / "config.json").is_file():
+        folder = path / part if os.path.isdir(path / part) else path
+        if not os.path.isfile(folder / "config.json"):
             folder = self.files.text / part
-        if not (folder / "config.json").is_file():
+        if not os.path.isfile(folder / "config.json"):
             raise InputError(f"Got {folder}, which has no config.json: expected the folder of an encoder")
-        parse_json((folder / "config.json").read_bytes(), folder / "config.json")
+        read_json(folder / "config.json")  # transformers' own errors are less clear
         try:
             return folder, AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except (ValueError, TypeError, KeyError, OSError) as error:
@@ -308,7 +307,7 @@ class OpenModel:
         """
         model = self.transformer.load(device, dtype, keep_8bit)
         if model.params.guidance_embed and not self.spec.params.guidance_embed:
-            _fold_guidance(model, self.spec)
+            fold_guidance(model, self.spec)
         return model
 
     def load_autoencoder(self, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder:
@@ -352,51 +351,5 @@ class OpenModel:
         return HFEmbedder.from_encoder(module, max_length or length, tokenizer)
 
 
-def needs_lora(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
-    """Return whether a transformer's file is the model that the spec's LoRA turns into this one.
-
-    Its inputs tell. Where both models have the same, each file is taken for the former.
-    """
-    base = spec.base_params
-    if spec.lora_filename is None or base is None:
-        return False
-    names = ["img_in.weight", "guidance_in.in_layer.weight"]
-    sources, _ = find_sources(checkpoint, "transformer", names)
-    columns = sources["img_in.weight"].shape[-1:] if "img_in.weight" in sources else ()
-    found = columns, names[1] in sources
-    return found == _inputs_of(base) or found != _inputs_of(spec.params)
-
-
-def _inputs_of(params: FluxParams) -> tuple[tuple[int, ...], bool]:
-    """The channels of an image token, and whether there is a guidance input."""
-    return (params.in_channels,), params.guidance_embed
-
-
 def _wrong_encoder(folder: Path, config: "PretrainedConfig", part: Part) -> InputError:
     return InputError(f"Got {folder}, an encoder of kind {config.model_type}; expected {TITLES[part]}")
-
-
-def _fold_guidance(model: Flux, spec: ModelSpec) -> None:
-    """Add one guidance scale's embedding to the time embedder's last bias, and drop the guidance input."""
-    embedder, last = model.guidance_in, model.time_in.out_layer
-    if not isinstance(embedder, MLPEmbedder):
-        raise TypeError("Expected a model with a guidance input")
-    owner = last.base if isinstance(last, LowRankLinear) else last
-    bias = _bias_of(owner)
-    scale = torch.tensor([spec.guidance], device=bias.device)
-    hidden = embedder.silu(_in_float32(embedder.in_layer, timestep_embedding(scale, 256)))
-    added = _in_float32(embedder.out_layer, hidden)[0]
-    owner.bias = nn.Parameter((bias.float() + added).to(bias.dtype), requires_grad=False)
-    model.guidance_in, model.params = nn.Identity(), spec.params
-
-
-def _in_float32(linear: AnyLinear, x: torch.Tensor) -> torch.Tensor:
-    """Map with a layer's weights in float32, whatever it computes in and however it is stored."""
-    return F.linear(x, linear.weight.float(), _bias_of(linear).float())
-
-
-def _bias_of(linear: nn.Module) -> torch.Tensor:
-    bias = linear.base.bias if isinstance(linear, LowRankLinear) else linear.bias
-    if not isinstance(bias, torch.Tensor):
-        raise TypeError(f"Expected a bias, got {type(bias).__name__}")
-    return bias

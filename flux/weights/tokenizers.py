@@ -1,10 +1,11 @@
 """Tokenizers on disk: whether a folder holds a whole one, of the right kind."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux.errors import InputError
-from flux.weights.headers import parse_json, refuse_lfs_pointer, unreadable
+from flux.weights.headers import parse_json, read_bytes, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def vocabulary_files(folder: Path, name: str) -> list[Path]:
         name: Its name in diffusers' layout: "tokenizer" is CLIP's, "tokenizer_2" T5's.
     """
     groups = ([folder / file for file in group] for group in VOCABULARIES[name])
-    return next((group for group in groups if all(file.is_file() for file in group)), [])
+    return next((group for group in groups if all(os.path.isfile(file) for file in group)), [])
 
 
 def check_tokenizer(folder: Path, name: str) -> None:
@@ -43,10 +44,7 @@ def check_tokenizer(folder: Path, name: str) -> None:
             "it is another encoder's, fetch it again"
         )
     for file in [*files, *folder.glob("*config.json")]:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise unreadable(file, error) from error
+        data = read_bytes(file)
         refuse_lfs_pointer(file, data[:512])
         if not data.strip(b"\0"):
             raise InputError(f"Got {file}, which is empty: fetch it again")

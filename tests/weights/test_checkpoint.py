@@ -1,6 +1,7 @@
 """Checkpoints: one file, or a folder with one file or its shards."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_shards(tmp_path, source):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "is a folder and holds no .safetensors file"),
+        ([], "a folder without .safetensors or .gguf files"),
         (["pytorch_model.bin"], "a pickle, never loaded"),
         (["a.safetensors", "b.safetensors"], r"several files \(a.safetensors, b.safetensors\)"),
     ],
@@ -60,9 +61,52 @@ def test_folders_without_one_file(tmp_path, files, message):
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         open_checkpoint(tmp_path / "nothing.safetensors")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="a folder without"):
         open_checkpoint(tmp_path)
     with pytest.raises(InputError, match="an address: download the file"):
         open_checkpoint(Path("https://hub.example/flux1-dev.safetensors"))
     with pytest.raises(InputError, match="cannot be read: No such file"):
         open_checkpoint(tmp_path / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("flux1-dev_Q8_0.gguf", r"\(did you mean flux1-dev-Q8_0.gguf\?\)$"),
+        ("quite-different.safetensors", "file$"),
+        ("started.safetensors", r"\(started.safetensors.part beside it is unfinished\)$"),
+    ],
+)
+def test_a_missing_file_with_what_may_have_been_meant(tmp_path, name, hint):
+    for other in ("flux1-dev-Q8_0.gguf", "started.safetensors.part"):
+        (tmp_path / other).touch()
+    with pytest.raises(InputError, match=f"does not exist: give the path of .*{hint}"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_a_repository_of_the_hub_in_place_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"does not exist: .* hf download some-one/some.repo --local-dir some"
+    ):
+        open_checkpoint(Path("some-one/some.repo"))
+
+
+def test_paths_that_the_system_refuses(tmp_path, monkeypatch):
+    """Names that are too long, pipes, and folders and files of other users end in one line too."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(InputError, match="which is no file"):
+        open_checkpoint(tmp_path / "pipe.safetensors")
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        open_checkpoint(tmp_path / ("long" * 100))
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as closed:
+        closed.setattr(os, "stat", refuse)
+        with pytest.raises(InputError, match="cannot be read: Permission denied"):
+            open_checkpoint(tmp_path / "m.safetensors")
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        open_checkpoint(tmp_path)

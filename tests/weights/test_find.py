@@ -86,6 +86,14 @@ def test_a_text_folder_that_lacks_something(tmp_path):
         files_of("flux-nano", text_encoders=str(tmp_path))
 
 
+def test_a_file_in_place_of_the_text_folder(tmp_path):
+    name = "encoder.final_layer_norm.weight"
+    path = weight_files.save({name: torch.zeros(1)}, tmp_path / "t5xxl_fp16.safetensors")
+    expected = r"which is a T5 encoder \(give it as t5_weights\); expected a folder with text_encoder, "
+    with pytest.raises(InputError, match=expected):
+        files_of("flux-nano", text_encoders=str(path))
+
+
 def nano_in_one() -> dict[str, torch.Tensor]:
     """All tensors of flux-nano's files as they are stored, 8-bit numbers beside their scales."""
     spec = configs["flux-nano"]
