@@ -166,3 +166,17 @@ def concat_gelu(x: Tensor | None, hidden: Tensor, rounding: bool) -> Tensor | Ro
         return hidden if x is None else torch.cat((x, hidden), dim=-1)
     result, scales = ops_triton.concat_gelu(x, hidden, rounding)
     return Rounded(result, scales, hidden.dtype) if rounding else result
+
+
+def copy_tokens(x: Tensor, places: Tensor, out: Tensor) -> None:
+    """Copy some tokens of a sequence into another one.
+
+    Args:
+        x: "B N C".
+        places: Places of the tokens in `x`, "n".
+        out: Where they go, "B n C".
+    """
+    if ops_triton is None or not has_kernel(out):
+        out.copy_(x[:, places])
+    else:
+        ops_triton.copy_tokens(x, places, out)

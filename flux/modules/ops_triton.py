@@ -205,6 +205,25 @@ def concat_gelu(x: Tensor | None, hidden: Tensor | None, rounding: bool) -> tupl
     return result, scales
 
 
+@triton.jit
+def _copy_tokens(
+    x, x_row, x_token, places, out, out_row, out_token, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    token, row, channel = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside, place = channel < WIDTH, tl.load(places + token)
+    values = tl.load(x + row * x_row + place * x_token + channel, mask=inside)
+    tl.store(out + row * out_row + token * out_token + channel, values, mask=inside)
+
+
+def copy_tokens(x: Tensor, places: Tensor, out: Tensor) -> None:
+    """Copy the tokens at `places`, "n", of `x`, "B N C", to `out`, "B n C". Channels lie side by side."""
+    batch, tokens, width = out.shape
+    _copy_tokens[(tokens, batch)](
+        x, x.stride(0), x.stride(1), places, out, out.stride(0), out.stride(1), width,
+        triton.next_power_of_2(width),
+    )  # fmt: skip
+
+
 def _results(x: Tensor, width: int, rounding: bool) -> tuple[Tensor, Tensor]:
     batch, tokens = x.shape[:2]
     result = torch.empty(batch, tokens, width, dtype=E4M3 if rounding else x.dtype, device=x.device)

@@ -9,18 +9,19 @@ between. There are no gradients. Each row of a batch comes out as it would alone
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flux.math import PLAIN as PLAIN_EDIT
-from flux.math import AttentionEdit, QueriesKeysValues
+from flux.math import AttentionEdit, KeysValues, QueriesKeysValues
 from flux.modules.layers import DoubleStreamBlock, Modulation, SelfAttention, SingleStreamBlock
 from flux.modules.linear import Fp8Linear
 from flux.modules.matmul_hopper import GATED, GELU, HEAD_SIZES, HEADS, PLAIN, cached_by_tensor
 from flux.modules.norms import QKNorm, RMSNorm, split_modulation
-from flux.modules.ops import Rounded, has_kernel
+from flux.modules.ops import Rounded, copy_tokens, has_kernel
 from flux.modules.projections import modulate, split_heads
 
 # Before the import, which reads it.
@@ -93,7 +94,7 @@ class Heads:
 
 
 def _places(x: Tensor | Rounded, tokens: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised places for queries with keys, "B N 2C", and for values, "B N C"."""
+    """Uninitialised places for queries with keys, "B n 2C", and for values, "B n C"."""
     batch, _, width = x.shape
     return x.new_empty(batch, tokens, 2 * width), x.new_empty(batch, tokens, width)
 
@@ -126,6 +127,32 @@ def _inject_queries(edit: AttentionEdit, q: Tensor) -> None:
     if edit.queries is not None:
         own = q[:, :, : q.shape[2] - edit.num_context]
         own.copy_(edit.queries if edit.kv_weight is None else torch.lerp(own, edit.queries, edit.kv_weight))
+
+
+def _num_others(edit: AttentionEdit) -> int:
+    """The number of other tokens that `_gather` writes behind the pass's own."""
+    if edit.other_places is None or edit.exchange is not None or edit.context_kv is not None:
+        return 0
+    return len(edit.other_places)
+
+
+def _gather(edit: AttentionEdit, qk: Tensor, v: Tensor, num_heads: int) -> Callable[[], KeysValues]:
+    """`AttentionEdit.gather`, with the others written behind the pass's own, instead of both copied.
+
+    Args:
+        edit: The edit.
+        qk: Queries and keys of the pass's own tokens, then places for `_num_others` more, "B n 2C".
+        v: Values, likewise, "B n C".
+        num_heads: Number of heads, H.
+    """
+    _, keys, values = _split(qk, v, num_heads)
+    others, width = _num_others(edit), v.shape[-1]
+    if not others or edit.others is None or edit.other_places is None:
+        return edit.gather(keys, values)
+    own = v.shape[1] - others
+    for other, place in zip(edit.others, (qk[:, own:, width:], v[:, own:])):
+        copy_tokens(other.transpose(1, 2).flatten(2), edit.other_places, place)
+    return lambda: (keys, values)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -186,16 +213,16 @@ class HopperDoubleBlock(DoubleStreamBlock):
         self, img: Tensor | Rounded, txt: Tensor | Rounded, pe: Tensor, edit: AttentionEdit
     ) -> tuple[Tensor, Tensor, QueriesKeysValues | None]:
         """See `DoubleStreamBlock.joint_attention`. Both streams are projected into the same tensors."""
-        num_txt, table = txt.shape[1], _table(pe)
-        qk, v = _places(img, num_txt + img.shape[1])
-        q, k, values = _split(qk, v, self.num_heads)
+        num_txt, own, table = txt.shape[1], txt.shape[1] + img.shape[1], _table(pe)
+        qk, v = _places(img, own + _num_others(edit))
+        q, k, values = _split(qk[:, :own], v[:, :own], self.num_heads)
 
         def heads(attn: SelfAttention, x: Tensor | Rounded, tokens: slice) -> Heads:
             places = table[:, tokens], qk[:, tokens], v[:, tokens]
             return Heads(attn.qkv, attn.norm, self.num_heads, x, *places)
 
         txt_heads = heads(self.txt_attn, txt, slice(num_txt))
-        img_heads = heads(self.img_attn, img, slice(num_txt, None))
+        img_heads = heads(self.img_attn, img, slice(num_txt, own))
         txt_heads.project_qk()
         txt_heads.project_v()
         if not edit.splits_qkv:
@@ -206,7 +233,7 @@ class HopperDoubleBlock(DoubleStreamBlock):
             img_heads.project_v()
         _inject(edit, k[:, :, num_txt:], values[:, :, num_txt:])
 
-        wait = edit.gather(k, values)
+        wait = _gather(edit, qk, v, self.num_heads)
         if edit.splits_qkv:
             img_heads.project_q()
         _inject_queries(edit, q[:, :, num_txt:])
@@ -225,9 +252,11 @@ class HopperSingleBlock(SingleStreamBlock):
             return super().run(x, mods, pe, num_txt, edit)
         (mod,) = split_modulation(mods, 1)
         x_in = modulate(self.pre_norm, x, mod, self.linear1)
-        q, k, v = self.fused_heads(x_in, pe, num_txt, edit)
+        own = x.shape[1]
+        qk, v = _places(x, own + _num_others(edit))
+        q, k, values = self.fused_heads(x_in, pe, num_txt, edit, qk[:, :own], v[:, :own])
 
-        wait = edit.gather(k, v)
+        wait = _gather(edit, qk, v, self.num_heads)
         hidden = _hidden(self.linear1, x_in, self.mlp_hidden_dim, 3 * self.hidden_dim, free=self.hidden_dim)
         place = hidden[..., : self.hidden_dim]
         if edit.hides_context:
@@ -235,13 +264,13 @@ class HopperSingleBlock(SingleStreamBlock):
         else:
             attend(q, *wait(), place)
         x = _add_gated(x, mod.gate, self.linear2, hidden)
-        return x, (q, k, v) if edit.record else None
+        return x, (q, k, values) if edit.record else None
 
     def fused_heads(
-        self, x: Tensor | Rounded, pe: Tensor, num_txt: int, edit: AttentionEdit
+        self, x: Tensor | Rounded, pe: Tensor, num_txt: int, edit: AttentionEdit, qk: Tensor, v: Tensor
     ) -> QueriesKeysValues:
-        """Queries, keys and values, with those of `edit` injected."""
-        table, (qk, v) = _table(pe), _places(x, x.shape[1])
+        """Queries, keys and values, written to `qk` and `v`, with those of `edit` injected."""
+        table = _table(pe)
         whole = Heads(self.linear1, self.norm, self.num_heads, x, table, qk, v)
         if edit.whole_kv:
             txt = x[:, :num_txt], table[:, :num_txt], qk[:, :num_txt], v[:, :num_txt]

@@ -97,6 +97,17 @@ def test_concat_gelu(kernels, mixed, hidden, dtype):
     scaled(kernels.concat_gelu(mixed, hidden, True), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_tokens(kernels, dtype):
+    """One row stands for both; the copies go beside something else, which stays."""
+    x, places = random(1, 7, 24, dtype=dtype).expand(2, -1, -1), torch.tensor([0, 3, 6])
+    wide = torch.zeros(2, 5, 48, dtype=dtype)
+    kernels.copy_tokens(x, places, wide[:, 2:, 24:])
+    assert torch.equal(wide[:, 2:, 24:], x[:, places])
+    assert not wide[:, :2].any()
+    assert not wide[..., :24].any()
+
+
 def test_rows_of_zeros_stay_zeros(kernels):
     packed, scale = kernels.concat_gelu(torch.zeros(1, 2, 16), None, True)
     assert not packed.float().any()
