@@ -2,13 +2,13 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from flux.settings.demos import Lora, Prompt
-from flux.settings.edits import Edit
+from flux.settings.edits import Edit, Turn
 
 # pydantic's name of an error -> what was expected; braces are filled from the error's context
 EXPECTED = {
@@ -46,7 +46,7 @@ def describe_errors(
         place = loc
         if kind in ("extra_forbidden", "missing"):
             *place, name = loc
-            fields = (ENTRIES.get(place[0], Prompt) if place else cls).model_fields
+            fields = _model_at(place, cls).model_fields
             if kind == "missing" and (*place, name) in meant:
                 continue
             if kind == "missing":
@@ -62,6 +62,13 @@ def describe_errors(
         path = path_of(place, data)
         lines.append((str(loc[0]) if loc else "", (f"{path}: " if path else "") + message))
     return lines
+
+
+def _model_at(place: Sequence[str | int], cls: type[BaseModel]) -> type[BaseModel]:
+    """Return the model whose fields stand at a place in the settings of `cls`."""
+    if not place:
+        return cls
+    return Turn if "then" in place else ENTRIES.get(place[0], Prompt)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:

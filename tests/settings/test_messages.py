@@ -84,6 +84,11 @@ WRONG = [
         "edits[0].then[0].top: expected at least 1, got 0",
     ),
     (EditSettings, EDIT | {"edits": [{"prompt": "a", "wieght": 1}]}, "edits[0]: unknown field 'wieght', did"),
+    (
+        EditSettings,
+        EDIT | {"edits": [{"prompt": "a", "then": [{"prompt": "b", "then": ["c"]}]}]},
+        "edits[0].then[0]: unknown field 'then', known are dose",
+    ),
     (EditSettings, {"edits": ["a"], "photo": "a.png"}, "a caption_model can write it"),
     (EditSettings, EDIT | {"inject_until": 1.5}, "inject_until: expected at most 1.0, got 1.5"),
     (EditSettings, EDIT | {"inject_from": -0.1}, "inject_from: expected at least 0, got -0.1"),
