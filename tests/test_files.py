@@ -9,9 +9,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from helpers.images import noise
 
 from flux.errors import InputError
 from flux.files import LEAST_ROOM, check_folder, claim_folder, write_json, write_text
@@ -19,10 +18,6 @@ from flux.images.io import save_animation, save_image
 from flux.scan.plots import plot_vitality
 
 METADATA = {"prompt": "eine Straße in 東京", "steps": [1, 2.5, None], "nested": {"vital": [0, 1]}}
-
-
-def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def names(folder: Path) -> list[str]:

@@ -2,18 +2,16 @@
 
 import numpy as np
 import pytest
+from helpers import images
+from helpers.images import noise
 from PIL import ExifTags, Image
 
 from flux.errors import InputError
 from flux.images.io import as_pil, as_rgb, read_image
 
 
-def noise() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
-
-
 def same(a: Image.Image, b: Image.Image) -> bool:
-    return a.mode == b.mode and a.size == b.size and a.tobytes() == b.tobytes() and not a.info
+    return images.same(a, b) and not a.info
 
 
 @pytest.mark.parametrize("form", ["array", "grey", "transparent", "image", "path"])

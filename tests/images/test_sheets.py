@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.images import noise, same
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
@@ -9,15 +10,6 @@ from PIL import Image, ImageFont
 from flux.images import sheets
 from flux.images.fonts import caption_font
 from flux.images.sheets import Sheet, grid, wrap_text
-
-
-def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def same(a: Image.Image, b: Image.Image) -> bool:
-    return a.mode == b.mode and a.size == b.size and a.tobytes() == b.tobytes()
-
 
 LONG = (
     "a photo of a tiny red car and a Donaudampfschifffahrtsgesellschaftskapitänsmütze on the beach, at sunset"
