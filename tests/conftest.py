@@ -1,6 +1,9 @@
-"""Parts that all tests share: marks, a clean environment, no network, and the small model loaded once."""
+"""Parts that all tests share: marks, a clean environment without network, a browser, the small model."""
 
+import gc
+import importlib.util
 import os
+import shutil
 import signal
 
 import pytest
@@ -25,6 +28,7 @@ settings.load_profile("untimed")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SKIPPED = {"slow": "--run-slow", "gpu": "--run-gpu"}
 
 
@@ -33,9 +37,7 @@ def pytest_addoption(parser):
         parser.addoption(option, action="store_true", help=f"run the tests marked {mark} too")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; runs with --run-slow")
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with --run-gpu")
+def pytest_configure():
     # Nets this small gain little from more threads, and lose a hundredfold where other work has the cores.
     torch.set_num_threads(1)
 
@@ -45,6 +47,20 @@ def pytest_collection_modifyitems(config, items):
         for mark, option in SKIPPED.items():
             if mark in item.keywords and not config.getoption(option):
                 item.add_marker(pytest.mark.skip(reason=f"runs with {option}"))
+
+
+def pytest_collection_finish():
+    # What has been imported stays: each search for garbage that passes through it takes half a second.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Neighbours run in one process, which makes what they share once, until another has nothing left."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,6 +87,21 @@ def clean_environment(monkeypatch):
 def no_gradients():
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium. No longer than a module: while it is there, no other event loop can run."""
+    if not (CHROMIUM and importlib.util.find_spec("playwright")):
+        # Where a server runs them, they are there to be run.
+        refuse = pytest.fail if os.environ.get("CI") else pytest.skip
+        refuse("the browser's tests need apt-get install chromium and pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,17 @@ def visit(page, url, place):
     page.locator(f"[id^={place}-prompt] textarea").wait_for()
 
 
+def open_tab(page, place):
+    """Opens a tab of the page that is there, by its address and without loading anything anew."""
+    page.evaluate("place => { location.hash = place }", place)
+    page.locator(f"[id^={place}-prompt] textarea").wait_for()
+
+
+def wait_until_remembered(page, text):
+    """Waits until a reload brings back the text that was typed: it is noted once typing rests."""
+    page.wait_for_function("text => Object.values(localStorage).some(form => form.includes(text))", arg=text)
+
+
 def draw(page, prompt="a dog on the grass"):
     page.locator("#generate-prompt textarea").fill(prompt)
     page.locator("#generate-go").click()

@@ -1,8 +1,6 @@
-"""The studio alone, its page served, and a browser and a program that visit it."""
+"""The studio alone, its page served, and a window and a program that visit it."""
 
 import importlib.util
-import os
-import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +12,6 @@ from flux.content_filters import ContentFilter
 from flux.images.io import save_image
 from flux.studio.state import Studio
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PLAYWRIGHT = importlib.util.find_spec("playwright")
 collect_ignore_glob = [] if importlib.util.find_spec("gradio") else ["test_*.py"]
 
 
@@ -70,26 +66,23 @@ def client(url):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    if not (CHROMIUM and PLAYWRIGHT):
-        # Where a server runs them, they are there to be run.
-        refuse = pytest.fail if os.environ.get("CI") else pytest.skip
-        refuse("the browser's tests need apt-get install chromium and pip install playwright")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+def window(browser, url):
+    """A browser's window: it reads the page's scripts once, which takes longer than most tests."""
+    return browser.new_page(accept_downloads=True)
 
 
 @pytest.fixture
-def page(browser, url):
-    page = browser.new_page(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
-    page.set_default_timeout(SECONDS)
+def page(window, url):
+    """The page as somebody sees it who has never been here."""
+    window.goto(f"{url}robots.txt")  # nothing of the page runs there, to remember more
+    window.evaluate("localStorage.clear(); sessionStorage.clear()")
+    window.set_viewport_size({"width": 1400, "height": 1000})
+    window.emulate_media(color_scheme="light")
+    window.set_default_timeout(SECONDS)
     faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    visit(page, url, "generate")
-    yield page
-    page.close()
+    note = lambda error: faults.append(str(error))  # noqa: E731
+    window.on("pageerror", note)
+    visit(window, url, "generate")
+    yield window
+    window.remove_listener("pageerror", note)
     assert not faults
