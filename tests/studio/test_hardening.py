@@ -7,6 +7,7 @@ import gradio as gr
 import pytest
 import torch
 from gradio.context import LocalContext
+from gradio.state_holder import StateHolder
 from helpers.studio import make_studio
 
 from flux.studio.hardening import OwnFilesOnly
@@ -55,7 +56,7 @@ def studio(nano, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(studio):
+def built(studio):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(studio.folder / "served"))
         page = build(studio)
@@ -63,9 +64,17 @@ def page(studio):
         yield page
 
 
+@pytest.fixture
+def page(built):
+    """The page, which nobody has visited yet."""
+    StateHolder().set_blocks(built)
+    return built
+
+
 def refusal(page, event, data, session="a") -> str | None:
     """The line that the visitor sees where an event fails, or None if it does not."""
     asked = {"request": gr.Request(session_hash=session), "in_event_listener": True}
+    asked["state"] = page.state_holder[session]
     LocalContext.blocks.set(page)
     message = None
     try:
