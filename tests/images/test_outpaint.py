@@ -45,7 +45,7 @@ def test_rounding_goes_to_the_larger_border():
 FRACTIONS = st.floats(0, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sides=st.tuples(st.integers(16, 99), st.integers(16, 99)),
     borders=st.tuples(FRACTIONS, FRACTIONS, FRACTIONS, FRACTIONS).filter(any),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flux.modules.gguf_blocks import BLOCKS, expand
 
 sizes = given(rows=st.integers(1, 4), blocks=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
-quick = settings(deadline=None, max_examples=20)
+quick = settings(max_examples=20)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -24,7 +24,7 @@ from flux.modules.ops import rounded
 HALF_STEP = 2**-4  # of the three bits after the leading one
 ROWS, COLUMNS = 32, 64
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ def small_tiles(monkeypatch):
 
 
 # The tiles' size is the same in all examples.
-quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 sides = st.integers(1, 3 * TILE)
 
 
