@@ -80,4 +80,5 @@ class Cluster:
         flat = torch.cat([gradient.reshape(-1).to(torch.bfloat16) for gradient in gradients]) / self.world
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+        averages = [part.view_as(gradient) for part, gradient in zip(parts, gradients)]
+        torch._foreach_copy_(gradients, averages)  # pyright: ignore[reportPrivateImportUsage]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flux.modules.autoencoder import AutoEncoder
 from flux.sampling import image_ids, pack
+from training.loop.models import channels_last
 from training.scenes.compose import COLUMNS, sample
 from training.scenes.habits import SQUARE, Shape
 from training.scenes.render import Renderer
@@ -127,7 +128,7 @@ class Latents:
         self.t5, self.clip = pool.t5.to(device), pool.clip.to(device)
         self.filled, self._next, self._drawn, self._owed = 0, 0, 0, 0
         self._order = torch.randperm(len(pool))
-        self.encoder = ae.encoder.to(memory_format=torch.channels_last)
+        self.encoder = channels_last(ae.encoder)
 
     def refresh(self, count: int) -> None:
         """Adds `count` scenes an iteration. They are rendered `CHUNK` at a time, to keep a GPU busy."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, Dinov2Model, T5EncoderModel
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def build_flux(params: FluxParams) -> Flux:
     for embedder in (flux.time_in, flux.vector_in):
         nn.init.normal_(embedder.in_layer.weight, std=0.02)
         nn.init.normal_(embedder.out_layer.weight, std=0.02)
-    nn.init.zeros_(flux.final_layer.adaLN_modulation[1].weight)
+    nn.init.zeros_(flux.final_layer.adaLN_modulation.get_parameter("1.weight"))
     nn.init.zeros_(flux.final_layer.linear.weight)
     return flux
 
@@ -154,6 +156,11 @@ def build_dinov2(sizes: Sizes) -> "Dinov2Model":
         mlp_ratio=4, image_size=DINO_SIDE, patch_size=DINO_PATCH,
     )  # fmt: skip
     return Dinov2Model(config)
+
+
+def channels_last(model: M) -> M:
+    """Lays out a convolutional model's weights, in place, as GPUs compute fastest with them."""
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # missing in torch's hints
 
 
 def compile_blocks(flux: Flux) -> None:

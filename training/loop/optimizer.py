@@ -1,5 +1,8 @@
 """Optimizers: Muon for the matrices of the blocks, AdamW for everything else."""
 
+# torch has no public names for its operations on lists of tensors.
+# pyright: reportPrivateImportUsage=false
+
 import math
 from collections.abc import Iterable
 
@@ -43,16 +46,16 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no stage has a closure
         for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            shapes: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(tuple(parameter.shape), []).append(parameter)
             for parameters in shapes.values():
                 self._step_alike(parameters, group)
 
-    def _step_alike(self, parameters: list[nn.Parameter], group: dict) -> None:
+    def _step_alike(self, parameters: list[Tensor], group: dict) -> None:
         momentum, lr = group["momentum"], group["lr"]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
@@ -60,7 +63,7 @@ class Muon(torch.optim.Optimizer):
                     parameter, memory_format=torch.contiguous_format
                 )
         buffers = [self.state[parameter]["momentum"] for parameter in parameters]
-        gradients = [parameter.grad.contiguous() for parameter in parameters]
+        gradients = [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch.stack(torch._foreach_lerp(gradients, buffers, momentum)).flatten(2)
         rows, columns = ahead.shape[-2:]
@@ -115,6 +118,14 @@ def flow_optimizers(named: Iterable[tuple[str, nn.Parameter]], lr: float, fused:
     groups = [{"params": adam, "lr": lr}] + ([{"params": text, "lr": 0.6 * lr}] if text else [])
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
     return Optimizers(Muon(muon, lr), adamw)
+
+
+def low_rank_optimizers(model: nn.Module, lr: float, fused: bool) -> Optimizers:
+    """Makes the optimizer of low-rank changes, and of the biases beside them, which learn more slowly."""
+    low_rank = [p for name, p in model.named_parameters() if ".lora_" in name]
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias") and p.requires_grad]
+    groups = [{"params": low_rank, "lr": lr}, {"params": biases, "lr": 0.3 * lr}]
+    return Optimizers(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=fused))
 
 
 def convolution_optimizers(model: nn.Module, lr: float, fused: bool) -> Optimizers:

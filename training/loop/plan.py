@@ -4,10 +4,13 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from training.loop.cluster import Cluster
 from training.loop.data import Pool, draw_pool
 from training.loop.models import NANO, TOY, Sizes
-from training.loop.trainer import Budget
+from training.loop.optimizer import Optimizers
+from training.loop.trainer import Budget, Schedule, Trainer
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,15 @@ class Work:
     def result(self, stage: str) -> Path:
         """Names the file of the averaged weights that a complete stage writes."""
         return self.folder / f"{stage}.pt"
+
+    def trainer(
+        self, stage: str, model: nn.Module, optimizers: Optimizers, average_decay: float = 0.995
+    ) -> Trainer:
+        """Makes the trainer of a stage."""
+        plan = self.plan_for(stage)
+        schedule = Schedule(plan.seconds, plan.decay or 1e-9)  # which divides by the second
+        places = self.cluster, self.folder, self.budget
+        return Trainer(stage, model, optimizers, schedule, *places, average_decay=average_decay)
 
     def pool(self, stage: str) -> Pool:
         """Draws the scenes of a stage. Every process draws others."""

@@ -116,38 +116,19 @@ class Trainer:
         Returns:
             Whether the stage is complete.
         """
-        parameters = [p for _, p in self.parameters]
         bar = tqdm(total=round(self.schedule.seconds), initial=round(self.spent), desc=self.name, unit="s",
                    disable=not self.cluster.first, mininterval=5)  # fmt: skip
         total, count = torch.zeros((), device=self.cluster.device), 0
         mark, paused = None, False
         profiler = self._profiler()
         while not self.done:
-            loss = loss_of()
-            loss.backward()
-            self.cluster.average_gradients(parameters)
-            nn.utils.clip_grad_norm_(parameters, self.clip)
-            self.optimizers.step(self.schedule.factor(self.iteration, self.spent))
-            for parameter in parameters:
-                parameter.grad = None
-            if self.iteration % self.average_every == 0:
-                self._average()
-            if after:
-                after()
-            if self.iteration % SHARE_EVERY == SHARE_EVERY - 1:
-                self.cluster.broadcast([p.data for p in parameters])
-            self.iteration += 1
-            self.samples += batch * self.cluster.world
-            total += loss.detach()
+            total += self._iterate(loss_of(), after)
             count += 1
+            self.samples += batch * self.cluster.world
             if profiler:
                 profiler.step()
             if self.iteration % 10 == 0 or mark is None:
-                if self.cluster.device.type == "cuda":
-                    torch.cuda.synchronize()
-                now = time.time()
-                elapsed = self.cluster.broadcast_number(now - mark if mark else 0.0)
-                mark, self.spent = now, self.spent + elapsed
+                mark = self._add_time(mark)
                 if self.iteration % 50 == 0 or self.done:
                     self._record(self.cluster.mean(total / count), bar)
                     total.zero_()
@@ -161,6 +142,32 @@ class Trainer:
             profiler.stop()
         self._save()
         return not paused
+
+    def _iterate(self, loss: Tensor, after: Callable[[], None] | None) -> Tensor:
+        """Updates the weights by one iteration's loss. Returns the loss."""
+        parameters = [p for _, p in self.parameters]
+        loss.backward()
+        self.cluster.average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizers.step(self.schedule.factor(self.iteration, self.spent))
+        for parameter in parameters:
+            parameter.grad = None
+        if self.iteration % self.average_every == 0:
+            self._average()
+        if after:
+            after()
+        if self.iteration % SHARE_EVERY == SHARE_EVERY - 1:
+            self.cluster.broadcast([p.data for p in parameters])
+        self.iteration += 1
+        return loss.detach()
+
+    def _add_time(self, mark: float | None) -> float:
+        """Adds the time since `mark` to the stage's, in every process alike. Returns the time now."""
+        if self.cluster.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.time()
+        self.spent += self.cluster.broadcast_number(now - mark if mark else 0.0)
+        return now
 
     def _profiler(self) -> torch.profiler.profile | None:
         """Starts a profiler of iterations 40 to 50 of this call, if the budget asks for one."""
@@ -183,13 +190,12 @@ class Trainer:
         # Short at first, so that the average soon forgets the random start.
         decay = min(self.average_decay, (self.iteration + 1) / (self.iteration + 50))
         averages = [self.average[name] for name, _ in self.parameters]
-        torch._foreach_lerp_(averages, [p.detach() for _, p in self.parameters], 1 - decay)
+        weights = [p.detach() for _, p in self.parameters]
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def averaged(self) -> dict[str, Tensor]:
         """Returns the model's state with the averaged weights."""
-        return {
-            name: self.average.get(name, value).detach() for name, value in self.model.state_dict().items()
-        }
+        return {name: x.detach() for name, x in (self.model.state_dict() | self.average).items()}
 
     def _record(self, loss: float, bar: tqdm) -> None:
         if loss != loss:

@@ -32,10 +32,10 @@ def build(archive: str) -> None:
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     with tarfile.open(archive) as package:
         for number, sprite in enumerate(SPRITES):
-            data = package.extractfile(f"package/assets/{sprite.file}.webp").read()
-            image = (
-                Image.open(io.BytesIO(data)).convert("RGBA").resize((CELL, CELL), Image.Resampling.LANCZOS)
-            )
+            file = package.extractfile(f"package/assets/{sprite.file}.webp")
+            assert file is not None  # no folder has such a name
+            image = Image.open(io.BytesIO(file.read())).convert("RGBA")
+            image = image.resize((CELL, CELL), Image.Resampling.LANCZOS)
             if sprite.name in TINTS:
                 image = tinted(image, TINTS[sprite.name])
             if sprite.name in CUT_BELOW:

@@ -27,9 +27,9 @@ from flux.sampling import pack
 from flux.weights.load import read_weights
 from training.loop.data import EMPTY, CaptionEncoder, positions
 from training.loop.models import Generator, build_flux, compile_blocks, load_text_encoders, text_ids
-from training.loop.optimizer import Optimizers
+from training.loop.optimizer import low_rank_optimizers
 from training.loop.plan import Work
-from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.loop.trainer import save_atomically
 from training.scenes.compose import sample
 from training.scenes.edits import EDITS, sample_pair
 from training.scenes.instructions import instruction
@@ -85,7 +85,7 @@ def draw_fill(rng: random.Random, renderer: Renderer, count: int, side: int) -> 
 
 
 def _masked_part(rng: random.Random, subject: Tensor, side: int) -> Tensor:
-    """A mask `H W`, 1 where the model is to paint."""
+    """Draws a mask `H W`, 1 where the model has to paint."""
     kind = rng.choice(("subject", "box", "border"))
     if kind == "subject" and subject.any():
         rows, columns = subject.any(1).nonzero().flatten(), subject.any(0).nonzero().flatten()
@@ -190,7 +190,7 @@ def base_generator(work: Work) -> Generator:
 
 
 def widened(flux: Flux, extra: int) -> Flux:
-    """A transformer whose input has `extra` channels more, which change nothing yet."""
+    """Makes a transformer whose input has `extra` channels more, which change nothing yet."""
     if not extra:
         return flux
     wide = build_flux(replace(flux.params, in_channels=flux.params.in_channels + extra))
@@ -227,6 +227,16 @@ def adapted(flux: Flux, rank: int, *, text: bool) -> Flux:
     return flux
 
 
+def image_positions(work: Work, kind: str) -> Tensor:
+    """Returns the positions of the image tokens, `1 I 3`. Kontext's context tokens follow, at index 1."""
+    noise = positions(work.side, work.side, work.cluster.device)
+    if EXTRA_CHANNELS[kind]:
+        return noise
+    context = noise.clone()
+    context[..., 0] = 1
+    return torch.cat((noise, context), dim=1)
+
+
 def train_adapter(work: Work, kind: str) -> bool:
     """Runs stage "kontext", "fill" or "canny". Returns False if the call's budget ran out first."""
     plan, device = work.plan_for(kind), work.cluster.device
@@ -235,14 +245,8 @@ def train_adapter(work: Work, kind: str) -> bool:
     base = {name: value.detach().clone() for name, value in generator.flux.state_dict().items()}
     student = widened(generator.flux, EXTRA_CHANNELS[kind])
     student = adapted(student, RANKS[kind], text=kind == "kontext").to(device)
-    low_rank = [p for name, p in student.named_parameters() if ".lora_" in name]
-    biases = [p for name, p in student.named_parameters() if name.endswith(".bias") and p.requires_grad]
-    groups = [{"params": low_rank, "lr": plan.lr}, {"params": biases, "lr": 0.3 * plan.lr}]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
-    schedule = Schedule(plan.seconds, plan.decay)
-    trainer = Trainer(
-        kind, student, Optimizers(adamw), schedule, work.cluster, work.folder, work.budget, average_decay=0.99
-    )
+    optimizers = low_rank_optimizers(student, plan.lr, fused=device.type == "cuda")
+    trainer = work.trainer(kind, student, optimizers, average_decay=0.99)
     if device.type == "cuda":
         compile_blocks(student)
     examples = Examples(work, kind, load_autoencoder(work))
@@ -250,10 +254,7 @@ def train_adapter(work: Work, kind: str) -> bool:
         examples.add(min(CHUNK, plan.first))
     empty = EmptyCaption(CaptionEncoder(work.tokenizers), device)
     shift, txt_ids = shift_for(work.side), text_ids(device)
-    noise_ids = positions(work.side, work.side, device)
-    context_ids = noise_ids.clone()
-    context_ids[..., 0] = 1
-    img_ids = noise_ids if EXTRA_CHANNELS[kind] else torch.cat((noise_ids, context_ids), dim=1)
+    img_ids = image_positions(work, kind)
     joined = 2 if EXTRA_CHANNELS[kind] else 1  # by channels, or by tokens
 
     def loss() -> Tensor:

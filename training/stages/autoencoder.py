@@ -6,15 +6,17 @@ deviation are folded into the weights, so that FLUX.1's own scale and shift make
 rest of the stage repairs what that does at the borders.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flux.modules.autoencoder import AutoEncoder
-from training.loop.models import build_autoencoder
+from training.loop.models import build_autoencoder, channels_last
 from training.loop.optimizer import convolution_optimizers
 from training.loop.plan import Work
-from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.loop.trainer import save_atomically
 from training.scenes.render import Renderer
 
 KL, EDGES, SQUARED = 1e-3, 0.5, 0.7
@@ -46,7 +48,9 @@ def reconstruction_loss(ae: AutoEncoder, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fold_scale(weights: dict[str, Tensor], mean: float, deviation: float, scale: float, shift: float) -> None:
+def fold_scale(
+    weights: Mapping[str, Tensor], mean: float, deviation: float, scale: float, shift: float
+) -> None:
     """Rewrites an autoencoder's weights in place, so that its latents are unit normal after scale and shift.
 
     z' = (z - mean) / (deviation * scale) + shift
@@ -101,12 +105,9 @@ def train_autoencoder(work: Work) -> bool:
     """Trains and writes the autoencoder. Returns False if the call's budget ran out first."""
     plan, device = work.plan_for("autoencoder"), work.cluster.device
     torch.manual_seed(0)
-    ae = build_autoencoder(work.sizes.ae).to(device, memory_format=torch.channels_last)
+    ae = channels_last(build_autoencoder(work.sizes.ae).to(device))
     optimizers = convolution_optimizers(ae, plan.lr, fused=device.type == "cuda")
-    schedule = Schedule(plan.seconds, plan.decay)
-    trainer = Trainer(
-        "autoencoder", ae, optimizers, schedule, work.cluster, work.folder, work.budget, average_decay=0.99
-    )
+    trainer = work.trainer("autoencoder", ae, optimizers, average_decay=0.99)
     batches = Batches(work.pool("autoencoder").rows, Renderer(device), work.side, plan.batch)
     state = {"folded": trainer.spent >= FOLD_AT * plan.seconds}
 

@@ -19,7 +19,7 @@ from training.loop.data import CHUNK, EMPTY, CaptionEncoder, Latents, positions
 from training.loop.models import Generator, compile_blocks, load_text_encoders, text_ids
 from training.loop.optimizer import flow_optimizers
 from training.loop.plan import Work
-from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.loop.trainer import save_atomically
 from training.scenes.render import Renderer
 from training.stages.autoencoder import load_autoencoder
 
@@ -61,6 +61,12 @@ class EmptyCaption:
         drop = (torch.rand(len(t5), device=t5.device) < share)[:, None]
         return torch.where(drop, self.t5, t5), torch.where(drop, self.clip, clip)
 
+    @torch.no_grad()
+    def encoded(self, generator: Generator, batch: int) -> tuple[Tensor, Tensor]:
+        """Encodes it for a batch: T5's features `B T C` and CLIP's pooled ones `B C`."""
+        txt, vec = generator.text(self.t5, self.clip)
+        return txt.expand(batch, -1, -1).contiguous(), vec.expand(batch, -1).contiguous()
+
 
 def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
     """Loads a trained generator to the device."""
@@ -76,11 +82,9 @@ def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dic
     hidden = F.silu(
         F.linear(embedding, weights["guidance_in.in_layer.weight"], weights["guidance_in.in_layer.bias"])
     )
-    added = F.linear(hidden, weights["guidance_in.out_layer.weight"], weights["guidance_in.out_layer.bias"])[
-        0
-    ]
+    out = weights["guidance_in.out_layer.weight"], weights["guidance_in.out_layer.bias"]
     folded = {name: value for name, value in weights.items() if not name.startswith("guidance_in.")}
-    folded["time_in.out_layer.bias"] = folded["time_in.out_layer.bias"] + added
+    folded["time_in.out_layer.bias"] = folded["time_in.out_layer.bias"] + F.linear(hidden, *out)[0]
     return folded
 
 
@@ -118,8 +122,7 @@ def train_flow(work: Work, stage: str) -> bool:
         generator.t5.load_state_dict(torch.load(work.result("text"), map_location="cpu"))
     generator = generator.to(device)
     optimizers = flow_optimizers(generator.named_parameters(), plan.lr, fused=device.type == "cuda")
-    schedule = Schedule(plan.seconds, plan.decay) if plan.decay else Schedule(plan.seconds, 1e-9)
-    trainer = Trainer(stage, generator, optimizers, schedule, work.cluster, work.folder, work.budget)
+    trainer = work.trainer(stage, generator, optimizers)
     if stage == "flow256" and trainer.iteration == 0 and not work.begin:
         trainer.continue_from(work.folder / "flow128.state.pt")
     if device.type == "cuda":
@@ -148,34 +151,33 @@ def train_flow(work: Work, stage: str) -> bool:
     return True
 
 
+def guidance_student(work: Work, teacher: Generator) -> Generator:
+    """Makes the student of stage "guidance": the teacher with a guidance input that changes nothing yet."""
+    student = Generator(work.sizes, work.tokenizers, guidance=True).to(work.cluster.device)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for parameter in student.flux.guidance_in.get_submodule("out_layer").parameters():
+        torch.nn.init.zeros_(parameter)
+    student.t5.requires_grad_(False)
+    student.clip.requires_grad_(False)
+    return student
+
+
 def train_guidance(work: Work) -> bool:
     """Runs stage "guidance": a student with a guidance input learns the guided velocity in one pass."""
     plan, device = work.plan_for("guidance"), work.cluster.device
     torch.manual_seed(1)
     latents = make_latents(work, "guidance", load_autoencoder(work), work.side)
     teacher = load_generator(work, "flow256").eval().requires_grad_(False)
-    student = Generator(work.sizes, work.tokenizers, guidance=True).to(device)
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    torch.nn.init.zeros_(student.flux.guidance_in.out_layer.weight)
-    torch.nn.init.zeros_(student.flux.guidance_in.out_layer.bias)
-    student.t5.requires_grad_(False)
-    student.clip.requires_grad_(False)
+    student = guidance_student(work, teacher)
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     optimizers = flow_optimizers(trained, plan.lr, fused=device.type == "cuda")
-    schedule = Schedule(plan.seconds, plan.decay)
-    trainer = Trainer(
-        "guidance", student, optimizers, schedule, work.cluster, work.folder, work.budget, average_decay=0.98
-    )
+    trainer = work.trainer("guidance", student, optimizers, average_decay=0.98)
     if device.type == "cuda":
         compile_blocks(teacher.flux)
         compile_blocks(student.flux)
     shift = shift_for(work.side)
     img_ids, txt_ids = positions(work.side, work.side, device), text_ids(device)
-    empty = EmptyCaption(CaptionEncoder(work.tokenizers), device)
-    with torch.no_grad():
-        no_txt, no_vec = teacher.text(empty.t5, empty.clip)
-    no_txt = no_txt.expand(plan.batch, -1, -1).contiguous()
-    no_vec = no_vec.expand(plan.batch, -1).contiguous()
+    no_txt, no_vec = EmptyCaption(CaptionEncoder(work.tokenizers), device).encoded(teacher, plan.batch)
 
     def loss() -> Tensor:
         latents.refresh(plan.fresh)

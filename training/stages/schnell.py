@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.model import Flux
-from training.loop.data import positions
-from training.loop.models import Sizes, build_flux, text_ids
-from training.loop.optimizer import Optimizers
+from training.loop.data import Latents, positions
+from training.loop.models import Generator, Sizes, build_flux, text_ids
+from training.loop.optimizer import low_rank_optimizers
 from training.loop.plan import Work
-from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.loop.trainer import save_atomically
 from training.stages.autoencoder import load_autoencoder
 from training.stages.flow import add_noise, autocast, load_generator, make_latents, without_guidance
 
@@ -84,67 +84,78 @@ def build_without_guidance(sizes: Sizes, weights: dict[str, Tensor]) -> Flux:
     return flux
 
 
+class Distillation:
+    """The student's loss: it has to go in one step to where the teacher arrives in several.
+
+    Args:
+        work: The training.
+        latents: Latents of scenes, with their captions.
+        generator: Encodes the captions.
+        teacher: The model to learn from.
+        student: The model that learns.
+    """
+
+    def __init__(self, work: Work, latents: Latents, generator: Generator, teacher: Flux, student: Flux):
+        self.latents, self.generator, self.teacher, self.student = latents, generator, teacher, student
+        self.batch, self.device = work.plan_for("schnell").batch, work.cluster.device
+        self.img_ids = positions(work.side, work.side, self.device)
+        self.txt_ids = text_ids(self.device)
+        self.levels = torch.tensor(LEVELS, device=self.device)
+        self.steps = torch.tensor(TEACHER_STEPS, device=self.device)
+
+    def loss(self) -> Tensor:
+        """Computes the loss of one batch, each row in a random quarter of the schedule."""
+        clean, t5, clip = self.latents.batch(self.batch)
+        quarter = torch.randint(4, (self.batch,), device=self.device)
+        begin, end = self.levels[quarter], self.levels[quarter + 1]
+        with torch.no_grad(), autocast(self.device):
+            txt, vec = self.generator.text(t5, clip)
+            x = self.states(clean, quarter, txt, vec)
+            target = (self.arrivals(x, quarter, txt, vec) - x) / (end - begin)[:, None, None]
+        with autocast(self.device):
+            velocity = self.velocity(self.student, x, begin, txt, vec)
+        return F.mse_loss(velocity, target)
+
+    def velocity(self, flux: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """Computes a model's velocity of the latents `B I 64` at noise levels `B`."""
+        return flux(x, self.img_ids, txt, self.txt_ids, t, vec).float()
+
+    def states(self, clean: Tensor, quarter: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """Draws latents at the starts of the quarters: on the student's own path, or data with noise."""
+        x = torch.randn_like(clean)
+        for step in range(3):
+            t = self.levels[step].expand(self.batch).contiguous()
+            velocity = self.velocity(self.student, x, t, txt, vec)
+            moved = x + (self.levels[step + 1] - self.levels[step]) * velocity
+            x = torch.where((step < quarter)[:, None, None], moved, x)
+        from_data = (torch.rand(self.batch, device=self.device) < FROM_DATA)[:, None, None]
+        return torch.where(from_data, add_noise(clean, self.levels[quarter])[0], x)
+
+    def arrivals(self, x: Tensor, quarter: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """Takes the teacher's steps from these latents to the ends of their quarters."""
+        begin, end, count = self.levels[quarter], self.levels[quarter + 1], self.steps[quarter]
+        for step in range(max(TEACHER_STEPS)):
+            t = begin + (end - begin) * (step / count).clamp(max=1)
+            t_next = begin + (end - begin) * ((step + 1) / count).clamp(max=1)
+            x = x + (t_next - t)[:, None, None] * self.velocity(self.teacher, x, t, txt, vec)
+        return x
+
+
 def train_schnell(work: Work) -> bool:
     """Trains the four-step student. Returns False if the call's budget ran out first."""
-    plan, device, batch = work.plan_for("schnell"), work.cluster.device, work.plan_for("schnell").batch
+    plan, device = work.plan_for("schnell"), work.cluster.device
     torch.manual_seed(2)
     latents = make_latents(work, "schnell", load_autoencoder(work), work.side)
     generator = load_generator(work, "guidance", guidance=True).eval().requires_grad_(False)
     base = without_guidance({name: value.detach() for name, value in generator.flux.state_dict().items()})
     teacher = build_without_guidance(work.sizes, base).to(device).eval().requires_grad_(False)
-    student = build_without_guidance(work.sizes, base).to(device)
-    student = add_lora(student, work.sizes.lora_rank)
-    low_rank = [p for name, p in student.named_parameters() if ".lora_" in name]
-    biases = [p for name, p in student.named_parameters() if name.endswith(".bias")]
-    groups = [{"params": low_rank, "lr": plan.lr}, {"params": biases, "lr": 0.3 * plan.lr}]
-    adamw = torch.optim.AdamW(
-        groups, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
-    )
-    schedule = Schedule(plan.seconds, plan.decay)
-    trainer = Trainer(
-        "schnell",
-        student,
-        Optimizers(adamw),
-        schedule,
-        work.cluster,
-        work.folder,
-        work.budget,
-        average_decay=0.98,
-    )
+    student = add_lora(build_without_guidance(work.sizes, base).to(device), work.sizes.lora_rank)
+    optimizers = low_rank_optimizers(student, plan.lr, fused=device.type == "cuda")
+    trainer = work.trainer("schnell", student, optimizers, average_decay=0.98)
     # Not compiled: that would take as long as the stage.
-    img_ids, txt_ids = positions(work.side, work.side, device), text_ids(device)
-    levels = torch.tensor(LEVELS, device=device)
-    steps = torch.tensor(TEACHER_STEPS, device=device)
-
-    def velocity_of(flux: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        return flux(x, img_ids, txt, txt_ids, t, vec).float()
-
-    def loss() -> Tensor:
-        clean, t5, clip = latents.batch(batch)
-        quarter = torch.randint(4, (batch,), device=device)
-        begin, end = levels[quarter], levels[quarter + 1]
-        with torch.no_grad(), autocast(device):
-            txt, vec = generator.text(t5, clip)
-            x = torch.randn_like(clean)
-            for step in range(3):  # the student's own path to the start of the quarter
-                velocity = velocity_of(student, x, levels[step].expand(batch).contiguous(), txt, vec)
-                moved = x + (levels[step + 1] - levels[step]) * velocity
-                x = torch.where((step < quarter)[:, None, None], moved, x)
-            from_data = (torch.rand(batch, device=device) < FROM_DATA)[:, None, None]
-            x = torch.where(from_data, add_noise(clean, begin)[0], x)
-            arrived, count = x, steps[quarter]
-            for step in range(max(TEACHER_STEPS)):
-                t = begin + (end - begin) * (step / count).clamp(max=1)
-                t_next = begin + (end - begin) * ((step + 1) / count).clamp(max=1)
-                arrived = arrived + (t_next - t)[:, None, None] * velocity_of(teacher, arrived, t, txt, vec)
-            target = (arrived - x) / (end - begin)[:, None, None]
-        with autocast(device):
-            velocity = student(x, img_ids, txt, txt_ids, begin, vec)
-        return F.mse_loss(velocity.float(), target)
-
-    if not trainer.run(loss, batch):
+    distillation = Distillation(work, latents, generator, teacher, student)
+    if not trainer.run(distillation.loss, plan.batch):
         return False
     if work.cluster.first:
-        learned = trainer.averaged()
-        save_atomically(lora_weights(learned, base), work.result("schnell"))
+        save_atomically(lora_weights(trainer.averaged(), base), work.result("schnell"))
     return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.loop.optimizer import Optimizers
 from training.loop.plan import Work
-from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.loop.trainer import save_atomically
 from training.scenes.labels import things_of
 from training.scenes.vocabulary import COLOUR_NAMES, HATS, INDEX, OBJECTS, PLACES, TIME_NAMES
 from training.stages.flow import autocast, first_generator
@@ -74,10 +74,7 @@ def train_text(work: Work) -> bool:
     adamw = torch.optim.AdamW(
         reader.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
     )
-    trainer = Trainer(
-        "text", reader.to(device), Optimizers(adamw), Schedule(plan.seconds, plan.decay), work.cluster,
-        work.folder, work.budget,
-    )  # fmt: skip
+    trainer = work.trainer("text", reader.to(device), Optimizers(adamw))
 
     def loss() -> Tensor:
         picks = torch.randint(len(rows), (plan.batch,), device=device)

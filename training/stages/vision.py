@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.loop.models import DINO_SIDE, IMAGENET_MEAN, IMAGENET_STD, Sizes, build_dinov2
+from training.loop.models import (
+    DINO_SIDE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Sizes,
+    build_dinov2,
+    channels_last,
+)
 from training.loop.optimizer import Optimizers, convolution_optimizers
 from training.loop.plan import Work
-from training.loop.trainer import Schedule, Trainer, save_atomically
+from training.loop.trainer import save_atomically
 from training.scenes.labels import (
     NUM_COLOURS,
     NUM_COUNTS,
@@ -163,15 +170,7 @@ def train_dinov2(work: Work) -> bool:
     torch.manual_seed(3)
     model = DinoClassifier(work.sizes).to(device)
     adamw = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=0.02, fused=device.type == "cuda")
-    trainer = Trainer(
-        "dinov2",
-        model,
-        Optimizers(adamw),
-        Schedule(plan.seconds, plan.decay),
-        work.cluster,
-        work.folder,
-        work.budget,
-    )
+    trainer = work.trainer("dinov2", model, Optimizers(adamw))
     pool, renderer = work.pool("dinov2"), Renderer(device)
 
     def loss() -> Tensor:
@@ -194,17 +193,9 @@ def train_measuring(work: Work) -> bool:
     """Trains the measuring model. Returns False if the call's budget ran out first."""
     plan, device = work.plan_for("measuring"), work.cluster.device
     torch.manual_seed(4)
-    model = MeasuringModel(work.sizes).to(device, memory_format=torch.channels_last)
+    model = channels_last(MeasuringModel(work.sizes).to(device))
     optimizers = convolution_optimizers(model, plan.lr, fused=device.type == "cuda")
-    trainer = Trainer(
-        "measuring",
-        model,
-        optimizers,
-        Schedule(plan.seconds, plan.decay),
-        work.cluster,
-        work.folder,
-        work.budget,
-    )
+    trainer = work.trainer("measuring", model, optimizers)
     pool, renderer = work.pool("measuring"), Renderer(device)
 
     def loss() -> Tensor:
