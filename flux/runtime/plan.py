@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -209,8 +210,9 @@ def operations(spec: ModelSpec, tokens: int) -> float:
     return spec.num_layers * (linear + 4 * tokens**2 * width)
 
 
+@cache
 def operations_per_second(dtype: torch.dtype, device: torch.device | str = "cpu", side: int = 1024) -> float:
-    """Return the operations a second of multiplying matrices, "side side", the best of three."""
+    """Return the operations a second of multiplying matrices, "side side": measured once, best of three."""
     seconds, x = [], torch.ones(side, side, dtype=dtype, device=device)
     for _ in range(3):
         begin = time.perf_counter()
