@@ -28,13 +28,13 @@ ALL = [
     for case in product(MODELS, FORMS, QUANTIZE, COMPILE, OFFLOAD, LORA)
     if case[3] is False or case[5] in LORA[:2]
 ]
-# Each pair of a form and a quantisation once, the other choices in turn.
+# Each pair of a form and a quantisation once, the other choices in turn; each of both compiled once.
 SOME = [
     (
         MODELS[(i + i // 4) % 2],
         form,
         quantize,
-        COMPILE[i // 2 % 2],
+        i // 4 == i % 4,
         OFFLOAD[(i + i // 4) % 4],
         LORA[i // 3 % 4],
     )

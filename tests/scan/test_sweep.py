@@ -163,17 +163,8 @@ LAYERS = list(range(12))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nano, tmp_path_factory):
-    """By batch size."""
-    folders = {}
-
-    def of(size: int) -> Path:
-        if size not in folders:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            folders[size] = run_sweep(nano, folder, layers=LAYERS, batch_size=size)
-        return folders[size]
-
-    return of
+def undisturbed(nano, tmp_path_factory) -> Path:
+    return run_sweep(nano, tmp_path_factory.mktemp("undisturbed"), layers=LAYERS, batch_size=2)
 
 
 @pytest.fixture
@@ -181,8 +172,8 @@ def start(tmp_path):
     """Starts demo 2 in a process of its own."""
     started = []
 
-    def start(size: int) -> subprocess.Popen:
-        fields = {**SETTINGS, "layers": LAYERS, "batch_size": size, "output_dir": str(tmp_path / "out")}
+    def start() -> subprocess.Popen:
+        fields = {**SETTINGS, "layers": LAYERS, "batch_size": 2, "output_dir": str(tmp_path / "out")}
         (tmp_path / "skip.json").write_text(json.dumps(fields))
         started.append(
             subprocess.Popen(
@@ -211,12 +202,11 @@ def wait_for_images(process: subprocess.Popen, folder: Path, more_than: int) -> 
     assert len(image_names(folder)) > more_than
 
 
-@pytest.mark.parametrize(("size", "kills"), [(1, 2), (2, 1)])
-def test_killed_at_any_moment_it_ends_as_if_undisturbed(nano, undisturbed, start, tmp_path, size, kills):
-    chance, folder = random.Random(size), tmp_path / "out"
-    for _ in range(kills):
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(nano, undisturbed, start, tmp_path):
+    chance, folder = random.Random(0), tmp_path / "out"
+    for _ in range(2):
         before = len(image_names(folder))
-        process = start(size)
+        process = start()
         wait_for_images(process, folder, before)
         time.sleep(chance.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
@@ -224,14 +214,14 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(nano, undisturbed, start
     assert before < len(image_names(folder)) < 2 * (1 + len(LAYERS))
     # As if the kill had hit in the middle of a file.
     (folder / "prompt_000" / ".flux-0123456789abcdef.tmp").write_bytes(b"\x89PNG")
-    run_sweep(nano, folder, layers=LAYERS, batch_size=size)
-    assert same_sweeps(undisturbed(size), folder)
+    run_sweep(nano, folder, layers=LAYERS, batch_size=2)
+    assert same_sweeps(undisturbed, folder)
     metrics = load_metrics(("dino", "psnr"), {"dino": NANO.dinov2})
-    assert score(undisturbed(size), metrics, False).csv() == score(folder, metrics, False).csv()
+    assert score(undisturbed, metrics, False).csv() == score(folder, metrics, False).csv()
 
 
 def test_ctrl_c_ends_in_one_line_and_loses_nothing(nano, undisturbed, start, tmp_path):
-    folder, process = tmp_path / "out", start(1)
+    folder, process = tmp_path / "out", start()
     wait_for_images(process, folder, 1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -242,8 +232,8 @@ def test_ctrl_c_ends_in_one_line_and_loses_nothing(nano, undisturbed, start, tmp
     there = image_names(folder)
     before = {name: (folder / name).read_bytes() for name in there}
     assert 1 < len(there) < 2 * (1 + len(LAYERS))
-    run_sweep(nano, folder, layers=LAYERS)
-    assert same_sweeps(undisturbed(1), folder)
+    run_sweep(nano, folder, layers=LAYERS, batch_size=2)
+    assert same_sweeps(undisturbed, folder)
     assert all((folder / name).read_bytes() == data for name, data in before.items())
 
 
