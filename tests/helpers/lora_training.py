@@ -7,13 +7,12 @@ python lora_training.py share FOLDER OUTPUT COUNT        trains in so many proce
 import os
 import random
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from flux import specs
+from flux.lora.train import train
 from flux.model import Flux
 from flux.settings.files import check_settings
 from flux.settings.train import TrainSettings
 from helpers import tiny_models, weight_files
+from helpers.forks import fork, run_together, wait_for
 
 TRIGGER = "flower bell"
 WHOLE = specs.configs["flux-nano"]
@@ -85,28 +86,6 @@ def settings(folder: Path, output: str = "out", **fields: Any) -> TrainSettings:
     return check_settings(TrainSettings, {**usual, **fields})
 
 
-def start(given: TrainSettings, **environment: str) -> int:
-    """Train in a process of its own. Returns its id."""
-    from flux.lora.train import train
-
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.environ.update(environment)
-            train(given)
-            status = 0
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
-
-
-def wait_for(child: int) -> None:
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
     """Kill a training, resume it, and compare its files with those of one that ran through.
 
@@ -118,16 +97,16 @@ def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
     fields = {"sample_every": 12}
     rng, whole = random.Random(0), settings(folder, "whole", **fields)
     begin = time.perf_counter()
-    wait_for(start(whole))
+    wait_for(fork(partial(train, whole)))
     seconds = time.perf_counter() - begin
     for number in range(0, moments, in_a_row):
         given = settings(folder, f"killed_{number}", **fields)
         for _ in range(in_a_row):
-            child = start(given)
+            child = fork(partial(train, given))
             time.sleep(rng.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        wait_for(start(given))
+        wait_for(fork(partial(train, given)))
         for name in SAME:
             expected, got = (Path(each.output_dir, name).read_bytes() for each in (whole, given))
             assert got == expected, f"{name} differs after kill {number}"
@@ -138,18 +117,12 @@ def kill_and_compare(folder: Path, moments: int, in_a_row: int = 1) -> None:
 def share(folder: Path, output: str, count: int) -> None:
     """Train on batches of three in so many processes, as torchrun starts them."""
     given = settings(folder, output, batch_size=3, parallel=count, sample_prompts=[], steps=6)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    counts = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    for child in [start(given, RANK=str(n), LOCAL_RANK=str(n), **shared, **counts) for n in range(count)]:
-        wait_for(child)
+    run_together(partial(train, given), count)
 
 
 if __name__ == "__main__":
     models = (f"transformers.models.{name}.modeling_{name}" for name in ("clip", "dinov2", "t5"))
-    for name in ("flux.lora.train", "matplotlib.backends.backend_agg", *models):
+    for name in ("matplotlib.backends.backend_agg", *models):
         import_module(name)  # once, not in each child
     torch.set_num_threads(1)
     work, folder = sys.argv[1], Path(sys.argv[2])
