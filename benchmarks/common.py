@@ -11,7 +11,7 @@ from datetime import date
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from flux.runs.record import versions
 from flux.sampling import Conditioning, Step, VelocityModel, euler_step, image_ids
 from flux.settings.complete import whole_tokens
 from flux.settings.demos import ModelSettings
-from flux.specs import ModelSpec, configs
+from flux.specs import VITAL_LAYERS_DEV, ModelSpec, configs
 from flux.weights.headers import StoredTensor
 from flux.weights.scales import ScaledTensor
 from flux.weights.sources import TensorSource
@@ -181,8 +181,7 @@ class StepSize:
 
 def full_step() -> StepSize:
     """Returns FLUX.1-dev's step of 1024x1024."""
-    dev = configs["flux-dev"]
-    return StepSize(dev.params, 1024, 512, dev.vital_layers, rounds=10)
+    return StepSize(configs["flux-dev"].params, 1024, 512, VITAL_LAYERS_DEV, rounds=10)
 
 
 def random_inputs(size: StepSize, batch: int, device: torch.device) -> Inputs:
@@ -223,7 +222,7 @@ class Work:
         height: The height of the images in pixels.
         steps: The number of steps.
         at_once: The number of edits in one batch. If 0, a single image is generated.
-        peer_rows: The rows of diffusers' batch. For edits, they are the reference and the edits.
+        diffusers_rows: The rows of diffusers' batch. For edits, they are the reference and the edits.
     """
 
     name: str
@@ -231,7 +230,7 @@ class Work:
     height: int
     steps: int
     at_once: int = 0
-    peer_rows: int = 1
+    diffusers_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ class RunPlan:
 
     model: str
     spec: ModelSpec
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     layers: tuple[int, ...]
     work: list[Work]
 
@@ -260,11 +259,11 @@ def full_plan() -> RunPlan:
     # Another size comes last: compiled blocks are specialised to the first size, and general after that.
     work = [
         Work("1024x1024", 1024, 1024, steps=12),
-        Work("1024x1024, 3 edits one by one", 1024, 1024, steps=6, at_once=1, peer_rows=4),
-        Work("1024x1024, 3 edits at once", 1024, 1024, steps=6, at_once=3, peer_rows=4),
+        Work("1024x1024, 3 edits one by one", 1024, 1024, steps=6, at_once=1, diffusers_rows=4),
+        Work("1024x1024, 3 edits at once", 1024, 1024, steps=6, at_once=3, diffusers_rows=4),
         Work(f"1080x720 ({wide}x{high})", wide, high, steps=12),
     ]
-    return RunPlan("flux-dev", spec, "bfloat16", spec.vital_layers, work)
+    return RunPlan("flux-dev", spec, "bfloat16", VITAL_LAYERS_DEV, work)
 
 
 def toy_plan() -> RunPlan:
@@ -279,8 +278,8 @@ def toy_plan() -> RunPlan:
     )
     work = [
         Work("64x64", 64, 64, steps=3),
-        Work("64x64, 3 edits one by one", 64, 64, steps=3, at_once=1, peer_rows=4),
-        Work("64x64, 3 edits at once", 64, 64, steps=3, at_once=3, peer_rows=4),
+        Work("64x64, 3 edits one by one", 64, 64, steps=3, at_once=1, diffusers_rows=4),
+        Work("64x64, 3 edits at once", 64, 64, steps=3, at_once=3, diffusers_rows=4),
         Work("96x48", 96, 48, steps=3),
     ]
     return RunPlan("toy", spec, "float32", (0, 1, 3), work)

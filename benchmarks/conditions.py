@@ -24,7 +24,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from benchmarks.common import (
@@ -43,7 +43,7 @@ from benchmarks.common import (
     sources_of,
     toy_plan,
 )
-from benchmarks.diffusers_peer import peer_step
+from benchmarks.diffusers_models import diffusers_step
 from benchmarks.random_weights import random_transformer
 from benchmarks.step_speed import Bench, prepared, toy_step
 from flux.conditions.kontext import context_ids
@@ -59,13 +59,15 @@ from flux.sampling import Conditioning, euler_step, get_schedule, model_inputs
 from flux.settings.command_line import run
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, configs
+from flux.weights.layouts import Part
 from flux.weights.load import on_meta
+from flux.weights.sources import TensorSource
 
 TOOLS = ("flux-dev", "flux-dev-kontext", "flux-dev-fill", "flux-dev-canny", "flux-dev-redux")
-PEER = "diffusers compiled"
+DIFFUSERS = "diffusers compiled"
 # Each group is measured with nothing else on the GPU. diffusers comes first, before modulations are computed.
 GROUPS: tuple[dict[str, dict], ...] = (
-    {PEER: {}, "eager": {}, "compiled": {"compiled": True}},
+    {DIFFUSERS: {}, "eager": {}, "compiled": {"compiled": True}},
     {"fp8 compiled": {"compiled": True, "fp8": True}},
 )
 Models = dict[str, Flux | FluxTransformer2DModel]
@@ -81,9 +83,9 @@ def spec_of(tool: str, size: StepSize, toy: bool) -> ModelSpec:
 
 def build(ways: Mapping[str, dict], size: StepSize, device: torch.device, backend: str) -> Models:
     """Builds the models of some ways. Weights that none of them needs are freed at the end."""
-    bench = Bench(size, device, backend, whole=False)
+    bench = Bench(size, device, backend)
     return {
-        way: bench.build_peer(compiled=True) if way == PEER else bench.build(**how)
+        way: bench.build_diffusers(compiled=True) if way == DIFFUSERS else bench.build(**how)
         for way, how in ways.items()
     }
 
@@ -142,7 +144,7 @@ class ToolRun:
         middle = len(self.levels) // 2
         t, t_next = self.levels[middle : middle + 2]
         if isinstance(model, FluxTransformer2DModel):
-            return peer_step(model, model_inputs(self.latent, self.ids, self.cond, t))
+            return diffusers_step(model, model_inputs(self.latent, self.ids, self.cond, t))
         # The models share these: their weights are the same.
         cond = self.cond = self.cond.scheduled(model, self.levels[:-1])
         return lambda: euler_step(model, self.latent, self.ids, cond, t, t_next).velocity
@@ -150,12 +152,11 @@ class ToolRun:
 
 def forecast_gib(tool: str, spec: ModelSpec, fp8: bool, on_gpu: bool) -> float:
     """Forecasts the peak while an image is denoised, with the transformer alone on the device, in GiB."""
-    sources = sources_of(dict(on_meta(Flux, spec.params).named_parameters()))
-    others = {"vae": {}, "text_encoder": {}, "text_encoder_2": {}}
+    transformer = sources_of(dict(on_meta(Flux, spec.params).named_parameters()))
+    sources: dict[Part, dict[str, TensorSource]]
+    sources = {"transformer": transformer, "vae": {}, "text_encoder": {}, "text_encoder_2": {}}
     settings = ModelSettings(model=tool, width=spec.size, height=spec.size, quantize="fp8" if fp8 else "none")
-    estimate = MemoryEstimator(
-        settings, spec, {"transformer": sources, **others}, torch.bfloat16, torch.bfloat16, on_gpu
-    )
+    estimate = MemoryEstimator(settings, spec, sources, torch.bfloat16, torch.bfloat16, on_gpu)
     return Plan.of(estimate, "model")["denoise"].peak / GIB
 
 
@@ -209,8 +210,8 @@ def table(found: Mapping[str, dict]) -> str:
     rows = []
     for name, entry in found.items():
         tool = name.split(", ", 1)[0]
-        peer, ms = found.get(f"{tool}, {PEER}", {}).get("median_ms"), entry.get("median_ms")
-        ratio = peer / ms if peer and ms else None
+        theirs, ms = found.get(f"{tool}, {DIFFUSERS}", {}).get("median_ms"), entry.get("median_ms")
+        ratio = theirs / ms if theirs and ms else None
         numbers = (ms, ratio, entry.get("peak_gib"), entry.get("planned_gib"), entry.get("difference"))
         cells = [
             "-" if x is None else f"{x:.{digits}f}"
@@ -251,15 +252,15 @@ def main(
     groups = (measure_group(group, names, specs, size, where, backend) for group in GROUPS)
     for tool, entries, answers in chain.from_iterable(groups):
         velocities |= {f"{tool}, {way}": answer for way, answer in answers.items()}
-        peer = velocities.get(f"{tool}, {PEER}")
+        theirs = velocities.get(f"{tool}, {DIFFUSERS}")
         # All ways of a group hold their weights in one form.
         fp8 = any("fp8" in way for way in entries)
         planned = forecast_gib(tool, specs[tool], fp8, where.type == "cuda")
         for way, entry in entries.items():
-            if way != PEER:
+            if way != DIFFUSERS:
                 entry["planned_gib"] = planned
-                if way in answers and peer is not None:
-                    entry["difference"] = relative_error(answers[way], peer)
+                if way in answers and theirs is not None:
+                    entry["difference"] = relative_error(answers[way], theirs)
             found[f"{tool}, {way}"] = entry
             print(f"{time.monotonic() - begin:.0f} s, {tool}, {way}: {entry}", flush=True)
         if output:

@@ -2,7 +2,7 @@
 
 Keys and values are kept on the device or in main memory. One more edit of a kept reference is measured too.
 
-    python -m benchmarks.edit_photo --folder /tmp/random-flux [--output benchmarks/results/CARD-edit.json]
+    python -m benchmarks.edit_photo --folder /tmp/random-flux [--output benchmarks/results/GPU-edit.json]
 
 Uses, or writes once, the 24 GB that `benchmarks.full_size` works with. `--toy` runs the same on a tiny model,
 on any machine; `--compiled=False` leaves out what takes minutes to compile.
@@ -38,7 +38,9 @@ from flux.files import write_json
 from flux.loaded_model import LoadedModel
 from flux.runtime.devices import pick_device
 from flux.settings.command_line import run
-from flux.settings.edits import EditSettings
+from flux.settings.complete import resolve
+from flux.settings.edits import Edit, EditSettings
+from flux.settings.resolved import ResolvedEdit
 
 T = TypeVar("T")
 METHODS = ("euler", "midpoint", "fireflow")
@@ -65,7 +67,7 @@ def timed(run: Callable[[], T], device: torch.device) -> tuple[T, dict[str, Any]
     return result, found | ({"peak_gib": peak_gib(device)} if on_gpu else {})
 
 
-def measure(pipe: LoadedModel, settings: EditSettings, layers: tuple[int, ...], photo: Image.Image) -> dict:
+def measure(pipe: LoadedModel, settings: ResolvedEdit, layers: tuple[int, ...], photo: Image.Image) -> dict:
     """Measures seconds and memory of each piece of work, by its name."""
     found: dict[str, dict[str, Any]] = {}
 
@@ -110,7 +112,7 @@ def main(
 
     Args:
         folder: folder of the random weights, written if they are not there
-        output: JSON file to write to; if not set, one in output/benchmarks
+        output: JSON file to write to; if not set, none
         toy: measure a tiny model, on any machine
         device: where to run: "auto", "cpu", "cuda", "cuda:1"
         num_steps: denoising steps
@@ -120,10 +122,12 @@ def main(
     check_full_size(where, toy)
     pipe, _ = load_random(plan, folder, where)
     size = plan.work[0]
+    edits = tuple(Edit(prompt=prompt) for prompt in EDITS)
     settings = EditSettings(
-        prompt=PROMPT, edits=EDITS, dose="paper", photo="photo", width=size.width, height=size.height,
+        prompt=PROMPT, edits=edits, dose="paper", photo="photo", width=size.width, height=size.height,
         num_steps=num_steps, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
     )  # fmt: skip
+    settings = resolve(settings)
     photo = photograph(size.width, size.height)
     results: dict[str, Any] = {"machine": machine(where), "model": plan.model, "num_steps": num_steps}
     for mode in ("eager", "compiled") if compiled else ("eager",):

@@ -1,17 +1,17 @@
 """Measures FLUX.1-dev at full size, with random weights, beside diffusers: loading, steps, memory.
 
-    python -m benchmarks.full_size --folder /tmp/random-flux [--output benchmarks/results/CARD.json]
+    python -m benchmarks.full_size --folder /tmp/random-flux [--output benchmarks/results/GPU.json]
 
 Writes 24 GB to the folder once. Needs a GPU with 48 GB and no network. `--toy` runs the same on a tiny model,
 on any machine; `--compiled=False` leaves out what takes minutes to compile.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
 from benchmarks.common import (
@@ -31,14 +31,15 @@ from benchmarks.common import (
     relative_error,
     toy_plan,
 )
-from benchmarks.diffusers_peer import peer_pipeline
+from benchmarks.diffusers_models import diffusers_pipeline
 from flux.editing.edit import edit
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.loaded_model import LoadedModel
 from flux.runtime.devices import pick_device
 from flux.settings.command_line import run
-from flux.settings.edits import EditSettings
+from flux.settings.complete import resolve
+from flux.settings.edits import Edit, EditSettings
 
 
 def measure(
@@ -77,47 +78,48 @@ def measure_ours(pipe: LoadedModel, work: Work, layers: tuple[int, ...]) -> dict
         pipe.generate([PROMPT], [0], num_steps=num_steps, **size)
 
     def edits(num_steps: int) -> None:
+        entries = tuple(Edit(prompt=prompt) for prompt in EDITS)
         settings = EditSettings(
-            prompt=PROMPT, edits=EDITS, dose="paper", batch_size=work.at_once, num_steps=num_steps,
+            prompt=PROMPT, edits=entries, dose="paper", batch_size=work.at_once, num_steps=num_steps,
             width=work.width, height=work.height, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
         )  # fmt: skip
-        edit(pipe, settings, layers, progress=False)
+        edit(pipe, resolve(settings), layers, progress=False)
 
     run, passes = (edits, 1 + len(EDITS) // work.at_once) if work.at_once else (image, 1)
     return measure(run, work.steps, passes, pipe.model.final_layer, pipe.device)
 
 
-def measure_peer(peer: FluxPipeline, pipe: LoadedModel, work: Work) -> dict:
+def measure_diffusers(theirs: FluxPipeline, pipe: LoadedModel, work: Work) -> dict:
     """Measures diffusers' pipeline."""
-    cond = pipe.condition([PROMPT, *EDITS][: work.peer_rows], GUIDANCE)
+    cond = pipe.condition([PROMPT, *EDITS][: work.diffusers_rows], GUIDANCE)
     # Copies, since diffusers does not work in inference mode.
-    texts = {"prompt_embeds": cond.txt.clone(), "pooled_prompt_embeds": cond.vec.clone()}
-    size = {"width": work.width, "height": work.height, "guidance_scale": GUIDANCE}
+    given: dict[str, Any] = {"prompt_embeds": cond.txt.clone(), "pooled_prompt_embeds": cond.vec.clone()}
+    given |= {"width": work.width, "height": work.height, "guidance_scale": GUIDANCE}
 
     def images(num_steps: int) -> None:
-        peer(**texts, **size, num_inference_steps=num_steps, generator=torch.Generator().manual_seed(0))
+        theirs(**given, num_inference_steps=num_steps, generator=torch.Generator().manual_seed(0))
 
-    return measure(images, work.steps, 1, peer.transformer.proj_out, pipe.device)
+    return measure(images, work.steps, 1, theirs.transformer.proj_out, pipe.device)
 
 
 @torch.no_grad()
-def velocities(pipe: LoadedModel, peer: FluxPipeline, work: Work) -> tuple[Tensor, Tensor]:
+def velocities(pipe: LoadedModel, theirs: FluxPipeline, work: Work) -> tuple[Tensor, Tensor]:
     """Computes both transformers' velocity of the same latent, `1 I 64` each."""
     cond = pipe.condition([PROMPT], GUIDANCE)
     txt, vec, latent = cond.txt.clone(), cond.vec.clone(), pipe.noise([0], work.width, work.height)
     ids = pipe.image_ids(1, work.width, work.height)
     t = torch.full((1,), 0.5, device=pipe.device, dtype=pipe.dtype)
     ours = pipe.model(latent, ids, txt, cond.txt_ids, t, vec, cond.guidance)
-    theirs = peer.transformer(
+    other = theirs.transformer(
         hidden_states=latent,
         encoder_hidden_states=txt,
         pooled_projections=vec,
         timestep=t,
-        guidance=cond.guidance.float(),
+        guidance=torch.full((1,), GUIDANCE, device=pipe.device),
         img_ids=ids[0],
         txt_ids=cond.txt_ids[0],
     ).sample
-    return ours.float(), theirs.float()
+    return ours.float(), other.float()
 
 
 def table(plan: RunPlan, results: dict) -> str:
@@ -146,7 +148,32 @@ def number(value: float | None) -> str:
 
 def names(work: Work) -> list[tuple[str, str]]:
     """Names who does the work, and its name in the results. One batch of diffusers serves several works."""
-    return [("ours", work.name), ("diffusers", f"{work.width}x{work.height}, batch {work.peer_rows}")]
+    return [("ours", work.name), ("diffusers", f"{work.width}x{work.height}, batch {work.diffusers_rows}")]
+
+
+def measure_all(
+    plan: RunPlan, pipe: LoadedModel, theirs: FluxPipeline, mode: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures each work of the plan by both.
+
+    Yields:
+        The name in the results, and what was measured.
+    """
+    done = set()
+    for work in plan.work:
+        for who, name in names(work):
+            if (who, name) in done:
+                continue
+            done.add((who, name))
+            try:
+                if who == "ours":
+                    found = measure_ours(pipe, work, plan.layers)
+                else:
+                    found = measure_diffusers(theirs, pipe, work)
+            except RuntimeError as error:
+                # The other numbers are useful when one runs out of memory or does not compile.
+                found = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            yield f"{who}, {mode}, {name}", found
 
 
 @exit_on_input_error()
@@ -157,7 +184,7 @@ def main(
 
     Args:
         folder: folder of the random weights, written if they are not there
-        output: JSON file to write to; if not set, one in output/benchmarks
+        output: JSON file to write to; if not set, none
         toy: measure a tiny model, on any machine
         device: where to run: "auto", "cpu", "cuda", "cuda:1"
         compiled: measure the compiled model too
@@ -178,33 +205,21 @@ def main(
     if where.type == "cuda":
         note("loaded_gib", torch.cuda.memory_allocated() / GIB)
         note("load_peak_gib", torch.cuda.max_memory_allocated() / GIB)
-    peer = peer_pipeline(pipe.model, plan.spec.ae_params, pipe.dtype)
+    theirs = diffusers_pipeline(pipe.model, plan.spec.ae_params, pipe.dtype)
 
-    eager, theirs = velocities(pipe, peer, plan.work[0])
-    note("ours_to_diffusers", relative_error(eager, theirs))
+    eager = velocities(pipe, theirs, plan.work[0])
+    note("ours_to_diffusers", relative_error(*eager))
     steps = results["steps"] = {}
-    for mode in ("eager", "compiled") if compiled else ("eager",):
-        if mode == "compiled":
-            # As the setting `compile` does while loading, but on the weights that are loaded already.
-            pipe.model.compile_blocks()
-            peer.transformer.compile_repeated_blocks(fullgraph=True)
-        for work in plan.work:
-            for who, name in names(work):
-                key = f"{who}, {mode}, {name}"
-                if key in steps:
-                    continue
-                try:
-                    ours = who == "ours"
-                    found = measure_ours(pipe, work, plan.layers) if ours else measure_peer(peer, pipe, work)
-                except RuntimeError as error:
-                    # The other numbers are useful when one runs out of memory or does not compile.
-                    found = {"error": f"{type(error).__name__}: {error}"[:2000]}
-                note(key, found, steps)
+    for key, found in measure_all(plan, pipe, theirs, "eager"):
+        note(key, found, steps)
     if compiled:
-        again = velocities(pipe, peer, plan.work[0])
-        note(
-            "compiled_to_eager", [relative_error(*pair) for pair in zip(again, (eager, theirs), strict=True)]
-        )
+        # As the setting `compile` does while loading, but on the weights that are loaded already.
+        pipe.model.compile_blocks()
+        theirs.transformer.compile_repeated_blocks(fullgraph=True)
+        for key, found in measure_all(plan, pipe, theirs, "compiled"):
+            note(key, found, steps)
+        pairs = zip(velocities(pipe, theirs, plan.work[0]), eager, strict=True)
+        note("compiled_to_eager", [relative_error(*pair) for pair in pairs])
     print("\n" + table(plan, results))
 
 

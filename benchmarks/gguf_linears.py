@@ -11,11 +11,13 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import machine, markdown
+from flux.errors import InputError, exit_on_input_error
 from flux.files import write_json
 from flux.modules.gguf_blocks import BLOCKS
 from flux.modules.linear import PackedLinear
@@ -29,6 +31,7 @@ SHAPES = (
     (6, 1, 38, 0), (3, 1, 38, 0.5), (1, 1, 38, 0.5), (4, 1, 38, 0.5), (1, 4, 38, 0.5), (3, 1, 38, 0),
     (7, 1, 38, 1), (1, 5, 38, 1),
 )  # fmt: skip
+LAYERS: tuple[str, ...] = ("plain", "ours", "ours compiled", "diffusers")
 
 
 def median_milliseconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -43,16 +46,41 @@ def median_milliseconds(work: Callable[[], object], device: torch.device, repeat
     return statistics.median(times[2:])
 
 
-def peer_linear(packed: Tensor, kind: str, columns: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def diffusers_linear(
+    packed: Tensor, kind: str, columns: int, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
     """Builds diffusers' layer with the same bytes."""
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     layer = GGUFLinear(columns, len(packed), bias=False, compute_dtype=dtype, device="meta")
-    layer.weight = GGUFParameter(packed, quant_type=gguf.GGMLQuantizationType[kind])
+    parameter: Any = GGUFParameter  # its hints are those of nn.Parameter
+    layer.weight = parameter(packed, quant_type=gguf.GGMLQuantizationType[kind])
     return layer
 
 
+def measure_kind(kind: str, tokens: int, width: int, device: torch.device) -> dict[str, float]:
+    """Measures the milliseconds that all matrices of a step take, by plain layers, ours and diffusers'."""
+    numbers, size = BLOCKS[kind]
+    total = dict.fromkeys(LAYERS, 0.0)
+    for rows, columns, count, share in SHAPES:
+        rows, columns = rows * width, columns * width
+        packed = torch.randint(256, (rows, columns // numbers * size), dtype=torch.uint8, device=device)
+        x = torch.randn(max(1, round(share * tokens)), columns, dtype=torch.bfloat16, device=device)
+        torch._dynamo.reset()  # each shape is compiled separately, as each block is
+        ours = PackedLinear(packed, kind, None, None, torch.bfloat16)
+        layers = {
+            "plain": nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device=device),
+            "ours": ours,
+            "ours compiled": torch.compile(ours, fullgraph=True),
+            "diffusers": diffusers_linear(packed, kind, columns),
+        }
+        for name, layer in layers.items():
+            total[name] += count * median_milliseconds(partial(layer, x), device)
+    return total
+
+
+@exit_on_input_error()
 @torch.inference_mode()
 def main(
     kinds: Words = ("Q8_0", "Q4_K"),
@@ -72,30 +100,12 @@ def main(
     """
     where, width = pick_device(device), 256 if toy else 3072
     tokens = 64 if toy else tokens
-    results = {}
-    for kind in kinds:
-        per_block, size = BLOCKS[kind]
-        total = dict.fromkeys(("plain", "ours", "ours compiled", "diffusers"), 0.0)
-        for rows, columns, count, share in SHAPES:
-            rows, columns = rows * width, columns * width
-            packed = torch.randint(256, (rows, columns // per_block * size), dtype=torch.uint8, device=where)
-            batch = max(1, round(share * tokens))
-            x = torch.randn(batch, columns, dtype=torch.bfloat16, device=where)
-            torch._dynamo.reset()  # each shape is compiled separately, as each block is
-            plain = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16, device=where)
-            ours = PackedLinear(packed, kind, None, None, torch.bfloat16)
-            layers = {
-                "plain": plain,
-                "ours": ours,
-                "ours compiled": torch.compile(ours, fullgraph=True),
-                "diffusers": peer_linear(packed, kind, columns),
-            }
-            for name, layer in layers.items():
-                total[name] += count * median_milliseconds(partial(layer, x), where)
-        results[kind] = total
-    names = list(next(iter(results.values())))
-    rows = [[kind, *(f"{times[name]:.1f}" for name in names)] for kind, times in results.items()]
-    print(markdown(["ms a step", *names], rows))
+    unknown = [kind for kind in kinds if kind not in BLOCKS]
+    if unknown:
+        raise InputError(f"Got kinds {', '.join(unknown)}, expected some of {', '.join(BLOCKS)}")
+    results = {kind: measure_kind(kind, tokens, width, where) for kind in kinds}
+    rows = [[kind, *(f"{times[name]:.1f}" for name in LAYERS)] for kind, times in results.items()]
+    print(markdown(["ms a step", *LAYERS], rows))
     if output:
         write_json(output, {"machine": machine(where), "tokens": tokens, "width": width, "ms": results})
 

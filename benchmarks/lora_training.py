@@ -38,9 +38,10 @@ from benchmarks.common import (
     names_with,
     toy_plan,
 )
-from benchmarks.diffusers_peer import peer_loss, peer_transformer
-from benchmarks.memory import CLIP_L, CLIP_TOY, T5_TOY, T5_XXL, limit
+from benchmarks.diffusers_models import diffusers_loss, diffusers_transformer
+from benchmarks.memory import limit
 from benchmarks.random_base import RandomBase, shared
+from benchmarks.random_models import CLIP_L, CLIP_TOY, T5_TOY, T5_XXL
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.lora.adapters import Target, add_adapters, find_targets, prepare_backward
@@ -59,7 +60,7 @@ from flux.settings.fields import LIST
 from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedTrain
 from flux.settings.train import TrainSettings
-from flux.specs import ModelSpec, configs
+from flux.specs import VITAL_LAYERS_DEV, ModelSpec, configs
 
 RANK, LEARNING_RATE, DECAY = 16, 1e-4, 1e-4
 WARM_UP, MEASURED = 2, 4
@@ -178,11 +179,11 @@ class Bench:
         clean(self.device)
         limit(self.device, None)
         model = shared(self.base.model("none")).to(self.device)
-        peer = peer_transformer(model)
+        peer = diffusers_transformer(model)
         inputs, velocity = self.inputs(work.side, 0)
         with torch.no_grad():
             own = velocity_loss(model, inputs, velocity)
-            found: dict[str, Any] = {"relative_loss": (peer_loss(peer, inputs, velocity) / own).item()}
+            found: dict[str, Any] = {"relative_loss": (diffusers_loss(peer, inputs, velocity) / own).item()}
         begin = time.perf_counter()
         if checkpointing:
             peer.enable_gradient_checkpointing()
@@ -200,7 +201,7 @@ class Bench:
         def step() -> None:
             inputs, velocity = self.inputs(work.side, 1 + len(losses))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                loss = peer_loss(peer, inputs, velocity)
+                loss = diffusers_loss(peer, inputs, velocity)
             loss.backward()
             nn.utils.clip_grad_norm_(factors, LARGEST_NORM)
             optimizer.step()
@@ -272,6 +273,7 @@ def cases_of(bench: Bench, works: Sequence[Work], caps: Sequence[float]) -> dict
 def tried(name: str, case: Callable[[], dict]) -> dict:
     """Runs a case. An error becomes its result, so that the others run."""
     begin = time.perf_counter()
+    found: dict[str, Any]
     try:
         found = case()
     except Exception as error:
@@ -308,7 +310,7 @@ def main(
         dtype, sizes, sides, vital = torch.float32, (T5_TOY, CLIP_TOY), (64, 128), plan.layers
     else:
         spec = configs["flux-dev"]
-        dtype, sizes, sides, vital = torch.bfloat16, (T5_XXL, CLIP_L), (512, 1024), spec.vital_layers
+        dtype, sizes, sides, vital = torch.bfloat16, (T5_XXL, CLIP_L), (512, 1024), VITAL_LAYERS_DEV
     begin = time.perf_counter()
     bench = Bench(RandomBase(spec, dtype, where, *sizes))
     cases = cases_of(bench, works_of(spec, sides, vital), caps)

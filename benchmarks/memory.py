@@ -1,6 +1,6 @@
 """Measures FLUX.1-dev with random weights under caps on GPU memory: does each plan hold, at what cost?
 
-    python -m benchmarks.memory [--output benchmarks/results/CARD-memory.json] [--caps 24,16,12,8]
+    python -m benchmarks.memory [--output benchmarks/results/GPU-memory.json] [--caps 24,16,12,8]
                                 [--only Q4_K,blocks] [--minutes 7]
 
 Makes an image and an edit of 1024x1024 with each form of the transformer's weights, as loaded (bf16, 8-bit
@@ -13,17 +13,15 @@ Needs a GPU, 100 GB of main memory, and no file. `--toy` runs the same on a tiny
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import (
     EDITS,
@@ -37,146 +35,28 @@ from benchmarks.common import (
     markdown,
     names_with,
     peak_gib,
-    source_of,
-    sources_of,
     toy_plan,
-    words_of,
 )
-from benchmarks.diffusers_peer import peer_pipeline, to_diffusers_names
-from benchmarks.gguf_linears import peer_linear
-from benchmarks.random_weights import write_text_encoders
+from benchmarks.diffusers_models import diffusers_pipeline, to_diffusers_names
+from benchmarks.gguf_linears import diffusers_linear
+from benchmarks.random_models import CLIP_L, CLIP_TOY, T5_TOY, T5_XXL, RandomModels
 from flux.editing.edit import edit
 from flux.errors import InputError, exit_on_input_error
 from flux.files import write_json
-from flux.loaded_model import LoadedModel
-from flux.model import Flux
 from flux.modules import gguf_blocks
-from flux.modules.autoencoder import AutoEncoder
-from flux.modules.conditioner import HFEmbedder
-from flux.modules.float8 import EIGHT_BIT_FLOATS
-from flux.modules.linear import PackedLinear
 from flux.runtime.devices import pick_device
 from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import Plan, free_memory
 from flux.settings.command_line import run
-from flux.settings.edits import EditSettings
+from flux.settings.complete import resolve
+from flux.settings.edits import Edit, EditSettings
 from flux.settings.fields import LIST
-from flux.specs import ModelSpec, configs
-from flux.weights.load import on_meta
+from flux.settings.resolved import ResolvedEdit
+from flux.specs import VITAL_LAYERS_DEV, configs
+from flux.vital_layers import find_vital_layers
 
 STEPS = 5
-T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-T5_TOY = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
-CLIP_TOY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDTH_TOY = {"hidden_size": 256, "axes_dim": [16, 56, 56]}  # of GGUF's largest blocks
-# Where a block has its scales in half precision, and the scales that give random bytes a deviation of 1.
-SCALES = {"Q8_0": {0: 1 / 74}, "Q4_K": {0: 1 / 260, 2: 7.5 / 260}}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A matrix of random numbers as files pack it.
-
-    Attributes:
-        kind: The form of the numbers.
-        rows: The packed rows, `rows bytes`.
-        scale: The scale of all numbers. If None, the blocks have their own.
-    """
-
-    kind: str
-    rows: Tensor
-    scale: Tensor | None
-
-    @classmethod
-    def draw(cls, kind: str, shape: torch.Size, deviation: float, device: torch.device) -> "Packed":
-        """Draws a matrix on the device, and keeps it in main memory."""
-        if kind in EIGHT_BIT_FLOATS:
-            rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT_FLOATS[kind])
-            return cls(kind, rows.view(torch.uint8).cpu(), torch.tensor(deviation / 64))
-        numbers, size = gguf_blocks.BLOCKS[kind]
-        rows = torch.randint(256, (shape[0], shape[1] // numbers, size), dtype=torch.uint8, device=device)
-        for at, scale in SCALES[kind].items():
-            half = torch.tensor([scale * deviation], dtype=torch.float16, device=device)
-            rows[..., at : at + 2] = half.view(torch.uint8)
-        return cls(kind, rows.flatten(1).cpu(), None)
-
-
-class RandomModels:
-    """Random weights of the four models in main memory, to build pipelines from."""
-
-    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, t5: dict, clip: dict):
-        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-        self.spec, self.dtype = spec, dtype
-        self.kinds = {
-            "transformer": (Flux, spec.params),
-            "vae": (AutoEncoder, spec.ae_params),
-            "text_encoder_2": (T5EncoderModel, T5Config(**t5, feed_forward_proj="gated-gelu")),
-            "text_encoder": (CLIPTextModel, CLIPTextConfig(**clip)),
-        }
-        torch.manual_seed(0)
-        self.weights = {part: self._draw(on_meta(*kind), device) for part, kind in self.kinds.items()}
-        self.made = {part: sources_of(weights) for part, weights in self.weights.items()}
-        self.device, self.plain = device, self
-        folder = Path(tempfile.mkdtemp())
-        write_text_encoders(folder, spec, words_of([PROMPT, *EDITS]))
-        self.tokenizers = {"text_encoder": folder / "tokenizer", "text_encoder_2": folder / "tokenizer_2"}
-
-    def _draw(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Draws weights on the device, tensor by tensor, that keep activations of order one."""
-        weights = {}
-        for name, x in model.named_parameters():
-            is_scale = name.endswith(".scale") or ("norm" in name and name.endswith(".weight"))
-            if is_scale:
-                weights[name] = torch.ones(x.shape, dtype=self.dtype)
-                continue
-            deviation = x[0].numel() ** -0.5 if x.ndim > 1 else 0.02
-            weights[name] = torch.randn(x.shape, device=device, dtype=self.dtype).mul_(deviation).cpu()
-        return weights
-
-    def packed(self, kind: str) -> "RandomModels":
-        """Packs the matrices of the transformer's blocks. All other weights are shared."""
-        other = copy(self)
-        other.weights, other.made = ({**part} for part in (self.weights, self.made))
-        plain, sources = dict(self.weights["transformer"]), dict(self.made["transformer"])
-        for name, x in plain.items():
-            if x.ndim == 2 and "_blocks." in name:
-                plain[name] = Packed.draw(kind, x.shape, x.shape[1] ** -0.5, self.device)
-                sources[name] = source_of(kind, x.shape, plain[name].rows.nbytes)
-        other.weights["transformer"], other.made["transformer"] = plain, sources
-        return other
-
-    def build(self, part: str) -> nn.Module:
-        """Builds a model that shares these weights."""
-        model = on_meta(*self.kinds[part])
-        packed = {name: x for name, x in self.weights[part].items() if isinstance(x, Packed)}
-        plain = {name: x for name, x in self.weights[part].items() if name not in packed}
-        model.load_state_dict(plain, strict=False, assign=True)
-        for name, x in packed.items():
-            parent, _, own = name.removesuffix(".weight").rpartition(".")
-            module = model.get_submodule(parent)
-            bias = getattr(module, own).bias
-            setattr(module, own, PackedLinear(x.rows, x.kind, bias, x.scale, self.dtype))
-        if part == "text_encoder_2":
-            model.encoder.embed_tokens = model.shared
-        for name, buffer in list(model.named_buffers()):
-            module, _, leaf = name.rpartition(".")
-            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-            model.get_submodule(module).register_buffer(leaf, positions, persistent=False)
-        return model.eval().requires_grad_(False)
-
-    def pipeline(self, settings: EditSettings, plan: Plan, device: torch.device) -> LoadedModel:
-        """Builds a pipeline and places it as planned."""
-        lengths = {"text_encoder_2": self.spec.text_length, "text_encoder": self.spec.clip_length}
-        t5, clip = (
-            HFEmbedder.from_encoder(self.build(part), length, str(self.tokenizers[part]))
-            for part, length in lengths.items()
-        )
-        model, ae = self.build("transformer"), self.build("vae")
-        pipe = LoadedModel(self.spec, model, ae, t5, clip, device, self.dtype)
-        pipe.place(settings, plan)
-        return pipe
 
 
 @dataclass(frozen=True)
@@ -193,7 +73,7 @@ class Case:
     """
 
     name: str
-    offload: str = "none"
+    offload: Literal["none", "model", "blocks", "auto"] = "none"
     file: str = "BF16"
     quantize: str = "none"
     t5: str = "same"
@@ -213,10 +93,10 @@ FORMS = [
 
 def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
     """Lists the cases of a form: on the GPU, offloaded if it is the plain one, and under each cap."""
-    named = ("model", "blocks") if form.name == "bf16" else ()
+    offloads = ("model", "blocks") if form.name == "bf16" else ()
     return [
         form,
-        *(replace(form, name=f"{form.name}, {offload}", offload=offload) for offload in named),
+        *(replace(form, name=f"{form.name}, {offload}", offload=offload) for offload in offloads),
         *(replace(form, name=f"{form.name}, {cap:g} GiB", offload="auto", cap=cap) for cap in caps),
     ]
 
@@ -228,43 +108,50 @@ def limit(device: torch.device, cap: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total) if cap else 1.0)
 
 
-def run_case(models: RandomModels, case: Case, settings: EditSettings, device: torch.device) -> dict:
+def case_plan(estimate: MemoryEstimator, case: Case, device: torch.device) -> Plan:
+    """Plans a case: as "auto" does for the memory that is free, or as its setting "offload" says."""
+    if case.offload == "auto":
+        free = free_memory(device)
+        return Plan.of(estimate, "none") if free is None else Plan.fitting(estimate, free)
+    if case.offload == "blocks":
+        return Plan.of(estimate, "blocks", len(estimate.transformer.blocks), len(estimate.t5.blocks))
+    return Plan.of(estimate, case.offload)
+
+
+def run_case(models: RandomModels, case: Case, settings: ResolvedEdit, device: torch.device) -> dict:
     """Measures an image and an edit: planned and actual peaks, and milliseconds a step."""
     clean(device)
     limit(device, case.cap)
     settings = settings.model_copy(update={"offload": case.offload, "quantize": case.quantize, "t5": case.t5})
-    on_gpu = device.type == "cuda"
-    estimate = MemoryEstimator(settings, models.spec, models.made, models.dtype, models.dtype, on_gpu)
-    if case.offload == "auto":
-        free = free_memory(device)
-        plan = Plan.of(estimate, "none") if free is None else Plan.fitting(estimate, free)
-    else:
-        counts = (
-            len(model.blocks) * (case.offload == "blocks") for model in (estimate.transformer, estimate.t5)
-        )
-        plan = Plan.of(estimate, case.offload, *counts)
+    estimate = MemoryEstimator(
+        settings, models.spec, models.sources, models.dtype, models.dtype, device.type == "cuda"
+    )
+    plan = case_plan(estimate, case, device)
     begin = time.perf_counter()
-    pipe = models.pipeline(settings, plan, device)
+    loaded = models.load(settings, plan)
     found = {"place_s": time.perf_counter() - begin, "offload": plan.offload, "streamed": plan.streamed}
     found |= {"streamed_t5": plan.streamed_t5, "planned_gib": plan.peak / GIB}
     clean(device)
+
+    def timed(name: str, work: Callable[[], object], passes: int) -> None:
+        begin = time.perf_counter()
+        with PassClock(loaded.model.final_layer, device) as clock:
+            work()
+        found[f"{name}_ms"] = clock.step_ms(passes)["median"]
+        found[f"{name}_s"] = time.perf_counter() - begin
+
     sampling = {**settings.sampling(), "watermark": False, "progress": False}
-    begin = time.perf_counter()
-    with PassClock(pipe.model.final_layer, device) as clock:
-        pipe.generate([PROMPT], [0], **sampling)
-    found |= {"picture_ms": clock.step_ms(1)["median"], "picture_s": time.perf_counter() - begin}
-    found["picture_gib"] = peak_gib(device)
-    begin = time.perf_counter()
-    with PassClock(pipe.model.final_layer, device) as clock:
-        edit(pipe, settings, settings.vital_layers, progress=False)
-    found |= {"edit_ms": clock.step_ms(2)["median"], "edit_s": time.perf_counter() - begin}
+    timed("image", lambda: loaded.generate([PROMPT], [0], **sampling), passes=1)
+    found["image_gib"] = peak_gib(device)
+    layers = find_vital_layers(settings.vital_layers, models.spec)
+    timed("edit", lambda: edit(loaded, settings, layers, progress=False), passes=2)
     found["peak_gib"] = peak_gib(device)
     return found
 
 
 def offload_in_groups(transformer: nn.Module, _: RandomModels, device: torch.device) -> None:
-    """Offloads blocks in groups of one, on a separate stream."""
-    from diffusers.hooks import apply_group_offloading
+    """Offloads diffusers' blocks in groups of one, on a separate stream."""
+    from diffusers.hooks.group_offloading import apply_group_offloading
 
     on_gpu = device.type == "cuda"
     apply_group_offloading(
@@ -279,50 +166,49 @@ def offload_in_groups(transformer: nn.Module, _: RandomModels, device: torch.dev
 
 def pack_as_gguf(transformer: nn.Module, models: RandomModels, device: torch.device) -> None:
     """Puts the packed matrices into diffusers' own layers, on the device."""
-    packed = {name: x for name, x in models.weights["transformer"].items() if isinstance(x, Packed)}
+    packed = models.packed_matrices()
     kind = next(iter(packed.values())).kind
     rows = {name: x.rows for name, x in packed.items()}
     for name, part in to_diffusers_names(rows, models.spec.params.hidden_size).items():
         parent, _, own = name.removesuffix(".weight").rpartition(".")
         module = transformer.get_submodule(parent)
         old = getattr(module, own)
-        layer = peer_linear(part, kind, old.in_features, models.dtype)
+        layer = diffusers_linear(part, kind, old.in_features, models.dtype)
         layer.bias = old.bias
         setattr(module, own, layer)
     transformer.to(device)
 
 
-def run_peer(
+def run_diffusers(
     models: RandomModels,
     place: Callable[[nn.Module, RandomModels, torch.device], None],
-    settings: EditSettings,
+    settings: ResolvedEdit,
     device: torch.device,
 ) -> dict:
     """Measures diffusers' pipeline on the same weights, placed by `place`. Texts are random features."""
     clean(device)
     limit(device, None)
     begin = time.perf_counter()
-    peer = peer_pipeline(models.plain.build("transformer"), models.spec.ae_params, models.dtype)
-    place(peer.transformer, models, device)
-    peer.vae.to(device)
+    spec, dtype = models.spec, models.dtype
+    pipeline = diffusers_pipeline(models.plain.build("transformer"), spec.ae_params, dtype)
+    place(pipeline.transformer, models, device)
+    pipeline.vae.to(device)
     found = {"place_s": time.perf_counter() - begin}
-    params, spec = models.spec.params, models.spec
-    texts = {
-        "prompt_embeds": torch.randn(
-            1, spec.text_length, params.context_in_dim, device=device, dtype=models.dtype
-        ),
-        "pooled_prompt_embeds": torch.randn(1, params.vec_in_dim, device=device, dtype=models.dtype),
+    txt, vec = (1, spec.text_length, spec.params.context_in_dim), (1, spec.params.vec_in_dim)
+    texts: dict[str, Any] = {
+        "prompt_embeds": torch.randn(txt, device=device, dtype=dtype),
+        "pooled_prompt_embeds": torch.randn(vec, device=device, dtype=dtype),
     }
     clean(device)
-    with torch.no_grad(), PassClock(peer.transformer.proj_out, device) as clock:
-        peer(**texts, width=settings.width, height=settings.height, num_inference_steps=STEPS)
-    return found | {"picture_ms": clock.step_ms(1)["median"], "peak_gib": peak_gib(device)}
+    with torch.no_grad(), PassClock(pipeline.transformer.proj_out, device) as clock:
+        pipeline(**texts, width=settings.width, height=settings.height, num_inference_steps=STEPS)
+    return found | {"image_ms": clock.step_ms(1)["median"], "peak_gib": peak_gib(device)}
 
 
 def table(results: dict[str, dict]) -> str:
     """Formats the results."""
     columns = ["", "plan", "streamed", "planned GiB", "peak GiB", "ms a step", "ms an edit's step", "error"]
-    keys = ("offload", "streamed", "planned_gib", "peak_gib", "picture_ms", "edit_ms", "error")
+    keys = ("offload", "streamed", "planned_gib", "peak_gib", "image_ms", "edit_ms", "error")
     rows = []
     for name, found in results.items():
         values = (found.get(key, "-") for key in keys)
@@ -331,20 +217,36 @@ def table(results: dict[str, dict]) -> str:
     return markdown(columns, rows)
 
 
-def work_of(
-    form: Case, caps: tuple[float, ...], settings: EditSettings, device: torch.device
-) -> dict[str, Callable[[RandomModels], dict]]:
+Work = dict[str, Callable[[RandomModels], dict]]
+
+
+def work_of(form: Case, caps: tuple[float, ...], settings: ResolvedEdit, device: torch.device) -> Work:
     """Names what is run with models of this form."""
-    work = {
+    work: Work = {
         case.name: partial(run_case, case=case, settings=settings, device=device)
         for case in cases_of(form, caps)
     }
-    peer = partial(run_peer, settings=settings, device=device)
+    diffusers = partial(run_diffusers, settings=settings, device=device)
     if form.name == "bf16":
-        work["diffusers, bf16 in groups of one block"] = partial(peer, place=offload_in_groups)
+        work["diffusers, bf16 in groups of one block"] = partial(diffusers, place=offload_in_groups)
     if form.file in gguf_blocks.BLOCKS:
-        work[f"diffusers, {form.name}"] = partial(peer, place=pack_as_gguf)
+        work[f"diffusers, {form.name}"] = partial(diffusers, place=pack_as_gguf)
     return work
+
+
+def full_or_toy(toy: bool, device: torch.device) -> tuple[Callable[[], RandomModels], ResolvedEdit]:
+    """Returns what draws the models, and the settings of each case, at full size or of a tiny model."""
+    spec = configs["flux-dev"]
+    layers, side, sizes, dtype = VITAL_LAYERS_DEV, 1024, (T5_XXL, CLIP_L), torch.bfloat16
+    if toy:
+        plan = toy_plan()
+        spec = replace(plan.spec, params=replace(plan.spec.params, **WIDTH_TOY))
+        layers, side, sizes, dtype = plan.layers, 64, (T5_TOY, CLIP_TOY), torch.float32
+    settings = EditSettings(
+        model="flux-dev", prompt=PROMPT, edits=(Edit(prompt=EDITS[0]),), vital_layers=layers,
+        width=side, height=side, num_steps=STEPS, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
+    )  # fmt: skip
+    return lambda: RandomModels(spec, device, dtype, *sizes), resolve(settings)
 
 
 @exit_on_input_error()
@@ -368,23 +270,13 @@ def main(
     """
     begin, where = time.monotonic(), pick_device(device)
     check_full_size(where, toy)
-    if toy:
-        plan = toy_plan()
-        spec = replace(plan.spec, params=replace(plan.spec.params, **WIDTH_TOY))
-        dtype, sizes, side, layers = torch.float32, (T5_TOY, CLIP_TOY), 64, plan.layers
-    else:
-        spec = configs["flux-dev"]
-        dtype, sizes, side, layers = torch.bfloat16, (T5_XXL, CLIP_L), 1024, spec.vital_layers
-    settings = EditSettings(
-        model="flux-dev", prompt=PROMPT, edits=EDITS[:1], vital_layers=layers, width=side, height=side,
-        num_steps=STEPS, guidance=GUIDANCE, true_cfg=1.0, watermark=False,
-    )  # fmt: skip
-    results: dict[str, Any] = {"machine": machine(where), "dtype": str(dtype), "cases": {}}
-    if output and Path(output).is_file():
-        results = json.loads(Path(output).read_text())
-    plain = RandomModels(spec, where, dtype, *sizes)
+    draw, settings = full_or_toy(toy, where)
     works = [(form, work_of(form, caps, settings, where)) for form in FORMS]
     wanted = names_with([name for _, work in works for name in work], only)
+    plain = draw()
+    results: dict[str, Any] = {"machine": machine(where), "dtype": str(plain.dtype), "cases": {}}
+    if output and Path(output).is_file():
+        results = json.loads(Path(output).read_text())
     for form, work in works:
         todo = [name for name in work if name not in results["cases"] and name in wanted]
         if not todo:

@@ -12,8 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch
+
+from benchmarks.common import machine, markdown
+from flux.editing.edit import edit
 from flux.errors import exit_on_input_error
+from flux.files import write_json
+from flux.loaded_model import LoadedModel
 from flux.settings.command_line import run
+from flux.settings.complete import resolve
+from flux.settings.edits import EditSettings
+from flux.settings.files import read_settings
+from flux.settings.resolved import ResolvedEdit
+from flux.vital_layers import find_vital_layers
 
 IMPORT = "import time; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
 
@@ -36,6 +47,25 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
+def measure(settings: ResolvedEdit, repeats: int) -> dict[str, list[float]]:
+    """Times each thing so many times, in seconds."""
+    modules = ("flux", "flux.loaded_model")
+    times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
+    # The first one also imports transformers, as every run of a demo does.
+    loaded: list[LoadedModel] = []
+    times["load"] = seconds(lambda: loaded.append(LoadedModel.load(settings)), repeats)
+    pipe = loaded[-1]
+    layers = find_vital_layers(settings.vital_layers, pipe.spec)
+    same = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
+    sampling = {name: getattr(settings, name) for name in same}
+    prompts, seeds = [settings.prompt or ""], [settings.seed]
+    times["an image"] = seconds(lambda: pipe.generate(prompts, seeds, **sampling, progress=False), repeats)
+    times[f"a reference and {len(settings.edits)} edits"] = seconds(
+        lambda: edit(pipe, settings, layers, progress=False), repeats
+    )
+    return times
+
+
 @exit_on_input_error()
 def main(
     repeats: int = 3,
@@ -53,45 +83,16 @@ def main(
         output: JSON file to write to; if not set, none is written
         model: the model, one of flux.specs.configs
     """
-    modules = ("flux", "flux.pipeline")
-    times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
-
-    from benchmarks.common import machine, markdown
-    from flux.editing.edit import edit
-    from flux.files import write_json
-    from flux.loaded_model import LoadedModel
-    from flux.settings.complete import resolve
-    from flux.settings.edits import EditSettings
-    from flux.settings.files import read_settings
-    from flux.specs import get_spec
-    from flux.vital_layers import find_vital_layers
-
     wanted = {"model": model, "num_steps": num_steps, "width": size, "height": size, "device": "cpu"}
     settings = resolve(read_settings(EditSettings, "edit.json", wanted))
-    settings = settings.model_copy(update={"edits": settings.edits[:3]})
-    layers = find_vital_layers(settings.vital_layers, get_spec(settings.model))
-    same = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
-    sampling = {**{name: getattr(settings, name) for name in same}, "progress": False}
-
-    # The first one also imports transformers, as every run of a demo does.
-    loaded: list[LoadedModel] = []
-    times["load"] = seconds(lambda: loaded.append(LoadedModel.load(settings)), repeats)
-    pipe = loaded[-1]
-    work = {
-        "a picture": lambda: pipe.generate([settings.prompt], [settings.seed], **sampling),
-        f"a reference and {len(settings.edits)} edits": lambda: edit(pipe, settings, layers, progress=False),
-    }
-    for name, task in work.items():
-        times[name] = seconds(task, repeats)
-
-    about = machine(pipe.device)
+    times = measure(settings.model_copy(update={"edits": settings.edits[:3]}), repeats)
+    about = machine(torch.device("cpu"))
     rows = [[name, f"{statistics.median(each):.2f}", f"{each[0]:.2f}"] for name, each in times.items()]
     print(f"{model}, {about['device']}, {about['threads']} threads, {size}x{size}, {num_steps} steps")
     print(markdown(["seconds", "median", "first"], rows))
     if output:
-        write_json(
-            output, {"machine": about, "model": model, "size": size, "num_steps": num_steps, "seconds": times}
-        )
+        found = {"machine": about, "model": model, "size": size, "num_steps": num_steps, "seconds": times}
+        write_json(output, found)
 
 
 if __name__ == "__main__":

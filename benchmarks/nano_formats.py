@@ -10,26 +10,45 @@ table as Markdown beside the JSON. Needs the `gguf` package.
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.common import machine, markdown, velocity_error
+from benchmarks.k_quants import KINDS, quantize
+from flux.editing.edit import edit
 from flux.errors import exit_on_input_error
+from flux.files import write_json, write_text
+from flux.loaded_model import LoadedModel
+from flux.metrics.pixels import psnr_or_none
+from flux.model import Flux
+from flux.sampling import Step, sample
 from flux.settings.command_line import run
+from flux.settings.complete import resolve
+from flux.settings.edits import EditSettings
+from flux.settings.files import read_settings
+from flux.settings.resolved import ResolvedEdit
+from flux.specs import NANO_FOLDER
+from flux.vital_layers import find_vital_layers
+from flux.weights.gguf import SIZES
+from flux.weights.load import read_weights
+from flux.weights.open_model import ModelFiles, OpenModel
 
 # The kinds that quantisers use instead if rows are no multiple of 256.
 INSTEAD = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 PATH_STEPS = 4
+EIGHT_BIT_FLOATS = ("fp8 scaled", "fp8 e4m3", "fp8 e5m2")
 
 
 def write_gguf(weights: dict[str, Tensor], path: Path, kind: str) -> float:
     """Writes the blocks' matrices in that kind, and returns the share of them that have it."""
-    import gguf
-
-    from benchmarks.k_quants import KINDS, quantize
-
     writer, of_kind, packed = gguf.GGUFWriter(path, "flux"), 0, 0
     for name, x in weights.items():
         data, own = x.numpy(), "F32"
@@ -48,9 +67,6 @@ def write_gguf(weights: dict[str, Tensor], path: Path, kind: str) -> float:
 
 def write_fp8(weights: dict[str, Tensor], path: Path, kind: str) -> float:
     """Writes all tensors cast to 8 bits, or matrices with a scale each. Returns 1."""
-    import torch
-    from safetensors.torch import save_file
-
     if kind == "fp8 scaled":
         file = {}
         for name, x in weights.items():
@@ -64,6 +80,92 @@ def write_fp8(weights: dict[str, Tensor], path: Path, kind: str) -> float:
         file = {name: x.to(dtype) for name, x in weights.items()}
     save_file(file, path)
     return 1.0
+
+
+class Original:
+    """flux-nano with its own weights in float32, to compare other forms of its weights with.
+
+    Args:
+        settings: The edits to make.
+    """
+
+    def __init__(self, settings: ResolvedEdit):
+        self.settings = settings
+        self.loaded = LoadedModel.load(settings)
+        self.spec = self.loaded.spec
+        self.layers = find_vital_layers(settings.vital_layers, self.spec)
+        self.own_images = self.images(self.loaded.model)
+        self.cond = self.loaded.condition([settings.prompt or ""], settings.guidance)
+        self.ids = self.loaded.image_ids(1, settings.width, settings.height)
+
+    def images(self, model: Flux) -> list[Image.Image]:
+        """Makes the reference and the edits by a transformer of any form."""
+        made = edit(replace(self.loaded, model=model), self.settings, self.layers, progress=False)
+        return [made.reference, *made.edits]
+
+    def path(self) -> list[Step]:
+        """Takes a few steps by the original's transformer."""
+        width, height = self.settings.width, self.settings.height
+        noise = self.loaded.noise([self.settings.seed], width, height)
+        with self.loaded.denoising() as model:
+            return list(
+                sample(model, noise, self.ids, self.cond, self.loaded.schedule(PATH_STEPS, width, height))
+            )
+
+    def compare(self, model: Flux, path: list[Step]) -> dict[str, object]:
+        """Measures how far a transformer's images and velocities are from the original's."""
+        reference, *edits = (psnr_or_none(*pair) for pair in zip(self.own_images, self.images(model)))
+        error = velocity_error(model, path, self.ids, self.cond)
+        return {"reference_psnr": reference, "edits_psnr": edits, "velocity_error": error}
+
+
+def measure(original: Original, folder: Path, keep: bool) -> Iterator[dict]:
+    """Writes flux-nano's transformer in each form, loads it as a user would, and compares it.
+
+    Args:
+        original: The model to compare with.
+        folder: The folder of the files.
+        keep: Whether the files stay.
+    """
+    spec, path = original.spec, original.path()
+    weights = read_weights(NANO_FOLDER / spec.repo_flow, "cpu", torch.float32)
+    for kind in (*EIGHT_BIT_FLOATS, *sorted(SIZES, key=lambda kind: -bits(kind))):
+        file = folder / f"flux-nano-{kind.replace(' ', '-')}"
+        share = (write_fp8 if kind in EIGHT_BIT_FLOATS else write_gguf)(weights, file, kind)
+        opened = OpenModel(spec, ModelFiles(file, file, file))
+        model = opened.load_transformer(original.loaded.device, torch.float32, keep_8bit=True)
+        found = {"kind": kind, "bytes": file.stat().st_size, "share": share}
+        yield found | original.compare(model, path)
+        if not keep:
+            file.unlink()
+
+
+def table(results: list[dict]) -> str:
+    """Formats the results."""
+    rows = [
+        [
+            result["kind"],
+            f"{result['bytes'] / 2**20:.1f}",
+            f"{100 * result['share']:.0f} %",
+            f"{result['velocity_error']:.4f}",
+            decibel([result["reference_psnr"]]),
+            decibel(result["edits_psnr"]),
+        ]
+        for result in results
+    ]
+    return markdown(["form", "MiB", "in this form", "velocity error", "reference dB", "edits dB"], rows)
+
+
+def bits(kind: str) -> float:
+    """Computes the bits of a number."""
+    numbers, size = SIZES[kind]
+    return 8 * size / numbers
+
+
+def decibel(values: list[float | None]) -> str:
+    """Formats the mean PSNR. Equal images have none."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.1f}" if known else "equal"
 
 
 @exit_on_input_error()
@@ -85,89 +187,20 @@ def main(
         folder: folder of the files; if not set, a temporary one
         output: JSON file to write to
     """
-    import torch
-    from PIL import Image
-
-    from benchmarks.common import machine, markdown, velocity_error
-    from flux.editing.edit import edit
-    from flux.files import write_json, write_text
-    from flux.loaded_model import LoadedModel
-    from flux.metrics.pixels import psnr_or_none
-    from flux.sampling import VelocityModel, sample
-    from flux.settings.complete import resolve
-    from flux.settings.edits import EditSettings
-    from flux.settings.files import read_settings
-    from flux.specs import get_spec
-    from flux.vital_layers import find_vital_layers
-    from flux.weights.gguf import SIZES
-    from flux.weights.load import read_weights
-    from flux.weights.open_model import ModelFiles, OpenModel
-
     wanted = {"num_steps": num_steps, "width": size, "height": size, "device": device, "dtype": "float32"}
     settings = resolve(read_settings(EditSettings, "edit.json", wanted))
-    spec = get_spec(settings.model)
-    settings = settings.model_copy(update={"edits": settings.edits[:edits]})
-    layers = find_vital_layers(settings.vital_layers, spec)
-    pipe = LoadedModel.load(settings)
-    weights = read_weights(spec.folder / spec.repo_flow, "cpu", torch.float32)
-
-    def run(model: VelocityModel) -> list[Image.Image]:
-        made = edit(replace(pipe, model=model), settings, layers, progress=False)
-        return [made.reference, *made.edits]
-
-    cond, ids = pipe.condition([settings.prompt], settings.guidance), pipe.image_ids(1, size, size)
-    noise, levels = pipe.noise([settings.seed], size, size), pipe.schedule(PATH_STEPS, size, size)
-    with pipe.denoising() as own_model:
-        steps = list(sample(own_model, noise, ids, cond, levels))
-
-    own = run(pipe.model)
+    original = Original(settings.model_copy(update={"edits": settings.edits[:edits]}))
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(folder or temporary)
         home.mkdir(parents=True, exist_ok=True)
-        for kind in ("fp8 scaled", "fp8 e4m3", "fp8 e5m2", *sorted(SIZES, key=lambda kind: -bits(kind))):
-            path = home / f"flux-nano-{kind.replace(' ', '-')}"
-            share = (write_fp8 if "fp8" in kind else write_gguf)(weights, path, kind)
-            opened = OpenModel(spec, ModelFiles(path, path, path))
-            model = opened.load_transformer(pipe.device, torch.float32, keep_8bit=True)
-            reference, *others = (psnr_or_none(*pair) for pair in zip(own, run(model)))
-            found = {"kind": kind, "bytes": path.stat().st_size, "share": share, "reference_psnr": reference}
-            found |= {"edits_psnr": others, "velocity_error": velocity_error(model, steps, ids, cond)}
+        for found in measure(original, home, keep=folder is not None):
             results.append(found)
             print(found, flush=True)
-            if not folder:
-                path.unlink()
-
-    rows = [
-        [
-            result["kind"],
-            f"{result['bytes'] / 2**20:.1f}",
-            f"{100 * result['share']:.0f} %",
-            f"{result['velocity_error']:.4f}",
-            decibel([result["reference_psnr"]]),
-            decibel(result["edits_psnr"]),
-        ]
-        for result in results
-    ]
-    table = markdown(["form", "MiB", "matrices of it", "velocity error", "reference dB", "edits dB"], rows)
-    print(table)
-    about = {"machine": machine(pipe.device), "size": size, "num_steps": num_steps, "edits": edits}
+    print(table(results))
+    about = {"machine": machine(original.loaded.device), "size": size, "num_steps": num_steps, "edits": edits}
     write_json(output, {**about, "results": results})
-    write_text(Path(output).with_suffix(".md"), table + "\n")
-
-
-def bits(kind: str) -> float:
-    """Computes the bits of a number."""
-    from flux.weights.gguf import SIZES
-
-    numbers, size = SIZES[kind]
-    return 8 * size / numbers
-
-
-def decibel(values: list[float | None]) -> str:
-    """Formats the mean PSNR. Equal images have none."""
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.1f}" if known else "equal"
+    write_text(Path(output).with_suffix(".md"), table(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,84 @@ the GPU.
 import statistics
 from dataclasses import replace
 
+from PIL import Image
+
+from benchmarks.common import machine, markdown, velocity_error
 from flux.errors import exit_on_input_error
+from flux.files import write_json
+from flux.loaded_model import LoadedModel
+from flux.metrics.pixels import psnr_or_none
+from flux.model import Flux
+from flux.modules.step_cache import StepCache
+from flux.runtime.quantize import to_fp8
+from flux.sampling import Step, sample
 from flux.settings.command_line import run
+from flux.settings.complete import resolve
+from flux.settings.demos import ModelSettings
+from flux.settings.resolved import ResolvedModel
 
 PROMPTS = ("a photo of a dog on the grass", "a photo of a red house by the sea")
 THRESHOLDS = (0.08, 0.12, 0.2)
+Found = dict[str, dict[str, list[float | None]]]
+
+
+def fp8_copy(loaded: LoadedModel) -> Flux:
+    """Copies the transformer and lets it compute in 8-bit floats."""
+    model = Flux(loaded.spec.params).to(loaded.device, loaded.dtype).eval().requires_grad_(False)
+    model.load_state_dict(loaded.model.state_dict())
+    to_fp8([model.double_blocks, model.single_blocks])
+    return model
+
+
+def measure(loaded: LoadedModel, settings: ResolvedModel) -> Found:
+    """Compares each variant with the plain model, for each prompt.
+
+    Returns:
+        Each variant's PSNR to the plain image in dB (None if it is equal), and its velocity's relative error
+        or the fraction of steps that it spared.
+    """
+    width, height, num_steps = settings.width, settings.height, settings.num_steps
+    fp8, ids = fp8_copy(loaded), loaded.image_ids(1, width, height)
+    levels = loaded.schedule(num_steps, width, height)
+
+    def make(
+        model: Flux, prompt: str, seed: int, cache: StepCache | None = None
+    ) -> tuple[list[Step], Image.Image]:
+        other = replace(loaded, model=model)
+        cond, noise = other.condition([prompt], settings.guidance), other.noise([seed], width, height)
+        with other.denoising() as denoiser:
+            steps = list(sample(denoiser, noise, ids, cond, levels, cache=cache))
+        return steps, other.decode(steps[-1].latent, width, height)[0]
+
+    found: Found = {"fp8": {"psnr": [], "velocity_error": []}}
+    found |= {f"cache {threshold}": {"psnr": [], "spared": []} for threshold in THRESHOLDS}
+    for seed, prompt in enumerate(PROMPTS):
+        steps, plain = make(loaded.model, prompt, seed)
+        cond = loaded.condition([prompt], settings.guidance)
+        found["fp8"]["velocity_error"].append(velocity_error(fp8, steps, ids, cond))
+        found["fp8"]["psnr"].append(psnr_or_none(plain, make(fp8, prompt, seed)[1]))
+        for threshold in THRESHOLDS:
+            cache, entry = StepCache(threshold), found[f"cache {threshold}"]
+            entry["psnr"].append(psnr_or_none(plain, make(loaded.model, prompt, seed, cache)[1]))
+            entry["spared"].append(cache.reused / num_steps)
+    return found
+
+
+def table(found: Found) -> str:
+    """Formats the worst image's PSNR, and means of the rest."""
+    rows = []
+    for name, entry in found.items():
+        cells = []
+        for measure, form in {"psnr": ".1f", "velocity_error": ".4f", "spared": ".0%"}.items():
+            values = [x for x in entry.get(measure, []) if x is not None]
+            if measure not in entry:
+                cells.append("-")
+            elif values:
+                cells.append(format(min(values) if measure == "psnr" else statistics.mean(values), form))
+            else:  # equal images have no PSNR
+                cells.append("equal")
+        rows.append([name, *cells])
+    return markdown(["", "least PSNR, dB", "velocity's relative error", "steps spared"], rows)
 
 
 @exit_on_input_error()
@@ -26,60 +99,14 @@ def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str 
         device: where to run: "auto", "cpu", "cuda", "cuda:1"
         output: JSON file to write to; if not set, none is written
     """
-    from benchmarks.common import machine, markdown, velocity_error
-    from flux import sampling
-    from flux.files import write_json
-    from flux.loaded_model import LoadedModel
-    from flux.metrics.pixels import psnr_or_none
-    from flux.model import Flux
-    from flux.modules.step_cache import StepCache
-    from flux.runtime.quantize import to_fp8
-    from flux.settings.complete import resolve
-    from flux.settings.demos import ModelSettings
-
     settings = resolve(ModelSettings(device=device, width=size, height=size, num_steps=num_steps))
-    pipe = LoadedModel.load(settings)
-    fp8 = Flux(pipe.spec.params).to(pipe.device, pipe.dtype).eval().requires_grad_(False)
-    fp8.load_state_dict(pipe.model.state_dict())
-    to_fp8([fp8.double_blocks, fp8.single_blocks])
-    levels, ids = pipe.schedule(num_steps, size, size), pipe.image_ids(1, size, size)
-
-    def run(model: Flux, prompt: str, seed: int, cache: StepCache | None = None) -> tuple[list, object]:
-        other = replace(pipe, model=model)
-        cond, noise = other.condition([prompt], settings.guidance), other.noise([seed], size, size)
-        with other.denoising() as denoiser:
-            steps = list(sampling.sample(denoiser, noise, ids, cond, levels, cache=cache))
-        return steps, other.decode(steps[-1].latent, size, size)[0]
-
-    found: dict[str, dict[str, list[float]]] = {}
-    for seed, prompt in enumerate(PROMPTS):
-        steps, own = run(pipe.model, prompt, seed)
-        near = found.setdefault("fp8", {"psnr": [], "velocity_error": []})
-        cond = pipe.condition([prompt], settings.guidance)
-        near["velocity_error"].append(velocity_error(fp8, steps, ids, cond))
-        near["psnr"].append(psnr_or_none(own, run(fp8, prompt, seed)[1]))
-        for threshold in THRESHOLDS:
-            cache = StepCache(threshold)
-            entry = found.setdefault(f"cache {threshold}", {"psnr": [], "spared": []})
-            entry["psnr"].append(psnr_or_none(own, run(pipe.model, prompt, seed, cache)[1]))
-            entry["spared"].append(cache.reused / num_steps)
-
-    def shown(entry: dict, name: str, form: str) -> str:
-        if name not in entry:
-            return "-"
-        # Equal images have no PSNR.
-        known = [x for x in entry[name] if x is not None]
-        return format((min if name == "psnr" else statistics.mean)(known), form) if known else "equal"
-
-    rows = [
-        [name, shown(each, "psnr", ".1f"), shown(each, "velocity_error", ".4f"), shown(each, "spared", ".0%")]
-        for name, each in found.items()
-    ]
-    print(f"{size}x{size}, {num_steps} steps, {len(PROMPTS)} pictures")
-    print(markdown(["", "least PSNR, dB", "velocity's relative error", "steps spared"], rows))
+    loaded = LoadedModel.load(settings)
+    found = measure(loaded, settings)
+    print(f"{size}x{size}, {num_steps} steps, {len(PROMPTS)} images")
+    print(table(found))
     if output:
         about = {"command": f"python -m benchmarks.nano_speed --size {size} --num_steps {num_steps}"}
-        about |= {"machine": machine(pipe.device), "prompts": PROMPTS}
+        about |= {"machine": machine(loaded.device), "prompts": PROMPTS}
         write_json(output, {**about, "results": found})
 
 

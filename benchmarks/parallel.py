@@ -169,27 +169,29 @@ def main(
     if not launched():
         start(count)
     size, ranks = toy_step() if toy else full_step(), join(count, device)
+    where = ranks.device
+    assert where is not None  # each process that has joined has one
     torch.manual_seed(0)
-    weights = {n: x.to(ranks.device) for n, x in random_transformer(size.params, ranks.device).items()}
+    weights = {n: x.to(where) for n, x in random_transformer(size.params, where).items()}
 
     def build(compiled: bool) -> Flux:
         with torch.device("meta"):
             model = Flux(size.params)
         model.load_state_dict(weights, assign=True)
         if compiled:
-            model.compile_blocks(ranks.device)
+            model.compile_blocks(where)
         return model.eval()
 
     path = output or RESULTS / f"parallel_{count}.json"
     results: dict[str, Any] = {
-        "machine": machine(ranks.device),
+        "machine": machine(where),
         "cards": count,
         "side": size.side,
         "steps": {},
     }
     for mode in ("eager", "compiled")[: 1 + compiled]:
         models = (build(mode == "compiled"), SequenceParallelFlux(build(mode == "compiled"), ranks))
-        results["steps"][mode] = measure(size, models, ranks.device)
+        results["steps"][mode] = measure(size, models, where)
         if ranks.rank == 0:
             write_json(path, results)
             print(f"{mode}: {results['steps'][mode]}", flush=True)

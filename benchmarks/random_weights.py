@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -70,9 +71,10 @@ def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
     for name in ("tokenizer", "tokenizer_2"):
         wrapped.save_pretrained(folder / name)
 
-    small = {"vocab_size": len(vocabulary), "pad_token_id": 0, "eos_token_id": 1}
     clip = CLIPTextConfig(
-        **small,
+        vocab_size=len(vocabulary),
+        pad_token_id=0,
+        eos_token_id=1,
         bos_token_id=0,
         hidden_size=spec.params.vec_in_dim,
         intermediate_size=64,
@@ -81,7 +83,9 @@ def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
         max_position_embeddings=spec.clip_length,
     )
     t5 = T5Config(
-        **small,
+        vocab_size=len(vocabulary),
+        pad_token_id=0,
+        eos_token_id=1,
         d_model=spec.params.context_in_dim,
         d_kv=16,
         d_ff=64,
@@ -89,8 +93,8 @@ def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
-    CLIPTextModel(clip).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
-    T5EncoderModel(t5).to(torch.bfloat16).save_pretrained(folder / "text_encoder_2")
+    CLIPTextModel(clip).bfloat16().save_pretrained(folder / "text_encoder")
+    T5EncoderModel(t5).bfloat16().save_pretrained(folder / "text_encoder_2")
 
 
 def write_dinov2(folder: Path, device: torch.device) -> Path:
@@ -98,10 +102,17 @@ def write_dinov2(folder: Path, device: torch.device) -> Path:
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     if not (folder / "model.safetensors").exists():
-        giant = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24}
+        giant = Dinov2Config(
+            hidden_size=1536,
+            num_hidden_layers=40,
+            num_attention_heads=24,
+            use_swiglu_ffn=True,
+            patch_size=14,
+            image_size=518,
+        )
         with torch.device(device):
-            model = Dinov2Model(Dinov2Config(**giant, use_swiglu_ffn=True, patch_size=14, image_size=518))
-        size = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+            model = Dinov2Model(giant)
+        size: dict[str, Any] = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
         BitImageProcessorPil(**size).save_pretrained(folder)
         partial = folder / "partial"
         model.save_pretrained(partial)

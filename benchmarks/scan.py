@@ -4,8 +4,8 @@ It compares an image with a skipped layer with a plain one, and projects the who
 prompts, every layer, 15 steps). It also measures how long the denoiser waits in a short scan, and how the
 work scales with GPUs.
 
-    python -m benchmarks.scan --folder /tmp/random-flux [--workers 1,2] [--output
-    benchmarks/results/CARD-scan.json]
+    python -m benchmarks.scan --folder /tmp/random-flux [--workers 1,2]
+        [--output benchmarks/results/GPU-scan.json]
 
 Writes 24 GB to the folder once. Each number of workers above needs that many GPUs and `ray`. `--toy` runs the
 same on flux-nano's own weights, on any machine.
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -25,8 +26,8 @@ from benchmarks.random_weights import write_dinov2, write_random_model
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.loaded_model import LoadedModel
-from flux.model import Flux
 from flux.runtime.devices import pick_device
+from flux.sampling import VelocityModel
 from flux.scan.layers import REFERENCE
 from flux.scan.run import scan
 from flux.scan.skipper import LayerSkipper, SkipTask
@@ -34,6 +35,7 @@ from flux.settings.command_line import run
 from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings
 from flux.settings.fields import Numbers
+from flux.settings.resolved import ResolvedScan
 from flux.specs import configs
 
 PROMPT = "a photo of a dog on the grass"
@@ -42,16 +44,20 @@ PROMPTS = 64
 TASKS_EACH = 14  # for each worker, after its first
 
 
-def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) -> ScanSettings:
+def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) -> ResolvedScan:
     """Makes the protocol's settings, for random weights of flux-dev or, as a toy, for flux-nano."""
-    common = {"prompts": ({"prompt": PROMPT, "seed": 0},), "watermark": False, "compile": compiled, "top": 1}
+    fields: dict[str, Any] = {
+        "prompts": ({"prompt": PROMPT, "seed": 0},),
+        "watermark": False,
+        "compile": compiled,
+        "top": 1,
+    }
     if toy:
-        return resolve(ScanSettings(**common, width=64, height=64, num_steps=2))
+        return resolve(ScanSettings(**fields, width=64, height=64, num_steps=2))
     files = write_random_model(folder, configs["flux-dev"], set(PROMPT.split()), device)
-    paths = {"weights": files.flow, "ae_weights": files.ae, "text_encoders": files.text}
-    paths = {name: str(path) for name, path in paths.items()}
-    paths["encoder"] = str(write_dinov2(folder / "dinov2", device))
-    return resolve(ScanSettings(model="flux-dev", **common, **paths, num_steps=15, guidance=3.5))
+    fields |= {"weights": str(files.flow), "ae_weights": str(files.ae), "text_encoders": str(files.text)}
+    fields["encoder"] = str(write_dinov2(folder / "dinov2", device))
+    return resolve(ScanSettings(**fields, model="flux-dev", num_steps=15, guidance=3.5))
 
 
 def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) -> float:
@@ -64,7 +70,7 @@ def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) ->
     return statistics.median(times)
 
 
-def waiting(pipe: LoadedModel, settings: ScanSettings, layers: list[int]) -> dict:
+def waiting(pipe: LoadedModel, settings: ResolvedScan, layers: list[int]) -> dict:
     """Measures a scan of two prompts: the time from its first step to its last, and the share without a step.
 
     In that share, images are decoded, written and scored, or the next prompt is encoded.
@@ -72,7 +78,7 @@ def waiting(pipe: LoadedModel, settings: ScanSettings, layers: list[int]) -> dic
     denoising, worked = pipe.denoising, []
 
     @contextmanager
-    def watched() -> Iterator[Flux]:
+    def watched() -> Iterator[VelocityModel]:
         begin = time.perf_counter()
         with denoising() as model:
             yield model
@@ -82,13 +88,13 @@ def waiting(pipe: LoadedModel, settings: ScanSettings, layers: list[int]) -> dic
     with TemporaryDirectory() as folder:
         fields = {**settings.to_json(), "prompts": prompts, "layers": layers, "output_dir": folder}
         pipe.denoising = watched
-        scan(ScanSettings(**fields), progress=False, pipe=pipe)
+        scan(resolve(ScanSettings(**fields)), progress=False, pipe=pipe)
         del pipe.denoising
     wall = worked[-1][1] - worked[0][0]
     return {"scan_s": wall, "waiting": 1 - sum(end - begin for begin, end in worked) / wall}
 
 
-def one_process(settings: ScanSettings) -> dict:
+def one_process(settings: ResolvedScan) -> dict:
     """Measures plain images and images with a skipped layer, projects a whole scan, and adds `waiting`."""
     begin = time.perf_counter()
     pipe = LoadedModel.load(settings)
@@ -99,19 +105,19 @@ def one_process(settings: ScanSettings) -> dict:
     num_layers = configs[settings.model].num_layers
     plain = seconds(skipper, REFERENCE, repeats=3)
     chosen = [round(i * (num_layers - 1) / 6) for i in range(7)]
-    bypassed = {layer: seconds(skipper, (layer,)) for layer in chosen}
-    mean = statistics.mean(bypassed.values())
+    skipped = {layer: seconds(skipper, (layer,)) for layer in chosen}
+    mean = statistics.mean(skipped.values())
     return {
         "load_s": load,
         "plain_s": plain,
-        "bypassed_s": bypassed,
-        "bypassed_to_plain": mean / plain,
+        "skipped_s": skipped,
+        "skipped_to_plain": mean / plain,
         "whole_scan_min": PROMPTS * (plain + num_layers * mean) / 60,
         **waiting(pipe, settings, chosen),
     }
 
 
-def shared(settings: ScanSettings, workers: int) -> dict:
+def shared(settings: ResolvedScan, workers: int) -> dict:
     """Measures images a second of so many workers, after each has delivered its first one."""
     from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks
 
@@ -124,7 +130,7 @@ def shared(settings: ScanSettings, workers: int) -> dict:
     results = run_tasks(LayerSkipper, (settings,), tasks, workers, None, gpus)
     times = [time.perf_counter() for _ in finish_beside(results, lambda _, decode: decode())]
     measured = times[-1] - times[workers - 1]
-    return {"start_s": times[0] - begin, "pictures_per_s": (count - workers) / measured}
+    return {"start_s": times[0] - begin, "images_per_s": (count - workers) / measured}
 
 
 @exit_on_input_error()
@@ -159,7 +165,7 @@ def main(
     for count in workers:
         result[f"workers_{count}"] = shared(settings, count)
         print(count, result[f"workers_{count}"], flush=True)
-    speeds = {count: result[f"workers_{count}"]["pictures_per_s"] for count in workers}
+    speeds = {count: result[f"workers_{count}"]["images_per_s"] for count in workers}
     if 1 in speeds:
         result["efficiency"] = {n: speed / (n * speeds[1]) for n, speed in speeds.items()}
         print("efficiency", result["efficiency"], flush=True)

@@ -25,12 +25,12 @@ from benchmarks.common import (
     milliseconds,
     relative_error,
 )
-from benchmarks.diffusers_peer import peer_step
+from benchmarks.diffusers_models import diffusers_step
 from benchmarks.step_speed import Bench, peak_gib, prepared, toy_step
 from flux.errors import exit_on_input_error
 from flux.files import write_json
 from flux.intervention import FreeTokens, Intervention
-from flux.math import KeysValues
+from flux.math import Parts
 from flux.model import Flux, Inputs, hopper_kernels
 from flux.runtime.devices import pick_device
 from flux.runtime.quantize import check_fp8_support
@@ -44,7 +44,7 @@ WAYS = {
     "fp8 compiled": {"fp8": True, "compiled": True},
     "fp8 epilogues": {"fp8": True, "epilogues": True},
 }
-Kept = dict[int, KeysValues]
+Kept = dict[int, Parts]
 
 
 class SparseBench(Bench):
@@ -69,7 +69,8 @@ class SparseBench(Bench):
     def steps(self, model: Flux) -> dict[str, Callable[[], Tensor]]:
         """Names the steps of one model."""
         one, three = self.inputs(), self.inputs(EDITS)
-        mods = model.modulations(one.timesteps[:1], one.y[:1], one.guidance[:1])
+        guidance = None if one.guidance is None else one.guidance[:1]
+        mods = model.modulations(one.timesteps[:1], one.y[:1], guidance)
         every, vital = frozenset(range(model.num_layers)), frozenset(self.size.layers)
 
         def ask(inputs: Inputs, what: Intervention) -> tuple[Tensor, Kept]:
@@ -151,7 +152,7 @@ def main(
     size, where = toy_step() if toy else full_step(), pick_device(device)
     check_full_size(where, toy)
     check_fp8_support(where, torch.bfloat16)
-    bench = SparseBench(size, where, backend, whole=False)
+    bench = SparseBench(size, where, backend)
     words = only.split(",")
     results: dict[str, Any] = {"machine": machine(where), "side": size.side}
     results["sparse to whole, held"] = check(bench.build(), bench.inputs(), bench)
@@ -172,8 +173,8 @@ def main(
         print(name, found[name], flush=True)
 
     if any(word in "diffusers compiled" for word in words):
-        peer = bench.build_peer(compiled=True)
-        prepare("diffusers compiled", lambda: peer_step(peer, bench.inputs()))
+        peer = bench.build_diffusers(compiled=True)
+        prepare("diffusers compiled", lambda: diffusers_step(peer, bench.inputs()))
     for way, how in WAYS.items():
         if not any(word in way for word in words) or ("epilogues" in way and not hopper_kernels(where)):
             continue

@@ -13,13 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,7 +35,7 @@ from benchmarks.common import (
     random_inputs,
     relative_error,
 )
-from benchmarks.diffusers_peer import peer_step, peer_transformer
+from benchmarks.diffusers_models import diffusers_step, diffusers_transformer
 from benchmarks.random_weights import random_transformer
 from flux.errors import exit_on_input_error
 from flux.files import write_json
@@ -47,7 +47,7 @@ from flux.runtime.quantize import check_fp8_support, to_fp8
 from flux.settings.command_line import run
 from flux.specs import configs
 
-# TFLOP/s that one H200 reaches in practice, for the floors.
+# TFLOP/s that an H200 was measured to reach, for the floors.
 LINEAR, LINEAR_FP8, ATTENTION = 750, 1310, 600
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 BATCH = 4
@@ -77,17 +77,16 @@ def floor_ms(size: StepSize, batch: int, fp8: bool) -> float:
 
 
 class Bench:
-    """Builds the variants, all with the same weights.
+    """Builds models and their steps, all with the same weights.
 
     Args:
         size: The size of the step.
         device: The device.
         backend: The backend of torch.compile.
-        whole: Whether to compile all blocks at once too, which may take minutes.
     """
 
-    def __init__(self, size: StepSize, device: torch.device, backend: str, whole: bool):
-        self.size, self.device, self.backend, self.whole = size, device, backend, whole
+    def __init__(self, size: StepSize, device: torch.device, backend: str):
+        self.size, self.device, self.backend = size, device, backend
         torch.manual_seed(0)
         self.weights = {n: x.to(device) for n, x in random_transformer(size.params, device).items()}
 
@@ -112,28 +111,28 @@ class Bench:
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, backend=self.backend)
 
-    def build_peer(self, compiled: bool = False) -> FluxTransformer2DModel:
+    def build_diffusers(self, compiled: bool = False) -> FluxTransformer2DModel:
         """Builds diffusers' transformer."""
-        peer = peer_transformer(self.build())
+        model = diffusers_transformer(self.build())
         if compiled:
-            self.compile((*peer.transformer_blocks, *peer.single_transformer_blocks))
-        return peer
+            self.compile((*model.transformer_blocks, *model.single_transformer_blocks))
+        return model
 
     def inputs(self, batch: int = 1) -> Inputs:
         """Draws inputs that share one pooled text."""
         return random_inputs(self.size, batch, self.device)
 
     def ours(
-        self, model: Flux, inputs: Inputs, ahead: bool = False, intervention: Intervention = NOTHING
-    ) -> Callable:
-        """Makes our step. With `ahead`, its modulations are computed in advance."""
+        self, model: Flux, inputs: Inputs, in_advance: bool = True, intervention: Intervention = NOTHING
+    ) -> Callable[[], Tensor]:
+        """Makes our step. Its modulations are computed in advance, as in sampling, or in the step."""
         mods = None
-        if ahead:
+        if in_advance:
             guidance = None if inputs.guidance is None else inputs.guidance[:1]
             mods = model.modulations(inputs.timesteps[:1], inputs.y[:1], guidance)
         return lambda: model.observe(inputs, intervention=intervention, mods=mods)[0]
 
-    def graphed(self, step: Callable) -> Callable:
+    def graphed(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Records the step as one CUDA graph, which is replayed."""
         for _ in range(3):
             step()
@@ -143,100 +142,131 @@ class Bench:
         # The graph reads the step's tensors where they are, so they must stay.
         return lambda: (graph.replay(), result, step)[1]
 
-    def variants(self) -> dict[str, tuple[Callable[[], Callable], int, bool]]:
-        """Names the variants: what prepares the step, the images in it, and whether it computes in 8 bits."""
-        one, four, on_gpu = self.inputs(), self.inputs(BATCH), self.device.type == "cuda"
-        eager, compiled = self.build(), self.build(compiled=True)
-        layers = frozenset(self.size.layers)
-        kept = eager.observe(one, intervention=Intervention(keep=layers))[1].kept
-        keeping, injecting = Intervention(keep=layers), Intervention(inject=kept)
+    def whole(self, inputs: Inputs) -> Callable[[], Tensor]:
+        """Makes our step with all blocks in one graph of the compiler, and in one CUDA graph."""
+        return torch.compile(self.ours(self.build(), inputs), mode="reduce-overhead", fullgraph=True)
 
-        def whole() -> Callable:
-            # All blocks in one graph of the compiler, and in one CUDA graph.
-            step = self.ours(self.build(), one, ahead=True)
-            return torch.compile(step, mode="reduce-overhead", fullgraph=True)
 
-        variants = {
-            "ours eager": (lambda: self.ours(eager, one), 1, False),
-            "ours eager, modulations ahead": (lambda: self.ours(eager, one, True), 1, False),
-            "diffusers eager": (lambda: peer_step(self.build_peer(), one), 1, False),
-            "ours compiled": (lambda: self.ours(compiled, one), 1, False),
-            "ours compiled, modulations ahead": (lambda: self.ours(compiled, one, True), 1, False),
-            "diffusers compiled": (lambda: peer_step(self.build_peer(True), one), 1, False),
-            "reference, kept": (lambda: self.ours(compiled, one, True, keeping), 1, False),
-            "edit of a kept reference": (lambda: self.ours(compiled, one, True, injecting), 1, False),
-        }
-        if on_gpu:
-            variants |= {
-                "ours compiled, CUDA graph": (
-                    lambda: self.graphed(self.ours(compiled, one, True)), 1, False
-                ),
-            }  # fmt: skip
-            if self.whole:
-                variants["ours whole, reduce-overhead"] = (whole, 1, False)
-        fp8 = self.build(compiled=True, fp8=True)
-        variants |= {
-            "fp8 eager": (lambda: self.ours(self.build(fp8=True), one, True), 1, True),
-            "fp8 compiled": (lambda: self.ours(fp8, one, True), 1, True),
-            "fp8 edit of a kept reference": (lambda: self.ours(fp8, one, True, injecting), 1, True),
-        }
-        if on_gpu:
-            variants["fp8 compiled, CUDA graph"] = (lambda: self.graphed(self.ours(fp8, one, True)), 1, True)
-        if hopper_kernels(self.device):
-            joined, fp8_joined = (self.build(epilogues=True, fp8=fp8) for fp8 in (False, True))
-            variants |= {
-                "epilogues, modulations in the step": (lambda: self.ours(joined, one), 1, False),
-                "epilogues": (lambda: self.ours(joined, one, True), 1, False),
-                "epilogues, reference, kept": (lambda: self.ours(joined, one, True, keeping), 1, False),
-                "epilogues, edit of it": (lambda: self.ours(joined, one, True, injecting), 1, False),
-                "epilogues, fp8": (lambda: self.ours(fp8_joined, one, True), 1, True),
-                "epilogues, fp8, edit of it": (lambda: self.ours(fp8_joined, one, True, injecting), 1, True),
-                f"epilogues, batch {BATCH}": (lambda: self.ours(joined, four, True), BATCH, False),
-            }
-        return variants | {
-            f"ours compiled, batch {BATCH}": (lambda: self.ours(compiled, four, True), BATCH, False),
-            f"diffusers compiled, batch {BATCH}": (
-                lambda: peer_step(self.build_peer(True), four),
-                BATCH,
-                False,
-            ),
-        }
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a step.
 
-    def parts(self) -> dict[str, Callable]:
-        """Names parts of a step: attention by kernel, and the second projection of a single block.
+    Attributes:
+        make: Prepares the step.
+        batch: The number of images in it.
+        in_8bit: Whether it computes in 8-bit floats.
+    """
 
-        The projection is one matrix product of joined inputs, or two that are added.
-        """
-        p, n = self.size.params, tokens(self.size)
-        draw = partial(torch.randn, device=self.device, dtype=torch.bfloat16)
-        q, k, v = (draw(1, p.num_heads, n, p.hidden_size // p.num_heads) for _ in range(3))
+    make: Callable[[], Callable[[], Tensor]]
+    batch: int = 1
+    in_8bit: bool = False
 
-        def attend(backend: SDPBackend | None) -> Tensor:
-            with sdpa_kernel(backend) if backend else nullcontext():
-                return F.scaled_dot_product_attention(q, k, v)
 
-        parts = {"attention, torch's choice": partial(attend, None)}
-        if self.device.type == "cuda":
-            parts |= {f"attention, {name}": partial(attend, backend) for name, backend in BACKENDS.items()}
-        epilogues = hopper_kernels(self.device)
-        if epilogues:
-            parts["attention, flash-attn-4"] = partial(epilogues.attend, q, k, v)
-        linear, width = self.build().single_blocks[0].linear2, p.hidden_size
-        mixed, wide = draw(n, width), draw(n, 7 * width)
-        joined, left, right = linear.weight, linear.weight[:, :width], linear.weight[:, width:]
+def variants(bench: Bench, whole: bool) -> dict[str, Variant]:
+    """Names the variants of a step, ours and diffusers'.
 
-        def one() -> Tensor:
-            mlp = F.gelu(wide[:, 3 * width :], approximate="tanh")
-            return F.linear(torch.cat((mixed, mlp), dim=1), joined, linear.bias)
+    Args:
+        bench: Builds the models.
+        whole: Whether all blocks are compiled at once too.
+    """
+    one, on_gpu = bench.inputs(), bench.device.type == "cuda"
+    eager, compiled = bench.build(), bench.build(compiled=True)
+    layers = frozenset(bench.size.layers)
+    keeping = Intervention(keep=layers)
+    injecting = Intervention(inject=eager.observe(one, intervention=keeping)[1].kept)
+    found = {
+        "ours eager": Variant(lambda: bench.ours(eager, one, in_advance=False)),
+        "ours eager, modulations in advance": Variant(lambda: bench.ours(eager, one)),
+        "diffusers eager": Variant(lambda: diffusers_step(bench.build_diffusers(), one)),
+        "ours compiled": Variant(lambda: bench.ours(compiled, one, in_advance=False)),
+        "ours compiled, modulations in advance": Variant(lambda: bench.ours(compiled, one)),
+        "diffusers compiled": Variant(lambda: diffusers_step(bench.build_diffusers(True), one)),
+        "reference, kept": Variant(lambda: bench.ours(compiled, one, intervention=keeping)),
+        "edit of a kept reference": Variant(lambda: bench.ours(compiled, one, intervention=injecting)),
+    }
+    if on_gpu:
+        found["ours compiled, CUDA graph"] = Variant(lambda: bench.graphed(bench.ours(compiled, one)))
+    if on_gpu and whole:
+        found["ours whole, reduce-overhead"] = Variant(lambda: bench.whole(one))
+    found |= fp8_variants(bench, one, injecting)
+    if hopper_kernels(bench.device):
+        found |= epilogue_variants(bench, one, keeping, injecting)
+    four = bench.inputs(BATCH)
+    return found | {
+        f"ours compiled, batch {BATCH}": Variant(lambda: bench.ours(compiled, four), BATCH),
+        f"diffusers compiled, batch {BATCH}": Variant(
+            lambda: diffusers_step(bench.build_diffusers(True), four), BATCH
+        ),
+    }
 
-        def two() -> Tensor:
-            mlp = F.gelu(wide[:, 3 * width :], approximate="tanh")
-            return torch.addmm(F.linear(mixed, left, linear.bias), mlp, right.T)
 
-        for name, make in {"joined": one, "two products": two}.items():
-            parts[f"linear2 eager, {name}"] = make
-            parts[f"linear2 compiled, {name}"] = torch.compile(make, backend=self.backend)
-        return parts
+def fp8_variants(bench: Bench, one: Inputs, injecting: Intervention) -> dict[str, Variant]:
+    """Names the variants of our step in 8-bit floats."""
+    fp8 = bench.build(compiled=True, fp8=True)
+    steps = {
+        "fp8 eager": lambda: bench.ours(bench.build(fp8=True), one),
+        "fp8 compiled": lambda: bench.ours(fp8, one),
+        "fp8 edit of a kept reference": lambda: bench.ours(fp8, one, intervention=injecting),
+    }
+    if bench.device.type == "cuda":
+        steps["fp8 compiled, CUDA graph"] = lambda: bench.graphed(bench.ours(fp8, one))
+    return {name: Variant(make, in_8bit=True) for name, make in steps.items()}
+
+
+def epilogue_variants(
+    bench: Bench, one: Inputs, keeping: Intervention, injecting: Intervention
+) -> dict[str, Variant]:
+    """Names the variants of our step with fused epilogues, on Hopper GPUs."""
+    fused, fp8 = (bench.build(epilogues=True, fp8=fp8) for fp8 in (False, True))
+    four = bench.inputs(BATCH)
+    return {
+        "epilogues, modulations in the step": Variant(lambda: bench.ours(fused, one, in_advance=False)),
+        "epilogues": Variant(lambda: bench.ours(fused, one)),
+        "epilogues, reference, kept": Variant(lambda: bench.ours(fused, one, intervention=keeping)),
+        "epilogues, edit of it": Variant(lambda: bench.ours(fused, one, intervention=injecting)),
+        "epilogues, fp8": Variant(lambda: bench.ours(fp8, one), in_8bit=True),
+        "epilogues, fp8, edit of it": Variant(
+            lambda: bench.ours(fp8, one, intervention=injecting), in_8bit=True
+        ),
+        f"epilogues, batch {BATCH}": Variant(lambda: bench.ours(fused, four), BATCH),
+    }
+
+
+def parts(bench: Bench) -> dict[str, Callable[[], Tensor]]:
+    """Names parts of a step: attention by kernel, and the second projection of a single block.
+
+    The projection is one matmul of concatenated inputs, or two that are added.
+    """
+    p, n = bench.size.params, tokens(bench.size)
+    draw = partial(torch.randn, device=bench.device, dtype=torch.bfloat16)
+    q, k, v = (draw(1, p.num_heads, n, p.hidden_size // p.num_heads) for _ in range(3))
+
+    def attend(backend: SDPBackend | None) -> Tensor:
+        with sdpa_kernel(backend) if backend else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    found: dict[str, Callable[[], Tensor]] = {"attention, torch's choice": partial(attend, None)}
+    if bench.device.type == "cuda":
+        found |= {f"attention, {name}": partial(attend, backend) for name, backend in BACKENDS.items()}
+    kernels = hopper_kernels(bench.device)
+    if kernels:
+        found["attention, flash-attn-4"] = partial(kernels.attend, q, k, v)
+    state, width = bench.build().single_blocks[0].state_dict(), p.hidden_size
+    weight, bias = state["linear2.weight"], state["linear2.bias"]
+    mixed, wide = draw(n, width), draw(n, 7 * width)
+
+    def one() -> Tensor:
+        mlp = F.gelu(wide[:, 3 * width :], approximate="tanh")
+        return F.linear(torch.cat((mixed, mlp), dim=1), weight, bias)
+
+    def two() -> Tensor:
+        mlp = F.gelu(wide[:, 3 * width :], approximate="tanh")
+        return torch.addmm(F.linear(mixed, weight[:, :width], bias), mlp, weight[:, width:].T)
+
+    for name, make in {"joined": one, "two products": two}.items():
+        found[f"linear2 eager, {name}"] = make
+        found[f"linear2 compiled, {name}"] = torch.compile(make, backend=bench.backend)
+    return found
 
 
 def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
@@ -263,6 +293,48 @@ def prepared(make: Callable[[], Callable]) -> tuple[Callable | None, dict]:
     return step, {"warm_up_s": time.perf_counter() - begin}
 
 
+def measure(bench: Bench, chosen: dict[str, Variant]) -> tuple[dict[str, dict], dict[str, float]]:
+    """Measures steps and their parts, interleaved.
+
+    Returns:
+        What was measured of each variant, and the median milliseconds of each part.
+    """
+    size, device = bench.size, bench.device
+    found: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Callable[[], Tensor]] = {}
+    velocities: dict[str, Tensor] = {}
+    for name, variant in chosen.items():
+        step, found[name] = prepared(variant.make)
+        found[name]["floor_ms"] = floor_ms(size, variant.batch, variant.in_8bit)
+        if step:
+            ready[name] = step
+            found[name] |= {"peak_gib": peak_gib(step, device), "ms": []}
+            # Copied, since the next replay of a CUDA graph overwrites its result.
+            velocities[name] = step().float().cpu()
+        print(name, found[name], flush=True)
+    ready_parts = {name: prepared(lambda part=part: part)[0] for name, part in parts(bench).items()}
+    times: dict[str, list[float]] = {name: [] for name, part in ready_parts.items() if part}
+    for _ in range(size.rounds):
+        for name, step in ready.items():
+            step()  # so that no variant pays for the one before it
+            found[name]["ms"].append(milliseconds(step, device))
+        for name, part in ready_parts.items():
+            if part:
+                times[name].append(milliseconds(part, device))
+    for name in ready:
+        found[name]["median_ms"] = statistics.median(found[name]["ms"])
+    add_errors(found, velocities)
+    return found, {name: statistics.median(each) for name, each in times.items()}
+
+
+def add_errors(found: dict[str, dict], velocities: dict[str, Tensor]) -> None:
+    """Adds each variant's relative error to ours and to diffusers', where these were measured."""
+    for name, velocity in velocities.items():
+        for base in ("ours eager", "diffusers compiled"):
+            if base in velocities and velocities[base].shape == velocity.shape:
+                found[name][f"error to {base}"] = relative_error(velocity, velocities[base])
+
+
 @exit_on_input_error()
 @torch.no_grad()
 def main(
@@ -276,7 +348,7 @@ def main(
     """Runs the benchmark.
 
     Args:
-        output: JSON file to write to; if not set, one in output/benchmarks
+        output: JSON file to write to; if not set, none
         toy: measure a tiny model, on any machine
         device: where to run: "auto", "cpu", "cuda", "cuda:1"
         backend: backend of torch.compile
@@ -286,41 +358,14 @@ def main(
     size, where = toy_step() if toy else full_step(), pick_device(device)
     check_full_size(where, toy)
     check_fp8_support(where, torch.bfloat16)
-    bench = Bench(size, where, backend, whole)
-    variants = bench.variants()
-    chosen = {name: variants[name] for name in names_with(variants, only)}
-    results: dict[str, Any] = {"machine": machine(where), "side": size.side, "steps": {}, "parts": {}}
-    ready: dict[str, Callable] = {}
-    found = results["steps"]
-    for name, (make, batch, in_8bit) in chosen.items():
-        step, found[name] = prepared(make)
-        found[name]["floor_ms"] = floor_ms(size, batch, in_8bit)
-        if step:
-            ready[name] = step
-            found[name] |= {"peak_gib": peak_gib(step, where), "ms": []}
-            # The next replay of a CUDA graph overwrites its result.
-            found[name]["answer"] = step().float().cpu()
-        print(name, {key: value for key, value in found[name].items() if key != "answer"}, flush=True)
-    parts = {name: prepared(lambda make=make: make)[0] for name, make in bench.parts().items()}
-    times = {name: [] for name, part in parts.items() if part}
-    for _ in range(size.rounds):
-        for name, step in ready.items():
-            step()  # so that no variant pays for the one before it
-            found[name]["ms"].append(milliseconds(step, where))
-        for name in times:
-            times[name].append(milliseconds(parts[name], where))
-    results["parts"] = {name: statistics.median(each) for name, each in times.items()}
-    answers = {name: entry.pop("answer") for name, entry in found.items() if "answer" in entry}
-    for name, answer in answers.items():
-        same = [other for other in ("ours eager", "diffusers compiled") if answers.get(other) is not None]
-        for other in (one for one in same if answers[one].shape == answer.shape):
-            found[name][f"error to {other}"] = relative_error(answer, answers[other])
-        found[name]["median_ms"] = statistics.median(found[name]["ms"])
+    bench = Bench(size, where, backend)
+    known = variants(bench, whole)
+    steps, part_ms = measure(bench, {name: known[name] for name in names_with(known, only)})
     if output:
-        write_json(output, results)
+        write_json(output, {"machine": machine(where), "side": size.side, "steps": steps, "parts": part_ms})
     print(
-        table(found),
-        markdown(["part", "ms"], [[n, f"{ms:.3f}"] for n, ms in results["parts"].items()]),
+        "\n" + table(steps),
+        markdown(["part", "ms"], [[n, f"{ms:.3f}"] for n, ms in part_ms.items()]),
         sep="\n\n",
     )
 
@@ -333,13 +378,12 @@ def table(found: dict[str, dict]) -> str:
         if ms is None:
             rows.append([name, entry["error"][:60], "-", "-", "-", "-"])
             continue
-        alone = name.rsplit(", batch", 1)
-        peer = found.get("diffusers compiled" + "".join(f", batch{batch}" for batch in alone[1:]), {})
-        ratio, peak = peer.get("median_ms"), entry["peak_gib"]
-        error = entry.get("error to ours eager")
+        _, batch, count = name.partition(", batch")
+        theirs = found.get(f"diffusers compiled{batch}{count}", {}).get("median_ms")
+        peak, error = entry["peak_gib"], entry.get("error to ours eager")
         rows.append(
             [
-                name, f"{ms:.1f}", f"{ratio / ms:.2f}" if ratio else "-", f"{entry['floor_ms'] / ms:.0%}",
+                name, f"{ms:.1f}", f"{theirs / ms:.2f}" if theirs else "-", f"{entry['floor_ms'] / ms:.0%}",
                 "-" if peak is None else f"{peak:.2f}", "-" if error is None else f"{error:.4f}",
             ]
         )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks.common import GUIDANCE, PROMPT, machine, markdown, toy_plan, words_of
-from benchmarks.diffusers_peer import peer_pipeline
+from benchmarks.diffusers_models import diffusers_pipeline
 from benchmarks.random_weights import random_transformer, write_text_encoders
 from flux.errors import exit_on_input_error, launched, only_rank_zero_prints
 from flux.files import write_json
@@ -43,8 +43,11 @@ def text_encoders(spec: ModelSpec, device: torch.device, toy: bool) -> tuple[HFE
     """Makes T5-XXL and CLIP-L of random weights; with `toy`, one small layer of each."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    t5_sizes = {"d_model": spec.params.context_in_dim, "feed_forward_proj": "gated-gelu"}
-    clip_sizes = {"hidden_size": spec.params.vec_in_dim, "max_position_embeddings": spec.clip_length}
+    t5_sizes: dict[str, Any] = {"d_model": spec.params.context_in_dim, "feed_forward_proj": "gated-gelu"}
+    clip_sizes: dict[str, Any] = {
+        "hidden_size": spec.params.vec_in_dim,
+        "max_position_embeddings": spec.clip_length,
+    }
     if toy:
         t5_sizes |= {"d_ff": 64, "num_layers": 1, "num_heads": 2}
         clip_sizes |= {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -53,14 +56,17 @@ def text_encoders(spec: ModelSpec, device: torch.device, toy: bool) -> tuple[HFE
         clip_sizes |= {"intermediate_size": 3072, "num_attention_heads": 12}
     dtype = torch.float32 if toy else torch.bfloat16
     with torch.device(device):
-        t5, clip = T5EncoderModel(T5Config(**t5_sizes)), CLIPTextModel(CLIPTextConfig(**clip_sizes))
+        encoders: list[Any] = [
+            T5EncoderModel(T5Config(**t5_sizes)),
+            CLIPTextModel(CLIPTextConfig(**clip_sizes)),
+        ]
     with TemporaryDirectory() as folder:
         write_text_encoders(Path(folder), spec, words_of([PROMPT]))
         names = ("tokenizer_2", "tokenizer")
         tokenizers = [AutoTokenizer.from_pretrained(f"{folder}/{name}") for name in names]
-    models = (net.to(dtype).eval().requires_grad_(False) for net in (t5, clip))
+    encoders = [encoder.to(dtype).eval().requires_grad_(False) for encoder in encoders]
     lengths = spec.text_length, spec.clip_length
-    t5, clip = (HFEmbedder.from_encoder(*each) for each in zip(models, lengths, tokenizers))
+    t5, clip = (HFEmbedder.from_encoder(*each) for each in zip(encoders, lengths, tokenizers))
     return t5, clip
 
 
@@ -98,7 +104,7 @@ def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Call
     with torch.device("meta"):
         bare = Flux(pipe.spec.params)
     bare.load_state_dict(pipe.model.state_dict(), assign=True)
-    peer = peer_pipeline(bare, pipe.spec.ae_params, pipe.dtype)
+    peer = diffusers_pipeline(bare, pipe.spec.ae_params, pipe.dtype)
     if compiled:
         peer.transformer.compile_repeated_blocks(fullgraph=True)
     texts = pipe.t5.hf_module, pipe.clip.hf_module, pipe.t5.tokenizer, pipe.clip.tokenizer

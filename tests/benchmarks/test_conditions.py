@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import conditions
-from benchmarks.conditions import PEER, TOOLS
+from benchmarks.conditions import DIFFUSERS, TOOLS
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def measured(folder: Path, **options) -> dict[str, dict]:
 def test_conditions_at_toy_size(tmp_path, capsys):
     """diffusers' step of the same inputs is the same, in bfloat16; measured 0.006."""
     cases = measured(tmp_path, only="diffusers, eager")
-    assert list(cases) == [f"{tool}, {way}" for tool in TOOLS for way in (PEER, "eager")]
+    assert list(cases) == [f"{tool}, {way}" for tool in TOOLS for way in (DIFFUSERS, "eager")]
     for tool in TOOLS:
         assert cases[f"{tool}, eager"]["difference"] < 0.015
         assert cases[f"{tool}, eager"]["planned_gib"] > 0
@@ -39,7 +39,7 @@ def test_conditions_at_toy_size(tmp_path, capsys):
 def test_every_way_of_one_tool(tmp_path):
     """Those in bfloat16 come first; with 8-bit floats a step moves by 0.03."""
     cases = measured(tmp_path, only="kontext")
-    ways = (PEER, "eager", "compiled", "fp8 compiled")
+    ways = (DIFFUSERS, "eager", "compiled", "fp8 compiled")
     assert list(cases) == [f"flux-dev-kontext, {way}" for way in ways]
     plain, eight_bits = cases["flux-dev-kontext, compiled"], cases["flux-dev-kontext, fp8 compiled"]
     assert plain["difference"] < 0.015 < eight_bits["difference"] < 0.06

@@ -12,7 +12,7 @@ def test_step_speed_at_toy_size(tmp_path, capsys):
     steps = json.loads(output.read_text())["steps"]
     assert list(steps) == [
         "ours eager",
-        "ours eager, modulations ahead",
+        "ours eager, modulations in advance",
         "diffusers eager",
         "edit of a kept reference",
         "fp8 eager",

@@ -31,7 +31,7 @@ def test_row(row):
     case = case_of(gpu, form)
     assert (peak, step, edit) == (
         f"{case['peak_gib']:.1f}",
-        f"{case['picture_ms']:.0f}",
+        f"{case['image_ms']:.0f}",
         f"{case['edit_ms']:.0f}",
     )
     blocks = re.match(r"\d+", placed)

@@ -140,15 +140,15 @@ def test_free_memory_of_a_gpu_without_an_index(monkeypatch):
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
 def test_the_peak_is_as_planned(offload, quantize):
     """A transformer of full width with seven blocks, a T5 of full width with four."""
-    from benchmarks.memory import CLIP_L, T5_XXL, RandomModels
+    from benchmarks.random_models import CLIP_L, T5_XXL, RandomModels
 
     device, spec = torch.device("cuda"), configs["flux-dev"]
     spec = replace(spec, params=replace(spec.params, depth=1, depth_single_blocks=6))
-    nets = RandomModels(spec, device, BF16, {**T5_XXL, "num_layers": 4}, CLIP_L)
+    models = RandomModels(spec, device, BF16, {**T5_XXL, "num_layers": 4}, CLIP_L)
     settings = resolve(ModelSettings(model="flux-dev", offload=offload, quantize=quantize))
-    estimate = MemoryEstimator(settings, spec, nets.made, BF16, BF16, on_gpu=True)
+    estimate = MemoryEstimator(settings, spec, models.sources, BF16, BF16, on_gpu=True)
     plan = Plan.of(estimate, offload, *((7, 4) if offload == "blocks" else (0, 0)))
-    pipe = nets.pipeline(settings, plan, device)
+    pipe = models.load(settings, plan)
     for stage, run in {
         "text": lambda: pipe.condition(["a dog"], 3.5),
         "all": lambda: pipe.generate(["a dog"], [0], width=1024, height=1024, num_steps=2, guidance=3.5),

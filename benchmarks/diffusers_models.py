@@ -1,10 +1,14 @@
-"""Builds diffusers' FluxPipeline on the weights that a `Flux` holds, so that both fit on one GPU."""
+"""Builds diffusers' models on the weights that a `Flux` holds, so that both fit on one GPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from flux.inputs import Inputs
@@ -70,27 +74,28 @@ def to_diffusers_names(weights: dict[str, Tensor], width: int) -> dict[str, Tens
     return result
 
 
-def peer_transformer(model: Flux) -> FluxTransformer2DModel:
+def diffusers_transformer(model: Flux) -> FluxTransformer2DModel:
     """Builds diffusers' transformer of the same sizes, which shares the memory of the model's weights."""
     params: FluxParams = model.params
+    sizes: dict[str, Any] = {
+        "in_channels": params.in_channels,
+        "out_channels": params.out_channels,
+        "num_layers": params.depth,
+        "num_single_layers": params.depth_single_blocks,
+        "attention_head_dim": params.hidden_size // params.num_heads,
+        "num_attention_heads": params.num_heads,
+        "joint_attention_dim": params.context_in_dim,
+        "pooled_projection_dim": params.vec_in_dim,
+        "guidance_embeds": params.guidance_embed,
+        "axes_dims_rope": tuple(params.axes_dim),
+    }
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(
-            in_channels=params.in_channels,
-            out_channels=params.out_channels,
-            num_layers=params.depth,
-            num_single_layers=params.depth_single_blocks,
-            attention_head_dim=params.hidden_size // params.num_heads,
-            num_attention_heads=params.num_heads,
-            joint_attention_dim=params.context_in_dim,
-            pooled_projection_dim=params.vec_in_dim,
-            guidance_embeds=params.guidance_embed,
-            axes_dims_rope=tuple(params.axes_dim),
-        )
+        transformer = FluxTransformer2DModel(**sizes)
     transformer.load_state_dict(to_diffusers_names(model.state_dict(), params.hidden_size), assign=True)
     return transformer.eval().requires_grad_(False)
 
 
-def peer_step(peer: FluxTransformer2DModel, inputs: Inputs) -> Callable[[], Tensor]:
+def diffusers_step(transformer: FluxTransformer2DModel, inputs: Inputs) -> Callable[[], Tensor]:
     """Makes a step of diffusers' transformer, with the tensors that its pipelines hand to it."""
     txt, num_img = inputs.txt_in, inputs.img.shape[1]
     txt_ids, img_ids = inputs.ids[0].split([txt.shape[1], inputs.img_in.shape[1]])
@@ -102,12 +107,12 @@ def peer_step(peer: FluxTransformer2DModel, inputs: Inputs) -> Callable[[], Tens
         "img_ids": img_ids,
         "txt_ids": txt_ids,
     }
-    return lambda: peer(inputs.img_in, **arguments, return_dict=False)[0][:, :num_img]
+    return lambda: transformer(inputs.img_in, **arguments, return_dict=False)[0][:, :num_img]
 
 
-def peer_loss(peer: nn.Module, inputs: Inputs, velocity: Tensor) -> Tensor:
+def diffusers_loss(transformer: nn.Module, inputs: Inputs, velocity: Tensor) -> Tensor:
     """Computes the loss of diffusers' transformer: the mean squared error to the true velocity, "B I 64"."""
-    found = peer(
+    found = transformer(
         hidden_states=inputs.img,
         img_ids=inputs.img_ids[0],
         encoder_hidden_states=inputs.txt,
@@ -120,30 +125,30 @@ def peer_loss(peer: nn.Module, inputs: Inputs, velocity: Tensor) -> Tensor:
     return F.mse_loss(found.float(), velocity)
 
 
-def peer_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:
+def diffusers_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:
     """Builds diffusers' pipeline with a random autoencoder and no text encoders."""
     levels = len(ae_params.ch_mult)
+    # Without types, since diffusers' hints allow for one level only.
+    sizes: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(ae_params.ch * mult for mult in ae_params.ch_mult),
+        "layers_per_block": ae_params.num_res_blocks,
+        "latent_channels": ae_params.z_channels,
+        "norm_num_groups": ae_params.num_groups,
+        "scaling_factor": ae_params.scale_factor,
+        "shift_factor": ae_params.shift_factor,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     with torch.device(next(model.parameters()).device):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(ae_params.ch * mult for mult in ae_params.ch_mult),
-            layers_per_block=ae_params.num_res_blocks,
-            latent_channels=ae_params.z_channels,
-            norm_num_groups=ae_params.num_groups,
-            scaling_factor=ae_params.scale_factor,
-            shift_factor=ae_params.shift_factor,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae: Any = AutoencoderKL(**sizes)
+    no_texts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae.to(dtype).eval().requires_grad_(False),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=peer_transformer(model),
+        transformer=diffusers_transformer(model),
+        **no_texts,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -3,12 +3,12 @@
 import torch
 
 from benchmarks.common import toy_plan
-from benchmarks.diffusers_peer import to_diffusers_names
+from benchmarks.diffusers_models import to_diffusers_names
 from benchmarks.random_weights import random_transformer
 
 
 def test_renaming_shares_memory():
-    """Two transformers of 24 GB each would not fit on most cards: only the swapped modulation is a copy."""
+    """Two transformers of 24 GB each would not fit on most GPUs: only the swapped modulation is a copy."""
     params = toy_plan().spec.params
     weights = random_transformer(params, torch.device("cpu"))
     own = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
