@@ -3,24 +3,15 @@
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from flux.errors import InputError
+from helpers.waiting import until
 
 # A host of a cluster, as Ray's tests start it.
 HOST = {
     "num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20, "wait": False
 }  # fmt: skip
-WAIT = 240  # seconds for what must come to pass, however busy the machine is
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what other processes do: however slow the machine is, the order of things is the same."""
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 class Toy:

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.ray_work import HOST, WAIT
+from helpers.ray_work import HOST
+from helpers.waiting import WAIT
 
 TESTS = Path(__file__).resolve().parents[1]
 # On a busy machine a process that is slow is not dead; one that is, is known to be so soon.

@@ -11,7 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from helpers.ray_work import HOST, WAIT, Packing, Picky, Stillborn, Surroundings, Toy, until
+from helpers.ray_work import HOST, Packing, Picky, Stillborn, Surroundings, Toy
+from helpers.waiting import WAIT, until
 
 from flux.errors import InputError
 from flux.runs import ray_pool
