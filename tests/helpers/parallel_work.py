@@ -1,13 +1,15 @@
-"""The work of each process for test_parallel.py: sequence-parallel passes beside plain ones.
+"""Sequence-parallel passes beside plain ones, in two processes and in four.
 
-torchrun parallel_work.py ERRORS.json [cases]
+python parallel_work.py FOLDER     writes 2.json and 4.json: the largest relative error of each case
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +22,20 @@ from flux.modules.step_cache import StepCache
 from flux.runtime.parallel import ProcessGroup, SequenceParallelFlux
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
 from helpers import conditions, hopper_stub, tiny_models
+from helpers.forks import run_together
 
 LAYERS = (1, tiny_models.NUM_DOUBLE - 1, tiny_models.NUM_DOUBLE + 1)
 Answers = list[torch.Tensor]
 CASES: dict[str, Callable[[Flux | SequenceParallelFlux, dict], Answers]] = {}
+FEW = (
+    "plain",
+    "equal_shares",
+    "injected_in_part",
+    "free_tokens",
+    "spared_steps",
+    "context_scaled_and_hidden",
+)
+"""Cases for four processes."""
 
 
 def case(make: Callable) -> Callable:
@@ -282,17 +294,22 @@ def compare(make: Callable, undivided: Flux, group: ProcessGroup) -> float:
 
 
 @torch.inference_mode()
-def main(path: str, *names: str) -> None:
-    torch.set_num_threads(1)
+def compare_all(names: Iterable[str], file: Path) -> None:
+    """The work of one of the processes, of which the first one writes the errors."""
     dist.init_process_group("gloo")
     group = ProcessGroup(dist.get_rank(), dist.get_world_size())
     undivided = tiny_models.flux()
-    errors = {name: compare(CASES[name], undivided, group) for name in names or CASES}
+    errors = {name: compare(CASES[name], undivided, group) for name in names}
     if group.rank == 0:
-        with open(path, "w") as file:
-            json.dump(errors, file)
+        file.write_text(json.dumps(errors))
     dist.destroy_process_group()
 
 
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for count, names in ((2, CASES), (4, FEW)):
+        run_together(partial(compare_all, names, folder / f"{count}.json"), count)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]))
