@@ -4,7 +4,8 @@
 |---|---|---|
 | `TaskCaptioner` | Florence-2's class | a task's token; the processor reads the answer |
 | `ChatCaptioner` | a chat template | a conversation that holds the image |
-| `PlainCaptioner` | neither, such as BLIP | the image and the beginning of its description |
+| `PlainCaptioner` | none of these, such as BLIP and BLIP-2 | the image and the beginning of its description |
+| `GitCaptioner` | GIT's class | the same, but without a mark of the text's end |
 """
 
 from abc import ABC, abstractmethod
@@ -81,6 +82,11 @@ class Captioner(ABC):
             model = model.to(device).eval()
         except InputError:
             raise
+        except ImportError as error:  # of processors that read videos too
+            raise InputError(
+                f"Got caption_model {name!r}, which needs a package that is not installed "
+                f"({reason_of(error).partition('. ')[0]}): pip install torchvision num2words"
+            ) from error
         except Exception as error:  # from the hub, tokenizers, models, devices: of many types
             raise _no_captioner(name, error) from error
         return kind(name, processor, model)
@@ -146,6 +152,16 @@ class PlainCaptioner(Captioner):
         return self.processor(
             images=list(images), text=[prompt] * len(images), padding=True, return_tensors="pt"
         )
+
+
+class GitCaptioner(PlainCaptioner):
+    """GIT. It continues its text token by token, so the text must not end with a mark of its end."""
+
+    def inputs(self, images: Sequence[Image.Image], prompt: str) -> Any:  # noqa: D102  # as its base
+        found = super().inputs(images, prompt)
+        for name in ("input_ids", "attention_mask"):
+            found[name] = found[name][:, :-1]
+        return found
 
 
 class TaskCaptioner(PlainCaptioner):
@@ -225,10 +241,12 @@ def describe_image(image: Image.Image, model: str, device: str = "cpu") -> str:
 
 
 def _kind_of(processor: Any) -> type[Captioner]:
-    from transformers import Florence2Processor
+    from transformers import Florence2Processor, GitProcessor
 
     if isinstance(processor, Florence2Processor):
         return TaskCaptioner
+    if isinstance(processor, GitProcessor):
+        return GitCaptioner
     return ChatCaptioner if _template_of(processor) else PlainCaptioner
 
 

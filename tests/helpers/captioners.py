@@ -70,7 +70,7 @@ def llava(folder: Path, template: str = CHAT_TEMPLATE) -> str:
     )
 
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
-    tokenizer = _word_tokenizer(special)
+    tokenizer = word_tokenizer(special)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -103,7 +103,7 @@ def florence(folder: Path) -> str:
     )
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<image>"]
-    tokenizer = _word_tokenizer(special, image_token="<image>")
+    tokenizer = word_tokenizer(special, image_token="<image>")
     vision = Florence2VisionConfig(
         depths=(1, 1, 1, 1),
         embed_dim=(8, 8, 8, 8),
@@ -151,15 +151,22 @@ def _only_words(model, end: int, pad: int, specials: int):
     return model
 
 
-def _word_tokenizer(special: list[str], **more: str):
+def word_tokenizer(special: list[str], end: str = "</s>", **named: str):
+    """A tokenizer of WORDS and special tokens.
+
+    Args:
+        special: The special tokens, which are the first ones.
+        end: The one that ends a text.
+        named: Names that a processor gives to some of them.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = {"<pad>": "pad_token", "<s>": "bos_token", "</s>": "eos_token", "<unk>": "unk_token"}
+    names = {"<pad>": "pad_token", "<s>": "bos_token", end: "eos_token", "<unk>": "unk_token"}
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(special)
     given = {names[token]: token for token in special if token in names}
-    extra = {"extra_special_tokens": more} if more else {}
+    extra = {"extra_special_tokens": named} if named else {}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **given, **extra)
