@@ -65,7 +65,12 @@ S = TypeVar("S", bound=Settings)
 M = TypeVar("M", bound=ModelSettings)
 
 
-def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> S:
+def read_settings(
+    cls: type[S],
+    file: str | os.PathLike,
+    overrides: Mapping[str, Any] | None = None,
+    prints: bool = True,
+) -> S:
     """Read settings from a JSON file and put the overrides over them.
 
     | what                    | where it comes from, the first that there is                                 |
@@ -83,6 +88,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
         cls: The settings to read.
         file: A JSON file of fields, or the run.json of an earlier run, whose "settings" are read.
         overrides: Values by field, such as those of the command line.
+        prints: Whether to print to stderr which numbers the model of the overrides replaces.
 
     Raises:
         InputError: The file cannot be read, or a value cannot be used.
@@ -91,7 +97,7 @@ def read_settings(cls: type[S], file: str | os.PathLike, overrides: Mapping[str,
     data = _with_new_names(cls, _settings_in(cls, path), path)
     _check_program(cls, data, path)
     data = _with_files_beside(data, path)
-    data = _without_other_model(cls, data, given, path)
+    data = _without_other_model(cls, data, given, path, prints)
     data = _without_rivals(cls, data, given) | given
     sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
     if "prompts" in cls.model_fields and isinstance(data.get("prompts"), str):
@@ -212,9 +218,9 @@ def _with_files_beside(data: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _without_other_model(
-    cls: type[Settings], data: dict[str, Any], given: Mapping[str, Any], path: Path
+    cls: type[Settings], data: dict[str, Any], given: Mapping[str, Any], path: Path, prints: bool
 ) -> dict[str, Any]:
-    """Return the data without OF_A_MODEL if an override names another model, and print what is left out.
+    """Return the data without OF_A_MODEL if an override names another model; may print what is left out.
 
     A preset or a file of vital layers stays: it says itself which model it is for, or that it is a trial.
     """
@@ -228,7 +234,8 @@ def _without_other_model(
         for name in OF_A_MODEL
         if data.get(name) is not None and not (name == "vital_layers" and isinstance(data[name], str))
     }
-    if told := [f"{name} {show(value)}" for name, value in left_out.items() if name not in given]:
+    told = [f"{name} {show(value)}" for name, value in left_out.items() if name not in given]
+    if told and prints:
         print(f"{path} is for {other}: {model} brings its own in place of {', '.join(told)}", file=sys.stderr)
     return {name: value for name, value in data.items() if name not in left_out}
 

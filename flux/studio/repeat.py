@@ -32,7 +32,7 @@ def as_command(settings: ModelSettings) -> str:
     """Writes the command line that repeats a run, from the folder that its input files are in."""
     file, fields = FILES[type(settings)], settings.to_json()
     given = {"model": settings.model, **_conditions(settings)}
-    usual = resolve(read_settings(type(settings), file, given)).to_json()
+    usual = resolve(read_settings(type(settings), file, given, prints=False)).to_json()
     words = ["python", settings.program, file]
     if settings.model != type(settings).model_fields["model"].default:
         words += ["--model", settings.model]

@@ -10,6 +10,7 @@ from helpers.studio import ROOT, assert_same_image, finish
 from PIL import Image
 
 from flux.settings.complete import resolve
+from flux.settings.demos import GenerateSettings
 from flux.settings.edits import EditSettings
 from flux.settings.files import check_settings
 from flux.studio.forms import edit_settings, film_settings, generate_settings
@@ -67,6 +68,13 @@ def test_copied_commands_and_programs_repeat_the_run(made, tmp_path, monkeypatch
     assert_repeated(made, here / "command")
     exec(compile(as_python(made.settings), "copied", "exec"), {})
     assert_repeated(made, here / "output")
+
+
+def test_a_command_for_another_model_than_its_file_prints_nothing(capsys):
+    settings = resolve(GenerateSettings(model="flux-nano-schnell", prompts=["a dog"]))
+    settings = check_settings(GenerateSettings, settings.to_json())
+    assert " --model flux-nano-schnell " in as_command(settings)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_command_names_only_what_differs():
