@@ -1,15 +1,24 @@
 """The studio: a web page to generate, edit and look inside, and the same over HTTP (`python demo_gr.py`).
 
-Modules, from top to bottom: `app` loads the models and serves the page at an `address`; `guard` stands
-before the whole server; `page` builds the page of each model from `header` and `tabs`; `endpoints` serves
-programs; `work` holds the work of each tab; `widgets` holds components, `viewer` the one for before and
-after, `painter` the board for masks, `sliders` the layers of a LoRA; `words` explains the page's ideas;
-`repeat` writes a run as a command and a program;
-`forms` turns form values into settings; `state` holds what all share; `line` is the queue for the models,
-`engine` runs one thing at a time; `models` says which models there are, `memory` which of them are loaded;
-`callers` knows who is connected, `sessions` keeps what each visitor made,
-`visits` finds it again after a reload; `limits` bounds requests; `hardening` keeps gradio from fetching or
-serving anything else. `studio.js` is what the page does by itself.
+Modules, from top to bottom:
+
+    app         loads the models and serves the page at an `address`
+    page        builds the page of each model from a `header` and `tabs`
+    endpoints   serve programs
+    work        what each tab and endpoint does
+    widgets     components of gradio as the page has them; made for this page are `strip` (layers), `viewer`
+                (before and after), `painter` (masks) and `sliders` (layers of a LoRA)
+    words       explain the page's ideas
+    repeat      writes a run as a command and as a program
+    forms       turn the values of a form, read by `form_values`, into settings
+    state       what all of these share
+    engine      runs one thing at a time, and reports it as `progress`; `line` is the queue before it
+    models      which models there are; `memory`: which of them are loaded
+    sessions    keep what each visitor made; `visits` find it again after a reload
+    callers     who is connected; `limits` bound what they ask for
+    guard       stands before the whole server; `hardening` keeps gradio from fetching or serving what is
+                not the studio's
+    studio.js   what the page does by itself; `studio.css` how it looks
 
 Programs call named endpoints, those of what the studio's models can do, with gradio_client or plain HTTP
 (see `examples/studio_client.py`). Each takes `model`, the name of one of the studio's models; without it, the

@@ -16,7 +16,6 @@ from flux.errors import InputError
 from flux.images.io import read_image
 from flux.images.masks import read_mask
 from flux.studio.forms import (
-    SAMPLING,
     edit_settings,
     fill_settings,
     generate_settings,
@@ -143,11 +142,7 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """Images from a prompt, the run.json that makes them again, and warnings."""
-        studio = self._asked(model, "generate")
-        sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
-        form = dict(zip(SAMPLING, sampling, strict=True))
-        form |= {"prompt": prompt, "seed": seed, "count": count, "strength": strength, "image": image}
-        form |= {"control": control, "redux": redux, "redux_strength": redux_strength}
+        studio, form = self._asked(model, "generate"), _form_of(locals())
         settings = generate_settings(studio, form)
 
         def work(session: Session) -> Iterator[tuple[Any, Run]]:
@@ -176,13 +171,9 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """Images that an instruction makes of context images, their run.json, and warnings."""
-        studio = self._asked(model, "instruct")
+        studio, form = self._asked(model, "instruct"), _form_of(locals())
         if not isinstance(context, list):
             raise InputError(f"context: expected a list of images, got {context!r:.60}")
-        sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
-        form = dict(zip(SAMPLING, sampling, strict=True))
-        form |= {"prompt": prompt, "seed": seed, "count": count, "context": context}
-        form |= {"reference_strength": reference_strength}
         settings = instruct_settings(studio, form)
         images = [self._needed(each) for each in context]
         if width is None and height is None:
@@ -214,13 +205,9 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """Images that a mask is filled in, or that are continued, their run.json, and warnings."""
-        studio = self._asked(model, "fill")
-        sampling = (None, None, num_steps, guidance, true_cfg, negative_prompt)
-        form = dict(zip(SAMPLING, sampling, strict=True))
-        form |= {"prompt": prompt, "seed": seed, "count": count, "outpaint": mask is None}
-        form |= {"left": left, "right": right, "above": above, "below": below, "overlap": overlap}
+        studio, form = self._asked(model, "fill"), _form_of(locals())
         source = self._needed(image)
-        settings = fill_settings(studio, form, source.size)
+        settings = fill_settings(studio, {**form, "outpaint": mask is None}, source.size)
         painted = self._upload(mask, read_mask)
         _, run = self._in_turn(request, lambda session: run_fill(studio, session, settings, source, painted))
         return _answer(run, warnings_about(studio, settings, form))
@@ -252,15 +239,10 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """A reference and its edits, the run.json that makes them again, and warnings."""
-        studio = self._asked(model, "edit")
-        sampling = (width, height, num_steps, guidance, true_cfg, negative_prompt)
-        form = dict(zip(SAMPLING, sampling, strict=True))
-        form |= {"prompt": prompt, "edits": as_lines("edits", edits), "seed": seed}
-        own = studio.sessions.of(request.session_hash)
-        form |= {"layers": known_layers(studio, own)[0] if layers is None else layers}
-        form |= {"dose": dose, "weight": weight, "inject_from": inject_from, "inject_until": inject_until}
-        form |= {"parts": parts, "inversion": inversion, "paste_back": paste_back, "photo": photo}
-        form |= {"control": control, "fill": fill}
+        studio, form = self._asked(model, "edit"), _form_of(locals())
+        form["edits"] = as_lines("edits", edits)
+        if layers is None:
+            form["layers"], _ = known_layers(studio, studio.sessions.of(request.session_hash))
         given = self._steering(studio, form, mask)
         settings = edit_settings(studio, form)
 
@@ -289,18 +271,21 @@ class Endpoints:
         model: str | None = None,
     ) -> tuple[dict, FileData, list[str]]:
         """The contents of vital_layers.json, vitality.png, and warnings. Asked again, it resumes."""
-        studio = self._asked(model, "scan")
-        sampling = (width, height, num_steps, guidance, true_cfg, "")
-        form = dict(zip(SAMPLING, sampling, strict=True))
-        form |= {"prompts": as_lines("prompts", prompts), "seed": seed, "top": top}
-        form |= {"layers": list(range(studio.spec.num_layers)) if layers is None else layers}
-        form |= {"control": control, "fill": fill}
+        studio, form = self._asked(model, "scan"), _form_of(locals())
+        form["prompts"] = as_lines("prompts", prompts)
+        if layers is None:
+            form["layers"] = list(range(studio.spec.num_layers))
         given = self._steering(studio, form, mask)
         settings = steered_scan(scan_settings(studio, form), given)
         self._in_turn(request, lambda session: run_scan(studio, session, settings))
         folder = Path(settings.output_dir)
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
         return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
+
+
+def _form_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Makes a form of the arguments of an endpoint, which are named as its fields."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "request", "model")}
 
 
 def as_lines(name: str, texts: Any) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
@@ -22,21 +22,28 @@ from flux.settings.demos import (
     PromptSettings,
     ScanSettings,
 )
-from flux.settings.doses import DOSES
-from flux.settings.edits import Edit, EditSettings
+from flux.settings.edits import EditSettings
 from flux.settings.effect import settings_warnings, without_effect
 from flux.settings.resolved import ResolvedEdit, ResolvedGenerate, ResolvedLayer, ResolvedScan
 from flux.settings.train import TrainSettings
+from flux.studio.form_values import (
+    DOSE_FIELDS,
+    MOST_STRENGTH,
+    Form,
+    dose_values,
+    factors_in,
+    integer_in,
+    layers_on,
+    number_in,
+    parse_edits,
+    text_in,
+    values_of,
+)
 from flux.studio.state import Studio
 from flux.vocabulary import vocabulary_warnings
 
-Form = Mapping[str, Any]
-"""The values of a form by name. They are not yet checked: a program may send anything."""
-
 SAMPLING = ("width", "height", "num_steps", "guidance", "true_cfg", "negative_prompt")
-DOSE_FIELDS = ("weight", "inject_from", "inject_until", "falling")
 SIDES = ("left", "right", "above", "below")
-MOST_STRENGTH = 2.0  # of a LoRA, of its factors, and of images that steer a run
 MOST_OVERLAP = 0.25  # of the mask and the image that is continued, as a fraction of its sides
 MOST_TRAINING_STEPS = 300
 TRAINING_SAMPLES = 4  # times at which a training makes samples
@@ -46,7 +53,6 @@ TRAINING = {
     "sample_prompts": ["a [trigger] on the grass", "a dog on the grass"],
 }
 """Settings with which flux-nano learns a subject in some hundred steps, as in configs/train.json."""
-INTEGERS = ("width", "height", "num_steps", "seed", "top", "count", "steps")
 
 
 # ---- settings
@@ -66,7 +72,7 @@ def conditions_in(form: Form) -> dict[str, Any]:
         conditions |= {"fill": "fill.png", "mask": "mask.png"}
     if form.get("redux"):
         conditions["redux"] = file_names("redux", 1)
-        conditions["redux_strength"] = _number_in(form, "redux_strength", MOST_STRENGTH)
+        conditions["redux_strength"] = number_in(form, "redux_strength", MOST_STRENGTH)
     return conditions
 
 
@@ -78,10 +84,8 @@ def _drawn_settings(studio: Studio, form: Form, conditions: Mapping[str, Any]) -
         form: The prompt, and how to sample.
         conditions: What the settings say about images that steer the run.
     """
-    fields = values_of(form, *SAMPLING, "seed", "count", "strength")
-    count = 1 if (given := fields.pop("count")) is None else given
-    if type(count) is not int or not 1 <= count <= studio.limits.images:
-        raise InputError(f"count: expected an integer from 1 to {studio.limits.images}, got {count!r:.60}")
+    fields = values_of(form, *SAMPLING, "seed", "strength")
+    count = 1 if form.get("count") is None else integer_in(form, "count", studio.limits.images)
     prompt = text_in(form, "prompt")
     studio.limits.check_texts([prompt, text_in(form, "negative_prompt")], 2, "texts")
     settings = resolve(
@@ -97,8 +101,9 @@ def instruct_settings(studio: Studio, form: Form) -> ResolvedGenerate:
     if not 1 <= count <= most:
         got = f"{count} context images" if count else "no context image"
         raise InputError(f"Got {got}: give 1 to {most}, the images that the instruction is for")
-    strength = _number_in(form, "reference_strength", MOST_STRENGTH)
+    strength = number_in(form, "reference_strength", MOST_STRENGTH)
     conditions = {"context": file_names("context", count), "reference_strength": strength}
+    conditions |= values_of(form, "context_every")
     return _drawn_settings(studio, form, conditions)
 
 
@@ -118,7 +123,7 @@ def fill_settings(studio: Studio, form: Form, size: tuple[int, int]) -> Resolved
         width, height = studio.limits.fill_size(size)
         how: dict[str, Any] = {"mask": "mask.png"}
     else:
-        overlap = _number_in(form, "overlap", MOST_OVERLAP)
+        overlap = number_in(form, "overlap", MOST_OVERLAP)
         image = Image.new("RGB", studio.limits.fill_size(size, borders))
         width, height = outpaint(image, borders, overlap)[1].size
         how = {"outpaint": borders, "overlap": overlap}
@@ -134,7 +139,7 @@ def borders_in(form: Form) -> Borders | None:
     """
     if not form.get("outpaint"):
         return None
-    left, right, above, below = (_number_in(form, side, 1) for side in SIDES)
+    left, right, above, below = (number_in(form, side, 1) for side in SIDES)
     return left, right, above, below
 
 
@@ -143,11 +148,9 @@ def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
     if not form["lora"]:
         raise InputError("Got no LoRA: drop its .safetensors file first")
     settings = generate_settings(studio, {**form, "count": 1})
-    strength = form.get("weight")
-    if strength is None or not _is_factor(strength):
-        raise InputError(f"weight: expected a number from 0 to {MOST_STRENGTH:g}, got {strength!r:.60}")
+    strength = number_in(form, "weight", MOST_STRENGTH)
     factors = factors_in(form["layers"], studio.spec.num_layers)
-    lora = Lora(file=form["lora"], weight=float(strength), layers=factors or None)
+    lora = Lora(file=form["lora"], weight=strength, layers=factors or None)
     return settings.model_copy(update={"lora": (*settings.lora, lora)})
 
 
@@ -159,15 +162,12 @@ def train_settings(studio: Studio, form: Form) -> TrainSettings:
     studio.limits.check_texts([trigger], 1, "texts")
     if not trigger:
         raise InputError("trigger: expected the words that call what is learnt")
-    fields = values_of(form, "steps", "seed")
-    steps, layers = fields["steps"], form.get("layers")
-    if type(steps) is not int or not 1 <= steps <= MOST_TRAINING_STEPS:
-        raise InputError(f"steps: expected an integer from 1 to {MOST_TRAINING_STEPS}, got {steps!r:.60}")
+    steps, layers = integer_in(form, "steps", MOST_TRAINING_STEPS), form.get("layers")
     if layers not in ("vital", "all"):
         raise InputError(f"layers: expected vital or all, got {layers!r:.60}")
-    fields |= {"images": form["images"], "trigger": trigger, "layers": layers, **TRAINING}
-    fields |= {"save_every": steps, "sample_every": max(1, steps // TRAINING_SAMPLES)}
-    return studio.settings(TrainSettings, fields)
+    fields = {"images": form["images"], "trigger": trigger, "layers": layers, "steps": steps}
+    fields |= {"save_every": steps, "sample_every": max(1, steps // TRAINING_SAMPLES), **TRAINING}
+    return studio.settings(TrainSettings, {**fields, **values_of(form, "seed")})
 
 
 def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
@@ -240,7 +240,7 @@ def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[
     warnings += unseen_words(studio, settings)
     warnings += settings_warnings(_with_uploads(settings, form), studio.spec)
     for side in ("width", "height"):
-        if form[side] not in (None, (used := getattr(settings, side))):
+        if form.get(side) not in (None, (used := getattr(settings, side))):
             warnings.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
     return warnings
 
@@ -288,98 +288,3 @@ def texts_in(settings: ModelSettings) -> list[str]:
     elif isinstance(settings, TrainSettings):
         texts = [settings.trigger or ""]
     return [*texts, settings.negative_prompt]
-
-
-# ---- single fields
-
-
-def values_of(form: Form, *names: str) -> dict[str, Any]:
-    """Takes fields from a form, with whole numbers as integers: browsers send 20.0 for 20."""
-
-    def integer(name: str, value: Any) -> Any:
-        whole = name in INTEGERS and isinstance(value, float) and value.is_integer()
-        # A larger number stays a float, so that an error message shows it in few digits.
-        return int(value) if whole and abs(value) < 2**63 else value
-
-    return {name: integer(name, form.get(name)) for name in names}
-
-
-def text_in(form: Form, name: str) -> str:
-    """Takes a text from a form, "" if none was typed. Raises InputError for a value that is not a text."""
-    text = form.get(name)
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"{name}: expected a text, got {text!r:.60}")
-    return text or ""
-
-
-def _number_in(form: Form, name: str, most: float) -> float:
-    value = form.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise InputError(f"{name}: expected a number from 0 to {most:g}, got {value!r:.60}")
-    return float(value)
-
-
-def layers_on(value: Any, num_layers: int) -> tuple[int, ...]:
-    """Takes layer numbers from a strip's value or a list. Raises InputError for layers that do not exist."""
-    layers = value.get("on") if isinstance(value, dict) else value
-    if not isinstance(layers, list | tuple) or not all(
-        type(layer) is int and 0 <= layer < num_layers for layer in layers
-    ):
-        raise InputError(
-            f"Got the layers {layers!r:.60}, expected a list of numbers from 0 to {num_layers - 1}"
-        )
-    return tuple(sorted(set(layers)))
-
-
-def factors_in(value: Any, num_layers: int) -> dict[int, float]:
-    """Takes the factors of a LoRA's strength from the value of sliders, for the layers where it is not 1.
-
-    Raises:
-        InputError: Values that no sliders have.
-    """
-    on = layers_on(value, num_layers)
-    given = value.get("factors") if isinstance(value, dict) else None
-    try:
-        factors = {int(layer): factor for layer, factor in (given or {}).items()}
-    except (AttributeError, ValueError):
-        factors = {-1: 0.0}
-    if not all(0 <= layer < num_layers and _is_factor(factor) for layer, factor in factors.items()):
-        raise InputError(f"Got the factors {given!r:.60}, expected numbers from 0 to {MOST_STRENGTH:g}")
-    used = {layer: float(factor) if layer in on else 0.0 for layer, factor in sorted(factors.items())}
-    return {layer: factor for layer, factor in used.items() if factor != 1}
-
-
-def _is_factor(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value <= MOST_STRENGTH
-
-
-def parse_edits(text: str) -> list[str | dict]:
-    """Reads one edit per line. A line that begins with ">" is a further turn of the edit above it."""
-    edits: list[str | dict] = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        prompt = line.lstrip("> ").strip()
-        if not line.startswith(">") or not edits:
-            edits.append(prompt)
-            continue
-        last = edits[-1]
-        edit = {"prompt": last, "then": []} if isinstance(last, str) else last
-        edit["then"].append(prompt)
-        edits[-1] = edit
-    return edits
-
-
-def format_edits(edits: Sequence[str | Edit]) -> str:
-    """Writes edits as the text that `parse_edits` reads."""
-    lines = []
-    for edit in edits:
-        turns = () if isinstance(edit, str) else edit.then
-        lines.append(edit if isinstance(edit, str) else edit.prompt)
-        lines += [f"> {turn if isinstance(turn, str) else turn.prompt}" for turn in turns]
-    return "\n".join(lines)
-
-
-def dose_values(name: Any) -> dict[str, float | bool]:
-    """Looks up the numbers of a dose that the page shows. An unknown dose has none."""
-    dose = next((dose for known, dose in DOSES.items() if known == name), None)
-    return {field: getattr(dose, field) for field in DOSE_FIELDS} if dose else {}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flux.errors import InputError
-from flux.studio.engine import Update
+from flux.studio.progress import Update
 
 LOOK_SECONDS = 1.0  # between two looks of a waiting run: by then a visitor who has left is noticed
 REMEMBERED = 20  # durations of runs, from which the waiting time is estimated

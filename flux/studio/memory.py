@@ -2,10 +2,13 @@
 
 import gc
 import threading
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
+from flux.loaded_model import LoadedModel
 from flux.runtime.devices import pick_device, pick_dtype, return_freed_memory
 from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import Plan, free_memory
@@ -18,6 +21,11 @@ class Holder(Protocol):
     """Something that holds a model: `flux.studio.engine.Engine`."""
 
     settings: ResolvedModel
+
+    @property
+    def pipe(self) -> LoadedModel:
+        """The loaded model."""
+        ...
 
     @property
     def is_loaded(self) -> bool:
@@ -55,7 +63,7 @@ class Memory:
 
         Raises:
             InputError: Its files are gone or wrong, which is found before any other is freed; or as
-                `Pipeline.load`.
+                `LoadedModel.load`.
         """
         if not holder.is_loaded:
             opened = find_model(holder.settings, download=False)
@@ -65,9 +73,12 @@ class Memory:
                 give_back()
             try:
                 holder.load(opened)
+                for other in self._loaded:
+                    share_weights(holder.pipe, other.pipe)
             except BaseException:
                 give_back()  # what was loaded of it
                 raise
+            give_back()  # what it shares
         self.add(holder)
 
 
@@ -88,6 +99,34 @@ def fits_beside(opened: OpenModel, settings: ResolvedModel) -> bool:
     sources, ranks = opened.sources(), opened.ranks_beside()
     estimate = MemoryEstimator(settings, opened.spec, sources, dtype, text_dtype, True, ranks)
     return Plan.of(estimate, "none", tiled=settings.tiled).fits(free)
+
+
+def share_weights(pipe: LoadedModel, other: LoadedModel) -> None:
+    """Lets a model use another one's tensors where they are equal: those of the files that both are made of.
+
+    So they are in memory once, whichever model is freed first. Nothing writes into a loaded model's tensors.
+    Models of which parts wait in main memory are left alone, as their tensors move.
+    """
+    if pipe.offloaded or other.offloaded:
+        return
+    pairs = (pipe.t5, other.t5), (pipe.clip, other.clip), (pipe.ae, other.ae), (pipe.model, other.model)
+    for module, others in pairs:
+        known = dict(tensors_of(others))
+        for name, tensor in tensors_of(module):
+            twin = known.get(name)
+            if twin is not None and is_equal(tensor, twin):
+                tensor.data = twin.data
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Lists a module's parameters and buffers, by their names."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def is_equal(one: Tensor, other: Tensor) -> bool:
+    """Tells whether two tensors hold the same numbers, of the same dtype and on the same device."""
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def give_back() -> None:

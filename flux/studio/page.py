@@ -14,7 +14,6 @@ from flux.studio.hardening import Page
 from flux.studio.header import header
 from flux.studio.sessions import Run
 from flux.studio.state import Studio
-from flux.studio.tabs.common import CONCURRENT, UNQUEUED
 from flux.studio.tabs.edit import EditTab
 from flux.studio.tabs.fill import FillTab
 from flux.studio.tabs.film import FilmTab
@@ -24,7 +23,7 @@ from flux.studio.tabs.instruct import InstructTab
 from flux.studio.tabs.lora import LoraTab
 from flux.studio.tabs.scan import ScanTab
 from flux.studio.visits import EXAMPLE, continue_visit, shown_run
-from flux.studio.widgets import Changes
+from flux.studio.widgets import CONCURRENT, UNQUEUED, Changes
 from flux.studio.words import list_of_words
 
 STYLE, SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css", "js"))
@@ -93,38 +92,38 @@ def _add_model(page: gr.Blocks, studio: Studio) -> None:
     first = {"kontext": "instruct", "fill": "fill", "control": "generate"}.get(
         studio.spec.condition or "", "edit"
     )
-    with gr.Tabs(elem_id="tabs", selected=first) as tabs:
-        forms, places = _add_tabs(studio, tabs)
+    with gr.Tabs(elem_id="tabs", selected=first) as row:
+        tabs, places = _add_tabs(studio, row)
     history = History(studio)
     gr.HTML(list_of_words(), elem_id="words")
-    for name, tab in forms.items():
+    for name, tab in tabs.items():
         if name != "scan":
-            tab.wire(history)
-    forms["scan"].wire(tabs, forms["edit"])
-    _wire_edit_this(
-        (forms[name] for name in ("generate", "lora", "film") if name in forms), tabs, forms["edit"]
+            tab.connect(history)
+    tabs["scan"].connect(row, tabs["edit"])
+    _connect_edit_this(
+        [tabs[name] for name in ("generate", "lora", "film") if name in tabs], row, tabs["edit"]
     )
-    history.wire(places)
-    _wire_memory(page, undo, forms)
-    _wire_visit(page, studio, history)
+    history.connect(places)
+    _connect_memory(page, undo, tabs)
+    _connect_visit(page, studio, history)
 
 
-def _add_tabs(studio: Studio, tabs: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
+def _add_tabs(studio: Studio, row: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
     """Adds the tabs of what a model can do.
 
     Returns:
         The tabs by name, and the places where the history brings settings back.
     """
-    example, kind, forms = _example(studio), studio.spec.condition, dict[str, Any]()
+    example, kind, tabs = _example(studio), studio.spec.condition, dict[str, Any]()
     # Where a small model needs an image, one is there.
     first = example.images["reference"] if studio.spec.folder else None
     opened, places = list[gr.Tab](), dict[str, HistoryPlace]()
 
     def add(name: str, title: str, make: Callable[[], Any]) -> None:
         with gr.Tab(title, id=name) as place:
-            forms[name] = make()
+            tabs[name] = make()
         opened.append(place)
-        places[name] = HistoryPlace({tabs: name}, forms[name])
+        places[name] = HistoryPlace({row: name}, tabs[name])
 
     if kind == "fill":
         add("fill", "Fill", lambda: FillTab(studio, first))
@@ -136,12 +135,12 @@ def _add_tabs(studio: Studio, tabs: gr.Tabs) -> tuple[dict[str, Any], dict[str, 
     add("lora", "LoRA", lambda: LoraTab(studio, first))
     with gr.Tab("Look inside", id="look") as look_place, gr.Tabs(elem_classes="inner") as inner:
         with gr.Tab("Which layers matter", id="scan") as scan_place:
-            forms["scan"] = ScanTab(studio, first)
+            tabs["scan"] = ScanTab(studio, first)
         with gr.Tab("Step by step", id="film") as film_place:
-            forms["film"] = FilmTab(studio, first)
-    places["layer"] = HistoryPlace({tabs: "look", inner: "film"}, forms["film"])
-    _wire_addresses(*opened, look_place, scan_place, film_place)
-    return forms, places
+            tabs["film"] = FilmTab(studio, first)
+    places["layer"] = HistoryPlace({row: "look", inner: "film"}, tabs["film"])
+    _connect_addresses(*opened, look_place, scan_place, film_place)
+    return tabs, places
 
 
 def _example(studio: Studio) -> Run:
@@ -152,24 +151,24 @@ def _example(studio: Studio) -> Run:
     return shown_run(folder)
 
 
-def _wire_edit_this(froms: Iterable[GenerateTab | LoraTab | FilmTab], tabs: gr.Tabs, edit: EditTab) -> None:
+def _connect_edit_this(tabs: Iterable[GenerateTab | LoraTab | FilmTab], row: gr.Tabs, edit: EditTab) -> None:
     """Lets the button under an image of another tab make it the reference of edits."""
 
     def take(file: str) -> Changes:
-        return {tabs: gr.Tabs(selected="edit"), **edit.take(file)}
+        return {row: gr.Tabs(selected="edit"), **edit.take(file)}
 
-    for tab in froms:
-        taken = tab.under.edit.click(take, tab.under.file, [tabs, *edit.restorable], **CONCURRENT)
+    for tab in tabs:
+        taken = tab.under.edit.click(take, tab.under.file, [row, *edit.restorable], **CONCURRENT)
         taken.success(None, None, None, js="() => studio.focus('#edit-edits textarea')")
 
 
-def _wire_addresses(*places: gr.Tab) -> None:
+def _connect_addresses(*places: gr.Tab) -> None:
     """Writes the tab that is open into the page's address."""
     for place in places:
         place.select(None, None, None, js=f"() => studio.opened({json.dumps(place.id)})")
 
 
-def _wire_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> None:
+def _connect_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> None:
     """Lets the browser remember what the forms say, and undo the last change of them.
 
     It holds no images: uploads and masks are the server's, and come back with an item of the history.
@@ -189,7 +188,7 @@ def _wire_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> N
     recalled.then(None, None, None, js="() => { studio.go(); }")
 
 
-def _wire_visit(page: gr.Blocks, studio: Studio, history: History) -> None:
+def _connect_visit(page: gr.Blocks, studio: Studio, history: History) -> None:
     """Lets a page that is opened again, by the same browser, go on with its visit."""
     visit = gr.Textbox(visible="hidden", label="Visit")
 

@@ -14,9 +14,10 @@ from flux.settings.files import with_fields
 from flux.settings.resolved import ResolvedModel
 from flux.specs import ModelSpec, get_spec
 from flux.studio.callers import Callers
-from flux.studio.engine import Engine, MadeImage, Progress, Update
+from flux.studio.engine import Engine
 from flux.studio.limits import Limits
 from flux.studio.line import Job, Line
+from flux.studio.progress import MadeImage, Progress, Update
 from flux.studio.sessions import Disk, Run, Session, Sessions
 
 S = TypeVar("S", bound=ModelSettings)

@@ -1,7 +1,6 @@
-"""Components that the tabs share: strip of layers, image inputs and outputs, downloads, status line."""
+"""Components that the tabs share: image inputs and outputs, downloads, status line; options of events."""
 
 import html
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import read_image
-from flux.studio.engine import Update
+from flux.studio.progress import Update
 from flux.studio.state import Studio
 
 Changes = dict[Block, Any]
@@ -29,68 +28,21 @@ class Unlisted(TypedDict):
 
 UNLISTED: Unlisted = {"show_progress": "hidden", "api_visibility": "private"}
 
-STRIP_HTML = """<div class="strip" role="toolbar" aria-label="Layers">
-${[["double", 0, value.double], ["single", value.double, value.num]].map(([kind, from, to]) => `
-  <div class="cells ${kind}" role="group" aria-label="${kind}-stream layers">
-    <span class="kind">${kind}</span>
-    ${Array.from({length: to - from}, (_, i) => from + i).map(layer => {
-        const known = value.vitality && value.vitality[layer] !== undefined;
-        const share = known ? value.vitality[layer] / value.top : value.vitality ? 0 : 1;
-        const about = known ? `, vitality ${value.vitality[layer].toFixed(2)}` : "";
-        return `<button type="button" class="cell" data-layer="${layer}"
-          tabindex="${layer === (value.at || 0) ? 0 : -1}" aria-pressed="${value.on.includes(layer)}"
-          aria-label="layer ${layer}, ${kind}-stream${about}" title="layer ${layer}${about}"
-          style="--share: ${Math.round(100 * Math.max(0, Math.min(1, share)))}%">${layer}</button>`;
-    }).join("")}
-  </div>`).join("")}
-</div>"""
 
-STRIP_JS = """
-const focusOn = layer => requestAnimationFrame(() => {
-  const cell = element.querySelector(`.cell[data-layer="${layer}"]`);
-  if (cell) cell.focus();
-});
-element.addEventListener("click", event => {
-  const cell = event.target.closest(".cell");
-  if (!cell) return;
-  const layer = Number(cell.dataset.layer), {on} = props.value;
-  props.value = {...props.value, at: layer,
-    on: on.includes(layer) ? on.filter(other => other !== layer) : [...on, layer].sort((a, b) => a - b)};
-  trigger("input");
-  focusOn(layer);
-});
-element.addEventListener("keydown", event => {
-  const move = {ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity}[event.key];
-  const cell = event.target.closest(".cell");
-  if (!cell || move === undefined) return;
-  event.preventDefault();
-  const layer = Math.max(0, Math.min(props.value.num - 1, Number(cell.dataset.layer) + move));
-  props.value = {...props.value, at: layer};
-  focusOn(layer);
-});
-"""
+class Unqueued(Unlisted):
+    """Options of an event that is handled at once. An error in it is not shown."""
+
+    queue: Literal[False]
 
 
-# ---- the strip of layers
+class Concurrent(Unlisted):
+    """Options of an event that does not wait for others. Only errors of queued events are shown."""
+
+    concurrency_limit: None
 
 
-def layer_strip(value: dict[str, Any], elem_id: str) -> gr.HTML:
-    """Makes one button per layer, switched by clicks; the arrow keys move along."""
-    return gr.HTML(value, label="Layers", html_template=STRIP_HTML, js_on_load=STRIP_JS, elem_id=elem_id)
-
-
-def strip_value(
-    studio: Studio, on: Iterable[int], vitality: dict[int, float] | None = None
-) -> dict[str, Any]:
-    """Makes the value of a `layer_strip`: the layers that are on, and known vitalities."""
-    known = vitality or {}
-    return {
-        "num": studio.spec.num_layers,
-        "double": studio.spec.params.depth,
-        "on": sorted(on),
-        "vitality": {str(layer): value for layer, value in known.items()} if known else None,
-        "top": max([*known.values(), 1e-6]),
-    }
+UNQUEUED: Unqueued = {"queue": False, **UNLISTED}
+CONCURRENT: Concurrent = {"concurrency_limit": None, **UNLISTED}
 
 
 # ---- image inputs

@@ -23,9 +23,10 @@ WORDS = {
         "vital-layers",
     ),
     "kv": (
-        "kv: keys and values",
+        "Keys and values (kv)",
         "What a layer's attention reads from the image. An edit reads those of its reference instead of its "
-        "own. Keys alone steer where it looks, values alone what it finds there.",
+        "own. Keys alone steer where it looks, values alone what it finds there. Queries are what each place "
+        "looks for: injected too, they keep even more of the layout.",
         "editing",
     ),
     "dose": (
@@ -54,7 +55,8 @@ WORDS = {
     "inversion": (
         "Inversion",
         "How a photograph becomes noise, from which its edits start. Noising adds new noise in each step. An "
-        "inversion finds the noise from which the model draws the photograph.",
+        "inversion finds the noise from which the model draws the photograph. FlowEdit needs none: its edits "
+        "lead from the photograph itself.",
         "editing",
     ),
     "context": (

@@ -7,9 +7,8 @@ from helpers.studio import finish
 
 from flux.errors import InputWarning
 from flux.sampling import Step
-from flux.studio import engine
 from flux.studio.forms import generate_settings
-from flux.studio.tabs.common import words_note
+from flux.studio.tabs.runs import words_note
 from flux.studio.widgets import status_html
 from flux.studio.work.generate import run_generate
 
@@ -98,25 +97,6 @@ def test_one_at_a_time(studio):
     for thread in threads:
         thread.join()
     assert most == 1
-
-
-def test_previews_take_a_fifth_of_the_time(monkeypatch):
-    """The first step has one; where a preview takes twice as long as a step, then one of eight has."""
-    now, made, updates = [0.0], [], []
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
-
-    def preview(*given) -> str:
-        made.append(now[0])
-        now[0] += 2.0
-        return "preview"
-
-    progress = engine.Progress(preview, threading.Event(), updates.append)
-    progress.begin("steps", 30)
-    for _ in range(30):
-        now[0] += 1.0
-        progress.step(None)
-    assert made == [1.0, 11.0, 21.0, 31.0]
-    assert sum(update.preview is not None for update in updates) == len(made)
 
 
 def test_previews_are_small(studio):

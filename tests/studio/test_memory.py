@@ -1,8 +1,11 @@
 """Models that make room for one another: which are loaded, which are freed, what a failed load leaves."""
 
 import threading
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
+import torch
 from helpers.studio import SMALL, finish, make_studio
 
 from flux.errors import InputError
@@ -87,8 +90,6 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_at_work(studio, loads, 
 
 def test_what_fits_beside(monkeypatch, nano):
     """A small model always; a large one where a GPU's free memory holds all of it."""
-    from dataclasses import replace
-
     from flux.specs import configs
     from flux.weights.find import find_model
 
@@ -100,3 +101,20 @@ def test_what_fits_beside(monkeypatch, nano):
     for free, offload, fits in ((2**34, "none", True), (2**34, "blocks", False), (2**20, "none", False)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert memory.fits_beside(opened, settings.model_copy(update={"offload": offload})) == fits
+
+
+def test_equal_weights_are_in_memory_once(nano):
+    other = replace(nano, t5=deepcopy(nano.t5), ae=deepcopy(nano.ae), model=deepcopy(nano.model))
+    other.model.img_in.bias.data += 1
+    memory.share_weights(other, replace(nano, offloaded={nano.model: None}))
+    assert not shared(other, nano)
+    memory.share_weights(other, nano)
+    assert shared(other, nano) == {*dict(nano.model.named_parameters())} - {"img_in.bias"}
+    assert other.t5.hf_module.shared.weight.data_ptr() == nano.t5.hf_module.shared.weight.data_ptr()
+    assert torch.equal(other.model.img_in.bias, nano.model.img_in.bias + 1)
+
+
+def shared(one, other):
+    """The names of the transformer's tensors that both hold in the same place."""
+    places = {name: tensor.data_ptr() for name, tensor in other.model.named_parameters()}
+    return {name for name, tensor in one.model.named_parameters() if tensor.data_ptr() == places[name]}

@@ -209,6 +209,7 @@ def test_it_fits(page, url, scheme):
         for tab in ("Edit", "Look inside", "Generate"):
             page.get_by_role("tab", name=tab).click()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+    visit(page, url, "film")  # by its address on a phone too: its tab is not in a menu
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", colour)[:3])) > 380) == (scheme == "light")
 

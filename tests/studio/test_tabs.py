@@ -1,7 +1,11 @@
+from typing import get_args
+
+from flux.settings.doses import DoseName, InjectedParts
+from flux.settings.edits import Inversion
 from flux.specs import configs
 from flux.studio.forms import edit_settings, generate_settings, scan_settings
-from flux.studio.tabs import edit, fill, film, generate, instruct, scan
-from flux.studio.tabs.common import words_note
+from flux.studio.tabs import dose, edit, fill, film, generate, instruct, scan
+from flux.studio.tabs.runs import words_note
 from flux.vocabulary import unknown_words
 
 
@@ -14,6 +18,16 @@ def test_words_that_a_model_does_not_know(studio):
     form = {"prompts": "a dog on a skyscraper", "layers": {"on": [1]}}
     assert "skyscraper" in words_note(studio, scan_settings(studio, form))
     assert words_note(studio, generate_settings(studio, {"prompt": "a dog"})) == ""
+
+
+def test_the_page_offers_every_choice_of_a_json_file():
+    """Also so that a run of any choice can come back."""
+    for labels, choices in (
+        (dose.DOSE_LABELS, DoseName),
+        (dose.PARTS_LABELS, InjectedParts),
+        (dose.METHOD_LABELS, Inversion),
+    ):
+        assert set(labels) == set(get_args(choices))
 
 
 def test_examples_use_known_words():

@@ -1,7 +1,8 @@
 import pytest
 
 from flux.errors import InputError
-from flux.studio.widgets import duration, held_image, strip_value
+from flux.studio.strip import strip_value
+from flux.studio.widgets import duration, held_image
 
 
 def test_an_upload_that_was_deleted(tmp_path):

@@ -81,10 +81,11 @@ def test_an_image_is_continued(studio_of, tmp_path, monkeypatch):
 
 def test_an_instruction_with_two_images(studio_of, tmp_path, monkeypatch):
     studio, images = studio_of("tiny-kontext"), [draw(64, 64), draw(32, 64, seed=1)]
-    form = {"prompt": "add a hat", "context": ["a", "b"], "reference_strength": 1.2}
+    form = {"prompt": "add a hat", "context": ["a", "b"], "reference_strength": 1.2, "context_every": 2.0}
     settings, session = instruct_settings(studio, form), studio.sessions.of("a")
     run = finish(run_generate(studio, session, settings, steering={"context": images}))
     assert run.settings.context == ("context_0.png", "context_1.png")
+    assert run.settings.context_every == 2
     assert np.array_equal(np.asarray(read_image(run.folder / "context_1.png")), np.asarray(images[1]))
     plain = finish(run_generate(studio, session, generate_settings(studio, {"prompt": "add a hat"})))
     assert (np.asarray(read_image(run.images["000"])) != np.asarray(read_image(plain.images["000"]))).any()

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from flux.studio.engine import MadeImage
 from flux.studio.forms import film_settings
+from flux.studio.progress import MadeImage
 from flux.studio.work.film import run_film
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from flux.errors import InputError
 from flux.images.io import read_image
+from flux.settings.demos import Lora
 from flux.studio.forms import generate_settings, lora_settings
 from flux.studio.work.generate import run_generate
-from flux.studio.work.lora import keep_lora, run_lora
+from flux.studio.work.lora import keep_lora, lora_on, run_lora
 
 MODULES = ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.0", "single_blocks.2.linear1")
 LAYERS = (0, 1, 7)  # of these modules: flux-nano has five double-stream layers
@@ -174,6 +175,16 @@ def test_damage_that_shows_while_it_is_put_on(studio, nano, untouched, uploads):
     save_file(file, path)
     with pytest.raises(InputError, match="NaN"):
         compare(studio, path)
+
+
+def test_weights_that_other_models_use_are_not_written_into(studio, nano, lokr):
+    attention = nano.model.double_blocks[0].img_attn
+    weights = (attention.qkv.weight, attention.norm.query_norm.scale)
+    before = [weight.clone() for weight in weights]
+    with lora_on(studio.engine, Lora(file=str(lokr), weight=1.0)):
+        assert all(map(torch.equal, weights, before))
+        assert not torch.equal(attention.norm.query_norm.scale, weights[1])
+    assert attention.qkv.weight is weights[0]
 
 
 # ---- what is refused

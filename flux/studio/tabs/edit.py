@@ -10,46 +10,38 @@ from PIL import Image
 from flux.errors import InputError
 from flux.images.io import read_image, thumbnail
 from flux.images.sizes import natural_size
-from flux.settings.doses import DEFAULT_DOSE, DOSES
 from flux.settings.edits import EditSettings
 from flux.settings.resolved import ResolvedEdit
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, dose_values, edit_settings, format_edits, notes_about
+from flux.studio.form_values import Form, dose_values, format_edits
+from flux.studio.forms import SAMPLING, edit_settings, notes_about
 from flux.studio.painter import painted_mask
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
-from flux.studio.tabs.common import (
-    UNQUEUED,
+from flux.studio.strip import layer_strip, strip_value
+from flux.studio.tabs.dose import advanced_fields, dose_fields
+from flux.studio.tabs.edits_shown import EditsShown
+from flux.studio.tabs.fields import (
     Examples,
     FormFields,
-    RunButton,
-    RunControls,
     add_presets,
+    connect_notes,
     guidance_fields,
     kind_of_examples,
     size_and_seed_fields,
-    wire_notes,
 )
-from flux.studio.tabs.edits_shown import EditsShown
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.mask import MaskCanvas
-from flux.studio.tabs.steering import Steering
+from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.visits import existing_file
-from flux.studio.widgets import (
-    Changes,
-    held_image,
-    image_input,
-    layer_strip,
-    status_html,
-    strip_value,
-)
+from flux.studio.widgets import UNQUEUED, Changes, held_image, image_input, status_html
 from flux.studio.words import about
 from flux.studio.work.edit import known_layers, run_edit, run_reference
 from flux.studio.work.generate import steering_images
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
-INVERSION_CHOICES = ["noising", "midpoint", "euler", "fireflow", "fixed-point", "none"]
 EXAMPLES = {
     "small": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
@@ -87,7 +79,7 @@ class EditTab:
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 first = drawn if studio.spec.folder else None
-                self.steering = Steering(studio, "edit", first)
+                self.steering = SteeringImage(studio, "edit", first)
                 self.fields = {**self.steering.fields, **self._inputs()}
             with gr.Column(elem_classes="outputs"):
                 made_by = example.settings.model
@@ -97,10 +89,10 @@ class EditTab:
                 self.shown = EditsShown(example)
             with gr.Column(elem_classes="options"):
                 self.layers = self._layer_choice()
-                self.fields |= {"layers": self.layers, **self._dose()}
+                self.fields |= {"layers": self.layers, **dose_fields()}
                 # Edits of an image to fill may change what its mask says.
                 self.canvas = self.steering.canvas or MaskCanvas(drawn)
-                self.fields |= {"mask": self.canvas.painter, **self._settings()}
+                self.fields |= {"mask": self.canvas.painter, **self._settings(), **advanced_fields()}
 
     # ---- components
 
@@ -154,68 +146,11 @@ class EditTab:
         add_presets(presets, strip, self.strip)
         return strip
 
-    def _dose(self) -> FormFields:
-        default = dose_values(DEFAULT_DOSE)
-        dose = gr.Dropdown(
-            list(DOSES),
-            value=DEFAULT_DOSE,
-            label="Dose",
-            info=about("How much of the reference is injected.", "dose"),
-        )
-        parts = gr.Radio(
-            [("Keys and values", "kv"), ("Keys", "k"), ("Values", "v")],
-            value="kv",
-            label="What is injected",
-            info=about("Both keep the most.", "kv"),
-        )
-        weight = gr.Slider(
-            0,
-            1,
-            default["weight"],
-            step=0.05,
-            label="Strength",
-            info="1 injects the reference's kv, 0 keeps the edit's own.",
-        )
-        gr.Markdown(about("The share of the steps in which kv is injected.", "window"), elem_classes="label")
-        with gr.Row():
-            start = gr.Slider(
-                0,
-                1,
-                default["inject_from"],
-                step=0.05,
-                label="From",
-                min_width=120,
-            )
-            end = gr.Slider(
-                0,
-                1,
-                default["inject_until"],
-                step=0.05,
-                label="Until",
-                min_width=120,
-            )
-        falling = gr.Checkbox(bool(default["falling"]), label="Strength falls to zero on the way")
-        numbers: FormFields = {
-            "weight": weight,
-            "inject_from": start,
-            "inject_until": end,
-            "falling": falling,
-        }
-        dose.input(lambda name: list(dose_values(name).values()), dose, list(numbers.values()), **UNQUEUED)
-        return {"dose": dose, "parts": parts, **numbers}
-
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="edit-settings"):
             return {
                 **size_and_seed_fields(self.studio, seed=self.example.seed),
                 **guidance_fields(self.studio),
-                "inversion": gr.Dropdown(
-                    INVERSION_CHOICES,
-                    value=INVERSION_CHOICES[0],
-                    label="Inversion of a photograph",
-                    info=about("How the photograph's noise is found.", "inversion"),
-                    visible=False,
-                ),
                 "paste_back": gr.Checkbox(
                     False,
                     label="Give the photograph back in its full size",
@@ -234,56 +169,67 @@ class EditTab:
 
     # ---- events
 
-    def wire(self, history: History) -> None:
+    def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
 
-        def settings_of(form: Form) -> ResolvedEdit:
-            photo_in(form)
-            self.steering.check(form)
-            return edit_settings(self.studio, form)
+        def work(session: Session, settings: ResolvedEdit, form: Form) -> Iterator[tuple[Update, Changes]]:
+            for update, changes in self._edit(session, settings, form):
+                yield update, changes | history.changes(session) if update.result else changes
 
-        def work(
-            session: Session, settings: ResolvedEdit, form: Form
-        ) -> Iterator[tuple[Update[MadeImage], Changes]]:
-            mask = painted_mask(form["mask"])
-            steering = steering_images(settings, self.steering.images(form))
-            for update, run in run_edit(self.studio, session, settings, photo_in(form), mask, steering):
-                if (made := update.result) is None:
-                    yield update, self.shown.show_preview(update.preview)
-                    continue
-                shown = self.shown.show(run, made.name)
-                if made.name == "reference" and session.reference_id != self.studio.engine.kept_id:
-                    # Not if it is there already: the visitor may be painting on it.
-                    session.reference_id = self.studio.engine.kept_id
-                    shown |= self.canvas.show(thumbnail(made.image, 1024), mask)
-                yield update, shown | history.changes(session)
-
-        def reference_settings_of(form: Form) -> ResolvedEdit:
-            return settings_of({**form, "edits": form["edits"] or "-"})  # the edits do not matter here
-
-        def reference_work(
-            session: Session, settings: ResolvedEdit, form: Form
-        ) -> Iterator[tuple[Update[Image.Image], Changes]]:
-            steering = steering_images(settings, self.steering.images(form))
-            for update in run_reference(self.studio, session, settings, photo_in(form), steering):
-                shown = self.shown.show_preview(update.result or update.preview)
-                if update.result:
-                    session.reference_id = self.studio.engine.kept_id
-                    mask = painted_mask(form["mask"])
-                    shown |= self.canvas.show(thumbnail(update.result, 1024), mask)
-                yield update, shown
+        def reference_settings(form: Form) -> ResolvedEdit:
+            return self._settings_of({**form, "edits": form["edits"] or "-"})  # the edits do not matter here
 
         outputs = [*self.shown.components, *self.canvas.components, history.gallery]
-        edit = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        edit.wire([self.go.click], outputs)
-        reference = RunButton(self.studio, self.controls, self.fields, reference_settings_of, reference_work)
-        reference.wire([self.go_reference.click], outputs)
-        self.controls.wire_stop()
-        self._wire_source()
-        self.shown.wire(self.fields["edits"], self.canvas)
-        wire_notes(self.fields, self._notes)
+        edit = RunButton(self.studio, self.controls, self.fields, self._settings_of, work)
+        edit.connect([self.go.click], outputs)
+        reference = RunButton(
+            self.studio, self.controls, self.fields, reference_settings, self._draw_reference
+        )
+        reference.connect([self.go_reference.click], outputs)
+        self.controls.connect_stop()
+        self._connect_source()
+        self.shown.connect(self.fields["edits"], self.canvas)
+        connect_notes(self.fields, self._notes)
 
-    def _wire_source(self) -> None:
+    def _settings_of(self, form: Form) -> ResolvedEdit:
+        """Makes the settings of a run. Raises InputError for values that cannot be used."""
+        photo_in(form)
+        self.steering.check(form)
+        return edit_settings(self.studio, form)
+
+    def _edit(
+        self, session: Session, settings: ResolvedEdit, form: Form
+    ) -> Iterator[tuple[Update[MadeImage], Changes]]:
+        """Makes the reference and its edits, and shows each."""
+        mask = painted_mask(form["mask"])
+        steering = steering_images(settings, self.steering.images(form))
+        for update, run in run_edit(self.studio, session, settings, photo_in(form), mask, steering):
+            if (made := update.result) is None:
+                yield update, self.shown.show_preview(update.preview)
+                continue
+            shown = self.shown.show(run, made.name)
+            # Not if it is there already: the visitor may be painting on it.
+            if made.name == "reference" and session.reference_id != self.studio.engine.kept_id:
+                shown |= self._show_on_canvas(session, made.image, mask)
+            yield update, shown
+
+    def _draw_reference(
+        self, session: Session, settings: ResolvedEdit, form: Form
+    ) -> Iterator[tuple[Update[Image.Image], Changes]]:
+        """Makes the reference alone, so that a mask can be painted on it."""
+        steering = steering_images(settings, self.steering.images(form))
+        for update in run_reference(self.studio, session, settings, photo_in(form), steering):
+            shown = self.shown.show_preview(update.result or update.preview)
+            if update.result:
+                shown |= self._show_on_canvas(session, update.result, painted_mask(form["mask"]))
+            yield update, shown
+
+    def _show_on_canvas(self, session: Session, reference: Image.Image, mask: Image.Image | None) -> Changes:
+        """Shows the kept reference on the canvas, with what is painted there."""
+        session.reference_id = self.studio.engine.kept_id
+        return self.canvas.show(thumbnail(reference, 1024), mask)
+
+    def _connect_source(self) -> None:
         """Shows the fields of a photograph, sizes the run to it, and lets examples fill the form."""
         fields = self.fields
         prompt = fields["prompt"]
@@ -304,8 +250,8 @@ class EditTab:
         )
         sized = [fields["width"], fields["height"], *self.canvas.components]
         self.uploaded.success(size_to, self.photo, sized, **UNQUEUED)
-        self.examples.wire([prompt, fields["seed"], fields["edits"], self.source], PROMPT)
-        self.steering.wire(fields)
+        self.examples.connect([prompt, fields["seed"], fields["edits"], self.source], PROMPT)
+        self.steering.connect(fields)
 
     def _notes(self, form: Form) -> dict[str, str]:
         if form["source"] == PROMPT:
@@ -320,14 +266,14 @@ class EditTab:
         form = [self.upload, *self.steering.restorable, *self.fields.values(), *self.canvas.components]
         return list(dict.fromkeys([*form, *self.shown.components, self.controls.status]))
 
-    def restored(self, settings: EditSettings, said: Mapping[str, Any], files: Files) -> Changes:
+    def restored(self, settings: EditSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Fills the form with these settings."""
         names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
         values: dict[str, Any] = {name: getattr(settings, name) for name in names}
         for name, default in dose_values(settings.dose).items():
             given = getattr(settings, name)
             values[name] = default if given is None else given
-        layers = said.get("layers") or settings.vital_layers
+        layers = details.get("layers") or settings.vital_layers
         if isinstance(layers, str):
             layers = self.vital
         existing = range(self.studio.spec.num_layers)
@@ -354,17 +300,17 @@ class EditTab:
             InputError: The image has been deleted.
         """
         path = existing_file(file)
-        settings, said = read_back(path)
+        settings, details = read_back(path)
         from_photo = getattr(settings, "image", None) is not None or self.studio.has_own_lora(settings)
         values = {name: getattr(settings, name) for name in SAMPLING}
-        values |= {"prompt": said["prompt"], "seed": said["seed"], "edits": ""}
+        values |= {"prompt": details["prompt"], "seed": details["seed"], "edits": ""}
         values |= {"source": PHOTO if from_photo else PROMPT, "photo": str(path) if from_photo else None}
         return {
             **{self.fields[name]: value for name, value in values.items()},
             self.upload: values["photo"],
             **self.canvas.show(thumbnail(read_image(path), 1024)),
             **self.steering.taken(Files.beside(path, settings)),
-            **self.shown.show_alone(path, said["prompt"]),
+            **self.shown.show_alone(path, details["prompt"]),
             self.controls.status: status_html("Say what the edited image should show, and press Edit."),
         }
 

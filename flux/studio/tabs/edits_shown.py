@@ -9,12 +9,11 @@ from PIL import Image
 
 from flux.images.io import read_image, thumbnail
 from flux.studio.sessions import Run
-from flux.studio.tabs.common import UNQUEUED
 from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.shown import ShownImage
 from flux.studio.viewer import image_alone, pair, viewer
 from flux.studio.visits import shown_run
-from flux.studio.widgets import Changes, preview, results
+from flux.studio.widgets import UNQUEUED, Changes, preview, results
 from flux.studio.work.edit import FOUND_MASK
 
 EXAMPLE_EDIT = "edit_0"
@@ -73,7 +72,7 @@ class EditsShown:
             **{part: gr.update(visible=False) for part in hidden},
         }
 
-    def wire(self, edits: Component, canvas: MaskCanvas) -> None:
+    def connect(self, edits: Component, canvas: MaskCanvas) -> None:
         """Lets a click show another image, a further turn follow it, and its mask be corrected.
 
         Args:

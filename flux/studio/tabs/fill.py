@@ -14,19 +14,20 @@ from flux.errors import InputError
 from flux.images.io import thumbnail
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import MOST_OVERLAP, SIDES, Form, borders_in, fill_settings
+from flux.studio.form_values import Form
+from flux.studio.forms import MOST_OVERLAP, SIDES, borders_in, fill_settings
 from flux.studio.painter import PNG, painted_mask
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import UNQUEUED, FormFields
+from flux.studio.tabs.fields import FormFields
 from flux.studio.tabs.history import Files
 from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.source import ImageSource
 from flux.studio.tabs.steered import SteeredTab
-from flux.studio.tabs.steering import ABOUT_MASK, mask_in
+from flux.studio.tabs.steering_image import ABOUT_MASK, mask_in
 from flux.studio.viewer import pair
-from flux.studio.widgets import Changes, held_image
+from flux.studio.widgets import UNQUEUED, Changes, held_image
 from flux.studio.work.fill import before, frame, run_fill
 
 ABOUT = f"{ABOUT_MASK} What is painted here does not count around the image."
@@ -53,7 +54,7 @@ class FillTab(SteeredTab):
                 self.canvas = MaskCanvas(first, "fill-mask", ABOUT, is_open=True)
                 self.painted_on = gr.State(first and str(first))  # the file of the image on the canvas
                 self.fields |= {"mask": self.canvas.painter, **self._borders(), **self.add_settings(False)}
-        self._wire_images()
+        self._connect_images()
 
     def _where(self) -> FormFields:
         self.where = gr.Radio([MASK, AROUND], value=MASK, label="What is painted anew")
@@ -79,7 +80,7 @@ class FillTab(SteeredTab):
             self.framed = gr.HTML("", visible=False, elem_id="fill-frame")
         return sides
 
-    def _wire_images(self) -> None:
+    def _connect_images(self) -> None:
         """Lets an image be painted on, and the new frame be seen before anything is drawn."""
         frame_fields = [self.source.held, self.where, *(self.fields[name] for name in (*SIDES, "overlap"))]
 

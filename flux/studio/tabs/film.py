@@ -10,23 +10,19 @@ from gradio.components import Component
 
 from flux.settings.demos import LayerSettings
 from flux.settings.resolved import ResolvedLayer
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, film_settings, notes_about
+from flux.studio.form_values import Form
+from flux.studio.forms import SAMPLING, film_settings, notes_about
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import (
-    FormFields,
-    RunButton,
-    RunControls,
-    size_and_seed_fields,
-    true_cfg_slider,
-    wire_notes,
-)
+from flux.studio.strip import layer_strip, strip_value
+from flux.studio.tabs.fields import FormFields, connect_notes, size_and_seed_fields, true_cfg_slider
 from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownImage
-from flux.studio.tabs.steering import Steering
+from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, viewer
-from flux.studio.widgets import Changes, layer_strip, preview, results, status_html, strip_value
+from flux.studio.widgets import Changes, preview, results, status_html
 from flux.studio.words import about
 from flux.studio.work.film import run_film
 from flux.studio.work.generate import steering_images
@@ -48,7 +44,7 @@ class FilmTab:
         self.studio, self.controls = studio, RunControls(studio, "film")
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
-                self.steering = Steering(studio, "film", first)
+                self.steering = SteeringImage(studio, "film", first)
                 self.prompt = gr.Textbox(
                     PROMPT,
                     label="Prompt",
@@ -79,10 +75,10 @@ class FilmTab:
             fields = size_and_seed_fields(self.studio, seed=3)
             return {"layers": strip, "words": words, **fields, "true_cfg": true_cfg_slider(self.studio)}
 
-    def wire(self, history: History) -> None:
+    def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.wire_stop()
-        self.steering.wire(self.fields)
+        self.controls.connect_stop()
+        self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedLayer:
             self.steering.check(form)
@@ -108,9 +104,9 @@ class FilmTab:
                 yield update, shown
 
         watch = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        wire_notes(self.fields, partial(notes_about, self.studio, film_settings))
+        connect_notes(self.fields, partial(notes_about, self.studio, film_settings))
         outputs = [*self._shown_parts, self.sheets, history.gallery]
-        watch.wire([self.go.click, self.prompt.submit], outputs)
+        watch.connect([self.go.click, self.prompt.submit], outputs)
 
     @property
     def _shown_parts(self) -> list[Component]:
@@ -131,7 +127,7 @@ class FilmTab:
         form = dict.fromkeys([*self.steering.restorable, *self.fields.values()])
         return [*form, *self._shown_parts, self.sheets, self.controls.status]
 
-    def restored(self, settings: LayerSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
+    def restored(self, settings: LayerSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fills the form with these settings."""
         entry = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}

@@ -9,23 +9,23 @@ from gradio.components import Component
 
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, generate_settings, notes_about
+from flux.studio.form_values import Form
+from flux.studio.forms import SAMPLING, generate_settings, notes_about
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import (
+from flux.studio.tabs.fields import (
     Examples,
     FormFields,
-    RunButton,
-    RunControls,
+    connect_notes,
     guidance_fields,
     kind_of_examples,
     size_and_seed_fields,
-    wire_notes,
 )
 from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownRun
-from flux.studio.tabs.steering import Steering
+from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, pair
 from flux.studio.widgets import Changes, held_image, image_input, status_html
 from flux.studio.work.generate import run_generate, steering_images
@@ -60,7 +60,7 @@ class GenerateTab:
         drawn = example.images["reference"]
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
-                self.steering = Steering(studio, "generate", drawn if studio.spec.folder else None)
+                self.steering = SteeringImage(studio, "generate", drawn if studio.spec.folder else None)
                 self.prompt = gr.Textbox(
                     example.captions["reference"],
                     label="Prompt",
@@ -111,10 +111,10 @@ class GenerateTab:
             )
         return {"image": image, "strength": strength}
 
-    def wire(self, history: History) -> None:
+    def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.wire_stop()
-        self.steering.wire(self.fields)
+        self.controls.connect_stop()
+        self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedGenerate:
             return generate_settings(self.studio, form)
@@ -131,9 +131,9 @@ class GenerateTab:
         seed = self.fields["seed"]
         run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
         outputs = [*self.shown.components, history.gallery]
-        run.wire([self.go.click, self.prompt.submit], outputs, new_seed=(self.new_seed, seed))
-        self.examples.wire([self.prompt, seed, self.new_seed], False)
-        wire_notes(self.fields, partial(notes_about, self.studio, generate_settings))
+        run.connect([self.go.click, self.prompt.submit], outputs, new_seed=(self.new_seed, seed))
+        self.examples.connect([self.prompt, seed, self.new_seed], False)
+        connect_notes(self.fields, partial(notes_about, self.studio, generate_settings))
 
     @property
     def restorable(self) -> list[Component]:
@@ -142,13 +142,13 @@ class GenerateTab:
         form = [self.new_seed, self.upload, *self.steering.restorable, *self.fields.values()]
         return list(dict.fromkeys([*form, *shown]))
 
-    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
-        """Fills the form as for one image of these settings, or for all if `said` names none."""
+    def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
+        """Fills the form as for one image of these settings, or for all if `details` name none."""
         first, image = settings.prompts[0], files.one_of("image")
         values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
-        values["prompt"] = said.get("prompt", first.prompt)
-        values["seed"] = said.get("seed", first.seed)
-        values["count"] = 1 if "prompt" in said else len(settings.prompts)
+        values["prompt"] = details.get("prompt", first.prompt)
+        values["seed"] = details.get("seed", first.seed)
+        values["count"] = 1 if "prompt" in details else len(settings.prompts)
         values["image"] = image
         filled = {self.fields[name]: value for name, value in values.items()}
         return {self.new_seed: False, self.upload: image, **filled, **self.steering.restored(files)}

@@ -16,9 +16,8 @@ from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
-from flux.studio.tabs.common import CONCURRENT
 from flux.studio.visits import GONE, unpack_mask
-from flux.studio.widgets import Changes, results
+from flux.studio.widgets import CONCURRENT, Changes, results
 
 INPUTS = ("image", "photo", "context", "fill", "control", "redux")  # fields that name uploaded images
 
@@ -31,12 +30,12 @@ class RestorableTab(Protocol):
         """The components that `restored` and `shown_again` change."""
         ...
 
-    def restored(self, settings: Any, said: Mapping[str, Any], files: "Files") -> Changes:
+    def restored(self, settings: Any, details: Mapping[str, Any], files: "Files") -> Changes:
         """Fills the form with these settings.
 
         Args:
             settings: The settings of an earlier run.
-            said: What an image says of itself: its "prompt", "seed" and "layers".
+            details: What an image says of itself, as far as it has them: "prompt", "seed" and "layers".
             files: The images that come with it.
         """
         ...
@@ -105,7 +104,7 @@ class History:
                 self.file = gr.DownloadButton("ZIP", visible="hidden", elem_id="zip-file")
             self.gallery = results("Your images", "history", columns=10)
             self.drop = gr.File(
-                label="Settings back from an image or run.json",
+                label="Settings back: drop a saved image or run.json",
                 file_count="single",
                 file_types=[".png", ".jpg", ".jpeg", ".json"],
                 type="filepath",
@@ -122,7 +121,7 @@ class History:
         images = [(str(path), run.captions[name]) for run, name, path in session.images()]
         return {self.gallery: gr.update(value=images, visible=bool(images))}
 
-    def wire(self, places: Mapping[str, HistoryPlace]) -> None:
+    def connect(self, places: Mapping[str, HistoryPlace]) -> None:
         """Lets images and files bring settings back to their tab. The tabs are named as by `_place_of`."""
         self._places = places
         every = list(places.values())
@@ -165,7 +164,7 @@ class History:
         """Brings back the settings in a file, and says what is not in it."""
         if not path:
             return {self.elsewhere: gr.skip()}
-        settings, said = read_back(Path(path))
+        settings, details = read_back(Path(path))
         if settings.model != self.studio.defaults.model:
             further = ": choose it above, then drop this again" * (settings.model in self.studio.models)
             toast(
@@ -174,11 +173,11 @@ class History:
             )
         if any(getattr(settings, name, None) for name in INPUTS):
             toast(gr.Info, "It began with an image that is not in the file: upload that again.")
-        mask = unpack_mask(said["mask"]) if "mask" in said else None
+        mask = unpack_mask(details["mask"]) if "mask" in details else None
         if getattr(settings, "mask", None) and mask is None:
             toast(gr.Info, "Its mask is not in the file: paint it again.")
         shown = None if path.endswith(".json") else Path(path)
-        return self._restored(settings, said, Files(mask=mask, shown=shown))
+        return self._restored(settings, details, Files(mask=mask, shown=shown))
 
     def pack(self, request: gr.Request) -> str:
         """Writes all images of this session into one file, and names it."""
@@ -188,16 +187,16 @@ class History:
 
     def _show(self, run: Run, name: str, path: Path) -> Changes:
         """Shows an image of this session, and fills the form of its tab."""
-        settings, said = read_back(path)
+        settings, details = read_back(path)
         files = Files.beside(path, settings, run.images.get("reference"))
         shown = self._place_of(settings).tab.shown_again(run, name)
-        return {**self._restored(settings, said, files), **shown}
+        return {**self._restored(settings, details, files), **shown}
 
-    def _restored(self, settings: ModelSettings, said: Mapping[str, Any], files: Files) -> Changes:
+    def _restored(self, settings: ModelSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Opens the tab of these settings, and fills its form."""
         place = self._place_of(settings)
         opened = {row: gr.Tabs(selected=tab) for row, tab in place.opened.items()}
-        return {self.elsewhere: "", **opened, **place.tab.restored(settings, said, files)}
+        return {self.elsewhere: "", **opened, **place.tab.restored(settings, details, files)}
 
     def _place_of(self, settings: ModelSettings) -> HistoryPlace:
         """Finds the tab that runs of this kind are made in.

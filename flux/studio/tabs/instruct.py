@@ -11,19 +11,21 @@ from flux.conditions.kontext import kontext_size
 from flux.errors import InputError
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import MOST_STRENGTH, Form, instruct_settings
+from flux.studio.form_values import MOST_STRENGTH, Form
+from flux.studio.forms import instruct_settings
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import SMALLEST, UNQUEUED, Examples
+from flux.studio.tabs.fields import SMALLEST, Examples, FormFields
 from flux.studio.tabs.history import Files
 from flux.studio.tabs.source import ImageSource
 from flux.studio.tabs.steered import SteeredTab
 from flux.studio.viewer import pair
-from flux.studio.widgets import Changes, held_image, results
+from flux.studio.widgets import UNQUEUED, Changes, held_image, results
 from flux.studio.words import about
 from flux.studio.work.generate import run_generate
 
+MOST_SHARED = 10  # steps that share one computation of the context
 EXAMPLES = ("make it night", "add a top hat", "replace the dog with a cat")
 
 
@@ -61,10 +63,10 @@ class InstructTab(SteeredTab):
                     label="Reference strength",
                     info=about("How clearly places of the context are told apart.", "context"),
                 )
-                self.fields |= self.add_settings(has_size=True)
-        self._wire_images()
+                self.fields |= {**self.add_settings(has_size=True), **_advanced()}
+        self._connect_images()
 
-    def _wire_images(self) -> None:
+    def _connect_images(self) -> None:
         """Lets an image that is uploaded or taken join the others."""
 
         def add(file: str | None, files: list[str]) -> Changes:
@@ -83,7 +85,7 @@ class InstructTab(SteeredTab):
             api_visibility="private",
         )
         joined.failure(lambda: (None, None), None, [self.source.upload, self.source.held], **UNQUEUED)
-        self.examples.wire([self.fields["prompt"]])
+        self.examples.connect([self.fields["prompt"]])
         self.clear.click(lambda: self.start_from([]), None, self.begun_with, **UNQUEUED)
 
     @property
@@ -126,10 +128,26 @@ class InstructTab(SteeredTab):
         )
 
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
-        """Brings back the context images, the size, and the strength."""
-        size = {self.fields[side]: getattr(settings, side) for side in ("width", "height")}
-        strength = {self.fields["reference_strength"]: min(settings.reference_strength, MOST_STRENGTH)}
-        return {**self.start_from([str(path) for path in files.all_of("context")]), **size, **strength}
+        """Brings back the context images, the size, and how the context is seen."""
+        values = {name: getattr(settings, name) for name in ("width", "height")}
+        values["reference_strength"] = min(settings.reference_strength, MOST_STRENGTH)
+        values["context_every"] = min(settings.context_every, MOST_SHARED)
+        filled = {self.fields[name]: value for name, value in values.items()}
+        return {**self.start_from([str(path) for path in files.all_of("context")]), **filled}
+
+
+def _advanced() -> FormFields:
+    """Makes the field of a choice that few edits need, folded."""
+    with gr.Accordion("Advanced", open=False, elem_id="instruct-advanced"):
+        shared = gr.Slider(
+            1,
+            MOST_SHARED,
+            1,
+            step=1,
+            label="Steps per look at the context",
+            info="Above 1, steps are faster, and images change.",
+        )
+    return {"context_every": shared}
 
 
 def _named(images: list[str]) -> list[tuple[str, str]]:

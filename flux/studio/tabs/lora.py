@@ -11,26 +11,20 @@ from gradio.utils import get_upload_folder
 
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import MOST_STRENGTH, SAMPLING, Form, lora_settings, notes_about
+from flux.studio.form_values import MOST_STRENGTH, Form
+from flux.studio.forms import SAMPLING, lora_settings, notes_about
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.sliders import add_slider_presets, facts_html, layer_sliders, sliders_value
 from flux.studio.state import Studio
-from flux.studio.tabs.common import (
-    UNQUEUED,
-    FormFields,
-    RunButton,
-    RunControls,
-    guidance_fields,
-    size_and_seed_fields,
-    wire_notes,
-)
+from flux.studio.tabs.fields import FormFields, connect_notes, guidance_fields, size_and_seed_fields
 from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownImage
-from flux.studio.tabs.steering import Steering
+from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.tabs.train import TrainPart
 from flux.studio.viewer import image_alone, pair, viewer
-from flux.studio.widgets import UNLISTED, Changes, preview, status_html
+from flux.studio.widgets import UNLISTED, UNQUEUED, Changes, preview, status_html
 from flux.studio.words import about
 from flux.studio.work.edit import known_layers
 from flux.studio.work.generate import steering_images
@@ -62,7 +56,7 @@ class LoraTab:
                     elem_id="lora-file",
                 )
                 held = gr.State(None)
-                self.steering = Steering(studio, "lora", first)
+                self.steering = SteeringImage(studio, "lora", first)
                 self.prompt = gr.Textbox(
                     PROMPT,
                     label="Prompt",
@@ -98,11 +92,11 @@ class LoraTab:
             fields = size_and_seed_fields(self.studio, seed=7)
             return {"weight": weight, "layers": self.sliders, **fields, **guidance_fields(self.studio)}
 
-    def wire(self, history: History) -> None:
+    def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.wire_stop()
-        self.steering.wire(self.fields)
-        self._wire_upload()
+        self.controls.connect_stop()
+        self.steering.connect(self.fields)
+        self._connect_upload()
 
         def settings_of(form: Form) -> ResolvedGenerate:
             self.steering.check(form)
@@ -121,10 +115,10 @@ class LoraTab:
                 yield update, shown
 
         run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        run.wire([self.go.click, self.prompt.submit], [*self._shown_parts, history.gallery])
-        wire_notes(self.fields, partial(notes_about, self.studio, lora_settings))
+        run.connect([self.go.click, self.prompt.submit], [*self._shown_parts, history.gallery])
+        connect_notes(self.fields, partial(notes_about, self.studio, lora_settings))
 
-    def _wire_upload(self) -> None:
+    def _connect_upload(self) -> None:
         """Lets an uploaded LoRA show its layers, and a wrong one leave what is shown."""
         held = self.fields["lora"]
         shown = [held, self.sliders, self.facts]
@@ -154,7 +148,7 @@ class LoraTab:
         kept.failure(lambda: None, None, self.upload, queue=False, **UNLISTED)
         self.upload.clear(forget, None, shown, queue=False, **UNLISTED)
         if self.train:
-            self.train.wire(show_trained, [*shown, self.upload])
+            self.train.connect(show_trained, [*shown, self.upload])
 
     @property
     def _shown_parts(self) -> list[Component]:
@@ -181,7 +175,7 @@ class LoraTab:
         form = dict.fromkeys([*self.steering.restorable, *form])
         return [*form, *self._shown_parts, self.controls.status]
 
-    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
+    def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fills the form with these settings, all but the LoRA and its layers."""
         first, lora = settings.prompts[0], settings.lora[-1]
         values = {name: getattr(settings, name) for name in SAMPLING}

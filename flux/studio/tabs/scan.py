@@ -11,31 +11,24 @@ import gradio as gr
 from flux.scan.layers import REFERENCE, layer_sets
 from flux.scan.sweep import image_path
 from flux.settings.resolved import ResolvedScan
-from flux.studio.engine import Update
-from flux.studio.forms import Form, notes_about, scan_settings
+from flux.studio.form_values import Form
+from flux.studio.forms import notes_about, scan_settings
+from flux.studio.progress import Update
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import (
-    UNQUEUED,
+from flux.studio.strip import layer_strip, strip_value
+from flux.studio.tabs.edit import EditTab
+from flux.studio.tabs.fields import (
     FormFields,
-    RunButton,
-    RunControls,
     add_presets,
+    connect_notes,
     size_and_seed_fields,
     true_cfg_slider,
-    wire_notes,
 )
-from flux.studio.tabs.edit import EditTab
-from flux.studio.tabs.steering import Steering
+from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, viewer
-from flux.studio.widgets import (
-    Changes,
-    download_button,
-    downloadable,
-    layer_strip,
-    results,
-    strip_value,
-)
+from flux.studio.widgets import UNQUEUED, Changes, download_button, downloadable, results
 from flux.studio.words import about
 from flux.studio.work.scan import Vital, read_vitality, run_scan, steered_scan
 
@@ -51,7 +44,7 @@ class ScanTab:
         self.studio, self.controls = studio, RunControls(studio, "scan")
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
-                self.steering = Steering(studio, "scan", first)
+                self.steering = SteeringImage(studio, "scan", first)
                 prompts = gr.Textbox(
                     PROMPTS,
                     label="Prompts",
@@ -111,10 +104,10 @@ class ScanTab:
     def _strip(self, on: Iterable[int]) -> dict[str, Any]:
         return strip_value(self.studio, on)
 
-    def wire(self, tabs: gr.Tabs, edit: EditTab) -> None:
+    def connect(self, tabs: gr.Tabs, edit: EditTab) -> None:
         """Connects the events; the set of layers that is found goes to the tab `edit` of `tabs`."""
-        self.controls.wire_stop()
-        self.steering.wire(self.fields)
+        self.controls.connect_stop()
+        self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedScan:
             self.steering.check(form)
@@ -135,8 +128,8 @@ class ScanTab:
         downloads = [self.send, self.vital, self.report]
         outputs = [self.plot, self.verdict, *downloads, self.layer, self.skipped, self.scanned]
         scan = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        scan.wire([self.go.click], outputs)
-        wire_notes(self.fields, partial(notes_about, self.studio, scan_settings))
+        scan.connect([self.go.click], outputs)
+        connect_notes(self.fields, partial(notes_about, self.studio, scan_settings))
         self.layer.change(images_without, [self.scanned, self.layer], self.skipped, **UNQUEUED)
         self.send.click(send, self.scanned, [tabs, edit.layers], **UNQUEUED)
 
@@ -147,9 +140,10 @@ class ScanTab:
         if isinstance(result, Path):
             return {self.plot: image_alone(result, PLOT), self.scanned: str(folder)}
         first = min(layers[0] for layers in layer_sets(settings.layers, self.studio.spec.num_layers))
-        layers = ", ".join(map(str, result.layers))
+        layers, images = ", ".join(map(str, result.layers)), len(settings.entries)
+        counted = f"{images} image{'s' * (images > 1)} per layer"
         return {
-            self.verdict: f"Vital: **{layers}**, found with {len(settings.entries)} images per layer.",
+            self.verdict: f"Vital: **{layers}**, found with {counted}.",
             self.send: gr.update(interactive=True),
             self.vital: downloadable(folder / "vital_layers.json"),
             self.report: downloadable(folder / "report.html"),

@@ -7,13 +7,12 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from flux.studio.engine import MadeImage, Update
+from flux.studio.progress import MadeImage, Update
 from flux.studio.repeat import as_command, as_python
 from flux.studio.sessions import Run
-from flux.studio.tabs.common import UNQUEUED
 from flux.studio.viewer import viewer
 from flux.studio.visits import existing_file, shown_run
-from flux.studio.widgets import Changes, download_button, downloadable, preview, results
+from flux.studio.widgets import UNQUEUED, Changes, download_button, downloadable, preview, results
 
 
 class ShownImage:

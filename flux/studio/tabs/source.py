@@ -6,8 +6,7 @@ import gradio as gr
 
 from flux.errors import InputError
 from flux.studio.state import Studio
-from flux.studio.tabs.common import CONCURRENT, UNQUEUED
-from flux.studio.widgets import image_input, results
+from flux.studio.widgets import CONCURRENT, UNQUEUED, image_input, results
 
 
 class ImageSource:

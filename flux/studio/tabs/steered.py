@@ -9,23 +9,17 @@ from gradio.components import Component
 
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import MadeImage, Update
-from flux.studio.forms import SAMPLING, Form, notes_about
+from flux.studio.form_values import Form
+from flux.studio.forms import SAMPLING, notes_about
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import (
-    CONCURRENT,
-    FormFields,
-    RunButton,
-    RunControls,
-    guidance_fields,
-    size_and_seed_fields,
-    wire_notes,
-)
+from flux.studio.tabs.fields import FormFields, connect_notes, guidance_fields, size_and_seed_fields
 from flux.studio.tabs.history import Files, History
+from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownRun
 from flux.studio.visits import existing_file
-from flux.studio.widgets import Changes, status_html
+from flux.studio.widgets import CONCURRENT, Changes, status_html
 
 
 class SteeredTab(ABC):
@@ -104,9 +98,9 @@ class SteeredTab(ABC):
 
     # ---- events
 
-    def wire(self, history: History) -> None:
+    def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.wire_stop()
+        self.controls.connect_stop()
 
         def work(
             session: Session, settings: ResolvedGenerate, form: Form
@@ -116,8 +110,8 @@ class SteeredTab(ABC):
                 yield update, shown | history.changes(session) if update.result else shown
 
         button = RunButton(self.studio, self.controls, self.fields, self.settings_of, work)
-        button.wire([self.go.click], [*self.shown.components, history.gallery])
-        wire_notes(
+        button.connect([self.go.click], [*self.shown.components, history.gallery])
+        connect_notes(
             self.fields, lambda form: notes_about(self.studio, lambda _, form: self.settings_of(form), form)
         )
 
@@ -138,13 +132,13 @@ class SteeredTab(ABC):
         parts = [*form, *self.begun_with, *self.shown.components, self.controls.status]
         return list(dict.fromkeys(parts))
 
-    def restored(self, settings: GenerateSettings, said: Mapping[str, Any], files: Files) -> Changes:
-        """Fills the form as for one image of these settings, or for all if `said` names none."""
+    def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
+        """Fills the form as for one image of these settings, or for all if `details` name none."""
         first = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
-        values["prompt"] = said.get("prompt", first.prompt)
-        values["seed"] = said.get("seed", first.seed)
-        values["count"] = 1 if "prompt" in said else len(settings.prompts)
+        values["prompt"] = details.get("prompt", first.prompt)
+        values["seed"] = details.get("seed", first.seed)
+        values["count"] = 1 if "prompt" in details else len(settings.prompts)
         filled = {self.fields[name]: value for name, value in values.items()}
         return {**filled, **self.restored_images(settings, files)}
 

@@ -10,13 +10,15 @@ from gradio.components import Component
 from gradio.utils import get_upload_folder
 
 from flux.settings.train import TrainSettings
-from flux.studio.engine import Update
-from flux.studio.forms import MOST_TRAINING_STEPS, Form, notes_about, train_settings
+from flux.studio.form_values import Form
+from flux.studio.forms import MOST_TRAINING_STEPS, notes_about, train_settings
 from flux.studio.hardening import TRAINING_IMAGES
+from flux.studio.progress import Update
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
-from flux.studio.tabs.common import FormFields, RunButton, RunControls, wire_notes
-from flux.studio.widgets import UNLISTED, Changes, results
+from flux.studio.tabs.fields import FormFields, connect_notes
+from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.widgets import UNLISTED, UNQUEUED, Changes, results
 from flux.studio.words import about
 from flux.studio.work.lora import HeldLora
 from flux.studio.work.train import Sample, keep_images, run_training
@@ -44,7 +46,6 @@ class TrainPart:
                 file_count="multiple",
                 file_types=[".png", ".jpg", ".jpeg", ".webp"],
                 type="filepath",
-                height=84,
                 elem_id="lora-images",
             )
             trigger = gr.Textbox(
@@ -78,7 +79,7 @@ class TrainPart:
         """Adds the gallery of samples, hidden as long as there are none."""
         self.samples = results("Samples of the training", "lora-samples", columns=2, zoomable=True)
 
-    def wire(self, show: Callable[[Session, HeldLora], Changes], outputs: list[Component]) -> None:
+    def connect(self, show: Callable[[Session, HeldLora], Changes], outputs: list[Component]) -> None:
         """Connects the events.
 
         Args:
@@ -114,6 +115,8 @@ class TrainPart:
         )
         kept.failure(lambda: (None, None), None, [self._upload, images], queue=False, **UNLISTED)
         self._upload.clear(lambda: None, None, images, queue=False, **UNLISTED)
+        # The status line and the samples may be out of sight here.
+        self._go.click(None, None, None, js="() => { studio.look(); }", **UNQUEUED)
         training = RunButton(self._studio, self._controls, self.fields, settings_of, work)
-        training.wire([self._go.click], [self.samples, *outputs])
-        wire_notes(self.fields, partial(notes_about, self._studio, train_settings))
+        training.connect([self._go.click], [self.samples, *outputs])
+        connect_notes(self.fields, partial(notes_about, self._studio, train_settings))

@@ -13,7 +13,8 @@ from flux.errors import InputError
 from flux.images.given import Images
 from flux.images.io import save_image
 from flux.settings.resolved import ResolvedEdit
-from flux.studio.engine import Engine, KeptReference, MadeImage, Progress, Update
+from flux.studio.engine import Engine, KeptReference
+from flux.studio.progress import MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.visits import pack_mask
@@ -45,7 +46,7 @@ def make_reference(
     Raises:
         InputError: The content filter objects to an image.
     """
-    layers, settings = _layers(settings), _without_mask_file(settings, conditions)
+    layers, settings = settings.named_layers, _without_mask_file(settings, conditions)
     given = [photo, *([*images_of(conditions), conditions.mask] if conditions else [])]
     pixels = [(image.mode, image.size, sha256(image.tobytes()).digest()) for image in given if image]
     key = (reference_fields(settings, photo is not None), pixels)
@@ -57,7 +58,7 @@ def make_reference(
     if photo is not None:
         engine.check(photo)
     inverted = settings.num_steps if photo is not None and settings.inverts else 0
-    progress.begin("reference", inverted + settings.num_steps, settings.width, settings.height)
+    progress.begin("drawing the reference", inverted + settings.num_steps, settings.width, settings.height)
     pipe = steered(engine, settings, conditions)
     reference = keep_reference(pipe, settings, layers, photo, on_step=progress.step_at, progress=False)
     engine.check(reference.image)
@@ -92,11 +93,11 @@ def make_edits(
     if conditions and conditions.mask:
         mask = conditions.mask
     # Whatever is wrong with the edits is said before minutes go into their reference.
-    check_edits(settings, _layers(settings), photo, mask)
+    check_edits(settings, settings.named_layers, photo, mask)
     check_prompts(engine.pipe, settings, [settings.prompt or ""])
     reference = make_reference(engine, settings, progress, photo, conditions)
     progress.emit(MadeImage("reference", reference.image, settings.prompt or "", settings.seed))
-    progress.begin("edits", settings.num_steps, settings.width, settings.height)
+    progress.begin("drawing the edits", settings.num_steps, settings.width, settings.height)
     images = edit_reference(
         steered(engine, settings, conditions),
         reference,
@@ -188,9 +189,3 @@ def known_layers(
 def _without_mask_file(settings: ResolvedEdit, conditions: ConditionImages | None) -> ResolvedEdit:
     """Returns settings that do not name the file in which a run keeps the mask of an image to fill."""
     return settings.model_copy(update={"mask": None}) if conditions and conditions.mask else settings
-
-
-def _layers(settings: ResolvedEdit) -> tuple[int, ...]:
-    if isinstance(settings.vital_layers, str):
-        raise TypeError("the page and the endpoints send a list of layers")
-    return settings.vital_layers

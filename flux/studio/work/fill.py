@@ -10,7 +10,7 @@ from flux.images.io import read_image, save_image
 from flux.images.outpaint import outpaint
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import MadeImage, Update
+from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.work.generate import fitted, run_generate, steering_images

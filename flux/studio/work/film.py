@@ -10,7 +10,8 @@ from flux.images.given import Images
 from flux.images.io import save_image
 from flux.runs.record import image_metadata
 from flux.settings.resolved import ResolvedLayer
-from flux.studio.engine import Engine, MadeImage, Progress, Update
+from flux.studio.engine import Engine
+from flux.studio.progress import MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.work.generate import steered

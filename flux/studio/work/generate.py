@@ -10,7 +10,8 @@ from flux.images.io import crop_to_fit
 from flux.images.sizes import TOKEN
 from flux.loaded_model import LoadedModel
 from flux.settings.resolved import ResolvedGenerate, ResolvedModel, SteeredSettings
-from flux.studio.engine import Engine, MadeImage, Progress, Update
+from flux.studio.engine import Engine
+from flux.studio.progress import MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 

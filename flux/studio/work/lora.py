@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from torch import nn
-
 from flux.conditions.images import read_conditions
 from flux.errors import InputError
 from flux.images.given import Images
@@ -28,16 +26,18 @@ from flux.model import Flux
 from flux.settings.demos import GenerateSettings, Lora
 from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedGenerate
-from flux.studio.engine import Engine, MadeImage, Progress, Update
+from flux.studio.engine import Engine
 from flux.studio.limits import uploaded_file
+from flux.studio.progress import MadeImage, Progress, Update
 from flux.studio.sessions import Run, Session, portable
 from flux.studio.state import Studio
 from flux.studio.work.generate import make_images, run_generate
 from flux.weights.checkpoint import open_checkpoint
 from flux.weights.load import on_meta
-from flux.weights.lora import match_patches, read_lora
+from flux.weights.lora import read_lora
 from flux.weights.lora_formats import LowRank
 from flux.weights.lora_patches import Patch
+from flux.weights.lora_places import match_patches
 
 HEADER_BYTES = 16 * 2**20
 """Longest header of an uploaded LoRA: as text in memory it takes many times its bytes."""
@@ -190,18 +190,15 @@ def lora_on(engine: Engine, lora: Lora) -> Iterator[None]:
 @contextmanager
 def _as_it_was(model: Flux, patches: list[Patch]) -> Iterator[None]:
     """Gives a transformer its own modules back, those that these changes replace, when the block ends."""
-    own: dict[str, nn.Module] = {}
-    for patch in patches:
-        module = own.setdefault(patch.place.module, model.get_submodule(patch.place.module))
-        if not _is_beside(patch):
-            # Such a change is written into the weights, also if it then fails half-way.
-            own[patch.place.module] = deepcopy(module)
+    own = {name: model.get_submodule(name) for name in {patch.place.module for patch in patches}}
+    # Changes that are no matrices of low rank are written into weights, which other models may use too.
+    for name in {patch.place.module for patch in patches if not _is_beside(patch)}:
+        model.set_submodule(name, deepcopy(own[name]))
     try:
         yield
     finally:
         for name, module in own.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module)
+            model.set_submodule(name, module)
 
 
 def _is_beside(patch: Patch) -> bool:

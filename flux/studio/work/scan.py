@@ -18,7 +18,8 @@ from flux.scan.run import ScanProgress, scan
 from flux.scan.sweep import sweep_settings
 from flux.settings.resolved import ResolvedScan
 from flux.specs import encoder_of
-from flux.studio.engine import Engine, Progress, Update
+from flux.studio.engine import Engine
+from flux.studio.progress import Progress, Update
 from flux.studio.sessions import Session, portable
 from flux.studio.state import Studio
 from flux.studio.work.generate import images_of, steering_images

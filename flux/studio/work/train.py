@@ -14,8 +14,8 @@ from flux.errors import InputError
 from flux.images.io import save_image, thumbnail
 from flux.lora.train import TrainProgress, train
 from flux.settings.train import TrainSettings
-from flux.studio.engine import Progress, Update
 from flux.studio.hardening import TRAINING_IMAGES
+from flux.studio.progress import Progress, Update
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
 from flux.studio.work.lora import HeldLora, hold_lora

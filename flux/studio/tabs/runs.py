@@ -1,52 +1,26 @@
-"""Parts that the tabs share: a run from click to end, and fields of the settings of every model."""
+"""A run of a tab, from click to end: its buttons, its progress, and how its form is read."""
 
 import html
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import randrange
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 
 import gradio as gr
-from gradio.components import Component, FormComponent
+from gradio.components import Component
 
 from flux.settings.demos import ModelSettings
-from flux.studio.engine import Update
-from flux.studio.forms import Form, texts_in, unseen_words
+from flux.studio.form_values import Form
+from flux.studio.forms import texts_in, unseen_words
+from flux.studio.progress import Update
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
-from flux.studio.widgets import UNLISTED, Changes, duration, status_html
-from flux.studio.words import about
+from flux.studio.tabs.fields import FormFields
+from flux.studio.widgets import CONCURRENT, UNLISTED, UNQUEUED, Changes, duration, status_html
 from flux.vocabulary import unknown_words
 
 S = TypeVar("S", bound=ModelSettings)
-FormFields = dict[str, Component]
-"""The components of a form, by the names of their values."""
-
-SMALLEST = 64  # side of an image in pixels, on the sliders
-SHAPES = {"1:1": 1, "4:3": 4 / 3, "3:4": 3 / 4, "16:9": 16 / 9, "9:16": 9 / 16}
-
-
-class Unqueued(TypedDict):
-    """Options of an event that is handled at once. An error in it is not shown."""
-
-    queue: Literal[False]
-    show_progress: Literal["hidden"]
-    api_visibility: Literal["private"]
-
-
-class Concurrent(TypedDict):
-    """Options of an event that does not wait for others. Only errors of queued events are shown."""
-
-    concurrency_limit: None
-    show_progress: Literal["hidden"]
-    api_visibility: Literal["private"]
-
-
-UNQUEUED: Unqueued = {"queue": False, **UNLISTED}
-CONCURRENT: Concurrent = {"concurrency_limit": None, **UNLISTED}
 
 
 class RunControls:
@@ -95,7 +69,7 @@ class RunControls:
         starting = {button: gr.update(interactive=not running) for button in self.start}
         return {**starting, self.stop: gr.update(interactive=running)}
 
-    def wire_stop(self) -> None:
+    def connect_stop(self) -> None:
         """Lets the stop button cancel the session's run."""
 
         def cancel(request: gr.Request) -> dict[str, Any]:
@@ -125,7 +99,7 @@ class RunButton(Generic[S]):
     work: Callable[[Session, S, Form], Iterator[tuple[Update, Changes]]]
     buttons: list[Component] = field(default_factory=list)
 
-    def wire(
+    def connect(
         self,
         triggers: Sequence[Callable[..., Any]],
         outputs: Sequence[Component],
@@ -199,19 +173,6 @@ def seed_of(new: bool, seed: float | None) -> float | None:
     return randrange(2**32) if new else seed
 
 
-# ---- notes and examples
-
-
-def kind_of_examples(studio: Studio) -> str:
-    """Names the examples that suit a model: "large", "small", or "steered" for small ones that need an image.
-
-    The image that such a model begins with shows a dog on the grass.
-    """
-    if studio.spec.folder is None:
-        return "large"
-    return "steered" if studio.spec.condition in ("control", "fill") else "small"
-
-
 def words_note(studio: Studio, settings: ModelSettings) -> str:
     """Renders the words of these settings that the model was not trained on, or does not see."""
     found: dict[str, list[str]] = {}
@@ -224,155 +185,3 @@ def words_note(studio: Studio, settings: ModelSettings) -> str:
     known = f"Not known to {studio.defaults.model}, and ignored: {', '.join(named)}"
     lines = [*[known] * bool(named), *map(html.escape, unseen_words(studio, settings))]
     return f'<div class="note">{"<br>".join(lines)}</div>' if lines else ""
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """Example values that fill a form at a click, without asking the server.
-
-    Attributes:
-        dataset: The list of examples on the page.
-        samples: The values of each example.
-    """
-
-    dataset: gr.Dataset
-    samples: Sequence[Sequence[Any]]
-
-    @classmethod
-    def of(cls, samples: Sequence[Sequence[Any]], labels: Sequence[str]) -> "Examples":
-        """Shows examples under these labels."""
-        hidden = [
-            gr.Textbox(visible=False) if isinstance(value, str) else gr.Number(visible=False)
-            for value in samples[0]
-        ]
-        dataset = gr.Dataset(
-            components=hidden,
-            samples=[list(sample) for sample in samples],
-            sample_labels=list(labels),
-            label="For example",
-            elem_classes="examples",
-        )
-        return cls(dataset, samples)
-
-    def wire(self, outputs: Sequence[Component], *more: Any) -> None:
-        """Lets a click fill the outputs with the example's values, then with `more`."""
-        js = f"index => [...{json.dumps(self.samples)}[index], ...{json.dumps(more)}]"
-        self.dataset.click(None, self.dataset, list(outputs), js=js, **UNQUEUED)
-
-
-# ---- fields of the settings
-
-
-def add_presets(
-    presets: Mapping[str, Iterable[int] | Callable[[gr.Request], dict[str, Any]]],
-    strip: gr.HTML,
-    value_of: Callable[[Iterable[int]], dict[str, Any]],
-) -> None:
-    """Adds one button per preset, which puts the preset's layers into a strip.
-
-    Args:
-        presets: The layers of each preset, or what makes the strip's value for a visitor, by the label of its
-            button.
-        strip: The strip of layers.
-        value_of: Makes the strip's value from layers.
-    """
-    with gr.Row(elem_classes="presets"):
-        for label, layers in presets.items():
-            button = gr.Button(label, size="sm", min_width=60)
-            value = layers if callable(layers) else partial(value_of, tuple(layers))
-            button.click(value, None, strip, **UNQUEUED)
-
-
-def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> FormFields:
-    """Makes fields for size, steps and seed, by the names of the settings; or without the size."""
-    size = size_fields(studio) if has_size else {}
-    steps = gr.Slider(
-        1,
-        studio.limits.steps,
-        studio.defaults.num_steps,
-        step=1,
-        label="Steps",
-        info="More are finer and take longer.",
-    )
-    number = gr.Number(seed, label="Seed", precision=0, info="The same seed repeats the image.")
-    return {**size, "num_steps": steps, "seed": number}
-
-
-def size_fields(studio: Studio) -> FormFields:
-    """Makes fields for the size, by the names of the settings."""
-    defaults, limits = studio.defaults, studio.limits
-    with gr.Row():
-        width = gr.Slider(SMALLEST, limits.side, defaults.width, step=16, label="Width", min_width=200)
-        height = gr.Slider(SMALLEST, limits.side, defaults.height, step=16, label="Height", min_width=200)
-    # The area is limited too: where one side grows too long, the other one yields.
-    fitting = f"(moved, other) => Math.min(other, Math.floor({limits.area} / moved / 16) * 16)"
-    width.input(None, [width, height], height, js=fitting, **UNQUEUED)
-    height.input(None, [height, width], width, js=fitting, **UNQUEUED)
-    with gr.Row(elem_classes="presets"):
-        for label, ratio in SHAPES.items():
-            shape = [round(studio.spec.size * side / 16) * 16 for side in (ratio**0.5, ratio**-0.5)]
-            button = gr.Button(label, size="sm", min_width=48)
-            button.click(None, None, [width, height], js=f"() => {shape}", **UNQUEUED)
-    return {"width": width, "height": height}
-
-
-def guidance_fields(studio: Studio) -> FormFields:
-    """Makes fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
-    distilled = studio.spec.params.guidance_embed
-    return {
-        "guidance": gr.Slider(
-            0,
-            max(10, 2 * studio.defaults.guidance),
-            studio.defaults.guidance,
-            step=0.1,
-            label="Guidance",
-            info=about("More follows the prompt more closely.", "guidance"),
-            visible=distilled,
-        ),
-        "true_cfg": true_cfg_slider(studio),
-        "negative_prompt": gr.Textbox(
-            label="Negative prompt",
-            info="What the image should not show. True CFG steers away from it.",
-            max_length=studio.limits.letters,
-        ),
-    }
-
-
-def true_cfg_slider(studio: Studio) -> gr.Slider:
-    """Makes the slider of true CFG."""
-    return gr.Slider(
-        1,
-        10,
-        studio.defaults.true_cfg,
-        step=0.1,
-        label="True CFG",
-        info=about("1 is off. More takes twice the time.", "guidance"),
-    )
-
-
-def wire_notes(fields: FormFields, notes_of: Callable[[Form], Mapping[str, str]]) -> None:
-    """Says beside a field what is wrong with its value, or why it has no effect, whenever one changes.
-
-    Args:
-        fields: The components of a form. Those that have a line below their label show the notes there.
-        notes_of: Finds what is to be said, by the names of the fields.
-    """
-    usual = {name: field.info for name, field in fields.items() if isinstance(field, FormComponent)}
-    read = [name for name in fields if name != "mask"]  # no note is about it, and it is large
-
-    def note(*values: Any) -> list[dict[str, Any]]:
-        notes = notes_of(dict(zip(read, values, strict=True)))
-        return [
-            gr.update(info=f"**{html.escape(notes[name])}**" if name in notes else line or "")
-            for name, line in usual.items()
-        ]
-
-    inputs: list[Any] = [fields[name] for name in read]
-    gr.on(
-        [field.change for field in inputs],
-        note,
-        inputs,
-        [fields[name] for name in usual],
-        trigger_mode="always_last",
-        **UNQUEUED,
-    )

@@ -13,14 +13,14 @@ from PIL import Image
 from flux.errors import InputError
 from flux.images.io import thumbnail
 from flux.images.sizes import natural_size
-from flux.studio.forms import MOST_STRENGTH, Form
+from flux.studio.form_values import MOST_STRENGTH, Form
 from flux.studio.painter import painted_mask
 from flux.studio.state import Studio
-from flux.studio.tabs.common import SMALLEST, UNQUEUED, FormFields
+from flux.studio.tabs.fields import SMALLEST, FormFields
 from flux.studio.tabs.history import Files
 from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.source import ImageSource
-from flux.studio.widgets import Changes, held_image
+from flux.studio.widgets import UNQUEUED, Changes, held_image
 
 LABELS = {
     "canny": "Image whose edges it has",
@@ -31,7 +31,7 @@ LABELS = {
 ABOUT_MASK = "Paint over what is painted anew. All other pixels stay exactly as they are."
 
 
-class Steering:
+class SteeringImage:
     """An image that steers a tab's runs. A model that needs none adds nothing.
 
     Attributes:
@@ -69,7 +69,7 @@ class Steering:
             self.canvas = MaskCanvas(first, f"{tab}-mask", ABOUT_MASK, is_open=True)
             self.fields["mask"] = self.canvas.painter
 
-    def wire(self, fields: FormFields) -> None:
+    def connect(self, fields: FormFields) -> None:
         """Gives a tab's images the size of the image, and lets its mask be painted on it.
 
         Args:

@@ -1,0 +1,184 @@
+"""The fields that several tabs have, by the names of the settings, with their notes and examples."""
+
+import html
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component, FormComponent
+
+from flux.studio.form_values import Form
+from flux.studio.state import Studio
+from flux.studio.widgets import UNQUEUED
+from flux.studio.words import about
+
+FormFields = dict[str, Component]
+"""The components of a form, by the names of their values."""
+
+SMALLEST = 64  # side of an image in pixels, on the sliders
+SHAPES = {"1:1": 1, "4:3": 4 / 3, "3:4": 3 / 4, "16:9": 16 / 9, "9:16": 9 / 16}
+
+
+def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> FormFields:
+    """Makes fields for size, steps and seed, by the names of the settings; or without the size."""
+    size = size_fields(studio) if has_size else {}
+    steps = gr.Slider(
+        1,
+        studio.limits.steps,
+        studio.defaults.num_steps,
+        step=1,
+        label="Steps",
+        info="More are finer and take longer.",
+    )
+    number = gr.Number(seed, label="Seed", precision=0, info="The same seed repeats the image.")
+    return {**size, "num_steps": steps, "seed": number}
+
+
+def size_fields(studio: Studio) -> FormFields:
+    """Makes fields for the size, by the names of the settings."""
+    defaults, limits = studio.defaults, studio.limits
+    with gr.Row():
+        width = gr.Slider(SMALLEST, limits.side, defaults.width, step=16, label="Width", min_width=200)
+        height = gr.Slider(SMALLEST, limits.side, defaults.height, step=16, label="Height", min_width=200)
+    # The area is limited too: where one side grows too long, the other one yields.
+    fitting = f"(moved, other) => Math.min(other, Math.floor({limits.area} / moved / 16) * 16)"
+    width.input(None, [width, height], height, js=fitting, **UNQUEUED)
+    height.input(None, [height, width], width, js=fitting, **UNQUEUED)
+    with gr.Row(elem_classes="presets"):
+        for label, ratio in SHAPES.items():
+            shape = [round(studio.spec.size * side / 16) * 16 for side in (ratio**0.5, ratio**-0.5)]
+            button = gr.Button(label, size="sm", min_width=48)
+            button.click(None, None, [width, height], js=f"() => {shape}", **UNQUEUED)
+    return {"width": width, "height": height}
+
+
+def guidance_fields(studio: Studio) -> FormFields:
+    """Makes fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
+    distilled = studio.spec.params.guidance_embed
+    return {
+        "guidance": gr.Slider(
+            0,
+            max(10, 2 * studio.defaults.guidance),
+            studio.defaults.guidance,
+            step=0.1,
+            label="Guidance",
+            info=about("More follows the prompt more closely.", "guidance"),
+            visible=distilled,
+        ),
+        "true_cfg": true_cfg_slider(studio),
+        "negative_prompt": gr.Textbox(
+            label="Negative prompt",
+            info="What the image should not show. True CFG steers away from it.",
+            max_length=studio.limits.letters,
+        ),
+    }
+
+
+def true_cfg_slider(studio: Studio) -> gr.Slider:
+    """Makes the slider of true CFG."""
+    return gr.Slider(
+        1,
+        10,
+        studio.defaults.true_cfg,
+        step=0.1,
+        label="True CFG",
+        info=about("1 is off. More takes twice the time.", "guidance"),
+    )
+
+
+def connect_notes(fields: FormFields, notes_of: Callable[[Form], Mapping[str, str]]) -> None:
+    """Says beside a field what is wrong with its value, or why it has no effect, whenever one changes.
+
+    Args:
+        fields: The components of a form. Those that have a line below their label show the notes there.
+        notes_of: Finds what is to be said, by the names of the fields.
+    """
+    usual = {name: field.info for name, field in fields.items() if isinstance(field, FormComponent)}
+    read = [name for name in fields if name != "mask"]  # no note is about it, and it is large
+
+    def note(*values: Any) -> list[dict[str, Any]]:
+        notes = notes_of(dict(zip(read, values, strict=True)))
+        return [
+            gr.update(info=f"**{html.escape(notes[name])}**" if name in notes else line or "")
+            for name, line in usual.items()
+        ]
+
+    inputs: list[Any] = [fields[name] for name in read]
+    gr.on(
+        [field.change for field in inputs],
+        note,
+        inputs,
+        [fields[name] for name in usual],
+        trigger_mode="always_last",
+        **UNQUEUED,
+    )
+
+
+# ---- presets and examples
+
+
+def add_presets(
+    presets: Mapping[str, Iterable[int] | Callable[[gr.Request], dict[str, Any]]],
+    strip: gr.HTML,
+    value_of: Callable[[Iterable[int]], dict[str, Any]],
+) -> None:
+    """Adds one button per preset, which puts the preset's layers into a strip.
+
+    Args:
+        presets: The layers of each preset, or what makes the strip's value for a visitor, by the label of its
+            button.
+        strip: The strip of layers.
+        value_of: Makes the strip's value from layers.
+    """
+    with gr.Row(elem_classes="presets"):
+        for label, layers in presets.items():
+            button = gr.Button(label, size="sm", min_width=60)
+            value = layers if callable(layers) else partial(value_of, tuple(layers))
+            button.click(value, None, strip, **UNQUEUED)
+
+
+def kind_of_examples(studio: Studio) -> str:
+    """Names the examples that suit a model: "large", "small", or "steered" for small ones that need an image.
+
+    The image that such a model begins with shows a dog on the grass.
+    """
+    if studio.spec.folder is None:
+        return "large"
+    return "steered" if studio.spec.condition in ("control", "fill") else "small"
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Example values that fill a form at a click, without asking the server.
+
+    Attributes:
+        dataset: The list of examples on the page.
+        samples: The values of each example.
+    """
+
+    dataset: gr.Dataset
+    samples: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sequence[Any]], labels: Sequence[str]) -> "Examples":
+        """Shows examples under these labels."""
+        hidden = [
+            gr.Textbox(visible=False) if isinstance(value, str) else gr.Number(visible=False)
+            for value in samples[0]
+        ]
+        dataset = gr.Dataset(
+            components=hidden,
+            samples=[list(sample) for sample in samples],
+            sample_labels=list(labels),
+            label="For example",
+            elem_classes="examples",
+        )
+        return cls(dataset, samples)
+
+    def connect(self, outputs: Sequence[Component], *more: Any) -> None:
+        """Lets a click fill the outputs with the example's values, then with `more`."""
+        js = f"index => [...{json.dumps(self.samples)}[index], ...{json.dumps(more)}]"
+        self.dataset.click(None, self.dataset, list(outputs), js=js, **UNQUEUED)
