@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import InputError
-from flux.math import Runs
+from flux.math import TokenCounts
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,16 +114,28 @@ class Inputs:
     guidance: Tensor | None = None
     condition: Condition = field(default_factory=Condition)
 
-    def at_tokens(self, places: Tensor) -> "Inputs":
-        """The inputs of the noise tokens at these places, "M", and of all context tokens."""
-        condition = self.condition.at_tokens(places)
-        return replace(self, img=self.img[:, places], img_ids=self.img_ids[:, places], condition=condition)
-
     def __post_init__(self):
         if self.img.ndim != 3 or self.txt.ndim != 3:
             raise ValueError(
                 f"Input img and txt tensors must have 3 dimensions, got {self.img.ndim} and {self.txt.ndim}"
             )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that are given, by name."""
+        of_condition = {f"condition.{name}": x for name, x in vars(self.condition).items()}
+        named = vars(self) | of_condition
+        return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same with each tensor changed."""
+        changed = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed, condition=self.condition.map(change))
+
+    def at_tokens(self, places: Tensor) -> "Inputs":
+        """The inputs of the noise tokens at these places, "M", and of all context tokens."""
+        condition = self.condition.at_tokens(places)
+        return replace(self, img=self.img[:, places], img_ids=self.img_ids[:, places], condition=condition)
 
     def check(self, in_channels: int) -> None:
         """Raise InputError if the condition does not fit the latent, or a model of so many channels."""
@@ -148,11 +160,11 @@ class Inputs:
             raise InputError("Got context tokens without positions, or the reverse: give both")
 
     @property
-    def runs(self) -> Runs:
+    def counts(self) -> TokenCounts:
         """The number of tokens of each kind."""
         of_condition = self.condition.txt, self.condition.context
         image_txt, context = (0 if x is None else x.shape[1] for x in of_condition)
-        return Runs(self.txt.shape[1], image_txt, self.img.shape[1], context)
+        return TokenCounts(self.txt.shape[1], image_txt, self.img.shape[1], context)
 
     @property
     def img_in(self) -> Tensor:

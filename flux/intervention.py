@@ -14,7 +14,7 @@ from flux.math import (
     PartialParts,
     Parts,
     QueriesKeysValues,
-    Runs,
+    TokenCounts,
     choose_tokens,
 )
 
@@ -39,6 +39,11 @@ class FreeTokens:
         """The tokens where `mask` is true, "I", still without keys and values of the others."""
         computed, others = (x.nonzero()[:, 0] for x in (mask, ~mask))
         return cls(computed, others)
+
+    def in_place(self, velocity: Tensor, num_img: int) -> Tensor:
+        """Place the velocity of the computed tokens, "B M c", among all tokens, "B I c". Others have 0."""
+        batch, _, channels = velocity.shape
+        return velocity.new_zeros(batch, num_img, channels).index_copy(1, self.computed, velocity)
 
     def kv_at(self, layer: int, batch: int) -> KeysValues:
         """Keys and values of all tokens in one layer, for a batch of so many rows."""
@@ -178,17 +183,20 @@ class Intervention:
             return plain
         parts = [None if x is None else rows_to_batch(x, batch) for x in self.inject[layer]]
         k, v, queries = parts if len(parts) == 3 else (*parts, None)
-        edit = replace(plain, kv=None if k is None and v is None else (k, v), queries=queries)
-        weight = self.inject_weights.get(layer, 1.0)
-        if not isinstance(weight, Tensor) and weight == 1:
-            return edit
+        kv = None if k is None and v is None else (k, v)
         like = next(x for x in parts if x is not None)
+        return replace(plain, kv=kv, queries=queries, kv_weight=self._weight_at(layer, batch, like))
+
+    def _weight_at(self, layer: int, batch: int, like: Tensor) -> Tensor | None:
+        """The weight of what is injected in one layer, in a shape that broadcasts to "B H I D".
+
+        It has the device and dtype of `like`. If None, the injected ones replace the row's own.
+        """
+        weight = self.inject_weights.get(layer, 1.0)
         if isinstance(weight, Tensor):
-            weight = rows_to_batch(weight, batch).to(like)[:, None, :, None]
-        else:
-            # A tensor, since compiled blocks would be compiled anew for each number.
-            weight = like.new_full((1, 1, 1, 1), weight)
-        return replace(edit, kv_weight=weight)
+            return rows_to_batch(weight, batch).to(like)[:, None, :, None]
+        # A tensor, since compiled blocks would be compiled anew for each number.
+        return None if weight == 1 else like.new_full((1, 1, 1, 1), weight)
 
     def at_tokens(self, places: Tensor) -> "Intervention":
         """The same with what is injected restricted to the image tokens at these places, "M"."""
@@ -312,22 +320,27 @@ class Recorded:
     watched: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     context: dict[int, KeysValues] = field(default_factory=dict)
 
-    def add(self, intervention: Intervention, layer: int, runs: Runs, qkv: QueriesKeysValues | None) -> None:
+    def add(
+        self, intervention: Intervention, layer: int, counts: TokenCounts, qkv: QueriesKeysValues | None
+    ) -> None:
         """Store what the intervention asks for of a layer's queries, keys and values."""
         if qkv is None:
             return
         q, k, v = qkv
+        txt_q, _, img_q, _ = q.split(counts, dim=2)
+        txt_k, image_txt_k, img_k, context_k = k.split(counts, dim=2)
+        _, _, img_v, context_v = v.split(counts, dim=2)
         if layer in intervention.keep:
-            parts = (k, v, q) if layer in intervention.keep_queries else (k, v)
-            self.kept[layer] = tuple(_copy(x.split(runs, dim=2)[2]) for x in parts)
-        if intervention.keep_context and runs.context:
-            self.context[layer] = (_copy(k.split(runs, dim=2)[3]), _copy(v.split(runs, dim=2)[3]))
+            parts = (img_k, img_v, img_q) if layer in intervention.keep_queries else (img_k, img_v)
+            self.kept[layer] = tuple(map(_copy, parts))
+        if intervention.keep_context and counts.context:
+            self.context[layer] = (_copy(context_k), _copy(context_v))
         if layer in intervention.watch:
-            (txt, _, img, _), (k_txt, image_txt, k_img, context) = q.split(runs, 2), k.split(runs, 2)
-            if not runs.context and layer in intervention.inject_context:
-                context = rows_to_batch(intervention.inject_context[layer][0], len(k))
-            if runs.image_txt or context.shape[2]:
-                q, k = torch.cat((txt, img), 2), torch.cat((k_txt, k_img, image_txt, context), 2)
+            if not counts.context and layer in intervention.inject_context:
+                context_k = rows_to_batch(intervention.inject_context[layer][0], len(k))
+            if counts.image_txt or context_k.shape[2]:
+                q = torch.cat((txt_q, img_q), dim=2)
+                k = torch.cat((txt_k, img_k, image_txt_k, context_k), dim=2)
             self.watched[layer] = (q, k)
 
     def rows(self, rows: slice) -> "Recorded":

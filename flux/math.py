@@ -46,7 +46,7 @@ class Exchange(Protocol):
         ...
 
 
-class Runs(NamedTuple):
+class TokenCounts(NamedTuple):
     """The number of tokens of each kind, in the order in which they stand in a sequence.
 
     Attributes:

@@ -211,34 +211,25 @@ class Flux(nn.Module):
             ValueError: The model needs a guidance scale and got none.
             InputError: The intervention does not fit the model or the batch.
         """
-        whole, free, batch = inputs.img, intervention.free, len(inputs.img)
+        batch, num_img = inputs.img.shape[:2]
         inputs.check(self.in_channels)
-        intervention.check(self.num_layers, batch, whole.shape[1], inputs.runs.context)
+        intervention.check(self.num_layers, batch, num_img, inputs.counts.context)
         first_layer = 0 if start is None else start.layer
         if not intervention.needs_context(range(first_layer, self.num_layers)):
             inputs = replace(inputs, condition=inputs.condition.without_context())
-            start = start and start.cut(whole.shape[1])
+            start = start and start.cut(num_img)
+        free = intervention.free
         if free is not None:
             inputs, intervention = inputs.at_tokens(free.computed), intervention.at_tokens(free.computed)
         modulation = self._modulation(inputs) if mods is None else mods.__getitem__
         streams = self._embed(inputs) if start is None else start.expanded(batch)
         recorded = Recorded()
         passing = self._layers(inputs, streams, modulation, intervention, recorded, exchange)
-        num_img = inputs.img.shape[1]
-        # Context tokens have no velocity.
-        first, images = streams.img[:, :num_img], (streams.img[:, :num_img] for streams in passing)
-        if cache is not None and start is None and intervention.is_plain:
-            img = cache.image_out(first, images)
-        else:
-            img = first
-            for img in images:  # noqa: B007  (only the last one matters)
-                pass
+        if start is not None or not intervention.is_plain:
+            cache = None
+        img = _last_image(streams, passing, inputs.img.shape[1], cache)
         velocity = self.final_layer(img, mod=modulation(self.num_layers))
-        if free is not None:
-            velocity = velocity.new_zeros(*whole.shape[:2], self.out_channels).index_copy(
-                1, free.computed, velocity
-            )
-        return velocity, recorded
+        return velocity if free is None else free.in_place(velocity, num_img), recorded
 
     def streams(
         self, inputs: Inputs, mods: Sequence[Tensor] | None = None, exchange: Exchange | None = None
@@ -284,7 +275,7 @@ class Flux(nn.Module):
         if inputs.condition.context_strength != 1:
             # A tensor, since compiled blocks would be compiled anew for each number.
             strength = inputs.img.new_full((1, 1, 1, 1), inputs.condition.context_strength)
-        return AttentionEdit(exchange=exchange, num_context=inputs.runs.context, context_strength=strength)
+        return AttentionEdit(exchange=exchange, num_context=inputs.counts.context, context_strength=strength)
 
     def _layers(
         self,
@@ -296,7 +287,7 @@ class Flux(nn.Module):
         exchange: Exchange | None = None,
     ) -> Iterator[Streams]:
         """Yield the streams out of each layer, from the one that `streams` enter; fill `recorded`."""
-        img, txt, runs = streams.img, streams.txt, inputs.runs
+        img, txt, counts = streams.img, streams.txt, inputs.counts
         plain, pe = self._plain_edit(inputs, exchange), self.pe_embedder(inputs.ids)
         batch, num_txt, num_double = img.shape[0], txt.shape[1], len(self.double_blocks)
 
@@ -309,7 +300,7 @@ class Flux(nn.Module):
             if not skip.everywhere:
                 edit = intervention.edit_at(layer, batch, plain)
                 new_img, new_txt, qkv = double_blocks[layer].run(img, txt, modulation(layer), pe, edit)
-                recorded.add(intervention, layer, runs, qkv)
+                recorded.add(intervention, layer, counts, qkv)
                 img, txt = skip.apply(img, new_img), skip.apply(txt, new_txt)
             yield Streams(layer + 1, img, txt)
 
@@ -319,9 +310,23 @@ class Flux(nn.Module):
             if not skip.everywhere:
                 edit = intervention.edit_at(layer, batch, plain)
                 new_x, qkv = single_blocks[layer - num_double].run(x, modulation(layer), pe, num_txt, edit)
-                recorded.add(intervention, layer, runs, qkv)
+                recorded.add(intervention, layer, counts, qkv)
                 x = skip.apply(x, new_x)
             yield Streams(layer + 1, x[:, num_txt:], x[:, :num_txt])
+
+
+def _last_image(first: Streams, passing: Iterator[Streams], num_img: int, cache: StepCache | None) -> Tensor:
+    """Compute the layers, and return the noise tokens out of the last one, "B I C".
+
+    The context tokens behind them have no velocity.
+    """
+    images = (streams.img[:, :num_img] for streams in passing)
+    img = first.img[:, :num_img]
+    if cache is not None:
+        return cache.image_out(img, images)
+    for img in images:  # noqa: B007  (only the last one matters)
+        pass
+    return img
 
 
 class FluxLoraWrapper(Flux):

@@ -25,7 +25,7 @@ from torch import Tensor
 from flux.errors import InputError, launched
 from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, FreeTokens, Intervention, Recorded
-from flux.math import KeysValues, Runs, choose_tokens
+from flux.math import KeysValues, TokenCounts, choose_tokens
 from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
@@ -239,8 +239,8 @@ class SequenceParallelFlux:
         if intervention.free is not None:
             return self._observe_free(inputs, intervention, intervention.free, mods)
         shard, gather = self.group.shard, self.group.gather
-        runs = inputs.runs
-        txt, image_txt, img, context = runs
+        counts = inputs.counts
+        txt, image_txt, img, context = counts
         weights = {
             layer: shard(weight) if isinstance(weight, Tensor) else weight
             for layer, weight in intervention.inject_weights.items()
@@ -251,7 +251,7 @@ class SequenceParallelFlux:
             start=start,
             mods=mods,
             cache=cache,
-            exchange=self._exchange(runs, intervention, self.group.sizes(*runs)),
+            exchange=self._exchange(counts, intervention, self.group.sizes(*counts)),
         )
         watched = {
             layer: (gather(q, 2, txt, img), gather(k, 2, txt, img, image_txt, context))
@@ -267,8 +267,8 @@ class SequenceParallelFlux:
         ends = torch.tensor(self.group.sizes(num_img), device=free.others.device).cumsum(0)
         owners = torch.searchsorted(ends, free.others, right=True)
         held = owners.bincount(minlength=self.group.count).tolist()
-        runs = inputs.runs._replace(img=len(free.computed))
-        tokens = tuple(map(sum, zip(self.group.sizes(*runs), held)))
+        counts = inputs.counts._replace(img=len(free.computed))
+        tokens = tuple(map(sum, zip(self.group.sizes(*counts), held)))
         if not intervention.needs_context(range(self.model.num_layers)):
             held = [0] * self.group.count  # where no context token is computed, they come last
         start = ends[self.group.rank] - self.group.sizes(num_img)[self.group.rank]
@@ -287,37 +287,41 @@ class SequenceParallelFlux:
             replace(part, img=inputs.img, img_ids=inputs.img_ids, condition=condition),
             replace(intervention, inject=inject, free=own),
             mods=mods,
-            exchange=self._exchange(runs, intervention, tokens, held),
+            exchange=self._exchange(counts, intervention, tokens, held),
         )
         return self.group.total(velocity), recorded
 
     def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
         """See `Flux.streams`. The streams are those of this process's share."""
-        exchange = self._exchange(inputs.runs, NOTHING, self.group.sizes(*inputs.runs))
+        exchange = self._exchange(inputs.counts, NOTHING, self.group.sizes(*inputs.counts))
         return self.model.streams(self._shard(inputs), mods, exchange)
 
     def _exchange(
-        self, runs: Runs, intervention: Intervention, tokens: tuple[int, ...], behind: Sequence[int] = ()
+        self,
+        counts: TokenCounts,
+        intervention: Intervention,
+        tokens: tuple[int, ...],
+        behind: Sequence[int] = (),
     ) -> AllGatherKV:
         """The exchange of a pass.
 
         Args:
-            runs: Number of tokens of each kind of all processes.
+            counts: Number of tokens of each kind of all processes.
             intervention: The pass's own.
             tokens: Number of tokens that each process holds.
             behind: Number of these that come after its context tokens. If empty, none do.
         """
         visible = None
-        if intervention.hide_context and runs.context:
+        if intervention.hide_context and counts.context:
             seen: list[bool] = []
-            contexts = self.group.sizes(runs.context)
+            contexts = self.group.sizes(counts.context)
             for own, context, after in zip_longest(tokens, contexts, behind, fillvalue=0):
                 seen += [True] * (own - context - after) + [False] * context + [True] * after
             visible = torch.tensor(seen).nonzero()[:, 0].to(next(self.model.parameters()).device)
-        return AllGatherKV(self.group, tokens, runs.context, visible)
+        return AllGatherKV(self.group, tokens, counts.context, visible)
 
     def _shard(self, inputs: Inputs) -> Inputs:
-        context, strength = inputs.runs.context, inputs.condition.context_strength
+        context, strength = inputs.counts.context, inputs.condition.context_strength
         if 0 < context < self.group.count and strength != 1:
             raise InputError(
                 f"Got the context strength {strength:g} for {context} context tokens on {self.group.count} "

@@ -103,6 +103,10 @@ class Conditioning:
             return self
         return replace(self, modulations=Modulations.of(model, timesteps, self))
 
+    def modulations_at(self, t: float) -> list[Tensor] | None:
+        """Each layer's modulations at noise level t, if they were computed in advance."""
+        return None if self.modulations is None else self.modulations.at(t)
+
     def expanded(self, batch: int) -> "Conditioning":
         """Expand a single row to the whole batch."""
         return replace(

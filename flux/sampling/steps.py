@@ -59,16 +59,12 @@ def model_inputs(img: Tensor, img_ids: Tensor, cond: Conditioning, t: float) -> 
     return Inputs(img, ids, cond.txt, cond.txt_ids, levels, cond.vec, cond.guidance, cond.condition)
 
 
-def _modulations_at(cond: Conditioning, t: float) -> list[Tensor] | None:
-    return cond.modulations.at(t) if cond.modulations else None
-
-
 def streams(
     model: VelocityModel, img: Tensor, img_ids: Tensor, cond: Conditioning, t: float
 ) -> list[Passes[Streams]]:
     """The streams into each layer at noise level t, for each pass."""
     passes = Passes(cond, cond.negative).map(
-        lambda cond: model.streams(model_inputs(img, img_ids, cond, t), _modulations_at(cond, t))
+        lambda cond: model.streams(model_inputs(img, img_ids, cond, t), cond.modulations_at(t))
     )
     return [Passes(*each) for each in zip(*passes)]
 
@@ -102,28 +98,25 @@ def euler_step(
     """
     if context is not None:
         context.begin_step()
+    if cond.negative is not None:
+        cache = None
 
     def observe(
-        img: Tensor,
-        cond: Conditioning,
-        intervention: Intervention,
-        start: Streams | None,
-        cache: StepCache | None = None,
-        number: int = 0,
+        img: Tensor, cond: Conditioning, intervention: Intervention, start: Streams | None, number: int = 0
     ) -> tuple[Tensor, Recorded]:
-        inputs, mods = model_inputs(img, img_ids, cond, t), _modulations_at(cond, t)
+        inputs, mods = model_inputs(img, img_ids, cond, t), cond.modulations_at(t)
         if context is None:
             return model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
         return context.observe(model, inputs, intervention, number, start=start, mods=mods)
 
     each = intervention if isinstance(intervention, Passes) else Passes(intervention)
-    first, second = (start.positive, start.negative) if start else (None, None)
+    starts = (start.positive, start.negative) if start else (None, None)
     if cond.negative is None:
-        velocity, recorded = observe(img, cond, each.positive, first, cache)
+        velocity, recorded = observe(img, cond, each.positive, starts[0])
         found = Passes(recorded)
     else:
         both = each.positive, each.negative or replace(each.positive, watch=frozenset())
-        velocity, away, found = _both_passes(observe, img, (cond, cond.negative), both, (first, second))
+        velocity, away, found = _both_passes(observe, img, (cond, cond.negative), both, starts)
         velocity = guided(img, t, velocity, away, cond)
     kept, of_context = found.map(lambda each: each.kept), found.map(lambda each: each.context)
     return Step(t, t_next, img, velocity, kept, found.positive.watched, of_context)
