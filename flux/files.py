@@ -84,22 +84,22 @@ def _remove_if_empty(path: Path) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes indented JSON. Raises InputError as `write_bytes`."""
+    """Write indented JSON. Raises InputError as `write_bytes`."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file. Raises InputError as `write_bytes`."""
+    """Write a UTF-8 text file. Raises InputError as `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all. Raises InputError as `write_file`."""
+    """Write a file whole or not at all. Raises InputError as `write_file`."""
     write_file(path, lambda partial: partial.write_bytes(data))
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes a file, and its folder if there is none. At any moment, either the old or the new file is there.
+    """Write a file, and its folder if there is none. At any moment, either the old or the new file is there.
 
     Args:
         path: The file.

@@ -36,9 +36,6 @@ SHEET_COLUMNS = 6
 
 S = TypeVar("S", bound=ResolvedModel)
 
-Inputs = Mapping[str, Images]
-"""Images that a program handed over rather than a file, by the field of the settings that would name it."""
-
 
 class Result:
     """The result of a call. A notebook shows it as an image, and `save` writes it to a folder."""
@@ -84,7 +81,7 @@ class ImagesResult(Result):
     settings: ResolvedGenerate
     images: list[Image.Image]
     timings: Mapping[str, float] = field(default_factory=dict)
-    inputs: Inputs = field(default_factory=dict)
+    inputs: Mapping[str, Images] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = f"{self.settings.width}x{self.settings.height}"
@@ -149,7 +146,7 @@ class FilmResult(Result):
     film: Film
     sheets: dict[str, Image.Image]
     timings: Mapping[str, float] = field(default_factory=dict)
-    inputs: Inputs = field(default_factory=dict)
+    inputs: Mapping[str, Images] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         layers = f", layers {layer_ranges(self.settings.layers)}" if self.settings.layers else ""
@@ -224,7 +221,7 @@ class EditResult(Result):
     edits: list[Image.Image]
     timings: Mapping[str, float] = field(default_factory=dict)
     evaluations: int = 0
-    inputs: Inputs = field(default_factory=dict)
+    inputs: Mapping[str, Images] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         source = "a photograph" if self.settings.photo else f"{self.settings.prompt!r:.60}"
@@ -345,10 +342,10 @@ class ScanResult(SkipResult):
 # ---- folders
 
 
-def _saved_in(folder: str | Path, settings: S, inputs: Inputs | None = None) -> S:
+def _saved_in(folder: str | Path, settings: S, inputs: Mapping[str, Images]) -> S:
     """Return the settings with this folder as theirs, and write the images that no file held into it."""
     files: dict[str, str | tuple[str, ...]] = {}
-    for field_name, given in (inputs or {}).items():
+    for field_name, given in inputs.items():
         several = isinstance(given, list)
         names = file_names(field_name, len(given)) if several else [f"{field_name}.png"]
         for name, image in zip(names, given if several else [given]):

@@ -287,9 +287,9 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | 
 
 def _fit_jpeg(metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the metadata with texts cut so that a JPEG holds them, and without the rest if need be."""
+    single = {name: value for name, value in metadata.items() if not isinstance(value, dict | list | tuple)}
     for longest in (None, 6000, 1000):
-        one = {name: value for name, value in metadata.items() if not isinstance(value, dict | list | tuple)}
-        short = {name: value[:longest] if isinstance(value, str) else value for name, value in one.items()}
+        short = {name: value[:longest] if isinstance(value, str) else value for name, value in single.items()}
         for fitting in (metadata | short, short):
             if len(_comment(fitting)) + len(_exif(fitting).tobytes()) <= JPEG_METADATA:
                 return fitting

@@ -103,8 +103,8 @@ def _embed(image: np.ndarray, bits: Sequence[int]) -> None:
     blocks = _blocks(rgb)
     placed = np.resize(bits, (rows, columns))
 
-    # Each bit has one half of every step. There are two candidates for the block's largest coefficient: well
-    # inside its own half, or the next below if that half is the other bit's; and well inside the next above.
+    # Each bit has one half of every step. `start` is where its nearest half below the coefficient begins. The
+    # coefficient moves well into that half, or well into the bit's next half above.
     largest = blocks[..., 1:].max(-1)
     start = STEP / 2 * placed.astype(np.float32)
     start += STEP * np.floor((largest - start) / STEP)

@@ -30,7 +30,7 @@ class SamplingOptions:
         return {**self.numbers(), "seed": self.seed}
 
 
-O = TypeVar("O", bound=SamplingOptions)  # noqa: E741
+Options = TypeVar("Options", bound=SamplingOptions)
 
 
 def _size(text: str) -> int | None:
@@ -70,7 +70,7 @@ def _has(options: SamplingOptions, name: str) -> bool:
     return any(each.name == name for each in fields(options))
 
 
-def read_command(line: str, options: O) -> tuple[O, str | None]:
+def read_command(line: str, options: Options) -> tuple[Options, str | None]:
     """Read one line typed in the loop.
 
     Returns:
@@ -98,7 +98,7 @@ def read_command(line: str, options: O) -> tuple[O, str | None]:
         raise InputError(f"Got {line!r}. {help_of(options)}") from error
 
 
-def ask(options: O, use: Callable[[O], None]) -> O | None:
+def ask(options: Options, use: Callable[[Options], None]) -> Options | None:
     """Ask for the next prompt on the terminal, and answer the commands before it.
 
     Args:

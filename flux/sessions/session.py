@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flux.loaded_model import LoadedModel
     from flux.settings.demos import SessionSettings
 
-O = TypeVar("O", bound=SamplingOptions)  # noqa: E741
+Options = TypeVar("Options", bound=SamplingOptions)
 HOSTED_TAKES = ("prompt", "seed", "width", "height", "num_steps", "guidance")
 
 # Fields of a model's settings that the programs have under another name, or no use for.
@@ -45,7 +45,7 @@ class CommandOptions:
     track_usage: bool
 
 
-class PromptSession(Generic[O]):
+class PromptSession(Generic[Options]):
     """Makes one image after another by one model and saves them as img_N.jpg.
 
     Args:
@@ -57,7 +57,7 @@ class PromptSession(Generic[O]):
         self.name, self.how = name, how
         self.seed: int | None = None
 
-    def run(self, options: O) -> None:
+    def run(self, options: Options) -> None:
         """Make an image of each prompt in the options, and in a loop of each one typed after them.
 
         Raises:
@@ -107,7 +107,7 @@ class PromptSession(Generic[O]):
         if self.seed is not None:
             self.seed = (self.seed + 1) % 2**63  # as high as a seed may be
 
-    def use(self, options: O) -> None:
+    def use(self, options: Options) -> None:
         """Make the next images with these options. Raises InputError if the model cannot use them."""
         from flux.settings.demos import SessionSettings
         from flux.settings.files import check_settings
@@ -127,7 +127,7 @@ class PromptSession(Generic[O]):
         raise NotImplementedError
 
 
-class LocalSession(PromptSession[O]):
+class LocalSession(PromptSession[Options]):
     """A session with a model that runs here.
 
     Args:
@@ -150,7 +150,7 @@ class LocalSession(PromptSession[O]):
         """Whether there is nothing to show without a prompt: Redux's images are enough."""
         return not self.settings.redux
 
-    def use(self, options: O) -> None:
+    def use(self, options: Options) -> None:
         """Make the next images with these options. Raises InputError if the model cannot use them."""
         from flux.conditions.images import read_conditions, sized
         from flux.settings.complete import resolve
@@ -205,10 +205,10 @@ class LocalSession(PromptSession[O]):
         }
 
 
-class HostedSession(PromptSession[O]):
+class HostedSession(PromptSession[Options]):
     """A session with a model that only Black Forest Labs runs."""
 
-    def use(self, options: O) -> None:
+    def use(self, options: Options) -> None:
         """Make the next images with these options. Raises InputError if the model cannot use them."""
         from flux.bfl import HostedSettings
 
