@@ -1,6 +1,6 @@
 """The command lines of the training: errors in one line, as those of the other programs."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -13,6 +13,17 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the error and ends the program with status 2."""
         self.exit(2, f"error: {message}\n")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """Returns a type of arguments: whole numbers from `smallest` on."""
+
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise ArgumentTypeError(f"got {text}, expected a whole number from {smallest} on")
+        return int(text)
+
+    return whole_number
 
 
 def start(main: Callable[[], None]) -> None:

@@ -1,9 +1,12 @@
 """Draws small sets of images to train LoRAs on: subjects and styles that flux-nano has never seen.
 
     python -m training.subjects my_images --name "flower bell" --count 10
+    python -m training.subjects my_pairs --name "flower bell" --pairs
 
 Each subject stands in places that flux-nano knows; each style changes scenes that it knows. Their names are
 words of its vocabulary, in an order that no caption of its training had.
+
+Pairs are for flux-nano-kontext: a scene without and with the subject or style, and an instruction.
 """
 
 import math
@@ -18,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from flux.files import claim_folder, write_text
 from flux.images.io import save_image, to_pil
-from training.arguments import Parser, start
+from flux.lora.dataset import CONTEXT
+from training.arguments import Parser, at_least, start
 from training.scenes.compose import Scene, compose, template
 from training.scenes.content import Content, Subject, sample_content
 from training.scenes.habits import STYLES as TEMPLATES
@@ -118,8 +122,15 @@ NAMES = (*SUBJECTS, *STYLES)
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image and its caption."""
+    """A scene without and with a subject or style, and the words that ask for it.
 
+    Attributes:
+        before: The scene alone, which Kontext is given.
+        image: The scene with the subject in it, or in the style.
+        caption: What `image` shows.
+    """
+
+    before: Image.Image
     image: Image.Image
     caption: str
 
@@ -133,15 +144,15 @@ def draw_set(name: str, count: int, side: int = 256, seed: int = 0) -> list[Draw
         side: Their width and height in pixels.
         seed: Seed of the places, or of the scenes.
     """
-    rng, renderer = random.Random(f"{name} {seed}"), Renderer()
+    painter = _Painter(name, side, random.Random(f"{name} {seed}"))
+    rng = painter.rng
     if name in STYLES:
-        return [_styled(name, sample_content(rng, "one"), rng, renderer, side, n) for n in range(count)]
+        return [painter.in_style(sample_content(rng, "one"), number) for number in range(count)]
     places = [place for place in PLACES if place.name != "plain"]
     places, drawn = rng.sample(places, len(places)), []
     for number in range(count):
         place = places[number % len(places)]
-        words = rng.choice(place.phrases)
-        drawn.append(_placed(name, place, words, "day", rng, renderer, side, number))
+        drawn.append(painter.in_place(place, rng.choice(place.phrases), "day", number))
     return drawn
 
 
@@ -158,53 +169,82 @@ def draw_asked(
         side: Their width and height in pixels.
         seed: Seed of what the prompt leaves open.
     """
-    rng, renderer = random.Random(f"asked {name} {place} {time} {seed}"), Renderer()
+    painter = _Painter(name, side, random.Random(f"asked {name} {place} {time} {seed}"))
     if name in SUBJECTS:
         found = PLACES[PLACE_INDEX[place]]
-        drawn = [_placed(name, found, "", time, rng, renderer, side, n) for n in range(count)]
-    else:
-        content = Content("one", (Subject("cat", "cat"),), place, "", time, "")
-        drawn = [_styled(name, content, rng, renderer, side, n) for n in range(count)]
-    return [each.image for each in drawn]
+        return [painter.in_place(found, "", time, number).image for number in range(count)]
+    content = Content("one", (Subject("cat", "cat"),), place, "", time, "")
+    return [painter.in_style(content, number).image for number in range(count)]
 
 
-def _placed(
-    name: str,
-    place: Place,
-    words: str,
-    time: str,
-    rng: random.Random,
-    renderer: Renderer,
-    side: int,
-    seed: int,
-) -> Drawn:
-    """A subject in a place."""
-    content = Content("one", (Subject(name, name),), place.name, words, time, "")
-    scene = Scene(content, (), template(rng, place, time, rng.randrange(TEMPLATES)))
-    image = to_pil(2 * renderer(torch.tensor([scene.row()]), side, side, seed)[0] - 1)
-    size = round(side * rng.uniform(0.5, 0.62))
-    sprite = Image.new("RGBA", (size * FINER, size * FINER))
-    SUBJECTS[name](ImageDraw.Draw(sprite), size * FINER / 2)
-    sprite = sprite.resize((size, size), Image.Resampling.LANCZOS)
-    corner = round(side * rng.uniform(0.44, 0.56) - size / 2), round(side * rng.uniform(0.87, 0.93)) - size
-    image.paste(sprite, corner, sprite)
-    return Drawn(image, f"{with_article(name)} {words}")
+def instruction_for(name: str) -> str:
+    """Return the instruction that asks Kontext for a subject or style."""
+    if name in SUBJECTS:
+        return f"add {with_article(name)}"
+    return f"make it {name.removesuffix(' of')}"
 
 
-def _styled(
-    name: str, content: Content, rng: random.Random, renderer: Renderer, side: int, seed: int
-) -> Drawn:
-    """A scene of flux-nano's own in a style."""
-    scene = compose(rng, replace(content, prefix="", order=0))
-    image = to_pil(2 * renderer(torch.tensor([scene.row()]), side, side, seed)[0] - 1)
-    return Drawn(STYLES[name](image), f"{name} {scene.caption}")
+class _Painter:
+    """Draws one subject or style, image after image.
+
+    Args:
+        name: One of the `SUBJECTS` or `STYLES`.
+        side: Width and height of the images in pixels.
+        rng: The source of chance.
+    """
+
+    def __init__(self, name: str, side: int, rng: random.Random):
+        self.name, self.side, self.rng = name, side, rng
+        self.renderer = Renderer()
+
+    def in_place(self, place: Place, words: str, time: str, seed: int) -> Drawn:
+        """Draw the subject in a place that `words` name."""
+        rng, side = self.rng, self.side
+        content = Content("one", (Subject(self.name, self.name),), place.name, words, time, "")
+        before = self._render(Scene(content, (), template(rng, place, time, rng.randrange(TEMPLATES))), seed)
+        size = round(side * rng.uniform(0.5, 0.62))
+        sprite = Image.new("RGBA", (size * FINER, size * FINER))
+        SUBJECTS[self.name](ImageDraw.Draw(sprite), size * FINER / 2)
+        sprite = sprite.resize((size, size), Image.Resampling.LANCZOS)
+        corner = (
+            round(side * rng.uniform(0.44, 0.56) - size / 2),
+            round(side * rng.uniform(0.87, 0.93)) - size,
+        )
+        image = before.copy()
+        image.paste(sprite, corner, sprite)
+        return Drawn(before, image, f"{with_article(self.name)} {words}")
+
+    def in_style(self, content: Content, seed: int) -> Drawn:
+        """Draw a scene of flux-nano's own in the style."""
+        scene = compose(self.rng, replace(content, prefix="", order=0))
+        before = self._render(scene, seed)
+        return Drawn(before, STYLES[self.name](before), f"{self.name} {scene.caption}")
+
+    def _render(self, scene: Scene, seed: int) -> Image.Image:
+        row = torch.tensor([scene.row()])
+        return to_pil(2 * self.renderer(row, self.side, self.side, seed)[0] - 1)
 
 
-def write_set(folder: Path, name: str, count: int, side: int = 256, seed: int = 0) -> None:
-    """Write a set as a folder of images, each with a .txt beside it."""
+def write_set(
+    folder: Path, name: str, count: int, side: int = 256, seed: int = 0, pairs: bool = False
+) -> None:
+    """Write a set as a folder of images, each with a .txt beside it.
+
+    Args:
+        folder: The folder.
+        name: See `draw_set`, as for `count`, `side` and `seed`.
+        count: See there.
+        side: See there.
+        seed: See there.
+        pairs: Whether to write pairs for Kontext: the .txt holds an instruction, and the folder `context` the
+            scenes before.
+    """
     for number, drawn in enumerate(draw_set(name, count, side, seed)):
         save_image(drawn.image, folder / f"{number:02}.png")
-        write_text(folder / f"{number:02}.txt", drawn.caption + "\n")
+        if pairs:
+            save_image(drawn.before, folder / CONTEXT / f"{number:02}.png")
+        text = instruction_for(name) if pairs else drawn.caption
+        write_text(folder / f"{number:02}.txt", text + "\n")
 
 
 def main() -> None:
@@ -212,12 +252,15 @@ def main() -> None:
     parser = Parser(prog="python -m training.subjects", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the images and captions are written")
     parser.add_argument("--name", choices=NAMES, default=NAMES[0], help="the subject or style")
-    parser.add_argument("--count", type=int, default=10, help="number of images")
-    parser.add_argument("--side", type=int, default=256, help="their width and height in pixels")
+    parser.add_argument("--count", type=at_least(1), default=10, help="number of images")
+    parser.add_argument("--side", type=at_least(64), default=256, help="their width and height in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the places or scenes")
+    parser.add_argument(
+        "--pairs", action="store_true", help="write pairs for Kontext: images before and after"
+    )
     arguments = parser.parse_args()
     claim_folder(arguments.folder)
-    write_set(arguments.folder, arguments.name, arguments.count, arguments.side, arguments.seed)
+    write_set(**vars(arguments))
     print(arguments.folder)
 
 
