@@ -36,7 +36,7 @@ KINDS = (*["generate"] * 5, *["edit"] * 3, *["photo"] * 2, *["mistake"] * 2, "ab
 
 
 class Visitors:
-    """Programs that ask one thing after the other until the time is over, and what became of it."""
+    """Programs that send requests one after the other until the time is over, and what became of these."""
 
     def __init__(self, url: str, photo: Path, seconds: float):
         self.url, self.photo, self.end = url, photo, time.monotonic() + seconds
@@ -53,7 +53,7 @@ class Visitors:
             thread.join()
 
     def visit(self, number: int) -> None:
-        """Asks one thing after the other."""
+        """Sends requests until the time is over."""
         draw = random.Random(number)
         client = self.client()
         while time.monotonic() < self.end:
@@ -67,11 +67,11 @@ class Visitors:
         client.close()
 
     def client(self) -> Client:
-        """Connects. Where other work has the cores, an answer may take longer than httpx would wait."""
+        """Connects. On busy cores an answer may take longer than httpx waits by default."""
         return Client(self.url, verbose=False, httpx_kwargs={"timeout": 60})
 
     def ask(self, client: Client, kind: str, seed: int) -> None:
-        """Asks one thing. Raises an error if the answer is not what it should be."""
+        """Sends one request. Raises an error if the answer is not what it should be."""
         if kind == "abandoned":
             data = {"data": ["a dog", seed, 1, *SLOW.values(), None, None, "", None, 0.8]}
             address = f"{self.url}gradio_api/call/generate"
@@ -129,6 +129,38 @@ def megabytes(folder: Path) -> float:
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, 1)
 
 
+class Server:
+    """A studio with flux-nano, in a process of its own. It is started, and serves when it is made.
+
+    Args:
+        folder: The folder that it writes to.
+    """
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/"
+        command = [sys.executable, "-u", "demo_gr.py", "--device", "cpu", "--port", str(port)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen([*command, "--output_dir", str(folder)], **pipes)
+        output, self.lines = self.process.stdout, list[str]()
+        assert output
+        while not self.lines or "Running on" not in self.lines[-1]:
+            self.lines.append(output.readline())
+            if not self.lines[-1]:
+                sys.exit("".join(self.lines))
+        self.reader = threading.Thread(target=lambda: self.lines.extend(output), daemon=True)
+        self.reader.start()
+
+    def interrupt(self) -> int:
+        """Ends it as Ctrl-C does. Returns the exit status."""
+        self.process.send_signal(signal.SIGINT)
+        status = self.process.wait(30)
+        self.reader.join(5)
+        return status
+
+
 def main(visitors: int = 20, seconds: float = 240) -> None:
     """Starts a studio, lets visitors come, and prints the numbers.
 
@@ -139,34 +171,17 @@ def main(visitors: int = 20, seconds: float = 240) -> None:
     folder = Path(tempfile.mkdtemp(prefix="studio"))
     photo = folder / "photo.png"
     Image.fromarray(np.linspace(0, 255, 96 * 80 * 3).reshape(96, 80, 3).astype(np.uint8)).save(photo)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-u", "demo_gr.py", "--device", "cpu", "--port", str(port)]
-    command += ["--output_dir", str(folder / "studio")]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, **pipes)
-    output, said = process.stdout, list[str]()
-    assert output
-    while not said or "Running on" not in said[-1]:
-        said.append(output.readline())
-        if not said[-1]:
-            sys.exit("".join(said))
-    reader = threading.Thread(target=lambda: said.extend(output), daemon=True)
-    reader.start()
-    guests = Visitors(f"http://127.0.0.1:{port}/", photo, seconds)
+    server = Server(folder / "studio")
+    guests = Visitors(server.url, photo, seconds)
     over, memory = threading.Event(), []
-    watcher = threading.Thread(target=lambda: memory.extend(watch(process, over)))
+    watcher = threading.Thread(target=lambda: memory.extend(watch(server.process, over)))
     watcher.start()
     guests.run(visitors)
     over.set()
     watcher.join()
-    last = guests.client()
-    last.submit("a dog", **SLOW, api_name="/generate")
+    guests.client().submit("a dog", **SLOW, api_name="/generate")
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    status = process.wait(30)
-    reader.join(5)
+    status = server.interrupt()
     result = {
         "visitors": visitors,
         "seconds": seconds,
@@ -177,7 +192,7 @@ def main(visitors: int = 20, seconds: float = 240) -> None:
         "memory_mb": memory[:: max(1, len(memory) // 12)],
         "disk": on_disk(folder / "studio"),
         "exit_status_after_ctrl_c": status,
-        "last_lines": [line.rstrip() for line in said[-3:]],
+        "last_lines": [line.rstrip() for line in server.lines[-3:]],
     }
     print(json.dumps(result, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
