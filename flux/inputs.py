@@ -1,7 +1,7 @@
 """The inputs of a pass of the transformer, and the streams between its layers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ class Condition:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
         """The same with each tensor changed."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: change(x) for name, x in values.items() if isinstance(x, Tensor)})
+        return replace(self, **{name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     def to(self, like: Tensor) -> "Condition":
         """The same on the device and in the dtype of `like`; positions keep their dtype."""
@@ -77,9 +76,9 @@ class Condition:
         Raises:
             ValueError: The two are conditions of different kinds or strengths.
         """
-        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
         stacked = {}
-        for name, (own, theirs) in pairs.items():
+        for name, own in vars(self).items():
+            theirs = getattr(other, name)
             if isinstance(own, Tensor) and isinstance(theirs, Tensor):
                 stacked[name] = torch.cat((own, theirs))
             elif own != theirs:

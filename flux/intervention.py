@@ -310,8 +310,8 @@ class Recorded:
     Attributes:
         kept: Image keys and values, and the queries that are kept, "B H I D" each, after QK-norm and rotary
             embedding.
-        watched: Queries of the prompt's and the noise tokens, "B H T+I D", likewise. Behind them keys, "B H N
-            D": of these tokens first, then of all others.
+        watched: Queries of the prompt's tokens and the noise tokens, "B H T+I D"; keys of the same tokens and
+            then of all others, "B H N D".
         context: Keys and values of the context tokens, "B H J D" each, likewise. Those of a pass that does
             not compute these tokens are not handed out.
     """

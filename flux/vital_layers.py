@@ -36,7 +36,7 @@ PRESETS: dict[str, tuple[int, ...]] = {
 def find_vital_layers(
     choice: str | Sequence[int], spec: ModelSpec, checkpoint: str | None = None
 ) -> tuple[int, ...]:
-    """Finds the layers that an edit injects in.
+    """Find the layers that an edit injects in.
 
     Args:
         choice: A list of layers, "all", the name of a preset, the vital_layers.json of a scan, or "auto": a
@@ -74,7 +74,7 @@ def find_vital_layers(
 
 
 def _read_scan(path: Path, spec: ModelSpec) -> list[int]:
-    """Reads the vital_layers.json of a scan of this model, the most vital layers first."""
+    """Read the vital_layers.json of a scan of this model, the most vital layers first."""
     if not path.is_file():
         raise InputError(
             f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
@@ -95,7 +95,7 @@ def _read_scan(path: Path, spec: ModelSpec) -> list[int]:
 
 
 def _check_model(path: Path, scan: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Raises InputError if a scan is that of another model, or of one with another number of layers."""
+    """Raise InputError if a scan is that of another model, or of one with another number of layers."""
     name = next((name for name, known in configs.items() if known == spec), None)
     scanned = scan.get("model")
     if name and scanned and scanned != name:
@@ -114,7 +114,7 @@ def _check_model(path: Path, scan: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def remembered_scan(checkpoint: str) -> Path | None:
-    """Returns the path at which the scan of a checkpoint is remembered. The file need not exist.
+    """Return the path at which the scan of a checkpoint is remembered. The file need not exist.
 
     Args:
         checkpoint: The fingerprint of the checkpoint.
@@ -129,7 +129,7 @@ def remembered_scan(checkpoint: str) -> Path | None:
 
 
 def remember_scan(path: Path) -> bool:
-    """Remembers a vital_layers.json for its checkpoint, for the "auto" of later edits.
+    """Remember a vital_layers.json for its checkpoint, for the "auto" of later edits.
 
     It must be that of a complete scan: each layer was skipped by itself, with nothing of its output kept, and
     with enough prompts for confidence intervals.

@@ -1,6 +1,6 @@
 """Images in and out: conversion to tensors, reading, scaling, writing with metadata.
 
-Outside the models an image is a PIL image of mode RGB. Inside it is a float tensor `C H W` in -1..1.
+Outside the models an image is a PIL image of mode RGB. Inside it is a float tensor in -1..1, "C H W".
 """
 
 import json
@@ -30,12 +30,12 @@ JPEG_METADATA = 2**16 - 2**10  # bytes of comment and EXIF that pillow's buffer 
 
 
 def to_uint8(x: "Tensor") -> np.ndarray:
-    """Converts a tensor `... C H W` in -1..1 to an array `... H W C` of levels 0..255.
+    """Convert a tensor in -1..1, "... C H W", to an array "... H W C" of levels 0..255.
 
     Values are rounded to the nearest level; values outside -1..1 are clipped.
 
     Raises:
-        InputError: a value is NaN, from an overflow or from the weights.
+        InputError: A value is NaN, from an overflow or from the weights.
     """
     x = x.detach().float()
     if x.isnan().any():
@@ -47,12 +47,12 @@ def to_uint8(x: "Tensor") -> np.ndarray:
 
 
 def to_pil(x: "Tensor") -> Image.Image:
-    """Converts a tensor `3 H W` in -1..1 to an RGB image."""
+    """Convert a tensor in -1..1, "3 H W", to an RGB image."""
     return Image.fromarray(to_uint8(x))
 
 
 def to_tensor(image: Image.Image) -> "Tensor":
-    """Converts an image to a float32 tensor `3 H W` in -1..1; `to_pil` restores the same image exactly."""
+    """Convert an image to a float32 tensor in -1..1, "3 H W"; `to_pil` restores the same image exactly."""
     import torch
 
     levels = torch.from_numpy(np.array(image.convert("RGB")))
@@ -63,13 +63,13 @@ def to_tensor(image: Image.Image) -> "Tensor":
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Reads an image file as RGB and upright (EXIF orientation applied), without its metadata.
+    """Read an image file as RGB and upright (EXIF orientation applied), without its metadata.
 
     Transparent parts become white; 16-bit greys are scaled to 8 bits; colours of an embedded profile
     (Display P3, Adobe RGB, ...) are converted to sRGB. A broken profile is ignored, with a warning.
 
     Raises:
-        InputError: as `read_upright`.
+        InputError: As `read_upright`.
     """
     with _opened(path) as file:
         rgb = _as_rgb(_upright(file, path), path)
@@ -78,13 +78,13 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def as_rgb(image: ImageLike) -> Image.Image:
-    """Returns an image of a program as `read_image` returns that of a file: RGB and upright.
+    """Return an image of a program as `read_image` returns that of a file: RGB and upright.
 
     Args:
-        image: a path, a PIL image, or a NumPy array, see `as_pil`.
+        image: A path, a PIL image, or a NumPy array, see `as_pil`.
 
     Raises:
-        InputError: as `read_image` and `as_pil`.
+        InputError: As `read_image` and `as_pil`.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image))
@@ -97,7 +97,7 @@ def as_rgb(image: ImageLike) -> Image.Image:
 
 
 def as_pil(image: Image.Image | np.ndarray) -> Image.Image:
-    """Returns a NumPy array as an image: levels 0..255 of type uint8, "H W" or "H W C", or bool, "H W".
+    """Return a NumPy array as an image: levels 0..255 of type uint8, "H W" or "H W C", or bool, "H W".
 
     Raises:
         InputError: It is another array, or nothing that holds an image.
@@ -118,10 +118,10 @@ def as_pil(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """Reads an image file upright (EXIF orientation applied), in 8 bits of its own colours and transparency.
+    """Read an image file upright (EXIF orientation applied), in 8 bits of its own colours and transparency.
 
     Raises:
-        InputError: the file is missing, not an image, damaged or cut short, an animation, or has more pixels
+        InputError: The file is missing, not an image, damaged or cut short, an animation, or has more pixels
             than pillow considers safe (PIL.Image.MAX_IMAGE_PIXELS). The message names the file.
     """
     with _opened(path) as file:
@@ -129,10 +129,10 @@ def read_upright(path: str | Path) -> Image.Image:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """Reads the metadata that `save_image` wrote. Returns None if the image has none.
+    """Read the metadata that `save_image` wrote. Return None if the image has none.
 
     Raises:
-        InputError: the file is not a readable image.
+        InputError: The file is not a readable image.
     """
     with _opened(path) as image:
         chunk, comment = image.info.get("flux"), image.info.get("comment")
@@ -145,7 +145,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """Opens an image file without decoding it. Any problem with the file raises InputError."""
+    """Open an image file without decoding it. Any problem with the file raises InputError."""
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "is not there"
         raise InputError(f"Got the image {path}, which {problem}: expected a PNG, JPEG or WebP file")
@@ -206,7 +206,7 @@ def _as_rgb(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image:
-    """Converts colours of an embedded profile to sRGB. Those that are sRGB already stay bit for bit."""
+    """Convert colours of an embedded profile to sRGB. Those that are sRGB already stay bit for bit."""
     from PIL import ImageCms
 
     try:
@@ -232,12 +232,12 @@ def _in_srgb(image: Image.Image, profile: bytes, path: str | Path) -> Image.Imag
 
 
 def crop_to_fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scales an image until it covers width x height pixels, and cuts out its middle."""
+    """Scale an image until it covers width x height pixels, and cut out its middle."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
-    """Returns a copy of an image, scaled down if a side is longer than `side` pixels."""
+    """Return a copy of an image, scaled down if a side is longer than `side` pixels."""
     small = image.copy()
     small.thumbnail((side, side))
     return small
@@ -247,20 +247,20 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
-    """Writes a PNG or JPEG, by the name's suffix. Missing folders are created.
+    """Write a PNG or JPEG, by the name's suffix. Missing folders are created.
 
     The file is written whole or not at all. If writing fails, an older file of that name stays.
 
     Args:
-        image: an RGB image.
-        path: file name, ending in .png, .jpg or .jpeg.
-        metadata: any JSON object, to be read by `read_metadata`. It becomes the text chunk "flux" of a PNG
+        image: An RGB image.
+        path: File name, ending in .png, .jpg or .jpeg.
+        metadata: Any JSON object, to be read by `read_metadata`. It becomes the text chunk "flux" of a PNG
             and the comment of a JPEG. As in upstream, EXIF then says that the image is generated, with the
             "model" and "prompt" found in the metadata. If None, neither is written. Texts too long for a
             JPEG are cut, and a line on stderr says so.
 
     Raises:
-        InputError: another suffix, or the file cannot be written.
+        InputError: Another suffix, or the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
@@ -286,7 +286,7 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any] | 
 
 
 def _fit_jpeg(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns the metadata with texts cut so that a JPEG holds them, and without the rest if need be."""
+    """Return the metadata with texts cut so that a JPEG holds them, and without the rest if need be."""
     single = {name: value for name, value in metadata.items() if not isinstance(value, dict | list | tuple)}
     for longest in (None, 6000, 1000):
         short = {name: value[:longest] if isinstance(value, str) else value for name, value in single.items()}
@@ -314,10 +314,10 @@ def _exif(metadata: dict[str, Any]) -> Image.Exif:
 
 
 def save_animation(images: Sequence[Image.Image], path: str | Path, seconds_per_frame: float) -> None:
-    """Writes images of one size as an endless GIF or WebP, by the name's suffix.
+    """Write images of one size as an endless GIF or WebP, by the name's suffix.
 
     Raises:
-        InputError: another suffix, or the file cannot be written.
+        InputError: Another suffix, or the file cannot be written.
     """
     formats = {".gif": "GIF", ".webp": "WEBP"}
     suffix = Path(path).suffix.lower()

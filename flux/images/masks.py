@@ -14,10 +14,10 @@ MANY_COLOURS = 24  # more than a painter's palette: a photograph
 
 
 def read_mask(path: str | Path) -> Image.Image:
-    """Reads a painted mask without its metadata, see `as_mask`. Warns of one that is a photograph.
+    """Read a painted mask without its metadata, see `as_mask`. Warn of one that is a photograph.
 
     Raises:
-        InputError: as `flux.images.io.read_upright`.
+        InputError: As `flux.images.io.read_upright`.
     """
     image = read_upright(path)
     mask = as_mask(image)
@@ -28,19 +28,19 @@ def read_mask(path: str | Path) -> Image.Image:
 
 
 def take_mask(mask: ImageLike) -> Image.Image:
-    """Returns a mask of a program, or that of a file, see `as_mask`.
+    """Return a mask of a program, or that of a file, see `as_mask`.
 
     Args:
-        mask: a path, a PIL image, or a NumPy array, see `flux.images.io.as_pil`.
+        mask: A path, a PIL image, or a NumPy array, see `flux.images.io.as_pil`.
 
     Raises:
-        InputError: as `read_mask` and `as_pil`.
+        InputError: As `read_mask` and `as_pil`.
     """
     return read_mask(os.fspath(mask)) if isinstance(mask, str | os.PathLike) else as_mask(as_pil(mask))
 
 
 def as_mask(image: Image.Image) -> Image.Image:
-    """Converts what was painted to a mask: white where the edit may change, black where not, mode "L".
+    """Convert what was painted to a mask: white where the edit may change, black where not, mode "L".
 
     Without transparency, bright colours are white: a colour counts by its brightest channel, so red counts as
     much as white. With transparency there are three cases:
@@ -65,13 +65,13 @@ def as_mask(image: Image.Image) -> Image.Image:
 
 
 def _histogram(pixels: np.ndarray) -> np.ndarray:
-    """Counts the pixels, "N 3", of each colour in 16 levels a channel."""
+    """Count the pixels, "N 3", of each colour in 16 levels a channel."""
     red, green, blue = (pixels >> 4).astype(np.int32).T
     return np.bincount(red << 8 | green << 4 | blue)
 
 
 def _count_colours(image: Image.Image) -> int:
-    """Counts the colours of a thousandth of the image or more. JPEG makes others at the edges of paint."""
+    """Count the colours of a thousandth of the image or more. JPEG makes others at the edges of paint."""
     pixels = np.asarray(image).reshape(-1, 3)
     return int(np.count_nonzero(_histogram(pixels) * 1000 >= len(pixels)))
 

@@ -18,19 +18,19 @@ def grid(
     captions: Sequence[Sequence[str]] | None = None,
     row_titles: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draws a sheet of images in rows, a caption under each image and a title above each row.
+    """Draw a sheet of images in rows, a caption under each image and a title above each row.
 
     Every place has the size of the first image; images of another size are scaled to fit. All are scaled
     down if the sheet would exceed MAX_SHEET_PIXELS or MAX_SHEET_SIDE.
 
     Args:
-        images: rows of any length. None leaves a place empty.
-        captions: texts in the shape of `images`. They wrap to the width of an image and end in "…" after
+        images: Rows of any length. None leaves a place empty.
+        captions: Texts in the shape of `images`. They wrap to the width of an image and end in "…" after
             MAX_LINES lines.
-        row_titles: a title for each row. They wrap to the width of the sheet.
+        row_titles: A title for each row. They wrap to the width of the sheet.
 
     Raises:
-        ValueError: there is no image at all.
+        ValueError: There is no image at all.
     """
     return Sheet.measure(images, captions, row_titles).draw()
 
@@ -49,13 +49,13 @@ class Sheet:
     """The layout of a sheet. Lengths are in pixels.
 
     Attributes:
-        rows: from top to bottom.
-        columns: number of places in the longest row.
-        width: of each image.
-        height: of each image.
-        gap: between images, and around all. It is the size of the text, too.
-        regular: the font of captions.
-        bold: the font of titles.
+        rows: The rows, from top to bottom.
+        columns: Number of places in the longest row.
+        width: Width of each image.
+        height: Height of each image.
+        gap: Space between images, and around all. It is the size of the text, too.
+        regular: The font of captions.
+        bold: The font of titles.
     """
 
     rows: list[SheetRow]
@@ -73,7 +73,7 @@ class Sheet:
         captions: Sequence[Sequence[str]] | None = None,
         row_titles: Sequence[str] | None = None,
     ) -> "Sheet":
-        """Chooses the size of the images and of the text, and breaks the texts into lines.
+        """Choose the size of the images and of the text, and break the texts into lines.
 
         The arguments and errors are those of `grid`.
         """
@@ -104,18 +104,18 @@ class Sheet:
         return round(1.35 * self.gap)
 
     def above(self, row: SheetRow) -> int:
-        """Returns the height of a row's title."""
+        """Return the height of a row's title."""
         return self._text_height(len(row.title))
 
     def below(self, row: SheetRow) -> int:
-        """Returns the height of a row's longest caption."""
+        """Return the height of a row's longest caption."""
         return self._text_height(max(map(len, row.captions), default=0))
 
     def _text_height(self, lines: int) -> int:
         return lines * self.line + self.gap // 2 if lines else 0
 
     def draw(self) -> Image.Image:
-        """Draws the sheet."""
+        """Draw the sheet."""
         gap = self.gap
         heights = [self.above(row) + self.height + self.below(row) + gap for row in self.rows]
         sheet = Image.new("RGB", (gap + self.columns * (self.width + gap), gap + sum(heights)), PAPER)
@@ -146,7 +146,7 @@ class Sheet:
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels, at spaces if possible, and at most MAX_LINES."""
+    """Break a text into lines of at most `width` pixels, at spaces if possible, and at most MAX_LINES."""
     lines = [line for paragraph in text.splitlines() for line in _wrap_paragraph(paragraph, font, width)]
     if len(lines) <= MAX_LINES:
         return lines
@@ -171,7 +171,7 @@ def _wrap_paragraph(paragraph: str, font: ImageFont.FreeTypeFont, width: int) ->
 
 
 def _split_word(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Splits a word that is wider than a line into pieces that fit, at least one letter each."""
+    """Split a word that is wider than a line into pieces that fit, at least one letter each."""
     pieces = []
     while font.getlength(word) > width and len(word) > 1:
         length = 1

@@ -40,10 +40,10 @@ U_TO_RGB = np.array([0.0, -0.39465, 2.03211], dtype=np.float32)
 
 
 def embed_watermark(image: Tensor, bits: Sequence[int] = WATERMARK_BITS) -> Tensor:
-    """Embeds the watermark.
+    """Embed the watermark.
 
     Args:
-        image: images `n c h w` (or `c h w`, `b n c h w`) in -1..1. It is not changed.
+        image: Images in -1..1, "n 3 h w", "3 h w" or "b n 3 h w". They are not changed.
         bits: The bits to embed.
 
     Returns:
@@ -77,10 +77,10 @@ class WatermarkEmbedder:
 
 
 def extract_watermark(x: Tensor) -> list[int]:
-    """Reads the 48 bits of one image, `c h w` or `1 c h w` in -1..1: WATERMARK_BITS if it carries the mark.
+    """Read the 48 bits of one image in -1..1, "3 h w" or "1 3 h w": WATERMARK_BITS if it carries the mark.
 
     Raises:
-        InputError: more than one image, or one that is too small to carry the mark.
+        InputError: More than one image, or one that is too small to carry the mark.
     """
     height, width = x.shape[-2:]
     if x.shape[:-3].numel() != 1:
@@ -96,7 +96,7 @@ def extract_watermark(x: Tensor) -> list[int]:
 
 
 def _embed(image: np.ndarray, bits: Sequence[int]) -> None:
-    """Marks an image, H W 3, uint8 RGB, in place."""
+    """Mark an image of type uint8, "H W 3", in place."""
     rows, columns = image.shape[0] // 8, image.shape[1] // 8
     area = image[: rows * 8, : columns * 8]
     rgb = area.astype(np.float32)
@@ -123,7 +123,7 @@ def _embed(image: np.ndarray, bits: Sequence[int]) -> None:
 
 
 def _recolour(rgb: np.ndarray, blocks: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Recolours `rgb` so that `level` is every block's largest coefficient, in whole numbers 0..255."""
+    """Recolour `rgb` so that `level` is every block's largest coefficient, in whole numbers 0..255."""
     wanted = blocks.copy()
     wanted[..., 1:] = np.minimum(wanted[..., 1:], level[..., None])
     np.put_along_axis(wanted, 1 + blocks[..., 1:].argmax(-1, keepdims=True), level[..., None], axis=-1)
@@ -139,7 +139,7 @@ def _recolour(rgb: np.ndarray, blocks: np.ndarray, level: np.ndarray) -> np.ndar
 
 
 def _blocks(rgb: np.ndarray) -> np.ndarray:
-    """Computes Haar's low-pass band of U by 4x4 blocks: H W 3, float RGB 0..255 -> H//8 W//8 16."""
+    """Compute Haar's low-pass band of U by 4x4 blocks: "H W 3", floats 0..255, -> "H//8 W//8 16"."""
     rows, columns = rgb.shape[0] // 8, rgb.shape[1] // 8
     u = np.rint(rgb[: rows * 8, : columns * 8] @ RGB_TO_U) + 128
     low = u.reshape(rows * 4, 2, columns * 4, 2).sum((1, 3)) / 2
