@@ -56,13 +56,24 @@ def test_weights_need_the_counted_bytes(quantize, t5):
     assert counted == pytest.approx(loaded, rel=2e-4)
 
 
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """flux-nano's transformer."""
+    return read_weights(NANO_FOLDER / "transformer.safetensors", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def packed(weights, tmp_path_factory) -> Path:
+    """The same in four bits."""
+    file = tmp_path_factory.mktemp("packed") / "m.gguf"
+    weight_files.save_gguf(weights, file, "Q4_0", pack=lambda name, x: x.ndim == 2 and x.shape[1] % 32 == 0)
+    return file
+
+
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
 @pytest.mark.parametrize("form", ["LoRA", "DoRA"])
-def test_loras_over_packed_weights_need_the_counted_bytes(tmp_path, quantize, form):
+def test_loras_over_packed_weights_need_the_counted_bytes(weights, packed, tmp_path, quantize, form):
     """A LoRA's branch is small; what a DoRA changes is expanded, and quantised where blocks are."""
-    weights = read_weights(NANO_FOLDER / "transformer.safetensors", "cpu", torch.float32)
-    packed = tmp_path / "m.gguf"
-    weight_files.save_gguf(weights, packed, "Q4_0", pack=lambda name, x: x.ndim == 2 and x.shape[1] % 32 == 0)
     modules = ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.2.linear1")
     lora = lora_files.file_of(lora_files.pairs(weights, modules, rank=16), lambda module: module)
     if form == "DoRA":
