@@ -32,8 +32,8 @@ def write_squares(folder: Path) -> Path:
         mask[16:48, 16:48] = True
         truth = np.where(mask[..., None], np.uint8(255), pixels)
         names = [f"{number}.png", f"{number}_target.png"]
-        for name, picture in zip(names, (pixels, truth)):
-            save_image(Image.fromarray(picture), folder / "annotation_images" / name)
+        for name, image in zip(names, (pixels, truth)):
+            save_image(Image.fromarray(image), folder / "annotation_images" / name)
         entry = {
             "image_path": names[0],
             "target_image_path": names[1],

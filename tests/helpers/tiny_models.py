@@ -1,6 +1,4 @@
-"""Small random nets, their counterparts in diffusers under mapped names, and a forward pass written out by
-hand.
-"""
+"""Small random models, their counterparts in diffusers, and a forward pass written out by hand."""
 
 import math
 import re
@@ -32,15 +30,15 @@ PARAMS = replace(
 AE_PARAMS = replace(configs["flux-dev"].ae_params, ch=8, num_groups=4)
 
 
-def randomized(net: torch.nn.Module, seed: int):
+def randomized(model: torch.nn.Module, seed: int):
     """Every parameter drawn anew, norms' scales around 1, so that no part of the model is idle."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in net.named_parameters():
+    for name, parameter in model.named_parameters():
         draw = torch.randn(parameter.shape, generator=generator)
         is_scale = name.endswith(".scale") or ("norm" in name and name.endswith(".weight"))
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
         parameter.data.copy_(1 + 0.2 * draw if is_scale else draw / math.sqrt(fan_in))
-    return net.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def flux(seed: int = 0, **changes) -> Flux:
@@ -258,9 +256,9 @@ def to_diffusers_transformer(weights: dict[str, Tensor], hidden_size: int) -> di
     return mapped
 
 
-def ask_diffusers(net, given: dict[str, Tensor]) -> Tensor:
+def ask_diffusers(model, given: dict[str, Tensor]) -> Tensor:
     """The velocity of a transformer of diffusers for arguments of `Flux.forward`."""
-    return net(
+    return model(
         hidden_states=given["img"],
         encoder_hidden_states=given["txt"],
         pooled_projections=given["y"],
@@ -277,7 +275,7 @@ def diffusers_transformer(model: Flux):
     from diffusers import FluxTransformer2DModel
 
     p = model.params
-    net = FluxTransformer2DModel(
+    theirs = FluxTransformer2DModel(
         in_channels=p.in_channels,
         out_channels=p.out_channels,
         num_layers=p.depth,
@@ -289,8 +287,8 @@ def diffusers_transformer(model: Flux):
         guidance_embeds=p.guidance_embed,
         axes_dims_rope=tuple(p.axes_dim),
     )
-    net.load_state_dict(to_diffusers_transformer(model.state_dict(), p.hidden_size))
-    return net.eval().requires_grad_(False)
+    theirs.load_state_dict(to_diffusers_transformer(model.state_dict(), p.hidden_size))
+    return theirs.eval().requires_grad_(False)
 
 
 AE_NAMES = {
@@ -324,7 +322,7 @@ def diffusers_autoencoder(ae: AutoEncoder):
     from diffusers import AutoencoderKL
 
     p = ae.params
-    net = AutoencoderKL(
+    theirs = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=tuple(p.ch * mult for mult in p.ch_mult),
@@ -336,8 +334,8 @@ def diffusers_autoencoder(ae: AutoEncoder):
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    net.load_state_dict(to_diffusers_autoencoder(ae.state_dict()))
-    return net.eval().requires_grad_(False)
+    theirs.load_state_dict(to_diffusers_autoencoder(ae.state_dict()))
+    return theirs.eval().requires_grad_(False)
 
 
 # ---- flux-nano
