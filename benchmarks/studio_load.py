@@ -172,23 +172,23 @@ def main(visitors: int = 20, seconds: float = 240) -> None:
     photo = folder / "photo.png"
     Image.fromarray(np.linspace(0, 255, 96 * 80 * 3).reshape(96, 80, 3).astype(np.uint8)).save(photo)
     server = Server(folder / "studio")
-    guests = Visitors(server.url, photo, seconds)
+    requests = Visitors(server.url, photo, seconds)
     over, memory = threading.Event(), []
     watcher = threading.Thread(target=lambda: memory.extend(watch(server.process, over)))
     watcher.start()
-    guests.run(visitors)
+    requests.run(visitors)
     over.set()
     watcher.join()
-    guests.client().submit("a dog", **SLOW, api_name="/generate")
+    requests.client().submit("a dog", **SLOW, api_name="/generate")
     time.sleep(2)
     status = server.interrupt()
     result = {
         "visitors": visitors,
         "seconds": seconds,
-        "answered": dict(guests.done),
-        "failed": guests.failed,
-        "median_s": round(statistics.median(guests.seconds), 1),
-        "slowest_s": round(max(guests.seconds), 1),
+        "answered": dict(requests.done),
+        "failed": requests.failed,
+        "median_s": round(statistics.median(requests.seconds), 1),
+        "slowest_s": round(max(requests.seconds), 1),
         "memory_mb": memory[:: max(1, len(memory) // 12)],
         "disk": on_disk(folder / "studio"),
         "exit_status_after_ctrl_c": status,

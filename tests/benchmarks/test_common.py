@@ -70,6 +70,6 @@ def test_names_with_texts(only, found):
     assert names_with(["eager", "fp8", "fp8, compiled"], only) == found
 
 
-def test_a_text_in_no_name_is_told():
+def test_a_text_in_no_name_is_refused():
     with pytest.raises(InputError, match="Got only 'fp9', which none of these contains: eager; fp8"):
         names_with(["eager", "fp8"], "fp9")

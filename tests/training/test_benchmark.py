@@ -21,7 +21,7 @@ def test_every_kind_is_there_in_turn(rendered_edits):
     assert "colour" in wanted[1]
 
 
-def test_pictures_differ_where_the_mask_says(rendered_edits):
+def test_images_differ_where_the_mask_says(rendered_edits):
     """For another background or time, all but the subject may differ; else nothing outside the mask does."""
     for item in read_benchmark(rendered_edits):
         before, after = (np.asarray(read_image(path), dtype=int) for path in (item.path, item.truth))
@@ -56,7 +56,7 @@ def test_marks():
 
 
 def test_edits_are_said_as_instructions(rendered_edits):
-    """What comes is named; what goes away is named alone."""
+    """An instruction names what is added. If something is removed, it names only that."""
     for item in read_benchmark(rendered_edits):
         new = {word for word in item.target.split() if word not in item.source.split()}
         if item.kind == "remove":

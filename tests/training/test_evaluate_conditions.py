@@ -66,7 +66,7 @@ def test_a_box_says_nothing_of_its_content():
 
 @pytest.mark.parametrize(("name", "of"), [("tiny-fill", masked), ("tiny-canny", edges)])
 def test_rows_have_conditions_of_their_own(nano, fills, cannies, name, of):
-    """A batch is what comes one by one."""
+    """A batch gives the same as its rows one by one."""
     pipe, examples = steered_pipe(nano, name), (fills if of is masked else cannies)[:2]
     settings = ModelSettings(model=name, num_steps=2, batch_size=2)
     together = make(pipe, settings, examples, of)

@@ -23,7 +23,7 @@ def test_what_is_asked_is_in_the_scene_after_and_not_before():
         assert not shows(perfect([pair.before]), 0, want), (pair.edit, pair.before.caption)
 
 
-def test_what_may_change_of_generated_pictures():
+def test_what_may_change_of_generated_images():
     old, new = np.zeros((40, 40), dtype=bool), np.zeros((40, 40), dtype=bool)
     old[20, 10], new[20, 20] = True, True
     local = changeable(old, new, {"objects": ["dog"]})
@@ -38,12 +38,12 @@ def test_what_may_change_of_generated_pictures():
 def test_a_judge_from_its_file(rendered_edits, judge_file):
     judge = MeasuringJudge.load(judge_file)
     items = read_benchmark(rendered_edits)[:3]
-    pictures = [read_image(item.path) for item in items]
+    images = [read_image(item.path) for item in items]
     wanted = [item.asked for item in items]
-    verdicts = judge.judge(pictures, pictures, wanted)
+    verdicts = judge.judge(images, images, wanted)
     assert all(verdict.overlap in (0, 1) for verdict in verdicts)
     assert all(verdict.mask.shape == (SIDE, SIDE) for verdict in verdicts)
-    seen, _ = judge.see(pictures)
+    seen, _ = judge.see(images)
     assert [verdict.success for verdict in verdicts] == [
         shows(seen, n, each) for n, each in enumerate(wanted)
     ]

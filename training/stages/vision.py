@@ -86,7 +86,7 @@ def recognition_loss(seen: Recognition, labels: Labels) -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Pictures in 0..1 as the Dinov2Model wants them."""
+    """Normalizes images in 0..1 as Dinov2Model expects them."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
     return (images - mean) / torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
 

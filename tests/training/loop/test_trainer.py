@@ -25,10 +25,8 @@ def test_logs_are_written(work):
         assert (work.folder / f"{stage}.csv").read_text().startswith("iteration,seconds,samples,loss")
 
 
-def test_a_stage_stops_at_its_budget_and_goes_on(work, tmp_path):
-    """Stopped training resumes with the same iteration count, and finishes; the second part continues the
-    log.
-    """
+def test_a_stage_stops_at_its_budget_and_resumes(work, tmp_path):
+    """The second call continues the first one's count of iterations and its log, and finishes."""
     plan = {**MOMENT, "dinov2": replace(TOY_PLAN["dinov2"], seconds=0.6)}
     early = replace(work, folder=tmp_path, plan=plan, budget=Budget(15.05 / 60, time.time()))
     (tmp_path / "tokenizers").symlink_to(work.tokenizers)

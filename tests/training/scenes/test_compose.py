@@ -28,7 +28,7 @@ def test_rows_have_one_number_for_each_column():
     assert all(len(scene.row()) == COLUMNS for scene in SCENES)
 
 
-def test_subjects_are_in_the_picture():
+def test_subjects_are_in_the_image():
     for scene in SCENES:
         for thing in scene.things:
             left, top, right, bottom = extent(thing, scene.shape)
@@ -39,7 +39,7 @@ def test_subjects_are_in_the_picture():
 
 
 def test_details_keep_clear_of_subjects():
-    """Crumbs at a subject's feet are details that stood behind it."""
+    """A detail near a subject would look like a part of it."""
     for scene in SCENES:
         for detail in scene.details:
             for thing in scene.things:

@@ -1,4 +1,4 @@
-"""Pictures: every place paints, seeds repeat, pairs are equal where nothing was edited."""
+"""Images: every place paints, seeds repeat, pairs are equal where nothing was edited."""
 
 import random
 

@@ -10,7 +10,7 @@ from training.loop.models import TOY, build_autoencoder
 from training.stages.autoencoder import fold_scale
 
 
-def test_folding_the_scale_keeps_the_pictures():
+def test_folding_the_scale_keeps_the_images():
     """Latents come out at unit normal; away from the borders, where padding differs, nothing else changes."""
     params = replace(TOY.ae, num_groups=4)
     ae = build_autoencoder(params).requires_grad_(False)

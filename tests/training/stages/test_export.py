@@ -46,7 +46,7 @@ def test_exported_files_load_as_the_package_loads_them(work):
 
 
 def test_exported_files_are_trained_further(work, tmp_path):
-    """What begins is the guided model at guidance 1, with its own encoders; the rest is taken over."""
+    """Training begins with the model at guidance 1 and its text encoders. All other files are copied."""
     further = replace(work, folder=tmp_path, begin=work.folder / "assets")
     take_over(further)
     begun, models = first_generator(further).eval(), ExportedModels(work, further.begin)

@@ -54,7 +54,7 @@ def test_right_answers_cost_nothing():
 
 
 def test_what_belongs_to_the_other_subject_costs():
-    """Hat, colour, or place of the one told of the other: what a bag of words cannot tell apart."""
+    """Swapped hats, colours or places of two subjects raise the loss: a bag of words could not tell them."""
     rng = random.Random(1)
     scenes = [compose(rng, two_dressed(rng)) for _ in range(20)]
     for name in ("colour", "hat", "x"):
