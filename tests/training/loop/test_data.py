@@ -30,7 +30,7 @@ def test_remembered_words_give_the_same_ids(encoder):
         assert clip == encoder.clip(caption, max_length=CLIP_LENGTH, **padded).input_ids
 
 
-def test_small_pictures_use_the_large_ones_positions():
+def test_small_images_use_the_large_ones_positions():
     device = torch.device("cpu")
     torch.testing.assert_close(positions(64, 64, device), image_ids(1, 64, 64, device))
     small = positions(32, 32, device, like=(64, 64))

@@ -78,7 +78,7 @@ def test_layout_and_background_follow_the_words():
     assert all(len(templates) == STYLES for templates in TEMPLATES.values())
 
 
-def test_wide_pictures_keep_subjects_inside():
+def test_wide_images_keep_subjects_inside():
     rng, shape = random.Random(6), Shape.of(320, 208)
     for _ in range(100):
         for thing in sample(rng, shape).things:

@@ -42,7 +42,7 @@ def test_every_place_and_time_paints(renderer):
     assert distances.min() > 2
 
 
-def test_a_seed_repeats_a_picture(renderer):
+def test_a_seed_repeats_an_image(renderer):
     rows = rows_of(*(sample(random.Random(seed)) for seed in range(6)))
     first, again, other = (renderer(rows, SIDE, SIDE, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -86,7 +86,7 @@ def test_pairs_are_equal_outside_their_mask(renderer, edit):
         assert difference[~changed].max() == 0
 
 
-def test_pictures_may_be_wide(renderer):
+def test_images_may_be_wide(renderer):
     shape = Shape.of(96, 64)
     rows = rows_of(*(sample(random.Random(seed), shape) for seed in range(4)))
     assert renderer(rows, 96, 64).shape == (4, 3, 64, 96)
