@@ -64,7 +64,7 @@ class Terminated(KeyboardInterrupt):
 def exit_on_input_error() -> Iterator[None]:
     """End the program with one line instead of a traceback.
 
-    The exit status is 2 for `InputError`, 130 for Ctrl-C and 143 for `Terminated`.
+    The exit status is 2 for `InputError` and where memory ran out, 130 for Ctrl-C and 143 for `Terminated`.
     """
     try:
         yield
@@ -72,9 +72,22 @@ def exit_on_input_error() -> Iterator[None]:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        reason = reason_of(error).partition(". GPU")[0]
+        advice = "give offload auto, or make the image or the batch smaller"
+        print(f"error: Memory ran out ({reason}): {advice}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         print("\nstopped; what was already written stays", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether Python's, or PyTorch's for a GPU or the CPU, is the error. PyTorch may not be imported here."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def raise_when_terminated() -> None:

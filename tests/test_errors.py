@@ -1,6 +1,7 @@
 """How programs end: on wrong input, on Ctrl-C, on SIGTERM, and when nobody reads what they print."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flux.errors import reason_of
+from flux.errors import exit_on_input_error, reason_of
 
 ROOT = Path(__file__).parents[1]
 WORK = """
@@ -67,6 +68,31 @@ def test_wrong_input_is_a_line_for_each_problem(start):
     with start("--error") as process:
         assert process.stderr.read() == "writing\nerror: one\nerror: two\n"
     assert process.returncode == 2
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as PyTorch's own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."), "CUDA .* 2 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), ".*: 9 bytes"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(capsys, error, reason):
+    with pytest.raises(SystemExit) as end, exit_on_input_error():
+        raise error
+    assert end.value.code == 2
+    said = rf"error: Memory ran out \({reason}\): give offload auto, or make the image or the batch smaller\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), exit_on_input_error():
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

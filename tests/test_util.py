@@ -14,7 +14,7 @@ from flux.errors import InputError
 from flux.images.watermark import extract_watermark
 from flux.model import Flux
 from flux.specs import configs
-from flux.weights import hub
+from flux.weights.repository import Repository
 
 REDUX = ("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", "FLUX_REDUX")
 
@@ -23,13 +23,12 @@ def test_where_a_checkpoint_is(tmp_path, monkeypatch):
     """The variable, then upstream's folder, then the hub; nothing is made meanwhile."""
     monkeypatch.chdir(tmp_path)
     fetched = []
-    monkeypatch.setattr(
-        hub,
-        "fetch",
-        lambda spec, names, download, repo_id: (
-            fetched.append((spec.licence, repo_id, *names)) or Path("/cache")
-        ),
-    )
+
+    def fetch(self, wanted, download):
+        fetched.append((self.licence, self.id, *wanted))
+        return Path("/cache")
+
+    monkeypatch.setattr(Repository, "fetch", fetch)
     assert util.get_checkpoint_path(*REDUX) == Path("/cache") / REDUX[1]
     assert util.get_checkpoint_path("me/mine", "x.safetensors", "MINE") == Path("/cache/x.safetensors")
     assert fetched == [

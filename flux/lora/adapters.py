@@ -23,7 +23,7 @@ from flux.model import Flux, FluxParams
 from flux.modules.linear import AnyLinear, CustomLinear, can_project_rows, project_rows
 from flux.runtime.offload import StreamedBlock
 from flux.weights.load import on_meta
-from flux.weights.lora import diffusers_places
+from flux.weights.lora_places import diffusers_places
 
 ATTENTION = r"(img|txt)_attn\.(qkv|proj)"
 MLP = r"(img|txt)_mlp\.[02]"

@@ -14,12 +14,12 @@ from flux.errors import InputError
 from flux.model import Flux, FluxParams
 from flux.specs import configs
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.identify import TITLES, describe_checkpoint, holds_part
 from flux.weights.layouts import Part
 from flux.weights.load import on_meta
-from flux.weights.lora import LoraFile, layer_of, match_patches, part_of, read_lora
+from flux.weights.lora import LoraFile, part_of, read_lora
 from flux.weights.lora_formats import Difference, DoRA, LoHa, LoKr, LowRank, Replacement
 from flux.weights.lora_patches import Patch
+from flux.weights.lora_places import layer_of, match_patches
 from flux.weights.lora_rotations import InputRotation, OutputRotation
 
 FORMS = {
@@ -147,8 +147,6 @@ def open_lora(path: str | Path, strength: float = 1.0) -> OpenLora:
         InputError: It is no LoRA, of a form that is not known, or for a model that is not known here.
     """
     checkpoint = open_checkpoint(Path(path))
-    if any(holds_part(checkpoint, part) for part in TITLES):
-        raise InputError(f"Got {path}, which is {describe_checkpoint(checkpoint)}; expected a LoRA")
     file = read_lora(checkpoint, strength)
     if file.parts.isdisjoint({"transformer"}):
         raise InputError(f"Got {path}, a LoRA of text encoders alone, which has no layers of a transformer")

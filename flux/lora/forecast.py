@@ -21,10 +21,12 @@ from flux.lora.adapters import Target, add_adapters, prepare_backward
 from flux.lora.dataset import Example
 from flux.lora.step import context_condition, velocity_loss
 from flux.model import Inputs
+from flux.runtime.activations import LiveBytes
 from flux.runtime.devices import total_memory
-from flux.runtime.estimate import LiveBytes, MemoryEstimator, ModuleSize, WeightFormat, model_on_meta
+from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import GIB, Stage, duration, free_memory, operations, operations_per_second
 from flux.runtime.quantize import BITS
+from flux.runtime.weight_sizes import ModuleSize, WeightFormat, model_on_meta
 from flux.settings.train import TrainSettings
 from flux.specs import ModelSpec
 from flux.weights.open_model import OpenModel

@@ -25,9 +25,10 @@ from flux.settings.demos import ModelSettings
 from flux.weights.checkpoint import open_checkpoint
 from flux.weights.find import find_model
 from flux.weights.load import on_meta
-from flux.weights.lora import LoraFile, layer_of, match_patches, read_lora
+from flux.weights.lora import LoraFile, read_lora
 from flux.weights.lora_formats import LowRank
 from flux.weights.lora_patches import Patch, apply_patches
+from flux.weights.lora_places import layer_of, match_patches
 from flux.weights.open_model import OpenModel
 
 

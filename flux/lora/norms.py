@@ -12,9 +12,9 @@ from flux.lora.contents import OpenLora, by_layer
 from flux.model import Flux
 from flux.weights.checkpoint import Checkpoint
 from flux.weights.load import match_names, on_meta
-from flux.weights.lora import layer_of
 from flux.weights.lora_formats import LoHa, LoKr, LowRank, Sum
 from flux.weights.lora_patches import Patch
+from flux.weights.lora_places import layer_of
 from flux.weights.sources import TensorSource, find_sources
 
 CPU = torch.device("cpu")

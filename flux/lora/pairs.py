@@ -28,8 +28,8 @@ from flux.model import Flux, FluxParams
 from flux.weights.headers import short_name
 from flux.weights.layouts import Part
 from flux.weights.load import on_meta
-from flux.weights.lora import diffusers_places, match_text_patches
 from flux.weights.lora_formats import LowRank
+from flux.weights.lora_places import diffusers_places, match_text_patches
 from flux.weights.save import safetensors_bytes
 
 Form = Literal["kohya", "bfl", "diffusers"]

@@ -62,6 +62,15 @@ def total_memory(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def main_memory() -> int | None:
+    """Return the bytes of main memory and swap space of this machine. If None, they are not known."""
+    if sys.platform != "linux":  # elsewhere swap space grows when it is needed
+        return None
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        kibibytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in file)}
+    return 1024 * (kibibytes["MemTotal"] + kibibytes["SwapTotal"])
+
+
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system.
 

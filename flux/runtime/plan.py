@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from flux.errors import InputError, warn
-from flux.runtime.devices import total_memory
+from flux.runtime.devices import main_memory, total_memory
 from flux.runtime.estimate import MemoryEstimator, steering_tokens
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec
@@ -81,11 +81,7 @@ class Plan:
         tiled: bool = False,
     ) -> "Plan":
         """Return the plan with these choices and the memory it needs."""
-        weights = {
-            "text": estimate.t5.on_device(streamed_t5) + estimate.clip,
-            "denoise": estimate.transformer.on_device(streamed),
-            "decode": estimate.autoencoder,
-        }
+        weights = weights_by_stage(estimate, streamed, streamed_t5)
         activations = {"text": estimate.text, "denoise": estimate.denoise, "decode": estimate.decode[tiled]}
         # Without offloading, the autoencoder is on the device while the next images are denoised.
         if estimate.workload.decodes_alongside and offload == "none":
@@ -240,20 +236,67 @@ def make_plan(
     """Return the plan that the settings name. For "auto", prints and returns one that fits into free memory.
 
     Raises:
-        InputError: If the settings say "auto" and no plan fits.
+        InputError: If the settings say "auto" and no plan fits, or if the weights alone do not fit.
     """
-    if settings.offload != "auto":
-        streamed = ALL_BLOCKS if settings.offload == "blocks" else 0
-        return Plan(settings.offload, streamed, streamed, settings.tiled)
     on_gpu = device.type == "cuda"
     sources, ranks = model.sources(), model.ranks_beside()
     estimate = MemoryEstimator(settings, model.spec, sources, dtype, text_dtype, on_gpu, ranks)
     free = free_memory(device)
-    # A device without memory of its own shares the host's: offloading saves none.
-    on_device = Plan.of(estimate, "none", tiled=settings.tiled)
-    plan = on_device if free is None else Plan.fitting(estimate, free)
-    print(describe_plan(plan, estimate, free))
+    if settings.offload != "auto":
+        streamed = ALL_BLOCKS if settings.offload == "blocks" else 0
+        plan = Plan(settings.offload, streamed, streamed, settings.tiled)
+    else:
+        # A device without memory of its own shares the host's: offloading saves none.
+        on_device = Plan.of(estimate, "none", tiled=settings.tiled)
+        plan = on_device if free is None else Plan.fitting(estimate, free)
+        print(describe_plan(plan, estimate, free))
+    check_weights(plan, estimate, free)
     return plan
+
+
+def weights_by_stage(estimate: MemoryEstimator, streamed: int, streamed_t5: int) -> dict[str, int]:
+    """Return the bytes of the weights that each stage needs on the device, while so many blocks stream."""
+    return {
+        "text": estimate.t5.on_device(streamed_t5) + estimate.clip,
+        "denoise": estimate.transformer.on_device(streamed),
+        "decode": estimate.autoencoder,
+    }
+
+
+def check_weights(plan: Plan, estimate: MemoryEstimator, free: int | None) -> None:
+    """Check that the weights fit where a plan puts them, whatever the run takes beside them.
+
+    Args:
+        plan: The plan.
+        estimate: The sizes of the weights.
+        free: Free bytes on the GPU. If None, the models compute in main memory.
+
+    Raises:
+        InputError: They do not. The system would end the program half-way.
+    """
+    settings, memory = estimate.settings, main_memory()
+    if free is not None:
+        blocks = min(plan.streamed, len(estimate.transformer.blocks))
+        stages = weights_by_stage(estimate, blocks, min(plan.streamed_t5, len(estimate.t5.blocks))).values()
+        needed = sum(stages) if plan.offload == "none" else max(stages)
+        if needed > free:
+            raise InputError(
+                f"Got {free / GIB:.1f} GiB of free memory on the GPU for weights of {needed / GIB:.1f} GiB: "
+                'give offload "auto"'
+            )
+    in_main = {
+        "transformer": settings.quantize != "none",
+        "text_encoder_2": settings.t5 != "same",
+        "text_encoder": False,
+        "vae": False,
+    }
+    everything = free is None or plan.offload != "none"
+    waiting = sum(size for part, size in estimate.loaded.items() if everything or in_main[part])
+    if memory is not None and waiting > memory:
+        raise InputError(
+            f"Got weights that take {waiting / GIB:.1f} GiB of main memory, and this machine has "
+            f"{memory / GIB:.1f}: take smaller files, such as GGUF or fp8, of the transformer and of T5"
+        )
 
 
 def free_memory(device: torch.device) -> int | None:

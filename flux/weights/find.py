@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flux.errors import InputError, warn
-from flux.model import FluxParams
+from flux.model import Flux, FluxParams
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
@@ -13,6 +13,7 @@ from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
 from flux.weights.identify import describe_checkpoint, holds_part, require_part
 from flux.weights.layouts import Part
+from flux.weights.load import match_names, on_meta
 from flux.weights.lora import read_lora
 from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel
 from flux.weights.sources import find_sources
@@ -56,6 +57,10 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     lora = own_lora(spec, opened.open(flow, "transformer"), lora_weights, scale, download)
     if lora is None and spec.lora_filename and (settings.lora_weights or settings.lora_scale is not None):
         warn(f"{flow} is {settings.model} already: lora_weights and lora_scale change nothing")
+    if spec.folder is None and "transformer" in named and not (text and "vae" in named):
+        # Names and shapes tell another model's file before gigabytes are fetched to go with it.
+        params = spec.params if lora is None or spec.base_params is None else spec.base_params
+        match_names(on_meta(Flux, params), opened.open(flow, "transformer"), "transformer")
     t5, clip = named.get("text_encoder_2"), named.get("text_encoder")
     files = ModelFiles(
         flow,
@@ -106,10 +111,12 @@ def _check_text_folder(folder: Path, named: Mapping[Part, Path], opened: OpenFil
     Raises:
         InputError: It does not hold them and their tokenizers.
     """
-    if os.path.isfile(folder):
+    if not os.path.isdir(folder):
+        is_file = os.path.isfile(folder)
+        what = describe_checkpoint(opened.open(folder)) if is_file else "no folder that can be read"
         raise InputError(
-            f"Got {folder} for the text encoders, which is {describe_checkpoint(opened.open(folder))}; "
-            f"expected a folder with {', '.join(TEXT_FOLDERS)}"
+            f"Got {folder} for the text encoders, which is {what}; expected a folder with "
+            f"{', '.join(TEXT_FOLDERS)}"
         )
     missing = [name for name in TEXT_FOLDERS if not os.path.isdir(folder / name)]
     if missing:

@@ -152,7 +152,8 @@ def read_header(path: Path) -> FileHeader:
 def _missing(path: Path) -> InputError:
     """The error for a file that does not exist, with what may have been meant."""
     if re.match(r"https?:", str(path)):
-        return InputError(f"Got {path}, an address: download the file, and give its path")
+        address = str(path).replace(":/", "://", 1)  # as it was before it became a path
+        return InputError(f"Got {address}, an address: download the file, and give its path")
     hint = _unfinished_beside(path)
     if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
         hint = f" (if it is a repository of the hub: hf download {path} --local-dir {path.name})"

@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from flux.errors import InputError, reason_of
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
 ATTEMPTS = 6  # without progress
@@ -77,11 +80,38 @@ def hub_errors(repo_id: str, licence: str, what: str) -> Iterator[None]:
 
 def _reason(error: Exception, repo_id: str, licence: str) -> str | None:
     """The reason of a failed download, and what to do; None for errors that are not the hub's."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    refusal = _refusal(error, repo_id, licence) if isinstance(error, HfHubHTTPError) else None
+    if refusal:
+        return refusal
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            "it is not on this machine, and the hub cannot be reached or HF_HUB_OFFLINE is set: "
+            "go online, or give the files' paths"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename} cannot be written: set HF_HOME to a folder that can"
+    if type(error).__name__ == "ProxyError" or (
+        isinstance(error, ValueError | ImportError) and "proxy" in f"{error}".lower()
+    ):
+        return (
+            f"the proxy refuses ({_one_line(str(error), 120)}): mend or unset HTTPS_PROXY, HTTP_PROXY and "
+            "ALL_PROXY, or give the files' paths"
+        )
+    if _is_temporary(error):
+        return (
+            f"it cannot be reached or breaks off ({type(error).__name__}): try again, it goes on where "
+            "it stopped; or set HF_ENDPOINT to a mirror, or give the files' paths"
+        )
+    return reason_of(error) if isinstance(error, OSError) else None
+
+
+def _refusal(error: "HfHubHTTPError", repo_id: str, licence: str) -> str | None:
+    """The reason of an answer with an error's status; None if the status and its words say none."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{repo_id}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    said = _words_of_hub(error)
+    page, status, said = f"{constants.ENDPOINT}/{repo_id}", error.response.status_code, _words_of_hub(error)
     if isinstance(error, errors.DisabledRepoError) or "disabled" in said:
         return f"the hub has disabled it{said}: give the files' paths"
     if "fine-grained" in said:
@@ -98,35 +128,14 @@ def _reason(error: Exception, repo_id: str, licence: str) -> str | None:
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return f"there is no {page}, or it is not shown without a token: `hf auth login`, or HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            "it is not on this machine, and the hub cannot be reached or HF_HUB_OFFLINE is set: "
-            "go online, or give the files' paths"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.filename} cannot be written: set HF_HOME to a folder that can"
     if status in RETRY_STATUS:
         return f"it answers with status {status}: try again later; what has come so far is kept"
-    if type(error).__name__ == "ProxyError" or (
-        isinstance(error, ValueError | ImportError) and "proxy" in f"{error}".lower()
-    ):
-        return (
-            f"the proxy refuses ({_one_line(str(error), 120)}): mend or unset HTTPS_PROXY, HTTP_PROXY and "
-            "ALL_PROXY, or give the files' paths"
-        )
-    if _is_temporary(error):
-        return (
-            f"it cannot be reached or breaks off ({type(error).__name__}): try again, it goes on where "
-            "it stopped; or set HF_ENDPOINT to a mirror, or give the files' paths"
-        )
-    return reason_of(error) if isinstance(error, OSError) else None
+    return None
 
 
-def _words_of_hub(error: Exception) -> str:
+def _words_of_hub(error: "HfHubHTTPError") -> str:
     """The hub's own words on a refusal, in brackets; empty if it says nothing."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    words = error.response.headers.get("X-Error-Message") if isinstance(error, HfHubHTTPError) else None
+    words = error.response.headers.get("X-Error-Message")
     return f' (it says: "{_one_line(words, 200)}")' if words else ""
 
 

@@ -42,6 +42,12 @@ OTHER_FILES = (
     (r"(^|[._])(lora|lokr|hada)_|\.processor\.|\.lora\.", "a LoRA or another adapter (give it as lora)"),
     (r"^(vision_model|visual)\.", "an image encoder"),
 )
+# Models that a LoRA may be for, each by a pattern that one of its modules' names matches.
+OTHER_LORAS = (
+    (r"(^|[._])(down|up|mid|input|output|middle)_blocks?[._]|^lora_te2_text_model", "Stable Diffusion"),
+    (r"(^|[._])transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]", "Qwen-Image"),
+    (r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._]", "Wan"),
+)
 # The entries of metadata in which a file says what it is, or what it was trained for.
 DECLARATIONS = ("general.architecture", "modelspec.architecture", "ss_base_model_version")
 
@@ -77,6 +83,11 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
         return other
     example = f" (it begins with {names[0][:60]!r})" if names else ""
     return f"{len(names)} tensors of a model not known here{example}{declared_model(checkpoint)}"
+
+
+def model_of_lora(modules: list[str]) -> str | None:
+    """The other model that modules of these names in a LoRA file belong to, if they tell."""
+    return _first_match(OTHER_LORAS, modules)
 
 
 def declared_model(checkpoint: Checkpoint) -> str:

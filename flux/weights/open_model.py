@@ -23,8 +23,9 @@ from flux.weights.headers import read_json
 from flux.weights.identify import TITLES
 from flux.weights.layouts import Part
 from flux.weights.load import load_into, match_names, on_meta
-from flux.weights.lora import LoraFile, match_patches, read_lora
+from flux.weights.lora import LoraFile, read_lora
 from flux.weights.lora_patches import Patch, apply_patches, ranks_beside
+from flux.weights.lora_places import match_patches
 from flux.weights.sources import TensorSource
 from flux.weights.tokenizers import load_tokenizer
 

@@ -3,13 +3,14 @@
 import hashlib
 import http.server
 import json
+from pathlib import Path
 
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
 from flux.specs import configs
-from flux.weights.hub import TEXT_FOLDERS
+from flux.weights.hub import TEXT_FOLDERS, own_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPEC = configs["flux-dev"]
@@ -111,3 +112,18 @@ def lie_at(endpoint: str, monkeypatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def own_flow(spec=SPEC, download=True) -> Path:
+    """The transformer's file of a model, from this hub or its cache."""
+    return own_file(spec, spec.repo_flow, download)
+
+
+def partials() -> list[Path]:
+    """The files in the cache that are not complete."""
+    return list(Path(constants.HF_HUB_CACHE).rglob("*.part"))
+
+
+def snapshots() -> list[Path]:
+    """The complete files in the cache."""
+    return [path for path in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/*") if path.is_file()]

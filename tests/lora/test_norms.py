@@ -10,7 +10,7 @@ from helpers.lora_files import MODULES, file_of, pairs
 from flux.lora.contents import open_lora
 from flux.lora.norms import layer_changes
 from flux.weights.checkpoint import open_checkpoint
-from flux.weights.lora import layer_of
+from flux.weights.lora_places import layer_of
 
 QKV, PROJ = "double_blocks.1.img_attn.qkv", "double_blocks.1.img_attn.proj"
 

@@ -14,7 +14,7 @@ from flux.lora.contents import open_lora
 from flux.lora.prune import choose_layers, prune, read_scores
 from flux.lora.report import look_into, write_report
 from flux.specs import NANO_FOLDER
-from flux.weights.lora import layer_of
+from flux.weights.lora_places import layer_of
 
 SCORES = {0: 0.5, 1: 0.1, 2: 0.1, 6: 0.3, 4: -0.2}
 

@@ -14,7 +14,7 @@ from flux.lora.forecast import ADAPTER_BYTES, Forecaster
 from flux.lora.train import make_plan
 from flux.lora.trainer import Trainer
 from flux.model import Flux
-from flux.runtime.estimate import LiveBytes
+from flux.runtime.activations import LiveBytes
 from flux.runtime.parallel import ALONE
 from flux.runtime.plan import GIB
 from flux.runtime.quantize import quantize_linears

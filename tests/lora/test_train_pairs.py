@@ -18,7 +18,7 @@ from flux.lora.features import Features
 from flux.lora.train import make_plan, train
 from flux.lora.trainer import Trainer
 from flux.model import Flux
-from flux.runtime.estimate import LiveBytes
+from flux.runtime.activations import LiveBytes
 from flux.runtime.parallel import ALONE
 from flux.specs import configs
 

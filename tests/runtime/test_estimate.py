@@ -9,7 +9,8 @@ from helpers import full_size, lora_files, tiny_models, weight_files
 from torch import nn
 
 from flux.loaded_model import LoadedModel
-from flux.runtime.estimate import MemoryEstimator, live_bytes
+from flux.runtime.activations import live_bytes
+from flux.runtime.estimate import MemoryEstimator
 from flux.runtime.plan import GIB, Plan
 from flux.scan.skipper import LayerSkipper, SkipTask
 from flux.settings.complete import resolve

@@ -8,7 +8,8 @@ from flux.conditions.kontext import PREFERED_KONTEXT_RESOLUTIONS
 from flux.errors import InputError
 from flux.inputs import Condition, Inputs
 from flux.runtime import plan
-from flux.runtime.estimate import DEPTH_BYTES, live_bytes, steering_tokens
+from flux.runtime.activations import live_bytes
+from flux.runtime.estimate import DEPTH_BYTES, steering_tokens
 from flux.runtime.plan import GIB, Plan, check_size, operations
 from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.specs import configs

@@ -79,6 +79,15 @@ def test_a_wrong_path_is_told_before_anything_is_downloaded(monkeypatch, variabl
         files_of("flux-dev")
 
 
+def test_another_models_file_is_told_before_anything_is_downloaded(small, weights, tmp_path, monkeypatch):
+    """A dev file in place of a schnell file, by its names."""
+    monkeypatch.setattr(find, "own_file", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr(find, "own_text_folder", lambda *_: pytest.fail("went to the hub"))
+    path = weight_files.save(weights, tmp_path / "flux1-schnell.safetensors")
+    with pytest.raises(InputError, match=r"it is a dev file .* load it as flux-dev"):
+        files_of("flux-schnell", weights=str(path))
+
+
 def test_a_text_folder_that_lacks_something(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "tokenizer").mkdir()

@@ -193,7 +193,27 @@ def test_tensors_that_nothing_takes_are_listed(tmp_path, weights, base):
 
 
 def test_a_file_that_is_a_whole_model(tmp_path, weights, base):
-    refused(tmp_path, base, weights, "no part of this model: .* and .* more")
+    refused(tmp_path, base, weights, r"a FLUX.1 transformer \(give it as weights\); expected a LoRA")
+
+
+@pytest.mark.parametrize(
+    ("module", "model"),
+    [
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k", "Stable Diffusion"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k", "Stable Diffusion"),
+        ("diffusion_model.blocks.0.cross_attn.k", "Wan"),
+        ("transformer.transformer_blocks.0.img_mlp.net.2", "Qwen-Image"),
+    ],
+)
+def test_a_lora_for_another_model(tmp_path, base, module, model):
+    file = file_of({module: (torch.zeros(2, 4), torch.zeros(4, 2))}, str)
+    refused(tmp_path, base, file, f"no part of this model: .*; it is a LoRA for {model}, take one for FLUX.1")
+
+
+def test_a_lora_that_says_what_it_is_for(tmp_path, base):
+    file = file_of({"some.module": (torch.zeros(2, 4), torch.zeros(4, 2))}, str)
+    expected = "or of a form not known here; it says that it is for 'some-model-v1'"
+    refused(tmp_path, base, file, expected, ss_base_model_version="some-model-v1")
 
 
 def test_a_lora_of_another_size(tmp_path, base):

@@ -11,7 +11,7 @@ from flux.errors import InputError
 from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.settings.files import check_settings
 from flux.weights.find import checkpoint_of
-from flux.weights.lora import layer_of
+from flux.weights.lora_places import layer_of
 
 NUM_DOUBLE = tiny_models.NUM_DOUBLE
 OUTSIDE = ["img_in", "time_in.in_layer", "final_layer.adaLN_modulation.1", "final_layer.linear"]
