@@ -14,8 +14,8 @@ from flux.bfl import HostedSettings, generate, track_usage_via_api
 from flux.errors import InputError
 from flux.specs import HOSTED, configs, get_spec
 
-PICTURE = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
-READY = {"status": "Ready", "result": {"sample": "{base}/delivery/picture.png"}}
+IMAGE = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+READY = {"status": "Ready", "result": {"sample": "{base}/delivery/image.png"}}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -26,7 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
         submissions: what to answer to POST, in this order, the last one again and again: an object, or a
             status with one.
         polls: what to answer to GET, likewise.
-        picture: the content of the picture's address.
+        image: the content of the image's address.
     """
 
     def reset(self):
@@ -36,8 +36,8 @@ class Server(http.server.ThreadingHTTPServer):
             [READY],
         )
         buffer = BytesIO()
-        PICTURE.save(buffer, "PNG")
-        self.picture = buffer.getvalue()
+        IMAGE.save(buffer, "PNG")
+        self.image = buffer.getvalue()
 
     @property
     def base(self):
@@ -53,7 +53,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.note(None)
         if self.path.startswith("/delivery/"):
-            return self.answer(200, self.server.picture)
+            return self.answer(200, self.server.image)
         if self.path.startswith("/moved/"):
             return self.answer(302, b"")
         self.answer_from(self.server.polls)
@@ -72,7 +72,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         if status == 302:
             moved = self.path.startswith("/moved/")
-            self.send_header("Location", "/delivery/picture.png" if moved else "http://127.0.0.1:9/elsewhere")
+            self.send_header("Location", "/delivery/image.png" if moved else "http://127.0.0.1:9/elsewhere")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -116,13 +116,13 @@ def refused(expected: str, name="flux-pro-1.1", **fields) -> None:
 
 def test_submit_poll_fetch(server):
     server.polls = [{"status": "Pending"}, {"status": "Pending"}, READY]
-    assert make(width=1024, height=768).tobytes() == PICTURE.tobytes()
+    assert make(width=1024, height=768).tobytes() == IMAGE.tobytes()
     body = {"prompt": "a dog", "seed": 7, "output_format": "png", "width": 1024, "height": 768}
     poll = ("GET", "/v1/poll?id=7", "secret", None)
     assert server.asked == [
         ("POST", "/v1/flux-pro-1.1", "secret", body),
         *[poll] * 3,
-        ("GET", "/delivery/picture.png", None, None),
+        ("GET", "/delivery/image.png", None, None),
     ], "the key goes to the interface only"
     assert server.pauses == [bfl.POLL_EVERY] * 2
 
@@ -146,13 +146,13 @@ def test_what_each_model_is_sent(server):
 def test_a_busy_server_is_asked_again(server, status):
     server.submissions = [(status, {}), (status, {}), *server.submissions]
     server.polls = [(status, {}), READY]
-    assert make().size == PICTURE.size
+    assert make().size == IMAGE.size
     assert server.pauses == [1, 2, 1]
 
 
 def test_a_task_may_be_unknown_at_first(server):
     server.polls = [(404, {}), {"status": "Task not found"}, READY]
-    assert make().size == PICTURE.size
+    assert make().size == IMAGE.size
 
 
 def test_the_command(server, tmp_path, monkeypatch, capsys):
@@ -167,11 +167,11 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
 
 
 def test_a_delivery_elsewhere_is_followed_without_the_key(server):
-    server.polls = [{"status": "Ready", "result": {"sample": "{base}/moved/picture.png"}}]
-    assert make().tobytes() == PICTURE.tobytes()
+    server.polls = [{"status": "Ready", "result": {"sample": "{base}/moved/image.png"}}]
+    assert make().tobytes() == IMAGE.tobytes()
     assert [(path, key) for _, path, key, _ in server.asked[2:]] == [
-        ("/moved/picture.png", None),
-        ("/delivery/picture.png", None),
+        ("/moved/image.png", None),
+        ("/delivery/image.png", None),
     ]
 
 
@@ -251,7 +251,7 @@ def test_refused_submissions(server, status, answer, expected):
         ("Error", "failed there"),
     ],
 )
-def test_endings_without_a_picture(server, status, expected):
+def test_endings_without_an_image(server, status, expected):
     server.polls = [{"status": "Pending"}, {"status": status}]
     refused(expected)
 
@@ -274,9 +274,9 @@ def test_the_key_goes_to_nobody_else(server, place):
     refused("key in BFL_API_KEY is not sent there")
 
 
-@pytest.mark.parametrize("picture", [b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(100)])
-def test_a_broken_picture(server, picture):
-    server.picture = picture
+@pytest.mark.parametrize("image", [b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(100)])
+def test_a_broken_image(server, image):
+    server.image = image
     refused("could not be fetched")
 
 

@@ -149,7 +149,7 @@ def small_dev(monkeypatch):
 
 
 def test_a_program_written_for_upstream(small_dev, nano, tmp_path):
-    """Its calls in its order, the picture written by its `save_image`; equal to our own pipeline's."""
+    """Its calls in its order, the image written by its `save_image`; equal to our own pipeline's."""
     from flux.sampling import denoise, get_noise, get_schedule, prepare, unpack
     from flux.util import embed_watermark, load_ae, load_clip, load_flow_model, load_t5, save_image
 
@@ -170,8 +170,8 @@ def test_a_program_written_for_upstream(small_dev, nano, tmp_path):
     with Image.open(tmp_path / "img_4.jpg") as written:
         assert written.size == (width, height)
         assert prompt in str(written.getexif()[0x010E])
-        picture = np.asarray(written.convert("RGB"), dtype=float)
-    assert picture.std() > 20
+        image = np.asarray(written.convert("RGB"), dtype=float)
+    assert image.std() > 20
     marked = embed_watermark(x.float().clamp(-1, 1))
     assert marked.shape == x.shape
     assert (marked - x.clamp(-1, 1)).abs().max() < 0.5
@@ -188,12 +188,12 @@ def test_prepare_takes_one_prompt_in_a_list_for_several_rows(nano):
     assert {len(x) for x in given.values()} == {3}
 
 
-def test_a_picture_that_the_classifier_refuses_is_not_saved(tmp_path):
+def test_an_image_that_the_classifier_refuses_is_not_saved(tmp_path):
     from flux.util import save_image
 
     x = torch.zeros(1, 3, 256, 256)
 
-    def unsafe(picture):
+    def unsafe(image):
         return [{"label": "nsfw", "score": 0.99}, {"label": "normal", "score": 0.01}]
 
     assert save_image(unsafe, "flux-dev", str(tmp_path / "img_{idx}.jpg"), 0, x, False, "a dog") == 0
@@ -231,7 +231,7 @@ def environment() -> dict[str, str]:
 
 
 def test_the_command_line(tmp_path):
-    """Several prompts, a size that is rounded down, and numbers that go on from the pictures that are
+    """Several prompts, a size that is rounded down, and numbers that go on from the images that are
     there.
     """
     (tmp_path / "output").mkdir()
@@ -241,8 +241,8 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "130 is rounded down to 128" in done.stdout
     for index in (8, 9):
-        with Image.open(tmp_path / "output" / f"img_{index}.jpg") as picture:
-            assert picture.size == (128, 64)
+        with Image.open(tmp_path / "output" / f"img_{index}.jpg") as image:
+            assert image.size == (128, 64)
 
 
 @pytest.mark.parametrize(

@@ -355,8 +355,8 @@ def test_four_bits_come_near(nano):
     assert sum(errors) / 4 < 0.25
 
 
-def bytes_of(net) -> int:
-    return sum(x.nbytes for x in (*net.parameters(), *net.buffers()))
+def bytes_of(model) -> int:
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 def test_progress_says_which_image(nano, capsys):

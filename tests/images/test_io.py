@@ -41,7 +41,7 @@ def test_channels_and_axes():
 
 
 def test_to_pil_rounds_and_cuts():
-    """Truncating as a plain cast does would darken every picture by half a level."""
+    """Truncating as a plain cast does would darken every image by half a level."""
     x = torch.tensor([-7.0, -1 + 0.6 / 127.5, 0.0, 1 - 0.4 / 127.5, 1.5]).expand(3, 1, 5)
     assert np.array(to_pil(x))[0, :, 0].tolist() == [0, 1, 128, 255, 255]
     assert to_pil(x.bfloat16().requires_grad_()).size == (5, 1)
@@ -57,7 +57,7 @@ def test_nan_is_told():
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "ppm"])
 def test_reads_formats(suffix, tmp_path):
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     quadrants().save(path, **({"lossless": True} if suffix == "webp" else {}))
     assert same(read_image(path), quadrants())
     assert same(read_image(str(path)), quadrants())
@@ -236,7 +236,7 @@ def test_cut_short_is_refused(suffix, share, tmp_path):
         read_image(path)
 
 
-def test_no_picture_is_refused(tmp_path):
+def test_no_image_is_refused(tmp_path):
     damaged = bytearray(save(tmp_path / "good.png"))
     damaged[60:90] = bytes(30)
     for name, data in {"empty.png": b"", "text.png": b"hello\n" * 50, "damaged.png": bytes(damaged)}.items():

@@ -141,7 +141,7 @@ def test_failing_encoder_keeps_the_older_file(suffix, tmp_path, monkeypatch):
     older = path.read_bytes()
 
     def fail(image, file, *_):
-        file.write(b"half a picture")
+        file.write(b"half an image")
         raise RuntimeError("encoder broke")
 
     for kind in ("PNG", "JPEG"):

@@ -55,8 +55,8 @@ def test_images_stand_in_rows_unchanged():
 @pytest.mark.parametrize("width", [64, 128, 512])
 def test_captions_stay_under_their_image(width):
     """Wrapped to the width, clear of the neighbours and of the row below."""
-    pictures = [[plain(colour, width, 48) for colour in row] for row in COLOURS]
-    sheet = grid(pictures, [[LONG, "short", LONG], ["", LONG, "two\nlines"]])
+    images = [[plain(colour, width, 48) for colour in row] for row in COLOURS]
+    sheet = grid(images, [[LONG, "short", LONG], ["", LONG, "two\nlines"]])
     written = ink(sheet)
     boxes = [[box(sheet, colour) for colour in row] for row in COLOURS]
     for row, inked in zip(boxes, ([True, True, True], [False, True, True]), strict=True):
@@ -68,14 +68,14 @@ def test_captions_stay_under_their_image(width):
     columns = written.any(0)
     for left, _, right, _ in boxes[0]:
         columns[left:right] = False
-    assert not columns.any(), "a caption is wider than its picture"
+    assert not columns.any(), "a caption is wider than its image"
     assert not written[-8:].any()
 
 
 def test_titles_stand_above_their_row():
-    pictures = [[plain(colour) for colour in row] for row in COLOURS]
+    images = [[plain(colour) for colour in row] for row in COLOURS]
     captions = [[LONG] * 3] * 2
-    sheet, untitled = grid(pictures, captions, [LONG * 3, "second"]), grid(pictures, captions)
+    sheet, untitled = grid(images, captions, [LONG * 3, "second"]), grid(images, captions)
     written = ink(sheet)
     left, top, _, _ = box(sheet, "red")
     right = box(sheet, "blue")[2]
@@ -134,12 +134,12 @@ def test_other_sizes_are_scaled_to_fit():
 
 
 def test_sheets_have_a_limit(monkeypatch):
-    pictures = [[plain(colour) for colour in row] for row in COLOURS]
+    images = [[plain(colour) for colour in row] for row in COLOURS]
     monkeypatch.setattr(sheets, "MAX_SHEET_PIXELS", 6 * 64 * 48)
-    left, top, right, bottom = box(grid(pictures), "red")
+    left, top, right, bottom = box(grid(images), "red")
     assert (right - left, bottom - top) == (64, 48)
     monkeypatch.setattr(sheets, "MAX_SHEET_SIDE", 3 * 32)
-    left, top, right, bottom = box(grid(pictures), "red")
+    left, top, right, bottom = box(grid(images), "red")
     assert (right - left, bottom - top) == (32, 24)
 
 

@@ -31,18 +31,18 @@ def as_jpeg(image: Image.Image) -> Image.Image:
 
 
 def scene(width: int, height: int, seed: int = 0) -> torch.Tensor:
-    """3 H W: soft colours, hard edges, flat parts and some grain, like a generated picture."""
+    """3 H W: soft colours, hard edges, flat parts and some grain, like a generated image."""
     random = np.random.default_rng(seed)
     soft = Image.fromarray(random.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize(
         (width, height), Image.BICUBIC
     )
-    picture = np.array(soft)
-    picture[height // 3 : height // 2, width // 5 : width // 2] = random.integers(0, 256, 3)
-    picture[: height // 4, : width // 4] = 255
-    picture[-height // 5 :, -width // 4 :] = 0
+    image = np.array(soft)
+    image[height // 3 : height // 2, width // 5 : width // 2] = random.integers(0, 256, 3)
+    image[: height // 4, : width // 4] = 255
+    image[-height // 5 :, -width // 4 :] = 0
     grain = random.normal(0, 3, (height // 2, width, 3))
-    picture[-grain.shape[0] :] = (picture[-grain.shape[0] :] + grain).clip(0, 255)
-    return to_tensor(Image.fromarray(picture))
+    image[-grain.shape[0] :] = (image[-grain.shape[0] :] + grain).clip(0, 255)
+    return to_tensor(Image.fromarray(image))
 
 
 def test_message():
@@ -102,7 +102,7 @@ def test_flat_colours(colour):
     assert psnr(x, marked) > (30 if colour in ("blue", "cyan", "magenta") else 35)
 
 
-def test_harsh_pictures():
+def test_harsh_images():
     """Noise at the gamut's corners: single blocks may fail there, the vote must not."""
     corners = np.random.default_rng(0).integers(0, 2, (300, 280, 3), dtype=np.uint8) * 255
     marked = embed_watermark(to_tensor(Image.fromarray(corners)))
@@ -125,14 +125,14 @@ def test_survives_painting_over():
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3)])
 def test_shapes(lead):
     """Rows of a batch are marked each for itself, in their places."""
-    pictures = [scene(264, 256, seed) for seed in range(int(np.prod(lead)))]
-    x = torch.stack(pictures).reshape(*lead, 3, 256, 264)
+    images = [scene(264, 256, seed) for seed in range(int(np.prod(lead)))]
+    x = torch.stack(images).reshape(*lead, 3, 256, 264)
     before = x.clone()
     marked = embed_watermark(x)
     assert marked.shape == x.shape
     assert marked.dtype == x.dtype
     assert torch.equal(x, before)
-    expected = torch.stack([embed_watermark(picture) for picture in pictures])
+    expected = torch.stack([embed_watermark(image) for image in images])
     assert torch.equal(marked.reshape(-1, 3, 256, 264), expected)
 
 
@@ -145,7 +145,7 @@ def test_half_precision(dtype):
 
 
 def test_marking_twice_changes_little():
-    """A marked picture has its coefficients where the mark wants them: a second dose is no second loss."""
+    """A marked image has its coefficients where the mark wants them: a second dose is no second loss."""
     once = embed_watermark(scene(512, 512))
     assert psnr(once, embed_watermark(once)) > 55
 
@@ -163,7 +163,7 @@ def test_unmarked_is_told_apart():
     assert sum(a != b for a, b in zip(bits, WATERMARK_BITS, strict=True)) > 8
 
 
-def test_extract_takes_one_picture():
+def test_extract_takes_one_image():
     assert extract_watermark(embed_watermark(scene(256, 256))[None]) == WATERMARK_BITS
     with pytest.raises(InputError, match="2 images"):
         extract_watermark(torch.zeros(2, 3, 256, 256))
