@@ -60,32 +60,52 @@ def extract(
     """
     if rank is None and share is None:
         raise InputError("Got neither rank nor share: say how much of the difference is to be kept")
-    device = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
     path = check_output(output, force)
     params, sources = _of_one_model(open_checkpoint(Path(base), "transformer"))
     _, others = _of_one_model(open_checkpoint(Path(tuned), "transformer"), params)
-    linears = {n for n, m in on_meta(Flux, params).named_modules() if isinstance(m, nn.Linear)}
-    found, norms, whole, kept = Pairs(replace(params, guidance_embed=True)), {}, 0.0, 0.0
+    device = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    found = _Differences(params, rank, share, device)
     for name, source in tqdm(sources.items(), "extract", unit="tensor", disable=not progress):
-        module, _, leaf = name.rpartition(".")
-        before, after = (each.read(CPU, torch.float32) for each in (source, others[name]))
-        difference = after - before
-        if not difference.any():
-            continue
-        if module not in linears:
-            norms[name] = after.to(dtype)
-        elif leaf == "bias":
-            found.biases[module] = difference
-        else:
-            down, up, square = low_rank(difference.to(device), rank, share)
-            found.pairs[module] = [Pair(0, down.cpu(), up.cpu())]
-            whole, kept = whole + float(difference.double().square().sum()), kept + square
-    tensors, _ = tensors_of(found, "bfl", dtype)
-    if not tensors and not norms:
+        found.add(name, *(each.read(CPU, torch.float32) for each in (source, others[name])))
+    tensors = tensors_of(found.pairs, "bfl", dtype)[0] | {n: x.to(dtype) for n, x in found.norms.items()}
+    if not tensors:
         raise InputError(f"Got {base} and {tuned}, which do not differ: there is nothing to extract")
     metadata = {"format": "pt", "extracted_from": Path(tuned).name, "base_model": Path(base).name}
-    write_bytes(path, safetensors_bytes(tensors | norms, metadata))
-    return kept / whole if whole else 1.0
+    write_bytes(path, safetensors_bytes(tensors, metadata))
+    return found.kept / found.whole if found.whole else 1.0
+
+
+class _Differences:
+    """The differences of two checkpoints, as far as they have been read.
+
+    Attributes:
+        pairs: Those of linear layers: low-rank changes of matrices, and biases.
+        norms: The tuned checkpoint's scales of norms that differ.
+        whole: The squares of all differences of matrices.
+        kept: Those of them that the low-rank changes have.
+    """
+
+    def __init__(self, params: FluxParams, rank: int | None, share: float | None, device: torch.device | str):
+        self.linears = {n for n, m in on_meta(Flux, params).named_modules() if isinstance(m, nn.Linear)}
+        self.rank, self.share, self.device = rank, share, device
+        self.pairs, self.norms = Pairs(replace(params, guidance_embed=True)), dict[str, Tensor]()
+        self.whole = self.kept = 0.0
+
+    def add(self, name: str, before: Tensor, after: Tensor) -> None:
+        """Add the difference of one tensor of the model."""
+        module, _, leaf = name.rpartition(".")
+        difference = after - before
+        if not difference.any():
+            return
+        if module not in self.linears:
+            self.norms[name] = after
+        elif leaf == "bias":
+            self.pairs.biases[module] = difference
+        else:
+            down, up, square = low_rank(difference.to(self.device), self.rank, self.share)
+            self.pairs.pairs[module] = [Pair(0, down.cpu(), up.cpu())]
+            self.whole += float(difference.double().square().sum())
+            self.kept += square
 
 
 def low_rank(matrix: Tensor, rank: int | None, share: float | None) -> tuple[Tensor, Tensor, float]:

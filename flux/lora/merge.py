@@ -22,7 +22,7 @@ from flux.lora.pairs import (
     stored_dtype,
     write_pairs,
 )
-from flux.model import Flux
+from flux.model import Flux, FluxParams
 from flux.specs import configs
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
 from flux.weights.load import on_meta
@@ -117,11 +117,22 @@ def merge_into(
     checkpoint = open_checkpoint(Path(base), "transformer")
     name, model = _open_model(checkpoint, opened[0], uses)
     transformer = model.load_transformer("cpu", _dtype_of(checkpoint))
+    _save_large(path, _expanded(transformer, configs[name].params))
+    return name
+
+
+def _expanded(transformer: Flux, params: FluxParams) -> dict[str, Tensor]:
+    """The tensors of a transformer's state dict, by BFL's names. Packed matrices are expanded."""
     tensors: dict[str, Tensor] = {}
-    for parameter in on_meta(Flux, configs[name].params).state_dict():
+    for parameter in on_meta(Flux, params).state_dict():
         module, _, leaf = parameter.rpartition(".")
         # Of packed layers, `weight` is the expanded matrix.
         tensors[parameter] = getattr(transformer.get_submodule(module), leaf).contiguous()
+    return tensors
+
+
+def _save_large(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file that is too large to be made in memory first. Raises InputError as `write_file`."""
 
     def write(partial: Path) -> None:
         partial.touch()
@@ -133,7 +144,6 @@ def merge_into(
         partial.chmod(mode)
 
     write_file(path, write)
-    return name
 
 
 def _weights(files: Sequence[str | Path], weights: Sequence[float] | None) -> Sequence[float]:

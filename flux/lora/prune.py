@@ -9,6 +9,7 @@ from flux.errors import InputError
 from flux.files import write_bytes
 from flux.lora.contents import OpenLora, open_lora
 from flux.lora.pairs import OF_PEFT, check_output
+from flux.weights.lora_patches import Patch
 from flux.weights.save import safetensors_bytes
 
 
@@ -42,26 +43,26 @@ def prune(
         raise InputError(
             f"Got layers {sorted(layers)}, in which {file} changes nothing: it changes {lora.layers}"
         )
-    dropped, modules = set[str](), list[str]()
+    staying, leaving = list[Patch](), list[Patch]()
     for patch in lora.patches:
         layer = lora.layer_of(patch)
-        if layer in kept or (layer is None and outside):
-            modules.append(patch.name)
-            continue
-        for tensor in lora.file.modules[patch.name].values():
-            dropped |= {each.name for each in (tensor.stored, tensor.scale) if each}
-    headers = lora.file.checkpoint.headers
-    tensors = {
-        name: tensor.read()
-        for header in headers
-        for name, tensor in header.tensors.items()
-        if name not in dropped
-    }
-    metadata = dict(lora.file.checkpoint.metadata) | {"layers": json.dumps(kept)}
+        stays = outside if layer is None else layer in kept
+        (staying if stays else leaving).append(patch)
+    checkpoint, dropped = lora.file.checkpoint, _stored_names(lora, leaving)
+    stored = [item for header in checkpoint.headers for item in header.tensors.items()]
+    tensors = {name: tensor.read() for name, tensor in stored if name not in dropped}
+    metadata = dict(checkpoint.metadata) | {"layers": json.dumps(kept)}
     if lora.file.metadata:
-        metadata[OF_PEFT] = json.dumps(_of_modules(lora.file.metadata, modules), sort_keys=True)
+        config = _of_modules(lora.file.metadata, [patch.name for patch in staying])
+        metadata[OF_PEFT] = json.dumps(config, sort_keys=True)
     write_bytes(path, safetensors_bytes(tensors, metadata))
     return kept
+
+
+def _stored_names(lora: OpenLora, patches: Collection[Patch]) -> set[str]:
+    """The names of the file's tensors that changes are read from, scales of packed ones included."""
+    tensors = [tensor for patch in patches for tensor in lora.file.modules[patch.name].values()]
+    return {stored.name for tensor in tensors for stored in (tensor.stored, tensor.scale) if stored}
 
 
 def _of_modules(config: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
