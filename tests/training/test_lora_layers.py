@@ -72,6 +72,7 @@ def test_it_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         lora_layers, "training_of", lambda *given: whole(*given).model_copy(update={"weights": weights})
     )
+    monkeypatch.setattr(lora_layers, "DRAWINGS", 1)
     fields = {
         "names": ["moon drum"], "choices": {"vital": [1, 2]}, "budget": 20_000, "seeds": [3], "images": 2,
         "steps": 3, "num_steps": 1, "side": 64, "device": "cpu", "output_dir": str(tmp_path / "out"),
