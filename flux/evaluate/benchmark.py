@@ -24,6 +24,7 @@ from flux.editing.photo import Photograph, middle
 from flux.errors import InputError
 from flux.files import write_json
 from flux.images.io import read_image
+from flux.settings.messages import show
 
 MAPPING, IMAGES = "mapping_file.json", "annotation_images"
 KINDS = {
@@ -38,6 +39,10 @@ KINDS = {
     "8": "background",
     "9": "style",
 }
+
+# Texts of an entry. The first three must be there.
+NEEDED = ("image_path", "original_prompt", "editing_prompt")
+TEXTS = (*NEEDED, "target_image_path", "kind", "editing_instruction")
 
 
 @dataclass(frozen=True)
@@ -148,16 +153,23 @@ def _read_item(folder: Path, key: str, entry: Any) -> Item:
     where = f"Got the edit {key!r} of {folder / MAPPING}"
     if not isinstance(entry, dict):
         raise InputError(f"{where}, which is no object")
-    for name in ("image_path", "original_prompt", "editing_prompt"):
-        if not isinstance(entry.get(name), str):
+    for name in TEXTS:
+        value = entry.get(name) or ""
+        is_text = isinstance(value, str) and bool(_without_brackets(value).strip())
+        if not is_text and (value or name in NEEDED):
             raise InputError(f"{where}, which has no text {name!r}")
-    runs = entry.get("mask")
+    runs, seed, asked = entry.get("mask"), entry.get("seed", 0), entry.get("asked")
     if not isinstance(runs, list) or len(runs) % 2 or not all(type(n) is int and n >= 0 for n in runs):
         raise InputError(f"{where}, whose mask is no list of starts and lengths")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise InputError(f"{where}: expected seed to be an integer of at least 0, got {show(seed)}")
+    if not isinstance(asked, dict | None):
+        raise InputError(f"{where}: expected asked to be an object, got {show(asked)}")
     # The key names the files of results, so it must not lead out of their folder.
     if not key.replace("_", "").replace("-", "").isalnum():
         raise InputError(f"{where}: expected its name to be made of letters, digits, - and _")
-    paths = [folder / IMAGES / entry[name] for name in ("image_path", "target_image_path") if name in entry]
+    names = entry["image_path"], entry.get("target_image_path")
+    paths = [folder / IMAGES / name for name in names if name]
     for path in paths:
         if not path.is_file():
             raise InputError(f"{where}, whose image {path} is not there")
@@ -166,12 +178,12 @@ def _read_item(folder: Path, key: str, entry: Any) -> Item:
         path=paths[0],
         source=_without_brackets(entry["original_prompt"]),
         target=_without_brackets(entry["editing_prompt"]),
-        kind=entry.get("kind", KINDS.get(str(entry.get("editing_type_id")), "random")),
+        kind=entry.get("kind") or KINDS.get(str(entry.get("editing_type_id")), "random"),
         runs=tuple(runs),
-        seed=entry.get("seed", 0),
+        seed=seed,
         truth=paths[1] if len(paths) > 1 else None,
-        asked=entry.get("asked"),
-        instruction=str(entry.get("editing_instruction") or ""),
+        asked=asked,
+        instruction=entry.get("editing_instruction") or "",
     )
 
 

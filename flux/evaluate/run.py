@@ -232,7 +232,7 @@ def _sheet(store: Store, items: Sequence[Item], titles: Mapping[str, str]) -> Im
     for item in shown:
         references = (store.image(name, item.key, reference=True) for name in titles)
         before = next((read_image(path) for path in references if path.is_file()), None)
-        edits = [read_image(store.image(name, item.key)) for name in titles]
+        edits = [store.read(name, item.key) for name in titles]
         images.append(
             [thumbnail(image, SHEET_SIDE) for image in (before or item.photo(*store.settings.size), *edits)]
         )

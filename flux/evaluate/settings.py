@@ -7,11 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flux.errors import InputError
+from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.settings.edits import EditSettings
 from flux.settings.fields import FilePath, Seed, Text, Words
 from flux.settings.files import check_settings
-from flux.settings.messages import show
+from flux.settings.messages import show, unknown_field
 
 # Fields that all methods share.
 SHARED = (
@@ -20,12 +21,15 @@ SHARED = (
 )  # fmt: skip
 # What a method may have of the settings of all models; `EditSettings` adds its own.
 SAMPLING = ("num_steps", "guidance", "true_cfg", "negative_prompt")
-# Fields that a method cannot have: those of the model and the run, those that the benchmark says, and those
-# without a use here.
+# Fields of an edit that the benchmark says.
+OF_BENCHMARK = {"prompt", "edits", "photo", "seed", "caption_model"}
+# Other fields of an edit that no method has: those of the model and the run, and those without a use here,
+# such as images that steer a run.
 FOREIGN_TO_METHODS = {
-    *(ModelSettings.model_fields.keys() - set(SAMPLING)), "prompt", "edits", "photo", "seed", "paste_back",
-    "caption_model", "parallel",
-}  # fmt: skip
+    *(ModelSettings.model_fields.keys() - set(SAMPLING)),
+    *(ConditionSettings.model_fields.keys() - {"mask", "reference_strength", "context_every"}),
+    "parallel",
+}
 # Fields that image-to-image has a use for, the last two with a Kontext model.
 IMAGE_TO_IMAGE = {*SAMPLING, "mimic_scale", "mimic_percentile", "reference_strength", "context_every"}
 # Fields of a method that no edit has.
@@ -71,14 +75,16 @@ class EvaluateSettings(ModelSettings, frozen=True):
     @field_validator("methods")
     @classmethod
     def _each_with_a_name(cls, methods: tuple[MethodFields, ...]) -> tuple[MethodFields, ...]:
+        known: set[str] = set()
         for fields in methods:
             name = fields.get("name")
             if not isinstance(name, str) or not slug(name):
-                raise ValueError(f'expected each to have a "name", got {fields}')
-        slugs = [slug(fields["name"]) for fields in methods]
-        for fields in methods:
-            if slugs.count(slug(fields["name"])) > 1 or slug(fields["name"]) in BASELINES:
-                raise ValueError(f"expected names of their own, got {fields['name']!r}")
+                raise ValueError(f'expected each to have a "name" with letters or digits, got {show(fields)}')
+            if slug(name) in BASELINES:
+                raise ValueError(f"got {name!r}, the name of a row that every comparison has: choose another")
+            if slug(name) in known:
+                raise ValueError(f"got {name!r} twice, or a name like it: expected names of their own")
+            known.add(slug(name))
         return methods
 
     @model_validator(mode="after")
@@ -128,34 +134,51 @@ def methods_of(settings: EvaluateSettings) -> list[Method]:
     Raises:
         InputError: a field that no edit has, or a wrong value.
     """
-    shared = {name: getattr(settings, name) for name in (*SHARED, *SAMPLING)}
+    common: dict[str, Any] = {name: getattr(settings, name) for name in (*SHARED, *SAMPLING)}
     # Settings of an edit need these; the benchmark replaces them.
     placeholders = {"prompt": "the photo", "edits": ["the edit"]}
     if settings.references == "photo":
         placeholders["photo"] = "photo"
     methods = []
     for number, fields in enumerate(settings.methods):
+        where = f"methods[{number}]"
+        if problem := _wrong_field(fields) or _wrong_image_to_image(fields, settings.references):
+            raise InputError(f"{where}: {problem}")
         own = {name: value for name, value in fields.items() if name not in OWN_TO_METHODS}
-        where, strength = f"methods[{number}]", fields.get("strength")
-        context_in = fields.get("context_in", "all")
-        if foreign := sorted(FOREIGN_TO_METHODS & own.keys()):
-            raise InputError(f"{where}: got {', '.join(foreign)}, which all methods share or the edits say")
-        if strength is not None and (
-            settings.references != "photo" or type(strength) not in (int, float) or not 0 < strength <= 1
-        ):
-            raise InputError(f"{where}: expected a strength in 0..1, and photos, got {strength!r}")
-        if context_in not in CONTEXT_IN or (context_in != "all" and strength is None):
-            raise InputError(
-                f'{where}: context_in: expected "all", "vital" or "others", and a strength, got '
-                f"{show(context_in)}"
-            )
-        of_layers = {"vital_layers"} if context_in != "all" else set()
-        if strength is not None and (useless := sorted(own.keys() - IMAGE_TO_IMAGE - of_layers)):
-            raise InputError(
-                f"{where}: got {', '.join(useless)} with strength: image-to-image has no use for that"
-            )
-        if own.get("mask") not in (None, "given", "auto", "none"):
-            raise InputError(f'{where}: mask: expected "given", "auto" or "none", got {show(own["mask"])}')
-        edit = check_settings(EditSettings, {**shared, **own, **placeholders}, where)
+        edit = check_settings(EditSettings, {**common, **own, **placeholders}, where)
+        strength, context_in = fields.get("strength"), fields.get("context_in", "all")
         methods.append(Method(fields["name"], edit, strength, context_in))
     return methods
+
+
+def _wrong_field(fields: MethodFields) -> str | None:
+    """Says which field a method cannot have, or what is wrong with its mask."""
+    if given := sorted(OF_BENCHMARK & fields.keys()):
+        return f"got {', '.join(given)}, which the benchmark says for each edit: leave it out"
+    if foreign := sorted(FOREIGN_TO_METHODS & fields.keys()):
+        return f"got {', '.join(foreign)}, which all methods share: leave it out, or move it out of methods"
+    known = [name for name in EditSettings.model_fields if name not in FOREIGN_TO_METHODS | OF_BENCHMARK]
+    if unknown := next((name for name in fields if name not in (*known, *OWN_TO_METHODS)), None):
+        return unknown_field(unknown, [*OWN_TO_METHODS, *known])
+    if fields.get("mask") not in (None, "given", "auto", "none"):
+        return f'mask: expected "given", "auto" or "none", got {show(fields["mask"])}'
+    return None
+
+
+def _wrong_image_to_image(fields: MethodFields, references: str) -> str | None:
+    """Says what is wrong with the fields of image-to-image."""
+    strength, context_in = fields.get("strength"), fields.get("context_in", "all")
+    if context_in not in CONTEXT_IN or (context_in != "all" and strength is None):
+        return f'context_in: expected "all", "vital" or "others", and a strength, got {show(context_in)}'
+    if strength is None:
+        return None
+    if type(strength) not in (int, float) or not 0 < strength <= 1:
+        return f"strength: expected a number above 0, at most 1, got {show(strength)}"
+    if references != "photo":
+        return (
+            f'strength: image-to-image edits photos, but references is "{references}": leave one of them out'
+        )
+    useful = {*OWN_TO_METHODS, *IMAGE_TO_IMAGE, *(["vital_layers"] if context_in != "all" else [])}
+    if useless := sorted(fields.keys() - useful):
+        return f"got {', '.join(useless)} with strength: image-to-image has no use for that"
+    return None

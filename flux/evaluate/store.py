@@ -7,7 +7,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from flux.errors import InputError
+from PIL import Image
+
+from flux.errors import InputError, reason_of
 from flux.evaluate.benchmark import benchmark_fingerprint
 from flux.evaluate.methods import EditResult
 from flux.evaluate.resolve import ResolvedEvaluate
@@ -102,24 +104,39 @@ class Store:
         self.record["earlier_methods"] = [method for name, method in old.items() if name not in names]
 
     def _read(self) -> None:
-        with open(self.path / "results.csv", newline="", encoding="utf-8") as file:
-            for fields in csv.DictReader(file):
-                item, kind, method = (fields.pop(name) for name in TEXTS)
-                images = [self.image(method, item), self.image(method, item, reference=self.generated)]
-                if all(image.is_file() for image in images):
-                    scores = {name: float(value) if value else None for name, value in fields.items()}
-                    self.rows[method, item] = ResultRow(item, kind, method, scores)
+        """Reads results.csv. Rows whose images are gone are left out."""
+        path = self.path / "results.csv"
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [_row(fields) for fields in csv.DictReader(file)]
+        except (ValueError, csv.Error) as error:
+            raise InputError(
+                f"Got {path}, which is not as an evaluation writes it ({reason_of(error)}): put it right, or "
+                "remove it to make all edits again"
+            ) from error
+        for row in rows:
+            images = [self.image(row.method, row.item, reference) for reference in {False, self.generated}]
+            if all(image.is_file() for image in images):
+                self.rows[row.method, row.item] = row
 
     def result(self, method: str, key: str) -> EditResult:
-        """Reads an edit that is done."""
-        scores, image = self.rows[method, key].scores, read_image(self.image(method, key))
-        reference = read_image(self.image(method, key, reference=True)) if self.generated else None
+        """Reads an edit that is done. Raises InputError as `read`."""
+        scores, image = self.rows[method, key].scores, self.read(method, key)
+        reference = self.read(method, key, reference=True) if self.generated else None
         # Rows of an earlier version have no IoU.
         return EditResult(image, reference, scores["seconds"], scores["evaluations"], scores.get("mask_iou"))
 
     def image(self, method: str, key: str, reference: bool = False) -> Path:
         """Names the file of an edit, or of the generated reference it was made from."""
         return self.path / method / (f"{key}_reference.png" if reference else f"{key}.png")
+
+    def read(self, method: str, key: str, reference: bool = False) -> Image.Image:
+        """Reads an edit, or its generated reference. Raises InputError if the file is damaged."""
+        path = self.image(method, key, reference)
+        try:
+            return read_image(path)
+        except InputError as error:
+            raise InputError(f"{error}. Remove {path}, and the next start makes it again") from error
 
     def add(self, rows: Sequence[ResultRow]) -> None:
         """Adds rows and writes results.csv. The rows' images must exist already."""
@@ -130,3 +147,20 @@ class Store:
         for row in self.rows.values():
             writer.writerow({"item": row.item, "kind": row.kind, "method": row.method, **row.scores})
         write_text(self.path / "results.csv", text.getvalue())
+
+
+def _row(fields: dict[str, str]) -> ResultRow:
+    """Reads a row of results.csv.
+
+    Raises:
+        ValueError: a column is missing, the row has more or fewer fields than there are columns, or a score
+            is no number.
+    """
+    needed = (*TEXTS, *OUTSIDE, "seconds", "evaluations")
+    if missing := next((name for name in needed if name not in fields), None):
+        raise ValueError(f"it has no column {missing}")
+    item, kind, method = (fields.pop(name) for name in TEXTS)
+    if None in (*fields, *fields.values()):
+        raise ValueError(f"the row of {item} has too many or too few fields")
+    scores = {name: float(text) if text else None for name, text in fields.items()}
+    return ResultRow(item, kind, method, scores)

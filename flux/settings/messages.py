@@ -21,11 +21,13 @@ EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "tuple_type": "a list",
+    "dict_type": "an object {{...}}",
     "model_type": 'a string or {{"prompt": "...", "seed": 0}}',
     "literal_error": "{expected}",
     "too_short": "at least one entry",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le}",
 }
 ENTRIES: dict[str | int, type[BaseModel]] = {"edits": Edit, "lora": Lora}
@@ -87,7 +89,7 @@ def path_of(loc: Iterable[str | int], data: Any) -> str:
     """Return pydantic's path as the user would write it: ("layers", "sets", 1, 0) -> "layers[1][0]"."""
     path = ""
     for part in loc:
-        if isinstance(part, int) and isinstance(data, list | tuple):
+        if isinstance(part, int) and isinstance(data, list | tuple) and part < len(data):
             path, data = f"{path}[{part}]", data[part]
         elif isinstance(part, str) and isinstance(data, Mapping) and part in data:
             path, data = f"{path}.{part}" if path else part, data.get(part)

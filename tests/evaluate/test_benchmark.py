@@ -161,7 +161,15 @@ def test_another_file_is_another_benchmark(tmp_path):
         ({"mask": [0, -1]}, "no list of starts and lengths"),
         ({"mask": None}, "no list of starts and lengths"),
         ({"editing_prompt": None}, "has no text 'editing_prompt'"),
+        ({"editing_prompt": " "}, "has no text 'editing_prompt'"),
+        ({"original_prompt": "[]"}, "has no text 'original_prompt'"),
         ({"target_image_path": "lost.png"}, "lost.png is not there"),
+        ({"target_image_path": 3}, "has no text 'target_image_path'"),
+        ({"kind": ["add"]}, "has no text 'kind'"),
+        ({"editing_instruction": 5}, "has no text 'editing_instruction'"),
+        ({"seed": "7"}, 'expected seed to be an integer of at least 0, got "7"'),
+        ({"seed": -1}, "expected seed to be an integer of at least 0, got -1"),
+        ({"asked": "a cat"}, 'expected asked to be an object, got "a cat"'),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, change, message):

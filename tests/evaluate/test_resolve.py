@@ -3,6 +3,7 @@
 import pytest
 from helpers.evaluation import settings_of
 
+from flux.errors import InputError
 from flux.evaluate.resolve import evaluation_warnings, resolve_methods
 from flux.evaluate.settings import EvaluateSettings
 from flux.settings.files import read_settings
@@ -15,6 +16,13 @@ def test_methods_share_what_is_not_theirs(benchmark, tmp_path):
     assert (x.settings.num_steps, y.settings.num_steps) == (5, 2)
     assert x.settings.guidance == y.settings.guidance == 2.0
     assert x.layers == configs["flux-nano"].vital_layers
+
+
+def test_flow_edit_finds_no_mask(benchmark, tmp_path):
+    """It has no attention to compare, so a method that asks for one is refused, as demo 4 does."""
+    methods = [{"name": "x", "inversion": "none", "mask": "auto"}]
+    with pytest.raises(InputError, match='method \'x\': Got mask "auto" with inversion "none"'):
+        resolve_methods(settings_of(benchmark, tmp_path, methods=methods))
 
 
 def test_what_all_methods_have_without_effect_is_said_once(benchmark, tmp_path):

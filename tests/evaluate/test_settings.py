@@ -32,8 +32,11 @@ def test_shipped_files_are_sound(file):
     ("methods", "message"),
     [
         ([{"dose": "paper"}], 'each to have a "name"'),
-        ([{"name": "a b"}, {"name": "A-b"}], "names of their own, got"),
-        ([{"name": "truth"}], "names of their own, got 'truth'"),
+        ([{"name": "!"}], 'with letters or digits, got {"name": "!"}'),
+        (["x"], r"methods\[0\]: expected an object {...}, got \"x\""),
+        ([{"name": "a b"}, {"name": "A-b"}], "got 'A-b' twice, or a name like it"),
+        ([{"name": "truth"}], "got 'truth', the name of a row"),
+        ([{"name": "x", "then": ["a"]}], r"methods\[0\]: unknown field 'then', known are name, strength"),
         (
             [{"name": "x", "inverson": "euler"}],
             r"methods\[0\]: unknown field 'inverson', did you mean 'inversion'",
@@ -41,9 +44,12 @@ def test_shipped_files_are_sound(file):
         ([{"name": "x"}, {"name": "y", "weight": 2.0}], r"methods\[1\]: weight: expected at most 1"),
         (
             [{"name": "x", "prompt": "a cat", "seed": 1}],
-            r"methods\[0\]: got prompt, seed, which all methods share",
+            r"methods\[0\]: got prompt, seed, which the benchmark says",
         ),
-        ([{"name": "x", "strength": 1.5}], r"methods\[0\]: expected a strength in 0..1"),
+        ([{"name": "x", "control": "a.png"}], r"methods\[0\]: got control, which all methods share"),
+        ([{"name": "x", "parts": "vk"}], r"methods\[0\]: parts: expected 'kv'"),
+        ([{"name": "x", "strength": 1.5}], r"methods\[0\]: strength: expected a number above 0"),
+        ([{"name": "x", "context_in": "vital"}], r"methods\[0\]: context_in: expected .* and a strength"),
         (
             [{"name": "x", "lora": ["a"], "quantize": "8bit", "parallel": 2}],
             r"methods\[0\]: got lora, parallel, quantize, which all methods share",
@@ -86,7 +92,7 @@ def test_each_program_names_the_one_that_a_file_is_for(tmp_path, cls, form):
 
 
 def test_what_does_not_go_together(benchmark, tmp_path):
-    with pytest.raises(InputError, match="strength"):
+    with pytest.raises(InputError, match='edits photos, but references is "generated"'):
         settings_of(benchmark, tmp_path, references="generated")
     with pytest.raises(InputError, match="reconstruct"):
         settings_of(benchmark, tmp_path, reconstruct=True, judge="measuring.pt")

@@ -1,11 +1,15 @@
 """Each wrong entry ends as one line that names what is wrong."""
 
+from itertools import product
+
 import pytest
 from helpers.settings_files import SettingsFolder, message_of
 
 from flux.errors import InputError
+from flux.evaluate.settings import EvaluateSettings
 from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, SkipSettings
 from flux.settings.edits import EditSettings
+from flux.settings.files import READ_BY_DEMOS, check_settings
 
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 DINO = {"input_dir": "output/skip"}
@@ -239,3 +243,26 @@ def test_long_lists_of_problems_are_cut(read):
         read(EditSettings, EDIT | {"edits": list(range(30))})
     lines = str(error.value).splitlines()
     assert lines[8:] == ["file.json: edits[8]: expected a string, got 8", "21 more problems like these"]
+
+
+JUNK = [
+    *(None, [], {}, "x", "", 1.5, True, -1, 10**30, float("nan"), {"a": 1}, {"1": "x"}, {"1": None}),
+    *([each] for each in ([], {}, None, "x", 1, True, 1.5)),
+]
+
+
+@pytest.mark.parametrize("cls", [*READ_BY_DEMOS, EvaluateSettings])
+def test_whatever_a_field_says_the_message_is_ours(cls):
+    """No traceback, and none of pydantic's own words."""
+    lines = [line for name, junk in product(cls.model_fields, JUNK) for line in lines_of(cls, {name: junk})]
+    assert lines
+    assert [line for line in lines if "Input should" in line] == []
+
+
+def lines_of(cls, data: dict) -> list[str]:
+    """Return the lines that wrong settings end with."""
+    try:
+        check_settings(cls, data)
+    except InputError as error:
+        return str(error).splitlines()
+    return []
