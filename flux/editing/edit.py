@@ -5,6 +5,7 @@ The reference's image keys and values are injected in the vital layers of each e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from PIL import Image
@@ -20,7 +21,7 @@ from flux.images.masks import as_mask, read_mask
 from flux.loaded_model import LoadedModel
 from flux.modules.conditioner import cut_words, shortened
 from flux.sampling import window
-from flux.settings.edits import Edit
+from flux.settings.edits import Edit, Turn
 from flux.settings.files import check_settings
 from flux.settings.resolved import ResolvedEdit
 
@@ -156,30 +157,33 @@ def check_edits(
     """
     size = (settings.width, settings.height)
     sizes = [photo.size, size] if photo else [size]
-    inversion_free = settings.inversion_free and photo is not None
-    images: dict[str, Image.Image] = {}
+    has_photo = photo is not None or settings.photo is not None
+    read = cache(read_mask)  # edits may share a file
     masks: list[Mask | None] = []
     for entry in settings.entries:
-        dose = entry.effective_dose()
-        window(settings.num_steps, dose.inject_from, dose.inject_until)
-        if isinstance(dose.weight, Mapping) and (others := sorted(dose.weight.keys() - set(layers))):
-            raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
-        if dose.top is not None and dose.top > len(layers):
-            warn(f"Got top {dose.top}, but there are {len(layers)} vital layers: all of them inject")
-        if entry.mask == "auto" and inversion_free:
-            raise InputError(
-                f'Got mask "auto" with inversion "{settings.inversion}": FlowEdit has no attention to compare'
-            )
+        _check_dose(settings, entry, layers, has_photo)
+        if entry.prompt == settings.prompt:
+            warn(f"{shortened(entry.prompt)!r} is also the reference's prompt: this edit asks for no change")
         if entry.mask is None:
             image = mask and as_mask(mask)
-        elif entry.mask in ("auto", "none"):
-            image = None
         else:
-            if entry.mask not in images:
-                images[entry.mask] = read_mask(entry.mask)
-            image = images[entry.mask]
+            image = None if entry.mask in ("auto", "none") else read(entry.mask)
         masks.append(Mask(image, token_mask(image, sizes, *size)) if image else None)
     return masks
+
+
+def _check_dose(settings: ResolvedEdit, entry: Turn, layers: Sequence[int], has_photo: bool) -> None:
+    """Raises InputError if the dose of an edit cannot be given; warns if it names too many layers."""
+    dose = entry.effective_dose()
+    window(settings.num_steps, dose.inject_from, dose.inject_until)
+    if isinstance(dose.weight, Mapping) and (others := sorted(dose.weight.keys() - set(layers))):
+        raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
+    if dose.top is not None and dose.top > len(layers):
+        warn(f"Got top {dose.top}, but there are {len(layers)} vital layers: all of them inject")
+    if entry.mask == "auto" and has_photo and settings.inversion_free:
+        raise InputError(
+            f'Got mask "auto" with inversion "{settings.inversion}": FlowEdit has no attention to compare'
+        )
 
 
 def print_shares(settings: ResolvedEdit, masks: Sequence[Mask | None]) -> None:

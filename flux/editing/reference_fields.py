@@ -5,6 +5,7 @@ from typing import Any
 from flux.settings.resolved import ResolvedEdit
 from flux.specs import get_spec
 
+ALWAYS = ("model", "prompt", "photo", "width", "height", "num_steps", "watermark")
 STEERING = {
     "context": ("context_positions", "reference_strength", "context_every"),
     "fill": ("mask", "outpaint", "overlap"),
@@ -24,38 +25,51 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
         settings: The reference and its edits.
         has_photo: Whether the reference is a photograph's, not a generated one.
     """
-    names = ["model", "prompt", "photo", "width", "height", "num_steps", "watermark"]
-    inversion_free = has_photo and settings.inversion_free
-    if not has_photo:
-        names.append("seed")
-        if get_spec(settings.model).params.guidance_embed:
-            names.append("guidance")
-    else:
-        names += ["paste_back", "as_published"]
-        if not settings.as_published:
-            names.append("inversion")
-        if settings.inverts:
-            names += ["nudging"] if settings.shifts else ["nudging", "correct_drift"]
-        elif not inversion_free:
-            names.append("seed")
-        if settings.prompt is None:
-            names.append("caption_model")
+    names = [*ALWAYS, *(_of_photo(settings) if has_photo else _of_generated(settings))]
     for image, beside in STEERING.items():
         if getattr(settings, image):
             names += [image, *beside]
-    shaping = {name: getattr(settings, name) for name in names}
-    if settings.sparse and not (inversion_free or (has_photo and settings.replays)):
-        shaping["sparse"] = True  # the reference then keeps all layers, if there is room
-    if settings.keeps_queries and not inversion_free:
-        shaping["parts"] = "q"
-    if settings.true_cfg == 1:
-        return shaping
-    second_pass = ["negative_prompt"]
-    if not inversion_free:
-        second_pass.append("cfg_from")
-    if not has_photo or inversion_free:
-        second_pass += ["true_cfg", "mimic_scale"]
+    fields = {name: getattr(settings, name) for name in names}
+    keeps_nothing = has_photo and settings.inversion_free  # FlowEdit injects nothing
+    if settings.sparse and not keeps_nothing and not (has_photo and settings.replays):
+        fields["sparse"] = True  # the reference then keeps all layers, if there is room
+    if settings.keeps_queries and not keeps_nothing:
+        fields["parts"] = "q"
+    if settings.true_cfg != 1:
+        fields |= _of_second_pass(settings, has_photo)
+    return fields
+
+
+def _of_generated(settings: ResolvedEdit) -> list[str]:
+    """Lists the fields that shape a generated reference alone."""
+    return ["seed", "guidance"] if get_spec(settings.model).params.guidance_embed else ["seed"]
+
+
+def _of_photo(settings: ResolvedEdit) -> list[str]:
+    """Lists the fields that shape a photograph's reference alone."""
+    names = ["paste_back", "as_published"]
+    if not settings.as_published:
+        names.append("inversion")
+    if settings.inverts:
+        names += ["nudging"] if settings.shifts else ["nudging", "correct_drift"]
+    elif not settings.inversion_free:
+        names.append("seed")  # of the noise that is added
+    if settings.prompt is None:
+        names.append("caption_model")
+    return names
+
+
+def _of_second_pass(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
+    """Returns the fields of true CFG that shape the reference.
+
+    A photograph's path is unguided. Its second pass is only there for its keys and values, so that the scales
+    do not count. With FlowEdit they count, since its reference steers the source's velocity.
+    """
+    names = ["negative_prompt"]
+    if not (has_photo and settings.inversion_free):
+        names.append("cfg_from")
+    if not has_photo or settings.inversion_free:
+        names += ["true_cfg", "mimic_scale"]
         if settings.mimic_scale is not None:
-            second_pass.append("mimic_percentile")
-    # A photograph's path is unguided: its second pass is only there for its keys and values.
-    return shaping | {"true_cfg": True} | {name: getattr(settings, name) for name in second_pass}
+            names.append("mimic_percentile")
+    return {"true_cfg": True} | {name: getattr(settings, name) for name in names}

@@ -174,6 +174,12 @@ def test_more_layers_than_there_are_are_told():
         check_edits(settings(top=9), (4, 0))
 
 
+def test_an_edit_with_the_prompt_of_its_reference_is_told():
+    """Not refused, since an edit of a photograph may be a test of how well it comes back."""
+    with pytest.warns(UserWarning, match="'a dog on the grass' is also the reference's prompt"):
+        check_edits(settings(edits=[EDITS[0], DOG]), LAYERS)
+
+
 @pytest.mark.filterwarnings("error")
 def test_as_many_layers_as_there_are_are_not_told():
     check_edits(settings(top=2), (4, 0))
