@@ -80,12 +80,16 @@ class ImageFolder:
             InputError: The .txt file cannot be read as UTF-8.
         """
         file = self.text_file(image)
+        if not file.exists():
+            return self.given.get(image, "").strip() or None
         try:
-            text = file.read_text(encoding="utf-8-sig") if file.exists() else self.given.get(image, "")
+            text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            raise InputError(f"Got {file}, which is not UTF-8 text: save it as UTF-8, or delete it") from None
+            text = "\0"
         except OSError as error:
             raise InputError(f"Got {file}, which cannot be read: {error.strerror}") from error
+        if "\0" in text:  # a file that was cut short by a crash is often full of them
+            raise InputError(f"Got {file}, which is not UTF-8 text: save it as UTF-8, or delete it")
         return text.strip() or None
 
     def write(self, image: str, text: str) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flux.errors import InputError
 from flux.lora.adapters import Target, add_adapters, find_targets, prepare_backward
 from flux.lora.base import Base
-from flux.lora.dataset import TrainingSet, read_training_set
+from flux.lora.dataset import CONTEXT, TrainingSet, read_training_set
 from flux.lora.features import Features, compute_features, features_key, read_features, write_features
 from flux.lora.forecast import Forecast, Forecaster
 from flux.lora.samples import Sampler
@@ -159,21 +159,8 @@ def make_plan(given: TrainSettings) -> Plan:
         InputError: Something does not fit.
     """
     settings, spec = resolve(given), get_spec(given.model)
-    if not spec.shifted:
-        raise InputError(
-            f"Got model {settings.model!r}, which was distilled to few steps: training on it undoes that. "
-            f"Train on {'flux-nano' if spec.folder else 'flux-dev'}, and add the LoRA to either"
-        )
-    if spec.condition not in (None, "kontext"):
-        raise InputError(
-            f"Got model {settings.model!r}, which images steer: it cannot be trained here, train on "
-            f"{'flux-nano' if spec.folder else 'flux-dev'}"
-        )
-    if spec.condition and (given.width or given.height):
-        raise InputError(
-            f"Got width or height, but samples of {settings.model} have the sizes of their context images: "
-            "leave them out, or give sizes"
-        )
+    _check_model(given, spec)
+    _check_folders(settings)
     training = read_training_set(settings, spec)
     if spec.vocabulary:
         warn_of_unknown_words(training.captions, spec.vocabulary)
@@ -198,6 +185,35 @@ def make_plan(given: TrainSettings) -> Plan:
         settings, spec, opened, training, tuple(sorted(layers)), targets, forecast, prompts, group, device,
         dtype,
     )  # fmt: skip
+
+
+def _check_model(given: TrainSettings, spec: ModelSpec) -> None:
+    """Raise InputError unless the model can be trained, at sizes that can be chosen."""
+    whole = "flux-nano" if spec.folder else "flux-dev"
+    if not spec.shifted:
+        raise InputError(
+            f"Got model {given.model!r}, which was distilled to few steps: training on it undoes that. "
+            f"Train on {whole}, and add the LoRA to either"
+        )
+    if spec.condition not in (None, "kontext"):
+        raise InputError(
+            f"Got model {given.model!r}, which images steer: it cannot be trained here, train on {whole}"
+        )
+    if spec.condition and (given.width or given.height):
+        raise InputError(
+            f"Got width or height, but samples of {given.model} have the sizes of their context images: "
+            "leave them out, or give sizes"
+        )
+
+
+def _check_folders(settings: TrainSettings) -> None:
+    """Raise InputError if the next start would take samples.png for a training image."""
+    images, output = Path(settings.images).resolve(), Path(settings.output_dir).resolve()
+    if settings.sample_prompts != () and output in (images, images / CONTEXT):
+        raise InputError(
+            f"Got output_dir {settings.output_dir}, where the training images are: the next start would take "
+            "samples for more of them, give another folder"
+        )
 
 
 def _run(plan: Plan, on_progress: Callable[[TrainProgress], None] | None) -> Path:
@@ -237,13 +253,13 @@ def _start_folder(plan: Plan) -> None:
         InputError: The folder holds another training.
     """
     folder = ResumableFolder(plan.folder, TrainSettings.demo, "a training", TrainSettings.program)
-    told = {"checkpoint": plan.opened.fingerprint(), "training_images": plan.training.fingerprint}
+    fingerprints = {"checkpoint": plan.opened.fingerprint(), "training_images": plan.training.fingerprint}
     if folder.started:
         record = folder.record()
         differences = folder.differences(plan.settings, FREE_FIELDS)
-        folder.refuse(differences | {name for name, value in told.items() if record.get(name) != value})
+        folder.refuse(differences | {name for name, own in fingerprints.items() if record.get(name) != own})
     elif plan.group.rank == 0:
-        folder.write_record(plan.settings, **told)
+        folder.write_record(plan.settings, **fingerprints)
     if plan.group.rank == 0:
         folder.remove_leftovers()
 

@@ -54,8 +54,9 @@ def test_broken_lines(images, line, name):
         ImageFolder.open(images)
 
 
-def test_texts_that_cannot_be_read(images):
-    (images / "a.txt").write_bytes("süß".encode("latin-1"))
+@pytest.mark.parametrize("content", ["süß".encode("latin-1"), "a dog".encode("utf-16"), bytes(9)])
+def test_texts_that_cannot_be_read(images, content):
+    (images / "a.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.txt, which is not UTF-8 text"):
         ImageFolder.open(images).text("a.png")
 

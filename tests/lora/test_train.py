@@ -228,10 +228,18 @@ def refused(tmp_path, match: str, **fields) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_damaged_caption(tmp_path):
-    given = settings(tmp_path)
-    Path(given.images, "1.txt").write_bytes(b"caf\xe9")
+@pytest.mark.parametrize("content", [b"caf\xe9", bytes(20)])
+def test_a_damaged_caption(content, tmp_path):
+    Path(settings(tmp_path).images, "1.txt").write_bytes(content)
     refused(tmp_path, r"1\.txt, which is not UTF-8")
+
+
+@pytest.mark.parametrize("subfolder", ["", "context"])
+def test_samples_do_not_become_training_images(subfolder, tmp_path):
+    """They would, at the next start, and the training could not resume."""
+    place = os.path.join(tmp_path, "elsewhere", "..", "images", subfolder)
+    refused(tmp_path, "where the training images are: .*give another folder", output_dir=place)
+    make_plan(settings(tmp_path, output_dir=place, sample_prompts=[]))
 
 
 def test_an_image_of_one_pixel(tmp_path):
