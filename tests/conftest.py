@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     # Kernels run by Triton's interpreter: read when Triton is imported, as torch's compiler may do.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import tiny_models
+from helpers import loading, tiny_models
 from hypothesis import settings
 
 # No test is timed: other work may have the cores.
@@ -112,6 +112,18 @@ def browser():
 def nano():
     """flux-nano's pipeline in float32 on the CPU."""
     return tiny_models.load_nano()
+
+
+@pytest.fixture(scope="session")
+def kept_models():
+    """What `loads_once` has loaded."""
+    return []
+
+
+@pytest.fixture
+def loads_once(kept_models, monkeypatch):
+    """flux-nano and its kind are loaded by the first test that asks for them."""
+    loading.load_once(monkeypatch, kept_models)
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ def test_it_is_small_and_without_outputs(cells):
     assert all(cell["outputs"] == [] for cell in cells if cell["cell_type"] == "code")
 
 
-def test_every_cell_runs_on_small_images(cells, monkeypatch, tmp_path):
+def test_every_cell_runs_on_small_images(cells, loads_once, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(configs, "flux-nano", replace(configs["flux-nano"], num_steps=4, size=64))
+    monkeypatch.setitem(configs, "flux-nano", replace(configs["flux-nano"], num_steps=2, size=64))
     names, shown = {}, {}
     for cell in cells:
         if cell["cell_type"] == "code":

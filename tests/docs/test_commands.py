@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("flux-nano", "flux-nano-kontext", "flux-nano-fill", "flux-nano-canny"):
-        monkeypatch.setitem(specs.configs, name, replace(specs.configs[name], num_steps=4, size=64))
+        monkeypatch.setitem(specs.configs, name, replace(specs.configs[name], num_steps=2, size=64))
     example = Path("flux", "assets", "example")
     shutil.copytree(commands.ROOT / example, example)
     Image.effect_noise((96, 96), 60).convert("RGB").save("my.png")
@@ -53,6 +53,7 @@ def page_without_server(monkeypatch):
     monkeypatch.setattr(app, "serve", lambda *args, **kwargs: None)
 
 
+@pytest.mark.usefixtures("loads_once")
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_page(page, folder, page_without_server, monkeypatch, capsys):
     names: dict = {"__name__": "page"}

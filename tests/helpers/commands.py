@@ -21,7 +21,7 @@ SHRUNK: Mapping[str, Mapping[str, str]] = {
     "demo_0_test.py": {**SMALL, "num_steps": "2", "prompts": '["a dog on the grass"]'},
     "demo_1_layer.py": {**SMALL, "num_steps": "2"},
     "demo_2_skip.py": {**SMALL, "num_steps": "1", "prompts": '["a dog on the grass"]'},
-    "demo_4_edit.py": {**SMALL, "num_steps": "4", "edits": '["a cat on the grass"]'},
+    "demo_4_edit.py": {**SMALL, "num_steps": "2", "edits": '["a cat on the grass"]'},
     "flux.scan": {**SMALL, "num_steps": "1", "prompts": '["a dog", "a cat"]', "stop_when": "never"},
     "flux.lora ablate": {**SMALL, "num_steps": "1", "prompts": '["a dog"]', "layers": "[0, 1, 2, 4, 14]"},
     "flux.lora train": {**SMALL, "num_steps": "1", "steps": "2"},

@@ -19,6 +19,8 @@ from flux.studio.work.edit import run_edit
 from flux.studio.work.film import run_film
 from flux.studio.work.generate import run_generate
 
+pytestmark = pytest.mark.usefixtures("loads_once")
+
 EDIT = {
     "prompt": "a dog's house",
     "edits": "-- a cat\n> a white cat",
