@@ -12,6 +12,7 @@ measures the variants whose names contain one of the words. `--toy` runs the sam
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,13 +90,15 @@ class SparseBench(Bench):
             own = ask(one, Intervention(keep=vital))[1]
             return ask(three, Intervention(inject=own))[0]
 
+        rows = [replace(one, txt=three.txt[row : row + 1]) for row in range(EDITS)]
+        masks = [self.free({}, tokens // 4, place) for place in range(EDITS)]
+
         def edits_sparse() -> Tensor:
             own = ask(one, Intervention(keep=every))[1]
-            rows = [replace(one, txt=three.txt[row : row + 1]) for row in range(EDITS)]
-            frees = [self.free(own, tokens // 4, place) for place in range(EDITS)]
+            frees = [replace(mask, kv=own) for mask in masks]
             return torch.cat([ask(row, Intervention(free=free))[0] for row, free in zip(rows, frees)])
 
-        return {
+        steps = {
             "an edit, whole": lambda: ask(one, Intervention(inject=injected))[0],
             **{f"an edit, {tokens // part} tokens": sparse(tokens // part) for part in (2, 4, 8)},
             f"an edit, {tokens // 4} tokens, injecting": sparse(tokens // 4, inject=True),
@@ -103,6 +106,18 @@ class SparseBench(Bench):
             f"a reference and {EDITS} edits, whole": edits_whole,
             f"a reference and {EDITS} edits, {tokens // 4} tokens each": edits_sparse,
         }
+        if self.device.type == "cuda":
+            for name in (
+                f"an edit, {tokens // 4} tokens",
+                f"a reference and {EDITS} edits, {tokens // 4} tokens each",
+            ):
+                steps[f"{name}, as a CUDA graph"] = self.as_graph(steps[name])
+        return steps
+
+    def as_graph(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Makes the step a CUDA graph when it is first taken. Python then launches it at once."""
+        recorded = cache(lambda: self.graphed(step))
+        return lambda: recorded()()
 
 
 def check(model: Flux, inputs: Inputs, bench: SparseBench) -> float:

@@ -93,10 +93,16 @@ def pipelines(
         return model
 
     names = {"ours, bf16": False} if toy else {"ours, bf16": False, "ours, fp8": True}
-    return {
+    ours = {
         name: LoadedModel(spec, build(fp8), ae, t5, clip, device, dtype, group=group)
         for name, fp8 in names.items()
     }
+    if compiled and device.type == "cuda":
+        plain = replace(ours["ours, bf16"], timings={})
+        for pipe in ours.values():
+            pipe.record_passes()
+        ours["ours, bf16, no CUDA graph"] = plain
+    return ours
 
 
 def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Callable[[], object]:

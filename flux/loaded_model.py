@@ -23,6 +23,7 @@ from flux.modules.conditioner import HFEmbedder
 from flux.modules.step_cache import StepCache
 from flux.runtime.condition_encoders import image_encoders
 from flux.runtime.devices import check_compiler, pick_device, pick_dtype
+from flux.runtime.graphs import GraphedModel
 from flux.runtime.offload import Offloaded
 from flux.runtime.parallel import ALONE, ProcessGroup, SequenceParallelFlux
 from flux.runtime.plan import Plan, check_size, make_plan, warn_of_slow_steps
@@ -55,6 +56,7 @@ class LoadedModel:
         tiled: Whether images are decoded and encoded in tiles.
         offloaded: The models that wait in main memory until they are used.
         group: The processes that share each image's tokens.
+        graphed: The transformer with its plain passes recorded. If None, none are, see `record_passes`.
         timings: Seconds spent so far, by stage.
         steering: The images that steer all passes, see `steered`.
     """
@@ -69,6 +71,7 @@ class LoadedModel:
     tiled: bool = False
     offloaded: dict[nn.Module, Offloaded] = field(default_factory=dict)
     group: ProcessGroup = ALONE
+    graphed: GraphedModel | None = None
     timings: dict[str, float] = field(default_factory=dict)
     steering: Steering = UNSTEERED
     _listeners: list[Callable[[int], None]] = field(default_factory=list)
@@ -138,12 +141,23 @@ class LoadedModel:
             module.to(home)
         if settings.compile:
             self.model.compile_blocks(device)
+            if device.type == "cuda" and plan.offload == "none":
+                self.record_passes()
         self.tiled = plan.tiled
         if plan.offload != "none":
             self.offloaded = {module: Offloaded(module, device) for module in (self.clip, self.ae)}
             self.offloaded[self.model] = Offloaded(self.model, device, blocks, plan.streamed)
             if settings.t5 != "cpu":
                 self.offloaded[self.t5] = Offloaded(self.t5, device, t5_blocks, plan.streamed_t5)
+
+    def record_passes(self) -> None:
+        """Launch plain passes of few tokens as CUDA graphs from now on, see `flux.runtime.graphs`."""
+        self.graphed = GraphedModel(self._shared_model, self.model, self.group.count)
+
+    @property
+    def _shared_model(self) -> VelocityModel:
+        """The transformer, whose tokens the processes share if there are several."""
+        return self.model if self.group.count == 1 else SequenceParallelFlux(self.model, self.group)
 
     @contextmanager
     def _using(self, stage: str, *modules: nn.Module) -> Iterator[None]:
@@ -244,9 +258,9 @@ class LoadedModel:
     def denoising(self) -> Iterator[VelocityModel]:
         """Hold the transformer on the device for the duration of the block."""
         with self._using("denoise", self.model):
-            model: VelocityModel = self.model
-            if self.group.count > 1:
-                model = SequenceParallelFlux(self.model, self.group)
+            model = self.graphed or self._shared_model
+            if self.graphed:
+                self.graphed.check_weights()
             yield ReportingModel(model, tuple(self._listeners)) if self._listeners else model
 
     @contextmanager

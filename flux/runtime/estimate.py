@@ -17,6 +17,7 @@ from flux.inputs import Condition, Inputs
 from flux.intervention import Intervention
 from flux.modules.autoencoder import AutoEncoder
 from flux.runtime.activations import live_bytes
+from flux.runtime.graphs import MOST_GRAPHS, has_few_tokens
 from flux.runtime.quantize import BITS
 from flux.runtime.tiling import TILE
 from flux.runtime.weight_sizes import ModuleSize, WeightFormat, model_on_meta
@@ -62,7 +63,7 @@ class MemoryEstimator:
         sources: The source of each tensor, for "transformer", "vae", "text_encoder" and "text_encoder_2".
         dtype: Type of the transformer and the autoencoder.
         text_dtype: Type of the text encoders.
-        on_gpu: Whether CUDA libraries allocate workspaces.
+        on_gpu: Whether CUDA libraries allocate workspaces, and passes may be recorded as CUDA graphs.
         ranks: What LoRA files change, by network and module, see `OpenModel.ranks_beside`.
 
     Attributes:
@@ -94,7 +95,7 @@ class MemoryEstimator:
         self.context_tokens, redux_tokens = steering_tokens(settings, spec)
         self.text_tokens = spec.text_length + redux_tokens
         self.passes = 2 if (settings.true_cfg or spec.true_cfg) > 1 else 1
-        self.workspace = CUBLAS_WORKSPACE if on_gpu else 0
+        self.on_gpu, self.workspace = on_gpu, CUBLAS_WORKSPACE if on_gpu else 0
 
         t5_bits = 8 if settings.t5 == "8bit" else 16
         self.format = WeightFormat(dtype, BITS[settings.quantize], settings.quantize == "fp8")
@@ -121,10 +122,10 @@ class MemoryEstimator:
         model = model_on_meta(one_block_each, self.sources["transformer"], self.format)
         inputs = self._inputs()
         keeping = Intervention(keep_context=reuses_context(self.settings))
-        values = (*vars(inputs).values(), *vars(inputs.condition).values())
-        given = [x for x in values if isinstance(x, Tensor)]
-        known = [*model.parameters(), *model.buffers(), *given]
-        return live_bytes(lambda: model.observe(inputs, keeping), known) + self._kept()
+        known = [*model.parameters(), *model.buffers(), *inputs.tensors.values()]
+        one_pass = live_bytes(lambda: model.observe(inputs, keeping), known)
+        may_record = self.on_gpu and self.settings.compile and has_few_tokens(inputs)
+        return one_pass * (1 + may_record * MOST_GRAPHS) + self._kept()
 
     @cached_property
     def decode(self) -> dict[bool, int]:

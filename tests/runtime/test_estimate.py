@@ -41,6 +41,18 @@ def bytes_of(model: nn.Module) -> int:
     return sum(x.nbytes for x in {id(x): x for x in (*model.parameters(), *model.buffers())}.values())
 
 
+def test_passes_that_are_recorded_hold_their_memory():
+    """On a GPU, where blocks are compiled: two passes of few tokens, none of an image of 1024x1024."""
+
+    def held(side: int) -> int:
+        size = {"width": side, "height": side}
+        return full_size.estimator(compile=True, **size).denoise - full_size.estimator(**size).denoise
+
+    assert held(1024) == 0
+    tokens, streams = 32 * 32 + 512, 2 * 3072  # bytes of a token in one stream
+    assert 30 * tokens * streams < held(512) < 60 * tokens * streams
+
+
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit", "fp8"])
 @pytest.mark.parametrize("t5", ["same", "8bit"])
 def test_weights_need_the_counted_bytes(quantize, t5):
