@@ -1,5 +1,8 @@
 """From the settings that the user wrote to those that run."""
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import overload
 
 from flux.errors import InputError
@@ -112,10 +115,37 @@ def check_run(settings: ResolvedModel) -> None:
     """Print the warnings about a run and claim its folder. Called once, before the model is loaded.
 
     Raises:
-        InputError: As `claim_folder`.
+        InputError: The run would write over one of its own images, or as `claim_folder`.
     """
+    folder = Path(settings.output_dir)
+    for path in _given_images(settings):
+        is_written = re.fullmatch(WRITTEN.get(getattr(settings, "demo", ""), ""), path.name)
+        if is_written and path.resolve().parent == folder.resolve():
+            raise InputError(
+                f"Got {path}, which this run would write over: name another output_dir, or give the image "
+                "another name"
+            )
     print_warnings(settings, get_spec(settings.model))
-    claim_folder(settings.output_dir)
+    claim_folder(folder)
+
+
+WRITTEN = {
+    "test": r"\d{3,}\.png|grid\.png",
+    "layer": r"step_\d+_(noisy|clean)\.png|(steps|layers|words)\.png",
+    "edit": r"(reference|edit_\d+|comparison)\.png",
+}
+"""Names of the images that a demo writes into its output folder."""
+
+
+def _given_images(settings: ResolvedModel) -> Iterator[Path]:
+    """Yield the image files that the settings name."""
+    entries = settings.entries if isinstance(settings, EditSettings) else ()
+    named = [
+        getattr(settings, name, None)
+        for name in ("image", "photo", "mask", "context", "fill", "control", "redux")
+    ]
+    for value in (*named, *(entry.mask for entry in entries)):
+        yield from map(Path, [value] if isinstance(value, str) else value or ())
 
 
 def whole_tokens(side: int, name: str) -> int:

@@ -1,9 +1,11 @@
 """Settings filled in from the spec of their model."""
 
+import json
+
 import pytest
 
 from flux.errors import InputError
-from flux.settings.complete import resolve
+from flux.settings.complete import check_run, resolve
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
 from flux.settings.files import check_settings
@@ -117,3 +119,28 @@ def test_the_guidance_of_the_public_code(fields, guidance):
 def test_resolved_settings_lack_nothing():
     with pytest.raises(InputError, match="width: expected an integer, got null"):
         check_settings(ResolvedModel, resolve(ModelSettings()).to_json() | {"width": None})
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "name"),
+    [
+        (GenerateSettings, PROMPTS | {"image": "{}"}, "000.png"),
+        (LayerSettings, PROMPTS | {"model": "flux-nano-kontext", "context": "{}"}, "step_03_clean.png"),
+        (EditSettings, {"prompt": "a", "edits": ["b"], "photo": "{}"}, "edit_0.png"),
+        (EditSettings, {"prompt": "a", "edits": ["b"], "photo": "{}"}, "reference.png"),
+        (EditSettings, {"prompt": "a", "edits": [{"prompt": "b", "mask": "{}"}]}, "comparison.png"),
+    ],
+)
+def test_a_run_writes_over_none_of_its_own_images(tmp_path, cls, fields, name):
+    """An edit of an earlier edit in the same folder is refused, since the earlier one would be lost."""
+    folder = tmp_path / "out"
+
+    def check(path, output_dir) -> None:
+        given = json.loads(json.dumps(fields).replace("{}", str(path)))
+        check_run(resolve(check_settings(cls, given | {"output_dir": str(output_dir), "device": "cpu"})))
+
+    with pytest.raises(InputError, match=rf"{name}, which this run would write over: name another"):
+        check(folder / name, f"{folder}/../out")
+    assert not folder.exists()
+    check(folder / f"my_{name}", folder)
+    check(folder / name, tmp_path / "another")
