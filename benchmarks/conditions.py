@@ -2,18 +2,22 @@
 
     python -m benchmarks.conditions [--output benchmarks/results/h100-conditions.json] [--only WORDS] [--toy]
 
-An image of 1024x1024 by flux-dev; with a context image of that size (flux-dev-kontext); with a masked image
-(flux-dev-fill); with a control image (flux-dev-canny, and flux-dev-depth has the same shapes); and with the
-729 text tokens that Redux makes of an image (flux-dev-redux). Of each it takes a step in the middle of the
-tool's schedule: eager, compiled, and compiled with 8-bit floats. Beside them runs diffusers' step of the same
-inputs, compiled. Medians in milliseconds; and the peak of GPU memory beside the one that the memory plan
-forecasts for the transformer alone.
+The tools, each with an image of 1024x1024 to make:
 
-The tools share one set of random weights: only the layer that image tokens enter by has other shapes. The
-three in bfloat16 are interleaved. Those in 8 bits come last, when nothing else is on the GPU. Needs a GPU
-with 40 GB and no network, and takes about four minutes, most of them compiling; no case begins after
-`--minutes`. `--only kontext,fill` measures the cases whose names contain one of the texts. `--toy` runs the
-same on a tiny model, anywhere.
+    flux-dev            nothing else
+    flux-dev-kontext    a context image of that size
+    flux-dev-fill       a masked image
+    flux-dev-canny      a control image; flux-dev-depth has the same shapes
+    flux-dev-redux      the 729 text tokens that Redux makes of an image
+
+Each takes a step in the middle of its schedule: eager, compiled, and compiled with 8-bit floats. Beside them
+runs diffusers' step of the same inputs, compiled. The results are medians in milliseconds, and the peak of GPU
+memory beside the memory plan's forecast for the transformer alone.
+
+The tools share one set of random weights, except for the layer that embeds image tokens. Steps in bfloat16 are
+interleaved. Those in 8 bits come last, when nothing else is on the GPU. Needs a GPU with 40 GB and no network,
+and takes about four minutes, most of them compiling; no case begins after `--minutes`. `--only kontext,fill`
+measures the cases whose names contain one of the texts. `--toy` runs the same on a tiny model, anywhere.
 """
 
 import statistics
@@ -90,8 +94,8 @@ def build(ways: Mapping[str, dict], size: StepSize, device: torch.device, backen
     }
 
 
-def enter_by(models: Models, spec: ModelSpec, device: torch.device) -> None:
-    """Gives the models a random layer for image tokens of as many channels as the spec has."""
+def set_image_embedder(models: Models, spec: ModelSpec, device: torch.device) -> None:
+    """Replaces the layer that embeds image tokens by a random one, for as many channels as the spec has."""
     torch.manual_seed(0)
     weights = random_transformer(replace(spec.params, depth=0, depth_single_blocks=0), device)
     with torch.device("meta"):
@@ -201,7 +205,7 @@ def measure_group(
     for tool, spec in specs.items():
         of_tool = {way: model for way, model in models.items() if f"{tool}, {way}" in names}
         if of_tool:
-            enter_by(of_tool, spec, device)
+            set_image_embedder(of_tool, spec, device)
             yield tool, *measure(ToolRun(spec, size, device), of_tool, device, size.rounds // 2)
 
 
