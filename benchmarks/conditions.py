@@ -11,13 +11,14 @@ The tools, each with an image of 1024x1024 to make:
     flux-dev-redux      the 729 text tokens that Redux makes of an image
 
 Each takes a step in the middle of its schedule: eager, compiled, and compiled with 8-bit floats. Beside them
-runs diffusers' step of the same inputs, compiled. The results are medians in milliseconds, and the peak of GPU
-memory beside the memory plan's forecast for the transformer alone.
+runs diffusers' step of the same inputs, compiled. The results are medians in milliseconds, and the peak of
+GPU memory beside the memory plan's forecast for the transformer alone.
 
-The tools share one set of random weights, except for the layer that embeds image tokens. Steps in bfloat16 are
-interleaved. Those in 8 bits come last, when nothing else is on the GPU. Needs a GPU with 40 GB and no network,
-and takes about four minutes, most of them compiling; no case begins after `--minutes`. `--only kontext,fill`
-measures the cases whose names contain one of the texts. `--toy` runs the same on a tiny model, anywhere.
+The tools share one set of random weights, except for the layer that embeds image tokens. Steps in bfloat16
+are interleaved. Those in 8 bits come last, when nothing else is on the GPU. Needs a GPU with 40 GB and no
+network, and takes about four minutes, most of them compiling; no case begins after `--minutes`.
+`--only kontext,fill` measures the cases whose names contain one of the texts. `--toy` runs the same on a tiny
+model, anywhere.
 """
 
 import statistics
