@@ -258,9 +258,10 @@ class LoadedModel:
     def denoising(self) -> Iterator[VelocityModel]:
         """Hold the transformer on the device for the duration of the block."""
         with self._using("denoise", self.model):
-            model = self.graphed or self._shared_model
-            if self.graphed:
+            model = self._shared_model
+            if self.graphed and self.graphed.weights is self.model:
                 self.graphed.check_weights()
+                model = self.graphed
             yield ReportingModel(model, tuple(self._listeners)) if self._listeners else model
 
     @contextmanager
