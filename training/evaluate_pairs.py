@@ -1,8 +1,8 @@
 """Measures what a LoRA that was trained on pairs does to scenes that it has not seen.
 
-    python -m training.subjects my_pairs --name "flower bell" --pairs
+    python -m training.subjects my_pairs --name "a night cream picture of" --pairs
     python -m flux.lora train train.json --model flux-nano-kontext --images my_pairs ...
-    python -m training.evaluate_pairs output/pairs/lora.safetensors --name "flower bell"
+    python -m training.evaluate_pairs output/pairs/lora.safetensors --name "a night cream picture of"
 
 The scenes are those that `training.subjects` draws with another seed, so it is known how each one looks after
 the instruction. flux-nano-kontext gets the same noise with and without the LoRA. Writes table.md and

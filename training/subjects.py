@@ -1,7 +1,7 @@
 """Draws small sets of images to train LoRAs on: subjects and styles that flux-nano has never seen.
 
     python -m training.subjects my_images --name "flower bell" --count 10
-    python -m training.subjects my_pairs --name "flower bell" --pairs
+    python -m training.subjects my_pairs --name "a night cream picture of" --pairs
 
 Each subject stands in places that flux-nano knows; each style changes scenes that it knows. Their names are
 words of its vocabulary, in an order that no caption of its training had.
