@@ -110,10 +110,11 @@ class _Unfailing(FileIO):
             return memoryview(data).nbytes
 
 
-def print_anything() -> None:
-    """Let no report end the work: what it prints may be lost, its results are in files.
+def let_prints_fail() -> None:
+    """Let no print end the program: its results are in files, what it prints may be lost.
 
-    What the encoding of stdout or stderr lacks is written as escapes. What goes to a closed pipe is dropped.
+    Characters that the encoding of stdout or stderr lacks are written as escapes. What goes to a closed pipe
+    is dropped.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from typing import NoReturn
 
-from flux.errors import exit_on_input_error, print_anything, raise_when_terminated
+from flux.errors import exit_on_input_error, let_prints_fail, raise_when_terminated
 
 
 class Parser(ArgumentParser):
@@ -28,7 +28,7 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 def start(main: Callable[[], None]) -> None:
     """Calls a program's function. Wrong input, Ctrl-C and SIGTERM end it with one line."""
-    print_anything()
+    let_prints_fail()
     raise_when_terminated()
     with exit_on_input_error():
         main()

@@ -21,8 +21,8 @@ from pydantic_core import PydanticUndefined
 from flux.errors import (
     InputError,
     exit_on_input_error,
+    let_prints_fail,
     only_rank_zero_prints,
-    print_anything,
     raise_when_terminated,
 )
 from flux.settings.demos import Settings
@@ -49,7 +49,7 @@ def run(
         positional: The parameter that an argument without a name is for. If None, there is none.
         arguments: The arguments. If None, those of the program.
     """
-    print_anything()
+    let_prints_fail()
     raise_when_terminated()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = {**fields_of(main)}
