@@ -87,23 +87,10 @@ def join(parallel: int, device: str, longest_wait: timedelta | None = None) -> P
         InputError: torchrun started another number of processes, there are fewer GPUs, or the device is
             a particular one.
     """
-    started = int(os.environ["WORLD_SIZE"]) if launched() else 1
-    if started == 1 < parallel:
-        command = shlex.join(("torchrun", "--nproc_per_node", str(parallel), *sys.argv))
-        raise InputError(f"Got parallel {parallel}, but this is a single process: start it with {command}")
-    if started != parallel:
-        raise InputError(
-            f"Got parallel {parallel}, but torchrun started {started} processes: make them equal"
-        )
+    _check_launch(parallel, device)
     if parallel == 1:
         return ALONE
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(
-            f"Got device {device!r} with parallel {parallel}, where each process has its own: "
-            "give cuda, cpu or auto"
-        )
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if not on_gpu:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         dist.init_process_group(backend="gloo", timeout=longest_wait)
         return ProcessGroup(dist.get_rank(), parallel, torch.device("cpu"))
     gpus, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -116,6 +103,23 @@ def join(parallel: int, device: str, longest_wait: timedelta | None = None) -> P
     os.environ.setdefault("NCCL_CTA_POLICY", "2")
     dist.init_process_group(backend="nccl", device_id=gpu, timeout=longest_wait)
     return ProcessGroup(dist.get_rank(), parallel, gpu)
+
+
+def _check_launch(parallel: int, device: str) -> None:
+    """Raise an `InputError` unless torchrun has started so many processes, each on a device of its own."""
+    started = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if started == 1 < parallel:
+        command = shlex.join(("torchrun", "--nproc_per_node", str(parallel), *sys.argv))
+        raise InputError(f"Got parallel {parallel}, but this is a single process: start it with {command}")
+    if started != parallel:
+        raise InputError(
+            f"Got parallel {parallel}, but torchrun started {started} processes: make them equal"
+        )
+    if parallel > 1 and device not in ("auto", "cpu", "cuda"):
+        raise InputError(
+            f"Got device {device!r} with parallel {parallel}, where each process has its own: "
+            "give cuda, cpu or auto"
+        )
 
 
 WIDE = torch.complex128  # the widest dtype: the fewer numbers are copied, the faster

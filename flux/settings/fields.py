@@ -34,7 +34,7 @@ def _expanded(path: str) -> str:
 
     Without a home folder, a path in it is refused: it would make a folder called ~.
     """
-    if set(path) & set("\b\f\n\r\t"):
+    if set(path) & set("\0\b\f\n\r\t"):
         raise _expected(r"a path (for each \ in it, write / or \\)")
     expanded = os.path.expanduser(path)
     if expanded.split(os.sep)[0] == "~":
@@ -96,9 +96,7 @@ LIST_OR_EMPTY = Field(strict=False)
 
 String = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[String, AfterValidator(_not_blank)]
-FilePath = Annotated[
-    Text, AfterValidator(_expanded)
-]  # or the word or the hub id that may stand there instead
+FilePath = Annotated[Text, AfterValidator(_expanded)]  # or the word or hub id that may stand there instead
 Words = Annotated[tuple[Text, ...], LIST_OR_EMPTY]
 Files = Annotated[tuple[FilePath, ...], LIST_OR_EMPTY, BeforeValidator(_as_list)]
 

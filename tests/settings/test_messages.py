@@ -41,6 +41,7 @@ WRONG = [
         EDIT | {"photo": "C:\new.png"},
         r'photo: expected a path (for each \ in it, write / or \\), got "C:\n',
     ),
+    (EditSettings, EDIT | {"photo": "a\0.png"}, "photo: expected a path (for each "),
     (EditSettings, EDIT | {"two\nlines": 1}, "unknown field 'two\\nlines', known are model, "),
     (EditSettings, EDIT | {"width": 0}, "width: expected at least 16, got 0"),
     (EditSettings, EDIT | {"width": "512"}, 'width: expected an integer, got "512"'),
