@@ -17,6 +17,8 @@ from flux.settings.demos import ModelSettings
 from flux.settings.files import CONFIGS, check_settings
 from flux.settings.resolved import ResolvedGenerate
 
+pytestmark = pytest.mark.usefixtures("loads_once")
+
 ROOT = CONFIGS.parent
 DOG, CAT = "a dog on the grass", "a cat on the grass"
 SMALL = {"width": 64, "height": 64, "num_steps": 2, "progress": False}
