@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.random_weights import write_random_model
 from flux.errors import InputError
+from flux.loaded_model import LoadedModel
 from flux.model import FluxParams, Inputs
-from flux.pipeline import Pipeline
 from flux.runs.record import versions
 from flux.sampling import Conditioning, Step, VelocityModel, euler_step, image_ids
 from flux.settings.complete import whole_tokens
@@ -310,7 +310,7 @@ def check_full_size(device: torch.device, toy: bool) -> None:
         )
 
 
-def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tuple[Pipeline, float]:
+def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tuple[LoadedModel, float]:
     """Writes random weights into the folder, if they are not there, and loads them as a user would.
 
     Returns:
@@ -331,7 +331,7 @@ def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tupl
         dtype=plan.dtype,
     )
     with known(plan):
-        return Pipeline.load(settings), written
+        return LoadedModel.load(settings), written
 
 
 # ---- tables
