@@ -15,6 +15,7 @@ from helpers.images import noise
 from flux.errors import InputError
 from flux.files import LEAST_ROOM, check_folder, claim_folder, write_json, write_text
 from flux.images.io import save_animation, save_image
+from flux.scan.layers import scored_sets
 from flux.scan.plots import plot_vitality
 
 METADATA = {"prompt": "eine Straße in 東京", "steps": [1, 2.5, None], "nested": {"vital": [0, 1]}}
@@ -39,7 +40,7 @@ WRITERS = {
     "a.png": lambda path: save_image(noise(96, 96), path, METADATA),
     "a.jpg": lambda path: save_image(noise(96, 96), path),
     "a.gif": lambda path: save_animation([noise(96, 96), noise(96, 96, 1)], path, 0.1),
-    "a.svg": lambda path: plot_vitality({(0,): 0.5}, 1, set(), None, path),
+    "a.svg": lambda path: plot_vitality(scored_sets({(0,): 0.5}, 1), path),
     "a.json": lambda path: write_json(path, list(range(5000))),
     "a.txt": lambda path: write_text(path, "word " * 5000),
 }

@@ -24,7 +24,7 @@ from flux.images.io import save_image
 from flux.loaded_model import LoadedModel
 from flux.metrics.table import load_metrics
 from flux.runtime.devices import pick_device
-from flux.scan.layers import layer_sets
+from flux.scan.layers import layer_sets, scored_sets
 from flux.scan.plots import plot_vitality
 from flux.scan.publish import write_scores
 from flux.scan.scores import Rule, Scores
@@ -104,8 +104,8 @@ def scan_scenes(arguments: Namespace) -> Path:
     vital = write_scores(
         folder, scores, rule, model=model.model, checkpoint=checkpoint, protocol=protocol, sources=sources
     )
-    ends = scores.intervals() or None
-    plot_vitality(scores.vitality(), spec.params.depth, vital, VITAL_FROM, folder / "vitality.png", ends)
+    bars = scored_sets(scores.vitality(), spec.params.depth, vital, scores.intervals())
+    plot_vitality(bars, folder / "vitality.png", VITAL_FROM)
     write_text(folder / "table.md", table(scores, vital))
     remember_scan(folder / "vital_layers.json")
     return folder

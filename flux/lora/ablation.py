@@ -150,20 +150,8 @@ class Ablation:
             Path(settings.output_dir), settings.demo, "an ablation", settings.program
         )
         self.folder = self._folder.path
-        self._claim()
+        self._folder.claim(settings, FREE_FIELDS, checkpoint_of(settings), "weights or lora")
         self.tasks = self._plan()
-
-    def _claim(self) -> None:
-        """Leaves the settings in a new folder; refuses one that was made with others, or with other files."""
-        checkpoint = checkpoint_of(self.settings)
-        if not self._folder.started:
-            self._folder.write_record(self.settings, checkpoint=checkpoint)
-            return
-        differences = self._folder.differences(self.settings, FREE_FIELDS)
-        known = self._folder.record().get("checkpoint")
-        if checkpoint and known and checkpoint != known:
-            differences.add("weights or lora")
-        self._folder.refuse(differences)
 
     def record(self) -> dict[str, Any]:
         """The folder's run.json."""

@@ -16,8 +16,9 @@ from flux.lora.ablation import BASE, FULL, Ablation, Variant, variant_of
 from flux.lora.contents import layer_name
 from flux.lora.live import LiveLora
 from flux.metrics.base import Metric
-from flux.metrics.table import METRICS, load_metrics
+from flux.metrics.table import load_metrics
 from flux.runtime.devices import pick_device
+from flux.scan.findings import Findings
 from flux.scan.layers import LayerSet, layer_ranges, layers_text
 from flux.scan.plots import plot_heat_map, plot_vitality
 from flux.scan.report import ReportWords, write_report
@@ -134,43 +135,33 @@ def publish(ablation: Ablation, effects: Effects, progress: bool = True) -> Path
     Raises:
         InputError: An image cannot be read, or a file cannot be written.
     """
-    settings, folder, scores = ablation.settings, ablation.folder, effects.to_full
-    num_double, rule = ablation.lora.params.depth, Rule.of(settings)
-    chosen, effect, intervals = set(scores.vital(rule)), scores.vitality(), scores.intervals() or None
-    similarity = 1 - METRICS[scores.metrics[0]].change(scores.tables[scores.metrics[0]])
+    folder, rule = ablation.folder, Rule.of(ablation.settings)
+    found = Findings.of(effects.to_full, rule, ablation.lora.params.depth)
     plot_vitality(
-        effect, num_double, chosen, rule.threshold, folder / "effect.png", intervals, MEASURE, AXIS, "chosen"
+        found.sets, folder / "effect.png", found.threshold, measure=MEASURE, axis=AXIS, chosen="chosen"
     )
-    prompts = [entry.prompt for entry in settings.entries]
-    plot_heat_map(
-        similarity,
-        scores.layer_sets,
-        prompts,
-        num_double,
-        chosen,
-        folder / "heat_map.png",
-        f"{AXIS} (bold: chosen)",
-    )
-    write_text(folder / "similarity_to_full.csv", scores.csv())
+    plot_heat_map(found, folder / "heat_map.png", axis=f"{AXIS} (bold: chosen)")
+    write_text(folder / "similarity_to_full.csv", effects.to_full.csv())
     write_text(folder / "similarity_to_base.csv", effects.to_base.csv())
     write_json(folder / "ablation.json", _as_json(ablation, effects, rule))
+    words = ReportWords(
+        title=f"Layers of {ablation.lora.path.name} that matter in",
+        measure="effect",
+        chosen="chosen",
+        left_out="left out",
+        reference="whole LoRA",
+        base="without it",
+        kept="kept of a left-out update",
+    )
     write_report(
         folder / "report.html",
         ablation.record(),
+        found,
         lambda row, layers: ablation.image_path(row, variant_of(layers) if layers else FULL),
-        scores.layer_sets,
-        similarity,
-        effect,
-        intervals,
-        chosen,
-        num_double,
-        progress,
-        ReportWords(
-            f"Layers of {ablation.lora.path.name} that matter in", "effect", "chosen", "left out",
-            "whole LoRA", "without it", "kept of a left-out update",
-        ),
-        lambda row: ablation.image_path(row, BASE),
-    )  # fmt: skip
+        words=words,
+        base_path=lambda row: ablation.image_path(row, BASE),
+        progress=progress,
+    )
     return folder / "report.html"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flux.files import write_json, write_text
 from flux.lora.contents import OpenLora, layer_name, open_loras
 from flux.lora.norms import LayerChange, layer_changes
+from flux.scan.layers import scored_sets
 from flux.scan.plots import plot_vitality
 from flux.scan.report import fill_in
 from flux.weights.checkpoint import open_checkpoint
@@ -115,8 +116,8 @@ def report_text(reports: Sequence[LoraReport]) -> str:
     for number, report in enumerate(reports, start=1):
         lines.append(f"{number}  {report.lora.path}" if len(reports) > 1 else str(report.lora.path))
         lines += [f"   {key}: {value}" for key, value in report.facts().items()]
-    heads = [f"{'size ' + str(number) if len(reports) > 1 else 'size':28}" for number in _count(reports)]
-    lines += ["", f"layer  name       vital  {''.join(heads)}".rstrip()]
+    heads = ["size"] if len(reports) == 1 else [f"size {number + 1}" for number in range(len(reports))]
+    lines += ["", f"layer  name       vital  {''.join(f'{head:28}' for head in heads)}".rstrip()]
     for row in layer_rows(reports):
         cells = [
             f"{cell.text:>9} {'█' * max(round(BAR * cell.share), cell.share > 0):{BAR}}    "
@@ -204,19 +205,9 @@ def write_report(folder: str | Path, reports: Sequence[LoraReport]) -> Path:
         InputError: A file cannot be written.
     """
     folder, first = Path(folder), reports[0].lora
-    charts = []
-    for number, report in zip(_count(reports), reports, strict=True):
-        chart = None
-        if report.sizes:
-            path = folder / f"norms_{number}.png"
-            sizes = {
-                (layer,): 100 * size if report.is_relative else size for layer, size in report.sizes.items()
-            }
-            measure = "change, % of the weights" if report.is_relative else "norm of the change"
-            vital = set(first.vital_layers)
-            plot_vitality(sizes, first.params.depth, vital, None, path, measure=measure, axis="layer")
-            chart = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        charts.append(chart)
+    charts = [
+        _chart(report, folder / f"norms_{number}.png") for number, report in enumerate(reports, start=1)
+    ]
     data = {
         "format": 1,
         "num_double": first.params.depth,
@@ -236,8 +227,15 @@ def write_report(folder: str | Path, reports: Sequence[LoraReport]) -> Path:
     return folder / "report.html"
 
 
-def _count(reports: Sequence[LoraReport]) -> range:
-    return range(1, len(reports) + 1)
+def _chart(report: LoraReport, path: Path) -> str | None:
+    """Write the bar chart of a LoRA's sizes, and return it as a data URL. None if no size is known."""
+    if not report.sizes:
+        return None
+    unit, measure = (100, "change, % of the weights") if report.is_relative else (1, "norm of the change")
+    sizes = {(layer,): unit * size for layer, size in report.sizes.items()}
+    bars = scored_sets(sizes, report.lora.params.depth, report.lora.vital_layers)
+    plot_vitality(bars, path, measure=measure, axis="layer")
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _numbers(values: Sequence[float]) -> str:

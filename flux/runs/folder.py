@@ -16,8 +16,9 @@ from flux.settings.demos import Settings
 class ResumableFolder:
     """A folder in which a stopped run can be resumed, since its run.json says which settings made it.
 
-    The usual order is: if the folder is `started`, `refuse` it for its `differences` to the new settings;
-    otherwise `write_record`. `remove_leftovers` before new files are written.
+    A run that makes images with a model calls `claim`. What it does: if the folder is `started`, `refuse` it
+    for its `differences` to the new settings; otherwise `write_record`. `remove_leftovers` is called before
+    new files are written.
 
     Attributes:
         path: The folder. It need not exist yet.
@@ -40,6 +41,33 @@ class ResumableFolder:
     def started(self) -> bool:
         """Whether the folder holds a run, finished or not."""
         return self.record_path.exists()
+
+    def claim(
+        self,
+        settings: Settings,
+        free_fields: Collection[str],
+        checkpoint: str | None,
+        files: str = "weights",
+    ) -> None:
+        """Leaves a record in a new folder, or checks that the folder's run is this one.
+
+        Args:
+            settings: The settings of the run that is about to start.
+            free_fields: As for `differences`.
+            checkpoint: The fingerprint of the model's files: the same name may stand for another file by now.
+                If None, or if it was not known at the first start, it is not compared.
+            files: What the error calls files that differ.
+
+        Raises:
+            InputError: The run was made with other settings or other files, or as `record`.
+        """
+        if not self.started:
+            self.write_record(settings, checkpoint=checkpoint)
+            return
+        differences, known = self.differences(settings, free_fields), self.record().get("checkpoint")
+        if checkpoint and known and checkpoint != known:
+            differences.add(files)
+        self.refuse(differences)
 
     def record(self) -> dict[str, Any]:
         """Reads the run.json.

@@ -67,30 +67,28 @@ class ScoredSet:
 
 
 def scored_sets(
-    layer_sets: Sequence[LayerSet],
     vitality: Mapping[LayerSet, float],
-    intervals: Mapping[LayerSet, Interval] | None,
-    vital: Collection[int],
     num_double: int,
+    vital: Collection[int] = (),
+    intervals: Mapping[LayerSet, Interval] | None = None,
 ) -> list[ScoredSet]:
-    """Collects what is known of each set, in the order of `layer_sets`.
+    """Collects what is known of each set, in the order of `vitality`.
 
     Args:
-        layer_sets: The sets.
-        vitality: The vitality of each set.
-        intervals: The 95 % interval of each set.
-        vital: The vital layers.
+        vitality: The vitality of each set. Other numbers of layers are shown in the same way.
         num_double: The number of double-stream layers, which come first.
+        vital: The vital layers.
+        intervals: The 95 % interval of each set. If None or empty, they are not known.
     """
     return [
         ScoredSet(
             layers,
-            vitality[layers],
+            value,
             intervals[layers] if intervals else None,
             kind_of(layers, num_double),
             set(vital).issuperset(layers),
         )
-        for layers in layer_sets
+        for layers, value in vitality.items()
     ]
 
 

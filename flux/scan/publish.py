@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flux.files import write_text
-from flux.metrics.table import METRICS
+from flux.scan.findings import Findings
 from flux.scan.layers import layers_text
 from flux.scan.plots import plot_heat_map, plot_vitality
 from flux.scan.report import write_report
@@ -42,28 +42,14 @@ def publish(
     Raises:
         InputError: The sweep is unfinished, an image cannot be read, or a file cannot be written.
     """
-    record, layer_sets, entries = check_sweep(folder)
+    record = check_sweep(folder).record
     if shown_settings is not None:
         record["settings"] = dict(shown_settings)
-    settings, num_double = record["settings"], get_spec(record["settings"]["model"]).params.depth
-    vital, vitality, intervals = scores.vital(rule), scores.vitality(), scores.intervals() or None
-    # Plots show changes on the scale of dino, whatever the metric's own scale.
-    first = scores.metrics[0]
-    similarity = 1 - METRICS[first].change(scores.tables[first])
-    plot_vitality(vitality, num_double, set(vital), rule.threshold, out / "vitality.png", intervals)
-    prompts = [entry.prompt for entry in entries]
-    plot_heat_map(similarity, layer_sets, prompts, num_double, set(vital), out / "heat_map.png")
-    write_report(
-        out / "report.html",
-        record,
-        lambda row, layers: image_path(folder, row, layers),
-        layer_sets,
-        similarity,
-        vitality,
-        intervals,
-        vital,
-        num_double,
-    )
+    settings = record["settings"]
+    found = Findings.of(scores, rule, get_spec(settings["model"]).params.depth)
+    plot_vitality(found.sets, out / "vitality.png", found.threshold)
+    plot_heat_map(found, out / "heat_map.png")
+    write_report(out / "report.html", record, found, lambda row, layers: image_path(folder, row, layers))
     write_scores(
         out,
         scores,
@@ -75,7 +61,7 @@ def publish(
     )
     if remember:
         remember_scan(out / "vital_layers.json")
-    return vital
+    return found.vital
 
 
 def write_scores(
@@ -105,21 +91,7 @@ def write_scores(
     Raises:
         InputError: A file cannot be written.
     """
-    layers = scores.vital(rule)
-    intervals, membership = scores.intervals(), scores.membership(rule)
-    vitality = {}
-    for entry, value in scores.vitality().items():
-        numbers = {"vitality": value}
-        if entry in intervals:
-            numbers["low"], numbers["high"] = intervals[entry]
-        if len(entry) == 1 and membership:
-            numbers["membership"] = membership[entry[0]]
-        vitality[layers_text(entry)] = numbers
-    others = {
-        metric: {layers_text(entry): value for entry, value in scores.vitality(metric).items()}
-        for metric in scores.metrics[1:]
-    }
-    params = get_spec(model).params
+    layers, params = scores.vital(rule), get_spec(model).params
     data = {
         "format": 2,
         "model": model,
@@ -131,8 +103,11 @@ def write_scores(
         "stable": is_settled(scores, rule),
         "stable_after": settled_after(scores, rule),
         "rows": scores.num_rows,
-        "vitality": vitality,
-        "vitality_by_other_metrics": others,
+        "vitality": _vitality(scores, rule),
+        "vitality_by_other_metrics": {
+            metric: {layers_text(entry): value for entry, value in scores.vitality(metric).items()}
+            for metric in scores.metrics[1:]
+        },
         "agreement": scores.agreement(),
         "nets": dict(sources or {}),
         "protocol": dict(protocol),
@@ -140,6 +115,20 @@ def write_scores(
     write_text(folder / "similarity.csv", scores.csv())
     write_text(folder / "vital_layers.json", _readable(data) + "\n")
     return layers
+
+
+def _vitality(scores: Scores, rule: Rule) -> dict[str, dict[str, float]]:
+    """Returns each set's vitality, its 95 % interval and, of a single layer, how often it is vital."""
+    intervals, membership = scores.intervals(), scores.membership(rule)
+    found = {}
+    for entry, value in scores.vitality().items():
+        numbers = {"vitality": value}
+        if entry in intervals:
+            numbers["low"], numbers["high"] = intervals[entry]
+        if len(entry) == 1 and membership:
+            numbers["membership"] = membership[entry[0]]
+        found[layers_text(entry)] = numbers
+    return found
 
 
 def _readable(value: Any, indent: int = 0) -> str:

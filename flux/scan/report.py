@@ -5,7 +5,7 @@ The file needs no server, no network and no other file. Its markup is report.htm
 
 import base64
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
 from flux.files import write_text
 from flux.images.io import read_image
-from flux.scan.layers import REFERENCE, Interval, LayerSet, ScoredSet, layer_ranges, scored_sets
+from flux.scan.findings import Findings
+from flux.scan.layers import REFERENCE, LayerSet, ScoredSet, layer_ranges
 from flux.scan.plots import COLOUR_MAP, KIND_COLOURS, colour_limits
 
 CLASSES = {"double-stream": "double", "single-stream": "single", "both kinds": "both"}  # in the style sheet
@@ -67,78 +67,87 @@ class Thumbnail:
 def write_report(
     path: str | Path,
     record: Mapping[str, Any],
+    found: Findings,
     image_path: Callable[[int, LayerSet], Path],
-    layer_sets: Sequence[LayerSet],
-    similarity: ArrayLike,
-    vitality: Mapping[LayerSet, float],
-    intervals: Mapping[LayerSet, Interval] | None,
-    vital: Collection[int],
-    num_double: int,
-    progress: bool = True,
+    *,
     words: ReportWords = SCAN_WORDS,
     base_path: Callable[[int], Path] | None = None,
+    progress: bool = True,
 ) -> None:
     """Writes a finished sweep and its scores as one HTML file.
 
     Args:
         path: The file to write.
         record: The sweep's run.json.
+        found: The scores. The seeds of a prompt are rows that follow one another. If the sweep ended early,
+            there are fewer rows than in `record`.
         image_path: Returns the path of the image of a row with a set of layers skipped. For the empty set,
             that is the reference.
-        layer_sets: The sets of layers that were skipped.
-        similarity: The similarities to the references, "rows sets". A row is a prompt with one seed, and the
-            seeds of a prompt follow one another. If the sweep ended early, it has fewer rows than `record`.
-        vitality: The vitality of each set.
-        intervals: The 95 % interval of each set, if known.
-        vital: As for `plot_vitality`.
-        num_double: As for `plot_vitality`.
-        progress: Whether to show a progress bar.
         words: What the page calls things.
         base_path: Returns the path of one more image of a row, shown beside its reference.
+        progress: Whether to show a progress bar.
 
     Raises:
         InputError: An image cannot be read, or the file cannot be written.
     """
-    change = 1 - np.asarray(similarity, dtype=float)
-    limits = colour_limits(change)
-    settings = record["settings"]
+    settings, sets = record["settings"], found.sets
     entries = [
         (entry["prompt"], entry["seed"] + more)
         for entry in settings["prompts"]
         for more in range(settings.get("seeds", 1))
     ]
-    rows = []
-    # One row at a time, since Ctrl-C waits for everything that the threads have been given.
-    with ThreadPoolExecutor() as pool:
-        shown = tqdm(entries[: len(change)], "report", unit="prompt", disable=not progress)
-        for number, (prompt, seed) in enumerate(shown):
-            paths = [image_path(number, layers) for layers in (REFERENCE, *layer_sets)]
-            reference, *thumbnails = pool.map(embedded_thumbnail, paths)
-            cells = list(zip(change[number].tolist(), _colours(change[number], **limits), thumbnails))
-            row = {"prompt": prompt, "seed": seed, "reference": reference, "cells": cells}
-            base = embedded_thumbnail(base_path(number)) if base_path else None
-            rows.append({**row, "mean": change[number].mean(), "base": base})
-    sets = scored_sets(layer_sets, vitality, intervals, vital, num_double)
     page = fill_in(
         Path(__file__).with_name("report.html"),
         words=words,
         model=settings["model"],
-        vital=layer_ranges(list(vital)) or "none",
-        num_vital=len(vital),
-        noun="layers" if all(len(layers) == 1 for layers in layer_sets) else "sets of layers",
-        protocol=_protocol(record, len(change), len(entries), words),
+        vital=layer_ranges(found.vital) or "none",
+        num_vital=len(found.vital),
+        noun="layers" if all(len(each.layers) == 1 for each in sets) else "sets of layers",
+        protocol=_protocol(record, len(found.change), len(entries), words),
         versions=", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
         record=json.dumps(record, indent=2, ensure_ascii=False),
         sets=sets,
         classes=CLASSES,
-        kinds=[kind for kind in KIND_COLOURS if any(entry.kind == kind for entry in sets)],
-        has_intervals=intervals is not None,
+        kinds=[kind for kind in KIND_COLOURS if any(each.kind == kind for each in sets)],
+        has_intervals=any(each.interval for each in sets),
         chart=_chart(sets),
         gradient=", ".join(_colours(np.linspace(0, 1, 9), 0, 1)),
-        limits=limits,
-        rows=rows,
+        limits=colour_limits(found.change),
+        rows=_rows(found, entries, image_path, base_path, progress),
     )
     write_text(path, page)
+
+
+def _rows(
+    found: Findings,
+    entries: Sequence[tuple[str, int]],
+    image_path: Callable[[int, LayerSet], Path],
+    base_path: Callable[[int], Path] | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Reads the images of each row, and puts them beside their changes and colours.
+
+    Args:
+        found: The scores.
+        entries: Prompt and seed of each row, and of those that were not made.
+        image_path: As for `write_report`.
+        base_path: As for `write_report`.
+        progress: As for `write_report`.
+    """
+    layer_sets = [REFERENCE, *(each.layers for each in found.sets)]
+    limits, rows = colour_limits(found.change), []
+    # One row at a time, since Ctrl-C waits for everything that the threads have been given.
+    with ThreadPoolExecutor() as pool:
+        shown = tqdm(entries[: len(found.change)], "report", unit="prompt", disable=not progress)
+        for number, (prompt, seed) in enumerate(shown):
+            paths = [image_path(number, layers) for layers in layer_sets]
+            reference, *thumbnails = pool.map(embedded_thumbnail, paths)
+            change = found.change[number]
+            cells = list(zip(change.tolist(), _colours(change, **limits), thumbnails))
+            row = {"prompt": prompt, "seed": seed, "reference": reference, "cells": cells}
+            base = embedded_thumbnail(base_path(number)) if base_path else None
+            rows.append({**row, "mean": change.mean(), "base": base})
+    return rows
 
 
 def fill_in(template: Path, **values: Any) -> str:

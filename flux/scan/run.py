@@ -13,7 +13,7 @@ from flux.loaded_model import LoadedModel
 from flux.metrics.base import Metric
 from flux.metrics.table import METRICS, load_metrics
 from flux.runtime.devices import pick_device
-from flux.scan.layers import REFERENCE, LayerSet
+from flux.scan.layers import REFERENCE, LayerSet, scored_sets
 from flux.scan.plots import plot_vitality
 from flux.scan.publish import publish
 from flux.scan.scores import Rule, Scores, is_settled
@@ -175,7 +175,7 @@ class _BatchScorer:
         vitality, plot = self.vitality(), None
         if vitality and time.perf_counter() - self.drawn > REDRAW_SECONDS:
             plot = folder / "vitality.png"
-            plot_vitality(vitality, self.num_double, set(), None, plot)
+            plot_vitality(scored_sets(vitality, self.num_double), plot)
             self.drawn = time.perf_counter()
         images = [image_path(folder, task.row, layers) for layers in task.layer_sets]
         self.on_progress(ScanProgress(self.done, self.sweep.num_images, images, vitality, plot))

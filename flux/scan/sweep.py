@@ -262,16 +262,7 @@ def open_sweep(settings: SkipSettings, opened: OpenModel | None = None) -> Path:
     """
     folder = _folder_of(Path(settings.output_dir))
     checkpoint = opened.fingerprint() if opened else checkpoint_of(settings)
-    own = sweep_settings(settings)
-    if not folder.started:
-        folder.write_record(own, checkpoint=checkpoint)
-        return folder.path
-    differences = folder.differences(own, FREE_FIELDS)
-    # The same name may stand for another file by now.
-    known = folder.record().get("checkpoint")
-    if checkpoint and known and checkpoint != known:
-        differences.add("weights")
-    folder.refuse(differences)
+    folder.claim(sweep_settings(settings), FREE_FIELDS, checkpoint)
     return folder.path
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 from flux.images.io import save_image
+from flux.scan.findings import Findings
+from flux.scan.layers import scored_sets
 from flux.scan.report import write_report
 
 HOSTILE = "a \"red\" <script>document.title = 'run'</script> & 'cat' $5 </title>"
@@ -49,16 +51,12 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def report(folder: Path, out: Path, **changes) -> str:
+def report(folder: Path, out: Path, vital=(0, 2), intervals=INTERVALS, **changes) -> str:
+    sets = scored_sets(VITALITY, 2, vital, intervals)
     given = {
         "record": RECORD,
+        "found": Findings(sets, 1 - SIMILARITY, [entry["prompt"] for entry in PROMPTS], list(vital)),
         "image_path": lambda number, layers: image_path(folder, number, layers),
-        "layer_sets": SETS,
-        "similarity": SIMILARITY.tolist(),
-        "vitality": VITALITY,
-        "intervals": INTERVALS,
-        "vital": [0, 2],
-        "num_double": 2,
         "progress": False,
     }
     write_report(out, **given | changes)

@@ -94,3 +94,15 @@ def test_leftovers_are_removed_and_nothing_else(folder):
     folder.remove_leftovers()
     files = {path for path in folder.path.rglob("*") if path.is_file()}
     assert files == {kept, folder.record_path}
+
+
+def test_a_claimed_folder_is_resumed_with_the_same_files_alone(folder):
+    folder.claim(settings(), set(), None)
+    assert folder.record()["checkpoint"] is None
+    folder.claim(settings(), set(), "abc")  # of files that have been downloaded since
+    folder.write_record(settings(), checkpoint="abc")
+    folder.claim(settings(batch_size=2), {"batch_size"}, "abc")
+    folder.claim(settings(), set(), None)
+    with pytest.raises(InputError, match="made with another lora, seed: give another output_dir"):
+        folder.claim(settings(seed=3), {"prompts"}, "xyz", "lora")
+    assert folder.record()["checkpoint"] == "abc"

@@ -62,7 +62,6 @@ def test_the_kind_of_a_set_is_that_of_its_layers(layers, num_double):
 
 
 def test_a_set_is_vital_if_all_its_layers_are():
-    vitality = {(0,): 0.5, (1,): 0.1, (0, 2): 0.7}
-    sets = scored_sets([(0, 2), (0,), (1,)], vitality, None, [0, 2], 2)
+    sets = scored_sets({(0, 2): 0.7, (0,): 0.5, (1,): 0.1}, 2, [0, 2])
     assert [entry.is_vital for entry in sets] == [True, True, False]
     assert [entry.ends for entry in sets] == [(0.7, 0.7), (0.5, 0.5), (0.1, 0.1)]

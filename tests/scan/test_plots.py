@@ -10,6 +10,8 @@ from matplotlib import colormaps
 from PIL import Image
 
 from flux.scan import plots
+from flux.scan.findings import Findings
+from flux.scan.layers import scored_sets
 from flux.scan.plots import COLOUR_MAP, KIND_COLOURS, plot_heat_map, plot_vitality
 
 HOOKED = "\u1d81"  # a letter of STIX that DejaVu Sans lacks
@@ -31,6 +33,12 @@ def axes(monkeypatch):
     return seen
 
 
+def findings(similarity, layer_sets, prompts, num_double, vital=()) -> Findings:
+    change = 1 - np.array(similarity)
+    sets = scored_sets(dict(zip(layer_sets, change.mean(axis=0).tolist())), num_double, vital)
+    return Findings(sets, change, prompts, list(vital))
+
+
 def colour_of(bar) -> str:
     """Which of the named colours a bar has, and whether it is pale."""
     from matplotlib.colors import to_rgb
@@ -50,7 +58,7 @@ def colour_of(bar) -> str:
 )
 def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
     scores = {(layer,): (layer * 7 % 11) / 11 for layer in reversed(range(num_layers))}
-    plot_vitality(scores, num_double, vital, 0.3, tmp_path / "p.png")
+    plot_vitality(scored_sets(scores, num_double, vital), tmp_path / "p.png", 0.3)
     (ax,) = axes
     assert [bar.get_height() for bar in ax.patches] == [scores[layer,] for layer in range(num_layers)]
     for layer, bar in enumerate(ax.patches):
@@ -75,7 +83,7 @@ def test_plot_of_layers(num_layers, num_double, vital, axes, tmp_path):
 
 def test_plot_of_layer_sets(axes, tmp_path):
     scores = {(5, 7): 0.3, (0, 1, 2, 4): 0.6, (3, 6, 5): -0.1, (9,): 0.2}
-    plot_vitality(scores, 5, {5, 7, 9}, 0.25, tmp_path / "p.svg")
+    plot_vitality(scored_sets(scores, 5, {5, 7, 9}), tmp_path / "p.svg", 0.25)
     (ax,) = axes
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0–2, 4", "3, 5, 6", "5, 7", "9"]
     assert [colour_of(bar) for bar in ax.patches] == [
@@ -94,7 +102,7 @@ def test_plot_of_layer_sets(axes, tmp_path):
 
 def test_plot_of_many_sets_turns_its_labels(axes, tmp_path):
     scores = {(0, 5, layer): layer / 40 for layer in range(7, 37)}
-    plot_vitality(scores, 19, set(), None, tmp_path / "p.png")
+    plot_vitality(scored_sets(scores, 19), tmp_path / "p.png")
     boxes = [tick.get_window_extent() for tick in axes[0].get_xticklabels()]
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), "labels overlap"
 
@@ -104,7 +112,7 @@ def test_plot_of_intervals(vital, axes, tmp_path):
     """Whiskers stand whole within the plot and below the stars, also where they reach beyond all bars."""
     scores = {(0,): 0.3, (1,): 0.05, (2,): 0.4}
     intervals = {(0,): (0.1, 0.75), (1,): (-0.1, 0.1), (2,): (0.35, 0.45)}
-    plot_vitality(scores, 1, vital, None, tmp_path / "p.png", intervals)
+    plot_vitality(scored_sets(scores, 1, vital, intervals), tmp_path / "p.png")
     (ax,) = axes
     (whiskers,) = ax.collections
     drawn = {round(x): (low, high) for (x, low), (_, high) in whiskers.get_segments()}
@@ -121,18 +129,18 @@ def test_plot_of_intervals(vital, axes, tmp_path):
 
 
 def test_plot_of_one_score_or_none(axes, tmp_path):
-    plot_vitality({(3,): 0.0}, 5, set(), None, tmp_path / "p.png")
+    plot_vitality(scored_sets({(3,): 0.0}, 5), tmp_path / "p.png")
     (bar,) = axes[0].patches
     left, right = axes[0].get_xlim()
     assert bar.get_width() < (right - left) / 8
     with pytest.raises(ValueError, match=r"at least one score"):
-        plot_vitality({}, 5, set(), None, tmp_path / "p.png")
+        plot_vitality([], tmp_path / "p.png")
 
 
 def test_heat_map(axes, tmp_path):
     similarity = [[1.0, 0.4, 0.7], [0.2, 1.0, 0.5]]
     prompts = ["a cat for $5 or a dog for $6_", "word " * 40]
-    plot_heat_map(similarity, [(0,), (1,), (2, 3)], prompts, 1, {0, 2}, tmp_path / "h.png")
+    plot_heat_map(findings(similarity, [(0,), (1,), (2, 3)], prompts, 1, [0, 2]), tmp_path / "h.png")
     ax = axes[0]
     (image,) = ax.images
     assert np.allclose(image.get_array(), [[0, 0.6, 0.3], [0.8, 0, 0.5]])
@@ -160,7 +168,7 @@ def test_heat_map(axes, tmp_path):
 
 
 def test_heat_map_without_any_change(axes, tmp_path):
-    plot_heat_map([[1.0000001]], [(3,)], ["a dog"], 5, set(), tmp_path / "h.svg")
+    plot_heat_map(findings([[1.0000001]], [(3,)], ["a dog"], 5), tmp_path / "h.svg")
     low, high = axes[0].images[0].get_clim()
     assert low < 0 < high
     assert b"<svg" in (tmp_path / "h.svg").read_bytes()
@@ -169,7 +177,8 @@ def test_heat_map_without_any_change(axes, tmp_path):
 def test_heat_map_of_a_whole_scan(axes, tmp_path):
     """64 prompts and 57 layers: no name lies on another."""
     similarity = np.random.default_rng(0).uniform(0.5, 1, (64, 57))
-    plot_heat_map(similarity, [(i,) for i in range(57)], ["a dog"] * 64, 19, {0}, tmp_path / "h.png")
+    found = findings(similarity, [(i,) for i in range(57)], ["a dog"] * 64, 19, [0])
+    plot_heat_map(found, tmp_path / "h.png")
     across = [tick.get_window_extent() for tick in axes[0].get_xticklabels()]
     down = [tick.get_window_extent() for tick in axes[0].get_yticklabels()]
     assert all(a.x1 < b.x0 for a, b in pairwise(across))
@@ -187,7 +196,7 @@ def test_prompts_in_other_letters_have_an_installed_font(tmp_path, monkeypatch):
 
         monkeypatch.setattr(plots, "font_file", found)
         for number, prompt in enumerate([f"a {HOOKED}og", "a dog", f"a {HOOKED}og and 草地"]):
-            plot_heat_map([[0.5]], [(0,)], [prompt], 1, set(), tmp_path / f"{name}{number}.png")
+            plot_heat_map(findings([[0.5]], [(0,)], [prompt], 1), tmp_path / f"{name}{number}.png")
     with_letter, with_box = (
         (tmp_path / f"{name}0.png").read_bytes() for name in ("STIXGeneral", "DejaVuSans")
     )

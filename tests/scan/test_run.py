@@ -102,7 +102,7 @@ def synthetic(monkeypatch):
 def numbers_only(plain_images, synthetic, monkeypatch):
     """Nothing is painted that the test does not look at."""
     for name in ("plot_heat_map", "plot_vitality", "write_report"):
-        monkeypatch.setattr(f"flux.scan.publish.{name}", lambda *given: None)
+        monkeypatch.setattr(f"flux.scan.publish.{name}", lambda *_, **__: None)
 
 
 def demo_3(monkeypatch, folder, **more) -> None:
