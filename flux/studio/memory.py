@@ -75,10 +75,8 @@ class Memory:
                 holder.load(opened)
                 for other in self._loaded:
                     share_weights(holder.pipe, other.pipe)
-            except BaseException:
-                give_back()  # what was loaded of it
-                raise
-            give_back()  # what it shares
+            finally:
+                give_back()  # what it shares with others, or what was loaded of it before an error
         self.add(holder)
 
 

@@ -59,6 +59,7 @@ def test_fill(serve_model, browser, image_file):
     page.locator("#fill-mask.empty, .painter.empty").wait_for(state="detached")
     page.get_by_label("Around the image").click()
     page.locator("#fill-frame img").wait_for()
+    assert not page.locator("#fill-mask details").is_visible()
     page.locator("#fill-go").click()
     says(page, "#fill-status", "Done")
     page.locator("#fill-stage .after").wait_for()

@@ -34,7 +34,7 @@ METHOD_LABELS: dict[Inversion, str] = {
     "fireflow": "FireFlow: inverts, reuses passes",
     "euler": "Euler: inverts, one pass",
     "fixed-point": "Fixed point: inverts, four passes",
-    "directedit": "DirectEdit: inverts, one pass",
+    "directedit": "DirectEdit: along Euler's steps",
     "none": "FlowEdit: no inversion",
     "decflowedit": "DecFlowEdit: FlowEdit, twice",
 }

@@ -186,7 +186,6 @@ class EditTab:
             self.studio, self.controls, self.fields, reference_settings, self._draw_reference
         )
         reference.connect([self.go_reference.click], outputs)
-        self.controls.connect_stop()
         self._connect_source()
         self.shown.connect(self.fields["edits"], self.canvas)
         connect_notes(self.fields, self._notes)

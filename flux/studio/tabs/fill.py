@@ -30,7 +30,6 @@ from flux.studio.viewer import pair
 from flux.studio.widgets import UNQUEUED, Changes, held_image
 from flux.studio.work.fill import before, frame, run_fill
 
-ABOUT = f"{ABOUT_MASK} What is painted here does not count around the image."
 PROMPT = "a dog wearing a top hat on the grass"  # of the image that small models begin with
 MASK, AROUND = "Under a mask", "Around the image"
 
@@ -51,7 +50,7 @@ class FillTab(SteeredTab):
             with gr.Column(elem_classes="outputs"):
                 self.add_outputs("Add an image, and paint over what is to be painted anew.")
             with gr.Column(elem_classes="options"):
-                self.canvas = MaskCanvas(first, "fill-mask", ABOUT, is_open=True)
+                self.canvas = MaskCanvas(first, "fill-mask", ABOUT_MASK, is_open=True)
                 self.painted_on = gr.State(first and str(first))  # the file of the image on the canvas
                 self.fields |= {"mask": self.canvas.painter, **self._borders(), **self.add_settings(False)}
         self._connect_images()
@@ -96,8 +95,13 @@ class FillTab(SteeredTab):
 
         shown = [self.painted_on, *self.canvas.components]
         self.source.held.change(show, [self.source.held, self.painted_on], shown, **UNQUEUED)
+        hide_mask = f"document.querySelector('#fill-mask details').hidden = where === '{AROUND}'"
         self.where.change(
-            lambda where: gr.update(visible=where == AROUND), self.where, self.borders, **UNQUEUED
+            lambda where: gr.update(visible=where == AROUND),
+            self.where,
+            self.borders,
+            js=f"where => {{ {hide_mask}; return where; }}",
+            **UNQUEUED,
         )
         moved = [field.change for field in frame_fields]  # pyright: ignore[reportAttributeAccessIssue]
         gr.on(moved, show_frame, frame_fields, self.framed, trigger_mode="always_last", **UNQUEUED)

@@ -113,7 +113,6 @@ class GenerateTab:
 
     def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.connect_stop()
         self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedGenerate:

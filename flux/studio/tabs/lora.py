@@ -94,7 +94,6 @@ class LoraTab:
 
     def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.connect_stop()
         self.steering.connect(self.fields)
         self._connect_upload()
 

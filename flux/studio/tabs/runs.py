@@ -53,7 +53,13 @@ class RunControls:
             self.start = [gr.Button(label, variant="primary", elem_id=f"{self.tab}-go")]
             self.start += [gr.Button(other, elem_id=f"{self.tab}-{other.lower()}") for other in more]
             self.stop = gr.Button("Stop", interactive=False, elem_id=f"{self.tab}-stop")
+        self.stop.click(self.cancel, None, self.stop, **UNQUEUED)
         return self.start
+
+    def cancel(self, request: gr.Request) -> dict[str, Any]:
+        """Cancels the session's run of this tab."""
+        self._studio.line.stop(request.session_hash, self.tab)
+        return gr.update(interactive=False)
 
     def add_status(self, text: str = "Ready.") -> None:
         """Adds the status line."""
@@ -68,15 +74,6 @@ class RunControls:
         """Enables the buttons that start a run, or while one is in progress the one that stops it."""
         starting = {button: gr.update(interactive=not running) for button in self.start}
         return {**starting, self.stop: gr.update(interactive=running)}
-
-    def connect_stop(self) -> None:
-        """Lets the stop button cancel the session's run."""
-
-        def cancel(request: gr.Request) -> dict[str, Any]:
-            self._studio.line.stop(request.session_hash, self.tab)
-            return gr.update(interactive=False)
-
-        self.stop.click(cancel, None, self.stop, **UNQUEUED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,7 +106,6 @@ class ScanTab:
 
     def connect(self, tabs: gr.Tabs, edit: EditTab) -> None:
         """Connects the events; the set of layers that is found goes to the tab `edit` of `tabs`."""
-        self.controls.connect_stop()
         self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedScan:

@@ -100,7 +100,6 @@ class SteeredTab(ABC):
 
     def connect(self, history: History) -> None:
         """Connects the events; `history` shows each new image."""
-        self.controls.connect_stop()
 
         def work(
             session: Session, settings: ResolvedGenerate, form: Form

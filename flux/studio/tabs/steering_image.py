@@ -23,8 +23,8 @@ from flux.studio.tabs.source import ImageSource
 from flux.studio.widgets import UNQUEUED, Changes, held_image
 
 LABELS = {
-    "canny": "Image whose edges it has",
-    "depth": "Image whose depth it has",
+    "canny": "Image whose edges the result has",
+    "depth": "Image whose depth the result has",
     "fill": "Image of which a part is painted anew",
     "redux": "Image to vary",
 }
