@@ -76,8 +76,10 @@ def exit_on_input_error() -> Iterator[None]:
         if not _ran_out_of_memory(error):
             raise
         reason = reason_of(error).partition(". GPU")[0]
-        advice = "give offload auto, or make the image or the batch smaller"
-        print(f"error: Memory ran out ({reason}): {advice}", file=sys.stderr)
+        print(
+            f"error: Memory ran out ({reason}): give offload auto, or make the image or the batch smaller",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("\nstopped; what was already written stays", file=sys.stderr)

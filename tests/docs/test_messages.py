@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers.markdown import ROOT
 
-OF_OTHERS = ("ModuleNotFoundError: No module named 'flux'", "CUDA out of memory", "Killed")
+OF_OTHERS = ("ModuleNotFoundError: No module named 'flux'", "Killed")
 SHORTEST = 6  # letters of a quoted piece that say something
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
