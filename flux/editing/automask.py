@@ -118,8 +118,13 @@ def subject_tokens(
 ) -> Tensor:
     """Finds the subject that two prompts share: the image tokens that attend to the shared words.
 
-    A word counts the more, the less evenly it is attended to. The name of an object is attended to where the
-    object is, an article everywhere.
+    With a_j, the attention of each image token to text token j, the map is the sum over the shared words'
+    tokens of
+
+        a_j std(a_j) / mean(a_j)
+
+    So a word counts the more, the less evenly it is attended to. The name of an object is attended to where
+    the object is, an article everywhere.
 
     Args:
         t5: the text encoder of the prompts.
@@ -174,9 +179,12 @@ def dilated_mask(maps: Tensor, width: int, height: int) -> Tensor:
 def changes_whole_image(changed: Tensor, divergence: Tensor, width: int, height: int) -> Tensor:
     """Decides by the image's edge which edits change their whole image.
 
-    Another place or time of day changes the edge, another object seldom. An edit counts as one of the whole
-    image if, along the edge, the median of the geometric mean of both maps is more than WHOLE_IMAGE, each map
-    in proportion to its largest values.
+    Another place or time of day changes the edge, another object seldom. With c = `changed` and
+    d = `divergence`, both smoothed, an edit changes its whole image if
+
+        median of sqrt(c d) over the edge > WHOLE_IMAGE sqrt(max(c) q95(d))
+
+    where q95 is the 95th percentile over the image.
 
     Args:
         changed: how much each token attends to the words that change, "B I".
@@ -190,7 +198,7 @@ def changes_whole_image(changed: Tensor, divergence: Tensor, width: int, height:
     edge = torch.ones(height // TOKEN, width // TOKEN, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
     changed, divergence = (smoothed(maps.float(), width, height) for maps in (changed, divergence))
-    # A few tokens of large divergence say nothing about the others: hence a quantile, not the maximum.
+    # A few tokens of large divergence say nothing about the others: hence a percentile, not the maximum.
     most = divergence.flatten(1).quantile(0.95, dim=1) * changed.flatten(1).amax(dim=1)
     both = (changed * divergence)[:, 0, edge].median(dim=1).values
     return both > WHOLE_IMAGE**2 * most

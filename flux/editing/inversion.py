@@ -101,5 +101,5 @@ INVERSIONS: dict[str, Inversion] = {
     "midpoint": midpoint,
     "fireflow": fireflow,
     "fixed-point": fixed_point,
-    "directedit": euler,  # its steps back are not Euler's, see `flux.editing.source.Source.steps`
+    "directedit": euler,  # the steps back are not Euler's, see `flux.editing.source`
 }

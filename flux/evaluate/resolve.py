@@ -75,8 +75,17 @@ class ResolvedMethod(Method):
 
 
 def resolve_evaluation(settings: EvaluateSettings) -> ResolvedEvaluate:
-    """Fills in the size of the edits. Raises InputError for an unknown model."""
+    """Fills in the size of the edits.
+
+    Raises:
+        InputError: The model is unknown, or needs images that a benchmark does not have.
+    """
     model = resolve(settings)
+    if get_spec(settings.model).condition not in (None, "kontext"):
+        raise InputError(
+            f"Got the model {settings.model}, which is steered by images that a benchmark does not have: "
+            "choose a model without, such as flux-nano, or a Kontext model"
+        )
     fields: dict[str, Any] = {name: getattr(settings, name) for name in EvaluateSettings.model_fields}
     fields |= {"width": model.width, "height": model.height}
     # Everything has been validated already.

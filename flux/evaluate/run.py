@@ -84,15 +84,10 @@ def evaluate(
     if store.outdated:
         _measure_again(store, measurer, every, progress)
     store.begin()
-    names = [method.slug for method in methods]
-    if settings.references == "photo":
-        truth = not settings.reconstruct and all(item.truth for item in items)
-        names = [*(BASELINES if truth else BASELINES[:1]), *names]
+    titles = _titles(settings, items, methods)
     by_ray = uses_ray(settings.workers, settings.ray_address)
     work = (settings,) if by_ray else (settings, pipe, opened)
-    _edit_and_record(settings, store, measurer, work, items, names, progress)
-    titles = {name: name for name in BASELINES} | {method.slug: method.name for method in methods}
-    titles = {name: titles[name] for name in names}
+    _edit_and_record(store, measurer, work, items, list(titles), progress)
     rows = {title: [store.rows[name, item.key] for item in items] for name, title in titles.items()}
     write_summary(store.path, rows)
     save_image(_sheet(store, items, titles), store.path / "sheet.png")
@@ -107,6 +102,17 @@ def _check_judge(settings: EvaluateSettings, judge: Judge | None) -> None:
         )
     if judge is not None and not settings.judge:
         raise InputError("Got a judge without the file it was made from: name the file in judge")
+
+
+def _titles(
+    settings: ResolvedEvaluate, items: Sequence[Item], methods: Sequence[ResolvedMethod]
+) -> dict[str, str]:
+    """Returns the titles of the rows by their slugs, in order: the baselines of photographs, the methods."""
+    baselines: Sequence[str] = ()
+    if settings.references == "photo":
+        has_truth = not settings.reconstruct and all(item.truth for item in items)
+        baselines = BASELINES if has_truth else BASELINES[:1]
+    return {name: name for name in baselines} | {method.slug: method.name for method in methods}
 
 
 def _measure_again(store: Store, measurer: Measurer, items: Sequence[Item], progress: bool) -> None:
@@ -165,7 +171,6 @@ class EvaluateWorker:
 
 
 def _edit_and_record(
-    settings: ResolvedEvaluate,
     store: Store,
     measurer: Measurer,
     work: tuple[Any, ...],
@@ -177,6 +182,7 @@ def _edit_and_record(
 
     `work` are the arguments of `EvaluateWorker`.
     """
+    settings = store.settings
     missing = _missing(items, names, settings.batch_size, store)
     total, left = len(items) * len(names), sum(len(task.items) for task in missing)
     bar = tqdm(total=total, initial=total - left, desc="evaluate", unit="edit", disable=not progress)

@@ -78,7 +78,7 @@ def test_edits_of_a_photograph_take_from_the_inversions_path(small, photo, monke
 
 
 def test_directedit_takes_its_steps_where_the_inversion_took_them(small, photo, passes):
-    """The formula of `Source.steps`, written out. The reference is computed only in steps that inject."""
+    """DirectEdit's formula, written out. The reference is computed only in steps that inject."""
     wanted = settings(**ONE, inversion="directedit", weight=0.0, true_cfg=1.0)
     source = find_source(small, wanted, photo)
     [batch] = batch_room.start_batches(small, source, LAYERS, [None])

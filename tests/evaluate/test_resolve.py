@@ -4,7 +4,7 @@ import pytest
 from helpers.evaluation import settings_of
 
 from flux.errors import InputError
-from flux.evaluate.resolve import evaluation_warnings, resolve_methods
+from flux.evaluate.resolve import evaluation_warnings, resolve_evaluation, resolve_methods
 from flux.evaluate.settings import EvaluateSettings
 from flux.settings.files import read_settings
 from flux.specs import configs
@@ -23,6 +23,12 @@ def test_flow_edit_finds_no_mask(benchmark, tmp_path):
     methods = [{"name": "x", "inversion": "none", "mask": "auto"}]
     with pytest.raises(InputError, match='method \'x\': Got mask "auto" with inversion "none"'):
         resolve_methods(settings_of(benchmark, tmp_path, methods=methods))
+
+
+@pytest.mark.parametrize("model", ["flux-nano-canny", "flux-nano-fill", "flux-dev-redux"])
+def test_models_that_other_images_steer_are_refused(benchmark, tmp_path, model):
+    with pytest.raises(InputError, match=f"Got the model {model}, .* choose a model without"):
+        resolve_evaluation(settings_of(benchmark, tmp_path, model=model))
 
 
 def test_what_all_methods_have_without_effect_is_said_once(benchmark, tmp_path):
