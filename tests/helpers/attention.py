@@ -8,5 +8,6 @@ DOG = "a dog wearing a top hat on the grass"
 
 
 def settings(**fields) -> ResolvedLayer:
+    """Settings of a film, with these fields changed."""
     small = {"prompt": DOG, "seed": 7, "width": 96, "height": 64, "num_steps": 4, "layers": (3, 12)}
     return resolve(LayerSettings(**{**small, **fields}))

@@ -50,6 +50,7 @@ def write_squares(folder: Path) -> Path:
 
 
 def settings_of(benchmark, folder, **more) -> EvaluateSettings:
+    """Settings of a small evaluation, with these fields changed."""
     fields = {
         "benchmark": str(benchmark),
         "output_dir": str(folder),
@@ -83,5 +84,6 @@ class PaintingWorker:
 
 
 def results(folder) -> list[dict]:
+    """The rows of its results.csv."""
     with open(folder / "results.csv", newline="") as file:
         return list(csv.DictReader(file))

@@ -38,6 +38,7 @@ def added(weights: dict[str, Tensor], chosen: dict, factor: float) -> dict[str, 
 
 
 def close(model, expected: dict[str, Tensor], params=tiny_models.PARAMS) -> bool:
+    """Whether a model gives the velocity of these weights, up to rounding."""
     return (
         tiny_models.relative_error(
             weight_files.velocity(model), weight_files.velocity(weight_files.model_of(expected, params))
@@ -56,6 +57,7 @@ def assert_alpha_moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> N
 
 
 def file_of(chosen: dict, names, alpha: float | None = None, downs="lora_down", ups="lora_up"):
+    """The tensors of a LoRA's file. `names` gives each module its name in the file."""
     file = {}
     for module, (down, up) in chosen.items():
         file[f"{names(module)}.{downs}.weight"] = down

@@ -53,15 +53,21 @@ class Packing:
 
 
 class Surroundings:
+    """Says which GPUs and how many threads its process may use."""
+
     def run(self, task: None) -> tuple:
         return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]
 
 
 class Stillborn:
+    """Its process ends before it is made."""
+
     def __init__(self):
         os._exit(1)
 
 
 class Picky:
+    """Refuses its file."""
+
     def __init__(self, weights: str):
         raise InputError(f"no file {weights}")

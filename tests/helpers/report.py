@@ -38,6 +38,7 @@ RECORD = {
 
 
 def image_path(folder: Path, number: int, layers: tuple[int, ...]) -> Path:
+    """The file of an image with these layers skipped, or of the reference."""
     return folder / str(number) / f"{'-'.join(map(str, layers)) or 'reference'}.png"
 
 
@@ -52,6 +53,7 @@ def write_images(folder: Path) -> Path:
 
 
 def report(folder: Path, out: Path, vital=(0, 2), intervals=INTERVALS, **changes) -> str:
+    """The HTML of a report of these scores. Changes are to the arguments of `write_report`."""
     sets = scored_sets(VITALITY, 2, vital, intervals)
     given = {
         "record": RECORD,

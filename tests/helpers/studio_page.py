@@ -38,6 +38,7 @@ def wait_until_remembered(page, text):
 
 
 def draw(page, prompt="a dog on the grass"):
+    """Generates an image on the page, and waits until it is there."""
     page.locator("#generate-prompt textarea").fill(prompt)
     page.locator("#generate-go").click()
     says(page, "#generate-status", "Done")

@@ -42,10 +42,12 @@ def randomized(model: torch.nn.Module, seed: int):
 
 
 def flux(seed: int = 0, **changes) -> Flux:
+    """A random transformer of seven layers. Changes are to `PARAMS`."""
     return randomized(Flux(replace(PARAMS, **changes)), seed)
 
 
 def autoencoder(seed: int = 0, **changes) -> AutoEncoder:
+    """A random autoencoder. Changes are to `AE_PARAMS`."""
     return randomized(AutoEncoder(replace(AE_PARAMS, **changes)), seed)
 
 
@@ -81,6 +83,7 @@ def rows_of(tensors: dict[str, Tensor | None], rows) -> dict[str, Tensor | None]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
     return float((got - expected).abs().max() / expected.abs().max())
 
 
@@ -342,6 +345,7 @@ def diffusers_autoencoder(ae: AutoEncoder):
 
 
 def load_nano(name: str = "flux-nano"):
+    """A bundled model, in float32 on the CPU."""
     from flux.loaded_model import LoadedModel
     from flux.settings.complete import resolve
     from flux.settings.demos import ModelSettings

@@ -15,12 +15,14 @@ MOMENT = {name: replace(stage, seconds=0.01) for name, stage in TOY_PLAN.items()
 
 
 def randomized(flux: Flux) -> Flux:
+    """The model with every parameter drawn anew, so that no part of it is idle."""
     for parameter in flux.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return flux.requires_grad_(False)
 
 
 def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
+    """Random arguments of the toy model's pass, for images of 32x32."""
     return {
         "img": torch.randn(batch, 4, 64),
         "img_ids": image_ids(batch, 32, 32, "cpu"),

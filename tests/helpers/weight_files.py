@@ -31,10 +31,12 @@ WIDE = replace(
 
 
 def spec(params=tiny_models.PARAMS, **changes):
+    """The spec of flux-dev in the sizes of tiny models."""
     return replace(configs["flux-dev"], params=params, ae_params=tiny_models.AE_PARAMS, **changes)
 
 
 def wide(seed: int = 0) -> Flux:
+    """A random model whose matrices are wide enough for GGUF's largest blocks."""
     return tiny_models.randomized(Flux(WIDE), seed)
 
 
@@ -54,6 +56,7 @@ def load(
 
 
 def velocity(model: Flux, **more) -> Tensor:
+    """The answer to random inputs of two rows."""
     return model(**tiny_models.inputs(2, params=model.params), **more)
 
 
@@ -63,12 +66,14 @@ def same(model: Flux, expected: Flux) -> bool:
 
 
 def save(weights: dict[str, Tensor], path: Path, **metadata: str) -> Path:
+    """Writes a safetensors file, and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: x.clone().contiguous() for name, x in weights.items()}, path, metadata or None)
     return path
 
 
 def with_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same weights under longer names."""
     return {prefix + name: x for name, x in weights.items()}
 
 

@@ -40,6 +40,7 @@ def served(nano, tmp_path_factory) -> Studio:
 
 @pytest.fixture(scope="module")
 def url(served):
+    """The address of the page, which is served as long as a file's tests last."""
     from flux.studio.app import Address, serve
 
     with pytest.MonkeyPatch.context() as patch:
@@ -60,6 +61,7 @@ def filtered(served, tmp_path, monkeypatch):
 
 @pytest.fixture
 def client(url):
+    """A program that calls the endpoints."""
     from gradio_client import Client
 
     return Client(url, verbose=False)
