@@ -27,9 +27,10 @@ def main(file: str = "test.json", **overrides: Any) -> None:
 
     from flux.conditions.images import read_conditions, sized
     from flux.images.io import read_image
-    from flux.loaded_model import LoadedModel, generate_all
+    from flux.loaded_model import LoadedModel
     from flux.results import write_images
     from flux.runtime.parallel import join
+    from flux.sessions.batches import generate_all
     from flux.settings.complete import check_run, resolve
 
     ranks = join(settings.parallel, settings.device)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from flux import sampling
 from flux.conditions.images import UNSTEERED, ConditionImages, Steering, encode_conditions
 from flux.errors import InputError
-from flux.images.io import crop_to_fit, to_pil, to_tensor
+from flux.images.io import to_pil, to_tensor
 from flux.images.watermark import embed_watermark
 from flux.intervention import NOTHING, Intervention
 from flux.model import Flux
@@ -32,7 +32,7 @@ from flux.runtime.tiling import in_tiles
 from flux.sampling import Conditioning, Step, VelocityModel
 from flux.sampling.reporting import ReportingModel
 from flux.settings.demos import ModelSettings
-from flux.settings.resolved import ResolvedGenerate, SteeredSettings
+from flux.settings.resolved import SteeredSettings
 from flux.specs import ModelSpec, configs, get_spec
 from flux.vocabulary import warn_of_unknown_words
 from flux.weights.find import find_model
@@ -375,40 +375,6 @@ class LoadedModel:
                 if on_step:
                     on_step(step)
         return self.decode(latent, width, height, watermark)
-
-
-def generate_all(
-    pipe: LoadedModel, settings: ResolvedGenerate, image: Image.Image | None = None, progress: bool = True
-) -> Iterator[Image.Image]:
-    """Generate the image of each prompt, `batch_size` at once, and yield each batch as soon as it is there.
-
-    Args:
-        pipe: The model.
-        settings: The prompts, and how to sample.
-        image: Start from this image, scaled and cropped to the size of the images, instead of from noise
-            alone.
-        progress: Whether to show progress bars.
-    """
-    start_image = crop_to_fit(image, settings.width, settings.height) if image else None
-    total = len(settings.prompts)
-    for start in range(0, total, settings.batch_size):
-        batch = settings.prompts[start : start + settings.batch_size]
-        yield from pipe.generate(
-            [entry.prompt for entry in batch],
-            [entry.seed for entry in batch],
-            image=start_image,
-            strength=settings.strength,
-            cache=settings.cache,
-            progress=batch_name(start, len(batch), total) if progress else False,
-            **settings.sampling(),
-        )
-
-
-def batch_name(start: int, count: int, total: int) -> str:
-    """Name the images of a batch before its progress bar: "image 3 of 8", "images 3-4 of 8"."""
-    if count == total:
-        return "denoise"
-    return f"image {start + 1} of {total}" if count == 1 else f"images {start + 1}-{start + count} of {total}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flux import sampling
 from flux.errors import InputError
-from flux.loaded_model import LoadedModel, batch_name, count_evaluations
+from flux.loaded_model import LoadedModel, count_evaluations
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
@@ -360,8 +360,5 @@ def bytes_of(model) -> int:
 
 
 def test_progress_says_which_image(nano, capsys):
-    assert [batch_name(0, 8, 8), batch_name(2, 1, 8), batch_name(4, 4, 8)] == [
-        "denoise", "image 3 of 8", "images 5-8 of 8",
-    ]  # fmt: skip
     nano.generate([DOG], [1], **{**QUICK, "num_steps": 1, "progress": "image 3 of 8"})
     assert "image 3 of 8: 100%" in capsys.readouterr().err

@@ -13,10 +13,11 @@ from flux.editing.edit import check_edits, edit
 from flux.editing.prepare import complete_edit, with_caption
 from flux.front.arguments import read_arguments, read_file_arguments, read_model
 from flux.images.io import ImageLike
-from flux.loaded_model import LoadedModel, count_evaluations, generate_all
+from flux.loaded_model import LoadedModel, count_evaluations
 from flux.results import EditResult, FilmResult, ImagesResult, ScanResult, SkipResult
 from flux.scan.run import scan
 from flux.scan.sweep import sweep
+from flux.sessions.batches import generate_all
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import Edit, EditSettings

@@ -1,1 +1,1 @@
-"""Images one after another, as the command line asks for them: options, typed commands, numbered files."""
+"""Images one after another: batches of prompts, options, typed commands, numbered files."""

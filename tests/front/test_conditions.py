@@ -10,7 +10,7 @@ from PIL import Image
 from flux import Pipeline
 from flux.conditions.images import read_conditions, sized
 from flux.errors import InputError
-from flux.loaded_model import generate_all
+from flux.sessions.batches import generate_all
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.settings.files import read_settings

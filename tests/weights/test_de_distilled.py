@@ -12,8 +12,9 @@ from helpers import weight_files
 
 from flux.errors import InputError, InputWarning
 from flux.images.io import read_metadata
-from flux.loaded_model import LoadedModel, generate_all
+from flux.loaded_model import LoadedModel
 from flux.runtime.estimate import MemoryEstimator
+from flux.sessions.batches import generate_all
 from flux.settings.complete import resolve
 from flux.settings.demos import GenerateSettings, ModelSettings
 from flux.specs import NANO_FOLDER, configs, get_spec
