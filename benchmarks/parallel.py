@@ -1,11 +1,11 @@
 """Measures a step of FLUX.1-dev at full size, with random weights, on one GPU and shared among several.
 
-    python -m benchmarks.parallel [--cards 2] [--output output/benchmarks/parallel_2.json]
+    python -m benchmarks.parallel [--gpus 2] [--output output/benchmarks/parallel_2.json]
 
 Starts itself through torchrun, on all CUDA GPUs unless told how many. Measures an image of 1024x1024, and a
 reference with three edits that inject its keys and values as one batch; eager, and compiled unless
 `--compiled=False`. Whole steps, which every GPU computes alone, and shared ones are interleaved; medians.
-Each GPU needs 40 GB. Takes about three minutes. `--toy --device cpu --cards 2` runs the same on a tiny model.
+Each GPU needs 40 GB. Takes about three minutes. `--toy --device cpu --gpus 2` runs the same on a tiny model.
 """
 
 import os
@@ -66,7 +66,7 @@ def steps(
         found = model.observe(one, intervention=keeping, mods=mods)[1]
         return model.observe(three, intervention=Intervention(inject=found.kept), mods=mods)[0]
 
-    return {"a picture": image, f"a reference and {EDITS} edits": edits}
+    return {"an image": image, f"a reference and {EDITS} edits": edits}
 
 
 def timed(step: Callable[[], Tensor], device: torch.device) -> float:
@@ -99,7 +99,7 @@ def measure(
     results = {}
     whole, shared = (steps(size, model, device) for model in models)
     for name in whole:
-        ways = {"one card": whole[name], "shared": shared[name]}
+        ways = {"one GPU": whole[name], "shared": shared[name]}
         answers, found = {}, {}
         for way, step in ways.items():
             answers[way], found[way] = warmed(step, device)
@@ -109,8 +109,8 @@ def measure(
                 times[way].append(timed(step, device))
         for way, each in times.items():
             found[way]["ms"] = statistics.median(each)
-        difference = relative_error(answers["shared"], answers["one card"])
-        speedup = found["one card"]["ms"] / found["shared"]["ms"]
+        difference = relative_error(answers["shared"], answers["one GPU"])
+        speedup = found["one GPU"]["ms"] / found["shared"]["ms"]
         results[name] = {**found, "speedup": speedup, "difference": difference}
     return results
 
@@ -120,14 +120,14 @@ def table(results: dict[str, dict[str, dict]], count: int) -> str:
     rows = []
     for mode, of_mode in results.items():
         for name, found in of_mode.items():
-            ways = found["one card"], found["shared"]
+            ways = found["one GPU"], found["shared"]
             peaks = [f"{way['peak_gib']:.1f}" if "peak_gib" in way else "-" for way in ways]
             numbers = [f"{way['ms']:.1f}" for way in ways]
             rows.append([f"{name}, {mode}", *numbers, f"{found['speedup']:.2f}", *peaks])
     header = [
         "ms a step",
-        "one card",
-        f"{count} cards",
+        "one GPU",
+        f"{count} GPUs",
         "times as fast",
         "GiB on one",
         f"GiB on each of {count}",
@@ -146,7 +146,7 @@ def start(count: int) -> NoReturn:
 @only_rank_zero_prints()
 @torch.no_grad()
 def main(
-    cards: int | None = None,
+    gpus: int | None = None,
     output: str | None = None,
     compiled: bool = True,
     toy: bool = False,
@@ -155,16 +155,16 @@ def main(
     """Runs the benchmark.
 
     Args:
-        cards: number of GPUs; if not set, all of them
+        gpus: number of GPUs; if not set, all of them
         output: JSON file to write to; if not set, one in output/benchmarks
         compiled: measure compiled models too
         toy: measure a tiny model, on any machine
         device: where to run: "auto", "cpu", "cuda"
     """
-    count = int(os.environ["WORLD_SIZE"]) if launched() else cards or torch.cuda.device_count()
+    count = int(os.environ["WORLD_SIZE"]) if launched() else gpus or torch.cuda.device_count()
     if count < 2:
         raise InputError(
-            f"Got {count} GPUs, expected 2 or more that share a step: give their number as cards"
+            f"Got {count} GPUs, expected 2 or more that share a step: give their number as gpus"
         )
     if not launched():
         start(count)
@@ -185,7 +185,7 @@ def main(
     path = output or RESULTS / f"parallel_{count}.json"
     results: dict[str, Any] = {
         "machine": machine(where),
-        "cards": count,
+        "gpus": count,
         "side": size.side,
         "steps": {},
     }
