@@ -49,8 +49,8 @@ class Pipeline:
 
     Attributes:
         settings: The model and how it runs.
-        models: The loaded networks, which the functions of `flux.editing`, `flux.scan` and `flux.attention`
-            take as `pipe`.
+        models: The `flux.loaded_model.LoadedModel`, which the functions of `flux.editing`, `flux.scan` and
+            `flux.attention` take as `pipe`.
     """
 
     def __init__(self, models: LoadedModel, settings: ModelSettings):
