@@ -52,14 +52,10 @@ def match_patches(files: Iterable[LoraFile], part: Part, model: nn.Module) -> li
     """
     places = _places(part, model)
     places |= {name.replace(".", "_"): place for name, place in places.items()}
-    num_double, num_single = (
-        len({name.split(".")[1] for name in places if name.startswith(f"{stack}_blocks.")})
-        for stack in ("double", "single")
-    )
     for file in files:
-        if part == "transformer" and file.layers:
-            check_layers(file.layers, num_double + num_single)
-    return [patch for file in files for patch in _patches_of(file, part, model, places, num_double)]
+        if isinstance(model, Flux) and file.layers:
+            check_layers(file.layers, model.num_layers)
+    return [patch for file in files for patch in _patches_of(file, part, model, places)]
 
 
 def match_text_patches(file: LoraFile, part: Part) -> tuple[list[Patch], list[str]]:
@@ -97,33 +93,37 @@ def layer_of(module: str, num_double: int) -> int | None:
     return int(found[2]) + (num_double if found[1] == "single" else 0) if found else None
 
 
-def _patches_of(
-    file: LoraFile, part: Part, model: nn.Module, places: dict[str, LoraPlace], num_double: int
-) -> list[Patch]:
-    prefixes = TEXT_PREFIXES.get(part, PREFIXES)
+def _patches_of(file: LoraFile, part: Part, model: nn.Module, places: dict[str, LoraPlace]) -> list[Patch]:
+    """The changes of one file to a network whose modules have these names."""
     patches, unmatched = [], []
     for module, fields in file.modules.items():
         if part_of(module) != part:
             continue
-        names = [module]
-        for _ in range(2):  # up to two prefixes
-            names += [name[len(prefix) :] for name in names for prefix in prefixes if name.startswith(prefix)]
-        place = next((places[name] for name in names if name in places), None)
+        place = _place_of(module, part, places)
         if place is None:
             unmatched.append(module)
             continue
-        change = file.change(module)
-        if place.module == "img_in" and isinstance(change, Sum) and isinstance(model, Flux):
-            place = _in_noise_channels(place, change, model)
+        change, layer = file.change(module), None
+        if isinstance(model, Flux):
+            layer = layer_of(place.module, len(model.double_blocks))
+            if place.module == "img_in" and isinstance(change, Sum):
+                place = _in_noise_channels(place, change, model)
         check_fields(file.path, place, fields, change)
         biases = {role: fields[role] for role in BIASES if role in fields}
         scale = file.scale(module, None if change is None else change.rank)
-        layer = layer_of(place.module, num_double) if part == "transformer" else None
         if factor := file.factor_in(layer):
             patches.append(Patch(place, change, biases, file.strength * factor, scale, module))
     if unmatched:
         raise no_place(file.checkpoint, unmatched)
     return patches
+
+
+def _place_of(module: str, part: Part, places: dict[str, LoraPlace]) -> LoraPlace | None:
+    """The place of a file's module, whose name may have up to two prefixes. None if there is none."""
+    prefixes, names = TEXT_PREFIXES.get(part, PREFIXES), [module]
+    for _ in range(2):
+        names += [name[len(prefix) :] for name in names for prefix in prefixes if name.startswith(prefix)]
+    return next((places[name] for name in names if name in places), None)
 
 
 def _in_noise_channels(place: LoraPlace, change: Sum, model: Flux) -> LoraPlace:

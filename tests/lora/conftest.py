@@ -20,12 +20,16 @@ def base(weights, tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     """flux-dev and flux-schnell in the tiny model's sizes, and no other models but flux-nano."""
-    for name in list(configs):
+    kept = dict(configs)
+    for name, spec in kept.items():
         if name in ("flux-dev", "flux-schnell"):
-            params = replace(tiny_models.PARAMS, guidance_embed=configs[name].params.guidance_embed)
-            spec = replace(configs[name], params=params, vital_layers=(1, 4))
-            monkeypatch.setitem(configs, name, spec)
+            params = replace(tiny_models.PARAMS, guidance_embed=spec.params.guidance_embed)
+            configs[name] = replace(spec, params=params, vital_layers=(1, 4))
         elif not name.startswith("flux-nano"):
-            monkeypatch.delitem(configs, name)
+            del configs[name]
+    yield
+    # In the order in which they were: messages list them.
+    configs.clear()
+    configs.update(kept)

@@ -125,7 +125,7 @@ def test_the_other_encoder(tmp_path, encoders, part, other):
     with pytest.raises(InputError, match=r"an encoder of kind .* expected"):
         features(part, NANO_FOLDER / other)
     path = weight_files.save(encoders[other], tmp_path / "other")
-    with pytest.raises(InputError, match=r"which is a .* encoder; expected a .* encoder"):
+    with pytest.raises(InputError, match=r"which is a .* encoder \(give it as .*\); expected a .* encoder"):
         features(part, path)
 
 
