@@ -65,6 +65,7 @@ def group_edits(
         dose = entry.effective_dose()
         mask = "auto" if dose.mask == "auto" and not has_image else None
         kind = BatchKind(replace(dose, mask=mask), entry.parts or "kv", has_image)
+        # Not a dictionary: a dose with a weight for each layer has no hash.
         places = next((places for other, places in groups if other == kind), None)
         if places is None:
             groups.append((kind, places := []))

@@ -48,7 +48,7 @@ def with_caption(settings: ResolvedEdit, photo: Image.Image | None) -> ResolvedE
     """
     if photo is None:
         return settings
-    part = Photograph.of(photo, settings.width, settings.height).part
+    part = Photograph.of(photo, settings.width, settings.height).part  # tells of one that is too small
     if settings.prompt is not None or settings.caption_model is None:
         return settings
     prompt = describe_image(part, settings.caption_model, str(pick_device(settings.device)))

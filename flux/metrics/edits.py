@@ -97,33 +97,28 @@ class EditMetrics:
 
     def measure(self, edits: Sequence[MeasuredEdit]) -> list[EditScores]:
         """Returns the scores of each edit."""
-        all_scores: list[EditScores] = [dict.fromkeys(OUTSIDE) for _ in edits]
-        measured: list[tuple[EditScores, float]] = []
-        befores, afters = [], []
-        for scores, edit in zip(all_scores, edits):
-            if edit.mask is not None and not edit.mask.all():
-                dark = _black_except(edit, ~edit.mask)
-                befores.append(dark.before)
-                afters.append(dark.after)
-                measured.append((scores, float((~edit.mask).mean())))
-        similarities = self.ssim.compare(befores, afters)
-        for (scores, share), before, after, ssim in zip(measured, befores, afters, similarities):
-            whole = mean_squared_error(before, after)
-            mse = whole / share
-            scores |= {"psnr": min(MAX_PSNR, decibels(mse)), "mse": mse}
-            scores |= {"pie_psnr": min(MAX_PSNR, decibels(whole)), "pie_mse": whole, "ssim": ssim}
+        scores: list[EditScores] = [dict.fromkeys(OUTSIDE) for _ in edits]
+        masks = {
+            n: edit.mask for n, edit in enumerate(edits) if edit.mask is not None and not edit.mask.all()
+        }
+        outside = [_black_except(edits[n], ~mask) for n, mask in masks.items()]
+        befores, afters = [edit.before for edit in outside], [edit.after for edit in outside]
+        for (n, mask), edit, ssim in zip(masks.items(), outside, self.ssim.compare(befores, afters)):
+            whole = mean_squared_error(edit.before, edit.after)
+            mse = whole / float((~mask).mean())
+            scores[n] |= {"psnr": min(MAX_PSNR, decibels(mse)), "mse": mse}
+            scores[n] |= {"pie_psnr": min(MAX_PSNR, decibels(whole)), "pie_mse": whole, "ssim": ssim}
         if self.structure:
-            for scores, distance in zip(all_scores, self.structure.distances(edits), strict=True):
-                scores["structure"] = distance
+            for own, distance in zip(scores, self.structure.distances(edits), strict=True):
+                own["structure"] = distance
         if self.lpips:
-            for scores in all_scores:
-                scores["lpips"] = None
-            for (scores, _), kept in zip(measured, self.lpips.compare(befores, afters), strict=True):
-                scores["lpips"] = 1 - kept
+            kept = dict(zip(masks, self.lpips.compare(befores, afters), strict=True))
+            for n, own in enumerate(scores):
+                own["lpips"] = 1 - kept[n] if n in kept else None
         if self.clip:
-            for scores, values in zip(all_scores, self.clip.measure(edits), strict=True):
-                scores |= values
-        return all_scores
+            for own, values in zip(scores, self.clip.measure(edits), strict=True):
+                own |= values
+        return scores
 
 
 def _black_except(edit: MeasuredEdit, keep: np.ndarray) -> MeasuredEdit:
