@@ -1,7 +1,7 @@
 """Find the files of a model: paths in settings, environment variables, the package itself, the hub."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flux.errors import InputError, warn
@@ -42,13 +42,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     named, text = _named_files(settings, spec, opened)
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
     lora_weights = _first(settings.lora_weights, path_from_env(spec.env_lora))
-    for part, path in named.items():
-        require_part(opened.open(path, part), part)
-    for path in (*(lora.path for lora in loras), lora_weights):
-        if path is not None:
-            read_lora(opened.open(path))
-    if text is not None:
-        _check_text_folder(text, named, opened)
+    _check_named(named, text, [*(lora.path for lora in loras), *filter(None, [lora_weights])], opened)
     if isinstance(settings, ConditionSettings) and settings.redux:
         redux_features(find_redux(spec, settings.redux_weights, download))
 
@@ -103,6 +97,22 @@ def _named_files(
 def _holds(path: Path, part: Part, opened: OpenFiles) -> bool:
     """Whether a folder has a subfolder for this network, or a file holds it."""
     return os.path.isdir(path / part) if os.path.isdir(path) else holds_part(opened.open(path), part)
+
+
+def _check_named(
+    named: Mapping[Part, Path], text: Path | None, loras: Sequence[Path], opened: OpenFiles
+) -> None:
+    """Check that each named path holds what it should, by names in the files' headers.
+
+    Raises:
+        InputError: One does not. The message says what it holds.
+    """
+    for part, path in named.items():
+        require_part(opened.open(path, part), part)
+    for path in loras:
+        read_lora(opened.open(path))
+    if text is not None:
+        _check_text_folder(text, named, opened)
 
 
 def _check_text_folder(folder: Path, named: Mapping[Part, Path], opened: OpenFiles) -> None:
