@@ -34,7 +34,7 @@ OTHERS = ("diffusers", "triton", "quack-kernels", "flash-attn-4", "nvidia-cutlas
 
 
 def machine(device: torch.device) -> dict:
-    """Describes the machine: date, device and versions, without which numbers mean nothing."""
+    """Describe the machine: date, device and versions, without which numbers mean nothing."""
     on_gpu = device.type == "cuda"
     return {
         "date": date.today().isoformat(),
@@ -45,7 +45,7 @@ def machine(device: torch.device) -> dict:
 
 
 def names_with(names: Iterable[str], only: str) -> list[str]:
-    """Lists the names that contain one of some texts, which have commas between them.
+    """List the names that contain one of some texts, which have commas between them.
 
     Raises:
         InputError: No name does.
@@ -58,7 +58,7 @@ def names_with(names: Iterable[str], only: str) -> list[str]:
 
 
 def _others() -> dict[str, str]:
-    """Finds the versions of optional packages that a measurement depends on."""
+    """Find the versions of optional packages that a measurement depends on."""
     found = {}
     for name in OTHERS:
         with suppress(metadata.PackageNotFoundError):
@@ -67,7 +67,7 @@ def _others() -> dict[str, str]:
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Times a step, on a GPU by its own clock."""
+    """Time a step, on a GPU by its own clock."""
     if device.type != "cuda":
         begin = time.perf_counter()
         step()
@@ -111,7 +111,7 @@ class PassClock:
             self.marks.append(time.perf_counter())
 
     def step_ms(self, passes: int) -> dict[str, float]:
-        """Computes the milliseconds between the ends of successive steps of so many passes."""
+        """Compute the milliseconds between the ends of successive steps of so many passes."""
         if self.on_gpu:
             torch.cuda.synchronize()
         ends = self.marks[passes - 1 :: passes]
@@ -120,7 +120,7 @@ class PassClock:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Returns the GPU memory at its peak since the last reset, in GiB."""
+    """Return the GPU memory at its peak since the last reset, in GiB."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 
@@ -133,17 +133,17 @@ def clean(device: torch.device) -> None:
 
 
 def source_of(kind: str, shape: torch.Size, nbytes: int) -> TensorSource:
-    """Describes a tensor as if a file held it in that form."""
+    """Describe a tensor as if a file held it in that form."""
     return TensorSource((ScaledTensor(StoredTensor(Path("random"), kind, tuple(shape), 0, nbytes)),))
 
 
 def sources_of(weights: Mapping[str, Tensor]) -> dict[str, TensorSource]:
-    """Describes tensors as if a file held them in bfloat16."""
+    """Describe tensors as if a file held them in bfloat16."""
     return {name: source_of("BF16", x.shape, 2 * x.numel()) for name, x in weights.items()}
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Computes the norm of the difference relative to the norm of `b`."""
+    """Compute the norm of the difference relative to the norm of `b`."""
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -180,12 +180,12 @@ class StepSize:
 
 
 def full_step() -> StepSize:
-    """Returns FLUX.1-dev's step of 1024x1024."""
+    """Return FLUX.1-dev's step of 1024x1024."""
     return StepSize(configs["flux-dev"].params, 1024, 512, VITAL_LAYERS_DEV, rounds=10)
 
 
 def random_inputs(size: StepSize, batch: int, device: torch.device) -> Inputs:
-    """Draws inputs of the transformer on the CPU, the same in all processes."""
+    """Draw inputs of the transformer on the CPU, the same in all processes."""
     p, generator = size.params, torch.Generator().manual_seed(batch)
 
     def draw(*shape: int) -> Tensor:
@@ -253,7 +253,7 @@ class RunPlan:
 
 
 def full_plan() -> RunPlan:
-    """Plans FLUX.1-dev at full size."""
+    """Plan FLUX.1-dev at full size."""
     spec = configs["flux-dev"]
     wide, high = whole_tokens(1080, "width"), whole_tokens(720, "height")
     # Another size comes last: compiled blocks are specialised to the first size, and general after that.
@@ -267,7 +267,7 @@ def full_plan() -> RunPlan:
 
 
 def toy_plan() -> RunPlan:
-    """Plans the same on a tiny model."""
+    """Plan the same on a tiny model."""
     dev = configs["flux-dev"]
     sizes = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 3, "axes_dim": [4, 6, 6]}
     spec = replace(
@@ -287,7 +287,7 @@ def toy_plan() -> RunPlan:
 
 @contextmanager
 def known(plan: RunPlan) -> Iterator[None]:
-    """Lets the plan's model be loaded by its name, while the block lasts."""
+    """Let the plan's model be loaded by its name, while the block lasts."""
     before = dict(configs)
     configs[plan.model] = plan.spec
     try:
@@ -298,12 +298,12 @@ def known(plan: RunPlan) -> Iterator[None]:
 
 
 def words_of(texts: Sequence[str]) -> set[str]:
-    """Splits texts into their words."""
+    """Split texts into their words."""
     return {word for text in texts for word in text.split()}
 
 
 def check_full_size(device: torch.device, toy: bool) -> None:
-    """Raises InputError unless there is a GPU for FLUX.1 at full size, before its files are written."""
+    """Raise InputError unless there is a GPU for FLUX.1 at full size, before its files are written."""
     if not toy and device.type != "cuda":
         raise InputError(
             f"Got the device {device}, but this benchmark runs FLUX.1 at full size: use a GPU, or --toy"
@@ -311,7 +311,7 @@ def check_full_size(device: torch.device, toy: bool) -> None:
 
 
 def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tuple[LoadedModel, float]:
-    """Writes random weights into the folder, if they are not there, and loads them as a user would.
+    """Write random weights into the folder, if they are not there, and load them as a user would.
 
     Returns:
         The pipeline, and the seconds that writing took.
@@ -338,7 +338,7 @@ def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tupl
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Formats a table in Markdown, with columns aligned for a terminal."""
+    """Format a table in Markdown, with columns aligned for a terminal."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -79,7 +79,7 @@ Models = dict[str, Flux | FluxTransformer2DModel]
 
 
 def spec_of(tool: str, size: StepSize, toy: bool) -> ModelSpec:
-    """Returns a tool's spec, for transformers of that size."""
+    """Return a tool's spec, for transformers of that size."""
     spec = configs[tool]
     params = replace(size.params, in_channels=spec.params.in_channels)
     spec = replace(spec, params=params, size=size.side)
@@ -87,7 +87,7 @@ def spec_of(tool: str, size: StepSize, toy: bool) -> ModelSpec:
 
 
 def build(ways: Mapping[str, dict], size: StepSize, device: torch.device, backend: str) -> Models:
-    """Builds the models of some ways. Weights that none of them needs are freed at the end."""
+    """Build the models of some ways. Weights that none of them needs are freed at the end."""
     bench = Bench(size, device, backend)
     return {
         way: bench.build_diffusers(compiled=True) if way == DIFFUSERS else bench.build(**how)
@@ -96,7 +96,7 @@ def build(ways: Mapping[str, dict], size: StepSize, device: torch.device, backen
 
 
 def set_image_embedder(models: Models, spec: ModelSpec, device: torch.device) -> None:
-    """Replaces the layer that embeds image tokens by a random one, for as many channels as the spec has."""
+    """Replace the layer that embeds image tokens by a random one, for as many channels as the spec has."""
     torch.manual_seed(0)
     weights = random_transformer(replace(spec.params, depth=0, depth_single_blocks=0), device)
     with torch.device("meta"):
@@ -128,7 +128,7 @@ class ToolRun:
         self.cond = self.cond.with_condition(self._condition(spec, size.side).to(self.latent))
 
     def _condition(self, spec: ModelSpec, side: int) -> Condition:
-        """Draws what the tool's image becomes."""
+        """Draw what the tool's image becomes."""
         generator, (_, tokens, channels) = torch.Generator().manual_seed(0), self.latent.shape
 
         def draw(tokens: int, channels: int) -> Tensor:
@@ -145,7 +145,7 @@ class ToolRun:
                 return Condition()
 
     def step(self, model: Flux | FluxTransformer2DModel) -> Callable[[], Tensor]:
-        """Makes the step of our model or of diffusers', which return the velocity."""
+        """Make the step of our model or of diffusers', which return the velocity."""
         middle = len(self.levels) // 2
         t, t_next = self.levels[middle : middle + 2]
         if isinstance(model, FluxTransformer2DModel):
@@ -168,7 +168,7 @@ def forecast_gib(tool: str, spec: ModelSpec, fp8: bool, on_gpu: bool) -> float:
 def measure(
     steering: ToolRun, models: Models, device: torch.device, rounds: int
 ) -> tuple[dict[str, dict], dict[str, Tensor]]:
-    """Measures a tool's steps by each model, interleaved. Returns what it found, and their velocities."""
+    """Measure a tool's steps by each model, interleaved. Return what it found, and their velocities."""
     found, ready, velocities = {}, {}, {}
     for way, model in models.items():
         step, found[way] = prepared(lambda model=model: steering.step(model))
@@ -195,7 +195,7 @@ def measure_group(
     device: torch.device,
     backend: str,
 ) -> Iterator[tuple[str, dict[str, dict], dict[str, Tensor]]]:
-    """Builds the models of a group of ways, and measures each tool's cases that are among the names.
+    """Build the models of a group of ways, and measure each tool's cases that are among the names.
 
     Yields:
         The tool, and what `measure` returns.
@@ -211,7 +211,7 @@ def measure_group(
 
 
 def table(found: Mapping[str, dict]) -> str:
-    """Formats the results: a row for each tool and way."""
+    """Format the results: a row for each tool and way."""
     rows = []
     for name, entry in found.items():
         tool = name.split(", ", 1)[0]
@@ -237,7 +237,7 @@ def main(
     only: str = "",
     minutes: float = 4,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         output: JSON file to write to; if not set, none

@@ -52,7 +52,7 @@ SINGLE = {
 
 
 def to_diffusers_names(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Renames a `Flux`'s state dict for diffusers. Only the last modulation is copied, all else is shared."""
+    """Rename a `Flux`'s state dict for diffusers. Only the last modulation is copied, all else is shared."""
     result = {}
     for name, tensor in weights.items():
         path, kind = name.rsplit(".", 1)
@@ -75,7 +75,7 @@ def to_diffusers_names(weights: dict[str, Tensor], width: int) -> dict[str, Tens
 
 
 def diffusers_transformer(model: Flux) -> FluxTransformer2DModel:
-    """Builds diffusers' transformer of the same sizes, which shares the memory of the model's weights."""
+    """Build diffusers' transformer of the same sizes, which shares the memory of the model's weights."""
     params: FluxParams = model.params
     sizes: dict[str, Any] = {
         "in_channels": params.in_channels,
@@ -96,7 +96,7 @@ def diffusers_transformer(model: Flux) -> FluxTransformer2DModel:
 
 
 def diffusers_step(transformer: FluxTransformer2DModel, inputs: Inputs) -> Callable[[], Tensor]:
-    """Makes a step of diffusers' transformer, with the tensors that its pipelines hand to it."""
+    """Make a step of diffusers' transformer, with the tensors that its pipelines hand to it."""
     txt, num_img = inputs.txt_in, inputs.img.shape[1]
     txt_ids, img_ids = inputs.ids[0].split([txt.shape[1], inputs.img_in.shape[1]])
     arguments = {
@@ -111,7 +111,7 @@ def diffusers_step(transformer: FluxTransformer2DModel, inputs: Inputs) -> Calla
 
 
 def diffusers_loss(transformer: nn.Module, inputs: Inputs, velocity: Tensor) -> Tensor:
-    """Computes the loss of diffusers' transformer: the mean squared error to the true velocity, "B I 64"."""
+    """Compute the loss of diffusers' transformer: the mean squared error to the true velocity, "B I 64"."""
     found = transformer(
         hidden_states=inputs.img,
         img_ids=inputs.img_ids[0],
@@ -126,7 +126,7 @@ def diffusers_loss(transformer: nn.Module, inputs: Inputs, velocity: Tensor) -> 
 
 
 def diffusers_pipeline(model: Flux, ae_params: AutoEncoderParams, dtype: torch.dtype) -> FluxPipeline:
-    """Builds diffusers' pipeline with a random autoencoder and no text encoders."""
+    """Build diffusers' pipeline with a random autoencoder and no text encoders."""
     levels = len(ae_params.ch_mult)
     # Without types, since diffusers' hints allow for one level only.
     sizes: dict[str, Any] = {

@@ -47,13 +47,13 @@ METHODS = ("euler", "midpoint", "fireflow")
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Draws an image of another size and shape than the edits."""
+    """Draw an image of another size and shape than the edits."""
     coarse = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((3 * width // 2, height), Image.Resampling.BICUBIC)
 
 
 def timed(run: Callable[[], T], device: torch.device) -> tuple[T, dict[str, Any]]:
-    """Returns the result of `run`, its seconds, and on a GPU its peak memory."""
+    """Return the result of `run`, its seconds, and on a GPU its peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def timed(run: Callable[[], T], device: torch.device) -> tuple[T, dict[str, Any]
 
 
 def measure(pipe: LoadedModel, settings: ResolvedEdit, layers: tuple[int, ...], photo: Image.Image) -> dict:
-    """Measures seconds and memory of each piece of work, by its name."""
+    """Measure seconds and memory of each piece of work, by its name."""
     found: dict[str, dict[str, Any]] = {}
 
     def note(name: str, run: Callable[[], T]) -> T:
@@ -108,7 +108,7 @@ def main(
     num_steps: int = 12,
     compiled: bool = True,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         folder: folder of the random weights, written if they are not there

@@ -45,7 +45,7 @@ from flux.settings.edits import Edit, EditSettings
 def measure(
     run: Callable[[int], object], steps: int, passes: int, last: nn.Module, device: torch.device
 ) -> dict:
-    """Measures seconds, milliseconds a step and memory of `run(steps)`, after two steps that warm up.
+    """Measure seconds, milliseconds a step and memory of `run(steps)`, after two steps that warm up.
 
     Args:
         run: Runs so many steps.
@@ -71,7 +71,7 @@ def measure(
 
 
 def measure_ours(pipe: LoadedModel, work: Work, layers: tuple[int, ...]) -> dict:
-    """Measures our pipeline."""
+    """Measure our pipeline."""
     size = {"width": work.width, "height": work.height, "guidance": GUIDANCE, "progress": False}
 
     def image(num_steps: int) -> None:
@@ -90,7 +90,7 @@ def measure_ours(pipe: LoadedModel, work: Work, layers: tuple[int, ...]) -> dict
 
 
 def measure_diffusers(theirs: FluxPipeline, pipe: LoadedModel, work: Work) -> dict:
-    """Measures diffusers' pipeline."""
+    """Measure diffusers' pipeline."""
     cond = pipe.condition([PROMPT, *EDITS][: work.diffusers_rows], GUIDANCE)
     # Copies, since diffusers does not work in inference mode.
     given: dict[str, Any] = {"prompt_embeds": cond.txt.clone(), "pooled_prompt_embeds": cond.vec.clone()}
@@ -104,7 +104,7 @@ def measure_diffusers(theirs: FluxPipeline, pipe: LoadedModel, work: Work) -> di
 
 @torch.no_grad()
 def velocities(pipe: LoadedModel, theirs: FluxPipeline, work: Work) -> tuple[Tensor, Tensor]:
-    """Computes both transformers' velocity of the same latent, `1 I 64` each."""
+    """Compute both transformers' velocity of the same latent, `1 I 64` each."""
     cond = pipe.condition([PROMPT], GUIDANCE)
     txt, vec, latent = cond.txt.clone(), cond.vec.clone(), pipe.noise([0], work.width, work.height)
     ids = pipe.image_ids(1, work.width, work.height)
@@ -123,7 +123,7 @@ def velocities(pipe: LoadedModel, theirs: FluxPipeline, work: Work) -> tuple[Ten
 
 
 def table(plan: RunPlan, results: dict) -> str:
-    """Formats milliseconds a step, eager and compiled, and GiB at the peak of the eager runs."""
+    """Format milliseconds a step, eager and compiled, and GiB at the peak of the eager runs."""
     columns = ["ms a step"]
     for mode in ("eager", "compiled"):
         columns += [f"ours {mode}", f"diffusers {mode}", "ratio"]
@@ -142,19 +142,19 @@ def table(plan: RunPlan, results: dict) -> str:
 
 
 def number(value: float | None) -> str:
-    """Formats a number, or a dash."""
+    """Format a number, or a dash."""
     return f"{value:.1f}" if value else "-"
 
 
 def names(work: Work) -> list[tuple[str, str]]:
-    """Names who does the work, and its name in the results. One batch of diffusers serves several works."""
+    """Name who does the work, and its name in the results. One batch of diffusers serves several works."""
     return [("ours", work.name), ("diffusers", f"{work.width}x{work.height}, batch {work.diffusers_rows}")]
 
 
 def measure_all(
     plan: RunPlan, pipe: LoadedModel, theirs: FluxPipeline, mode: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measures each work of the plan by both.
+    """Measure each work of the plan by both.
 
     Yields:
         The name in the results, and what was measured.
@@ -180,7 +180,7 @@ def measure_all(
 def main(
     folder: str, output: str | None = None, toy: bool = False, device: str = "auto", compiled: bool = True
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         folder: folder of the random weights, written if they are not there

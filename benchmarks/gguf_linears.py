@@ -35,7 +35,7 @@ LAYERS: tuple[str, ...] = ("plain", "ours", "ours compiled", "diffusers")
 
 
 def median_milliseconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Measures the median of the times, after two runs that do not count."""
+    """Measure the median of the times, after two runs that do not count."""
     times = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()
@@ -49,7 +49,7 @@ def median_milliseconds(work: Callable[[], object], device: torch.device, repeat
 def diffusers_linear(
     packed: Tensor, kind: str, columns: int, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """Builds diffusers' layer with the same bytes."""
+    """Build diffusers' layer with the same bytes."""
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
@@ -60,7 +60,7 @@ def diffusers_linear(
 
 
 def measure_kind(kind: str, tokens: int, width: int, device: torch.device) -> dict[str, float]:
-    """Measures the milliseconds that all matrices of a step take, by plain layers, ours and diffusers'."""
+    """Measure the milliseconds that all matrices of a step take, by plain layers, ours and diffusers'."""
     numbers, size = BLOCKS[kind]
     total = dict.fromkeys(LAYERS, 0.0)
     for rows, columns, count, share in SHAPES:
@@ -89,7 +89,7 @@ def main(
     output: str | None = None,
     toy: bool = False,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         kinds: kinds of GGUF blocks

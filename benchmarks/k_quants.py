@@ -12,7 +12,7 @@ KINDS = tuple(GROUP)
 
 
 def quantize(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """Packs a float matrix, whose columns are a multiple of 256, to rows of bytes, `rows bytes`."""
+    """Pack a float matrix, whose columns are a multiple of 256, to rows of bytes, `rows bytes`."""
     blocks = matrix.astype(np.float32).reshape(-1, 256)
     groups = blocks.reshape(len(blocks), -1, GROUP[kind])
     packed = _with_minima(groups, kind) if kind in LEVELS else _around_zero(groups, kind)
@@ -20,13 +20,13 @@ def quantize(matrix: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds numbers to half precision. Returns them with their bytes."""
+    """Round numbers to half precision. Return them with their bytes."""
     half = x.astype(np.float16)
     return half.astype(np.float32), half.view(np.uint8)
 
 
 def _steps(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rounds a block's scales to multiples of one number. Returns the number, its bytes and the multiples."""
+    """Round a block's scales to multiples of one number. Return the number, its bytes and the multiples."""
     unit, raw = _half(np.abs(x).max(axis=1, keepdims=True) / levels)
     return unit, raw, np.rint(np.divide(x, unit, out=np.zeros_like(x), where=unit > 0))
 
@@ -36,7 +36,7 @@ def _levels(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _fields(x: np.ndarray, bits: int, groups: int = 1) -> np.ndarray:
-    """Packs small numbers, `blocks n`, into bytes. The first of each group take the lowest bits."""
+    """Pack small numbers, `blocks n`, into bytes. The first of each group take the lowest bits."""
     x = x.astype(np.uint8).reshape(len(x), groups, 8 // bits, -1)
     return np.bitwise_or.reduce([x[:, :, i] << (i * bits) for i in range(8 // bits)]).reshape(len(x), -1)
 

@@ -85,7 +85,7 @@ class Work:
 
 
 def features_of(spec: ModelSpec, side: int, dtype: torch.dtype) -> Features:
-    """Draws the latent of one image and the features of its caption."""
+    """Draw the latent of one image and the features of its caption."""
     generator, params = torch.Generator().manual_seed(0), spec.params
 
     def draw(*shape: int) -> Tensor:
@@ -124,7 +124,7 @@ class Bench:
         )
 
     def ours(self, work: Work, quantize: str, cap: float | None, checkpointed: bool = False) -> dict:
-        """Measures a training as the program takes it under this cap, beside its forecast."""
+        """Measure a training as the program takes it under this cap, beside its forecast."""
         limit(self.device, None)
         self.base.model(quantize)  # packed on the GPU before the cap holds
         clean(self.device)
@@ -152,13 +152,13 @@ class Bench:
         return found | {"losses": trainer.losses}
 
     def trainer(self, settings: ResolvedTrain, model: Flux, adapters: dict, example: Example) -> Trainer:
-        """Makes the trainer of one image."""
+        """Make the trainer of one image."""
         features = features_of(self.spec, example.width, self.dtype)
         training = TrainingSet((example,), "random")
         return Trainer(settings, self.spec, model, adapters, training, features, ALONE)
 
     def inputs(self, side: int, seed: int) -> tuple[Inputs, Tensor]:
-        """Draws noise and its level; returns what a model is given, and the velocity that it should find."""
+        """Draw noise and its level; return what a model is given, and the velocity that it should find."""
         features, generator = features_of(self.spec, side, self.dtype), torch.Generator().manual_seed(seed)
         latent = features.latents[0]
         noise, level = torch.randn(latent.shape, generator=generator), torch.rand(1, generator=generator)
@@ -175,7 +175,7 @@ class Bench:
         return inputs, (noise - latent.float()).to(self.device)
 
     def theirs(self, work: Work, checkpointing: bool) -> dict:
-        """Measures a step as diffusers' script takes it, on the same weights."""
+        """Measure a step as diffusers' script takes it, on the same weights."""
         clean(self.device)
         limit(self.device, None)
         model = shared(self.base.model("none")).to(self.device)
@@ -212,7 +212,7 @@ class Bench:
 
 
 def timed(step: Callable[[], object], device: torch.device) -> dict:
-    """Takes all steps of a case: milliseconds of each that is measured, and the memory at the peak."""
+    """Take all steps of a case: milliseconds of each that is measured, and the memory at the peak."""
     clean(device)
     for _ in range(WARM_UP):
         step()
@@ -225,7 +225,7 @@ def timed(step: Callable[[], object], device: torch.device) -> dict:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Formats the results."""
+    """Format the results."""
     header = ["", "ms a step", "GiB at the peak", "GiB forecast", "error", "way"]
     rows = []
     for name, found in results.items():
@@ -242,7 +242,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def works_of(spec: ModelSpec, sides: Sequence[int], vital: Sequence[int]) -> list[Work]:
-    """Lists what is trained."""
+    """List what is trained."""
     chosen = {"vital layers": vital, "all layers": range(spec.num_layers)}
     return [
         Work(
@@ -256,7 +256,7 @@ def works_of(spec: ModelSpec, sides: Sequence[int], vital: Sequence[int]) -> lis
 
 
 def cases_of(bench: Bench, works: Sequence[Work], caps: Sequence[float]) -> dict[str, Callable[[], dict]]:
-    """Names the cases."""
+    """Name the cases."""
     cases: dict[str, Callable[[], dict]] = {}
     for work in works:
         cases[f"bf16: {work.name}"] = partial(bench.ours, work, "none", None)
@@ -271,7 +271,7 @@ def cases_of(bench: Bench, works: Sequence[Work], caps: Sequence[float]) -> dict
 
 
 def tried(name: str, case: Callable[[], dict]) -> dict:
-    """Runs a case. An error becomes its result, so that the others run."""
+    """Run a case. An error becomes its result, so that the others run."""
     begin = time.perf_counter()
     found: dict[str, Any]
     try:
@@ -292,7 +292,7 @@ def main(
     caps: Annotated[tuple[float, ...], LIST] = (24, 16, 12),
     only: str = "",
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         output: JSON file to write to; if not set, none

@@ -92,7 +92,7 @@ FORMS = [
 
 
 def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
-    """Lists the cases of a form: on the GPU, offloaded if it is the plain one, and under each cap."""
+    """List the cases of a form: on the GPU, offloaded if it is the plain one, and under each cap."""
     offloads = ("model", "blocks") if form.name == "bf16" else ()
     return [
         form,
@@ -102,14 +102,14 @@ def cases_of(form: Case, caps: tuple[float, ...]) -> list[Case]:
 
 
 def limit(device: torch.device, cap: float | None) -> None:
-    """Limits this process to so many GiB of the GPU. If None, it may use all."""
+    """Limit this process to so many GiB of the GPU. If None, it may use all."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total) if cap else 1.0)
 
 
 def case_plan(estimate: MemoryEstimator, case: Case, device: torch.device) -> Plan:
-    """Plans a case: as "auto" does for the memory that is free, or as its setting "offload" says."""
+    """Plan a case: as "auto" does for the memory that is free, or as its setting "offload" says."""
     if case.offload == "auto":
         free = free_memory(device)
         return Plan.of(estimate, "none") if free is None else Plan.fitting(estimate, free)
@@ -119,7 +119,7 @@ def case_plan(estimate: MemoryEstimator, case: Case, device: torch.device) -> Pl
 
 
 def run_case(models: RandomModels, case: Case, settings: ResolvedEdit, device: torch.device) -> dict:
-    """Measures an image and an edit: planned and actual peaks, and milliseconds a step."""
+    """Measure an image and an edit: planned and actual peaks, and milliseconds a step."""
     clean(device)
     limit(device, case.cap)
     settings = settings.model_copy(update={"offload": case.offload, "quantize": case.quantize, "t5": case.t5})
@@ -165,7 +165,7 @@ def offload_in_groups(transformer: nn.Module, _: RandomModels, device: torch.dev
 
 
 def pack_as_gguf(transformer: nn.Module, models: RandomModels, device: torch.device) -> None:
-    """Puts the packed matrices into diffusers' own layers, on the device."""
+    """Put the packed matrices into diffusers' own layers, on the device."""
     packed = models.packed_matrices()
     kind = next(iter(packed.values())).kind
     rows = {name: x.rows for name, x in packed.items()}
@@ -185,7 +185,7 @@ def run_diffusers(
     settings: ResolvedEdit,
     device: torch.device,
 ) -> dict:
-    """Measures diffusers' pipeline on the same weights, placed by `place`. Texts are random features."""
+    """Measure diffusers' pipeline on the same weights, placed by `place`. Texts are random features."""
     clean(device)
     limit(device, None)
     begin = time.perf_counter()
@@ -206,7 +206,7 @@ def run_diffusers(
 
 
 def table(results: dict[str, dict]) -> str:
-    """Formats the results."""
+    """Format the results."""
     columns = ["", "plan", "streamed", "planned GiB", "peak GiB", "ms a step", "ms an edit's step", "error"]
     keys = ("offload", "streamed", "planned_gib", "peak_gib", "image_ms", "edit_ms", "error")
     rows = []
@@ -221,7 +221,7 @@ Work = dict[str, Callable[[RandomModels], dict]]
 
 
 def work_of(form: Case, caps: tuple[float, ...], settings: ResolvedEdit, device: torch.device) -> Work:
-    """Names what is run with models of this form."""
+    """Name what is run with models of this form."""
     work: Work = {
         case.name: partial(run_case, case=case, settings=settings, device=device)
         for case in cases_of(form, caps)
@@ -235,7 +235,7 @@ def work_of(form: Case, caps: tuple[float, ...], settings: ResolvedEdit, device:
 
 
 def full_or_toy(toy: bool, device: torch.device) -> tuple[Callable[[], RandomModels], ResolvedEdit]:
-    """Returns what draws the models, and the settings of each case, at full size or of a tiny model."""
+    """Return what draws the models, and the settings of each case, at full size or of a tiny model."""
     spec = configs["flux-dev"]
     layers, side, sizes, dtype = VITAL_LAYERS_DEV, 1024, (T5_XXL, CLIP_L), torch.bfloat16
     if toy:
@@ -258,7 +258,7 @@ def main(
     only: str = "",
     minutes: float = 7,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         output: JSON file to write to, or to resume

@@ -30,7 +30,7 @@ IMPORT = "import time; begin = time.perf_counter(); import {}; print(time.perf_c
 
 
 def import_seconds(module: str) -> float:
-    """Times an import in a new interpreter."""
+    """Time an import in a new interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT.format(module)], capture_output=True, text=True, check=True
     )
@@ -38,7 +38,7 @@ def import_seconds(module: str) -> float:
 
 
 def seconds(work: Callable[[], object], repeats: int) -> list[float]:
-    """Times some work several times."""
+    """Time some work several times."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -48,7 +48,7 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def measure(settings: ResolvedEdit, repeats: int) -> dict[str, list[float]]:
-    """Times each thing so many times, in seconds."""
+    """Time each thing so many times, in seconds."""
     modules = ("flux", "flux.loaded_model")
     times = {f"import {module}": [import_seconds(module) for _ in range(repeats)] for module in modules}
     # The first one also imports transformers, as every run of a demo does.
@@ -74,7 +74,7 @@ def main(
     output: str | None = None,
     model: str = "flux-nano",
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         repeats: times that each thing is measured

@@ -48,7 +48,7 @@ EIGHT_BIT_FLOATS = ("fp8 scaled", "fp8 e4m3", "fp8 e5m2")
 
 
 def write_gguf(weights: dict[str, Tensor], path: Path, kind: str) -> float:
-    """Writes the blocks' matrices in that kind, and returns the share of them that have it."""
+    """Write the blocks' matrices in that kind, and return the share of them that have it."""
     writer, of_kind, packed = gguf.GGUFWriter(path, "flux"), 0, 0
     for name, x in weights.items():
         data, own = x.numpy(), "F32"
@@ -66,7 +66,7 @@ def write_gguf(weights: dict[str, Tensor], path: Path, kind: str) -> float:
 
 
 def write_fp8(weights: dict[str, Tensor], path: Path, kind: str) -> float:
-    """Writes all tensors cast to 8 bits, or matrices with a scale each. Returns 1."""
+    """Write all tensors cast to 8 bits, or matrices with a scale each. Return 1."""
     if kind == "fp8 scaled":
         file = {}
         for name, x in weights.items():
@@ -99,12 +99,12 @@ class Original:
         self.ids = self.loaded.image_ids(1, settings.width, settings.height)
 
     def images(self, model: Flux) -> list[Image.Image]:
-        """Makes the reference and the edits by a transformer of any form."""
+        """Make the reference and the edits by a transformer of any form."""
         made = edit(replace(self.loaded, model=model), self.settings, self.layers, progress=False)
         return [made.reference, *made.edits]
 
     def path(self) -> list[Step]:
-        """Takes a few steps by the original's transformer."""
+        """Take a few steps by the original's transformer."""
         width, height = self.settings.width, self.settings.height
         noise = self.loaded.noise([self.settings.seed], width, height)
         with self.loaded.denoising() as model:
@@ -113,14 +113,14 @@ class Original:
             )
 
     def compare(self, model: Flux, path: list[Step]) -> dict[str, object]:
-        """Measures how far a transformer's images and velocities are from the original's."""
+        """Measure how far a transformer's images and velocities are from the original's."""
         reference, *edits = (psnr_or_none(*pair) for pair in zip(self.own_images, self.images(model)))
         error = velocity_error(model, path, self.ids, self.cond)
         return {"reference_psnr": reference, "edits_psnr": edits, "velocity_error": error}
 
 
 def measure(original: Original, folder: Path, keep: bool) -> Iterator[dict]:
-    """Writes flux-nano's transformer in each form, loads it as a user would, and compares it.
+    """Write flux-nano's transformer in each form, load it as a user would, and compare it.
 
     Args:
         original: The model to compare with.
@@ -141,7 +141,7 @@ def measure(original: Original, folder: Path, keep: bool) -> Iterator[dict]:
 
 
 def table(results: list[dict]) -> str:
-    """Formats the results."""
+    """Format the results."""
     rows = [
         [
             result["kind"],
@@ -157,13 +157,13 @@ def table(results: list[dict]) -> str:
 
 
 def bits(kind: str) -> float:
-    """Computes the bits of a number."""
+    """Compute the bits of a number."""
     numbers, size = SIZES[kind]
     return 8 * size / numbers
 
 
 def decibel(values: list[float | None]) -> str:
-    """Formats the mean PSNR. Equal images have none."""
+    """Format the mean PSNR. Equal images have none."""
     known = [value for value in values if value is not None]
     return f"{sum(known) / len(known):.1f}" if known else "equal"
 
@@ -177,7 +177,7 @@ def main(
     folder: str | None = None,
     output: str = "output/benchmarks/nano_formats.json",
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         size: width and height of the images in pixels

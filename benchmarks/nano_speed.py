@@ -31,7 +31,7 @@ Found = dict[str, dict[str, list[float | None]]]
 
 
 def fp8_copy(loaded: LoadedModel) -> Flux:
-    """Copies the transformer and lets it compute in 8-bit floats."""
+    """Copy the transformer and let it compute in 8-bit floats."""
     model = Flux(loaded.spec.params).to(loaded.device, loaded.dtype).eval().requires_grad_(False)
     model.load_state_dict(loaded.model.state_dict())
     to_fp8([model.double_blocks, model.single_blocks])
@@ -39,7 +39,7 @@ def fp8_copy(loaded: LoadedModel) -> Flux:
 
 
 def measure(loaded: LoadedModel, settings: ResolvedModel) -> Found:
-    """Compares each variant with the plain model, for each prompt.
+    """Compare each variant with the plain model, for each prompt.
 
     Returns:
         Each variant's PSNR to the plain image in dB (None if it is equal), and its velocity's relative error
@@ -73,7 +73,7 @@ def measure(loaded: LoadedModel, settings: ResolvedModel) -> Found:
 
 
 def table(found: Found) -> str:
-    """Formats the worst image's PSNR, and means of the rest."""
+    """Format the worst image's PSNR, and means of the rest."""
     rows = []
     for name, entry in found.items():
         cells = []
@@ -91,7 +91,7 @@ def table(found: Found) -> str:
 
 @exit_on_input_error()
 def main(size: int = 128, num_steps: int = 20, device: str = "cpu", output: str | None = None) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         size: width and height of the images in pixels

@@ -46,7 +46,7 @@ RESULTS = Path("output/benchmarks")
 
 
 def toy_step() -> StepSize:
-    """Returns the step of a tiny model."""
+    """Return the step of a tiny model."""
     small = {"hidden_size": 64, "num_heads": 4, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6]}
     return StepSize(replace(configs["flux-dev"].params, **small), 80, 8, (0, 1), rounds=2)
 
@@ -54,7 +54,7 @@ def toy_step() -> StepSize:
 def steps(
     size: StepSize, model: Flux | SequenceParallelFlux, device: torch.device
 ) -> dict[str, Callable[[], Tensor]]:
-    """Makes the steps to measure, with modulations computed in advance as in sampling."""
+    """Make the steps to measure, with modulations computed in advance as in sampling."""
     one, three = random_inputs(size, 1, device), random_inputs(size, EDITS, device)
     mods = model.modulations(one.timesteps, one.y, one.guidance)
     keeping = Intervention(keep=frozenset(size.layers))
@@ -70,7 +70,7 @@ def steps(
 
 
 def timed(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Times a step in milliseconds, after another one, so that all processes begin it together."""
+    """Time a step in milliseconds, after another one, so that all processes begin it together."""
     step()
     return milliseconds(step, device)
 
@@ -95,7 +95,7 @@ def warmed(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, di
 def measure(
     size: StepSize, models: tuple[Flux, SequenceParallelFlux], device: torch.device
 ) -> dict[str, dict]:
-    """Measures each step computed by one GPU and by all, interleaved."""
+    """Measure each step computed by one GPU and by all, interleaved."""
     results = {}
     whole, shared = (steps(size, model, device) for model in models)
     for name in whole:
@@ -116,7 +116,7 @@ def measure(
 
 
 def table(results: dict[str, dict[str, dict]], count: int) -> str:
-    """Formats the results."""
+    """Format the results."""
     rows = []
     for mode, of_mode in results.items():
         for name, found in of_mode.items():
@@ -136,7 +136,7 @@ def table(results: dict[str, dict[str, dict]], count: int) -> str:
 
 
 def start(count: int) -> NoReturn:
-    """Starts this command again through torchrun, and ends with its exit status."""
+    """Start this command again through torchrun, and end with its exit status."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command = [sys.executable, *torchrun, "-m", "benchmarks.parallel", *sys.argv[1:]]
     sys.exit(subprocess.run(command).returncode)
@@ -152,7 +152,7 @@ def main(
     toy: bool = False,
     device: str = "auto",
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         gpus: number of GPUs; if not set, all of them

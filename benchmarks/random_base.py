@@ -54,7 +54,7 @@ class RandomBase:
         self.models = {"none": self._in_main_memory(plain.to(dtype).requires_grad_(False))}
 
     def model(self, quantize: str) -> Flux:
-        """Returns the transformer of a form. It is packed when it is first asked for."""
+        """Return the transformer of a form. It is packed when it is first asked for."""
         if quantize not in self.models:
             packed = shared(self.models["none"])
             blocks = [packed.double_blocks, packed.single_blocks]
@@ -66,21 +66,21 @@ class RandomBase:
         return self.models[quantize]
 
     def _in_main_memory(self, model: Flux) -> Flux:
-        """Moves a model, in place. Each case copies it from there, which is fast from pinned memory."""
+        """Move a model, in place. Each case copies it from there, which is fast from pinned memory."""
         for x in (*model.parameters(), *model.buffers()):
             home = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
             x.data = home.copy_(x)
         return model
 
     def load(self, settings: ResolvedTrain, streamed: int) -> Base:
-        """Loads the transformer as a training does."""
+        """Load the transformer as a training does."""
         model = self.model(settings.quantize)
         opened: Any = SimpleNamespace(load_transformer=lambda home, *_: shared(model).to(home))
         return Base.load(settings, opened, self.device, self.dtype, streamed)
 
 
 def _sources_of(module: nn.Module, dtype: torch.dtype) -> dict[str, TensorSource]:
-    """Describes a model's tensors as if a file held them in that dtype."""
+    """Describe a model's tensors as if a file held them in that dtype."""
     kind = "BF16" if dtype == torch.bfloat16 else "F32"
     return {
         name: source_of(kind, x.shape, x.numel() * dtype.itemsize) for name, x in module.named_parameters()
@@ -88,7 +88,7 @@ def _sources_of(module: nn.Module, dtype: torch.dtype) -> dict[str, TensorSource
 
 
 def shared(model: Flux) -> Flux:
-    """Copies a model whose tensors stay where they are, and are used by both."""
+    """Copy a model whose tensors stay where they are, and are used by both."""
     memo: dict[int, Any] = {id(x): nn.Parameter(x.detach(), False) for x in model.parameters()}
     memo |= {id(x): x.detach() for x in model.buffers()}
     return deepcopy(model, memo)

@@ -49,7 +49,7 @@ class Packed:
 
     @classmethod
     def draw(cls, kind: str, shape: torch.Size, deviation: float, device: torch.device) -> "Packed":
-        """Draws a matrix on the device, and keeps it in main memory."""
+        """Draw a matrix on the device, and keep it in main memory."""
         if kind in EIGHT_BIT_FLOATS:
             rows = (64 * torch.randn(shape, device=device)).to(EIGHT_BIT_FLOATS[kind])
             return cls(kind, rows.view(torch.uint8).cpu(), torch.tensor(deviation / 64))
@@ -99,7 +99,7 @@ class RandomModels:
         self.tokenizers = {"text_encoder": folder / "tokenizer", "text_encoder_2": folder / "tokenizer_2"}
 
     def _draw(self, model: nn.Module) -> dict[str, Tensor]:
-        """Draws weights on the device, tensor by tensor, that keep activations of order one."""
+        """Draw weights on the device, tensor by tensor, that keep activations of order one."""
         weights = {}
         for name, x in model.named_parameters():
             if name.endswith(".scale") or ("norm" in name and name.endswith(".weight")):
@@ -111,7 +111,7 @@ class RandomModels:
         return weights
 
     def packed(self, kind: str) -> "RandomModels":
-        """Packs the matrices of the transformer's blocks. All other weights are shared."""
+        """Pack the matrices of the transformer's blocks. All other weights are shared."""
         other = copy(self)
         weights, sources = dict(self.weights["transformer"]), dict(self.sources["transformer"])
         for name, x in self.weights["transformer"].items():
@@ -123,11 +123,11 @@ class RandomModels:
         return other
 
     def packed_matrices(self) -> dict[str, Packed]:
-        """Returns the transformer's packed matrices by name."""
+        """Return the transformer's packed matrices by name."""
         return {name: x for name, x in self.weights["transformer"].items() if isinstance(x, Packed)}
 
     def build(self, part: Part) -> Any:
-        """Builds a model that shares these weights."""
+        """Build a model that shares these weights."""
         model = on_meta(*self.kinds[part])
         plain = {name: x for name, x in self.weights[part].items() if not isinstance(x, Packed)}
         model.load_state_dict(plain, strict=False, assign=True)
@@ -146,7 +146,7 @@ class RandomModels:
         return model.eval().requires_grad_(False)
 
     def load(self, settings: ModelSettings, plan: Plan) -> LoadedModel:
-        """Builds all models and places them as planned."""
+        """Build all models and place them as planned."""
         lengths: dict[Part, int] = {
             "text_encoder_2": self.spec.text_length,
             "text_encoder": self.spec.clip_length,

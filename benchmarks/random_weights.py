@@ -18,7 +18,7 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
 def write_random_model(folder: Path, spec: ModelSpec, words: set[str], device: torch.device) -> ModelFiles:
-    """Writes files for all four models of a spec, laid out as its repository.
+    """Write files for all four models of a spec, laid out as its repository.
 
     Transformer and autoencoder have their true sizes. The text encoders have one layer and their true output
     width. A transformer that is in the folder stays.
@@ -42,7 +42,7 @@ def write_random_model(folder: Path, spec: ModelSpec, words: set[str], device: t
 
 
 def random_transformer(params: FluxParams, device: torch.device) -> dict[str, Tensor]:
-    """Draws the state dict of a `Flux` in bfloat16. Activations stay of order one through all layers."""
+    """Draw the state dict of a `Flux` in bfloat16. Activations stay of order one through all layers."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Flux(params).state_dict().items()}
     weights = {}
@@ -57,7 +57,7 @@ def random_transformer(params: FluxParams, device: torch.device) -> dict[str, Te
 
 
 def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
-    """Writes the folders text_encoder (CLIP), text_encoder_2 (T5), tokenizer and tokenizer_2."""
+    """Write the folders text_encoder (CLIP), text_encoder_2 (T5), tokenizer and tokenizer_2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -98,7 +98,7 @@ def write_text_encoders(folder: Path, spec: ModelSpec, words: set[str]) -> None:
 
 
 def write_dinov2(folder: Path, device: torch.device) -> Path:
-    """Writes a DINOv2 of the size that the paper scores with, ViT-g/14. One that is in the folder stays."""
+    """Write a DINOv2 of the size that the paper scores with, ViT-g/14. One that is in the folder stays."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     if not (folder / "model.safetensors").exists():

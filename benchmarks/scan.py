@@ -45,7 +45,7 @@ TASKS_EACH = 14  # for each worker, after its first
 
 
 def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) -> ResolvedScan:
-    """Makes the protocol's settings, for random weights of flux-dev or, as a toy, for flux-nano."""
+    """Make the protocol's settings, for random weights of flux-dev or, as a toy, for flux-nano."""
     fields: dict[str, Any] = {
         "prompts": ({"prompt": PROMPT, "seed": 0},),
         "watermark": False,
@@ -61,7 +61,7 @@ def settings_for(toy: bool, folder: Path, device: torch.device, compiled: bool) 
 
 
 def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) -> float:
-    """Measures the median time of one image with `layers` skipped."""
+    """Measure the median time of one image with `layers` skipped."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -71,7 +71,7 @@ def seconds(skipper: LayerSkipper, layers: tuple[int, ...], repeats: int = 1) ->
 
 
 def waiting(pipe: LoadedModel, settings: ResolvedScan, layers: list[int]) -> dict:
-    """Measures a scan of two prompts: the time from its first step to its last, and the share without a step.
+    """Measure a scan of two prompts: the time from its first step to its last, and the share without a step.
 
     In that share, images are decoded, written and scored, or the next prompt is encoded.
     """
@@ -95,7 +95,7 @@ def waiting(pipe: LoadedModel, settings: ResolvedScan, layers: list[int]) -> dic
 
 
 def one_process(settings: ResolvedScan) -> dict:
-    """Measures plain images and images with a skipped layer, projects a whole scan, and adds `waiting`."""
+    """Measure plain images and images with a skipped layer, project a whole scan, and add `waiting`."""
     begin = time.perf_counter()
     pipe = LoadedModel.load(settings)
     skipper = LayerSkipper(settings, pipe)
@@ -118,7 +118,7 @@ def one_process(settings: ResolvedScan) -> dict:
 
 
 def shared(settings: ResolvedScan, workers: int) -> dict:
-    """Measures images a second of so many workers, after each has delivered its first one."""
+    """Measure images a second of so many workers, after each has delivered its first one."""
     from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks
 
     num_layers = configs[settings.model].num_layers
@@ -141,7 +141,7 @@ def main(
     toy: bool = False,
     output: str | None = None,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         folder: folder of the random weights, written if they are not there

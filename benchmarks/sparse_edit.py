@@ -52,7 +52,7 @@ class SparseBench(Bench):
     """Builds the variants. Blocks that torch compiles take sizes of masks as variables, as in sampling."""
 
     def compile(self, blocks) -> None:
-        """Compiles blocks as `Flux.compile_blocks` does on GPUs that are not Hopper's."""
+        """Compile blocks as `Flux.compile_blocks` does on GPUs that are not Hopper's."""
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile(fullgraph=True, backend=self.backend)
@@ -68,7 +68,7 @@ class SparseBench(Bench):
         return replace(FreeTokens.of(mask.flatten().to(self.device)), kv=kept)
 
     def steps(self, model: Flux) -> dict[str, Callable[[], Tensor]]:
-        """Names the steps of one model."""
+        """Name the steps of one model."""
         one, three = self.inputs(), self.inputs(EDITS)
         guidance = None if one.guidance is None else one.guidance[:1]
         mods = model.modulations(one.timesteps[:1], one.y[:1], guidance)
@@ -115,13 +115,13 @@ class SparseBench(Bench):
         return steps
 
     def as_graph(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Makes the step a CUDA graph when it is first taken. Python then launches it at once."""
+        """Make the step a CUDA graph when it is first taken. Python then launches it at once."""
         recorded = cache(lambda: self.graphed(step))
         return lambda: recorded()()
 
 
 def check(model: Flux, inputs: Inputs, bench: SparseBench) -> float:
-    """Compares a sparse step's free tokens with those of a whole step that holds all others."""
+    """Compare a sparse step's free tokens with those of a whole step that holds all others."""
     kept = model.observe(inputs, Intervention(keep=frozenset(range(model.num_layers))))[1].kept
     other = bench.inputs(2)
     edit = replace(inputs, txt=other.txt[1:])
@@ -134,7 +134,7 @@ def check(model: Flux, inputs: Inputs, bench: SparseBench) -> float:
 
 
 def table(found: dict[str, dict]) -> str:
-    """Formats the results: a row for each step, a column for each way."""
+    """Format the results: a row for each step, a column for each way."""
     peer = found.get("diffusers compiled", {}).get("median_ms")
     names = list(dict.fromkeys(name.split(": ", 1)[1] for name in found if ": " in name))
     ways = list(dict.fromkeys(name.split(": ", 1)[0] for name in found if ": " in name))
@@ -155,7 +155,7 @@ def main(
     backend: str = "inductor",
     only: str = "",
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         output: JSON file to write to; if not set, none

@@ -54,18 +54,18 @@ BATCH = 4
 
 
 def toy_step() -> StepSize:
-    """Returns the step of a tiny model."""
+    """Return the step of a tiny model."""
     small = {"hidden_size": 32, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 6, 6]}
     return StepSize(replace(configs["flux-dev"].params, **small), 64, 8, (0, 1, 2), rounds=3)
 
 
 def tokens(size: StepSize) -> int:
-    """Counts the tokens of the image and the text."""
+    """Count the tokens of the image and the text."""
     return (size.side // 16) ** 2 + size.text
 
 
 def floor_ms(size: StepSize, batch: int, fp8: bool) -> float:
-    """Computes the time of a step's matrix products at the chip's own speed, in milliseconds.
+    """Compute the time of a step's matrix products at the chip's own speed, in milliseconds.
 
     These are the attention and the linear layers of the blocks, without modulations.
     """
@@ -91,7 +91,7 @@ class Bench:
         self.weights = {n: x.to(device) for n, x in random_transformer(size.params, device).items()}
 
     def build(self, compiled: bool = False, fp8: bool = False, epilogues: bool = False) -> Flux:
-        """Builds our transformer."""
+        """Build our transformer."""
         with torch.device("meta"):
             model = Flux(self.size.params)
         model.load_state_dict(self.weights, assign=True)
@@ -105,27 +105,27 @@ class Bench:
         return model
 
     def compile(self, blocks: Iterable[nn.Module]) -> None:
-        """Compiles blocks as `Flux.compile_blocks` does, but for one shape each."""
+        """Compile blocks as `Flux.compile_blocks` does, but for one shape each."""
         torch._dynamo.config.recompile_limit = 64
         ops.prepare_compiling()
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, backend=self.backend)
 
     def build_diffusers(self, compiled: bool = False) -> FluxTransformer2DModel:
-        """Builds diffusers' transformer."""
+        """Build diffusers' transformer."""
         model = diffusers_transformer(self.build())
         if compiled:
             self.compile((*model.transformer_blocks, *model.single_transformer_blocks))
         return model
 
     def inputs(self, batch: int = 1) -> Inputs:
-        """Draws inputs that share one pooled text."""
+        """Draw inputs that share one pooled text."""
         return random_inputs(self.size, batch, self.device)
 
     def ours(
         self, model: Flux, inputs: Inputs, in_advance: bool = True, intervention: Intervention = NOTHING
     ) -> Callable[[], Tensor]:
-        """Makes our step. Its modulations are computed in advance, as in sampling, or in the step."""
+        """Make our step. Its modulations are computed in advance, as in sampling, or in the step."""
         mods = None
         if in_advance:
             guidance = None if inputs.guidance is None else inputs.guidance[:1]
@@ -133,7 +133,7 @@ class Bench:
         return lambda: model.observe(inputs, intervention=intervention, mods=mods)[0]
 
     def graphed(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Records the step as one CUDA graph, which is replayed."""
+        """Record the step as one CUDA graph, which is replayed."""
         for _ in range(3):
             step()
         graph = torch.cuda.CUDAGraph()
@@ -143,7 +143,7 @@ class Bench:
         return lambda: (graph.replay(), result, step)[1]
 
     def whole(self, inputs: Inputs) -> Callable[[], Tensor]:
-        """Makes our step with all blocks in one graph of the compiler, and in one CUDA graph."""
+        """Make our step with all blocks in one graph of the compiler, and in one CUDA graph."""
         return torch.compile(self.ours(self.build(), inputs), mode="reduce-overhead", fullgraph=True)
 
 
@@ -163,7 +163,7 @@ class Variant:
 
 
 def variants(bench: Bench, whole: bool) -> dict[str, Variant]:
-    """Names the variants of a step, ours and diffusers'.
+    """Name the variants of a step, ours and diffusers'.
 
     Args:
         bench: Builds the models.
@@ -201,7 +201,7 @@ def variants(bench: Bench, whole: bool) -> dict[str, Variant]:
 
 
 def fp8_variants(bench: Bench, one: Inputs, injecting: Intervention) -> dict[str, Variant]:
-    """Names the variants of our step in 8-bit floats."""
+    """Name the variants of our step in 8-bit floats."""
     fp8 = bench.build(compiled=True, fp8=True)
     steps = {
         "fp8 eager": lambda: bench.ours(bench.build(fp8=True), one),
@@ -216,7 +216,7 @@ def fp8_variants(bench: Bench, one: Inputs, injecting: Intervention) -> dict[str
 def epilogue_variants(
     bench: Bench, one: Inputs, keeping: Intervention, injecting: Intervention
 ) -> dict[str, Variant]:
-    """Names the variants of our step with fused epilogues, on Hopper GPUs."""
+    """Name the variants of our step with fused epilogues, on Hopper GPUs."""
     fused, fp8 = (bench.build(epilogues=True, fp8=fp8) for fp8 in (False, True))
     four = bench.inputs(BATCH)
     return {
@@ -233,7 +233,7 @@ def epilogue_variants(
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], Tensor]]:
-    """Names parts of a step: attention by kernel, and the second projection of a single block.
+    """Name parts of a step: attention by kernel, and the second projection of a single block.
 
     The projection is one matmul of concatenated inputs, or two that are added.
     """
@@ -270,7 +270,7 @@ def parts(bench: Bench) -> dict[str, Callable[[], Tensor]]:
 
 
 def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
-    """Measures the memory that a step needs in addition."""
+    """Measure the memory that a step needs in addition."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -282,7 +282,7 @@ def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
 
 
 def prepared(make: Callable[[], Callable]) -> tuple[Callable | None, dict]:
-    """Prepares a step and warms it up. Returns it with the time that this took, or None with the error."""
+    """Prepare a step and warm it up. Return it with the time that this took, or None with the error."""
     begin = time.perf_counter()
     try:
         step = make()
@@ -294,7 +294,7 @@ def prepared(make: Callable[[], Callable]) -> tuple[Callable | None, dict]:
 
 
 def measure(bench: Bench, chosen: dict[str, Variant]) -> tuple[dict[str, dict], dict[str, float]]:
-    """Measures steps and their parts, interleaved.
+    """Measure steps and their parts, interleaved.
 
     Returns:
         What was measured of each variant, and the median milliseconds of each part.
@@ -328,7 +328,7 @@ def measure(bench: Bench, chosen: dict[str, Variant]) -> tuple[dict[str, dict], 
 
 
 def add_errors(found: dict[str, dict], velocities: dict[str, Tensor]) -> None:
-    """Adds each variant's relative error to ours and to diffusers', where these were measured."""
+    """Add each variant's relative error to ours and to diffusers', where these were measured."""
     for name, velocity in velocities.items():
         for base in ("ours eager", "diffusers compiled"):
             if base in velocities and velocities[base].shape == velocity.shape:
@@ -345,7 +345,7 @@ def main(
     only: str = "",
     whole: bool = False,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         output: JSON file to write to; if not set, none
@@ -371,7 +371,7 @@ def main(
 
 
 def table(found: dict[str, dict]) -> str:
-    """Formats the results."""
+    """Format the results."""
     rows = []
     for name, entry in found.items():
         ms = entry.get("median_ms")

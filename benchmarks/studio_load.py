@@ -45,7 +45,7 @@ class Visitors:
         self.failed: list[str] = []
 
     def run(self, count: int) -> None:
-        """Lets so many visitors come at once, and waits until all have left."""
+        """Let so many visitors come at once, and wait until all have left."""
         threads = [threading.Thread(target=self.visit, args=[number]) for number in range(count)]
         for thread in threads:
             thread.start()
@@ -53,7 +53,7 @@ class Visitors:
             thread.join()
 
     def visit(self, number: int) -> None:
-        """Sends requests until the time is over."""
+        """Send requests until the time is over."""
         draw = random.Random(number)
         client = self.client()
         while time.monotonic() < self.end:
@@ -67,11 +67,11 @@ class Visitors:
         client.close()
 
     def client(self) -> Client:
-        """Connects. On busy cores an answer may take longer than httpx waits by default."""
+        """Connect. On busy cores an answer may take longer than httpx waits by default."""
         return Client(self.url, verbose=False, httpx_kwargs={"timeout": 60})
 
     def ask(self, client: Client, kind: str, seed: int) -> None:
-        """Sends one request. Raises an error if the answer is not what it should be."""
+        """Send one request. Raise an error if the answer is not what it should be."""
         if kind == "abandoned":
             data = {"data": ["a dog", seed, 1, *SLOW.values(), None, None, "", None, 0.8]}
             address = f"{self.url}gradio_api/call/generate"
@@ -98,13 +98,13 @@ class Visitors:
 
 
 def resident(process: subprocess.Popen) -> int:
-    """Returns the megabytes of a process in main memory."""
+    """Return the megabytes of a process in main memory."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) // 1024
 
 
 def watch(process: subprocess.Popen, until: threading.Event) -> list[int]:
-    """Lists the process's megabytes, every five seconds."""
+    """List the process's megabytes, every five seconds."""
     found = []
     while not until.wait(5):
         found.append(resident(process))
@@ -112,7 +112,7 @@ def watch(process: subprocess.Popen, until: threading.Event) -> list[int]:
 
 
 def on_disk(folder: Path) -> dict[str, Any]:
-    """Counts what the studio has written: runs, and those without an image; copies served; broken uploads."""
+    """Count what the studio has written: runs, and those without an image; copies served; broken uploads."""
     runs = [path.parent for path in folder.glob("visits/*/*/run.json")]
     return {
         "runs": len(runs),
@@ -125,7 +125,7 @@ def on_disk(folder: Path) -> dict[str, Any]:
 
 
 def megabytes(folder: Path) -> float:
-    """Sums up the files of a folder."""
+    """Sum up the files of a folder."""
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, 1)
 
 
@@ -154,7 +154,7 @@ class Server:
         self.reader.start()
 
     def interrupt(self) -> int:
-        """Ends it as Ctrl-C does. Returns the exit status."""
+        """End it as Ctrl-C does. Return the exit status."""
         self.process.send_signal(signal.SIGINT)
         status = self.process.wait(30)
         self.reader.join(5)
@@ -162,7 +162,7 @@ class Server:
 
 
 def main(visitors: int = 20, seconds: float = 240) -> None:
-    """Starts a studio, lets visitors come, and prints the numbers.
+    """Start a studio, let visitors come, and print the numbers.
 
     Args:
         visitors: how many come at once

@@ -40,7 +40,7 @@ STEPS, SIDE = 28, 1024
 
 
 def text_encoders(spec: ModelSpec, device: torch.device, toy: bool) -> tuple[HFEmbedder, HFEmbedder]:
-    """Makes T5-XXL and CLIP-L of random weights; with `toy`, one small layer of each."""
+    """Make T5-XXL and CLIP-L of random weights; with `toy`, one small layer of each."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     t5_sizes: dict[str, Any] = {"d_model": spec.params.context_in_dim, "feed_forward_proj": "gated-gelu"}
@@ -73,7 +73,7 @@ def text_encoders(spec: ModelSpec, device: torch.device, toy: bool) -> tuple[HFE
 def pipelines(
     spec: ModelSpec, device: torch.device, group: ProcessGroup, toy: bool, compiled: bool
 ) -> dict[str, LoadedModel]:
-    """Makes our pipelines, which share their text encoders and autoencoder."""
+    """Make our pipelines, which share their text encoders and autoencoder."""
     torch.manual_seed(0)
     dtype = torch.float32 if toy else torch.bfloat16
     weights = {n: x.to(device, dtype) for n, x in random_transformer(spec.params, device).items()}
@@ -106,7 +106,7 @@ def pipelines(
 
 
 def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Callable[[], object]:
-    """Makes diffusers' image, with the same text encoders and transformer."""
+    """Make diffusers' image, with the same text encoders and transformer."""
     with torch.device("meta"):
         bare = Flux(pipe.spec.params)
     bare.load_state_dict(pipe.model.state_dict(), assign=True)
@@ -138,7 +138,7 @@ def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Call
 
 
 def seconds(image: Callable[[], object], device: torch.device) -> float:
-    """Times a whole image."""
+    """Time a whole image."""
     begin = time.perf_counter()
     image()
     if device.type == "cuda":
@@ -147,7 +147,7 @@ def seconds(image: Callable[[], object], device: torch.device) -> float:
 
 
 def start(count: int) -> NoReturn:
-    """Starts this command again through torchrun, and ends with its exit status."""
+    """Start this command again through torchrun, and end with its exit status."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command = [sys.executable, *torchrun, "-m", "benchmarks.whole_images", *sys.argv[1:]]
     sys.exit(subprocess.run(command).returncode)
@@ -163,7 +163,7 @@ def main(
     device: str = "auto",
     compiled: bool = True,
 ) -> None:
-    """Runs the benchmark.
+    """Run the benchmark.
 
     Args:
         gpus: number of GPUs that share each image
@@ -208,7 +208,7 @@ def main(
 
 
 def table(found: dict[str, dict], gpus: int) -> str:
-    """Formats the results."""
+    """Format the results."""
     peer = found.get("diffusers, bf16", {}).get("median_s")
     rows = []
     for name, entry in found.items():

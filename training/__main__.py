@@ -35,7 +35,7 @@ NEEDS = {
 
 
 def parse() -> Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = Parser(prog="python -m training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "stage", choices=("all", *STAGES), nargs="+", help="what to train; complete stages are skipped"
@@ -70,7 +70,7 @@ def parse() -> Namespace:
 
 
 def missing_stages(wanted: Sequence[str], folder: Path, begins: bool) -> list[str]:
-    """Lists the stages that those wanted need, but that are neither wanted nor complete.
+    """List the stages that those wanted need, but that are neither wanted nor complete.
 
     Args:
         wanted: names of stages, or "all".
@@ -90,7 +90,7 @@ def missing_stages(wanted: Sequence[str], folder: Path, begins: bool) -> list[st
 
 
 def stage_functions() -> "dict[str, Callable[[Work], bool]]":
-    """Names the function of each stage. It returns False if the call's budget ran out first."""
+    """Name the function of each stage. It returns False if the call's budget ran out first."""
     from training.stages.adapters import train_adapter
     from training.stages.autoencoder import train_autoencoder
     from training.stages.export import export
@@ -121,7 +121,7 @@ def stage_functions() -> "dict[str, Callable[[Work], bool]]":
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     begin = time.time()
     arguments = parse()
     claim_folder(arguments.folder)
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def run_stages(work: "Work", stages: "list[str] | tuple[str, ...]") -> None:
-    """Runs the stages that are not complete, until the call's budget is used up."""
+    """Run the stages that are not complete, until the call's budget is used up."""
     import torch
 
     functions, cluster, budget = stage_functions(), work.cluster, work.budget

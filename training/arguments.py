@@ -11,12 +11,12 @@ class Parser(ArgumentParser):
     """A parser whose errors are one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the error and ends the program with status 2."""
+        """Print the error and end the program with status 2."""
         self.exit(2, f"error: {message}\n")
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    """Returns a type of arguments: whole numbers from `smallest` on."""
+    """Return a type of arguments: whole numbers from `smallest` on."""
 
     def whole_number(text: str) -> int:
         if not text.isdecimal() or int(text) < smallest:
@@ -27,7 +27,7 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 
 def start(main: Callable[[], None]) -> None:
-    """Calls a program's function. Wrong input, Ctrl-C and SIGTERM end it with one line."""
+    """Call a program's function. Wrong input, Ctrl-C and SIGTERM end it with one line."""
     let_prints_fail()
     raise_when_terminated()
     with exit_on_input_error():

@@ -32,7 +32,7 @@ EDITS = {
 
 
 def draw(number: int) -> tuple[str, Pair]:
-    """Draws the kind and the scenes of the benchmark's edit of that number."""
+    """Draw the kind and the scenes of the benchmark's edit of that number."""
     turn, place = divmod(number, len(EDITS))
     kind, edits = list(EDITS.items())[place]
     # Training and its evaluation seed with numbers and the names of stages.
@@ -40,7 +40,7 @@ def draw(number: int) -> tuple[str, Pair]:
 
 
 def mark_changes(prompt: str, other: str) -> str:
-    """Puts brackets around the words of `prompt` that `other` does not have, as PIE-Bench does."""
+    """Put brackets around the words of `prompt` that `other` does not have, as PIE-Bench does."""
     words = prompt.split()
     parts = []
     for tag, begin, end, _, _ in SequenceMatcher(None, words, other.split(), False).get_opcodes():
@@ -51,7 +51,7 @@ def mark_changes(prompt: str, other: str) -> str:
 
 
 def write(folder: Path, count: int, side: int = 256, first: int = 0) -> None:
-    """Renders `count` edits of `side` x `side` pixels into the folder, from number `first` on."""
+    """Render `count` edits of `side` x `side` pixels into the folder, from number `first` on."""
     renderer, entries = Renderer(), []
     for number in range(first, first + count):
         kind, pair = draw(number)
@@ -78,7 +78,7 @@ def write(folder: Path, count: int, side: int = 256, first: int = 0) -> None:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     summary = (__doc__ or "").splitlines()[0]
     parser = Parser(prog="python -m training.benchmark", description=summary)
     parser.add_argument("--folder", type=Path, default=Path("output/benchmark"))

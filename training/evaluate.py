@@ -62,7 +62,7 @@ class ExportedModels:
         ).to(device)
 
     def flux(self, name: str) -> Flux:
-        """Builds the transformer of "nano" or "schnell"."""
+        """Build the transformer of "nano" or "schnell"."""
         if name == "nano":
             params, weights = replace(self.work.sizes.flux, guidance_embed=True), self.dev_weights
         else:
@@ -72,23 +72,23 @@ class ExportedModels:
         return flux.to(self.device).eval().requires_grad_(False)
 
     def conditioning(self, captions: Sequence[str], guidance: float) -> Conditioning:
-        """Encodes captions."""
+        """Encode captions."""
         txt, vec = self.t5(list(captions)), self.clip(list(captions))
         txt_ids = torch.zeros(1, T5_LENGTH, 3, device=self.device).expand(len(captions), -1, -1)
         return Conditioning(txt, txt_ids, vec, torch.full((len(captions),), guidance, device=self.device))
 
     def noise(self, seeds: Sequence[int], side: int) -> Tensor:
-        """Draws packed noise, a row for each seed."""
+        """Draw packed noise, a row for each seed."""
         return pack(torch.cat([get_noise(1, side, side, self.device, torch.float32, seed) for seed in seeds]))
 
     def decode(self, latents: Tensor, side: int) -> Tensor:
-        """Decodes packed latents to images in 0..1."""
+        """Decode packed latents to images in 0..1."""
         parts = [self.ae.decode(unpack(part, side, side)).clamp(-1, 1) for part in latents.split(32)]
         return (torch.cat(parts) + 1) / 2
 
 
 def schedule(name: str, steps: int, side: int) -> list[float]:
-    """Returns the noise levels of "nano" or "schnell"."""
+    """Return the noise levels of "nano" or "schnell"."""
     return get_schedule(steps, (side // 16) ** 2, shift=name == "nano")
 
 
@@ -103,7 +103,7 @@ def generate_images(
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
-    """Generates images of captions, `B 3 H W` in 0..1."""
+    """Generate images of captions, `B 3 H W` in 0..1."""
     images, levels = [], schedule(name, steps, side)
     for begin in range(0, len(captions), batch):
         part = captions[begin : begin + batch]
@@ -121,7 +121,7 @@ def generate_images(
 
 
 def score_samples(seen: Recognition, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Scores recognized images by their scenes: the rows of the model card's table, each 0..1."""
+    """Score recognized images by their scenes: the rows of the model card's table, each 0..1."""
     labels = labels_of(torch.tensor([scene.row() for scene in scenes]), seen.objects.device)
     every = torch.arange(len(scenes), device=seen.objects.device)
     found = (seen.objects > 0).float() * labels.objects
@@ -153,7 +153,7 @@ def _on_its_side(x: Tensor, content: Content) -> bool:
 def evaluate_samples(
     models: ExportedModels, measuring: MeasuringModel, folder: Path, count: int, side: int, steps: int
 ) -> dict:
-    """Scores renders and images of both models for held-out captions, and the autoencoder's round trip."""
+    """Score renders and images of both models for held-out captions, and the autoencoder's round trip."""
     rng = random.Random(HELD_OUT_SEED)
     scenes = [sample(rng) for _ in range(count)]
     captions = [scene.caption for scene in scenes]
@@ -173,7 +173,7 @@ def evaluate_samples(
 
 
 def evaluate_speed() -> dict[str, float]:
-    """Times what the model card promises on this machine's CPU, in seconds, through the public functions."""
+    """Time what the model card promises on this machine's CPU, in seconds, through the public functions."""
     from flux.editing.edit import edit
     from flux.loaded_model import LoadedModel
     from flux.settings.complete import resolve
@@ -203,7 +203,7 @@ def evaluate_speed() -> dict[str, float]:
 
 
 def save_sheet(path: Path, images: Tensor, captions: Sequence[str], columns: int) -> None:
-    """Writes a sheet of images with captions as PNG."""
+    """Write a sheet of images with captions as PNG."""
     from flux.images.io import to_pil
     from flux.images.sheets import grid
 
@@ -216,7 +216,7 @@ def save_sheet(path: Path, images: Tensor, captions: Sequence[str], columns: int
 
 
 def table(result: dict) -> str:
-    """Formats the results as Markdown."""
+    """Format the results as Markdown."""
     lines = []
     if "samples" in result:
         scores = result["samples"]
@@ -232,7 +232,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     summary = (__doc__ or "").splitlines()[0]
     parser = Parser(prog="python -m training.evaluate", description=summary)
     parser.add_argument("parts", nargs="+", choices=("samples", "speed"))

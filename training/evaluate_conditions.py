@@ -85,7 +85,7 @@ class Example:
 
 
 def fill_examples(renderer: Renderer, side: int) -> Iterator[Example]:
-    """Draws masked scenes without end: edits of a part of a scene, and scenes cut down to their middle."""
+    """Draw masked scenes without end: edits of a part of a scene, and scenes cut down to their middle."""
     for number in count(FIRST):
         if number % OUTPAINTED == 0:
             yield _outpainted(renderer, number, side)
@@ -115,7 +115,7 @@ def _outpainted(renderer: Renderer, number: int, side: int) -> Example:
 
 
 def canny_examples(renderer: Renderer, side: int) -> Iterator[Example]:
-    """Draws scenes without end."""
+    """Draw scenes without end."""
     for number in count(FIRST):
         scene = sample(random.Random(f"canny scene {number}"))
         image = image_of(renderer(torch.tensor([scene.row()]), side, side, seed=number))
@@ -123,7 +123,7 @@ def canny_examples(renderer: Renderer, side: int) -> Iterator[Example]:
 
 
 def asked_of(content: Content) -> dict[str, Any]:
-    """Says what a caption asks for: its objects, place and time, and the first one's hat and colour."""
+    """Say what a caption asks for: its objects, place and time, and the first one's hat and colour."""
     subject = content.subjects[0]
     asked: dict[str, Any] = {"objects": [each.name for each in content.subjects], "gone": []}
     asked |= {"place": content.place, "time": content.time}
@@ -135,7 +135,7 @@ def asked_of(content: Content) -> dict[str, Any]:
 
 
 def boxed(changed: Tensor) -> Image.Image:
-    """Returns the mask of the box around booleans "H W". Its outline says nothing of what is in it."""
+    """Return the mask of the box around booleans "H W". Its outline says nothing of what is in it."""
     height, width = changed.shape
     rows, columns = (changed.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     box = columns[0] - MARGIN, rows[0] - MARGIN, columns[-1] + 1 + MARGIN, rows[-1] + 1 + MARGIN
@@ -145,7 +145,7 @@ def boxed(changed: Tensor) -> Image.Image:
 
 
 def image_of(rendered: Tensor) -> Image.Image:
-    """Returns a rendered scene, "1 3 H W" in 0..1, as an image."""
+    """Return a rendered scene, "1 3 H W" in 0..1, as an image."""
     return to_pil(2 * rendered[0] - 1)
 
 
@@ -158,7 +158,7 @@ def make(
     examples: Sequence[Example],
     condition_of: Callable[[LoadedModel, Example], Condition] | None = None,
 ) -> list[Image.Image]:
-    """Generates an image for each example, with its condition if there is a function that makes one."""
+    """Generate an image for each example, with its condition if there is a function that makes one."""
     images = []
     sampling = resolve(settings).sampling()
     for begin in range(0, len(examples), settings.batch_size):
@@ -173,14 +173,14 @@ def make(
 
 
 def masked(pipe: LoadedModel, example: Example) -> Condition:
-    """Makes the condition of Fill."""
+    """Make the condition of Fill."""
     if example.mask is None:
         raise ValueError("The example has no mask")
     return fill_condition(pipe.encode_pixels, example.image, example.mask)
 
 
 def edges(pipe: LoadedModel, example: Example) -> Condition:
-    """Makes the condition of Canny."""
+    """Make the condition of Canny."""
     return control_condition(
         pipe.encode_pixels, example.image, *example.image.size, CannyImageEncoder(pipe.device)
     )
@@ -192,7 +192,7 @@ def edges(pipe: LoadedModel, example: Example) -> Condition:
 def measure(
     judge: MeasuringJudge, examples: Sequence[Example], images: Sequence[Image.Image]
 ) -> list[Scores]:
-    """Measures images.
+    """Measure images.
 
     Returns:
         For each, by the titles of the table: whether the judge finds what the caption says; how much of the
@@ -211,7 +211,7 @@ def measure(
 
 
 def fidelity(example: Example, image: Image.Image) -> Scores:
-    """Compares a filled image with the scene: in dB inside the mask, and pixel by pixel outside of it."""
+    """Compare a filled image with the scene: in dB inside the mask, and pixel by pixel outside of it."""
     made, truth, image_before = (
         np.asarray(each, np.float64) for each in (image, example.truth, example.image)
     )
@@ -222,7 +222,7 @@ def fidelity(example: Example, image: Image.Image) -> Scores:
 
 
 def agreement(example: Example, image: Image.Image) -> Scores:
-    """Compares an image's edges with the scene's: F1, where an edge may be NEAR pixels off."""
+    """Compare an image's edges with the scene's: F1, where an edge may be NEAR pixels off."""
     found, wanted = (_edges(each) for each in (image, example.image))
     near_found, near_wanted = (
         F.max_pool2d(each.float(), 2 * NEAR + 1, stride=1, padding=NEAR) > 0 for each in (found, wanted)
@@ -233,12 +233,12 @@ def agreement(example: Example, image: Image.Image) -> Scores:
 
 
 def _edges(image: Image.Image) -> Tensor:
-    """Finds an image's edges: booleans "1 H W"."""
+    """Find an image's edges: booleans "1 H W"."""
     return CannyImageEncoder("cpu")(to_tensor(image)[None])[:, 0] > 0
 
 
 def table(made: Mapping[str, Sequence[Scores]], examples: Sequence[Example]) -> str:
-    """Formats the means of all measures, and those of success by kind, as Markdown."""
+    """Format the means of all measures, and those of success by kind, as Markdown."""
     titles = list(next(iter(made.values()))[0])
     kinds = {
         kind: [each.kind == kind for each in examples] for kind in dict.fromkeys(e.kind for e in examples)
@@ -254,7 +254,7 @@ def table(made: Mapping[str, Sequence[Scores]], examples: Sequence[Example]) -> 
 
 
 def sheet(examples: Sequence[Example], made: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """Draws some examples, a row each: what is given, the scene, then the images."""
+    """Draw some examples, a row each: what is given, the scene, then the images."""
     shown = range(0, len(examples), max(1, len(examples) // SHEET_ROWS))
     images = [[_given(examples[n]), *(each[n] for each in made.values())] for n in shown]
     titles = [["given", *made]] * len(shown)
@@ -262,7 +262,7 @@ def sheet(examples: Sequence[Example], made: Mapping[str, Sequence[Image.Image]]
 
 
 def _given(example: Example) -> Image.Image:
-    """Shows what is given: the scene without what is masked, or its edges."""
+    """Show what is given: the scene without what is masked, or its edges."""
     if example.mask:
         return Image.composite(Image.new("RGB", example.image.size, "white"), example.image, example.mask)
     return Image.fromarray(np.where(_edges(example.image)[0], 255, 0).astype(np.uint8)).convert("RGB")
@@ -272,7 +272,7 @@ def _given(example: Example) -> Image.Image:
 
 
 def evaluate(kind: str, arguments: Namespace) -> Path:
-    """Makes, measures and shows the images of one kind. Returns the path of the table.
+    """Make, measure and show the images of one kind. Return the path of the table.
 
     Raises:
         InputError: A model cannot be loaded, or a file cannot be written.
@@ -305,7 +305,7 @@ def evaluate(kind: str, arguments: Namespace) -> Path:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = Parser(
         prog="python -m training.evaluate_conditions", description=(__doc__ or "").splitlines()[0]
     )

@@ -16,7 +16,7 @@ from training.judge import SHIPPED, MeasuringJudge
 
 
 def load_judge(settings: EvaluateSettings) -> MeasuringJudge:
-    """Loads the judge that the settings name.
+    """Load the judge that the settings name.
 
     Raises:
         InputError: the file is missing or holds something else.
@@ -28,7 +28,7 @@ def load_judge(settings: EvaluateSettings) -> MeasuringJudge:
 
 @exit_on_input_error()
 def main(file: str = "evaluate.json", **overrides: Any) -> None:
-    """Runs a comparison with the settings of a JSON file.
+    """Run a comparison with the settings of a JSON file.
 
     Args:
         file: JSON file of settings, looked for as given, then in configs/

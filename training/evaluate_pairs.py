@@ -89,7 +89,7 @@ def evaluate(lora: Path, name: str, count: int, num_steps: int, folder: Path, de
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = Parser(prog="python -m training.evaluate_pairs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("lora", type=Path, help="the LoRA, trained on pairs of training.subjects")
     parser.add_argument("--name", choices=NAMES, default=NAMES[0], help="the subject or style of the pairs")

@@ -34,7 +34,7 @@ SHIPPED = Path(__file__).with_name("judge.safetensors")
 
 
 def asked_for(edit: str, before: Content, after: Content) -> dict[str, Any]:
-    """Says what an edit asks for. The subjects must always be there.
+    """Say what an edit asks for. The subjects must always be there.
 
     Args:
         edit: One of `training.scenes.edits.EDITS`.
@@ -81,7 +81,7 @@ class MeasuringJudge:
 
     @classmethod
     def load(cls, path: str | Path = SHIPPED, device: str | torch.device = "cpu") -> "MeasuringJudge":
-        """Loads a file that the stage "measuring" writes: measuring.pt, or the smaller judge.safetensors.
+        """Load a file that the stage "measuring" writes: measuring.pt, or the smaller judge.safetensors.
 
         Raises:
             InputError: the file is missing, or holds no measuring model.
@@ -136,7 +136,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def changeable(old: np.ndarray, new: np.ndarray, asked: Mapping[str, Any]) -> np.ndarray:
-    """Finds what an edit may change, from the masks of the subjects before and after, booleans `H W`.
+    """Find what an edit may change, from the masks of the subjects before and after, booleans `H W`.
 
     That is the subjects and 7 pixels around them. If another place or time was asked for, it is everything
     but what belongs to a subject both before and after.

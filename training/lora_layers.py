@@ -267,7 +267,7 @@ def compare(settings: LayersSettings) -> Path:
 
 @exit_on_input_error()
 def main(file: str = "training/lora_layers.json", **overrides: Any) -> None:
-    """Runs a comparison with the settings of a JSON file.
+    """Run a comparison with the settings of a JSON file.
 
     Args:
         file: JSON file of settings

@@ -47,7 +47,7 @@ FIELDS = ("model", "device", "dtype", "num_steps", "batch_size")  # of the model
 
 
 def kontext_examples(renderer: Renderer, side: int) -> Iterator[Example]:
-    """Draws scenes with instructions without end: edits of all of the benchmark's kinds."""
+    """Draw scenes with instructions without end: edits of all of the benchmark's kinds."""
     for number in count(FIRST):
         kind, pair = draw(number)
         before, after, _ = renderer.pairs([pair], side, side, seed=number)
@@ -64,7 +64,7 @@ EXAMPLES = {
 
 
 def steering_of(kind: str | None, example: Example, folder: Path) -> dict[str, Any]:
-    """Saves the images that steer one scene's sweep, and returns the fields that name them."""
+    """Save the images that steer one scene's sweep, and return the fields that name them."""
     files = {name: str(folder / f"{name}.png") for name in ("image", "mask")}
     save_image(example.image, files["image"])
     if kind == "fill" and example.mask:
@@ -76,7 +76,7 @@ def steering_of(kind: str | None, example: Example, folder: Path) -> dict[str, A
 
 
 def scan_scenes(arguments: Namespace) -> Path:
-    """Skips each layer for each scene, scores the images, and writes what was found. Returns the folder.
+    """Skip each layer for each scene, score the images, and write what was found. Return the folder.
 
     Raises:
         InputError: The model cannot be loaded, or as `Sweep`.
@@ -112,7 +112,7 @@ def scan_scenes(arguments: Namespace) -> Path:
 
 
 def table(scores: Scores, vital: Collection[int]) -> str:
-    """Formats the vitalities as Markdown, the most vital layer first."""
+    """Format the vitalities as Markdown, the most vital layer first."""
     vitality, ends = scores.vitality(), scores.intervals()
     lines = "| layer | vitality | 95 % interval | vital |\n| --- | --- | --- | --- |\n"
     for layers, value in sorted(vitality.items(), key=lambda pair: -pair[1]):
@@ -122,7 +122,7 @@ def table(scores: Scores, vital: Collection[int]) -> str:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     summary = (__doc__ or "").splitlines()[0]
     parser = Parser(prog="python -m training.scan_scenes", description=summary)
     parser.add_argument("--model", default="flux-nano-kontext")

@@ -248,7 +248,7 @@ def write_set(
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = Parser(prog="python -m training.subjects", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the images and captions are written")
     parser.add_argument("--name", choices=NAMES, default=NAMES[0], help="the subject or style")

@@ -58,7 +58,7 @@ class Captioner(ABC):
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", prompt: str | None = None) -> "Captioner":
-        """Loads a captioner of any kind.
+        """Load a captioner of any kind.
 
         Args:
             name: Hub id or folder of an image-to-text model of transformers.
@@ -93,14 +93,14 @@ class Captioner(ABC):
 
     @classmethod
     def check_prompt(cls, prompt: str) -> None:
-        """Raises InputError if the model cannot be asked this."""
+        """Raise InputError if the model cannot be asked this."""
         if cls.prompts and prompt not in cls.prompts:
             raise InputError(f"Got caption_prompt {prompt!r}: this model takes {', '.join(cls.prompts)}")
 
     def describe(
         self, images: Sequence[Image.Image], prompt: str | None = None, max_new_tokens: int = 256
     ) -> list[Description]:
-        """Describes images, all in one batch. The same images get the same words each time.
+        """Describe images, all in one batch. The same images get the same words each time.
 
         Args:
             images: RGB images.
@@ -136,10 +136,10 @@ class Captioner(ABC):
 
     @abstractmethod
     def inputs(self, images: Sequence[Image.Image], prompt: str) -> Any:
-        """Returns the tensors that the model takes, a row for each image."""
+        """Return the tensors that the model takes, a row for each image."""
 
     def read(self, answer: str, image: Image.Image) -> str:  # noqa: ARG002  # some kinds need the image
-        """Returns the description in an answer."""
+        """Return the description in an answer."""
         return answer
 
 
@@ -199,7 +199,7 @@ class ChatCaptioner(Captioner):
         )
 
     def _conversation(self, prompt: str) -> str:
-        """Returns the conversation as the model's template writes it, up to the answer."""
+        """Return the conversation as the model's template writes it, up to the answer."""
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
         try:
             text = self._written([{"role": "user", "content": parts}])
@@ -222,7 +222,7 @@ class ChatCaptioner(Captioner):
 
 
 def describe_image(image: Image.Image, model: str, device: str = "cpu") -> str:
-    """Describes an image in words that serve as its prompt.
+    """Describe an image in words that serve as its prompt.
 
     Args:
         image: The image.
@@ -251,7 +251,7 @@ def _kind_of(processor: Any) -> type[Captioner]:
 
 
 def _template_of(processor: Any) -> Any:
-    """Returns the chat template, which some models keep with their tokenizer. None if there is none."""
+    """Return the chat template, which some models keep with their tokenizer. None if there is none."""
     own = getattr(processor, "chat_template", None)
     return own or getattr(processor.tokenizer, "chat_template", None)
 

@@ -39,7 +39,7 @@ class ImageFolder:
 
     @classmethod
     def open(cls, folder: str | Path) -> "ImageFolder":
-        """Lists a folder's images, without those of its subfolders.
+        """List a folder's images, without those of its subfolders.
 
         Raises:
             InputError: It is no folder that can be read, holds no images, or a .jsonl file in it is broken.
@@ -61,7 +61,7 @@ class ImageFolder:
         return cls(path, images, given)
 
     def text_file(self, image: str) -> Path:
-        """Returns the path of an image's .txt file."""
+        """Return the path of an image's .txt file."""
         return (self.path / image).with_suffix(".txt")
 
     @cached_property
@@ -69,12 +69,12 @@ class ImageFolder:
         return {Path(name).stem: name for name in reversed(self.images)}
 
     def sharing(self, image: str) -> str | None:
-        """Returns the first image whose .txt file would be this one's too, if it is another one."""
+        """Return the first image whose .txt file would be this one's too, if it is another one."""
         first = self._first_of_stem[Path(image).stem]
         return None if first == image else first
 
     def text(self, image: str) -> str | None:
-        """Returns an image's text. None if there is none, or nothing but blanks.
+        """Return an image's text. None if there is none, or nothing but blanks.
 
         Raises:
             InputError: The .txt file cannot be read as UTF-8.
@@ -93,11 +93,11 @@ class ImageFolder:
         return text.strip() or None
 
     def write(self, image: str, text: str) -> None:
-        """Writes an image's .txt file. Raises InputError as `flux.files.write_bytes`."""
+        """Write an image's .txt file. Raise InputError as `flux.files.write_bytes`."""
         write_text(self.text_file(image), text + "\n")
 
     def write_all(self, texts: dict[str, str]) -> Path:
-        """Writes captions.jsonl with the texts by image, and returns its path."""
+        """Write captions.jsonl with the texts by image, and return its path."""
         lines = [{"file_name": name, "text": text} for name, text in texts.items()]
         path = self.path / WRITTEN
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -105,7 +105,7 @@ class ImageFolder:
 
 
 def mentions(text: str, trigger: str) -> bool:
-    """Returns whether a trigger is in a text: as a whole word, in capitals or not."""
+    """Return whether a trigger is in a text: as a whole word, in capitals or not."""
     return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE) is not None
 
 
@@ -114,7 +114,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> dict[str, str]:
-    """Returns the texts of a file of lines {"file_name": ..., "text": ...}, by file name."""
+    """Return the texts of a file of lines {"file_name": ..., "text": ...}, by file name."""
     texts = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

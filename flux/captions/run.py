@@ -29,7 +29,7 @@ class CaptionReport:
     """The numbers of a run.
 
     Attributes:
-        file: captions.jsonl.
+        file: Captions.jsonl.
         texts: The texts by image, those that were there before included.
         new: The images that were described.
         cut: Those of them whose description the limit of tokens cut off.
@@ -48,7 +48,7 @@ class CaptionReport:
 def caption_folder(
     settings: CaptionSettings, captioner: Captioner | None = None, progress: bool = True
 ) -> CaptionReport:
-    """Describes the images of a folder that have no text, and writes captions.jsonl.
+    """Describe the images of a folder that have no text, and write captions.jsonl.
 
     Args:
         settings: The settings of the run.
@@ -98,7 +98,7 @@ class _Run:
         self.report, self.failures = CaptionReport(folder.path / WRITTEN), 0
 
     def sort_out(self) -> list[str]:
-        """Reads the texts that there are, and returns the images that are to be described."""
+        """Read the texts that there are, and return the images that are to be described."""
         todo = []
         for image in self.folder.images:
             try:
@@ -115,7 +115,7 @@ class _Run:
         return todo
 
     def describe(self, captioner: Captioner, names: Sequence[str]) -> None:
-        """Describes images in one batch, or one by one if that fails, and writes their texts.
+        """Describe images in one batch, or one by one if that fails, and write their texts.
 
         Raises:
             InputError: A text cannot be written, or nothing could be described so far.
@@ -134,7 +134,7 @@ class _Run:
                 self.report.cut.append(name)
 
     def write_all(self) -> None:
-        """Writes captions.jsonl, in the order of the images."""
+        """Write captions.jsonl, in the order of the images."""
         texts = self.report.texts
         self.folder.write_all({name: texts[name] for name in self.folder.images if name in texts})
 
@@ -168,7 +168,7 @@ class _Run:
 
 
 def compose(description: str, prefix: str = "", trigger: str = "") -> str:
-    """Puts together an image's text.
+    """Put together an image's text.
 
     Args:
         description: The captioner's words.
@@ -181,7 +181,7 @@ def compose(description: str, prefix: str = "", trigger: str = "") -> str:
 
 
 def _counter(settings: CaptionSettings) -> TokenCounter | None:
-    """Returns the counter of tokens. Without tokenizers on this machine and the hub, says so instead."""
+    """Return the counter of tokens. Without tokenizers on this machine and the hub, say so instead."""
     try:
         return TokenCounter.load(settings.text_encoders)
     except InputError as error:

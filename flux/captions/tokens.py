@@ -33,7 +33,7 @@ class TokenCounter:
 
     @classmethod
     def load(cls, folder: str | None = None) -> "TokenCounter":
-        """Loads both tokenizers.
+        """Load both tokenizers.
 
         Args:
             folder: The folder of both. If None, the one that the environment names, or that of any model in
@@ -47,14 +47,14 @@ class TokenCounter:
         return cls({name: load_tokenizer(found / own, own, sys.maxsize) for name, own in FOLDERS.items()})
 
     def lengths(self, texts: Mapping[str, str]) -> dict[str, dict[str, int]]:
-        """Returns the tokens of each text, by encoder and by the text's name."""
+        """Return the tokens of each text, by encoder and by the text's name."""
         return {
             encoder: {name: len(tokenizer(text, verbose=False)["input_ids"]) for name, text in texts.items()}
             for encoder, tokenizer in self.tokenizers.items()
         }
 
     def report(self, texts: Mapping[str, str]) -> list[str]:
-        """Returns a line for each encoder: the longest text, and those beyond its limit.
+        """Return a line for each encoder: the longest text, and those beyond its limit.
 
         Args:
             texts: The texts by the names of their images.

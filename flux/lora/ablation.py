@@ -98,7 +98,7 @@ class UpdateAblator:
         self.encoded: tuple[tuple[str, ...], Conditioning] | None = None
 
     def run(self, task: AblationTask) -> Callable[[], list[Image.Image]]:
-        """Makes the task's images, in the order of its rows."""
+        """Make the task's images, in the order of its rows."""
         pipe, settings = self.pipe, self.settings
         width, height = settings.width, settings.height
         self.live.set_strength(task.variant.strength, dict.fromkeys(task.variant.without, settings.scale))
@@ -186,7 +186,7 @@ class Ablation:
         return [task for task in self.tasks if self._missing(task)]
 
     def run(self, loaded: tuple[LoadedModel, LiveLora] | None = None, progress: bool = True) -> None:
-        """Makes the missing images. With more than one worker or a Ray address, Ray shares the work.
+        """Make the missing images. With more than one worker or a Ray address, Ray shares the work.
 
         Args:
             loaded: The model and its LoRA. If None, they are loaded once there is something to make.

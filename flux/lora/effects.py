@@ -54,7 +54,7 @@ def ablate(
     metrics: Mapping[str, Metric] | None = None,
     progress: bool = True,
 ) -> Effects:
-    """Makes the images of an ablation, scores them, and publishes the result in the same folder.
+    """Make the images of an ablation, score them, and publish the result in the same folder.
 
     Args:
         settings: The settings of the ablation.
@@ -76,7 +76,7 @@ def ablate(
 
 
 def score(ablation: Ablation, metrics: Mapping[str, Metric], progress: bool = True) -> Effects:
-    """Compares the images of a finished ablation.
+    """Compare the images of a finished ablation.
 
     Args:
         ablation: The ablation.
@@ -122,7 +122,7 @@ def _similarities(
 
 
 def publish(ablation: Ablation, effects: Effects, progress: bool = True) -> Path:
-    """Writes ablation.json, two tables of similarities, effect.png, heat_map.png and report.html.
+    """Write ablation.json, two tables of similarities, effect.png, heat_map.png and report.html.
 
     Args:
         ablation: The ablation.
@@ -197,7 +197,7 @@ def _ends(intervals: Mapping[LayerSet, tuple[float, float]], layers: LayerSet) -
 
 
 def effects_text(settings: ResolvedAblate, effects: Effects) -> str:
-    """Writes a line for each set of layers, for a console, the largest effect first."""
+    """Write a line for each set of layers, for a console, the largest effect first."""
     scores, num_double = effects.to_full, get_spec(settings.model).params.depth
     chosen, intervals = set(scores.vital(Rule.of(settings))), scores.intervals()
     to_base = effects.to_base.vitality()

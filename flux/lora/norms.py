@@ -28,7 +28,7 @@ class LayerChange:
         layer: The layer's number, or None.
         matrices: How many modules it changes, or parts of them that the file has apart.
         ranks: The ranks of its changes, each once.
-        alphas: alpha, the scale times the rank, of its changes, each once.
+        alphas: Alpha, the scale times the rank, of its changes, each once.
         norm: The Frobenius norm of its changes to weights, at strength 1. None if it is not known without the
             model's weights.
         relative: The same divided by the norm of all the layer's weights. None if these are not there.

@@ -52,7 +52,7 @@ class Pair:
         start: The first row.
         down: First factor, "rank columns", in float32.
         up: Second factor, "rows rank", in float32, rows in our order.
-        scale: alpha / rank, times the strength.
+        scale: Alpha / rank, times the strength.
     """
 
     start: int
@@ -186,7 +186,7 @@ def joined(pairs: Sequence[Pair], rows: int) -> Pair:
 
 
 def regrouped(pairs: Sequence[Pair]) -> list[Pair]:
-    """Changes to different rows of a matrix as one, if they share their first factor: a pair that was cut."""
+    """Change to different rows of a matrix as one, if they share their first factor: a pair that was cut."""
     first, order = pairs[0], sorted(pairs, key=lambda pair: pair.start)
     apart = all(before.stop <= after.start for before, after in pairwise(order))
     if not apart or any(

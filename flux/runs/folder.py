@@ -49,7 +49,7 @@ class ResumableFolder:
         checkpoint: str | None,
         files: str = "weights",
     ) -> None:
-        """Leaves a record in a new folder, or checks that the folder's run is this one.
+        """Leave a record in a new folder, or check that the folder's run is this one.
 
         Args:
             settings: The settings of the run that is about to start.
@@ -70,7 +70,7 @@ class ResumableFolder:
         self.refuse(differences)
 
     def record(self) -> dict[str, Any]:
-        """Reads the run.json.
+        """Read the run.json.
 
         Raises:
             InputError: There is none, it is not JSON, or another demo wrote it.
@@ -93,7 +93,7 @@ class ResumableFolder:
         return record
 
     def differences(self, settings: Settings, free_fields: Collection[str]) -> set[str]:
-        """Names the settings whose values differ from those in the run.json.
+        """Name the settings whose values differ from those in the run.json.
 
         Args:
             settings: The settings of the run that is about to start.
@@ -109,7 +109,7 @@ class ResumableFolder:
         return {name for name in names if new.get(name) != old.get(name)}
 
     def refuse(self, differences: Collection[str]) -> None:
-        """Raises InputError if there are differences: results of two different runs must not mix."""
+        """Raise InputError if there are differences: results of two different runs must not mix."""
         if differences:
             names = ", ".join(sorted(differences))
             raise InputError(
@@ -118,10 +118,10 @@ class ResumableFolder:
             )
 
     def write_record(self, settings: Settings, **more: Any) -> None:
-        """Writes the run.json: the settings, the versions, and `more`."""
+        """Write the run.json: the settings, the versions, and `more`."""
         write_json(self.record_path, run_record(settings, **more))
 
     def remove_leftovers(self) -> None:
-        """Deletes the partial files of a run that was killed while it wrote."""
+        """Delete the partial files of a run that was killed while it wrote."""
         for leftover in self.path.rglob(".flux-*.tmp"):
             leftover.unlink(missing_ok=True)

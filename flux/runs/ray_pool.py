@@ -29,7 +29,7 @@ CONNECT_SECONDS = 10.0  # for a cluster's address to answer
 
 
 def import_ray(workers: int) -> ModuleType:
-    """Imports Ray. Raises InputError if it is not installed."""
+    """Import Ray. Raise InputError if it is not installed."""
     try:
         import ray
     except ImportError as error:
@@ -42,7 +42,7 @@ def import_ray(workers: int) -> ModuleType:
 
 @contextmanager
 def connected(ray: ModuleType, address: str | None) -> Iterator[None]:
-    """Starts Ray, or connects to it, for the duration of the block.
+    """Start Ray, or connect to it, for the duration of the block.
 
     Raises:
         InputError: Ray does not start here, or there is no cluster at the address.
@@ -74,7 +74,7 @@ def connected(ray: ModuleType, address: str | None) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raises InputError if nothing answers at the address.
+    """Raise InputError if nothing answers at the address.
 
     Ray itself would try for minutes and then end the program.
     """
@@ -98,7 +98,7 @@ def _check_address(address: str) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    """Shortens an error message to its last line, which says most in Ray's long texts."""
+    """Shorten an error message to its last line, which says most in Ray's long texts."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1] if len(lines[-1]) <= 160 else f"{lines[-1][:157]}..."
 
@@ -177,7 +177,7 @@ class WorkerPool:
             self._start_worker()
 
     def _threads_per_worker(self, size: int) -> int:
-        """Divides the hosts' CPUs by the workers that have room. No more than the smallest such host has."""
+        """Divide the hosts' CPUs by the workers that have room. No more than the smallest such host has."""
         name, amount = ("GPU", self.gpus) if self.gpus else ("CPU", 1)
         hosts = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         rooms = [int(host.get(name, 0) / amount) for host in hosts]
@@ -193,7 +193,7 @@ class WorkerPool:
         return max(1, min(*cpus, sum(cpus) // min(size, room)))
 
     def _start_worker(self) -> None:
-        """Asks Ray for one more worker, which starts when there is room for it."""
+        """Ask Ray for one more worker, which starts when there is room for it."""
         options = {
             "num_gpus": self.gpus,
             "num_cpus": 0 if self.gpus else 1,
@@ -207,7 +207,7 @@ class WorkerPool:
         self.calls[actor.load.remote(*self.load_args)] = (worker, "load")
 
     def run(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Yields (number of the task, its packed result), in the order of completion."""
+        """Yield (number of the task, its packed result), in the order of completion."""
         waiting = deque(range(len(tasks)))
         lost: Counter[int] = Counter()
         left = len(tasks)
@@ -242,7 +242,7 @@ class WorkerPool:
                 yield call, answer
 
     def _assign(self, waiting: deque[int], tasks: Sequence[Any]) -> None:
-        """Gives tasks to the least busy workers.
+        """Give tasks to the least busy workers.
 
         The last tasks are not given in advance, so that the first idle worker takes them.
         """
@@ -256,7 +256,7 @@ class WorkerPool:
             worker.tasks += 1
 
     def _next_answer(self) -> Any:
-        """Waits for the next answer and returns its reference."""
+        """Wait for the next answer and return its reference."""
         while self.workers:
             ready, _ = self.ray.wait(list(self.calls), timeout=1.0)
             if ready:
@@ -275,7 +275,7 @@ class WorkerPool:
         ) from self.last_loss
 
     def _replace(self, worker: _Worker, error: Exception) -> None:
-        """Removes a worker that has died or cannot be reached, and asks for a new one."""
+        """Remove a worker that has died or cannot be reached, and ask for a new one."""
         if worker not in self.workers:
             return  # removed already: its other calls fail too
         self.workers.remove(worker)
@@ -295,6 +295,6 @@ class WorkerPool:
         return host
 
     def shutdown(self) -> None:
-        """Ends the worker processes."""
+        """End the worker processes."""
         for worker in self.workers:
             self.ray.kill(worker.actor)

@@ -10,7 +10,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python, of this package, and of the packages that results depend on."""
+    """Return the versions of Python, of this package, and of the packages that results depend on."""
     from flux import __version__
 
     return {
@@ -21,12 +21,12 @@ def versions() -> dict[str, str]:
 
 
 def run_record(settings: Settings, **more: Any) -> dict[str, Any]:
-    """Returns the contents of a run.json: the demo that reads it, its settings, the versions, and `more`."""
+    """Return the contents of a run.json: the demo that reads it, its settings, the versions, and `more`."""
     return {"demo": settings.demo, "settings": settings.to_json(), "versions": versions(), **more}
 
 
 def image_metadata(settings: ModelSettings, prompt: str, seed: int, **more: Any) -> dict[str, Any] | None:
-    """Returns what an image file says about its image: a run record, its own prompt and seed, and `more`.
+    """Return what an image file says about its image: a run record, its own prompt and seed, and `more`.
 
     None if the settings ask for no metadata.
     """

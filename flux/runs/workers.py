@@ -28,7 +28,7 @@ class Work(Protocol[Task_contra, Result_co]):
     """
 
     def run(self, task: Task_contra) -> Result_co:
-        """Does one task."""
+        """Do one task."""
         ...
 
 
@@ -38,14 +38,14 @@ def uses_ray(workers: int, ray_address: str | None) -> bool:
 
 
 def gpus_per_worker(device: str) -> float:
-    """Returns the number of GPUs that a worker needs: 1 for CUDA, also if "auto" finds it, otherwise 0."""
+    """Return the number of GPUs that a worker needs: 1 for CUDA, also if "auto" finds it, otherwise 0."""
     import torch
 
     return float(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
 
 
 def device_on_worker(device: str) -> str:
-    """Translates a device for a Ray worker, which sees only its own GPU, as the first: "cuda:1" is "cuda"."""
+    """Translate a device for a Ray worker, which sees only its own GPU, as the first: "cuda:1" is "cuda"."""
     return "cuda" if device.startswith("cuda") else device
 
 
@@ -57,7 +57,7 @@ def run_tasks(
     ray_address: str | None = None,
     num_gpus_per_worker: float = 0,
 ) -> Generator[tuple[int, Result], None, None]:
-    """Does the tasks, and yields (number of the task, its result) once for each, in the order of completion.
+    """Do the tasks, and yield (number of the task, its result) once for each, in the order of completion.
 
     With one worker and no address, `make_work(*make_args)` is made in this process and runs the tasks in
     order. Otherwise each worker is a process of its own, started by Ray, which makes the work once and then
@@ -111,7 +111,7 @@ def run_tasks_of(
     loaded: tuple[Any, ...],
     tasks: Sequence[Task],
 ) -> Generator[tuple[int, Result], None, None]:
-    """Does the tasks of a run with as many workers as its settings name, otherwise as `run_tasks`.
+    """Do the tasks of a run with as many workers as its settings name, otherwise as `run_tasks`.
 
     Args:
         settings: The settings, the first argument of `make_work`.
@@ -132,7 +132,7 @@ def run_tasks_of(
 def finish_beside(
     results: Generator[tuple[int, Result], None, None], finish: Callable[[int, Result], Finished]
 ) -> Generator[Finished, None, None]:
-    """Calls `finish(number, result)` in a thread while the next result is made, and yields what it returns.
+    """Call `finish(number, result)` in a thread while the next result is made, and yield what it returns.
 
     At most one result is being finished, and its errors are raised here. Closing this generator closes
     `results`.

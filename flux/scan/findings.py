@@ -29,7 +29,7 @@ class Findings:
 
     @classmethod
     def of(cls, scores: Scores, rule: Rule, num_double: int) -> "Findings":
-        """Collects what a study has found.
+        """Collect what a study has found.
 
         Args:
             scores: Its scores.

@@ -11,7 +11,7 @@ REFERENCE: LayerSet = ()  # no layer is skipped
 
 
 def layer_sets(layers: str | Sequence[int] | Sequence[Sequence[int]], num_layers: int) -> list[LayerSet]:
-    """Lists the sets to skip.
+    """List the sets to skip.
 
     Args:
         layers: "all" for each layer by itself, a list of layers for each of them by itself, or a list of
@@ -23,12 +23,12 @@ def layer_sets(layers: str | Sequence[int] | Sequence[Sequence[int]], num_layers
 
 
 def layers_text(layers: LayerSet) -> str:
-    """Names a set in files: layers 5 and 7 are "05-07"."""
+    """Name a set in files: layers 5 and 7 are "05-07"."""
     return "-".join(f"{layer:02d}" for layer in layers)
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
-    """Names a set on plots: layers 0, 1, 2, 5 and 6 are "0–2, 5, 6". Two layers do not make a range."""
+    """Name a set on plots: layers 0, 1, 2, 5 and 6 are "0–2, 5, 6". Two layers do not make a range."""
     parts: list[str] = []
     for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
         numbers = [layer for _, layer in run]
@@ -72,7 +72,7 @@ def scored_sets(
     vital: Collection[int] = (),
     intervals: Mapping[LayerSet, Interval] | None = None,
 ) -> list[ScoredSet]:
-    """Collects what is known of each set, in the order of `vitality`.
+    """Collect what is known of each set, in the order of `vitality`.
 
     Args:
         vitality: The vitality of each set. Other numbers of layers are shown in the same way.
@@ -93,7 +93,7 @@ def scored_sets(
 
 
 def kind_of(layers: LayerSet, num_double: int) -> str:
-    """Returns "double-stream" (layers below `num_double`), "single-stream" or "both kinds"."""
+    """Return "double-stream" (layers below `num_double`), "single-stream" or "both kinds"."""
     is_double = {layer < num_double for layer in layers}
     if len(is_double) == 2:
         return "both kinds"

@@ -34,7 +34,7 @@ def plot_vitality(
     axis: str | None = None,
     chosen: str = "vital",
 ) -> None:
-    """Writes a bar chart of the vitality of each layer, or of each set of layers that were skipped together.
+    """Write a bar chart of the vitality of each layer, or of each set of layers that were skipped together.
 
     Args:
         sets: The sets with their vitalities. Bars stand in the order of the layers.
@@ -76,7 +76,7 @@ def plot_vitality(
 def _draw_marks(
     axes: "Axes", bars: Sequence[ScoredSet], threshold: float | None, chosen: str
 ) -> "list[Artist]":
-    """Draws stars, intervals and the threshold, makes room for them, and returns their part of the legend."""
+    """Draw stars, intervals and the threshold, make room for them, and return their part of the legend."""
     from matplotlib.lines import Line2D
 
     lows, highs = zip(*(bar.ends for bar in bars))
@@ -103,7 +103,7 @@ def _draw_marks(
 
 
 def plot_heat_map(found: Findings, path: str | Path, *, axis: str | None = None) -> None:
-    """Writes a heat map of the change that each set of layers makes to each prompt's image.
+    """Write a heat map of the change that each set of layers makes to each prompt's image.
 
     Args:
         found: The changes, sets and prompts.
@@ -133,7 +133,7 @@ def plot_heat_map(found: Findings, path: str | Path, *, axis: str | None = None)
 
 
 def _name_rows(axes: "Axes", prompts: Sequence[str]) -> None:
-    """Writes the prompts beside the rows, cut to MAX_NAME letters, in a font that has their letters."""
+    """Write the prompts beside the rows, cut to MAX_NAME letters, in a font that has their letters."""
     names = [
         f"{prompt[:MAX_NAME]}\N{HORIZONTAL ELLIPSIS}" if len(prompt) > MAX_NAME else prompt
         for prompt in prompts
@@ -159,7 +159,7 @@ def colour_limits(change: np.ndarray) -> ColourLimits:
 
 
 def _bar_colours(bars: Sequence[ScoredSet]) -> np.ndarray:
-    """Returns the colour of each bar's kind, pale unless the bar is vital."""
+    """Return the colour of each bar's kind, pale unless the bar is vital."""
     from matplotlib.colors import to_rgb
 
     colours = np.array([to_rgb(KIND_COLOURS[bar.kind]) for bar in bars])
@@ -167,14 +167,14 @@ def _bar_colours(bars: Sequence[ScoredSet]) -> np.ndarray:
 
 
 def _kind_patches(kinds: Collection[str]) -> "list[Artist]":
-    """Makes a legend of those of KIND_COLOURS that occur."""
+    """Make a legend of those of KIND_COLOURS that occur."""
     from matplotlib.patches import Patch
 
     return [Patch(color=colour, label=kind) for kind, colour in KIND_COLOURS.items() if kind in kinds]
 
 
 def _finish(figure: "Figure", axes: "Axes", legend: "list[Artist]", path: str | Path) -> None:
-    """Removes the frame, adds the legend above, and writes the file."""
+    """Remove the frame, add the legend above, and write the file."""
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)
@@ -184,7 +184,7 @@ def _finish(figure: "Figure", axes: "Axes", legend: "list[Artist]", path: str | 
 
 
 def _font_families(letters: str) -> list[str]:
-    """Returns the usual font and an installed one for the letters it lacks. Empty if it lacks none."""
+    """Return the usual font and an installed one for the letters it lacks. Empty if it lacks none."""
     from matplotlib import font_manager
 
     file = font_file(letters)

@@ -25,7 +25,7 @@ def publish(
     shown_settings: Mapping[str, Any] | None = None,
     remember: bool = True,
 ) -> list[int]:
-    """Writes similarity.csv, vital_layers.json, vitality.png, heat_map.png and report.html.
+    """Write similarity.csv, vital_layers.json, vitality.png, heat_map.png and report.html.
 
     Args:
         folder: The folder of the sweep.
@@ -74,7 +74,7 @@ def write_scores(
     protocol: Mapping[str, Any],
     sources: Mapping[str, str] | None = None,
 ) -> list[int]:
-    """Writes similarity.csv and vital_layers.json.
+    """Write similarity.csv and vital_layers.json.
 
     Args:
         folder: The folder to write to.
@@ -118,7 +118,7 @@ def write_scores(
 
 
 def _vitality(scores: Scores, rule: Rule) -> dict[str, dict[str, float]]:
-    """Returns each set's vitality, its 95 % interval and, of a single layer, how often it is vital."""
+    """Return each set's vitality, its 95 % interval and, of a single layer, how often it is vital."""
     intervals, membership = scores.intervals(), scores.membership(rule)
     found = {}
     for entry, value in scores.vitality().items():
@@ -132,7 +132,7 @@ def _vitality(scores: Scores, rule: Rule) -> dict[str, dict[str, float]]:
 
 
 def _readable(value: Any, indent: int = 0) -> str:
-    """Formats indented JSON, with each list and object of at most 90 characters on one line."""
+    """Format indented JSON, with each list and object of at most 90 characters on one line."""
     line = json.dumps(value, ensure_ascii=False)
     if (indent and len(line) <= 90) or not isinstance(value, dict | list | tuple):
         return line

@@ -74,7 +74,7 @@ def write_report(
     base_path: Callable[[int], Path] | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes a finished sweep and its scores as one HTML file.
+    """Write a finished sweep and its scores as one HTML file.
 
     Args:
         path: The file to write.
@@ -125,7 +125,7 @@ def _rows(
     base_path: Callable[[int], Path] | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Reads the images of each row, and puts them beside their changes and colours.
+    """Read the images of each row, and put them beside their changes and colours.
 
     Args:
         found: The scores.
@@ -151,7 +151,7 @@ def _rows(
 
 
 def fill_in(template: Path, **values: Any) -> str:
-    """Fills in the Jinja template of an HTML page. Texts are escaped, and a missing value is an error."""
+    """Fill in the Jinja template of an HTML page. Texts are escaped, and a missing value is an error."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=True,
@@ -163,7 +163,7 @@ def fill_in(template: Path, **values: Any) -> str:
 
 
 def _chart(sets: Sequence[ScoredSet]) -> dict[str, Any]:
-    """Places the bars' parts in pixels from top to bottom. From left to right the page works in percents."""
+    """Place the bars' parts in pixels from top to bottom. From left to right the page works in percents."""
     from matplotlib.ticker import MaxNLocator
 
     extent = [0.0, 1e-3, *(entry.vitality for entry in sets), *(end for entry in sets for end in entry.ends)]
@@ -192,7 +192,7 @@ def _chart(sets: Sequence[ScoredSet]) -> dict[str, Any]:
 
 
 def _protocol(record: Mapping[str, Any], shown: int, planned: int, words: ReportWords) -> dict[str, Any]:
-    """Lists how the images were made, without what is empty."""
+    """List how the images were made, without what is empty."""
     settings = record["settings"]
     seeds = settings.get("seeds", 1)
     prompts = f"{planned // seeds} prompts, {seeds} seeds each" if seeds > 1 else f"{planned} prompts"
@@ -220,7 +220,7 @@ def _colours(values: np.ndarray, vmin: float, vmax: float) -> list[str]:
 
 
 def embedded_thumbnail(path: Path) -> Thumbnail:
-    """Reads an image file and makes it small."""
+    """Read an image file and make it small."""
     image = read_image(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = BytesIO()

@@ -57,7 +57,7 @@ def scan(
     shown_settings: Mapping[str, Any] | None = None,
     remember: bool = True,
 ) -> list[int]:
-    """Makes the images of a sweep, scores them, and publishes the result in the same folder.
+    """Make the images of a sweep, score them, and publish the result in the same folder.
 
     If `stop_when` is "stable", the scan ends once the references before the last one settle the vital set
     (`flux.scan.scores.is_settled`): the last one is still being scored while the next is made.
@@ -98,7 +98,7 @@ def scan(
 
 
 def _bar_name(settings: ResolvedSkip) -> str:
-    """Names the progress bar. The total and the time left of a scan that may stop early are upper bounds."""
+    """Name the progress bar. The total and the time left of a scan that may stop early are upper bounds."""
     may_stop = isinstance(settings, ResolvedScan) and settings.stop_when == "stable"
     return "skip, at most" if may_stop else "skip"
 
@@ -109,7 +109,7 @@ MayStop = Callable[[int, Callable[[], Sequence[RowSimilarities]]], bool]
 def _score_rows(
     sweep: Sweep, pipe: LoadedModel | None, metrics: Mapping[str, Metric], may_stop: MayStop, progress: bool
 ) -> list[RowSimilarities]:
-    """Runs the sweep, and scores each finished reference in a thread while the next ones are made."""
+    """Run the sweep, and score each finished reference in a thread while the next ones are made."""
     rows: list[Future[dict[str, list[float]]]] = []
     with ThreadPoolExecutor(1) as scorer:
 
@@ -137,7 +137,7 @@ def _score_batches(
     on_progress: Callable[[ScanProgress], None],
     progress: bool,
 ) -> list[RowSimilarities]:
-    """Runs the sweep, scores each batch once it is written, and reports the vitalities so far."""
+    """Run the sweep, score each batch once it is written, and report the vitalities so far."""
     batches = _BatchScorer(sweep, metrics, on_progress)
     sweep.run(
         pipe,
@@ -165,7 +165,7 @@ class _BatchScorer:
         self.drawn = 0.0  # when vitality.png was last drawn
 
     def add(self, task: SkipTask) -> None:
-        """Scores the images of a task and reports them."""
+        """Score the images of a task and report them."""
         folder = self.sweep.folder
         skipped = [layers for layers in task.layer_sets if layers != REFERENCE]
         if skipped:
@@ -181,7 +181,7 @@ class _BatchScorer:
         self.on_progress(ScanProgress(self.done, self.sweep.num_images, images, vitality, plot))
 
     def vitality(self) -> dict[LayerSet, float]:
-        """Returns the mean change of each set that has been scored so far."""
+        """Return the mean change of each set that has been scored so far."""
         first = next(iter(self.metrics))
         known = {
             layers: [row[first][layers] for row in self.similarities if layers in row[first]]
@@ -191,7 +191,7 @@ class _BatchScorer:
         return {layers: float(change(np.array(values)).mean()) for layers, values in known.items() if values}
 
     def rows(self, count: int) -> list[RowSimilarities]:
-        """Returns the similarities of the first references, which must be complete."""
+        """Return the similarities of the first references, which must be complete."""
         return [
             {name: [values[layers] for layers in self.sweep.layer_sets] for name, values in row.items()}
             for row in self.similarities[:count]

@@ -46,11 +46,11 @@ class Rule:
 
     @classmethod
     def of(cls, settings: SelectionSettings) -> "Rule":
-        """Reads the rule from the settings of demo 3 or a scan."""
+        """Read the rule from the settings of demo 3 or a scan."""
         return cls(settings.top, settings.threshold, bool(settings.gap))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the one value that is given, by its name."""
+        """Return the one value that is given, by its name."""
         return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
     def choose(self, vitality: np.ndarray) -> np.ndarray:
@@ -122,13 +122,13 @@ class Scores:
         return sorted(layers[0] for layers in self.layer_sets if len(layers) == 1)
 
     def part(self, rows: Sequence[int]) -> "Scores":
-        """Returns the scores of these rows alone."""
+        """Return the scores of these rows alone."""
         rows = list(rows)
         prompts = None if self.prompts is None else [self.prompts[row] for row in rows]
         return Scores(self.layer_sets, {name: table[rows] for name, table in self.tables.items()}, prompts)
 
     def vitality(self, metric: str | None = None) -> dict[LayerSet, float]:
-        """Computes the mean change over all rows for each set of layers. More is more vital.
+        """Compute the mean change over all rows for each set of layers. More is more vital.
 
         For dino, clip and ssim it is 1 minus the mean similarity (equation 1), for lpips the mean distance,
         and for psnr the mean of the root mean square errors (`Psnr.change`).
@@ -136,13 +136,13 @@ class Scores:
         return dict(zip(self.layer_sets, np.round(self._changes(metric).mean(axis=0), DECIMALS).tolist()))
 
     def vital(self, rule: Rule, metric: str | None = None) -> list[int]:
-        """Chooses the vital layers among the candidates, sorted."""
+        """Choose the vital layers among the candidates, sorted."""
         vitality = self.vitality(metric)
         chosen = rule.choose(np.array([vitality[(layer,)] for layer in self.layers]))
         return [layer for layer, is_vital in zip(self.layers, chosen) if is_vital]
 
     def resampled(self, metric: str | None = None) -> np.ndarray:
-        """Computes the vitalities of RESAMPLES bootstrap samples, "samples sets", the same at every call.
+        """Compute the vitalities of RESAMPLES bootstrap samples, "samples sets", the same at every call.
 
         A sample draws as many prompts as there are, with repeats, and takes all rows of a drawn prompt, since
         the images of one prompt are alike. With fewer than MIN_PROMPTS prompts there are no samples.
@@ -158,7 +158,7 @@ class Scores:
         return np.round(weights @ changes, DECIMALS)
 
     def intervals(self, metric: str | None = None) -> dict[LayerSet, tuple[float, float]]:
-        """Computes the 95 % percentile bootstrap interval of each set's vitality.
+        """Compute the 95 % percentile bootstrap interval of each set's vitality.
 
         Empty with fewer than MIN_PROMPTS prompts.
         """
@@ -169,7 +169,7 @@ class Scores:
         return dict(zip(self.layer_sets, zip(low, high)))
 
     def membership(self, rule: Rule, metric: str | None = None) -> dict[int, float]:
-        """Computes for each candidate the fraction of bootstrap samples in which it is vital.
+        """Compute for each candidate the fraction of bootstrap samples in which it is vital.
 
         Empty with fewer than MIN_PROMPTS prompts.
         """
@@ -180,7 +180,7 @@ class Scores:
         return dict(zip(self.layers, rule.choose(samples[:, columns]).mean(axis=0).tolist()))
 
     def agreement(self) -> dict[str, dict[str, float | None]]:
-        """Computes Spearman's rank correlation of the vitalities, for each metric and each later one."""
+        """Compute Spearman's rank correlation of the vitalities, for each metric and each later one."""
         values = {metric: list(self.vitality(metric).values()) for metric in self.metrics}
         pairs = {a: self.metrics[place:] for place, a in enumerate(self.metrics, start=1)}
         return {
@@ -188,7 +188,7 @@ class Scores:
         }
 
     def csv(self) -> str:
-        """Writes one line for each row, set of layers and metric."""
+        """Write one line for each row, set of layers and metric."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["prompt", "layers", "metric", "similarity"])
@@ -216,13 +216,13 @@ def is_settled(scores: Scores, rule: Rule, metric: str | None = None) -> bool:
 
 
 def settled_after(scores: Scores, rule: Rule, metric: str | None = None) -> int | None:
-    """Returns the number of rows after which the set was first settled, or None if it is not settled yet."""
+    """Return the number of rows after which the set was first settled, or None if it is not settled yet."""
     counts = range(MIN_PROMPTS, scores.num_rows + 1)
     return next((count for count in counts if is_settled(scores.part(range(count)), rule, metric)), None)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Computes Spearman's rank correlation, -1..1. Equal values share the mean of their ranks.
+    """Compute Spearman's rank correlation, -1..1. Equal values share the mean of their ranks.
 
     None if either has no order, i.e. fewer than two values or all equal.
     """
@@ -232,6 +232,6 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def _centred_ranks(values: Sequence[float]) -> np.ndarray:
-    """Returns each value's rank minus the mean rank."""
+    """Return each value's rank minus the mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place] - (len(values) + 1) / 2

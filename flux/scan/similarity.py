@@ -18,7 +18,7 @@ from flux.scan.sweep import check_sweep, image_path
 def score_row(
     folder: Path, row: int, layer_sets: Sequence[LayerSet], metrics: Mapping[str, Metric]
 ) -> dict[str, list[float]]:
-    """Compares images of one reference with it. At most CHUNK of the images are in memory at once.
+    """Compare images of one reference with it. At most CHUNK of the images are in memory at once.
 
     Args:
         folder: The folder of a sweep.
@@ -52,13 +52,13 @@ def score_row(
 def gather(
     layer_sets: Sequence[LayerSet], rows: Sequence[Mapping[str, Sequence[float]]], prompts: Sequence[str]
 ) -> Scores:
-    """Makes scores of what `score_row` returned for each row, and of the rows' prompts."""
+    """Make scores of what `score_row` returned for each row, and of the rows' prompts."""
     tables = {name: np.round([row[name] for row in rows], DECIMALS) for name in rows[0]}
     return Scores(list(layer_sets), tables, list(prompts))
 
 
 def score(folder: Path, metrics: Mapping[str, Metric], progress: bool = True) -> Scores:
-    """Scores the folder of a finished sweep.
+    """Score the folder of a finished sweep.
 
     Args:
         folder: The folder.

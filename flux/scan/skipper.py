@@ -83,11 +83,11 @@ class LayerSkipper:
         self.reference: _Reference | None = None
 
     def make(self, task: SkipTask) -> list[Image.Image]:
-        """Makes the task's images, in the order of its sets."""
+        """Make the task's images, in the order of its sets."""
         return self.run(task)()
 
     def run(self, task: SkipTask) -> Callable[[], list[Image.Image]]:
-        """Takes the task's steps.
+        """Take the task's steps.
 
         Returns:
             A function that returns the images. It may be called in another thread while the next task runs.
@@ -100,7 +100,7 @@ class LayerSkipper:
 
     @staticmethod
     def pack(decode: Callable[[], list[Image.Image]]) -> list[bytes]:
-        """Turns the result of `run` into PNG files, to travel between processes."""
+        """Turn the result of `run` into PNG files, to travel between processes."""
         files = []
         for image in decode():
             buffer = BytesIO()
@@ -111,11 +111,11 @@ class LayerSkipper:
 
     @staticmethod
     def unpack(files: list[bytes]) -> Callable[[], list[Image.Image]]:
-        """Turns what `pack` made into a result of `run` again."""
+        """Turn what `pack` made into a result of `run` again."""
         return lambda: [Image.open(BytesIO(file)).convert("RGB") for file in files]
 
     def denoise(self, task: SkipTask) -> Tensor:
-        """Returns the task's final latents, "B I 64"."""
+        """Return the task's final latents, "B I 64"."""
         pipe, settings = self.pipe, self.settings
         width, height, batch = settings.width, settings.height, len(task.layer_sets)
         levels = pipe.schedule(settings.num_steps, width, height)
@@ -138,7 +138,7 @@ class LayerSkipper:
         return latent
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decodes final latents, on a CUDA stream of their own if the next task runs meanwhile."""
+        """Decode final latents, on a CUDA stream of their own if the next task runs meanwhile."""
         settings = self.settings
         with torch.cuda.stream(self._stream):
             return self.pipe.decode(latents, settings.width, settings.height, settings.watermark)

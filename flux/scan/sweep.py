@@ -40,7 +40,7 @@ OVERVIEW_ROWS, OVERVIEW_SIDE = 8, 256
 
 
 def plan(settings: SkipSettings, num_layers: int) -> list[SkipTask]:
-    """Lists the tasks of a sweep, reference by reference."""
+    """List the tasks of a sweep, reference by reference."""
     all_sets = [REFERENCE, *layer_sets(settings.layers, num_layers)]
     size = settings.batch_size
     return [
@@ -51,7 +51,7 @@ def plan(settings: SkipSettings, num_layers: int) -> list[SkipTask]:
 
 
 def image_path(folder: Path, row: int, layers: LayerSet) -> Path:
-    """Returns the path of the image of reference number `row` with `layers` skipped."""
+    """Return the path of the image of reference number `row` with `layers` skipped."""
     name = f"skip_{layers_text(layers)}.png" if layers else "reference.png"
     return folder / f"prompt_{row:03d}" / name
 
@@ -88,7 +88,7 @@ class Sweep:
         return sum(len(task.layer_sets) for task in self.tasks)
 
     def pending(self) -> list[SkipTask]:
-        """Lists the tasks of which images are missing."""
+        """List the tasks of which images are missing."""
         return [task for task in self.tasks if self._missing(task)]
 
     def run(
@@ -99,7 +99,7 @@ class Sweep:
         progress: bool = True,
         name: str = "skip",
     ) -> None:
-        """Makes the missing images.
+        """Make the missing images.
 
         On a GPU, images are decoded while the next ones are denoised. They are written in a thread, one batch
         at a time. With more than one worker or a Ray address, Ray shares the work.
@@ -142,7 +142,7 @@ class Sweep:
                     return
 
     def finish(self) -> None:
-        """Writes grid.png, and run.json with the number of references and the time of this start."""
+        """Write grid.png, and run.json with the number of references and the time of this start."""
         rows = min(self.rows_done, OVERVIEW_ROWS)
         save_image(_overview(self.folder, self.settings, self.layer_sets, rows), self.folder / "grid.png")
         folder = _folder_of(self.folder)
@@ -159,12 +159,12 @@ class Sweep:
         )
 
     def _missing(self, task: SkipTask) -> list[int]:
-        """Lists the places in the task's batch of the images that are not there yet."""
+        """List the places in the task's batch of the images that are not there yet."""
         paths = [image_path(self.folder, task.row, layers) for layers in task.layer_sets]
         return [place for place, path in enumerate(paths) if not path.exists()]
 
     def _report_rows(self, left: Counter[int], on_row: Callable[[int], bool] | None) -> bool:
-        """Reports the references that are complete now, and returns whether the sweep is to end."""
+        """Report the references that are complete now, and return whether the sweep is to end."""
         while self.rows_done < len(self.settings.entries) and left[self.rows_done] == 0:
             self.rows_done += 1
             if on_row and on_row(self.rows_done - 1):
@@ -174,7 +174,7 @@ class Sweep:
     def _written(
         self, pending: Sequence[SkipTask], pipe: LoadedModel | None
     ) -> Generator[SkipTask, None, None]:
-        """Yields each of these tasks once its images are written."""
+        """Yield each of these tasks once its images are written."""
         settings = self.settings
         results = run_tasks_of(settings, LayerSkipper, (pipe, self._opened), pending)
 
@@ -195,7 +195,7 @@ def sweep(
     on_row: Callable[[int], bool] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Makes each reference image, and one image for each set of skipped layers. Returns the folder.
+    """Make each reference image, and one image for each set of skipped layers. Return the folder.
 
     Args:
         settings: The settings of the sweep, or of a scan.
@@ -213,12 +213,12 @@ def sweep(
 
 
 def sweep_settings(settings: SkipSettings) -> SkipSettings:
-    """Returns the settings of demo 2 alone, without those that a scan has besides."""
+    """Return the settings of demo 2 alone, without those that a scan has besides."""
     return SkipSettings(**{name: getattr(settings, name) for name in SkipSettings.model_fields})
 
 
 def _overview(folder: Path, settings: SkipSettings, layer_sets: list[LayerSet], rows: int) -> Image.Image:
-    """Draws a row of small images for each of the first references."""
+    """Draw a row of small images for each of the first references."""
     titles = ["reference", *(f"skip {layers_text(layers)}" for layers in layer_sets)]
     images = [
         [_small(image_path(folder, row, layers)) for layers in (REFERENCE, *layer_sets)]
@@ -251,7 +251,7 @@ class SweepFolder(NamedTuple):
 
 
 def open_sweep(settings: SkipSettings, opened: OpenModel | None = None) -> Path:
-    """Returns the folder of a sweep. If it is new, its settings are left in it as run.json.
+    """Return the folder of a sweep. If it is new, its settings are left in it as run.json.
 
     Args:
         settings: The settings of the sweep.
@@ -267,7 +267,7 @@ def open_sweep(settings: SkipSettings, opened: OpenModel | None = None) -> Path:
 
 
 def check_sweep(folder: Path) -> SweepFolder:
-    """Reads the folder of a finished sweep.
+    """Read the folder of a finished sweep.
 
     Raises:
         InputError: The folder holds no sweep, or one that lacks images.

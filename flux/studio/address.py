@@ -35,7 +35,7 @@ class Address:
     allowed_hosts: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises InputError as `check_address` and `check_tls`. Called before a model is loaded."""
+        """Raise InputError as `check_address` and `check_tls`. Called before a model is loaded."""
         check_address(self.host, self.port, self.auth)
         check_tls(self.ssl_certfile, self.ssl_keyfile)
 
@@ -46,7 +46,7 @@ class Address:
         return not is_own or self.share or self.root_path is not None or "SPACE_HOST" in os.environ
 
     def front(self) -> Front:
-        """Returns the names that the studio is reached under."""
+        """Return the names that the studio is reached under."""
         names = [self.host, urlsplit(self.root_path or "").hostname, os.environ.get("SPACE_HOST")]
         hosts = [*self.allowed_hosts, *filter(None, names), *[".gradio.live"] * self.share]
         frames = ["https://huggingface.co"] if "SPACE_HOST" in os.environ else []
@@ -54,7 +54,7 @@ class Address:
 
 
 def check_address(host: str | None, port: int | None, auth: str | None) -> None:
-    """Checks, before a model is loaded, that `serve` can serve.
+    """Check, before a model is loaded, that `serve` can serve.
 
     Args:
         host: The address to serve at.
@@ -78,7 +78,7 @@ def check_address(host: str | None, port: int | None, auth: str | None) -> None:
 
 
 def check_tls(certfile: str | None, keyfile: str | None) -> None:
-    """Raises InputError unless there are both a certificate and its key, or neither."""
+    """Raise InputError unless there are both a certificate and its key, or neither."""
     if (certfile is None) != (keyfile is None):
         raise InputError("Got only one of ssl_certfile and ssl_keyfile: give both, or neither")
     if certfile and keyfile:

@@ -50,7 +50,7 @@ def open_studio(
     publish_scans: bool = False,
     others: Sequence[ModelSettings] = (),
 ) -> Studio:
-    """Loads the first model and the content filter.
+    """Load the first model and the content filter.
 
     Args:
         settings: The first model, and its page's defaults.
@@ -83,7 +83,7 @@ def open_studio(
 
 
 def _filters(models: Sequence[ResolvedModel], chosen: str) -> dict[str, ContentFilter | None]:
-    """Loads the content filter of each model, by the model's name."""
+    """Load the content filter of each model, by the model's name."""
     names = {each.model: chosen for each in models}
     if chosen == "auto":  # small models have seen no people
         names = {each.model: "off" if get_spec(each.model).folder else DEFAULT for each in models}
@@ -95,7 +95,7 @@ def _filters(models: Sequence[ResolvedModel], chosen: str) -> dict[str, ContentF
 
 
 def _in_a_thread(work: Callable[[], T]) -> T:
-    """Does the work in a thread that ends with it, and returns the result.
+    """Do the work in a thread that ends with it, and return the result.
 
     OpenMP keeps threads for every thread that has computed, as long as that thread lives, and wakes them
     less eagerly once there are more of them than cores: those of the main thread would slow down every run.
@@ -114,7 +114,7 @@ def _in_a_thread(work: Callable[[], T]) -> T:
 
 
 def serve(studio: Studio, address: Address | None = None, **more: Any) -> tuple["FastAPI", str, str | None]:
-    """Builds the page and serves it until Ctrl-C.
+    """Build the page and serve it until Ctrl-C.
 
     Args:
         studio: The studio.
@@ -150,7 +150,7 @@ def serve(studio: Studio, address: Address | None = None, **more: Any) -> tuple[
 
 
 def _prepare_gradio(studio: Studio) -> None:
-    """Tells gradio and Pillow where to write and what to refuse. Before the page's components are made."""
+    """Tell gradio and Pillow where to write and what to refuse. Before the page's components are made."""
     served = studio.folder / "served"
     # Uploads, and copies of what is shown, are written and served here.
     os.environ["GRADIO_TEMP_DIR"] = str(served)
@@ -162,7 +162,7 @@ def _prepare_gradio(studio: Studio) -> None:
 
 
 def _address_options(address: Address) -> dict[str, Any]:
-    """Makes the arguments of gradio's `launch` that say where the page is served."""
+    """Make the arguments of gradio's `launch` that say where the page is served."""
     user, _, password = (address.auth or "").partition(":")
     return {
         "server_name": address.host,
@@ -177,7 +177,7 @@ def _address_options(address: Address) -> dict[str, Any]:
 
 
 def _studio_options(studio: Studio, address: Address) -> dict[str, Any]:
-    """Makes the arguments of gradio's `launch` that bound what visitors can reach and send."""
+    """Make the arguments of gradio's `launch` that bound what visitors can reach and send."""
     from starlette.middleware import Middleware
 
     from flux.studio.hardening import OwnFilesOnly
@@ -208,7 +208,7 @@ def _studio_options(studio: Studio, address: Address) -> dict[str, Any]:
 
 
 def _serve_until_interrupted(studio: Studio, page: "Page") -> None:
-    """Waits for Ctrl-C, then ends the running work within a step.
+    """Wait for Ctrl-C, then end the running work within a step.
 
     Python cannot end while another thread computes: it would abort.
 
@@ -228,7 +228,7 @@ def _serve_until_interrupted(studio: Studio, page: "Page") -> None:
 
 
 async def _keep_house(studio: Studio, app: Any) -> None:
-    """Deletes what nobody needs any more, once a minute."""
+    """Delete what nobody needs any more, once a minute."""
     while True:
         try:
             for name in studio.callers.forget_idle():
@@ -242,7 +242,7 @@ async def _keep_house(studio: Studio, app: Any) -> None:
 
 
 def tidy(studio: Studio) -> None:
-    """Deletes unused files of visits and scans, and previews; counts the rest; gives memory back."""
+    """Delete unused files of visits and scans, and previews; count the rest; give memory back."""
     studio.sessions.tidy()
     delete_unused(studio.folder / "scans", SCAN_SECONDS)
     delete_unused(studio.folder / "served")

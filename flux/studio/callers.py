@@ -35,7 +35,7 @@ class Callers:
         self._lock = threading.Lock()
 
     def admit(self, name: str, address: str, is_event: bool = False) -> bool:
-        """Notes a request of a caller. Returns whether the caller is known or may become so.
+        """Note a request of a caller. Return whether the caller is known or may become so.
 
         Args:
             name: The caller.
@@ -55,7 +55,7 @@ class Callers:
 
     @contextmanager
     def listening(self, name: str) -> Iterator[None]:
-        """Notes that a caller is connected, as long as the block lasts."""
+        """Note that a caller is connected, as long as the block lasts."""
         with self._lock:
             if caller := self._callers.get(name):
                 caller.streams, caller.listened = caller.streams + 1, True
@@ -67,19 +67,19 @@ class Callers:
                     caller.streams, caller.seen = caller.streams - 1, time.monotonic()
 
     def is_gone(self, name: str | None) -> bool:
-        """Tells whether a caller has not been connected for GONE_SECONDS, or a program never was in time."""
+        """Tell whether a caller has not been connected for GONE_SECONDS, or a program never was in time."""
         with self._lock:
             caller = self._callers.get(name or "")
             return caller is not None and self._without_connection(caller) > self._patience(caller)
 
     def address(self, name: str | None) -> str:
-        """Returns the address of a caller, "" if it is not known."""
+        """Return the address of a caller, "" if it is not known."""
         with self._lock:
             caller = self._callers.get(name or "")
             return caller.address if caller else ""
 
     def forget_idle(self, seconds: float = IDLE_SECONDS) -> list[str]:
-        """Forgets the callers without a connection or request for so long, and returns their names."""
+        """Forget the callers without a connection or request for so long, and return their names."""
         with self._lock:
             idle = [
                 name

@@ -38,7 +38,7 @@ Answer = tuple[list[FileData], FileData, list[str]]
 
 
 def add_endpoints(studio: Studio) -> None:
-    """Adds the endpoints of what the models can do to the page that is being built."""
+    """Add the endpoints of what the models can do to the page that is being built."""
     every = Endpoints(studio)
     api(every.models, concurrency_limit=None)
     for name in dict.fromkeys(name for each in studio.models.values() for name in endpoints_of(each)):
@@ -46,7 +46,7 @@ def add_endpoints(studio: Studio) -> None:
 
 
 def endpoints_of(studio: Studio) -> tuple[str, ...]:
-    """Names the endpoints of what a model can do."""
+    """Name the endpoints of what a model can do."""
     kind = studio.spec.condition
     drawing = (
         ("fill",) if kind == "fill" else ("generate", "instruct") if kind == "kontext" else ("generate",)
@@ -61,7 +61,7 @@ class Endpoints:
         self.studio = studio
 
     def _asked(self, model: Any, endpoint: str) -> Studio:
-        """Returns the studio of the model that a call names. If it names none, the first that can do it."""
+        """Return the studio of the model that a call names. If it names none, the first that can do it."""
         able = {name: each for name, each in self.studio.models.items() if endpoint in endpoints_of(each)}
         if model is None:
             return next(iter(able.values()))
@@ -76,7 +76,7 @@ class Endpoints:
         return None if data is None else self._needed(data, read)
 
     def _steering(self, studio: Studio, form: dict[str, Any], mask: Any) -> dict[str, Image.Image]:
-        """Reads the images of a call that steer its run, by field. One to fill gives the form its size.
+        """Read the images of a call that steer its run, by field. One to fill gives the form its size.
 
         Raises:
             InputError: An image was not uploaded, or one to fill has no mask.
@@ -90,7 +90,7 @@ class Endpoints:
         return given
 
     def _in_turn(self, request: gr.Request, work: Callable[[Session], Iterator[R]]) -> R:
-        """Waits for the caller's turn, does the work, and returns its last update."""
+        """Wait for the caller's turn, do the work, and return its last update."""
         caller, last = request.session_hash or "", None
         address = getattr(getattr(request, "client", None), "host", "")
         self.studio.callers.admit(caller, address, is_event=True)
@@ -284,12 +284,12 @@ class Endpoints:
 
 
 def _form_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Makes a form of the arguments of an endpoint, which are named as its fields."""
+    """Make a form of the arguments of an endpoint, which are named as its fields."""
     return {name: value for name, value in arguments.items() if name not in ("self", "request", "model")}
 
 
 def as_lines(name: str, texts: Any) -> str:
-    """Joins a list of texts, one per line, as a form has them. Raises InputError for anything else."""
+    """Join a list of texts, one per line, as a form has them. Raise InputError for anything else."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name}: expected a list of texts, got {texts!r:.60}")
     return "\n".join(" ".join(text.splitlines()) for text in texts)

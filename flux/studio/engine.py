@@ -69,7 +69,7 @@ class Engine:
         unsafe: ContentFilter | None = None,
         memory: Memory | None = None,
     ):
-        """Makes an engine.
+        """Make an engine.
 
         Args:
             settings: Settings of the model.
@@ -133,17 +133,17 @@ class Engine:
         return self.memory.lock.locked()
 
     def load(self, opened: OpenModel) -> None:
-        """Loads the model from its opened files. Called by `Memory.load`."""
+        """Load the model from its opened files. Called by `Memory.load`."""
         self._pipe = LoadedModel.load(self.settings, opened=opened)
 
     def free(self) -> None:
-        """Removes the model from memory, with all that belongs to it."""
+        """Remove the model from memory, with all that belongs to it."""
         self._pipe = self.kept = self.metrics = None
 
     def run(
         self, work: Callable[[Progress[R]], T], stop: threading.Event
     ) -> Generator[Update[R], None, T | None]:
-        """Runs the work in a thread, and yields its updates; outdated ones are dropped, results never.
+        """Run the work in a thread, and yield its updates; outdated ones are dropped, results never.
 
         Args:
             work: The work, called when the model is free.
@@ -176,7 +176,7 @@ class Engine:
         return done.result()
 
     def _do(self, work: Callable[[Progress[R]], T], progress: Progress[R]) -> T | None:
-        """Does the work once the model is free and loaded. Returns None if it is cancelled."""
+        """Do the work once the model is free and loaded. Return None if it is cancelled."""
         with self.memory.lock, warnings.catch_warnings():
             # They quote what the visitor typed. The page tells the visitor, nobody else.
             warnings.simplefilter("ignore", InputWarning)
@@ -189,7 +189,7 @@ class Engine:
                 return None
 
     def preview(self, step: Step, width: int, height: int) -> Image.Image | None:
-        """Decodes the first row's predicted clean image, with sides of at most 8 * PREVIEW_SIDE pixels.
+        """Decode the first row's predicted clean image, with sides of at most 8 * PREVIEW_SIDE pixels.
 
         Returns:
             The image, or None if the content filter objects to it.
@@ -203,7 +203,7 @@ class Engine:
         return None if self.unsafe and self.unsafe(image) else image
 
     def check(self, image: Image.Image) -> Image.Image:
-        """Returns the image. Raises InputError if the content filter objects to it."""
+        """Return the image. Raise InputError if the content filter objects to it."""
         if self.unsafe and self.unsafe(image):
             raise InputError(
                 "The content filter holds this image unsafe for work, so it is not shown: try another "
@@ -212,7 +212,7 @@ class Engine:
         return image
 
     def check_file(self, path: Path) -> None:
-        """Checks the image in a file, and deletes the file if the content filter objects.
+        """Check the image in a file, and delete the file if the content filter objects.
 
         Raises:
             InputError: The content filter objects, or the file cannot be read.

@@ -16,7 +16,7 @@ MOST_STRENGTH = 2.0  # of a LoRA, of its factors, and of images that steer a run
 
 
 def values_of(form: Form, *names: str) -> dict[str, Any]:
-    """Takes fields from a form, with whole numbers as integers: browsers send 20.0 for 20."""
+    """Take fields from a form, with whole numbers as integers: browsers send 20.0 for 20."""
 
     def integer(name: str, value: Any) -> Any:
         whole = name in INTEGERS and isinstance(value, float) and value.is_integer()
@@ -27,7 +27,7 @@ def values_of(form: Form, *names: str) -> dict[str, Any]:
 
 
 def text_in(form: Form, name: str) -> str:
-    """Takes a text from a form, "" if none was typed. Raises InputError for a value that is not a text."""
+    """Take a text from a form, "" if none was typed. Raise InputError for a value that is not a text."""
     text = form.get(name)
     if text is not None and not isinstance(text, str):
         raise InputError(f"{name}: expected a text, got {text!r:.60}")
@@ -35,7 +35,7 @@ def text_in(form: Form, name: str) -> str:
 
 
 def number_in(form: Form, name: str, most: float) -> float:
-    """Takes a number from a form. Raises InputError unless it is from 0 to `most`."""
+    """Take a number from a form. Raise InputError unless it is from 0 to `most`."""
     value = form.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
         raise InputError(f"{name}: expected a number from 0 to {most:g}, got {value!r:.60}")
@@ -43,7 +43,7 @@ def number_in(form: Form, name: str, most: float) -> float:
 
 
 def integer_in(form: Form, name: str, most: int) -> int:
-    """Takes an integer from a form. Raises InputError unless it is from 1 to `most`."""
+    """Take an integer from a form. Raise InputError unless it is from 1 to `most`."""
     value = values_of(form, name)[name]
     if type(value) is not int or not 1 <= value <= most:
         raise InputError(f"{name}: expected an integer from 1 to {most}, got {value!r:.60}")
@@ -51,7 +51,7 @@ def integer_in(form: Form, name: str, most: int) -> int:
 
 
 def layers_on(value: Any, num_layers: int) -> tuple[int, ...]:
-    """Takes layer numbers from a strip's value or a list. Raises InputError for layers that do not exist."""
+    """Take layer numbers from a strip's value or a list. Raise InputError for layers that do not exist."""
     layers = value.get("on") if isinstance(value, dict) else value
     if not isinstance(layers, list | tuple) or not all(
         type(layer) is int and 0 <= layer < num_layers for layer in layers
@@ -63,7 +63,7 @@ def layers_on(value: Any, num_layers: int) -> tuple[int, ...]:
 
 
 def factors_in(value: Any, num_layers: int) -> dict[int, float]:
-    """Takes the factors of a LoRA's strength from the value of sliders, for the layers where it is not 1.
+    """Take the factors of a LoRA's strength from the value of sliders, for the layers where it is not 1.
 
     Raises:
         InputError: Values that no sliders have.
@@ -86,7 +86,7 @@ def _is_factor(value: Any) -> bool:
 
 
 def parse_edits(text: str) -> list[str | dict]:
-    """Reads one edit per line. A line that begins with ">" is a further turn of the edit above it."""
+    """Read one edit per line. A line that begins with ">" is a further turn of the edit above it."""
     edits: list[str | dict] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         prompt = line.lstrip("> ").strip()
@@ -101,7 +101,7 @@ def parse_edits(text: str) -> list[str | dict]:
 
 
 def format_edits(edits: Sequence[str | Edit]) -> str:
-    """Writes edits as the text that `parse_edits` reads."""
+    """Write edits as the text that `parse_edits` reads."""
     lines = []
     for edit in edits:
         turns = () if isinstance(edit, str) else edit.then
@@ -111,6 +111,6 @@ def format_edits(edits: Sequence[str | Edit]) -> str:
 
 
 def dose_values(name: Any) -> dict[str, float | bool]:
-    """Looks up the numbers of a dose that the page shows. An unknown dose has none."""
+    """Look up the numbers of a dose that the page shows. An unknown dose has none."""
     dose = next((dose for known, dose in DOSES.items() if known == name), None)
     return {field: getattr(dose, field) for field in DOSE_FIELDS} if dose else {}

@@ -59,12 +59,12 @@ TRAINING = {
 
 
 def generate_settings(studio: Studio, form: Form) -> ResolvedGenerate:
-    """Makes the settings of the Generate tab. Raises InputError for values that cannot be used."""
+    """Make the settings of the Generate tab. Raise InputError for values that cannot be used."""
     return _drawn_settings(studio, form, conditions_in(form))
 
 
 def conditions_in(form: Form) -> dict[str, Any]:
-    """Names the images of a form that steer a run, as they are saved beside its run.json."""
+    """Name the images of a form that steer a run, as they are saved beside its run.json."""
     conditions: dict[str, Any] = {}
     if form.get("control"):
         conditions["control"] = "control.png"
@@ -77,7 +77,7 @@ def conditions_in(form: Form) -> dict[str, Any]:
 
 
 def _drawn_settings(studio: Studio, form: Form, conditions: Mapping[str, Any]) -> ResolvedGenerate:
-    """Makes the settings of images that are drawn.
+    """Make the settings of images that are drawn.
 
     Args:
         studio: The studio.
@@ -96,7 +96,7 @@ def _drawn_settings(studio: Studio, form: Form, conditions: Mapping[str, Any]) -
 
 
 def instruct_settings(studio: Studio, form: Form) -> ResolvedGenerate:
-    """Makes the settings of an edit by instruction. Raises InputError for values that cannot be used."""
+    """Make the settings of an edit by instruction. Raise InputError for values that cannot be used."""
     count, most = len(form["context"] or ()), studio.limits.contexts
     if not 1 <= count <= most:
         got = f"{count} context images" if count else "no context image"
@@ -108,7 +108,7 @@ def instruct_settings(studio: Studio, form: Form) -> ResolvedGenerate:
 
 
 def fill_settings(studio: Studio, form: Form, size: tuple[int, int]) -> ResolvedGenerate:
-    """Makes the settings of an image that is filled.
+    """Make the settings of an image that is filled.
 
     Args:
         studio: The studio.
@@ -132,7 +132,7 @@ def fill_settings(studio: Studio, form: Form, size: tuple[int, int]) -> Resolved
 
 
 def borders_in(form: Form) -> Borders | None:
-    """Takes what is painted around an image from a form, or returns None if a mask is filled.
+    """Take what is painted around an image from a form, or return None if a mask is filled.
 
     Raises:
         InputError: A border is no number from 0 to 1.
@@ -144,7 +144,7 @@ def borders_in(form: Form) -> Borders | None:
 
 
 def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
-    """Makes the settings of the LoRA tab. Raises InputError for values that cannot be used."""
+    """Make the settings of the LoRA tab. Raise InputError for values that cannot be used."""
     if not form["lora"]:
         raise InputError("Got no LoRA: drop its .safetensors file first")
     settings = generate_settings(studio, {**form, "count": 1})
@@ -155,7 +155,7 @@ def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
 
 
 def train_settings(studio: Studio, form: Form) -> TrainSettings:
-    """Makes the settings of a training. Raises InputError for values that cannot be used."""
+    """Make the settings of a training. Raise InputError for values that cannot be used."""
     if not form["images"]:
         raise InputError("Got no images to train on: drop a handful first")
     trigger = text_in(form, "trigger").strip()
@@ -171,7 +171,7 @@ def train_settings(studio: Studio, form: Form) -> TrainSettings:
 
 
 def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
-    """Makes the settings of the Edit tab. Raises InputError for values that cannot be used."""
+    """Make the settings of the Edit tab. Raise InputError for values that cannot be used."""
     limits, text, prompt = studio.limits, text_in(form, "edits"), text_in(form, "prompt")
     lines = [line for line in text.splitlines() if line.strip()]
     limits.check_texts(lines, limits.edits, "edits")
@@ -192,7 +192,7 @@ def edit_settings(studio: Studio, form: Form) -> ResolvedEdit:
 
 
 def scan_settings(studio: Studio, form: Form) -> ResolvedScan:
-    """Makes the settings of a scan. The same request gets the same folder, so that a scan resumes.
+    """Make the settings of a scan. The same request gets the same folder, so that a scan resumes.
 
     Raises:
         InputError: Values that cannot be used.
@@ -221,7 +221,7 @@ def scan_settings(studio: Studio, form: Form) -> ResolvedScan:
 
 
 def film_settings(studio: Studio, form: Form) -> ResolvedLayer:
-    """Makes the settings of a film. Raises InputError for values that cannot be used."""
+    """Make the settings of a film. Raise InputError for values that cannot be used."""
     prompt, text = text_in(form, "prompt"), text_in(form, "words")
     studio.limits.check_texts([prompt, text], 2, "texts")
     fields = values_of(form, *SAMPLING, "seed")
@@ -234,7 +234,7 @@ def film_settings(studio: Studio, form: Form) -> ResolvedLayer:
 
 
 def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[str]:
-    """Lists words that the model does not know or see, settings without effect, and rounded sizes."""
+    """List words that the model does not know or see, settings without effect, and rounded sizes."""
     vocabulary = studio.spec.vocabulary
     warnings = vocabulary_warnings(_texts_once(settings), vocabulary) if vocabulary else []
     warnings += unseen_words(studio, settings)
@@ -246,7 +246,7 @@ def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[
 
 
 def notes_about(studio: Studio, make: Callable[[Studio, Form], ModelSettings], form: Form) -> dict[str, str]:
-    """Lists what is wrong with single fields of a form, and which have no effect, by their names.
+    """List what is wrong with single fields of a form, and which have no effect, by their names.
 
     Args:
         studio: The studio.
@@ -264,7 +264,7 @@ def notes_about(studio: Studio, make: Callable[[Studio, Form], ModelSettings], f
 
 
 def unseen_words(studio: Studio, settings: ModelSettings) -> list[str]:
-    """Lists the words of these settings that are beyond the length of the model's text encoder."""
+    """List the words of these settings that are beyond the length of the model's text encoder."""
     return unseen_words_warnings(studio.engine.reader, _texts_once(settings))
 
 
@@ -273,13 +273,13 @@ def _texts_once(settings: ModelSettings) -> list[str]:
 
 
 def _with_uploads(settings: ModelSettings, form: Form) -> ModelSettings:
-    """Names the uploads of a form in its settings, which are made without them."""
+    """Name the uploads of a form in its settings, which are made without them."""
     uploads = {name: "upload" for name in ("image", "photo") if form.get(name)}
     return settings.model_copy(update=uploads)
 
 
 def texts_in(settings: ModelSettings) -> list[str]:
-    """Lists every text of the settings that the model reads."""
+    """List every text of the settings that the model reads."""
     texts: list[str] = []
     if isinstance(settings, EditSettings):
         texts = [settings.prompt or "", *(entry.prompt for entry in settings.entries)]

@@ -66,7 +66,7 @@ class Front:
     is_shared: bool = False
 
     def allows(self, host: str) -> bool:
-        """Tells whether a Host header names this studio."""
+        """Tell whether a Host header names this studio."""
         name = _hostname(f"//{host}").rstrip(".")
         try:
             ipaddress.ip_address(name)
@@ -77,7 +77,7 @@ class Front:
             )
 
     def policy(self) -> str:
-        """Returns the Content-Security-Policy of the page."""
+        """Return the Content-Security-Policy of the page."""
         more = GRADIO_CDN if self.is_shared else ""
         frames = "".join(f" {page}" for page in self.frames)
         return POLICY.format(scripts=SCRIPTS + more, more=more, frames=frames)
@@ -85,7 +85,7 @@ class Front:
 
 @cache
 def _own_names() -> frozenset[str]:
-    """Names of this machine. Asking for them may take a while."""
+    """Name of this machine. Asking for them may take a while."""
     return frozenset({"localhost", socket.gethostname().lower(), socket.getfqdn().lower()})
 
 
@@ -96,14 +96,14 @@ class Logins:
         self._wrong: dict[str, tuple[int, float]] = {}
 
     def wait(self, address: str) -> float:
-        """Returns the seconds until the address may try again."""
+        """Return the seconds until the address may try again."""
         wrong, last = self._wrong.get(address, (0, 0.0))
         if wrong < FREE_LOGINS:
             return 0.0
         return max(0.0, last + min(LONGEST_WAIT, 2.0 ** (wrong - FREE_LOGINS)) - time.monotonic())
 
     def note(self, address: str, was_right: bool) -> None:
-        """Notes the outcome of a login."""
+        """Note the outcome of a login."""
         wrong, _ = self._wrong.pop(address, (0, 0.0))
         if not was_right:
             self._wrong[address] = (wrong + 1, time.monotonic())
@@ -134,7 +134,7 @@ class Guard:
     uploading: Counter[str] = field(default_factory=Counter)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses a request, or passes it on."""
+        """Refuse a request, or pass it on."""
         if scope["type"] == "websocket":  # the page has none
             await send({"type": "websocket.close"})
             return
@@ -193,7 +193,7 @@ class Guard:
     # ---- the body, and who sends it
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> Refusal | None:
-        """Reads the whole body, then passes the request on. So gradio sees no upload that is broken off."""
+        """Read the whole body, then pass the request on. So gradio sees no upload that is broken off."""
         name, address = _listener(scope), _address(scope)
         with SpooledTemporaryFile(max_size=FORM_BYTES) as body:
             if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
@@ -216,7 +216,7 @@ class Guard:
     async def _take(
         self, receive: Receive, body: IO[bytes], uploads: AbstractContextManager[bool] | None
     ) -> Refusal | None:
-        """Reads a request's body into a file. `uploads` counts it among its address's, if it is an upload."""
+        """Read a request's body into a file. `uploads` counts it among its address's, if it is an upload."""
         most = self.upload_bytes + FORM_BYTES if uploads else FORM_BYTES
         try:
             with uploads or nullcontext(True) as is_admitted:
@@ -237,7 +237,7 @@ class Guard:
 
     @contextmanager
     def _uploads(self, address: str) -> Iterator[bool]:
-        """Counts an upload that is arriving. Gives False if its address has too many."""
+        """Count an upload that is arriving. Gives False if its address has too many."""
         self.uploading[address] += 1
         try:
             yield self.uploading[address] <= MOST_UPLOADS
@@ -252,7 +252,7 @@ class Guard:
 
 
 async def _read(receive: Receive, body: IO[bytes], most: int) -> int | None:
-    """Reads a request's body into a file, and returns its size, or None if it has more bytes than `most`.
+    """Read a request's body into a file, and return its size, or None if it has more bytes than `most`.
 
     Raises:
         ConnectionError: The client left before the end.
@@ -272,7 +272,7 @@ async def _read(receive: Receive, body: IO[bytes], most: int) -> int | None:
 
 
 def _replayed(body: IO[bytes], receive: Receive) -> Receive:
-    """Gives the app the body that was read; then what else the client says."""
+    """Give the app the body that was read; then what else the client says."""
     is_read = False
 
     async def replay() -> Message:
@@ -287,7 +287,7 @@ def _replayed(body: IO[bytes], receive: Receive) -> Receive:
 
 
 def _session_of(body: IO[bytes]) -> str | None:
-    """Finds the session hash in a JSON body."""
+    """Find the session hash in a JSON body."""
     try:
         data = json.load(body)
     except (ValueError, RecursionError):
@@ -298,7 +298,7 @@ def _session_of(body: IO[bytes]) -> str | None:
 
 
 def _listener(scope: Scope) -> str | None:
-    """Names the caller that a stream belongs to, or None if the request is no stream."""
+    """Name the caller that a stream belongs to, or None if the request is no stream."""
     path = scope["path"].rstrip("/").split("/")
     if path[-2:] == ["queue", "data"]:
         return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
@@ -307,12 +307,12 @@ def _listener(scope: Scope) -> str | None:
 
 
 def _is_event(scope: Scope) -> bool:
-    """Tells whether a request listens to one event, whose name no later one has."""
+    """Tell whether a request listens to one event, whose name no later one has."""
     return scope["method"] == "GET" and "/call/" in scope["path"]
 
 
 def _hostname(address: str) -> str:
-    """Returns the name or number of the host in an address, "" if there is none."""
+    """Return the name or number of the host in an address, "" if there is none."""
     try:
         return (urlsplit(address).hostname or "").lower()
     except ValueError:  # such as half an IPv6 address

@@ -65,7 +65,7 @@ class OwnFilesOnly:
         self._names = list(dict.fromkeys([text.encode(), json.dumps(text)[1:-1].encode()]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses a request, or passes it on."""
+        """Refuse a request, or pass it on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -95,7 +95,7 @@ class OwnFilesOnly:
         return sending
 
     def allowed(self, path: str) -> bool:
-        """Tells whether a request may be answered, by its decoded path."""
+        """Tell whether a request may be answered, by its decoded path."""
         if not (requested := FILE.search(path)):
             return not UNUSED.search(path)
         file = Path(requested[1])
@@ -106,12 +106,12 @@ class OwnFilesOnly:
 
 
 def real_path(path: str, folder: Path) -> str:
-    """Returns the path of a file that a visitor calls by ALIAS. Other paths stay."""
+    """Return the path of a file that a visitor calls by ALIAS. Other paths stay."""
     return f"{folder}{path[len(ALIAS) :]}" if path.startswith(f"{ALIAS}/") else path
 
 
 def with_real_paths(data: Any) -> Any:
-    """Returns what a page sent, with the real path of each of its files."""
+    """Return what a page sent, with the real path of each of its files."""
     folder = Path(get_upload_folder()).resolve().parent
 
     def find(file: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Page(gr.Blocks):
     """A page that shows every error as one readable line, and that fetches no file."""
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Processes a call as gradio does, with readable errors."""
+        """Process a call as gradio does, with readable errors."""
         if (event := kwargs.get("event_data")) is not None:
             event._data = with_real_paths(event._data)  # of the image that was clicked
         with readable_errors():
@@ -137,7 +137,7 @@ class Page(gr.Blocks):
         state: SessionState | None,
         explicit_call: bool = False,
     ) -> list[Any]:
-        """Checks the values of a call, then prepares them as gradio does.
+        """Check the values of a call, then prepares them as gradio does.
 
         Raises:
             InputError: A value that no field of the page sends.
@@ -157,7 +157,7 @@ class Page(gr.Blocks):
 
 
 def _check_values(fields: Sequence[Any], values: Sequence[Any]) -> None:
-    """Raises InputError for values that gradio mishandles.
+    """Raise InputError for values that gradio mishandles.
 
     These are an address instead of an upload, which gradio would fetch; more files than a field has, each of
     which it would hold in memory; text that it cannot send back; and a missing number, as of a slider that
@@ -187,18 +187,18 @@ def _check_values(fields: Sequence[Any], values: Sequence[Any]) -> None:
 
 
 def without_folders(message: str) -> str:
-    """Removes the folders of this machine from a message: its files keep their bare names."""
+    """Remove the folders of this machine from a message: its files keep their bare names."""
     return OWN_FILES.sub(lambda found: Path(found[0]).name, message)
 
 
 def toast(kind: Callable[[str], None], message: str) -> None:
-    """Shows a message, which may quote a file, with `gr.Info` or `gr.Warning`, which read it as HTML."""
+    """Show a message, which may quote a file, with `gr.Info` or `gr.Warning`, which read it as HTML."""
     kind(html.escape(without_folders(message), quote=False))
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turns every error into one line in the visitor's browser; also prints unexpected errors here."""
+    """Turn every error into one line in the visitor's browser; also prints unexpected errors here."""
     try:
         yield
     except gr.Error:

@@ -7,7 +7,7 @@ from flux.studio.state import Studio
 
 
 def header(studio: Studio) -> str:
-    """Renders the header. With several models, the model's name opens a list of them."""
+    """Render the header. With several models, the model's name opens a list of them."""
     name = html.escape(studio.defaults.model)
     model = f'<span class="model">{name}</span>'
     if len(studio.models) > 1:
@@ -23,7 +23,7 @@ def header(studio: Studio) -> str:
 
 
 def _entry(studio: Studio, is_current: bool) -> str:
-    """Renders one model of the list. `studio.js` completes the address."""
+    """Render one model of the list. `studio.js` completes the address."""
     current = ' aria-current="page"' if is_current else ""
     return (
         f'<li><a href="./{studio.page}" data-page="{studio.page}"{current}>'

@@ -63,7 +63,7 @@ class Limits:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Limits":
-        """Allows twice the model's own side, twice its own area, and a LoRA as large as such models have."""
+        """Allow twice the model's own side, twice its own area, and a LoRA as large as such models have."""
         lora_bytes = LORA_BYTES if spec.folder is None else cls.lora_bytes
         return cls(side=2 * spec.size, area=2 * spec.size**2, lora_bytes=lora_bytes)
 
@@ -73,7 +73,7 @@ class Limits:
         return max(self.upload_bytes, self.lora_bytes)
 
     def check_size(self, settings: ResolvedModel) -> None:
-        """Raises InputError for an image that is too large, takes too many steps or too much guidance."""
+        """Raise InputError for an image that is too large, take too many steps or too much guidance."""
         width, height = settings.width, settings.height
         if max(width, height) > self.side or width * height > self.area:
             raise InputError(
@@ -87,7 +87,7 @@ class Limits:
                 raise InputError(f"Got {name} {scale:g}, expected at most {self.scale:g}")
 
     def fill_size(self, image: tuple[int, int], borders: Borders = (0, 0, 0, 0)) -> tuple[int, int]:
-        """Chooses the size in which an image is filled. It is scaled down if it is too large, never up.
+        """Choose the size in which an image is filled. It is scaled down if it is too large, never up.
 
         Args:
             image: Width and height of the image.
@@ -108,7 +108,7 @@ class Limits:
         return wide, high
 
     def check_texts(self, texts: Sequence[str], most: int, kind: str) -> None:
-        """Raises InputError for too many texts, or a text that is too long.
+        """Raise InputError for too many texts, or a text that is too long.
 
         Args:
             texts: The texts to check.
@@ -123,7 +123,7 @@ class Limits:
     def read_upload(
         self, upload: Any, inside: Path, read: Callable[[Path], Image.Image] = read_image
     ) -> Image.Image:
-        """Reads an uploaded image as bare pixels.
+        """Read an uploaded image as bare pixels.
 
         Args:
             upload: What a browser or a program sent: `{"path": ...}` if it is valid.
@@ -157,7 +157,7 @@ class Limits:
 
 
 def uploaded_file(upload: Any, inside: Path) -> Path | None:
-    """Returns the path of an uploaded file, or None unless it is a file in the folder `inside`."""
+    """Return the path of an uploaded file, or None unless it is a file in the folder `inside`."""
     try:
         path = Path(upload["path"]).resolve()
         return path if path.is_relative_to(inside.resolve()) and path.is_file() else None

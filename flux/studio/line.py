@@ -52,7 +52,7 @@ class Line:
 
     @contextmanager
     def join(self, caller: str | None, tab: str, address: str = "") -> Iterator[Job]:
-        """Joins the line, and leaves it at the end of the block.
+        """Join the line, and leave it at the end of the block.
 
         Raises:
             InputError: The line is full, or too many of its runs belong to this caller or address.
@@ -80,7 +80,7 @@ class Line:
             raise InputError(f"The studio is busy, {len(self._jobs)} runs wait: try again in some minutes")
 
     def wait(self, job: Job) -> Iterator[Update]:
-        """Waits for the job's turn, and yields its place and the time left about once a second.
+        """Wait for the job's turn, and yield its place and the time left about once a second.
 
         It ends as soon as it is the job's turn, or the job is stopped.
         """
@@ -97,7 +97,7 @@ class Line:
             return True
 
     def _order(self) -> list[Job]:
-        """Lists the waiting jobs in the order of their turns."""
+        """List the waiting jobs in the order of their turns."""
         ranks, counts = {}, dict[str, int]()
         for job in self._jobs:
             ranks[job] = counts.get(job.caller, 0)
@@ -121,7 +121,7 @@ class Line:
         return Update(f"waiting, {before + (running is not None)} runs before yours", seconds_left=left)
 
     def stop(self, caller: str | None, tab: str) -> None:
-        """Cancels the runs of a caller's tab, whether they wait or not."""
+        """Cancel the runs of a caller's tab, whether they wait or not."""
         with self._changed:
             for job in self._jobs:
                 if job.caller == (caller or "") and job.tab == tab:
@@ -129,12 +129,12 @@ class Line:
             self._changed.notify_all()
 
     def has(self, caller: str | None, tab: str) -> bool:
-        """Tells whether a run of a caller's tab is in the line."""
+        """Tell whether a run of a caller's tab is in the line."""
         with self._changed:
             return any(job.caller == (caller or "") and job.tab == tab for job in self._jobs)
 
     def close(self, seconds: float = 10.0) -> bool:
-        """Cancels all runs and lets nobody join. Returns whether all have ended within that time."""
+        """Cancel all runs and let nobody join. Return whether all have ended within that time."""
         with self._changed:
             self._is_closed = True
             for job in self._jobs:

@@ -33,11 +33,11 @@ class Holder(Protocol):
         ...
 
     def load(self, opened: OpenModel) -> None:
-        """Loads the model from its opened files."""
+        """Load the model from its opened files."""
         ...
 
     def free(self) -> None:
-        """Removes the model from memory."""
+        """Remove the model from memory."""
         ...
 
 
@@ -53,11 +53,11 @@ class Memory:
         self._loaded: list[Holder] = []  # the last used one last
 
     def add(self, holder: Holder) -> None:
-        """Notes that this holder's model is loaded and used."""
+        """Note that this holder's model is loaded and used."""
         self._loaded = [*(other for other in self._loaded if other is not holder), holder]
 
     def use(self, holder: Holder) -> None:
-        """Loads the holder's model unless it is there. If it needs room, the least recently used are freed.
+        """Load the holder's model unless it is there. If it needs room, the least recently used are freed.
 
         A model that was freed comes back with its next run, also if this one then cannot be loaded.
 
@@ -81,7 +81,7 @@ class Memory:
 
 
 def fits_beside(opened: OpenModel, settings: ResolvedModel) -> bool:
-    """Tells whether a model fits into memory beside those that are loaded.
+    """Tell whether a model fits into memory beside those that are loaded.
 
     The models of this package are small, and always do. Any other does on a GPU whose free memory holds all
     of its parts. In main memory, and where parts of it wait there, it is taken not to fit.
@@ -100,7 +100,7 @@ def fits_beside(opened: OpenModel, settings: ResolvedModel) -> bool:
 
 
 def share_weights(pipe: LoadedModel, other: LoadedModel) -> None:
-    """Lets a model use another one's tensors where they are equal: those of the files that both are made of.
+    """Let a model use another one's tensors where they are equal: those of the files that both are made of.
 
     So they are in memory once, whichever model is freed first. Nothing writes into a loaded model's tensors.
     Models of which parts wait in main memory are left alone, as their tensors move.
@@ -117,18 +117,18 @@ def share_weights(pipe: LoadedModel, other: LoadedModel) -> None:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Lists a module's parameters and buffers, by their names."""
+    """List a module's parameters and buffers, by their names."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
 
 def is_equal(one: Tensor, other: Tensor) -> bool:
-    """Tells whether two tensors hold the same numbers, of the same dtype and on the same device."""
+    """Tell whether two tensors hold the same numbers, of the same dtype and on the same device."""
     return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def give_back() -> None:
-    """Gives the memory of models that were removed back to the device and the system."""
+    """Give the memory of models that were removed back to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -22,14 +22,14 @@ TITLES = {
 
 
 def about_model(spec: ModelSpec) -> str:
-    """Says in a few words what a model does for a visitor."""
+    """Say in a few words what a model does for a visitor."""
     if spec.condition is None:
         return f"draws prompts and edits them, in {spec.num_steps} steps"
     return TITLES[spec.control or spec.condition]
 
 
 def settings_beside(settings: ModelSettings, name: str) -> ModelSettings:
-    """Makes the settings of a further model: it runs as the first one, with the files that both share.
+    """Make the settings of a further model: it runs as the first one, with the files that both share.
 
     Raises:
         InputError: There is no such model.
@@ -42,7 +42,7 @@ def settings_beside(settings: ModelSettings, name: str) -> ModelSettings:
 def models_beside(
     settings: ModelSettings, names: Sequence[str] | None, is_public: bool
 ) -> list[ModelSettings]:
-    """Finds the models that a studio serves beside its first one.
+    """Find the models that a studio serves beside its first one.
 
     Args:
         settings: The first model.
@@ -67,7 +67,7 @@ def models_beside(
 
 
 def check_files(settings: ModelSettings) -> None:
-    """Checks that all files of a model are on this machine. Reads headers only.
+    """Check that all files of a model are on this machine. Reads headers only.
 
     Raises:
         InputError: One is not, or is wrong.

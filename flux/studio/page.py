@@ -45,7 +45,7 @@ SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"
 
 
 def theme() -> dict[str, Any]:
-    """Makes the arguments of gradio's `launch` for theme and style. No other host serves fonts or scripts."""
+    """Make the arguments of gradio's `launch` for theme and style. No other host serves fonts or scripts."""
     base = themes.Base(
         primary_hue=ACCENT,
         neutral_hue="stone",
@@ -70,7 +70,7 @@ def theme() -> dict[str, Any]:
 
 
 def build(studio: Studio) -> Page:
-    """Builds the page of each model, ready to be launched with `theme()`.
+    """Build the page of each model, ready to be launched with `theme()`.
 
     The first model's page is at the root of the server, each other one at the model's name.
     """
@@ -85,7 +85,7 @@ def build(studio: Studio) -> Page:
 
 
 def _add_model(page: gr.Blocks, studio: Studio) -> None:
-    """Adds the page of one model."""
+    """Add the page of one model."""
     with gr.Row(elem_id="top"):
         gr.HTML(header(studio))
         undo = gr.Button("Undo", size="sm", elem_id="undo", scale=0, min_width=80)
@@ -109,7 +109,7 @@ def _add_model(page: gr.Blocks, studio: Studio) -> None:
 
 
 def _add_tabs(studio: Studio, row: gr.Tabs) -> tuple[dict[str, Any], dict[str, HistoryPlace]]:
-    """Adds the tabs of what a model can do.
+    """Add the tabs of what a model can do.
 
     Returns:
         The tabs by name, and the places where the history brings settings back.
@@ -144,7 +144,7 @@ def _add_tabs(studio: Studio, row: gr.Tabs) -> tuple[dict[str, Any], dict[str, H
 
 
 def _example(studio: Studio) -> Run:
-    """Copies the example to where it is served from for good: gradio's own copies are deleted after a day."""
+    """Copy the example to where it is served from for good: gradio's own copies are deleted after a day."""
     folder = studio.folder / "example"
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
     gr.set_static_paths([folder])
@@ -152,7 +152,7 @@ def _example(studio: Studio) -> Run:
 
 
 def _connect_edit_this(tabs: Iterable[GenerateTab | LoraTab | FilmTab], row: gr.Tabs, edit: EditTab) -> None:
-    """Lets the button under an image of another tab make it the reference of edits."""
+    """Let the button under an image of another tab make it the reference of edits."""
 
     def take(file: str) -> Changes:
         return {row: gr.Tabs(selected="edit"), **edit.take(file)}
@@ -163,13 +163,13 @@ def _connect_edit_this(tabs: Iterable[GenerateTab | LoraTab | FilmTab], row: gr.
 
 
 def _connect_addresses(*places: gr.Tab) -> None:
-    """Writes the tab that is open into the page's address."""
+    """Write the tab that is open into the page's address."""
     for place in places:
         place.select(None, None, None, js=f"() => studio.opened({json.dumps(place.id)})")
 
 
 def _connect_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -> None:
-    """Lets the browser remember what the forms say, and undo the last change of them.
+    """Let the browser remember what the forms say, and undo the last change of them.
 
     It holds no images: uploads and masks are the server's, and come back with an item of the history.
     """
@@ -189,7 +189,7 @@ def _connect_memory(page: gr.Blocks, undo: gr.Button, tabs: Mapping[str, Any]) -
 
 
 def _connect_visit(page: gr.Blocks, studio: Studio, history: History) -> None:
-    """Lets a page that is opened again, by the same browser, go on with its visit."""
+    """Let a page that is opened again, by the same browser, go on with its visit."""
     visit = gr.Textbox(visible="hidden", label="Visit")
 
     def join(request: gr.Request, name: str) -> Changes:

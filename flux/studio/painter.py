@@ -22,7 +22,7 @@ MOST_PIXELS = 2**21  # of a board: images of 1024x1024 and less are painted on
 
 
 def painter(elem_id: str, value: dict[str, Any] | None, about: str, is_open: bool = False) -> gr.HTML:
-    """Makes a board in a fold. Its value comes from `board`; `painted_mask` reads what was painted.
+    """Make a board in a fold. Its value comes from `board`; `painted_mask` reads what was painted.
 
     Args:
         elem_id: The element's id.
@@ -36,7 +36,7 @@ def painter(elem_id: str, value: dict[str, Any] | None, about: str, is_open: boo
 
 
 def board(image: Image.Image | Path, mask: Image.Image | None = None) -> dict[str, Any]:
-    """Makes the value of a `painter`.
+    """Make the value of a `painter`.
 
     Args:
         image: The image to paint on, or its file.
@@ -51,7 +51,7 @@ def board(image: Image.Image | Path, mask: Image.Image | None = None) -> dict[st
 
 
 def painted_mask(value: Any) -> Image.Image | None:
-    """Returns what was painted on a `painter`, white on black, or None if nothing was.
+    """Return what was painted on a `painter`, white on black, or None if nothing was.
 
     Raises:
         InputError: The value is none that a page sends.
@@ -71,7 +71,7 @@ def painted_mask(value: Any) -> Image.Image | None:
 
 
 def _saved(image: Image.Image) -> Path:
-    """Writes an image where the page can read it, under a name that its pixels give it."""
+    """Write an image where the page can read it, under a name that its pixels give it."""
     name = sha256(image.tobytes() + repr(image.size).encode()).hexdigest()
     file = Path(get_upload_folder()) / name / "board.png"
     if not file.is_file():
@@ -80,7 +80,7 @@ def _saved(image: Image.Image) -> Path:
 
 
 def _as_address(mask: Image.Image, size: tuple[int, int]) -> str:
-    """Writes a mask as a page paints it: opaque paint on a transparent PNG, in an address."""
+    """Write a mask as a page paints it: opaque paint on a transparent PNG, in an address."""
     layer, file = Image.new("RGBA", size, PAINT), BytesIO()
     alpha = mask.convert("L").resize(size, Image.Resampling.NEAREST)
     layer.putalpha(alpha.point([0] * 128 + [255] * 128))

@@ -64,7 +64,7 @@ class Progress(Generic[R]):
         self._begin = self._next_preview = time.perf_counter()
 
     def begin(self, text: str, total: int, width: int = 0, height: int = 0) -> None:
-        """Starts counting a number of steps.
+        """Start counting a number of steps.
 
         Args:
             text: What the steps do.
@@ -77,27 +77,27 @@ class Progress(Generic[R]):
         self._update()
 
     def step(self, step: Step) -> None:
-        """Counts a sampling step, and shows its preview if time allows."""
+        """Count a sampling step, and show its preview if time allows."""
         self._done += 1
         self.check()
         self._update(preview=self._make_preview(step))
 
     def step_at(self, step: Step, index: int, total: int) -> None:
-        """Counts a sampling step whose number and total the caller knows."""
+        """Count a sampling step whose number and total the caller knows."""
         self._done, self._total = index, total
         self.step(step)
 
     def advance(self, count: int = 1) -> None:
-        """Counts steps that have no preview."""
+        """Count steps that have no preview."""
         self._done += count
         self._update()
 
     def emit(self, result: R) -> None:
-        """Reports a result, even if the run is cancelled: the result is there."""
+        """Report a result, even if the run is cancelled: the result is there."""
         self._put(self._state(result=result))
 
     def check(self) -> None:
-        """Raises Stopped if the run is cancelled."""
+        """Raise Stopped if the run is cancelled."""
         if self._stop.is_set():
             raise Stopped
 

@@ -29,7 +29,7 @@ LOADED = (
 
 
 def as_command(settings: ModelSettings) -> str:
-    """Writes the command line that repeats a run, from the folder that its input files are in."""
+    """Write the command line that repeats a run, from the folder that its input files are in."""
     file, fields = FILES[type(settings)], settings.to_json()
     given = {"model": settings.model, **_conditions(settings)}
     usual = resolve(read_settings(type(settings), file, given, prints=False)).to_json()
@@ -44,7 +44,7 @@ def as_command(settings: ModelSettings) -> str:
 
 
 def as_python(settings: ModelSettings) -> str:
-    """Writes the program that repeats a run, from the folder that its input files are in."""
+    """Write the program that repeats a run, from the folder that its input files are in."""
     cls, fields = type(settings), settings.to_json()
     method, unnamed = CALLS[cls]
     needed = {name: fields[name] for name in unnamed}
@@ -65,7 +65,7 @@ def as_python(settings: ModelSettings) -> str:
 
 
 def _named(settings: ModelSettings, fields: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Selects the fields that must be given because they differ from the usual ones."""
+    """Select the fields that must be given because they differ from the usual ones."""
     # The prompts of these kinds carry their own seeds, which a seed of the run would replace.
     own = {"output_dir", "seed"} if isinstance(settings, PromptSettings) else {"output_dir"}
     given = _conditions(settings)
@@ -77,7 +77,7 @@ def _named(settings: ModelSettings, fields: Mapping[str, Any], usual: Mapping[st
 
 
 def _conditions(settings: ModelSettings) -> dict[str, Any]:
-    """Lists the images that steer a run, without which some models run not at all."""
+    """List the images that steer a run, without which some models run not at all."""
     return settings.named_conditions() if isinstance(settings, ConditionSettings) else {}
 
 

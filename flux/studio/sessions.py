@@ -53,7 +53,7 @@ class Run:
         return self.folder / "run.json"
 
     def save(self, name: str, image: Image.Image, prompt: str, seed: int, **more: Any) -> Path:
-        """Writes an image that carries the run's settings, and returns its path."""
+        """Write an image that carries the run's settings, and return its path."""
         path = self.folder / f"{name}.png"
         save_image(image, path, image_metadata(self.settings, prompt, seed, **more))
         # New dictionaries: other threads may be reading these, and need a caption for each image.
@@ -79,7 +79,7 @@ class Session:
     reference_id: str | None = None
 
     def begin_run(self, settings: ModelSettings, inputs: Mapping[str, Images] | None = None) -> Run:
-        """Starts a run and writes its run.json.
+        """Start a run and write its run.json.
 
         Args:
             settings: The run's settings.
@@ -105,13 +105,13 @@ class Session:
         return self.folder / f"vital_layers_{model}.json"
 
     def remove(self, run: Run) -> None:
-        """Deletes a run."""
+        """Delete a run."""
         shutil.rmtree(run.folder, ignore_errors=True)
         if run in self.runs:
             self.runs.remove(run)
 
     def make_room(self, most: int) -> None:
-        """Deletes the oldest runs until those of this visit take at most so many bytes."""
+        """Delete the oldest runs until those of this visit take at most so many bytes."""
         sizes = [folder_bytes(run.folder) for run in self.runs]
         for run, size in zip(list(self.runs), sizes):
             if sum(sizes) <= most:
@@ -120,17 +120,17 @@ class Session:
             sizes.remove(size)
 
     def keep_upload(self, image: Image.Image) -> Path:
-        """Saves an uploaded image as bare pixels, and returns its path."""
+        """Save an uploaded image as bare pixels, and return its path."""
         path = self.folder / "uploads" / f"{uuid4().hex}.png"
         save_image(image, path)
         return path
 
     def images(self) -> list[tuple[Run, str, Path]]:
-        """Lists the run, name and file of every image, the newest run first."""
+        """List the run, name and file of every image, the newest run first."""
         return [(run, name, path) for run in reversed(self.runs) for name, path in run.images.items()]
 
     def zip(self) -> Path:
-        """Writes all files of all runs to one archive, and returns its path.
+        """Write all files of all runs to one archive, and return its path.
 
         Raises:
             InputError: The session has no run yet.
@@ -159,7 +159,7 @@ class Sessions:
         delete_unused(folder)
 
     def of(self, name: str | None) -> Session:
-        """Returns the session of that name, or starts it. Its folder's name cannot be guessed."""
+        """Return the session of that name, or start it. Its folder's name cannot be guessed."""
         with self._lock:
             session = self._sessions.pop(name or "", None)
             if session is None:
@@ -172,20 +172,20 @@ class Sessions:
             return session
 
     def _forget_empty(self) -> None:
-        """Forgets the oldest sessions that have made nothing: names are free to make up."""
+        """Forget the oldest sessions that have made nothing: names are free to make up."""
         empty = [name for name, session in self._sessions.items() if not session.folder.is_dir()]
         for name in empty[: len(self._sessions) - MAX_SESSIONS]:
             del self._sessions[name]
 
     def tidy(self) -> None:
-        """Deletes the folders that were not used for KEEP_SECONDS, and forgets their sessions."""
+        """Delete the folders that were not used for KEEP_SECONDS, and forget their sessions."""
         with self._lock:
             deleted = delete_unused(self.folder)
             for name in [name for name, session in self._sessions.items() if session.folder in deleted]:
                 del self._sessions[name]
 
     def with_folder(self, folder: Path) -> Session | None:
-        """Returns a session that writes to this folder, or None if there is none."""
+        """Return a session that writes to this folder, or None if there is none."""
         with self._lock:
             return next((known for known in self._sessions.values() if known.folder == folder), None)
 
@@ -203,12 +203,12 @@ class Disk:
     used: int = 0
 
     def has_room(self, size: int = 0) -> bool:
-        """Tells whether so many bytes more may be written."""
+        """Tell whether so many bytes more may be written."""
         return self.used + size < self.most
 
 
 def delete_unused(folder: Path, seconds: float = KEEP_SECONDS) -> set[Path]:
-    """Deletes the folders in `folder` that have not changed for so long, and returns them."""
+    """Delete the folders in `folder` that have not changed for so long, and return them."""
     oldest = time.time() - seconds
     unused = {path for path in folder.glob("*/") if path.stat().st_mtime < oldest}
     for path in unused:
@@ -217,7 +217,7 @@ def delete_unused(folder: Path, seconds: float = KEEP_SECONDS) -> set[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Sums up the sizes of all files in a folder, in bytes."""
+    """Sum up the sizes of all files in a folder, in bytes."""
 
     def size(path: Path) -> int:
         try:
@@ -229,7 +229,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes this machine's folders from settings in JSON's types.
+    """Remove this machine's folders from settings in JSON's types.
 
     A file or folder of this machine is given by its bare name. `read_settings` then finds it beside the
     run.json, or where the demo runs.
@@ -247,7 +247,7 @@ def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_back(path: Path) -> tuple[ModelSettings, dict[str, Any]]:
-    """Reads the settings in an image or a run.json of the studio or a demo.
+    """Read the settings in an image or a run.json of the studio or a demo.
 
     Returns:
         The settings, and what an image says of itself: "prompt", "seed", "layers" and "mask" (see

@@ -58,14 +58,14 @@ PRESETS = {
 
 
 def layer_sliders(elem_id: str) -> gr.HTML:
-    """Makes the sliders. Their value is that of `sliders_value`, or None as long as there is no LoRA."""
+    """Make the sliders. Their value is that of `sliders_value`, or None as long as there is no LoRA."""
     return gr.HTML(
         None, label="Layers", html_template=SLIDERS_HTML, js_on_load=SLIDERS_JS, elem_id=elem_id, visible=True
     )
 
 
 def add_slider_presets(sliders: gr.HTML, **options: Any) -> None:
-    """Adds buttons that switch groups of layers on, and all others off, without asking the server.
+    """Add buttons that switch groups of layers on, and all others off, without asking the server.
 
     Args:
         sliders: The sliders.
@@ -81,7 +81,7 @@ def add_slider_presets(sliders: gr.HTML, **options: Any) -> None:
 def sliders_value(
     report: LoraReport, vital: Iterable[int], vitality: Mapping[int, float] | None, most: float
 ) -> dict[str, Any]:
-    """Makes the value of `layer_sliders`: all layers that a LoRA changes, on and at factor 1.
+    """Make the value of `layer_sliders`: all layers that a LoRA changes, on and at factor 1.
 
     Args:
         report: What the LoRA changes.
@@ -123,7 +123,7 @@ def sliders_value(
 
 
 def facts_html(report: LoraReport) -> str:
-    """Renders what a LoRA is: its form, trainer, rank, and what its metadata say."""
+    """Render what a LoRA is: its form, trainer, rank, and what its metadata say."""
     facts = {"file": report.lora.path.name, **report.facts()}
     entries = [f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items()]
     return f'<dl class="facts">{"".join(entries)}</dl>'

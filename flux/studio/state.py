@@ -60,7 +60,7 @@ class Studio:
         self.models[self.defaults.model] = self
 
     def add(self, engine: Engine) -> "Studio":
-        """Serves a further model, in the same line and to the same visitors."""
+        """Serve a further model, in the same line and to the same visitors."""
         return replace(self, engine=engine, limits=Limits.of(get_spec(engine.settings.model)))
 
     @property
@@ -79,7 +79,7 @@ class Studio:
         return "" if self is next(iter(self.models.values())) else self.defaults.model
 
     def settings(self, cls: type[S], fields: Mapping[str, Any]) -> S:
-        """Makes settings from the studio's defaults and the given fields.
+        """Make settings from the studio's defaults and the given fields.
 
         Args:
             cls: The kind of settings.
@@ -91,14 +91,14 @@ class Studio:
         return with_fields(cls, self.defaults, fields)
 
     def has_own_lora(self, settings: ModelSettings) -> bool:
-        """Tells whether a run had a visitor's LoRA, beside those that the studio was started with."""
+        """Tell whether a run had a visitor's LoRA, beside those that the studio was started with."""
         return len(settings.lora) > len(self.defaults.lora)
 
     @contextmanager
     def turn(
         self, caller: str | None, tab: str, address: str | None = None
     ) -> Iterator[tuple[Job, Session, Iterator[Update]]]:
-        """Joins the line of runs for a caller's tab. If `address` is None, it is the caller's last one.
+        """Join the line of runs for a caller's tab. If `address` is None, it is the caller's last one.
 
         Within the block, the session's `stop` is this run's, once its turn has come.
 
@@ -128,7 +128,7 @@ class Studio:
         inputs: Mapping[str, Images] | None = None,
         **about: Any,
     ) -> Iterator[tuple[Update[R], Run]]:
-        """Runs the work, and saves each image that it emits.
+        """Run the work, and save each image that it emits.
 
         Args:
             session: The session that the run belongs to.

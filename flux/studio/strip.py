@@ -50,14 +50,14 @@ element.addEventListener("keydown", event => {
 
 
 def layer_strip(value: dict[str, Any], elem_id: str) -> gr.HTML:
-    """Makes one button per layer, switched by clicks; the arrow keys move along."""
+    """Make one button per layer, switched by clicks; the arrow keys move along."""
     return gr.HTML(value, label="Layers", html_template=STRIP_HTML, js_on_load=STRIP_JS, elem_id=elem_id)
 
 
 def strip_value(
     studio: Studio, on: Iterable[int], vitality: dict[int, float] | None = None
 ) -> dict[str, Any]:
-    """Makes the value of a `layer_strip`: the layers that are on, and known vitalities."""
+    """Make the value of a `layer_strip`: the layers that are on, and known vitalities."""
     known = vitality or {}
     return {
         "num": studio.spec.num_layers,

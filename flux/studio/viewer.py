@@ -42,7 +42,7 @@ element.addEventListener("click", ({target}) => {
 
 
 def viewer(elem_id: str, value: dict[str, Any] | None, placeholder: str = "") -> gr.HTML:
-    """Makes a viewer. It shows an `image_alone` or a `pair`; while its value is None, the placeholder."""
+    """Make a viewer. It shows an `image_alone` or a `pair`; while its value is None, the placeholder."""
     return gr.HTML(
         value,
         label="Viewer",
@@ -55,7 +55,7 @@ def viewer(elem_id: str, value: dict[str, Any] | None, placeholder: str = "") ->
 
 
 def image_alone(path: Path, shows: str) -> dict[str, Any]:
-    """Makes the value of a `viewer` that shows one image, and says what the image shows."""
+    """Make the value of a `viewer` that shows one image, and say what the image shows."""
     with Image.open(path) as image:
         ratio = image.width / image.height
     # The template puts texts into attributes as they are.
@@ -71,7 +71,7 @@ def pair(
     mask: Path | None = None,
     tags: tuple[str, str] = ("Before", "After"),
 ) -> dict[str, Any]:
-    """Makes the value of a `viewer` that shows an edit over its reference.
+    """Make the value of a `viewer` that shows an edit over its reference.
 
     Args:
         before: The reference.
@@ -92,7 +92,7 @@ def pair(
 
 
 def divider(before: Image.Image, after: Image.Image) -> int:
-    """Finds where a divider shows the change best: it has half of all differences on either side.
+    """Find where a divider shows the change best: it has half of all differences on either side.
 
     Returns:
         The place from the left edge, in percent of the width, from 5 to 95.
@@ -105,5 +105,5 @@ def divider(before: Image.Image, after: Image.Image) -> int:
 
 
 def _served(path: Path) -> dict[str, Any]:
-    """Describes a file as gradio does, so that the page gets its address."""
+    """Describe a file as gradio does, so that the page gets its address."""
     return FileData(path=str(path), orig_name=path.name).model_dump()

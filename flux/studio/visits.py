@@ -24,7 +24,7 @@ IMAGES = re.compile(r"(\d{3}|reference|edit_\d+|picture)\.(png|jpg)")
 
 
 def read_run(folder: Path) -> Run | None:
-    """Reads a run back from its folder, or returns None if there is none."""
+    """Read a run back from its folder, or return None if there is none."""
     try:
         settings, _ = read_back(folder / "run.json")
     except InputError:
@@ -38,7 +38,7 @@ def read_run(folder: Path) -> Run | None:
 
 
 def shown_run(folder: str | Path) -> Run:
-    """Reads the run in a folder. Raises InputError if it has been deleted."""
+    """Read the run in a folder. Raise InputError if it has been deleted."""
     run = read_run(Path(folder))
     if run is None:
         raise InputError(GONE)
@@ -46,13 +46,13 @@ def shown_run(folder: str | Path) -> Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Reads all runs of a visit's folder, oldest first."""
+    """Read all runs of a visit's folder, oldest first."""
     runs = (read_run(path) for path in sorted(folder.glob("*_*/")))
     return [run for run in runs if run is not None]
 
 
 def continue_visit(sessions: Sessions, name: str | None, visit: str) -> Session:
-    """Lets a session go on with a browser's visit: with its folder, and the runs that are still there.
+    """Let a session go on with a browser's visit: with its folder, and the runs that are still there.
 
     Args:
         sessions: All sessions.
@@ -69,7 +69,7 @@ def continue_visit(sessions: Sessions, name: str | None, visit: str) -> Session:
 
 
 def existing_file(path: str | None) -> Path:
-    """Returns the path of an image that is shown. Raises InputError if it has been deleted."""
+    """Return the path of an image that is shown. Raise InputError if it has been deleted."""
     if path is None or not Path(path).is_file():
         raise InputError(GONE)
     return Path(path)
@@ -79,14 +79,14 @@ def existing_file(path: str | None) -> Path:
 
 
 def pack_mask(mask: Image.Image) -> str:
-    """Writes a mask as a text: a PNG of one bit a pixel, in base64."""
+    """Write a mask as a text: a PNG of one bit a pixel, in base64."""
     file = BytesIO()
     mask.convert("L").point([0] * 128 + [255] * 128).convert("1").save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode()
 
 
 def unpack_mask(text: str) -> Image.Image:
-    """Reads a mask that `pack_mask` wrote: white where an edit may change, mode "L".
+    """Read a mask that `pack_mask` wrote: white where an edit may change, mode "L".
 
     Raises:
         InputError: The text is no such mask. It may come from anybody's file.

@@ -51,7 +51,7 @@ CONCURRENT: Concurrent = {"concurrency_limit": None, **UNLISTED}
 def image_input(
     studio: Studio, first: Path | None = None, **options: Any
 ) -> tuple[gr.Image, gr.State, Dependency]:
-    """Makes an image upload.
+    """Make an image upload.
 
     Args:
         studio: The studio.
@@ -78,7 +78,7 @@ def image_input(
 
 
 def held_image(path: str) -> Image.Image:
-    """Reads the image that an `image_input` holds. Raises InputError if it has been deleted since."""
+    """Read the image that an `image_input` holds. Raise InputError if it has been deleted since."""
     if not Path(path).is_file():
         raise InputError("Your image is gone, a day after the session's last use: upload it again")
     return read_image(path)
@@ -88,7 +88,7 @@ def held_image(path: str) -> Image.Image:
 
 
 def preview(elem_id: str) -> gr.Image:
-    """Makes the image that shows the steps of a run, in the place of a `flux.studio.viewer.viewer`."""
+    """Make the image that shows the steps of a run, in the place of a `flux.studio.viewer.viewer`."""
     return gr.Image(
         label="Preview",
         show_label=False,
@@ -111,7 +111,7 @@ def results(
     visible: bool = False,
     **more: Any,
 ) -> gr.Gallery:
-    """Makes a gallery of results.
+    """Make a gallery of results.
 
     Args:
         label: What the images are, for screen readers.
@@ -140,17 +140,17 @@ def results(
 
 
 def download_button(label: str, path: Path | None = None) -> gr.DownloadButton:
-    """Makes a button that downloads a file, disabled until it has one."""
+    """Make a button that downloads a file, disabled until it has one."""
     return gr.DownloadButton(label, value=path, size="sm", interactive=path is not None)
 
 
 def downloadable(path: Path | str) -> dict[str, Any]:
-    """Gives a `download_button` its file."""
+    """Give a `download_button` its file."""
     return gr.update(value=str(path), interactive=True)
 
 
 def status_html(status: Update | str) -> str:
-    """Renders a run's update with a bar and the time left, or a plain text."""
+    """Render a run's update with a bar and the time left, or a plain text."""
     if isinstance(status, str):
         return f'<div class="run-status" role="status"><span>{html.escape(status)}</span></div>'
     share = status.done / status.total if status.total else 0
@@ -166,7 +166,7 @@ def status_html(status: Update | str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats a time: "40 s", "3 min" or "1.5 h"."""
+    """Format a time: "40 s", "3 min" or "1.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -81,12 +81,12 @@ WORDS = {
 
 
 def about(line: str, word: str) -> str:
-    """Adds to a field's line, in Markdown, the link to what explains an idea."""
+    """Add to a field's line, in Markdown, the link to what explains an idea."""
     return f"{line} [{WORDS[word][0]}?](#word-{word})"
 
 
 def list_of_words() -> str:
-    """Renders all ideas, each where the links of `about` lead."""
+    """Render all ideas, each where the links of `about` lead."""
     entries = "".join(
         f'<dt id="word-{name}" tabindex="-1">{html.escape(title)}</dt>'
         f"<dd>{html.escape(text)} <code>{PAGES[page]}</code> says more.</dd>"

@@ -25,7 +25,7 @@ class Cluster:
 
     @classmethod
     def join(cls) -> "Cluster":
-        """Joins the processes of torchrun, through NCCL on GPUs and gloo on CPUs."""
+        """Join the processes of torchrun, through NCCL on GPUs and gloo on CPUs."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -36,7 +36,7 @@ class Cluster:
         return cls(rank, world, device)
 
     def leave(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -46,12 +46,12 @@ class Cluster:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits until every process has come here."""
+        """Wait until every process has come here."""
         if self.world > 1:
             dist.barrier()
 
     def broadcast_number(self, number: float) -> float:
-        """Returns the first process's number, in every process."""
+        """Return the first process's number, in every process."""
         if self.world == 1:
             return number
         shared = torch.tensor([number], dtype=torch.float64, device=self.device)
@@ -66,7 +66,7 @@ class Cluster:
         return shared.item() / self.world
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrites the tensors with the first process's values, in every process."""
+        """Overwrite the tensors with the first process's values, in every process."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)

@@ -42,7 +42,7 @@ class CaptionEncoder:
         self._known: dict[str, tuple[list[int], list[int]]] = {}
 
     def __call__(self, caption: str) -> tuple[list[int], list[int]]:
-        """Encodes a caption to the ids of T5 and of CLIP."""
+        """Encode a caption to the ids of T5 and of CLIP."""
         t5: list[int] = []
         clip = [self.clip.bos_token_id]
         for part in caption.split():
@@ -58,7 +58,7 @@ class CaptionEncoder:
         return t5, clip
 
     def batch(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Encodes captions to token ids `B T`, for T5 and for CLIP."""
+        """Encode captions to token ids `B T`, for T5 and for CLIP."""
         t5, clip = zip(*(self(caption) for caption in captions))
         return torch.tensor(t5, device=device), torch.tensor(clip, device=device)
 
@@ -76,7 +76,7 @@ class Pool:
 
 
 def draw_pool(count: int, tokenizers: Path, seed: int, shape: Shape = SQUARE, processes: int = 1) -> Pool:
-    """Draws `count` scenes. The same seed and number of processes draw the same scenes."""
+    """Draw `count` scenes. The same seed and number of processes draw the same scenes."""
     share = -(-count // processes)
     jobs = [(share, tokenizers, seed * 1009 + number, shape) for number in range(processes)]
     if processes == 1:
@@ -103,7 +103,7 @@ def _draw_part(count: int, tokenizers: Path, seed: int, shape: Shape) -> tuple[n
 
 
 def _with_noise(rng: random.Random, caption: str) -> str:
-    """Inserts a made-up word into some of the captions."""
+    """Insert a made-up word into some of the captions."""
     if rng.random() >= NOISE_WORDS:
         return caption
     made_up = "".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
@@ -131,7 +131,7 @@ class Latents:
         self.encoder = channels_last(ae.encoder)
 
     def refresh(self, count: int) -> None:
-        """Adds `count` scenes an iteration. They are rendered `CHUNK` at a time, to keep a GPU busy."""
+        """Add `count` scenes an iteration. They are rendered `CHUNK` at a time, to keep a GPU busy."""
         self._owed += count
         chunk = min(CHUNK, len(self.latents))
         if self._owed >= chunk:
@@ -140,7 +140,7 @@ class Latents:
 
     @torch.no_grad()
     def add(self, count: int) -> None:
-        """Renders and encodes `count` scenes over the oldest ones. `count` must divide the capacity."""
+        """Render and encode `count` scenes over the oldest ones. `count` must divide the capacity."""
         places = [(self._drawn + number) % len(self.pool) for number in range(count)]
         chosen = self._order[places]
         self._drawn += count
@@ -155,7 +155,7 @@ class Latents:
         self.filled, self._next = max(self.filled, stop), stop % len(self.latents)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws latents `B I 64`, T5 ids and CLIP ids `B T` from the filled part of the buffer."""
+        """Draw latents `B I 64`, T5 ids and CLIP ids `B T` from the filled part of the buffer."""
         picks = torch.randint(self.filled, (size,), device=self.latents.device)
         scenes = self.scene[picks]
         return self.latents[picks].float(), self.t5[scenes].long(), self.clip[scenes].long()

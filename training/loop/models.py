@@ -57,7 +57,7 @@ TOY = Sizes(
 
 
 def build_flux(params: FluxParams) -> Flux:
-    """Builds a transformer that starts as the zero function.
+    """Build a transformer that starts as the zero function.
 
     Its gates and its last layer are zero, as in DiT (arXiv 2212.09748).
     """
@@ -78,7 +78,7 @@ def build_flux(params: FluxParams) -> Flux:
 
 
 def build_autoencoder(params: AutoEncoderParams) -> AutoEncoder:
-    """Builds an autoencoder with random weights."""
+    """Build an autoencoder with random weights."""
     return AutoEncoder(params)
 
 
@@ -92,7 +92,7 @@ class Generator(nn.Module):
         self.clip = build_clip(sizes, tokenizers / "tokenizer")
 
     def text(self, t5_tokens: Tensor, clip_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes token ids `B T` to T5's features `B T C` and CLIP's pooled ones `B C`.
+        """Encode token ids `B T` to T5's features `B T C` and CLIP's pooled ones `B C`.
 
         Padding is not masked, as in FLUX.1.
         """
@@ -101,7 +101,7 @@ class Generator(nn.Module):
 
 
 def build_t5(sizes: Sizes, tokenizer: Path) -> "T5EncoderModel":
-    """Builds a T5 encoder for the tokenizer's words."""
+    """Build a T5 encoder for the tokenizer's words."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     width = sizes.flux.context_in_dim
@@ -116,7 +116,7 @@ def build_t5(sizes: Sizes, tokenizer: Path) -> "T5EncoderModel":
 
 
 def build_clip(sizes: Sizes, tokenizer: Path) -> "CLIPTextModel":
-    """Builds a CLIP text encoder for the tokenizer's words."""
+    """Build a CLIP text encoder for the tokenizer's words."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     tokens = AutoTokenizer.from_pretrained(tokenizer)
@@ -132,7 +132,7 @@ def build_clip(sizes: Sizes, tokenizer: Path) -> "CLIPTextModel":
 
 
 def load_text_encoders(generator: Generator, folder: Path) -> None:
-    """Loads the text encoders that were exported to `folder`."""
+    """Load the text encoders that were exported to `folder`."""
     from transformers import CLIPTextModel, T5EncoderModel
 
     for encoder, kind, name in (
@@ -147,7 +147,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_dinov2(sizes: Sizes) -> "Dinov2Model":
-    """Builds the perceptual encoder."""
+    """Build the perceptual encoder."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -159,12 +159,12 @@ def build_dinov2(sizes: Sizes) -> "Dinov2Model":
 
 
 def channels_last(model: M) -> M:
-    """Lays out a convolutional model's weights, in place, as GPUs compute fastest with them."""
+    """Lay out a convolutional model's weights, in place, as GPUs compute fastest with them."""
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # missing in torch's hints
 
 
 def compile_blocks(flux: Flux) -> None:
-    """Compiles each block. A stage has one batch size, since another one would compile all again."""
+    """Compile each block. A stage has one batch size, since another one would compile all again."""
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     flux.compile_blocks()

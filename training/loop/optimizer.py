@@ -13,7 +13,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Brings all singular values of matrices `K M N` near one, by Newton-Schulz steps in bfloat16."""
+    """Bring all singular values of matrices `K M N` near one, by Newton-Schulz steps in bfloat16."""
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -94,7 +94,7 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Loads the momenta. The learning rates stay those of this stage."""
+        """Load the momenta. The learning rates stay those of this stage."""
         for optimizer, state in zip(self.optimizers, states):
             rates = [group["full_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
@@ -103,7 +103,7 @@ class Optimizers:
 
 
 def flow_optimizers(named: Iterable[tuple[str, nn.Parameter]], lr: float, fused: bool) -> Optimizers:
-    """Makes the optimizers of a flow model with its text encoders.
+    """Make the optimizers of a flow model with its text encoders.
 
     Muon trains the matrices of the blocks, except modulations. AdamW trains everything else.
     """
@@ -121,7 +121,7 @@ def flow_optimizers(named: Iterable[tuple[str, nn.Parameter]], lr: float, fused:
 
 
 def low_rank_optimizers(model: nn.Module, lr: float, fused: bool) -> Optimizers:
-    """Makes the optimizer of low-rank changes, and of the biases beside them, which learn more slowly."""
+    """Make the optimizer of low-rank changes, and of the biases beside them, which learn more slowly."""
     low_rank = [p for name, p in model.named_parameters() if ".lora_" in name]
     biases = [p for name, p in model.named_parameters() if name.endswith(".bias") and p.requires_grad]
     groups = [{"params": low_rank, "lr": lr}, {"params": biases, "lr": 0.3 * lr}]
@@ -129,7 +129,7 @@ def low_rank_optimizers(model: nn.Module, lr: float, fused: bool) -> Optimizers:
 
 
 def convolution_optimizers(model: nn.Module, lr: float, fused: bool) -> Optimizers:
-    """Makes the optimizers of a convolutional model.
+    """Make the optimizers of a convolutional model.
 
     Muon trains the inner kernels. AdamW trains the first one, the last one and all vectors.
     """

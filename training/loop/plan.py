@@ -96,15 +96,15 @@ class Work:
 
     @classmethod
     def toy(cls, cluster: Cluster, folder: Path, budget: Budget) -> "Work":
-        """Makes a run that takes seconds a stage, to see whether everything runs."""
+        """Make a run that takes seconds a stage, to see whether everything runs."""
         return cls(cluster, folder, budget, TOY, TOY_PLAN, side=64)
 
     def plan_for(self, stage: str) -> StagePlan:
-        """Returns the numbers of a stage."""
+        """Return the numbers of a stage."""
         return (self.plan or PLAN)[stage]
 
     def stretched(self, factor: float) -> "Work":
-        """Multiplies the training time of every stage."""
+        """Multiply the training time of every stage."""
         plan = {
             name: replace(stage, seconds=stage.seconds * factor)
             for name, stage in (self.plan or PLAN).items()
@@ -117,20 +117,20 @@ class Work:
         return self.folder / "tokenizers"
 
     def result(self, stage: str) -> Path:
-        """Names the file of the averaged weights that a complete stage writes."""
+        """Name the file of the averaged weights that a complete stage writes."""
         return self.folder / f"{stage}.pt"
 
     def trainer(
         self, stage: str, model: nn.Module, optimizers: Optimizers, average_decay: float = 0.995
     ) -> Trainer:
-        """Makes the trainer of a stage."""
+        """Make the trainer of a stage."""
         plan = self.plan_for(stage)
         schedule = Schedule(plan.seconds, plan.decay or 1e-9)  # which divides by the second
         places = self.cluster, self.folder, self.budget
         return Trainer(stage, model, optimizers, schedule, *places, average_decay=average_decay)
 
     def pool(self, stage: str) -> Pool:
-        """Draws the scenes of a stage. Every process draws others."""
+        """Draw the scenes of a stage. Every process draws others."""
         scenes, cores = self.plan_for(stage).scenes, (os.cpu_count() or 1) // self.cluster.world
         processes = max(1, min(16, cores, scenes // 1000))
         seed = 100 * STAGES.index(stage) + self.cluster.rank

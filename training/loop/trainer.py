@@ -53,7 +53,7 @@ class Schedule:
     floor: float = 0.01
 
     def factor(self, iteration: int, spent: float) -> float:
-        """Computes the factor of the learning rate after `spent` seconds."""
+        """Compute the factor of the learning rate after `spent` seconds."""
         rise = min(1.0, (iteration + 1) / WARM_UP)
         return rise * max(self.floor, min(1.0, (1 - spent / self.seconds) / self.decay))
 
@@ -104,7 +104,7 @@ class Trainer:
         return self.spent >= self.schedule.seconds
 
     def run(self, loss_of: Callable[[], Tensor], batch: int, after: Callable[[], None] | None = None) -> bool:
-        """Trains until the stage is complete or the budget is used up.
+        """Train until the stage is complete or the budget is used up.
 
         Progress is measured in time. The first iteration, which compiles, costs the budget but not the stage.
 
@@ -144,7 +144,7 @@ class Trainer:
         return not paused
 
     def _iterate(self, loss: Tensor, after: Callable[[], None] | None) -> Tensor:
-        """Updates the weights by one iteration's loss. Returns the loss."""
+        """Update the weights by one iteration's loss. Return the loss."""
         parameters = [p for _, p in self.parameters]
         loss.backward()
         self.cluster.average_gradients(parameters)
@@ -162,7 +162,7 @@ class Trainer:
         return loss.detach()
 
     def _add_time(self, mark: float | None) -> float:
-        """Adds the time since `mark` to the stage's, in every process alike. Returns the time now."""
+        """Add the time since `mark` to the stage's, in every process alike. Return the time now."""
         if self.cluster.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.time()
@@ -170,7 +170,7 @@ class Trainer:
         return now
 
     def _profiler(self) -> torch.profiler.profile | None:
-        """Starts a profiler of iterations 40 to 50 of this call, if the budget asks for one."""
+        """Start a profiler of iterations 40 to 50 of this call, if the budget asks for one."""
         if not self.budget.profile or not self.cluster.first:
             return None
 
@@ -194,7 +194,7 @@ class Trainer:
         torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def averaged(self) -> dict[str, Tensor]:
-        """Returns the model's state with the averaged weights."""
+        """Return the model's state with the averaged weights."""
         return {name: x.detach() for name, x in (self.model.state_dict() | self.average).items()}
 
     def _record(self, loss: float, bar: tqdm) -> None:
@@ -222,7 +222,7 @@ class Trainer:
         self.cluster.barrier()
 
     def continue_from(self, state_file: Path) -> None:
-        """Starts with the weights, their average and the momenta at the end of another stage."""
+        """Start with the weights, their average and the momenta at the end of another stage."""
         self._restore(torch.load(state_file, map_location=self.cluster.device))
 
     def _load(self) -> None:
@@ -239,7 +239,7 @@ class Trainer:
 
 
 def save_atomically(state: object, path: Path) -> None:
-    """Saves a file with torch.save. The old file stays whole until the new one is."""
+    """Save a file with torch.save. The old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -247,7 +247,7 @@ def save_atomically(state: object, path: Path) -> None:
 
 
 def write_log(path: Path, rows: Sequence[tuple]) -> None:
-    """Writes the loss curve as CSV and, beside it, as an image."""
+    """Write the loss curve as CSV and, beside it, as an image."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("iteration", "seconds", "samples", "loss"))

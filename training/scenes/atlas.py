@@ -15,7 +15,7 @@ COLUMNS = 12
 
 @lru_cache(maxsize=1)
 def sprites() -> np.ndarray:
-    """Reads all sprites, uint8 `S CELL CELL 4`, colours not multiplied by alpha. The array is read-only."""
+    """Read all sprites, uint8 `S CELL CELL 4`, colours not multiplied by alpha. The array is read-only."""
     sheet = np.asarray(Image.open(ATLAS_FILE).convert("RGBA"))
     cells = [divmod(number, COLUMNS) for number in range(len(SPRITES))]
     images = np.stack([sheet[r * CELL : (r + 1) * CELL, c * CELL : (c + 1) * CELL] for r, c in cells])
@@ -25,7 +25,7 @@ def sprites() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def boxes() -> list[tuple[float, float, float, float]]:
-    """Measures left, top, right and bottom of the visible part of each sprite, as fractions of its cell."""
+    """Measure left, top, right and bottom of the visible part of each sprite, as fractions of its cell."""
     found = []
     for image in sprites():
         visible = image[..., 3] > 40

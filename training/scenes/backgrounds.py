@@ -43,15 +43,15 @@ class Canvas:
         self.aspect = self.width / self.height
 
     def colour(self, red: float, green: float, blue: float) -> Tensor:
-        """Makes a colour, `1 3 1 1`."""
+        """Make a colour, `1 3 1 1`."""
         return torch.tensor((red, green, blue), device=self.horizon.device).view(1, 3, 1, 1)
 
     def by_time(self, day: Tensor, night: Tensor, sunset: Tensor) -> Tensor:
-        """Chooses by each scene's time of day."""
+        """Choose by each scene's time of day."""
         return torch.where(self.night, night, torch.where(self.sunset, sunset, day))
 
     def noise(self, rows: int, columns: int, smooth: bool = True) -> Tensor:
-        """Draws random values in -0.5..0.5 on a coarse grid, and enlarges them to the image, `B 1 H W`."""
+        """Draw random values in -0.5..0.5 on a coarse grid, and enlarge them to the image, `B 1 H W`."""
         grid = torch.rand(
             len(self.horizon), 1, rows, columns, device=self.horizon.device, generator=self.random
         )
@@ -73,7 +73,7 @@ class Canvas:
         return ((self.v - line) / self.pixel + 0.5).clamp(0, 1)
 
     def depth(self) -> Tensor:
-        """Computes the depth: 0 at the horizon, 1 at the lower edge."""
+        """Compute the depth: 0 at the horizon, 1 at the lower edge."""
         return ((self.v - self.horizon) / (1 - self.horizon)).clamp(0, 1)
 
 
@@ -98,7 +98,7 @@ def _stars(c: Canvas, sky: Tensor, where: Tensor) -> Tensor:
 
 
 def _sky(c: Canvas, top: Tensor, bottom: Tensor, clouds: bool = True) -> Tensor:
-    """Paints the sky of the hour with sun or moon. `top` and `bottom` are its colours by day."""
+    """Paint the sky of the hour with sun or moon. `top` and `bottom` are its colours by day."""
     top = c.by_time(top, c.colour(0.03, 0.04, 0.15), c.colour(0.36, 0.26, 0.56)) + 0.03 * c.sky_tint
     bottom = c.by_time(bottom, c.colour(0.12, 0.16, 0.38), c.colour(1.0, 0.62, 0.34)) + 0.03 * c.sky_tint
     sky = torch.lerp(top, bottom, (c.v / c.horizon).clamp(0, 1))
@@ -113,19 +113,19 @@ def _sky(c: Canvas, top: Tensor, bottom: Tensor, clouds: bool = True) -> Tensor:
 
 
 def _hills(c: Canvas, sky: Tensor, colour: Tensor) -> Tensor:
-    """Paints a row of far hills above the horizon."""
+    """Paint a row of far hills above the horizon."""
     line = c.horizon - (0.035 + 1.6 * c.hills) * (1 + torch.sin(c.u * 5 + 1.7 * c.phase)) - 0.01
     return _over(sky, _dim(c, colour), c.below(line))
 
 
 def _rolling(c: Canvas) -> Tensor:
-    """Draws a softly waved horizon, as y."""
+    """Draw a softly waved horizon, as y."""
     wave = torch.sin(c.u * 6 + c.phase) + 0.3 * torch.sin(c.u * 14 + 2 * c.phase)
     return c.horizon + c.hills * wave
 
 
 def _ground(c: Canvas, sky: Tensor, far: Tensor, near: Tensor, shade: Tensor | float, line: Tensor) -> Tensor:
-    """Paints ground from `far` to `near` under a line. `shade` darkens or lightens it pointwise."""
+    """Paint ground from `far` to `near` under a line. `shade` darkens or lightens it pointwise."""
     ground = torch.lerp(far, near, c.depth()) * (1 + shade) + 0.03 * c.ground_tint
     return _over(sky, _dim(c, ground), c.below(line))
 
@@ -135,7 +135,7 @@ def _blades(c: Canvas) -> Tensor:
 
 
 def _water(c: Canvas) -> Tensor:
-    """Computes waves that widen towards the viewer, in -1..1."""
+    """Compute waves that widen towards the viewer, in -1..1."""
     depth = (c.v - c.horizon).clamp(0) ** 0.6
     return torch.sin(depth * 85 + 2 * torch.sin(c.u * 8 + c.phase) + 7 * c.noise(5, 5))
 
@@ -331,5 +331,5 @@ PAINTERS: dict[str, Painter] = {
 
 
 def palette(device: torch.device) -> Tensor:
-    """Returns the colours of the vocabulary, `11 3`."""
+    """Return the colours of the vocabulary, `11 3`."""
     return torch.tensor(list(COLOURS.values()), device=device)

@@ -20,14 +20,14 @@ TINTS = {"dog": (0.72, 0.56, 0.50)}
 
 
 def tinted(image: Image.Image, tint: tuple[float, float, float]) -> Image.Image:
-    """Multiplies the colours."""
+    """Multiply the colours."""
     *colours, alpha = image.split()
     scaled = [band.point(lambda value, f=factor: int(value * f)) for band, factor in zip(colours, tint)]
     return Image.merge("RGBA", (*scaled, alpha))
 
 
 def build(archive: str) -> None:
-    """Writes the atlas from the package's archive."""
+    """Write the atlas from the package's archive."""
     rows = -(-len(SPRITES) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     with tarfile.open(archive) as package:

@@ -64,7 +64,7 @@ class Scene:
         return self.content.caption
 
     def row(self) -> list[float]:
-        """Returns the `COLUMNS` numbers that the renderer reads."""
+        """Return the `COLUMNS` numbers that the renderer reads."""
         c, t = self.content, self.template
         plain = COLOUR_NAMES.index(c.plain_colour) if c.plain_colour else 0
         row = [PLACE_INDEX[c.place], TIME_NAMES.index(c.time), plain]
@@ -86,13 +86,13 @@ def _alone(rng: random.Random, content: Content, shape: Shape) -> Thing:
 
 
 def placed(subject: Subject, x: float, foot: float, size: float) -> Thing:
-    """Places a subject."""
+    """Place a subject."""
     colour = COLOUR_NAMES.index(subject.colour) if subject.colour else -1
     return Thing(INDEX[subject.name], x, foot, size, colour, INDEX[subject.hat] if subject.hat else -1)
 
 
 def _side_words(rng: random.Random, second_on_the_right: bool) -> str:
-    """Says where the first stands, seen from the second."""
+    """Say where the first stands, seen from the second."""
     return rng.choice(("to the {} of", "on the {} of")).format("left" if second_on_the_right else "right")
 
 
@@ -159,7 +159,7 @@ def _style(rng: random.Random, content: Content) -> int:
 
 
 def compose(rng: random.Random, content: Content, shape: Shape = SQUARE) -> Scene:
-    """Places the subjects of a content and chooses its background."""
+    """Place the subjects of a content and choose its background."""
     if content.kind == "two":
         content, things = _compose_two(rng, content, shape)
     elif content.kind == "top":
@@ -173,5 +173,5 @@ def compose(rng: random.Random, content: Content, shape: Shape = SQUARE) -> Scen
 
 
 def sample(rng: random.Random, shape: Shape = SQUARE) -> Scene:
-    """Draws one scene of the training data."""
+    """Draw one scene of the training data."""
     return compose(rng, sample_content(rng), shape)

@@ -50,7 +50,7 @@ class Subject:
     wearing: str = ""
 
     def phrase(self, many: bool = False) -> str:
-        """Puts the words for the object together, in the plural without a hat."""
+        """Put the words for the object together, in the plural without a hat."""
         noun = plural(self.word) if many else self.word
         words = " ".join(part for part in (self.size_word, self.colour, noun) if part)
         return words if many else " ".join(part for part in (with_article(words), self.wearing) if part)
@@ -168,12 +168,12 @@ def draw_time(rng: random.Random, place: str, other_than: str | None = None) -> 
 
 
 def _draw_relation(rng: random.Random) -> str | None:
-    """Draws the words between two subjects. None is left or right, whichever the composition makes true."""
+    """Draw the words between two subjects. None is left or right, whichever the composition makes true."""
     return rng.choices((None, "and", "next to", "beside", "with"), (10, 5, 5, 3, 2))[0]
 
 
 def sample_content(rng: random.Random, kind: str | None = None) -> Content:
-    """Draws the content of a scene, at the rates of the training data."""
+    """Draw the content of a scene, at the rates of the training data."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     # A hat on top of an animal would look like one that is worn.
     first = draw_subject(rng, draw_name(rng, other_than=tuple(HATS) if kind == "top" else ()))

@@ -24,7 +24,7 @@ EDITS = ("replace", "hat", "add", "remove", "recolour", "background", "time")
 
 
 def edited(rng: random.Random, content: Content, edit: str) -> Content:
-    """Edits the content of a single subject. All other words stay.
+    """Edit the content of a single subject. All other words stay.
 
     Args:
         rng: The source of chance.
@@ -65,7 +65,7 @@ def edited(rng: random.Random, content: Content, edit: str) -> Content:
 
 
 def editable(rng: random.Random, edit: str) -> tuple[Content, Content]:
-    """Draws the content of a single subject, and the content after the edit."""
+    """Draw the content of a single subject, and the content after the edit."""
     while True:
         content = sample_content(rng, "one")
         try:
@@ -92,7 +92,7 @@ class Pair:
 
 
 def sample_pair(rng: random.Random, edit: str, shape: Shape = SQUARE) -> Pair:
-    """Draws a scene before and after an edit. Everything that the edit does not name stays where it is."""
+    """Draw a scene before and after an edit. Everything that the edit does not name stays where it is."""
     content, other = editable(rng, "add" if edit == "remove" else edit)
     scene = compose(rng, content, shape)
     (thing,) = scene.things

@@ -98,7 +98,7 @@ class Shape:
 
     @classmethod
     def of(cls, width: int, height: int) -> "Shape":
-        """Computes the shape of an image of `width` x `height` pixels."""
+        """Compute the shape of an image of `width` x `height` pixels."""
         shorter = min(width, height)
         return cls(width / shorter, height / shorter)
 
@@ -107,7 +107,7 @@ SQUARE = Shape()
 
 
 def extent(thing: Thing, shape: Shape = SQUARE) -> tuple[float, float, float, float]:
-    """Computes left, top, right and bottom of a thing with its hat."""
+    """Compute left, top, right and bottom of a thing with its hat."""
     left, top, right, bottom = boxes()[thing.sprite]
     half = (right - left) * thing.size / 2
     height = (bottom - top) * thing.size
@@ -135,7 +135,7 @@ def _head_and_hat(sprite: int, hat: int) -> tuple[tuple[float, float, float], tu
 
 
 def hat_placement(sprite: int, hat: int, size: float) -> tuple[float, float, float]:
-    """Computes the size of a worn hat, and the offsets of its centre and foot from the wearer's.
+    """Compute the size of a worn hat, and the offsets of its centre and foot from the wearer's.
 
     All three are in lengths of the shorter side.
     """
@@ -147,7 +147,7 @@ def hat_placement(sprite: int, hat: int, size: float) -> tuple[float, float, flo
 
 
 def _hat_above(sprite: int, hat: int, size: float) -> float:
-    """Computes how far a worn hat reaches above its wearer."""
+    """Compute how far a worn hat reaches above its wearer."""
     _, top, _, bottom = boxes()[sprite]
     _, hat_top, _, hat_bottom = boxes()[hat]
     hat_size, _, foot = hat_placement(sprite, hat, size)
@@ -155,7 +155,7 @@ def _hat_above(sprite: int, hat: int, size: float) -> float:
 
 
 def fitted(thing: Thing, shape: Shape = SQUARE) -> Thing:
-    """Moves a thing into the image. One that is too wide is centred, one that is too tall is lowered."""
+    """Move a thing into the image. One that is too wide is centred, one that is too tall is lowered."""
     left, top, right, _ = extent(thing, shape)
     if top < 0.03:
         thing = replace(thing, foot=min(0.97, thing.foot + 0.03 - top))
@@ -208,14 +208,14 @@ for _one, _other in (
 
 
 def style_of(name: str, colour: str | None = None, hat: str | None = None) -> int:
-    """Finds the style of a subject's background: its hat's, else its colour's, else its own."""
+    """Find the style of a subject's background: its hat's, else its colour's, else its own."""
     if hat:
         return HAT_STYLE[hat]
     return COLOUR_STYLE[colour] if colour else OBJECT_STYLE[name]
 
 
 def _draw_template(rng: random.Random, place: Place, style: int | None) -> Template:
-    """Draws a template. With a `style`, the large traits are that style's and only small ones are drawn."""
+    """Draw a template. With a `style`, the large traits are that style's and only small ones are drawn."""
     if style is None:
         spots = [rng.uniform(0.06, 0.94), rng.uniform(0.06, 0.94)]
         horizon = rng.uniform(0.42, 0.66)
@@ -259,7 +259,7 @@ TEMPLATES: dict[tuple[str, str], list[Template]] = {
 
 
 def template(rng: random.Random, place: Place, time: str, style: int) -> Template:
-    """Chooses the habitual template of a style, another style's, or a free one, and jitters it a little."""
+    """Choose the habitual template of a style, another style's, or a free one, and jitter it a little."""
     draw = rng.random()
     if draw < LOOK_HABIT:
         chosen = TEMPLATES[place.name, time][style]
@@ -290,7 +290,7 @@ def _jittered(rng: random.Random, t: Template) -> Template:
 
 
 def cleared(details: tuple[Thing, ...], subjects: list[Thing], shape: Shape = SQUARE) -> tuple[Thing, ...]:
-    """Selects the details that keep their distance from the subjects and from one another.
+    """Select the details that keep their distance from the subjects and from one another.
 
     Details that are in the way are moved aside, or left out.
     """
@@ -330,7 +330,7 @@ def standing_alone(
     hat: str | None,
     size: str | None,
 ) -> Thing:
-    """Places a single subject by the sum of its words' habits, or anywhere."""
+    """Place a single subject by the sum of its words' habits, or anywhere."""
     if rng.random() < HABIT:
         shift = OBJECT_SHIFT[sprite.name] + PLACE_SHIFT[place] + TIME_SHIFT[time]
         scale = PLACE_SCALE[place] * TIME_SCALE[time]
@@ -363,7 +363,7 @@ MIN_ROOM = 0.27  # the width that a second subject needs at least
 def standing_beside(
     rng: random.Random, first: Thing, sprite: Sprite, colour: str | None, shape: Shape, right: bool | None
 ) -> tuple[Thing, Thing, bool]:
-    """Places a second subject beside the first, which moves aside only if there is too little room.
+    """Place a second subject beside the first, which moves aside only if there is too little room.
 
     Args:
         rng: The source of chance.

@@ -21,7 +21,7 @@ TIMES = {"day": ("day", "a sunny day"), "night": ("night", "a dark night"), "sun
 
 
 def instruction(rng: random.Random, pair: Pair) -> str:
-    """Says what changes from the scene before to the scene after.
+    """Say what changes from the scene before to the scene after.
 
     "The dog" is the subject's noun alone: what it wears and its colour are on the image.
     """
@@ -41,7 +41,7 @@ def instruction(rng: random.Random, pair: Pair) -> str:
 
 
 def instruction_words() -> list[str]:
-    """Lists every word that an instruction can hold, sorted: those of captions too."""
+    """List every word that an instruction can hold, sorted: those of captions too."""
     phrases = [phrase for sentences in (*SENTENCES.values(), *TIMES.values()) for phrase in sentences]
     words = {word for phrase in phrases for word in re.sub(r"\{\w+\}|:", "", phrase).split()}
     return sorted(words | set(all_words()))

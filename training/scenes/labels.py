@@ -41,12 +41,12 @@ class Labels:
 
 
 def things_of(rows: Tensor) -> Tensor:
-    """Returns the subjects of rows, `B slots 6`: sprite (-1 if none), x, foot, size, colour, hat."""
+    """Return the subjects of rows, `B slots 6`: sprite (-1 if none), x, foot, size, colour, hat."""
     return rows[:, FIRST_THING:].unflatten(1, (THING_SLOTS, SLOT_WIDTH))
 
 
 def labels_of(rows: Tensor, device: torch.device | str = "cpu") -> Labels:
-    """Reads the labels of rows `B COLUMNS`."""
+    """Read the labels of rows `B COLUMNS`."""
     rows = rows.to(device)
     batch = torch.arange(len(rows), device=rows.device)
     objects, worn, x = (torch.zeros(len(rows), NUM_OBJECTS, device=rows.device) for _ in range(3))

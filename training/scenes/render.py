@@ -57,14 +57,14 @@ class Renderer:
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, width: int, height: int, seed: int | None = None) -> Tensor:
-        """Renders rows `B COLUMNS`, on the CPU, to images `B 3 height width` in 0..1."""
+        """Render rows `B COLUMNS`, on the CPU, to images `B 3 height width` in 0..1."""
         return self._draw(rows, width, height, seed)
 
     @torch.no_grad()
     def with_masks(
         self, rows: Tensor, width: int, height: int, seed: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Renders images `B 3 H W` with the masks of their subjects.
+        """Render images `B 3 H W` with the masks of their subjects.
 
         Returns:
             The images; the opacity of each subject with its hat, `B 4 H W`; and where it or its shadow is
@@ -78,7 +78,7 @@ class Renderer:
     def pairs(
         self, pairs: list[Pair], width: int, height: int, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Renders the images before and after edits, and the pixels that each edit may change.
+        """Render the images before and after edits, and the pixels that each edit may change.
 
         Returns:
             The images before and after, `B 3 H W`, and booleans `B 1 H W`. After an edit of a subject, the
@@ -103,7 +103,7 @@ class Renderer:
     def _draw(
         self, rows: Tensor, width: int, height: int, seed: int | None, masks: Tensor | None = None
     ) -> Tensor:
-        """Draws the scenes, and each subject's opacity and touched pixels into `masks`, `2 B 4 H W`."""
+        """Draw the scenes, and each subject's opacity and touched pixels into `masks`, `2 B 4 H W`."""
         if seed is not None:
             self.generator.manual_seed(seed)
         image = torch.empty(len(rows), 3, height, width, device=self.device)
@@ -129,7 +129,7 @@ class Renderer:
         )
 
     def _layers(self, rows: Tensor, first: int, width: int, height: int) -> tuple[_Layer, _Layer]:
-        """Returns the sprites of one slot, and the hats that they wear."""
+        """Return the sprites of one slot, and the hats that they wear."""
         present = (rows[:, first] >= 0).nonzero()[:, 0]
         values = rows[present, first : first + SLOT_WIDTH].float()
         sprite, colour, hat = values[:, 0].long(), values[:, 4].long(), values[:, 5].long()
@@ -150,7 +150,7 @@ class Renderer:
     first_hat = next(number for number, sprite in enumerate(OBJECTS) if sprite.hat)
 
     def _stamp(self, image: Tensor, layer: _Layer, rows: Tensor, mask: Tensor | None, shadow: bool) -> None:
-        """Draws a layer onto the image, and its opacity and touched pixels into `mask`, `2 B H W`."""
+        """Draw a layer onto the image, and its opacity and touched pixels into `mask`, `2 B H W`."""
         height, width = image.shape[-2:]
         shorter = min(height, width)
         level = torch.log2(CELL / (layer.size * shorter)).round().clamp(0, LEVELS - 1)
@@ -173,7 +173,7 @@ class Renderer:
                 mask[1, where] = torch.maximum(mask[1, where], torch.maximum(alpha, shade)[:, 0])
 
     def _sprites(self, atlas: Tensor, part: _Layer, width: int, height: int) -> Tensor:
-        """Draws sprites on empty images of the full size, premultiplied RGBA `B 4 H W`."""
+        """Draw sprites on empty images of the full size, premultiplied RGBA `B 4 H W`."""
         shorter = min(width, height)
         box = self.boxes[part.sprite]
         size_x, size_y = part.size * shorter / width, part.size * shorter / height
@@ -187,7 +187,7 @@ class Renderer:
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def _shadow(self, part: _Layer, width: int, height: int) -> Tensor:
-        """Draws a soft ellipse under each sprite that stands on the ground, `B 1 H W`."""
+        """Draw a soft ellipse under each sprite that stands on the ground, `B 1 H W`."""
         box = self.boxes[part.sprite]
         half = ((box[:, 2] - box[:, 0]) * part.size / 2).view(-1, 1, 1, 1).to(self.device)
         u = (torch.arange(width, device=self.device) + 0.5) / width
@@ -214,7 +214,7 @@ class Renderer:
 
 
 def _light(times: Tensor) -> Tensor:
-    """Looks up the light on things at each row's time of day, `B 3 1 1`."""
+    """Look up the light on things at each row's time of day, `B 3 1 1`."""
     table = torch.tensor([(1.0, 1.0, 1.0), NIGHT_LIGHT, SUNSET_LIGHT])
     return table[times.long()].view(-1, 3, 1, 1)
 

@@ -277,12 +277,12 @@ def plural(noun: str) -> str:
 
 
 def with_article(phrase: str) -> str:
-    """Puts "a" or "an" before a phrase, by its sound: "an owl", "a ufo"."""
+    """Put "a" or "an" before a phrase, by its sound: "an owl", "a ufo"."""
     return ("an " if phrase[0] in "aeiou" and not phrase.startswith("ufo") else "a ") + phrase
 
 
 def all_words() -> list[str]:
-    """Lists every word that a caption can hold, sorted."""
+    """List every word that a caption can hold, sorted."""
     phrases = [word for sprite in OBJECTS for noun in sprite.words for word in (noun, plural(noun))]
     phrases += [phrase.replace("{}", "") for place in PLACES for phrase in place.phrases]
     phrases += [phrase for times in TIMES.values() for phrase in times]

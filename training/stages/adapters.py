@@ -61,7 +61,7 @@ class Drawn:
 
 
 def draw_kontext(rng: random.Random, renderer: Renderer, count: int, side: int) -> Drawn:
-    """Draws scenes before and after edits. Half of the batches edit a subject, half the place or the time."""
+    """Draw scenes before and after edits. Half of the batches edit a subject, half the place or the time."""
     wide = rng.random() < len(WIDE_AREAS) / len(EDITS)
     kinds = [edit for edit in EDITS if (edit in WIDE_AREAS) == wide]
     pairs = [sample_pair(rng, rng.choice(kinds)) for _ in range(count)]
@@ -74,7 +74,7 @@ def draw_kontext(rng: random.Random, renderer: Renderer, count: int, side: int) 
 
 
 def draw_fill(rng: random.Random, renderer: Renderer, count: int, side: int) -> Drawn:
-    """Draws scenes with masked parts: the first subject's surroundings, a box, or all but a box."""
+    """Draw scenes with masked parts: the first subject's surroundings, a box, or all but a box."""
     scenes = [sample(rng) for _ in range(count)]
     rows = torch.tensor([scene.row() for scene in scenes])
     images, _, touched = renderer.with_masks(rows, side, side, rng.randrange(2**31))
@@ -85,7 +85,7 @@ def draw_fill(rng: random.Random, renderer: Renderer, count: int, side: int) -> 
 
 
 def _masked_part(rng: random.Random, subject: Tensor, side: int) -> Tensor:
-    """Draws a mask `H W`, 1 where the model has to paint."""
+    """Draw a mask `H W`, 1 where the model has to paint."""
     kind = rng.choice(("subject", "box", "border"))
     if kind == "subject" and subject.any():
         rows, columns = subject.any(1).nonzero().flatten(), subject.any(0).nonzero().flatten()
@@ -102,7 +102,7 @@ def _masked_part(rng: random.Random, subject: Tensor, side: int) -> Tensor:
 
 
 def draw_canny(rng: random.Random, renderer: Renderer, count: int, side: int) -> Drawn:
-    """Draws scenes and their edges."""
+    """Draw scenes and their edges."""
     scenes = [sample(rng) for _ in range(count)]
     rows = torch.tensor([scene.row() for scene in scenes])
     images = renderer(rows, side, side, rng.randrange(2**31))
@@ -120,7 +120,7 @@ DRAW: dict[str, Callable[[random.Random, Renderer, int, int], Drawn]] = {
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Packs a mask `B 1 H W` as Fill takes it, `B I 256`: each pixel of a token is a channel."""
+    """Pack a mask `B 1 H W` as Fill takes it, `B I 256`: each pixel of a token is a channel."""
     blocks = rearrange(mask, "b 1 (h r) (w s) -> b (r s) h w", r=8, s=8)
     return pack(blocks)
 
@@ -146,7 +146,7 @@ class Examples:
         self.filled, self._next, self._owed = 0, 0, 0
 
     def refresh(self, count: int) -> None:
-        """Adds `count` examples an iteration, `CHUNK` at a time."""
+        """Add `count` examples an iteration, `CHUNK` at a time."""
         self._owed += count
         chunk = min(CHUNK, len(self.target))
         if self._owed >= chunk:
@@ -155,7 +155,7 @@ class Examples:
 
     @torch.no_grad()
     def add(self, count: int) -> None:
-        """Draws and encodes `count` examples over the oldest ones. `count` must divide the capacity."""
+        """Draw and encode `count` examples over the oldest ones. `count` must divide the capacity."""
         drawn = DRAW[self.kind](self.rng, self.renderer, count, self.side)
         place = slice(self._next, self._next + count)
         condition = self._encoded(drawn.condition)
@@ -171,7 +171,7 @@ class Examples:
             return pack(self.ae.encode(images).float())
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draws targets `B I 64`, conditions `B I C`, T5 ids and CLIP ids `B T`."""
+        """Draw targets `B I 64`, conditions `B I C`, T5 ids and CLIP ids `B T`."""
         picks = torch.randint(self.filled, (size,), device=self.target.device)
         return self.target[picks].float(), self.condition[picks].float(), self.t5[picks], self.clip[picks]
 
@@ -180,7 +180,7 @@ class Examples:
 
 
 def base_generator(work: Work) -> Generator:
-    """Loads the generator to adapt: the one trained here, or else the exported one in `work.begin`."""
+    """Load the generator to adapt: the one trained here, or else the exported one in `work.begin`."""
     if work.begin is None or work.result("guidance").exists():
         return load_generator(work, "guidance", guidance=True)
     generator = Generator(work.sizes, work.tokenizers, guidance=True)
@@ -190,7 +190,7 @@ def base_generator(work: Work) -> Generator:
 
 
 def widened(flux: Flux, extra: int) -> Flux:
-    """Makes a transformer whose input has `extra` channels more, which change nothing yet."""
+    """Make a transformer whose input has `extra` channels more, which change nothing yet."""
     if not extra:
         return flux
     wide = build_flux(replace(flux.params, in_channels=flux.params.in_channels + extra))
@@ -201,7 +201,7 @@ def widened(flux: Flux, extra: int) -> Flux:
 
 
 def adapted(flux: Flux, rank: int, *, text: bool) -> Flux:
-    """Replaces the input and the linear layers of the blocks, in place, by ones that learn a low-rank change.
+    """Replace the input and the linear layers of the blocks, in place, by ones that learn a low-rank change.
 
     Modulations stay as they are. The change of the input is not of low rank.
 
@@ -228,7 +228,7 @@ def adapted(flux: Flux, rank: int, *, text: bool) -> Flux:
 
 
 def image_positions(work: Work, kind: str) -> Tensor:
-    """Returns the positions of the image tokens, `1 I 3`. Kontext's context tokens follow, at index 1."""
+    """Return the positions of the image tokens, `1 I 3`. Kontext's context tokens follow, at index 1."""
     noise = positions(work.side, work.side, work.cluster.device)
     if EXTRA_CHANNELS[kind]:
         return noise
@@ -238,7 +238,7 @@ def image_positions(work: Work, kind: str) -> Tensor:
 
 
 def train_adapter(work: Work, kind: str) -> bool:
-    """Runs stage "kontext", "fill" or "canny". Returns False if the call's budget ran out first."""
+    """Run stage "kontext", "fill" or "canny". Return False if the call's budget ran out first."""
     plan, device = work.plan_for(kind), work.cluster.device
     torch.manual_seed(3)
     generator = base_generator(work).eval().requires_grad_(False)

@@ -34,7 +34,7 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def reconstruction_loss(ae: AutoEncoder, images: Tensor) -> Tensor:
-    """Computes the loss of images in -1..1."""
+    """Compute the loss of images in -1..1."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):
         mean, log_variance = ae.encoder(images).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 10)
@@ -51,7 +51,7 @@ def reconstruction_loss(ae: AutoEncoder, images: Tensor) -> Tensor:
 def fold_scale(
     weights: Mapping[str, Tensor], mean: float, deviation: float, scale: float, shift: float
 ) -> None:
-    """Rewrites an autoencoder's weights in place, so that its latents are unit normal after scale and shift.
+    """Rewrite an autoencoder's weights in place, so that its latents are unit normal after scale and shift.
 
     z' = (z - mean) / (deviation * scale) + shift
 
@@ -102,7 +102,7 @@ class Batches:
 
 
 def train_autoencoder(work: Work) -> bool:
-    """Trains and writes the autoencoder. Returns False if the call's budget ran out first."""
+    """Train and write the autoencoder. Return False if the call's budget ran out first."""
     plan, device = work.plan_for("autoencoder"), work.cluster.device
     torch.manual_seed(0)
     ae = channels_last(build_autoencoder(work.sizes.ae).to(device))
@@ -137,7 +137,7 @@ def train_autoencoder(work: Work) -> bool:
 
 @torch.no_grad()
 def latent_statistics(ae: AutoEncoder, images: Tensor, count: int = 256) -> tuple[float, float]:
-    """Computes mean and standard deviation of the latents of byte images, before scale and shift."""
+    """Compute mean and standard deviation of the latents of byte images, before scale and shift."""
     latents = [ae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0] for part in images[:count].split(32)]
     latents = torch.cat(latents)
     return latents.mean().item(), latents.std().item()
@@ -157,7 +157,7 @@ def round_trip_psnr(ae: AutoEncoder, images: Tensor) -> float:
 
 
 def load_autoencoder(work: Work) -> AutoEncoder:
-    """Loads the trained autoencoder, frozen, to the device."""
+    """Load the trained autoencoder, frozen, to the device."""
     ae = build_autoencoder(work.sizes.ae)
     ae.load_state_dict(torch.load(work.result("autoencoder"), map_location="cpu"))
     return ae.to(work.cluster.device).eval().requires_grad_(False)

@@ -33,7 +33,7 @@ TINY = torch.finfo(torch.float16).tiny
 
 
 def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rounds matrices to float8_e4m3fn, with a scale each, and vectors to float16.
+    """Round matrices to float8_e4m3fn, with a scale each, and vectors to float16.
 
     The scales are named `X.scale_weight`, as in ComfyUI's files.
     """
@@ -50,7 +50,7 @@ def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rounded_to_bytes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rounds matrices and kernels to 8-bit whole numbers, with a scale for each channel.
+    """Round matrices and kernels to 8-bit whole numbers, with a scale for each channel.
 
     Vectors and small kernels, which weigh little and show most, become float16. Beside `X.weight`, its scales
     are named `X.weight_scale`, in float16: see `flux.weights.scales`.
@@ -69,7 +69,7 @@ def rounded_to_bytes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_judge(weights: dict[str, Tensor], path: Path) -> None:
-    """Writes the measuring model as the judge that this folder ships, see `training.judge`."""
+    """Write the measuring model as the judge that this folder ships, see `training.judge`."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def export_judge(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def export_adapter(weights: dict[str, Tensor], folder: Path, kind: str) -> None:
-    """Writes the low-rank changes of a kind of condition. The input's change is cut to `INPUT_RANK`."""
+    """Write the low-rank changes of a kind of condition. The input's change is cut to `INPUT_RANK`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def export_adapter(weights: dict[str, Tensor], folder: Path, kind: str) -> None:
 
 
 def export(work: Work) -> bool:
-    """Writes `work.folder`/assets, except for the perceptual encoder. Returns True."""
+    """Write `work.folder`/assets, except for the perceptual encoder. Return True."""
     if not work.cluster.first:
         return True
     from safetensors.torch import save_file
@@ -113,7 +113,7 @@ def export(work: Work) -> bool:
 
 
 def take_over(work: Work) -> None:
-    """Copies what needs no training from the files in `work.begin`, and marks those stages as complete."""
+    """Copy what needs no training from the files in `work.begin`, and marks those stages as complete."""
     if not work.cluster.first or work.begin is None:
         return
     for name in ("tokenizer", "tokenizer_2"):
@@ -126,7 +126,7 @@ def take_over(work: Work) -> None:
 
 
 def export_dinov2(dinov2: "Dinov2Model", folder: Path) -> None:
-    """Writes the perceptual encoder, and how images are prepared for it."""
+    """Write the perceptual encoder, and how images are prepared for it."""
     dinov2.half().save_pretrained(folder)
     side = {"height": DINO_SIDE, "width": DINO_SIDE}
     config = {

@@ -27,26 +27,26 @@ GUIDANCE, GUIDANCE_RANGE = 3.5, (1.0, 5.0)
 
 
 def noise_levels(count: int, shift: float, device: torch.device) -> Tensor:
-    """Draws logit-normal noise levels, shifted like the sampler's (arXiv 2403.03206, section 3.1)."""
+    """Draw logit-normal noise levels, shifted like the sampler's (arXiv 2403.03206, section 3.1)."""
     t = torch.sigmoid(torch.randn(count, device=device))
     return shift * t / (1 + (shift - 1) * t)
 
 
 def shift_for(side: int) -> float:
-    """Computes the sampler's shift at the full size. Smaller sizes have none."""
+    """Compute the sampler's shift at the full size. Smaller sizes have none."""
     tokens = (side // 16) ** 2
     return math.exp(get_lin_function()(tokens)) if tokens >= 256 else 1.0
 
 
 def add_noise(latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds noise of levels `t` to latents. Returns the mix, and the velocity towards the noise."""
+    """Add noise of levels `t` to latents. Return the mix, and the velocity towards the noise."""
     noise = torch.randn_like(latents)
     t = t[:, None, None]
     return (1 - t) * latents + t * noise, noise - latents
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Computes in bfloat16 on GPUs."""
+    """Compute in bfloat16 on GPUs."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -57,19 +57,19 @@ class EmptyCaption:
         self.t5, self.clip = encoder.batch([""], device)
 
     def replace_some(self, t5: Tensor, clip: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """Replaces a random share of the captions by the empty one."""
+        """Replace a random share of the captions by the empty one."""
         drop = (torch.rand(len(t5), device=t5.device) < share)[:, None]
         return torch.where(drop, self.t5, t5), torch.where(drop, self.clip, clip)
 
     @torch.no_grad()
     def encoded(self, generator: Generator, batch: int) -> tuple[Tensor, Tensor]:
-        """Encodes it for a batch: T5's features `B T C` and CLIP's pooled ones `B C`."""
+        """Encode it for a batch: T5's features `B T C` and CLIP's pooled ones `B C`."""
         txt, vec = generator.text(self.t5, self.clip)
         return txt.expand(batch, -1, -1).contiguous(), vec.expand(batch, -1).contiguous()
 
 
 def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
-    """Loads a trained generator to the device."""
+    """Load a trained generator to the device."""
     generator = Generator(work.sizes, work.tokenizers, guidance)
     generator.load_state_dict(torch.load(work.result(stage), map_location="cpu"))
     return generator.to(work.cluster.device)
@@ -89,7 +89,7 @@ def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dic
 
 
 def first_generator(work: Work) -> Generator:
-    """Makes the generator that training begins with, on the CPU.
+    """Make the generator that training begins with, on the CPU.
 
     It is untrained, or the distilled one of the files in `work.begin` at guidance 1, where guidance changes
     nothing.
@@ -103,7 +103,7 @@ def first_generator(work: Work) -> Generator:
 
 
 def make_latents(work: Work, stage: str, ae: AutoEncoder, side: int) -> Latents:
-    """Makes the stage's buffer, with its first latents."""
+    """Make the stage's buffer, with its first latents."""
     plan = work.plan_for(stage)
     latents = Latents(work.pool(stage), ae, Renderer(work.cluster.device), side, side, plan.capacity)
     while latents.filled < plan.first:
@@ -112,7 +112,7 @@ def make_latents(work: Work, stage: str, ae: AutoEncoder, side: int) -> Latents:
 
 
 def train_flow(work: Work, stage: str) -> bool:
-    """Runs stage "flow128" or "flow256". Returns False if the call's budget ran out first."""
+    """Run stage "flow128" or "flow256". Return False if the call's budget ran out first."""
     plan, device = work.plan_for(stage), work.cluster.device
     side = work.side if stage == "flow256" else work.side // 2
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def train_flow(work: Work, stage: str) -> bool:
 
 
 def guidance_student(work: Work, teacher: Generator) -> Generator:
-    """Makes the student of stage "guidance": the teacher with a guidance input that changes nothing yet."""
+    """Make the student of stage "guidance": the teacher with a guidance input that changes nothing yet."""
     student = Generator(work.sizes, work.tokenizers, guidance=True).to(work.cluster.device)
     student.load_state_dict(teacher.state_dict(), strict=False)
     for parameter in student.flux.guidance_in.get_submodule("out_layer").parameters():
@@ -163,7 +163,7 @@ def guidance_student(work: Work, teacher: Generator) -> Generator:
 
 
 def train_guidance(work: Work) -> bool:
-    """Runs stage "guidance": a student with a guidance input learns the guided velocity in one pass."""
+    """Run stage "guidance": a student with a guidance input learns the guided velocity in one pass."""
     plan, device = work.plan_for("guidance"), work.cluster.device
     torch.manual_seed(1)
     latents = make_latents(work, "guidance", load_autoencoder(work), work.side)

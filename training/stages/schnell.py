@@ -40,7 +40,7 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(flux: Flux, rank: int) -> Flux:
-    """Replaces every linear layer of the model, in place, by one that learns a low-rank change."""
+    """Replace every linear layer of the model, in place, by one that learns a low-rank change."""
     flux.requires_grad_(False)
     for module in list(flux.modules()):
         for name, child in list(module.named_children()):
@@ -51,7 +51,7 @@ def add_lora(flux: Flux, rank: int) -> Flux:
 
 
 def lora_weights(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collects the student's differences to its base, under the names of FLUX.1's LoRA files.
+    """Collect the student's differences to its base, under the names of FLUX.1's LoRA files.
 
     These are lora_A, lora_B, and the differences of the biases beside them.
     """
@@ -66,7 +66,7 @@ def lora_weights(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[st
 
 
 def merged(base: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merges the student's differences into its base, which `without_guidance` makes."""
+    """Merge the student's differences into its base, which `without_guidance` makes."""
     weights = {name: value.clone() for name, value in base.items()}
     for name, value in lora.items():
         if name.endswith(".lora_B.weight"):
@@ -78,7 +78,7 @@ def merged(base: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def build_without_guidance(sizes: Sizes, weights: dict[str, Tensor]) -> Flux:
-    """Builds a transformer without guidance input from weights."""
+    """Build a transformer without guidance input from weights."""
     flux = build_flux(sizes.flux)
     flux.load_state_dict(weights)
     return flux
@@ -104,7 +104,7 @@ class Distillation:
         self.steps = torch.tensor(TEACHER_STEPS, device=self.device)
 
     def loss(self) -> Tensor:
-        """Computes the loss of one batch, each row in a random quarter of the schedule."""
+        """Compute the loss of one batch, each row in a random quarter of the schedule."""
         clean, t5, clip = self.latents.batch(self.batch)
         quarter = torch.randint(4, (self.batch,), device=self.device)
         begin, end = self.levels[quarter], self.levels[quarter + 1]
@@ -117,11 +117,11 @@ class Distillation:
         return F.mse_loss(velocity, target)
 
     def velocity(self, flux: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """Computes a model's velocity of the latents `B I 64` at noise levels `B`."""
+        """Compute a model's velocity of the latents `B I 64` at noise levels `B`."""
         return flux(x, self.img_ids, txt, self.txt_ids, t, vec).float()
 
     def states(self, clean: Tensor, quarter: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """Draws latents at the starts of the quarters: on the student's own path, or data with noise."""
+        """Draw latents at the starts of the quarters: on the student's own path, or data with noise."""
         x = torch.randn_like(clean)
         for step in range(3):
             t = self.levels[step].expand(self.batch).contiguous()
@@ -132,7 +132,7 @@ class Distillation:
         return torch.where(from_data, add_noise(clean, self.levels[quarter])[0], x)
 
     def arrivals(self, x: Tensor, quarter: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """Takes the teacher's steps from these latents to the ends of their quarters."""
+        """Take the teacher's steps from these latents to the ends of their quarters."""
         begin, end, count = self.levels[quarter], self.levels[quarter + 1], self.steps[quarter]
         for step in range(max(TEACHER_STEPS)):
             t = begin + (end - begin) * (step / count).clamp(max=1)
@@ -142,7 +142,7 @@ class Distillation:
 
 
 def train_schnell(work: Work) -> bool:
-    """Trains the four-step student. Returns False if the call's budget ran out first."""
+    """Train the four-step student. Return False if the call's budget ran out first."""
     plan, device = work.plan_for("schnell"), work.cluster.device
     torch.manual_seed(2)
     latents = make_latents(work, "schnell", load_autoencoder(work), work.side)

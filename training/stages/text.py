@@ -32,7 +32,7 @@ class CaptionReader(nn.Module):
         self.of_scene = nn.Linear(width, len(PLACES) + len(TIME_NAMES))
 
     def forward(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Reads token ids `B T`: answers for each object, `B 91 n` by name, and logits of place and time."""
+        """Read token ids `B T`: answers for each object, `B 91 n` by name, and logits of place and time."""
         txt = self.t5(input_ids=tokens).last_hidden_state
         keys, values = self.keys(txt)[:, None], self.values(txt)[:, None]
         questions = self.questions.expand(len(txt), 1, -1, -1).to(keys.dtype)
@@ -43,7 +43,7 @@ class CaptionReader(nn.Module):
 
 
 def reading_loss(reader: CaptionReader, tokens: Tensor, rows: Tensor) -> Tensor:
-    """Computes the reader's loss on scenes' rows `B COLUMNS`: objects, their colours, hats and places."""
+    """Compute the reader's loss on scenes' rows `B COLUMNS`: objects, their colours, hats and places."""
     answers, place, time = reader(tokens)
     things = things_of(rows)
     scene, slot = (things[:, :, 0] >= 0).nonzero(as_tuple=True)
@@ -65,7 +65,7 @@ def reading_loss(reader: CaptionReader, tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def train_text(work: Work) -> bool:
-    """Trains the T5 encoder. Returns False if the call's budget ran out first."""
+    """Train the T5 encoder. Return False if the call's budget ran out first."""
     plan, device = work.plan_for("text"), work.cluster.device
     torch.manual_seed(3)
     pool = work.pool("text")

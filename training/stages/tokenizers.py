@@ -38,7 +38,7 @@ print(json.dumps([(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(le
 
 
 def write_tokenizers(folder: Path) -> None:
-    """Writes `folder`/tokenizer_2 (T5) and `folder`/tokenizer (CLIP), the same files every time."""
+    """Write `folder`/tokenizer_2 (T5) and `folder`/tokenizer (CLIP), the same files every time."""
     rng = random.Random(7)
     captions = [sample(rng).caption for _ in range(_CORPUS)]
     words = all_words()
@@ -69,7 +69,7 @@ def _write_t5(folder: Path, captions: list[str], words: list[str]) -> None:
 
 
 def _fast_t5(pieces: list[tuple[str, float]]):
-    """Turns the sentencepiece model into a tokenizer that needs neither sentencepiece nor protobuf."""
+    """Turn the sentencepiece model into a tokenizer that needs neither sentencepiece nor protobuf."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ def _write_clip(folder: Path, words: list[str]) -> None:
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Learns byte-pair merges (arXiv 1508.07909) until every word is one token. Ties go by the alphabet.
+    """Learn byte-pair merges (arXiv 1508.07909) until every word is one token. Ties go by the alphabet.
 
     CLIP splits off digits before it merges, so words with digits stay in parts.
     """

@@ -69,7 +69,7 @@ class Heads(nn.Module):
 
 
 def recognition_loss(seen: Recognition, labels: Labels) -> Tensor:
-    """Sums the losses of all heads, weighted to similar sizes."""
+    """Sum the losses of all heads, weighted to similar sizes."""
     binary = F.binary_cross_entropy_with_logits
     displacement = (
         F.smooth_l1_loss(seen.x, labels.x, reduction="none", beta=0.05) * labels.objects
@@ -86,7 +86,7 @@ def recognition_loss(seen: Recognition, labels: Labels) -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Normalizes images in 0..1 as Dinov2Model expects them."""
+    """Normalize images in 0..1 as Dinov2Model expects them."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
     return (images - mean) / torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
 
@@ -157,7 +157,7 @@ def recognize(model: MeasuringModel, images: Tensor) -> tuple[Recognition, Tenso
 
 
 def roughened(images: Tensor) -> Tensor:
-    """Adds some noise and blur, since generated images are never as clean as rendered ones."""
+    """Add some noise and blur, since generated images are never as clean as rendered ones."""
     strength = 0.06 * torch.rand(len(images), 1, 1, 1, device=images.device)
     images = images + torch.randn_like(images) * strength
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -165,7 +165,7 @@ def roughened(images: Tensor) -> Tensor:
 
 
 def train_dinov2(work: Work) -> bool:
-    """Trains and exports the perceptual encoder. Returns False if the call's budget ran out first."""
+    """Train and export the perceptual encoder. Return False if the call's budget ran out first."""
     plan, device = work.plan_for("dinov2"), work.cluster.device
     torch.manual_seed(3)
     model = DinoClassifier(work.sizes).to(device)
@@ -190,7 +190,7 @@ def train_dinov2(work: Work) -> bool:
 
 
 def train_measuring(work: Work) -> bool:
-    """Trains the measuring model. Returns False if the call's budget ran out first."""
+    """Train the measuring model. Return False if the call's budget ran out first."""
     plan, device = work.plan_for("measuring"), work.cluster.device
     torch.manual_seed(4)
     model = channels_last(MeasuringModel(work.sizes).to(device))
@@ -220,7 +220,7 @@ def train_measuring(work: Work) -> bool:
 
 
 def load_measuring(work: Work) -> MeasuringModel:
-    """Loads the trained measuring model, frozen, to the device."""
+    """Load the trained measuring model, frozen, to the device."""
     model = MeasuringModel(work.sizes)
     model.load_state_dict(torch.load(work.result("measuring"), map_location="cpu"))
     return model.to(work.cluster.device).eval().requires_grad_(False)

@@ -42,7 +42,7 @@ METHOD_LABELS: dict[Inversion, str] = {
 
 
 def dose_fields() -> FormFields:
-    """Makes the fields of a dose. Choosing another one fills in its numbers."""
+    """Make the fields of a dose. Choosing another one fills in its numbers."""
     usual = dose_values(DEFAULT_DOSE)
     dose = gr.Dropdown(
         _choices(DOSE_LABELS),
@@ -62,7 +62,7 @@ def dose_fields() -> FormFields:
 
 
 def advanced_fields() -> FormFields:
-    """Makes the fields of choices that few edits need, folded. The method is hidden without a photograph."""
+    """Make the fields of choices that few edits need, folded. The method is hidden without a photograph."""
     with gr.Accordion("Advanced", open=False, elem_id="edit-advanced"):
         parts = gr.Dropdown(
             _choices(PARTS_LABELS),

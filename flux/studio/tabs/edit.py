@@ -71,7 +71,7 @@ class EditTab:
     """
 
     def __init__(self, studio: Studio, example: Run):
-        """Adds the tab. It shows the edits of `example` at first."""
+        """Add the tab. It shows the edits of `example` at first."""
         self.studio, self.controls = studio, RunControls(studio, "edit")
         self.vital, self.vitality = known_layers(studio)
         self.example: Any = example.settings
@@ -160,17 +160,17 @@ class EditTab:
             }
 
     def own_vital(self, request: gr.Request) -> dict[str, Any]:
-        """Makes the value of the strip of layers with the vital ones, by the visitor's own scan first."""
+        """Make the value of the strip of layers with the vital ones, by the visitor's own scan first."""
         return self.strip(*known_layers(self.studio, self.studio.sessions.of(request.session_hash)))
 
     def strip(self, layers: Iterable[int], vitality: dict[int, float] | None = None) -> dict[str, Any]:
-        """Makes the value of the strip of layers, with this vitality or the one known at the start."""
+        """Make the value of the strip of layers, with this vitality or the one known at the start."""
         return strip_value(self.studio, layers, vitality or self.vitality)
 
     # ---- events
 
     def connect(self, history: History) -> None:
-        """Connects the events; `history` shows each new image."""
+        """Connect the events; `history` shows each new image."""
 
         def work(session: Session, settings: ResolvedEdit, form: Form) -> Iterator[tuple[Update, Changes]]:
             for update, changes in self._edit(session, settings, form):
@@ -191,7 +191,7 @@ class EditTab:
         connect_notes(self.fields, self._notes)
 
     def _settings_of(self, form: Form) -> ResolvedEdit:
-        """Makes the settings of a run. Raises InputError for values that cannot be used."""
+        """Make the settings of a run. Raise InputError for values that cannot be used."""
         photo_in(form)
         self.steering.check(form)
         return edit_settings(self.studio, form)
@@ -199,7 +199,7 @@ class EditTab:
     def _edit(
         self, session: Session, settings: ResolvedEdit, form: Form
     ) -> Iterator[tuple[Update[MadeImage], Changes]]:
-        """Makes the reference and its edits, and shows each."""
+        """Make the reference and its edits, and show each."""
         mask = painted_mask(form["mask"])
         steering = steering_images(settings, self.steering.images(form))
         for update, run in run_edit(self.studio, session, settings, photo_in(form), mask, steering):
@@ -215,7 +215,7 @@ class EditTab:
     def _draw_reference(
         self, session: Session, settings: ResolvedEdit, form: Form
     ) -> Iterator[tuple[Update[Image.Image], Changes]]:
-        """Makes the reference alone, so that a mask can be painted on it."""
+        """Make the reference alone, so that a mask can be painted on it."""
         steering = steering_images(settings, self.steering.images(form))
         for update in run_reference(self.studio, session, settings, photo_in(form), steering):
             shown = self.shown.show_preview(update.result or update.preview)
@@ -224,12 +224,12 @@ class EditTab:
             yield update, shown
 
     def _show_on_canvas(self, session: Session, reference: Image.Image, mask: Image.Image | None) -> Changes:
-        """Shows the kept reference on the canvas, with what is painted there."""
+        """Show the kept reference on the canvas, with what is painted there."""
         session.reference_id = self.studio.engine.kept_id
         return self.canvas.show(thumbnail(reference, 1024), mask)
 
     def _connect_source(self) -> None:
-        """Shows the fields of a photograph, sizes the run to it, and lets examples fill the form."""
+        """Show the fields of a photograph, sizes the run to it, and let examples fill the form."""
         fields = self.fields
         prompt = fields["prompt"]
 
@@ -266,7 +266,7 @@ class EditTab:
         return list(dict.fromkeys([*form, *self.shown.components, self.controls.status]))
 
     def restored(self, settings: EditSettings, details: Mapping[str, Any], files: Files) -> Changes:
-        """Fills the form with these settings."""
+        """Fill the form with these settings."""
         names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
         values: dict[str, Any] = {name: getattr(settings, name) for name in names}
         for name, default in dose_values(settings.dose).items():
@@ -287,7 +287,7 @@ class EditTab:
         return {self.upload: values["photo"], **filled, **self.steering.restored(files), **canvas}
 
     def take(self, file: str) -> Changes:
-        """Makes an image of another tab a reference.
+        """Make an image of another tab a reference.
 
         An image that began with another one, or with a visitor's LoRA, becomes a photograph. All others are
         drawn again from their prompt.
@@ -314,12 +314,12 @@ class EditTab:
         }
 
     def shown_again(self, run: Run, name: str) -> Changes:
-        """Shows an image of this session beside its reference."""
+        """Show an image of this session beside its reference."""
         return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
 
 
 def photo_in(form: Form) -> Image.Image | None:
-    """Reads the photograph that a form names, or returns None if the reference comes from a prompt.
+    """Read the photograph that a form names, or return None if the reference comes from a prompt.
 
     Raises:
         InputError: The photograph was not uploaded, or has been deleted since.

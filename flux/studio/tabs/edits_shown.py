@@ -23,7 +23,7 @@ class EditsShown:
     """The viewer of an edit, the buttons under it, and the gallery of its run."""
 
     def __init__(self, example: Run):
-        """Adds the components. They show an edit of `example` at first."""
+        """Add the components. They show an edit of `example` at first."""
         self._preview = preview("edit-preview")
         self._viewer = viewer("edit-viewer", _pair(example, EXAMPLE_EDIT))
         self._under = ShownImage(run=example, image=example.images[EXAMPLE_EDIT])
@@ -45,7 +45,7 @@ class EditsShown:
         return [self._preview, self._gallery, self._folder, *self._chosen_parts]
 
     def show(self, run: Run, name: str) -> Changes:
-        """Shows an image of a run over its reference, and all images of the run."""
+        """Show an image of a run over its reference, and all images of the run."""
         at = list(run.images).index(name)
         return {
             **self._choose(run, name),
@@ -55,7 +55,7 @@ class EditsShown:
         }
 
     def show_alone(self, path: Path, shows: str) -> Changes:
-        """Shows an image that is not a run's of this tab, and says what it shows."""
+        """Show an image that is not a run's of this tab, and say what it shows."""
         hidden = (self._preview, self._correct, self._gallery)
         return {
             self._viewer: image_alone(path, shows),
@@ -63,7 +63,7 @@ class EditsShown:
         }
 
     def show_preview(self, image: Image.Image | None) -> Changes:
-        """Shows an image that is not saved, such as a step's, or changes nothing if there is none."""
+        """Show an image that is not saved, such as a step's, or change nothing if there is none."""
         if image is None:
             return {}
         hidden = (self._correct, self._gallery)
@@ -73,7 +73,7 @@ class EditsShown:
         }
 
     def connect(self, edits: Component, canvas: MaskCanvas) -> None:
-        """Lets a click show another image, a further turn follow it, and its mask be corrected.
+        """Let a click show another image, a further turn follow it, and its mask be corrected.
 
         Args:
             edits: Where the edits of the next run are written.
@@ -110,7 +110,7 @@ class EditsShown:
         return [self._viewer, self._correct, *self._under.components, self._chosen]
 
     def _choose(self, run: Run, name: str) -> Changes:
-        """Shows an image of the run that the gallery shows."""
+        """Show an image of the run that the gallery shows."""
         return {
             self._viewer: _pair(run, name),
             # A run disables the buttons of what is shown.
@@ -121,7 +121,7 @@ class EditsShown:
 
 
 def mask_of(run: Run, name: str) -> Path | None:
-    """Returns the file of the mask that was painted or found for an edit, or None if there is none."""
+    """Return the file of the mask that was painted or found for an edit, or None if there is none."""
     files = (run.folder / "mask.png", run.folder / FOUND_MASK.format(name))
     return next((file for file in files if file.is_file()), None) if name != "reference" else None
 
@@ -131,7 +131,7 @@ def _images(run: Run) -> list[tuple[str, str]]:
 
 
 def _pair(run: Run, name: str) -> dict[str, Any]:
-    """Makes the viewer's value: an edit over its reference, or the reference alone."""
+    """Make the viewer's value: an edit over its reference, or the reference alone."""
     if name == "reference":
         return image_alone(run.images[name], run.captions[name])
     before, after = ((run.images[each], run.captions[each]) for each in ("reference", name))

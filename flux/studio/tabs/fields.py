@@ -23,7 +23,7 @@ SHAPES = {"1:1": 1, "4:3": 4 / 3, "3:4": 3 / 4, "16:9": 16 / 9, "9:16": 9 / 16}
 
 
 def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> FormFields:
-    """Makes fields for size, steps and seed, by the names of the settings; or without the size."""
+    """Make fields for size, steps and seed, by the names of the settings; or without the size."""
     size = size_fields(studio) if has_size else {}
     steps = gr.Slider(
         1,
@@ -38,7 +38,7 @@ def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> Fo
 
 
 def size_fields(studio: Studio) -> FormFields:
-    """Makes fields for the size, by the names of the settings."""
+    """Make fields for the size, by the names of the settings."""
     defaults, limits = studio.defaults, studio.limits
     with gr.Row():
         width = gr.Slider(SMALLEST, limits.side, defaults.width, step=16, label="Width", min_width=200)
@@ -56,7 +56,7 @@ def size_fields(studio: Studio) -> FormFields:
 
 
 def guidance_fields(studio: Studio) -> FormFields:
-    """Makes fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
+    """Make fields for both kinds of guidance; distilled guidance is hidden if the model takes none."""
     distilled = studio.spec.params.guidance_embed
     return {
         "guidance": gr.Slider(
@@ -78,7 +78,7 @@ def guidance_fields(studio: Studio) -> FormFields:
 
 
 def true_cfg_slider(studio: Studio) -> gr.Slider:
-    """Makes the slider of true CFG."""
+    """Make the slider of true CFG."""
     return gr.Slider(
         1,
         10,
@@ -90,7 +90,7 @@ def true_cfg_slider(studio: Studio) -> gr.Slider:
 
 
 def connect_notes(fields: FormFields, notes_of: Callable[[Form], Mapping[str, str]]) -> None:
-    """Says beside a field what is wrong with its value, or why it has no effect, whenever one changes.
+    """Say beside a field what is wrong with its value, or why it has no effect, whenever one changes.
 
     Args:
         fields: The components of a form. Those that have a line below their label show the notes there.
@@ -125,7 +125,7 @@ def add_presets(
     strip: gr.HTML,
     value_of: Callable[[Iterable[int]], dict[str, Any]],
 ) -> None:
-    """Adds one button per preset, which puts the preset's layers into a strip.
+    """Add one button per preset, which puts the preset's layers into a strip.
 
     Args:
         presets: The layers of each preset, or what makes the strip's value for a visitor, by the label of its
@@ -141,7 +141,7 @@ def add_presets(
 
 
 def kind_of_examples(studio: Studio) -> str:
-    """Names the examples that suit a model: "large", "small", or "steered" for small ones that need an image.
+    """Name the examples that suit a model: "large", "small", or "steered" for small ones that need an image.
 
     The image that such a model begins with shows a dog on the grass.
     """
@@ -164,7 +164,7 @@ class Examples:
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[Any]], labels: Sequence[str]) -> "Examples":
-        """Shows examples under these labels."""
+        """Show examples under these labels."""
         hidden = [
             gr.Textbox(visible=False) if isinstance(value, str) else gr.Number(visible=False)
             for value in samples[0]
@@ -179,6 +179,6 @@ class Examples:
         return cls(dataset, samples)
 
     def connect(self, outputs: Sequence[Component], *more: Any) -> None:
-        """Lets a click fill the outputs with the example's values, then with `more`."""
+        """Let a click fill the outputs with the example's values, then with `more`."""
         js = f"index => [...{json.dumps(self.samples)}[index], ...{json.dumps(more)}]"
         self.dataset.click(None, self.dataset, list(outputs), js=js, **UNQUEUED)

@@ -40,7 +40,7 @@ class FillTab(SteeredTab):
     name = "fill"
 
     def __init__(self, studio: Studio, first: Path | None = None):
-        """Adds the tab. `first` is the image to fill at first."""
+        """Add the tab. `first` is the image to fill at first."""
         super().__init__(studio)
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
@@ -80,7 +80,7 @@ class FillTab(SteeredTab):
         return sides
 
     def _connect_images(self) -> None:
-        """Lets an image be painted on, and the new frame be seen before anything is drawn."""
+        """Let an image be painted on, and the new frame be seen before anything is drawn."""
         frame_fields = [self.source.held, self.where, *(self.fields[name] for name in (*SIDES, "overlap"))]
 
         def show(file: str | None, painted_on: str | None) -> Changes:
@@ -107,7 +107,7 @@ class FillTab(SteeredTab):
         gr.on(moved, show_frame, frame_fields, self.framed, trigger_mode="always_last", **UNQUEUED)
 
     def _frame(self, form: Form) -> Any:
-        """Draws the new frame, or hides it while there is none."""
+        """Draw the new frame, or hide it while there is none."""
         hidden = gr.update(visible=False)
         try:
             borders = borders_in(_with_word(form))
@@ -126,12 +126,12 @@ class FillTab(SteeredTab):
         return [self.source.upload, self.source.held]
 
     def start_from(self, images: list[str]) -> Changes:
-        """Makes a file the image to fill, or takes it away if there is none."""
+        """Make a file the image to fill, or take it away if there is none."""
         file = images[0] if images else None
         return {self.source.upload: file, self.source.held: file}
 
     def settings_of(self, form: Form) -> ResolvedGenerate:
-        """Makes the settings of a run. Raises InputError for values that cannot be used."""
+        """Make the settings of a run. Raise InputError for values that cannot be used."""
         form = _with_word(form)
         if not form["fill"]:
             raise InputError("Got no image: upload the one that is to be filled")
@@ -143,12 +143,12 @@ class FillTab(SteeredTab):
     def work(
         self, session: Session, settings: ResolvedGenerate, form: Form
     ) -> Iterator[tuple[Update[MadeImage], Run]]:
-        """Does the run."""
+        """Do the run."""
         mask = painted_mask(form["mask"]) if settings.outpaint is None else None
         return run_fill(self.studio, session, settings, held_image(form["fill"]), mask)
 
     def compared(self, run: Run, name: str) -> dict[str, Any]:
-        """Makes the viewer's value: an image of a run over what was filled."""
+        """Make the viewer's value: an image of a run over what was filled."""
         image, mask = before(run)
         return pair(image, "before it was filled", run.images[name], run.captions[name], mask)
 
@@ -158,7 +158,7 @@ class FillTab(SteeredTab):
         return [*super().restorable, self.painted_on, *self.canvas.components]
 
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
-        """Brings back the image, its mask or its borders."""
+        """Bring back the image, its mask or its borders."""
         image = files.one_of("fill")
         borders = settings.outpaint or (0.0, 0.0, 0.0, 0.0)
         values: Changes = {self.fields[side]: min(border, 1.0) for side, border in zip(SIDES, borders)}
@@ -179,7 +179,7 @@ def _frame_html(framed: Image.Image) -> str:
 
 
 def held_file(file: str) -> str:
-    """Returns the file of an image that is held. Raises InputError if it has been deleted since."""
+    """Return the file of an image that is held. Raise InputError if it has been deleted since."""
     held_image(file)
     return file
 

@@ -40,7 +40,7 @@ class FilmTab:
     """
 
     def __init__(self, studio: Studio, first: Path | None = None):
-        """Adds the tab. `first` is the image that steers a run at first, for models that need one."""
+        """Add the tab. `first` is the image that steers a run at first, for models that need one."""
         self.studio, self.controls = studio, RunControls(studio, "film")
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
@@ -76,7 +76,7 @@ class FilmTab:
             return {"layers": strip, "words": words, **fields, "true_cfg": true_cfg_slider(self.studio)}
 
     def connect(self, history: History) -> None:
-        """Connects the events; `history` shows each new image."""
+        """Connect the events; `history` shows each new image."""
         self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedLayer:
@@ -112,7 +112,7 @@ class FilmTab:
         return [self.preview, self.viewer, *self.under.components]
 
     def _shown(self, run: Run, file: Path) -> Changes:
-        """Shows a film, or its last image."""
+        """Show a film, or its last image."""
         value = image_alone(file, run.captions[IMAGE])
         return {
             self.preview: gr.update(visible=False),
@@ -127,7 +127,7 @@ class FilmTab:
         return [*form, *self._shown_parts, self.sheets, self.controls.status]
 
     def restored(self, settings: LayerSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
-        """Fills the form with these settings."""
+        """Fill the form with these settings."""
         entry = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
         existing = [layer for layer in settings.layers if layer < self.studio.spec.num_layers]
@@ -136,7 +136,7 @@ class FilmTab:
         return {self.fields[name]: value for name, value in values.items()} | self.steering.restored(files)
 
     def shown_again(self, run: Run, name: str) -> Changes:
-        """Shows a film of this session once more, or its image if the film was not finished."""
+        """Show a film of this session once more, or its image if the film was not finished."""
         film, image = run.folder / "film.webp", run.images[name]
         shown = film if film.is_file() else image
         files = [(run.folder / f"{sheet}.png", title) for sheet, title in SHEETS.items()]

@@ -55,7 +55,7 @@ class GenerateTab:
     """
 
     def __init__(self, studio: Studio, example: Run):
-        """Adds the tab. It shows the reference of `example` at first."""
+        """Add the tab. It shows the reference of `example` at first."""
         self.studio, self.controls = studio, RunControls(studio, "generate")
         drawn = example.images["reference"]
         with gr.Row(elem_classes="workspace"):
@@ -112,7 +112,7 @@ class GenerateTab:
         return {"image": image, "strength": strength}
 
     def connect(self, history: History) -> None:
-        """Connects the events; `history` shows each new image."""
+        """Connect the events; `history` shows each new image."""
         self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedGenerate:
@@ -142,7 +142,7 @@ class GenerateTab:
         return list(dict.fromkeys([*form, *shown]))
 
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
-        """Fills the form as for one image of these settings, or for all if `details` name none."""
+        """Fill the form as for one image of these settings, or for all if `details` name none."""
         first, image = settings.prompts[0], files.one_of("image")
         values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
         values["prompt"] = details.get("prompt", first.prompt)
@@ -153,11 +153,11 @@ class GenerateTab:
         return {self.new_seed: False, self.upload: image, **filled, **self.steering.restored(files)}
 
     def shown_again(self, run: Run, name: str) -> Changes:
-        """Shows an image of this session once more."""
+        """Show an image of this session once more."""
         return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
 
 
 def _viewed(run: Run, name: str) -> dict[str, Any]:
-    """Makes the viewer's value: an image of a run, over its control image if it has one."""
+    """Make the viewer's value: an image of a run, over its control image if it has one."""
     control, shown = run.folder / "control.png", (run.images[name], run.captions[name])
     return pair(control, "the control image", *shown) if control.is_file() else image_alone(*shown)

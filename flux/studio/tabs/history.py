@@ -31,7 +31,7 @@ class RestorableTab(Protocol):
         ...
 
     def restored(self, settings: Any, details: Mapping[str, Any], files: "Files") -> Changes:
-        """Fills the form with these settings.
+        """Fill the form with these settings.
 
         Args:
             settings: The settings of an earlier run.
@@ -41,7 +41,7 @@ class RestorableTab(Protocol):
         ...
 
     def shown_again(self, run: Run, name: str) -> Changes:
-        """Shows an image of this session once more."""
+        """Show an image of this session once more."""
         ...
 
 
@@ -61,7 +61,7 @@ class Files:
 
     @classmethod
     def beside(cls, path: Path, settings: ModelSettings, shown: Path | None = None) -> "Files":
-        """Finds the files of a run beside one of its images.
+        """Find the files of a run beside one of its images.
 
         Args:
             path: The image.
@@ -117,12 +117,12 @@ class History:
         self.bring = gr.Button("Bring", visible="hidden", elem_id="bring")
 
     def changes(self, session: Session) -> Changes:
-        """Shows all images of the session."""
+        """Show all images of the session."""
         images = [(str(path), run.captions[name]) for run, name, path in session.images()]
         return {self.gallery: gr.update(value=images, visible=bool(images))}
 
     def connect(self, places: Mapping[str, HistoryPlace]) -> None:
-        """Lets images and files bring settings back to their tab. The tabs are named as by `_place_of`."""
+        """Let images and files bring settings back to their tab. The tabs are named as by `_place_of`."""
         self._places = places
         every = list(places.values())
         rows = [row for place in every for row in place.opened]
@@ -142,7 +142,7 @@ class History:
     # ---- events
 
     def _select(self, request: gr.Request, event: gr.SelectData) -> Changes:
-        """Shows an image that was clicked, or says on which page it is shown."""
+        """Show an image that was clicked, or say on which page it is shown."""
         images = self.studio.sessions.of(request.session_hash).images()
         if event.index >= len(images):
             raise InputError(GONE)
@@ -153,7 +153,7 @@ class History:
         return self._show(run, name, path)
 
     def _bring(self, request: gr.Request, wanted: str) -> Changes:
-        """Shows the image for which the page was opened."""
+        """Show the image for which the page was opened."""
         images = self.studio.sessions.of(request.session_hash).images()
         found = next((image for image in images if _title(*image[:2]) == wanted), None)
         if found is None:
@@ -161,7 +161,7 @@ class History:
         return self._show(*found)
 
     def dropped(self, path: str | None) -> Changes:
-        """Brings back the settings in a file, and says what is not in it."""
+        """Bring back the settings in a file, and say what is not in it."""
         if not path:
             return {self.elsewhere: gr.skip()}
         settings, details = read_back(Path(path))
@@ -180,26 +180,26 @@ class History:
         return self._restored(settings, details, Files(mask=mask, shown=shown))
 
     def pack(self, request: gr.Request) -> str:
-        """Writes all images of this session into one file, and names it."""
+        """Write all images of this session into one file, and name it."""
         return str(self.studio.sessions.of(request.session_hash).zip())
 
     # ---- a run shown again
 
     def _show(self, run: Run, name: str, path: Path) -> Changes:
-        """Shows an image of this session, and fills the form of its tab."""
+        """Show an image of this session, and fill the form of its tab."""
         settings, details = read_back(path)
         files = Files.beside(path, settings, run.images.get("reference"))
         shown = self._place_of(settings).tab.shown_again(run, name)
         return {**self._restored(settings, details, files), **shown}
 
     def _restored(self, settings: ModelSettings, details: Mapping[str, Any], files: Files) -> Changes:
-        """Opens the tab of these settings, and fills its form."""
+        """Open the tab of these settings, and fill its form."""
         place = self._place_of(settings)
         opened = {row: gr.Tabs(selected=tab) for row, tab in place.opened.items()}
         return {self.elsewhere: "", **opened, **place.tab.restored(settings, details, files)}
 
     def _place_of(self, settings: ModelSettings) -> HistoryPlace:
-        """Finds the tab that runs of this kind are made in.
+        """Find the tab that runs of this kind are made in.
 
         Raises:
             InputError: This model has none.
@@ -220,11 +220,11 @@ class History:
 
 
 def _inputs(settings: ModelSettings, name: str, folder: Path) -> tuple[Path, ...]:
-    """Lists the files in a run's folder that a field of its settings names."""
+    """List the files in a run's folder that a field of its settings names."""
     named = getattr(settings, name, None) or ()
     return tuple(folder / each for each in ([named] if isinstance(named, str) else named))
 
 
 def _title(run: Run, name: str) -> str:
-    """Names an image of a visit in one text."""
+    """Name an image of a visit in one text."""
     return f"{run.folder.name}/{name}"

@@ -35,7 +35,7 @@ class InstructTab(SteeredTab):
     name = "instruct"
 
     def __init__(self, studio: Studio, first: Path | None = None):
-        """Adds the tab. `first` is the context image that stands there at first."""
+        """Add the tab. `first` is the context image that stands there at first."""
         super().__init__(studio)
         contexts = [str(first)] if first else []
         with gr.Row(elem_classes="workspace"):
@@ -67,7 +67,7 @@ class InstructTab(SteeredTab):
         self._connect_images()
 
     def _connect_images(self) -> None:
-        """Lets an image that is uploaded or taken join the others."""
+        """Let an image that is uploaded or taken join the others."""
 
         def add(file: str | None, files: list[str]) -> Changes:
             if file is None:
@@ -96,7 +96,7 @@ class InstructTab(SteeredTab):
         return [self.source.upload, self.source.held, *context, *size]
 
     def start_from(self, images: list[str]) -> Changes:
-        """Makes these files the context images, and sizes the run to the first one."""
+        """Make these files the context images, and sizes the run to the first one."""
         changes: Changes = {
             self.source.upload: None,
             self.source.held: None,
@@ -111,24 +111,24 @@ class InstructTab(SteeredTab):
         return changes
 
     def settings_of(self, form: Form) -> ResolvedGenerate:
-        """Makes the settings of a run. Raises InputError for values that cannot be used."""
+        """Make the settings of a run. Raise InputError for values that cannot be used."""
         return instruct_settings(self.studio, form)
 
     def work(
         self, session: Session, settings: ResolvedGenerate, form: Form
     ) -> Iterator[tuple[Update[MadeImage], Run]]:
-        """Does the run."""
+        """Do the run."""
         images = [held_image(file) for file in form["context"]]
         return run_generate(self.studio, session, settings, steering={"context": images})
 
     def compared(self, run: Run, name: str) -> dict[str, Any]:
-        """Makes the viewer's value: an image of a run over its first context image."""
+        """Make the viewer's value: an image of a run over its first context image."""
         return pair(
             run.folder / "context_0.png", "the context image", run.images[name], run.captions[name], None
         )
 
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
-        """Brings back the context images, the size, and how the context is seen."""
+        """Bring back the context images, the size, and how the context is seen."""
         values = {name: getattr(settings, name) for name in ("width", "height")}
         values["reference_strength"] = min(settings.reference_strength, MOST_STRENGTH)
         values["context_every"] = min(settings.context_every, MOST_SHARED)
@@ -137,7 +137,7 @@ class InstructTab(SteeredTab):
 
 
 def _advanced() -> FormFields:
-    """Makes the field of a choice that few edits need, folded."""
+    """Make the field of a choice that few edits need, folded."""
     with gr.Accordion("Advanced", open=False, elem_id="instruct-advanced"):
         shared = gr.Slider(
             1,
@@ -151,5 +151,5 @@ def _advanced() -> FormFields:
 
 
 def _named(images: list[str]) -> list[tuple[str, str]]:
-    """Names context images by their order."""
+    """Name context images by their order."""
     return [(file, f"Context image {number + 1}") for number, file in enumerate(images)]

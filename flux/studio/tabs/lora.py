@@ -42,7 +42,7 @@ class LoraTab:
     """
 
     def __init__(self, studio: Studio, first: Path | None = None):
-        """Adds the tab. `first` is the image that steers a run at first, for models that need one."""
+        """Add the tab. `first` is the image that steers a run at first, for models that need one."""
         self.studio, self.controls = studio, RunControls(studio, "lora")
         self.train = TrainPart(studio, self.controls) if can_train(studio) else None
         with gr.Row(elem_classes="workspace"):
@@ -93,7 +93,7 @@ class LoraTab:
             return {"weight": weight, "layers": self.sliders, **fields, **guidance_fields(self.studio)}
 
     def connect(self, history: History) -> None:
-        """Connects the events; `history` shows each new image."""
+        """Connect the events; `history` shows each new image."""
         self.steering.connect(self.fields)
         self._connect_upload()
 
@@ -118,7 +118,7 @@ class LoraTab:
         connect_notes(self.fields, partial(notes_about, self.studio, lora_settings))
 
     def _connect_upload(self) -> None:
-        """Lets an uploaded LoRA show its layers, and a wrong one leave what is shown."""
+        """Let an uploaded LoRA show its layers, and a wrong one leave what is shown."""
         held = self.fields["lora"]
         shown = [held, self.sliders, self.facts]
 
@@ -154,7 +154,7 @@ class LoraTab:
         return [self.preview, self.viewer, *self.under.components]
 
     def _shown(self, run: Run, before: Run | None) -> Changes:
-        """Shows a run's image, over the one without the LoRA if there is one."""
+        """Show a run's image, over the one without the LoRA if there is one."""
         path, shows = run.images[NAME], run.captions[NAME]
         if before is None:
             value = image_alone(path, shows)
@@ -175,7 +175,7 @@ class LoraTab:
         return [*form, *self._shown_parts, self.controls.status]
 
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
-        """Fills the form with these settings, all but the LoRA and its layers."""
+        """Fill the form with these settings, all but the LoRA and its layers."""
         first, lora = settings.prompts[0], settings.lora[-1]
         values = {name: getattr(settings, name) for name in SAMPLING}
         values |= {"prompt": first.prompt, "seed": first.seed}
@@ -185,5 +185,5 @@ class LoraTab:
         return {**filled, **self.steering.restored(files), self.controls.status: status}
 
     def shown_again(self, run: Run, name: str) -> Changes:  # noqa: ARG002 - a run has one image
-        """Shows an image of this session once more."""
+        """Show an image of this session once more."""
         return self._shown(run, None)

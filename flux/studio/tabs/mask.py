@@ -22,7 +22,7 @@ class MaskCanvas:
     def __init__(
         self, image: Path | None, elem_id: str = "edit-mask", about: str = ABOUT, is_open: bool = False
     ):
-        """Adds the board.
+        """Add the board.
 
         Args:
             image: The file of the image to paint on. If None, there is none yet.
@@ -38,7 +38,7 @@ class MaskCanvas:
         return [self.painter]
 
     def show(self, image: Image.Image | Path, mask: Image.Image | None = None) -> Changes:
-        """Replaces the image to paint on, and what is painted.
+        """Replace the image to paint on, and what is painted.
 
         Args:
             image: The image to paint on, or its file.
@@ -47,5 +47,5 @@ class MaskCanvas:
         return {self.painter: board(image, mask)}
 
     def clear(self) -> Changes:
-        """Removes the image to paint on."""
+        """Remove the image to paint on."""
         return {self.painter: None}

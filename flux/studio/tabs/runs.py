@@ -43,7 +43,7 @@ class RunControls:
         self._studio, self.tab = studio, tab
 
     def add_buttons(self, label: str, *more: str) -> list[gr.Button]:
-        """Adds the note, hidden as long as all words are known, then buttons to start and one to stop.
+        """Add the note, hidden as long as all words are known, then buttons to start and one to stop.
 
         Returns:
             The buttons that start a run, the main one first.
@@ -57,12 +57,12 @@ class RunControls:
         return self.start
 
     def cancel(self, request: gr.Request) -> dict[str, Any]:
-        """Cancels the session's run of this tab."""
+        """Cancel the session's run of this tab."""
         self._studio.line.stop(request.session_hash, self.tab)
         return gr.update(interactive=False)
 
     def add_status(self, text: str = "Ready.") -> None:
-        """Adds the status line."""
+        """Add the status line."""
         self.status = gr.HTML(status_html(text), elem_id=f"{self.tab}-status")
 
     @property
@@ -71,7 +71,7 @@ class RunControls:
         return [*self.start, self.stop]
 
     def switched(self, running: bool) -> Changes:
-        """Enables the buttons that start a run, or while one is in progress the one that stops it."""
+        """Enable the buttons that start a run, or while one is in progress the one that stops it."""
         starting = {button: gr.update(interactive=not running) for button in self.start}
         return {**starting, self.stop: gr.update(interactive=running)}
 
@@ -102,7 +102,7 @@ class RunButton(Generic[S]):
         outputs: Sequence[Component],
         new_seed: tuple[gr.Checkbox, gr.Number] | None = None,
     ) -> None:
-        """Lets events start a run.
+        """Let events start a run.
 
         Args:
             triggers: The events, such as `button.click`.
@@ -121,7 +121,7 @@ class RunButton(Generic[S]):
         begun.success(self.run, inputs, changed, concurrency_limit=None, **UNLISTED)
 
     def begin(self, request: gr.Request, *values: Any) -> Changes:
-        """Checks the form, before the run waits for the model."""
+        """Check the form, before the run waits for the model."""
         unknown = words_note(self.studio, self.settings_of(self._form(values)))
         if self.studio.line.has(request.session_hash, self.controls.tab):  # Enter was pressed in a prompt
             return {self.controls.status: gr.skip()}
@@ -129,7 +129,7 @@ class RunButton(Generic[S]):
         return {self.controls.words: unknown, self.controls.status: waiting, **self.controls.switched(True)}
 
     def run(self, request: gr.Request, *values: Any) -> Iterator[Changes]:
-        """Does the work when its turn comes, and shows its progress."""
+        """Do the work when its turn comes, and show its progress."""
         caller, tab, status = request.session_hash, self.controls.tab, self.controls.status
         if self.studio.line.has(caller, tab):  # "Edit" was clicked twice
             yield {status: gr.skip()}
@@ -166,12 +166,12 @@ class RunButton(Generic[S]):
 
 
 def seed_of(new: bool, seed: float | None) -> float | None:
-    """Draws a new seed if one is wanted."""
+    """Draw a new seed if one is wanted."""
     return randrange(2**32) if new else seed
 
 
 def words_note(studio: Studio, settings: ModelSettings) -> str:
-    """Renders the words of these settings that the model was not trained on, or does not see."""
+    """Render the words of these settings that the model was not trained on, or do not see."""
     found: dict[str, list[str]] = {}
     for text in texts_in(settings):
         found |= unknown_words(text, studio.spec.vocabulary) if studio.spec.vocabulary else {}

@@ -40,7 +40,7 @@ class ScanTab:
     """The tab that scans for the vital layers."""
 
     def __init__(self, studio: Studio, first: Path | None = None):
-        """Adds the tab. `first` is the image that steers a scan at first, for models that need one."""
+        """Add the tab. `first` is the image that steers a scan at first, for models that need one."""
         self.studio, self.controls = studio, RunControls(studio, "scan")
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
@@ -105,7 +105,7 @@ class ScanTab:
         return strip_value(self.studio, on)
 
     def connect(self, tabs: gr.Tabs, edit: EditTab) -> None:
-        """Connects the events; the set of layers that is found goes to the tab `edit` of `tabs`."""
+        """Connect the events; the set of layers that is found goes to the tab `edit` of `tabs`."""
         self.steering.connect(self.fields)
 
         def settings_of(form: Form) -> ResolvedScan:
@@ -152,7 +152,7 @@ class ScanTab:
 
 
 def images_without(folder: str | None, layer: int) -> dict[str, Any]:
-    """Shows each reference of a scan beside its image without the layer."""
+    """Show each reference of a scan beside its image without the layer."""
     if not folder:
         return gr.skip()
     images = []

@@ -31,7 +31,7 @@ class ShownImage:
         image: Path | None = None,
         further: str = "Edit this",
     ):
-        """Adds the row. `run` and `image` are shown from the first moment on, if they are given.
+        """Add the row. `run` and `image` are shown from the first moment on, if they are given.
 
         Args:
             label: The label of the button that saves the image.
@@ -62,7 +62,7 @@ class ShownImage:
         return [self.edit, self._save, self._record, *self._copies, *self._texts, self.file]
 
     def show(self, run: Run, image: Path, saved: Path | None = None) -> Changes:
-        """Enables the buttons for an image of a run.
+        """Enable the buttons for an image of a run.
 
         Args:
             run: The run.
@@ -96,7 +96,7 @@ class ShownRun:
         columns: int = 4,
         **under: Any,
     ):
-        """Adds the components.
+        """Add the components.
 
         Args:
             name: The tab's name, with which the components' ids begin.
@@ -125,13 +125,13 @@ class ShownRun:
         return [self._preview, self._viewer, self._gallery, *self.under.components]
 
     def follow(self, update: Update[MadeImage], run: Run) -> Changes:
-        """Shows a step of a run, or the image that is made."""
+        """Show a step of a run, or the image that is made."""
         if update.result:
             return self.show(run, update.result.name)
         return {self._preview: gr.update(visible=True, value=update.preview)} if update.preview else {}
 
     def show(self, run: Run, name: str) -> Changes:
-        """Shows an image of a run, and all of them if there are several."""
+        """Show an image of a run, and all of them if there are several."""
         images = [(str(path), run.captions[each]) for each, path in run.images.items()]
         at = list(run.images).index(name)
         return {

@@ -40,21 +40,21 @@ class SteeredTab(ABC):
 
     @abstractmethod
     def settings_of(self, form: Form) -> ResolvedGenerate:
-        """Makes the settings of a run. Raises InputError for values that cannot be used."""
+        """Make the settings of a run. Raise InputError for values that cannot be used."""
 
     @abstractmethod
     def work(
         self, session: Session, settings: ResolvedGenerate, form: Form
     ) -> Iterator[tuple[Update[MadeImage], Run]]:
-        """Does the run."""
+        """Do the run."""
 
     @abstractmethod
     def compared(self, run: Run, name: str) -> dict[str, Any]:
-        """Makes the viewer's value: an image of a run over what it was made of."""
+        """Make the viewer's value: an image of a run over what it was made of."""
 
     @abstractmethod
     def start_from(self, images: list[str]) -> Changes:
-        """Puts images, by their files, in the place of those that a run begins with."""
+        """Put images, by their files, in the place of those that a run begins with."""
 
     @property
     @abstractmethod
@@ -64,7 +64,7 @@ class SteeredTab(ABC):
     # ---- components
 
     def add_prompt(self, value: str, label: str, button: str) -> FormFields:
-        """Adds the prompt, and the buttons that start and stop."""
+        """Add the prompt, and the buttons that start and stop."""
         prompt = gr.Textbox(
             value,
             label=label,
@@ -76,14 +76,14 @@ class SteeredTab(ABC):
         return {"prompt": prompt}
 
     def add_outputs(self, status: str) -> None:
-        """Adds the status line, the viewer, and what is below it."""
+        """Add the status line, the viewer, and what is below it."""
         self.controls.add_status(status)
         placeholder = "The result appears here, beside what it was made of."
         further = "Continue from this image"
         self.shown = ShownRun(self.name, self.compared, placeholder=placeholder, further=further)
 
     def add_settings(self, has_size: bool) -> FormFields:
-        """Adds the fields of every run. Without a size, the image to begin with has it."""
+        """Add the fields of every run. Without a size, the image to begin with has it."""
         with gr.Accordion("Settings", open=False, elem_id=f"{self.name}-settings"):
             fields = size_and_seed_fields(self.studio, seed=7, has_size=has_size)
             fields["count"] = gr.Slider(
@@ -99,7 +99,7 @@ class SteeredTab(ABC):
     # ---- events
 
     def connect(self, history: History) -> None:
-        """Connects the events; `history` shows each new image."""
+        """Connect the events; `history` shows each new image."""
 
         def work(
             session: Session, settings: ResolvedGenerate, form: Form
@@ -132,7 +132,7 @@ class SteeredTab(ABC):
         return list(dict.fromkeys(parts))
 
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
-        """Fills the form as for one image of these settings, or for all if `details` name none."""
+        """Fill the form as for one image of these settings, or for all if `details` name none."""
         first = settings.prompts[0]
         values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
         values["prompt"] = details.get("prompt", first.prompt)
@@ -143,8 +143,8 @@ class SteeredTab(ABC):
 
     @abstractmethod
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
-        """Brings back the images of a run, and what the settings say about them."""
+        """Bring back the images of a run, and what the settings say about them."""
 
     def shown_again(self, run: Run, name: str) -> Changes:
-        """Shows an image of this session once more."""
+        """Show an image of this session once more."""
         return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}

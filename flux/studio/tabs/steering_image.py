@@ -40,7 +40,7 @@ class SteeringImage:
     """
 
     def __init__(self, studio: Studio, tab: str, first: Path | None = None):
-        """Adds the components.
+        """Add the components.
 
         Args:
             studio: The studio.
@@ -70,7 +70,7 @@ class SteeringImage:
             self.fields["mask"] = self.canvas.painter
 
     def connect(self, fields: FormFields) -> None:
-        """Gives a tab's images the size of the image, and lets its mask be painted on it.
+        """Give a tab's images the size of the image, and let its mask be painted on it.
 
         Args:
             fields: The tab's fields, of which it changes "width" and "height".
@@ -96,7 +96,7 @@ class SteeringImage:
             event.success(size_to, self._source.held, [*size, *self._canvas_parts], **UNQUEUED)
 
     def images(self, form: Form) -> dict[str, Image.Image]:
-        """Reads the images of a form, by the fields of settings that name them.
+        """Read the images of a form, by the fields of settings that name them.
 
         Raises:
             InputError: The mask of an image to fill is missing, or an image has been deleted.
@@ -109,7 +109,7 @@ class SteeringImage:
         return images
 
     def check(self, form: Form) -> None:
-        """Raises InputError if the image to fill has no mask."""
+        """Raise InputError if the image to fill has no mask."""
         if self._kind == "fill" and form[self._kind]:
             mask_in(form)
 
@@ -121,7 +121,7 @@ class SteeringImage:
         return [self._source.upload, self._source.held, *self._canvas_parts]
 
     def restored(self, files: Files) -> Changes:
-        """Brings back the images of a run."""
+        """Bring back the images of a run."""
         if self._kind is None:
             return {}
         file = files.one_of(self._kind)
@@ -132,7 +132,7 @@ class SteeringImage:
         return changes
 
     def taken(self, files: Files) -> Changes:
-        """Brings back the images of a run, if it began with any. Else what is there stays."""
+        """Bring back the images of a run, if it began with any. Else what is there stays."""
         return self.restored(files) if self._kind and files.one_of(self._kind) else {}
 
     @property
@@ -141,7 +141,7 @@ class SteeringImage:
 
 
 def mask_in(form: Mapping[str, object]) -> Image.Image:
-    """Takes the mask of an image to fill from a form. Raises InputError if nothing is painted."""
+    """Take the mask of an image to fill from a form. Raise InputError if nothing is painted."""
     mask = painted_mask(form["mask"])
     if mask is None:
         raise InputError("Got no mask: open Mask, and paint over what is to be painted anew")

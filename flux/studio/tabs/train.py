@@ -39,7 +39,7 @@ class TrainPart:
         self._studio, self._controls = studio, controls
 
     def add_form(self) -> None:
-        """Adds the form, folded."""
+        """Add the form, folded."""
         with gr.Accordion("Train one", open=False, elem_id="lora-train"):
             self._upload = gr.File(
                 label=f"1 to {TRAINING_IMAGES} images",
@@ -76,11 +76,11 @@ class TrainPart:
         self.fields = {"images": images, "trigger": trigger, "layers": layers, "steps": steps, "seed": seed}
 
     def add_samples(self) -> None:
-        """Adds the gallery of samples, hidden as long as there are none."""
+        """Add the gallery of samples, hidden as long as there are none."""
         self.samples = results("Samples of the training", "lora-samples", columns=2, zoomable=True)
 
     def connect(self, show: Callable[[Session, HeldLora], Changes], outputs: list[Component]) -> None:
-        """Connects the events.
+        """Connect the events.
 
         Args:
             show: Shows the trained LoRA.

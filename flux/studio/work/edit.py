@@ -34,7 +34,7 @@ def make_reference(
     photo: Image.Image | None = None,
     conditions: ConditionImages | None = None,
 ) -> Reference:
-    """Returns the reference that the settings describe: the kept one if it fits, else a new one, then kept.
+    """Return the reference that the settings describe: the kept one if it fits, else a new one, then kept.
 
     Args:
         engine: The loaded model.
@@ -75,7 +75,7 @@ def make_edits(
     on_mask: Callable[[int, Image.Image], object] | None = None,
     conditions: ConditionImages | None = None,
 ) -> None:
-    """Emits the reference and its edits, under the names that demo 4 saves them with.
+    """Emit the reference and its edits, under the names that demo 4 saves them with.
 
     Args:
         engine: The loaded model.
@@ -120,7 +120,7 @@ def run_edit(
     mask: Image.Image | None = None,
     steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage], Run]]:
-    """Makes the edits, and yields each update with its run.
+    """Make the edits, and yield each update with its run.
 
     Args:
         studio: The studio.
@@ -155,7 +155,7 @@ def run_reference(
     photo: Image.Image | None = None,
     steering: Mapping[str, Images] | None = None,
 ) -> Iterator[Update[Image.Image]]:
-    """Makes the reference alone, and yields each update. Nothing is saved."""
+    """Make the reference alone, and yield each update. Nothing is saved."""
     conditions = read_conditions(settings, steering)
 
     def work(progress: Progress[Image.Image]) -> None:
@@ -167,7 +167,7 @@ def run_reference(
 def known_layers(
     studio: Studio, session: Session | None = None
 ) -> tuple[tuple[int, ...], dict[int, float] | None]:
-    """Finds the layers to inject in, and each layer's vitality if this checkpoint has been scanned.
+    """Find the layers to inject in, and each layer's vitality if this checkpoint has been scanned.
 
     Args:
         studio: The studio.
@@ -187,5 +187,5 @@ def known_layers(
 
 
 def _without_mask_file(settings: ResolvedEdit, conditions: ConditionImages | None) -> ResolvedEdit:
-    """Returns settings that do not name the file in which a run keeps the mask of an image to fill."""
+    """Return settings that do not name the file in which a run keeps the mask of an image to fill."""
     return settings.model_copy(update={"mask": None}) if conditions and conditions.mask else settings

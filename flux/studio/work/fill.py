@@ -25,7 +25,7 @@ def run_fill(
     image: Image.Image,
     mask: Image.Image | None = None,
 ) -> Iterator[tuple[Update[MadeImage], Run]]:
-    """Fills an image, and yields each update with its run.
+    """Fill an image, and yield each update with its run.
 
     Args:
         studio: The studio.
@@ -44,13 +44,13 @@ def run_fill(
 
 
 def frame(image: Image.Image, borders: tuple[float, float, float, float], overlap: float) -> Image.Image:
-    """Shows an image in the frame in which it is continued: grey where it is painted anew."""
+    """Show an image in the frame in which it is continued: grey where it is painted anew."""
     canvas, mask = outpaint(image, borders, overlap)
     return Image.composite(Image.new("RGB", canvas.size, GREY), canvas, mask)
 
 
 def before(run: Run) -> tuple[Path, Path]:
-    """Returns the files of what a run filled: the image, in its frame if it was continued, and the mask."""
+    """Return the files of what a run filled: the image, in its frame if it was continued, and the mask."""
     settings, image, mask = run.settings, run.folder / "fill.png", run.folder / "mask.png"
     if isinstance(settings, GenerateSettings) and settings.outpaint is not None:
         framed = run.folder / "frame.png"

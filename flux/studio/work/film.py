@@ -24,7 +24,7 @@ def make_film(
     run: Run,
     conditions: ConditionImages | None = None,
 ) -> None:
-    """Emits the image, then the paths of its film and sheets, which it writes to the run's folder.
+    """Emit the image, then the paths of its film and sheets, which it writes to the run's folder.
 
     Args:
         engine: The loaded model.
@@ -58,7 +58,7 @@ def run_film(
     settings: ResolvedLayer,
     steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage | Path], Run]]:
-    """Makes the film, and yields each update with its run. Images may steer it, by their fields."""
+    """Make the film, and yield each update with its run. Images may steer it, by their fields."""
     conditions = read_conditions(settings, steering)
 
     def work(progress: Progress[MadeImage | Path], run: Run) -> None:

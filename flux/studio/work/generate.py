@@ -23,7 +23,7 @@ def make_images(
     image: Image.Image | None = None,
     conditions: ConditionImages | None = None,
 ) -> None:
-    """Makes and emits the images one by one, as demo 0 does.
+    """Make and emit the images one by one, as demo 0 does.
 
     Args:
         engine: The loaded model.
@@ -55,7 +55,7 @@ def make_images(
 
 
 def steered(engine: Engine, settings: SteeredSettings, conditions: ConditionImages | None) -> LoadedModel:
-    """Returns the engine's model, steered by images if there are any.
+    """Return the engine's model, steered by images if there are any.
 
     Raises:
         InputError: The content filter objects to an image.
@@ -68,13 +68,13 @@ def steered(engine: Engine, settings: SteeredSettings, conditions: ConditionImag
 
 
 def images_of(conditions: ConditionImages) -> list[Image.Image]:
-    """Lists the images that steer a run, without their mask."""
+    """List the images that steer a run, without their mask."""
     alone = (conditions.control, conditions.filled and conditions.filled[0])
     return [*conditions.context, *conditions.redux, *filter(None, alone)]
 
 
 def steering_images(settings: ResolvedModel, given: Mapping[str, Image.Image]) -> dict[str, Images]:
-    """Brings images that steer a run to its size, and makes a list of a Redux image.
+    """Bring images that steer a run to its size, and make a list of a Redux image.
 
     Args:
         settings: The run.
@@ -94,7 +94,7 @@ def steering_images(settings: ResolvedModel, given: Mapping[str, Image.Image]) -
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Brings an image to a size. Where less than a token is too much, it is cut off and no pixel changes."""
+    """Bring an image to a size. Where less than a token is too much, it is cut off and no pixel changes."""
     across, down = (own - wanted for own, wanted in zip(image.size, size))
     if 0 <= across < TOKEN and 0 <= down < TOKEN:
         left, above = across // 2, down // 2
@@ -109,7 +109,7 @@ def run_generate(
     image: Image.Image | None = None,
     steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage], Run]]:
-    """Makes the images, and yields each update with its run.
+    """Make the images, and yield each update with its run.
 
     Args:
         studio: The studio.

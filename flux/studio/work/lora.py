@@ -65,7 +65,7 @@ class HeldLora:
 
 
 def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> HeldLora:
-    """Checks an uploaded LoRA and keeps it for the session, in place of an earlier one.
+    """Check an uploaded LoRA and keep it for the session, in place of an earlier one.
 
     Args:
         studio: The studio.
@@ -89,7 +89,7 @@ def keep_lora(studio: Studio, session: Session, upload: Any, inside: Path) -> He
 
 
 def hold_lora(studio: Studio, session: Session, path: Path) -> HeldLora:
-    """Keeps a LoRA file for the session, in place of an earlier one for this model.
+    """Keep a LoRA file for the session, in place of an earlier one for this model.
 
     Raises:
         InputError: It is no LoRA for the loaded model.
@@ -123,7 +123,7 @@ def _check_header(path: Path) -> None:
 
 
 def _plain_name(path: Path) -> str:
-    """Returns a file's name without what a file system or a command line may read otherwise."""
+    """Return a file's name without what a file system or a command line may read otherwise."""
     return re.sub(r"[^\w-]+", "_", path.stem, flags=re.ASCII).strip("_")[:80] or "lora"
 
 
@@ -151,7 +151,7 @@ def _check_fit(studio: Studio, report: LoraReport) -> None:
 
 
 def check_engine(engine: Engine) -> None:
-    """Raises InputError unless LoRAs can be put beside the loaded model: plain weights that stay in place."""
+    """Raise InputError unless LoRAs can be put beside the loaded model: plain weights that stay in place."""
     settings = engine.settings
     for hindrance, is_there in (
         ("offloaded", engine.is_offloaded),
@@ -167,7 +167,7 @@ def check_engine(engine: Engine) -> None:
 
 @contextmanager
 def lora_on(engine: Engine, lora: Lora) -> Iterator[None]:
-    """Puts a LoRA beside the engine's transformer for the duration of the block.
+    """Put a LoRA beside the engine's transformer for the duration of the block.
 
     Args:
         engine: The engine. No other run may use it meanwhile.
@@ -189,7 +189,7 @@ def lora_on(engine: Engine, lora: Lora) -> Iterator[None]:
 
 @contextmanager
 def _as_it_was(model: Flux, patches: list[Patch]) -> Iterator[None]:
-    """Gives a transformer its own modules back, those that these changes replace, when the block ends."""
+    """Give a transformer its own modules back, those that these changes replace, when the block ends."""
     own = {name: model.get_submodule(name) for name in {patch.place.module for patch in patches}}
     # Changes that are no matrices of low rank are written into weights, which other models may use too.
     for name in {patch.place.module for patch in patches if not _is_beside(patch)}:
@@ -202,7 +202,7 @@ def _as_it_was(model: Flux, patches: list[Patch]) -> Iterator[None]:
 
 
 def _is_beside(patch: Patch) -> bool:
-    """Tells whether a change leaves the weights as they are, and stands beside them."""
+    """Tell whether a change leaves the weights as they are, and stands beside them."""
     return patch.change is None or isinstance(patch.change, LowRank)
 
 
@@ -212,7 +212,7 @@ def run_lora(
     settings: ResolvedGenerate,
     steering: Mapping[str, Images] | None = None,
 ) -> Iterator[tuple[Update[MadeImage], Run | None, Run]]:
-    """Makes one image without the visitor's LoRA and one with it.
+    """Make one image without the visitor's LoRA and one with it.
 
     Args:
         studio: The studio.
@@ -242,7 +242,7 @@ def run_lora(
 
 
 def _earlier_run(session: Session, settings: ResolvedGenerate) -> Run | None:
-    """Finds the session's last finished run with these settings."""
+    """Find the session's last finished run with these settings."""
     wanted = check_settings(GenerateSettings, portable(settings.to_json()))
     for run in reversed(session.runs):
         if run.settings == wanted and NAME in run.images and run.images[NAME].is_file():

@@ -35,7 +35,7 @@ class Vital:
 def make_scan(
     engine: Engine, settings: ResolvedScan, progress: Progress[Path | Vital], remember: bool = False
 ) -> None:
-    """Scans with the loaded model.
+    """Scan with the loaded model.
 
     Args:
         engine: The loaded model.
@@ -78,7 +78,7 @@ def make_scan(
 
 
 def steered_scan(settings: ResolvedScan, given: Mapping[str, Image.Image]) -> ResolvedScan:
-    """Returns the settings of a scan that images steer, which lie in a folder that they name together.
+    """Return the settings of a scan that images steer, which lie in a folder that they name together.
 
     Args:
         settings: The scan, see `flux.studio.forms.scan_settings`.
@@ -104,7 +104,7 @@ def steered_scan(settings: ResolvedScan, given: Mapping[str, Image.Image]) -> Re
 
 
 def run_scan(studio: Studio, session: Session, settings: ResolvedScan) -> Iterator[Update[Path | Vital]]:
-    """Scans, and yields each update. The layers that it finds become the session's own."""
+    """Scan, and yield each update. The layers that it finds become the session's own."""
 
     def work(progress: Progress[Path | Vital]) -> None:
         make_scan(studio.engine, settings, progress, studio.publish_scans)
@@ -115,6 +115,6 @@ def run_scan(studio: Studio, session: Session, settings: ResolvedScan) -> Iterat
 
 
 def read_vitality(scan: Path) -> dict[int, float]:
-    """Reads the vitality of each layer from a vital_layers.json; a scan of sets of layers has none."""
+    """Read the vitality of each layer from a vital_layers.json; a scan of sets of layers has none."""
     entries = json.loads(scan.read_text(encoding="utf-8")).get("vitality", {})
     return {int(name): entry["vitality"] for name, entry in entries.items() if name.isdecimal()}

@@ -30,12 +30,12 @@ class Sample:
 
 
 def can_train(studio: Studio) -> bool:
-    """Tells whether the page offers trainings: of a small model that needs no image and many steps."""
+    """Tell whether the page offers trainings: of a small model that needs no image and many steps."""
     return studio.spec.folder is not None and studio.spec.shifted and studio.spec.condition is None
 
 
 def keep_images(studio: Studio, session: Session, uploads: Any, inside: Path) -> list[Path]:
-    """Checks uploaded training images and keeps them as bare pixels, in place of earlier ones.
+    """Check uploaded training images and keep them as bare pixels, in place of earlier ones.
 
     Args:
         studio: The studio.
@@ -63,7 +63,7 @@ def keep_images(studio: Studio, session: Session, uploads: Any, inside: Path) ->
 def run_training(
     studio: Studio, session: Session, settings: TrainSettings
 ) -> Iterator[Update[Sample | HeldLora]]:
-    """Trains a LoRA, and yields each update, at last one with the LoRA, which the session then holds."""
+    """Train a LoRA, and yield each update, at last one with the LoRA, which the session then holds."""
     if not can_train(studio):
         raise InputError("Got a training for a large model: use python -m flux.lora train")
     if not studio.disk.has_room():
