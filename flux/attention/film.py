@@ -23,13 +23,13 @@ class Film:
     """One image's way from noise, decoded.
 
     Attributes:
-        prompt: what the image shows.
-        levels: the noise level at which each step begins.
-        noisy: the latent of each step, decoded.
-        clean: the clean image that each step predicts.
-        final: the finished image.
-        attention: the watched steps' attention, empty if none was watched.
-        num_double: number of double-stream layers of the model.
+        prompt: What the image shows.
+        levels: The noise level at which each step begins.
+        noisy: The latent of each step, decoded.
+        clean: The clean image that each step predicts.
+        final: The finished image.
+        attention: The watched steps' attention, empty if none was watched.
+        num_double: Number of double-stream layers of the model.
     """
 
     prompt: str
@@ -50,15 +50,15 @@ class Film:
         final: Image.Image,
         on_step: Callable[[], object] | None = None,
     ) -> "Film":
-        """Decodes the steps that `flux.attention.watch.watch` returned, with their attention.
+        """Decode the steps that `flux.attention.watch.watch` returned, with their attention.
 
         Args:
-            pipe: the models that made the image.
-            prompt: what the image shows.
-            steps: all steps.
-            attention: the attention of the watched steps.
-            final: the last latent, decoded; the film has its size.
-            on_step: called after each step is decoded. An exception from it ends the work.
+            pipe: The models that made the image.
+            prompt: What the image shows.
+            steps: All steps.
+            attention: The attention of the watched steps.
+            final: The last latent, decoded; the film has its size.
+            on_step: Called after each step is decoded. An exception from it ends the work.
         """
         noisy, clean = [], []
         for step in steps:
@@ -70,11 +70,11 @@ class Film:
         return cls(prompt, levels, noisy, clean, final, attention, pipe.spec.params.depth)
 
     def save(self, path: str | Path) -> None:
-        """Writes the predicted clean images and the final one as a GIF or WebP, by the name's suffix."""
+        """Write the predicted clean images and the final one as a GIF or WebP, by the name's suffix."""
         save_animation([*self.clean, self.final], path, SECONDS_PER_FRAME)
 
     def sheets(self) -> Iterator[tuple[str, Image.Image]]:
-        """Draws the sheets one by one, each with its name.
+        """Draw the sheets one by one, each with its name.
 
         Yields:
             "steps", all steps noisy and clean. If attention was watched, "layers" (what image tokens attend

@@ -19,18 +19,18 @@ QUERY_CHUNK = 512  # queries at a time
 
 @torch.no_grad()
 def mean_attention(q: Tensor, k: Tensor, groups: Tensor | None = None, chunk: int = QUERY_CHUNK) -> Tensor:
-    """Computes softmax(q k^T / sqrt(D)) in float32, averaged over heads and summed over groups of keys.
+    """Compute softmax(q k^T / sqrt(D)) in float32, averaged over heads and summed over groups of keys.
 
     The largest tensors hold the scores of `chunk` queries in one head, "B chunk N"; two of them are alive at
     once. At 1024x1024 (4096 image and 512 text tokens, 24 heads) that is 2 x 9.4 MB for each row of the
     batch, where the maps of all heads would take 2 GB.
 
     Args:
-        q: queries, "B H M D", any of the sequence's.
-        k: keys of the whole sequence, "B H N D".
-        groups: the share of each key in each group, "N G". If None, each key is its own group; the result
+        q: Queries, "B H M D", any of the sequence's.
+        k: Keys of the whole sequence, "B H N D".
+        groups: The share of each key in each group, "N G". If None, each key is its own group; the result
             then is "B M N", so ask for few queries.
-        chunk: number of queries computed at a time.
+        chunk: Number of queries computed at a time.
 
     Returns:
         Float32, "B M G". It sums to 1 over groups that hold each key once.
@@ -53,12 +53,12 @@ class LayerAttention:
     """One layer's attention in one step: means over heads, in shares of 1, float32 on the CPU.
 
     Attributes:
-        text: how much each image token attends to text, padding included, "B I".
-        padding: the part of `text` that goes to padding, "B I".
-        to_words: how much each image token attends to all tokens of each word, "B I".
-        from_words: how much the tokens of each word attend to each image token, their mean, "B I". What is
+        text: How much each image token attends to text, padding included, "B I".
+        padding: The part of `text` that goes to padding, "B I".
+        to_words: How much each image token attends to all tokens of each word, "B I".
+        from_words: How much the tokens of each word attend to each image token, their mean, "B I". What is
             missing to a sum of 1 goes to text and to a condition.
-        condition: how much each image token attends to a condition's tokens, "B I"; 0 without one.
+        condition: How much each image token attends to a condition's tokens, "B I"; 0 without one.
     """
 
     text: Tensor
@@ -74,13 +74,13 @@ class LayerAttention:
 
 
 def layer_attention(q: Tensor, k: Tensor, tokens: TextTokens, chunk: int = QUERY_CHUNK) -> LayerAttention:
-    """Measures the attention of one layer. For the memory it takes see `mean_attention`.
+    """Measure the attention of one layer. For the memory it takes see `mean_attention`.
 
     Args:
-        q: queries of text tokens, then of image tokens, after QK-norm and rotary embedding, "B H T+I D".
-        k: keys of these, then of a condition's tokens, likewise, "B H N D".
-        tokens: the words and the padding of the prompt.
-        chunk: number of queries computed at a time.
+        q: Queries of text tokens, then of image tokens, after QK-norm and rotary embedding, "B H T+I D".
+        k: Keys of these, then of a condition's tokens, likewise, "B H N D".
+        tokens: The words and the padding of the prompt.
+        chunk: Number of queries computed at a time.
     """
     num_txt, num_own = len(tokens.padding), q.shape[2]
     groups = torch.zeros(k.shape[2], 3 + len(tokens.words))

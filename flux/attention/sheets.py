@@ -19,12 +19,12 @@ COVER = 0.7  # share of the map in a heat map's colour; the rest is the image's 
 
 
 def heat_map(image: Image.Image, values: Tensor, top: float) -> Image.Image:
-    """Draws the values of an image's tokens as colours over its greys, interpolated between tokens.
+    """Draw the values of an image's tokens as colours over its greys, interpolated between tokens.
 
     Args:
-        image: sides in whole tokens of 16 pixels.
-        values: one for each token, "I", in 0..top.
-        top: the value of the last colour.
+        image: Sides in whole tokens of 16 pixels.
+        values: One for each token, "I", in 0..top.
+        top: The value of the last colour.
     """
     rows, columns = image.height // 16, image.width // 16
     fine = F.interpolate(values.reshape(1, 1, rows, columns), image.size[::-1], mode="bilinear")[0, 0]
@@ -32,7 +32,7 @@ def heat_map(image: Image.Image, values: Tensor, top: float) -> Image.Image:
 
 
 def colour(values: np.ndarray, greys: np.ndarray) -> Image.Image:
-    """Draws the values of pixels as colours with their greys showing through, 0..1 each, "H W"."""
+    """Draw the values of pixels as colours with their greys showing through, 0..1 each, "H W"."""
     from matplotlib import colormaps
 
     colours = np.asarray(colormaps[COLOURS](values))[..., :3]
@@ -41,7 +41,7 @@ def colour(values: np.ndarray, greys: np.ndarray) -> Image.Image:
 
 
 def colour_scale(width: int, height: int, top: float) -> Image.Image:
-    """Draws the legend of `heat_map`: a bar from 0 up to `top`, in the colours over a middle grey."""
+    """Draw the legend of `heat_map`: a bar from 0 up to `top`, in the colours over a middle grey."""
     text = max(11, min(width, height) // 14)
     bar = (3 * text // 2, max(2, height - 2 * text))
     shares = np.linspace(1, 0, bar[1])[:, None].repeat(bar[0], axis=1)
@@ -55,24 +55,24 @@ def colour_scale(width: int, height: int, top: float) -> Image.Image:
 
 
 def percent(share: float | Tensor) -> str:
-    """Formats a share of 1 with two digits: 0.0312 as "3.1%"."""
+    """Format a share of 1 with two digits: 0.0312 as "3.1%"."""
     return f"{100 * share:.2g}%" if share < 0.0995 else f"{100 * share:.0f}%"
 
 
 def layer_title(layer: int, num_double: int) -> str:
-    """Names a layer and its kind."""
+    """Name a layer and its kind."""
     return f"layer {layer} ({'double' if layer < num_double else 'single'}-stream)"
 
 
 def layers_sheet(image: Image.Image, steps: Sequence[StepAttention], num_double: int) -> Image.Image:
-    """Draws how much each image token attends to text: layers in rows, steps in columns.
+    """Draw how much each image token attends to text: layers in rows, steps in columns.
 
     All maps share one scale, shown beside them.
 
     Args:
-        image: the finished image, the background of the maps.
-        steps: the attention of the watched steps.
-        num_double: number of double-stream layers of the model.
+        image: The finished image, the background of the maps.
+        steps: The attention of the watched steps.
+        num_double: Number of double-stream layers of the model.
     """
     layers = list(steps[0].layers)
     top = max(float(step.layers[layer].text.max()) for step in steps for layer in layers)
@@ -103,7 +103,7 @@ DIRECTIONS: dict[Direction, tuple[str, str]] = {
 
 
 def words_sheet(image: Image.Image, steps: Sequence[StepAttention], num_double: int) -> Image.Image:
-    """Draws the maps of each word, averaged over the steps, with words in columns.
+    """Draw the maps of each word, averaged over the steps, with words in columns.
 
     Each layer has two rows: how much image tokens attend to the word, and how much the word attends to them.
     The maps of a row share one scale, shown beside them. The arguments are those of `layers_sheet`.

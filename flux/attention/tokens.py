@@ -12,7 +12,7 @@ from flux.modules.conditioner import HFEmbedder
 
 
 def prompt_words(prompt: str) -> list[str]:
-    """Lists the prompt's words in order, each once, regardless of case."""
+    """List the prompt's words in order, each once, regardless of case."""
     words = {}
     for word in re.findall(r"\w+(?:[-'’]\w+)*", prompt):
         words.setdefault(word.casefold(), word)
@@ -20,13 +20,13 @@ def prompt_words(prompt: str) -> list[str]:
 
 
 def find_word(prompt: str, word: str) -> list[tuple[int, int]]:
-    """Finds a word, or a run of words ("top hat"), in the prompt, regardless of case.
+    """Find a word, or a run of words ("top hat"), in the prompt, regardless of case.
 
     Returns:
         Start and end of each occurrence.
 
     Raises:
-        InputError: the prompt does not contain it.
+        InputError: The prompt does not contain it.
     """
     found = re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
     if places := [match.span() for match in found]:
@@ -42,9 +42,9 @@ class TextTokens:
     """The meaning of the T text tokens of a prompt, as masks "T" of booleans.
 
     Attributes:
-        padding: the tokens that fill the prompt up to the encoder's length, without the end-of-text token.
+        padding: The tokens that fill the prompt up to the encoder's length, without the end-of-text token.
             FLUX masks nothing, so these are attended to as well.
-        words: the tokens of each chosen word. A token that spans more than the word, as an unknown token may,
+        words: The tokens of each chosen word. A token that spans more than the word, as an unknown token may,
             belongs to the word.
     """
 
@@ -53,15 +53,15 @@ class TextTokens:
 
 
 def text_tokens(t5: HFEmbedder, prompt: str, words: Sequence[str] = ()) -> TextTokens:
-    """Finds the tokens of words among the prompt's tokens.
+    """Find the tokens of words among the prompt's tokens.
 
     Args:
-        t5: the text encoder, whose tokenizer divides the prompt.
-        prompt: the whole prompt.
-        words: the words to find. If empty, every word of the prompt that is not cut off.
+        t5: The text encoder, whose tokenizer divides the prompt.
+        prompt: The whole prompt.
+        words: The words to find. If empty, every word of the prompt that is not cut off.
 
     Raises:
-        InputError: the prompt does not contain a word, or the word lies beyond the encoder's length.
+        InputError: The prompt does not contain a word, or the word lies beyond the encoder's length.
     """
     tokens = t5.tokenizer(
         prompt,

@@ -25,10 +25,10 @@ class StepAttention:
 
 
 def steps_to_watch(settings: ResolvedLayer) -> list[int]:
-    """Lists the chosen steps, by default the first, the middle and the last.
+    """List the chosen steps, by default the first, the middle and the last.
 
     Raises:
-        InputError: a chosen step does not exist.
+        InputError: A chosen step does not exist.
     """
     last = settings.num_steps - 1
     if wrong := [step for step in settings.at_steps if not 0 <= step <= last]:
@@ -37,10 +37,10 @@ def steps_to_watch(settings: ResolvedLayer) -> list[int]:
 
 
 def check_watch(settings: ResolvedLayer) -> None:
-    """Checks before a model is loaded that the layers, steps and words to watch exist.
+    """Check before a model is loaded that the layers, steps and words to watch exist.
 
     Raises:
-        InputError: one does not.
+        InputError: One does not.
     """
     check_layers(settings.layers, get_spec(settings.model).num_layers)
     steps_to_watch(settings)
@@ -57,24 +57,24 @@ def watch(
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[list[Step], list[StepAttention]]:
-    """Samples one image as `LoadedModel.generate` does, and measures the attention of `settings.layers`.
+    """Sample one image as `LoadedModel.generate` does, and measure the attention of `settings.layers`.
 
     With true CFG, the pass of the prompt is watched, not the negative one. The queries and keys of one
     watched step stay in memory until they have been measured: at 1024x1024 in bfloat16, 57 MB for each layer.
 
     Args:
-        pipe: the models.
-        prompt: what the image shows.
-        seed: seed of the noise.
-        settings: how to sample, and what to watch.
-        progress: whether to show a progress bar.
-        on_step: called with each step as soon as it is taken. An exception from it ends the run.
+        pipe: The models.
+        prompt: What the image shows.
+        seed: Seed of the noise.
+        settings: How to sample, and what to watch.
+        progress: Whether to show a progress bar.
+        on_step: Called with each step as soon as it is taken. An exception from it ends the run.
 
     Returns:
         All steps, and the attention in the watched ones.
 
     Raises:
-        InputError: as `text_tokens` and `steps_to_watch`.
+        InputError: As `text_tokens` and `steps_to_watch`.
     """
     chosen = steps_to_watch(settings) if settings.layers else []
     tokens = text_tokens(pipe.t5, prompt, settings.words) if chosen else None

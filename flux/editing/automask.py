@@ -31,8 +31,8 @@ class WatchedPass:
     """A pass of the model whose attention was watched.
 
     Attributes:
-        prompts: the prompt of each of the B rows.
-        layers: queries and keys by layer, see `flux.intervention.Recorded`.
+        prompts: The prompt of each of the B rows.
+        layers: Queries and keys by layer, see `flux.intervention.Recorded`.
     """
 
     prompts: Sequence[str]
@@ -47,7 +47,7 @@ def auto_mask(
     cond: Conditioning,
     edits: WatchedPass,
 ) -> tuple[Tensor, Tensor | None]:
-    """Finds the automatic masks of a batch of edits, in a step that watched its attention.
+    """Find the automatic masks of a batch of edits, in a step that watched its attention.
 
     The divergence of an edit is measured at the reference's latent x of this step, at noise level t, with one
     pass more for each prompt. It is the root mean square, over channels, of
@@ -55,12 +55,12 @@ def auto_mask(
         v(x, t, target) - v(x, t, source)
 
     Args:
-        pipe: the models.
-        model: the transformer.
-        source: where the edits began.
-        reference: the reference's step.
-        cond: steers the edits.
-        edits: the pass of the edits in this step.
+        pipe: The models.
+        model: The transformer.
+        source: Where the edits began.
+        reference: The reference's step.
+        cond: Steers the edits.
+        edits: The pass of the edits in this step.
 
     Returns:
         Which tokens each edit may change, "B I 1", bool; and the tokens of the subject that it shares with
@@ -83,18 +83,18 @@ def auto_mask(
 
 
 def words_only_in(prompt: str, other: str) -> list[str]:
-    """Lists the words of a prompt that the other prompt does not have, regardless of case."""
+    """List the words of a prompt that the other prompt does not have, regardless of case."""
     known = {word.casefold() for word in prompt_words(other)}
     return [word for word in prompt_words(prompt) if word.casefold() not in known]
 
 
 def word_attention(t5: HFEmbedder, watched: WatchedPass, others: Sequence[str]) -> Tensor:
-    """Measures how much image tokens attend to the words that only their own prompt has.
+    """Measure how much image tokens attend to the words that only their own prompt has.
 
     Args:
-        t5: the text encoder of the prompts.
-        watched: a pass of the prompts.
-        others: the prompt that each row's is compared with.
+        t5: The text encoder of the prompts.
+        watched: A pass of the prompts.
+        others: The prompt that each row's is compared with.
 
     Returns:
         Shares of each row's maximum, "B I"; 0 in a row without such a word within the encoder's length.
@@ -116,7 +116,7 @@ def word_attention(t5: HFEmbedder, watched: WatchedPass, others: Sequence[str]) 
 def subject_tokens(
     t5: HFEmbedder, watched: WatchedPass, others: Sequence[str], width: int, height: int
 ) -> Tensor:
-    """Finds the subject that two prompts share: the image tokens that attend to the shared words.
+    """Find the subject that two prompts share: the image tokens that attend to the shared words.
 
     With a_j, the attention of each image token to text token j, the map is the sum over the shared words'
     tokens of
@@ -127,11 +127,11 @@ def subject_tokens(
     the object is, an article everywhere.
 
     Args:
-        t5: the text encoder of the prompts.
-        watched: a pass of the prompts.
-        others: the prompt that each row's is compared with.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        t5: The text encoder of the prompts.
+        watched: A pass of the prompts.
+        others: The prompt that each row's is compared with.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Returns:
         Which tokens are the subject's, "B I", bool; none where no word is shared.
@@ -161,12 +161,12 @@ def smoothed(maps: Tensor, width: int, height: int) -> Tensor:
 
 
 def dilated_mask(maps: Tensor, width: int, height: int) -> Tensor:
-    """Selects the tokens where a smoothed map is at least THRESHOLD of its maximum, and their neighbours.
+    """Select the tokens where a smoothed map is at least THRESHOLD of its maximum, and their neighbours.
 
     Args:
-        maps: one for each row, "B I".
-        width: of the image in pixels.
-        height: of the image in pixels.
+        maps: One for each row, "B I".
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Returns:
         "B I 1", bool. All tokens of a row whose map is 0 everywhere.
@@ -187,10 +187,10 @@ def changes_whole_image(changed: Tensor, divergence: Tensor, width: int, height:
     where q95 is the 95th percentile over the image.
 
     Args:
-        changed: how much each token attends to the words that change, "B I".
-        divergence: how far the velocities of the two prompts differ at the same latent, "B I".
-        width: of the image in pixels.
-        height: of the image in pixels.
+        changed: How much each token attends to the words that change, "B I".
+        divergence: How far the velocities of the two prompts differ at the same latent, "B I".
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Returns:
         One decision for each row, "B", bool.
@@ -207,19 +207,19 @@ def changes_whole_image(changed: Tensor, divergence: Tensor, width: int, height:
 def changed_tokens(
     t5: HFEmbedder, sources: WatchedPass, edits: WatchedPass, divergence: Tensor, width: int, height: int
 ) -> Tensor:
-    """Finds the tokens that each edit may change.
+    """Find the tokens that each edit may change.
 
     These attend, in the edit, to words that only its prompt has, or, in its source, to words that only the
     source's prompt has; or the velocities of the two prompts diverge there. All tokens of an edit that
     `changes_whole_image`, or if neither prompt has a word of its own.
 
     Args:
-        t5: the text encoder of the prompts.
-        sources: a pass of the sources, one row for each edit.
-        edits: a pass of the edits.
-        divergence: as in `changes_whole_image`.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        t5: The text encoder of the prompts.
+        sources: A pass of the sources, one row for each edit.
+        edits: A pass of the edits.
+        divergence: As in `changes_whole_image`.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
 
     Returns:
         "B I 1", bool.

@@ -37,9 +37,9 @@ class BatchKind:
     """The properties that all edits of a batch share.
 
     Attributes:
-        dose: how much is injected. Its mask is "auto", or None for a painted mask and for none.
-        parts: which of queries, keys and values are injected.
-        painted: whether the edits have masks given as images.
+        dose: How much is injected. Its mask is "auto", or None for a painted mask and for none.
+        parts: Which of queries, keys and values are injected.
+        painted: Whether the edits have masks given as images.
     """
 
     dose: Dose
@@ -50,12 +50,12 @@ class BatchKind:
 def group_edits(
     entries: Sequence[Turn], painted: Sequence[bool], batch_size: int
 ) -> list[tuple[BatchKind, list[int]]]:
-    """Divides edits into batches of one kind each.
+    """Divide edits into batches of one kind each.
 
     Args:
-        entries: the edits.
-        painted: whether each edit has a mask given as an image, which takes precedence over "auto".
-        batch_size: the largest number of edits in a batch.
+        entries: The edits.
+        painted: Whether each edit has a mask given as an image, which takes precedence over "auto".
+        batch_size: The largest number of edits in a batch.
 
     Returns:
         For each batch its kind, and the places of its edits in `entries`, ascending.
@@ -85,22 +85,22 @@ class Batch:
     """Edits of one kind, at one step of their way from noise.
 
     Attributes:
-        kind: what the edits have in common.
-        places: their places among all edits.
-        prompts: what each edit shows.
-        layers: the layers that the dose may inject in, the most vital first.
-        shares: multiplier of the dose's weight by step. Steps that are not listed inject nothing.
-        subject_steps: further steps, in which edits of the whole image hold their subject.
-        cond: steers the edits.
-        latent: where the edits are, "B I 64".
-        mask_step: the step in which an automatic mask is found. None without one.
-        mask: which tokens may change, "B I 1", bool. If None, all. With an automatic mask, None until it is
+        kind: What the edits have in common.
+        places: Their places among all edits.
+        prompts: What each edit shows.
+        layers: The layers that the dose may inject in, the most vital first.
+        shares: Multiplier of the dose's weight by step. Steps that are not listed inject nothing.
+        subject_steps: Further steps, in which edits of the whole image hold their subject.
+        cond: Steers the edits.
+        latent: Where the edits are, "B I 64".
+        mask_step: The step in which an automatic mask is found. None without one.
+        mask: Which tokens may change, "B I 1", bool. If None, all. With an automatic mask, None until it is
             found.
-        held: the subject's tokens in edits whose automatic mask is the whole image, "B I", bool. None if
+        held: The subject's tokens in edits whose automatic mask is the whole image, "B I", bool. None if
             there is no such edit, as far as is known.
-        sparse: whether tokens that may not change are left out, once the mask is known.
-        groups: the rows by the tokens that they compute. Empty while all rows compute all tokens.
-        context: reuses the context's keys and values, while the rows are not in groups. If None, they are
+        sparse: Whether tokens that may not change are left out, once the mask is known.
+        groups: The rows by the tokens that they compute. Empty while all rows compute all tokens.
+        context: Reuses the context's keys and values, while the rows are not in groups. If None, they are
             computed in each step.
     """
 
@@ -134,15 +134,15 @@ class Batch:
         layers: Sequence[int],
         masks: Sequence[Mask | None],
     ) -> "Batch":
-        """Prepares a batch at the first step.
+        """Prepare a batch at the first step.
 
         Args:
-            pipe: the models.
-            source: where the edits begin.
-            kind: see `group_edits`.
-            places: likewise.
-            layers: the vital layers, the most vital first.
-            masks: the painted mask of each of all edits.
+            pipe: The models.
+            source: Where the edits begin.
+            kind: See `group_edits`.
+            places: Likewise.
+            layers: The vital layers, the most vital first.
+            masks: The painted mask of each of all edits.
         """
         settings, dose = source.settings, kind.dose
         entries = [settings.entries[place] for place in places]
@@ -167,18 +167,18 @@ class Batch:
         )
 
     def share_at(self, index: int) -> float:
-        """Returns the multiplier of the dose's weight in step `index`, as far as is known before it."""
+        """Return the multiplier of the dose's weight in step `index`, as far as is known before it."""
         if index in self.subject_steps and self.held is not None:
             return 1.0
         return self.shares.get(index, 0.0)
 
     def layers_at(self, index: int) -> frozenset[int]:
-        """Returns the layers in which step `index` injects."""
+        """Return the layers in which step `index` injects."""
         share = self.share_at(index)
         return frozenset(layer for layer in self.layers if share * self.kind.dose.of_layer(layer) > 0)
 
     def needs_at(self, index: int, every: frozenset[int]) -> frozenset[int]:
-        """Returns the layers whose keys and values step `index` needs of the reference, of `every` layer."""
+        """Return the layers whose keys and values step `index` needs of the reference, of `every` layer."""
         return every if self.groups else self.layers_at(index)
 
     @property
@@ -187,7 +187,7 @@ class Batch:
         return frozenset(self.layers if "q" in self.kind.parts else ())
 
     def weight_at(self, layer: int, index: int) -> float | Tensor:
-        """Returns the weight of what is injected: one for all tokens, or one for each, "B I"."""
+        """Return the weight of what is injected: one for all tokens, or one for each, "B I"."""
         weight = self.share_at(index) * self.kind.dose.of_layer(layer)
         if index in self.subject_steps and self.held is not None:
             return weight * self.held
@@ -197,7 +197,7 @@ class Batch:
         return 1 - self.mask[:, :, 0].float() * (1 - weight)
 
     def intervention_at(self, reference: ReferenceStep) -> Passes[Intervention]:
-        """Returns what the batch injects of a step of the reference, for each pass."""
+        """Return what the batch injects of a step of the reference, for each pass."""
         layers = self.layers_at(reference.index)
         if not layers:
             return reference.kept.map(lambda _: NOTHING)
@@ -212,13 +212,13 @@ class Batch:
         )
 
     def set_mask(self, mask: Tensor, subject: Tensor | None) -> None:
-        """Sets the automatic mask, "B I 1", and the subject's tokens, "B I"; both bool."""
+        """Set the automatic mask, "B I 1", and the subject's tokens, "B I"; both bool."""
         self.mask, whole_image = mask, mask.all(dim=1)
         self.held = subject & whole_image if subject is not None and whole_image.any() else None
         self.groups = group_rows(mask, self.cond) if self.sparse else []
 
     def step(self, pipe: LoadedModel, model: VelocityModel, source: Source, reference: ReferenceStep) -> Step:
-        """Takes one step beside the reference's.
+        """Take one step beside the reference's.
 
         Returns:
             The Euler step of the edits, before drift and mask are applied.
@@ -246,7 +246,7 @@ class Batch:
 
 
 def _injecting_steps(dose: Dose, source: Source) -> tuple[range, range]:
-    """Finds the steps that inject by the dose, and the later ones that hold the subject alone."""
+    """Find the steps that inject by the dose, and the later ones that hold the subject alone."""
     steps = window(source.num_steps, dose.inject_from, dose.until(source.is_noised))
     if dose.mask != "auto" or dose.hold_subject_until is None:
         return steps, range(0)
@@ -256,13 +256,13 @@ def _injecting_steps(dose: Dose, source: Source) -> tuple[range, range]:
 def start_batches(
     pipe: LoadedModel, source: Source, layers: Sequence[int], masks: Sequence[Mask | None]
 ) -> list[Batch]:
-    """Prepares the batches of all edits of the source's settings, at most `batch_size` edits each.
+    """Prepare the batches of all edits of the source's settings, at most `batch_size` edits each.
 
     Args:
-        pipe: the models.
-        source: where the edits begin. If it has a row for each edit, there must be one batch.
-        layers: the vital layers, the most vital first.
-        masks: the painted mask of each edit.
+        pipe: The models.
+        source: Where the edits begin. If it has a row for each edit, there must be one batch.
+        layers: The vital layers, the most vital first.
+        masks: The painted mask of each edit.
     """
     settings = source.settings
     groups = group_edits(settings.entries, [mask is not None for mask in masks], settings.batch_size)

@@ -43,23 +43,23 @@ def edit(
     on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Edits:
-    """Makes a reference and its edits in one go: the images of `keep_reference` and `edit_reference`.
+    """Make a reference and its edits in one go: the images of `keep_reference` and `edit_reference`.
 
     Each step has two passes. The reference's pass keeps the image keys and values of `layers`; the edits'
     pass injects them. So no edit changes the reference, and `batch_size` changes only the memory that is
     needed. The reference of a photograph replays the path of its inversion. Nothing is kept beyond a step.
 
     Args:
-        pipe: the models.
-        settings: of the reference and all edits.
-        layers: the vital layers, the most vital first, see `flux.vital_layers.find_vital_layers`.
-        photo: the photograph to edit, described by the prompt. If None, the reference is generated.
-        mask: what edits without a mask of their own may change, see `flux.editing.photo.token_mask`.
-        on_step: called with each step, its number and the number of steps. An exception from it ends the run.
-        progress: whether to show progress bars.
+        pipe: The models.
+        settings: Settings of the reference and all edits.
+        layers: The vital layers, the most vital first, see `flux.vital_layers.find_vital_layers`.
+        photo: The photograph to edit, described by the prompt. If None, the reference is generated.
+        mask: What edits without a mask of their own may change, see `flux.editing.photo.token_mask`.
+        on_step: Called with each step, its number and the number of steps. An exception from it ends the run.
+        progress: Whether to show progress bars.
 
     Raises:
-        InputError: as `check_edits`, `check_prompts` and `flux.editing.source.find_source`.
+        InputError: As `check_edits`, `check_prompts` and `flux.editing.source.find_source`.
     """
     masks = check_edits(settings, layers, photo, mask)
     if progress:
@@ -86,25 +86,25 @@ def edit_reference(
     on_mask: Callable[[int, Image.Image], object] | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
-    """Makes edits of a kept reference. A step computes the edits alone.
+    """Make edits of a kept reference. A step computes the edits alone.
 
     Args:
-        pipe: the models.
-        reference: see `flux.editing.reference.keep_reference`.
-        edits: prompts, or prompts with settings of their own.
-        settings: of all edits. Their `reference_fields` must be the reference's. A list of `vital_layers`
-            may name fewer layers than were kept.
-        mask: what edits without a mask of their own may change, see `flux.editing.photo.token_mask`.
-        on_step: called with each step, its number and the number of steps. An exception from it ends the run.
-        on_mask: called with the number of an edit and the mask that was found for it, white where it may
+        pipe: The models.
+        reference: See `flux.editing.reference.keep_reference`.
+        edits: Prompts, or prompts with settings of their own.
+        settings: Settings of all edits. Their `reference_fields` must be the reference's. A list of
+            `vital_layers` may name fewer layers than were kept.
+        mask: What edits without a mask of their own may change, see `flux.editing.photo.token_mask`.
+        on_step: Called with each step, its number and the number of steps. An exception from it ends the run.
+        on_mask: Called with the number of an edit and the mask that was found for it, white where it may
             change the reference. Not called for a painted mask, nor if the whole image may change.
-        progress: whether to show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         The edits in the order of `settings.entries`.
 
     Raises:
-        InputError: as `check_edits` and `check_prompts`; layers or queries that were not kept; settings of
+        InputError: As `check_edits` and `check_prompts`; layers or queries that were not kept; settings of
             another reference.
     """
     settings = check_settings(ResolvedEdit, {**settings.model_dump(), "edits": edits})
@@ -119,7 +119,7 @@ def edit_reference(
 
 
 def _check_kept(reference: Reference, settings: ResolvedEdit, layers: Sequence[int]) -> None:
-    """Raises InputError if the edits need another reference, or more of it than was kept."""
+    """Raise InputError if the edits need another reference, or more of it than was kept."""
     has_photo = reference.source.photo is not None
     wanted = reference_fields(settings, has_photo)
     kept = reference_fields(reference.source.settings, has_photo)
@@ -140,19 +140,19 @@ def check_edits(
     photo: Image.Image | None = None,
     mask: Image.Image | None = None,
 ) -> list[Mask | None]:
-    """Checks the doses of all edits and reads their masks.
+    """Check the doses of all edits and read their masks.
 
     Args:
-        settings: of the edits.
-        layers: the vital layers.
-        photo: the photograph, if one is edited.
-        mask: the mask of edits that name none.
+        settings: Settings of the edits.
+        layers: The vital layers.
+        photo: The photograph, if one is edited.
+        mask: The mask of edits that name none.
 
     Returns:
         The mask of each edit. None if it may change all of its image, or its mask is found while it runs.
 
     Raises:
-        InputError: a mask that cannot be read, is of another size, or all black; a window without steps;
+        InputError: A mask that cannot be read, is of another size, or all black; a window without steps;
             weights of layers that are not vital.
     """
     size = (settings.width, settings.height)
@@ -173,7 +173,7 @@ def check_edits(
 
 
 def _check_dose(settings: ResolvedEdit, entry: Turn, layers: Sequence[int], has_photo: bool) -> None:
-    """Raises InputError if the dose of an edit cannot be given; warns if it names too many layers."""
+    """Raise InputError if the dose of an edit cannot be given; warn if it names too many layers."""
     dose = entry.effective_dose()
     window(settings.num_steps, dose.inject_from, dose.inject_until)
     if isinstance(dose.weight, Mapping) and (others := sorted(dose.weight.keys() - set(layers))):
@@ -187,7 +187,7 @@ def _check_dose(settings: ResolvedEdit, entry: Turn, layers: Sequence[int], has_
 
 
 def print_shares(settings: ResolvedEdit, masks: Sequence[Mask | None]) -> None:
-    """Prints for each painted mask how much of the image may change, so that a wrong mask is noticed."""
+    """Print for each painted mask how much of the image may change, so that a wrong mask is noticed."""
     shares = {
         entry.mask or "the mask": mask.tokens.float().mean().item()
         for entry, mask in zip(settings.entries, masks)
@@ -198,12 +198,12 @@ def print_shares(settings: ResolvedEdit, masks: Sequence[Mask | None]) -> None:
 
 
 def check_prompts(pipe: LoadedModel, settings: ResolvedEdit, sources: Sequence[str]) -> None:
-    """Checks that the model can tell the edits' prompts from their sources'.
+    """Check that the model can tell the edits' prompts from their sources'.
 
     A prompt that is the source's letter by letter is meant so.
 
     Raises:
-        InputError: two different prompts become the same tokens.
+        InputError: Two different prompts become the same tokens.
     """
     for prompt, entry in product(sources, settings.entries):
         encoders = pipe.t5, pipe.clip
@@ -225,7 +225,7 @@ def _decode_edits(
     masks: Sequence[Mask | None],
     on_mask: Callable[[int, Image.Image], object] | None = None,
 ) -> list[Image.Image]:
-    """Decodes the finished edits and returns them in their order. Hands out the masks that were found."""
+    """Decode the finished edits and return them in their order. Hands out the masks that were found."""
     edits: dict[int, Image.Image] = {}
     for batch in batches:
         for row, (place, image) in enumerate(zip(batch.places, source.decode(pipe, batch.latent))):

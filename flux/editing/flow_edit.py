@@ -33,13 +33,13 @@ class FlowEdit:
     M is 1 in FlowEdit, and the prior in DecFlowEdit (arXiv 2609.34237, equation 6).
 
     Attributes:
-        model: the transformer.
-        clean: x, "R I 64". Its rows are those of `source`: one, or one for each edit.
-        img_ids: positions of the image tokens, "1 I 3".
-        source: steers v(..., source).
-        target: steers v(..., target), for the B edits.
-        levels: noise levels, falling to 0.
-        noises: e of each step, "1 I 64".
+        model: The transformer.
+        clean: X, "R I 64". Its rows are those of `source`: one, or one for each edit.
+        img_ids: Positions of the image tokens, "1 I 3".
+        source: Steers v(..., source).
+        target: Steers v(..., target), for the B edits.
+        levels: Noise levels, falling to 0.
+        noises: E of each step, "1 I 64".
     """
 
     model: VelocityModel
@@ -51,10 +51,10 @@ class FlowEdit:
     noises: Sequence[Tensor]
 
     def edits(self, mask: Tensor | None = None, prior: Tensor | float = 1.0) -> Iterator[Tensor]:
-        """Takes the steps of the edits.
+        """Take the steps of the edits.
 
         Args:
-            mask: which tokens may change, "B I 1", bool. If None, all.
+            mask: Which tokens may change, "B I 1", bool. If None, all.
             prior: M, a number or "B I 1".
 
         Yields:
@@ -75,7 +75,7 @@ class FlowEdit:
             yield edited
 
     def prior(self, columns: int) -> Tensor:
-        """Finds DecFlowEdit's prior: how far FlowEdit may move each token (arXiv 2609.34237, section 4.2).
+        """Find DecFlowEdit's prior: how far FlowEdit may move each token (arXiv 2609.34237, section 4.2).
 
         It comes from a FlowEdit of its own, whose guidance is 1 for source and target. With D_k, the
         difference of its velocities in step k of T, with percentiles q over the tokens, and the sigmoid S:
@@ -84,7 +84,7 @@ class FlowEdit:
             M = S((clip((A - q10) / (q90 - q10), 0, 1) - 0.55) / 0.08)                 (equations 3 and 4)
 
         Args:
-            columns: tokens in a row of the image.
+            columns: Tokens in a row of the image.
 
         Returns:
             M, "B I 1".
@@ -106,6 +106,6 @@ class FlowEdit:
 
 
 def unguided(cond: Conditioning) -> Conditioning:
-    """Returns the conditioning with guidance 1 and without a negative pass."""
+    """Return the conditioning with guidance 1 and without a negative pass."""
     guidance = None if cond.guidance is None else torch.ones_like(cond.guidance)
     return replace(cond, guidance=guidance, negative=None, modulations=None)

@@ -21,7 +21,7 @@ FIXED_POINT_ROUNDS = 4
 def velocity_at(
     model: VelocityModel, latent: Tensor, img_ids: Tensor, cond: Conditioning, t: float
 ) -> Tensor:
-    """Evaluates the model: the velocity of the latents at noise level t, "B I 64"."""
+    """Evaluate the model: the velocity of the latents at noise level t, "B I 64"."""
     return euler_step(model, latent, img_ids, cond, t, 0.0).velocity
 
 

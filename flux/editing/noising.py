@@ -26,15 +26,15 @@ from flux.loaded_model import LoadedModel
 def noised_path(
     pipe: LoadedModel, clean: Tensor, levels: Sequence[float], width: int, height: int, seed: int
 ) -> list[Tensor]:
-    """Adds noise to photographs at each level, new noise each time: s_i of the formula above.
+    """Add noise to photographs at each level, new noise each time: s_i of the formula above.
 
     Args:
-        pipe: the models.
-        clean: the photographs' latents, "R I 64".
-        levels: descending noise levels; the last is 0.
-        width: of the photographs in pixels.
-        height: of the photographs in pixels.
-        seed: of the first noise. Each following level's is one more.
+        pipe: The models.
+        clean: The photographs' latents, "R I 64".
+        levels: Descending noise levels; the last is 0.
+        width: Width of the photographs in pixels.
+        height: Height of the photographs in pixels.
+        seed: Seed of the first noise. Each following level's is one more.
 
     Returns:
         The latents at each level, "R I 64". The last is `clean`.

@@ -20,8 +20,8 @@ class Mask(NamedTuple):
     """The part of its source that an edit may change.
 
     Attributes:
-        image: the part, painted white.
-        tokens: its tokens, "1 I 1", bool.
+        image: The part, painted white.
+        tokens: Its tokens, "1 I 1", bool.
     """
 
     image: Image.Image
@@ -33,9 +33,9 @@ class Photograph:
     """A photograph, and the part of it that is edited: the largest part of the edit's shape, in the middle.
 
     Attributes:
-        whole: the photograph itself.
-        box: the part's left, top, right and bottom in it, in whole pixels.
-        part: the part, scaled to the edit's size.
+        whole: The photograph itself.
+        box: The part's left, top, right and bottom in it, in whole pixels.
+        part: The part, scaled to the edit's size.
     """
 
     whole: Image.Image
@@ -44,10 +44,10 @@ class Photograph:
 
     @classmethod
     def of(cls, image: Image.Image, width: int, height: int) -> "Photograph":
-        """Cuts out the part that an edit of width x height pixels changes.
+        """Cut out the part that an edit of width x height pixels changes.
 
         Raises:
-            InputError: a side of the photograph is shorter than a token.
+            InputError: A side of the photograph is shorter than a token.
         """
         if min(image.size) < TOKEN:
             raise InputError(
@@ -57,11 +57,11 @@ class Photograph:
         return cls(image, box, image.crop(box).resize((width, height), Image.Resampling.LANCZOS))
 
     def with_part(self, part: Image.Image, mask: Image.Image | None = None) -> Image.Image:
-        """Puts an edited part back into the photograph.
+        """Put an edited part back into the photograph.
 
         Args:
-            part: the edit, of any size.
-            mask: where it is black the photograph stays, where it is grey both are mixed. It has the size of
+            part: The edit, of any size.
+            mask: Where it is black the photograph stays, where it is grey both are mixed. It has the size of
                 the whole or of the part.
 
         Returns:
@@ -77,7 +77,7 @@ class Photograph:
 
 
 def middle(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Finds the largest box of the shape width x height in the middle of an image of that size."""
+    """Find the largest box of the shape width x height in the middle of an image of that size."""
     scale = min(size[0] / width, size[1] / height)
     across, down = max(1, round(scale * width)), max(1, round(scale * height))
     left, top = (size[0] - across) // 2, (size[1] - down) // 2
@@ -85,20 +85,20 @@ def middle(size: tuple[int, int], width: int, height: int) -> tuple[int, int, in
 
 
 def token_mask(mask: Image.Image, sizes: Sequence[tuple[int, int]], width: int, height: int) -> Tensor:
-    """Converts a painted mask to tokens: those with any white in them may change.
+    """Convert a painted mask to tokens: those with any white in them may change.
 
     Args:
-        mask: white where the edit may change. Greys count as the nearer of black and white.
-        sizes: the sizes that the mask may have: the photograph's, of which the same part is taken, or the
+        mask: White where the edit may change. Greys count as the nearer of black and white.
+        sizes: The sizes that the mask may have: the photograph's, of which the same part is taken, or the
             edit's.
-        width: of the edit in pixels.
-        height: of the edit in pixels.
+        width: Width of the edit in pixels.
+        height: Height of the edit in pixels.
 
     Returns:
         "1 I 1", bool.
 
     Raises:
-        InputError: a mask of another size, or without white where the edit is.
+        InputError: A mask of another size, or without white where the edit is.
     """
     if mask.size not in sizes:
         sizes_text = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes))
@@ -115,6 +115,6 @@ def token_mask(mask: Image.Image, sizes: Sequence[tuple[int, int]], width: int, 
 
 
 def mask_image(tokens: Tensor, width: int, height: int) -> Image.Image:
-    """Converts a mask of tokens, "I 1", to an image with soft edges."""
+    """Convert a mask of tokens, "I 1", to an image with soft edges."""
     rows = tokens.reshape(height // TOKEN, width // TOKEN).to("cpu", torch.uint8).numpy() * 255
     return Image.fromarray(rows).resize((width, height), Image.Resampling.BILINEAR)

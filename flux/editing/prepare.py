@@ -16,7 +16,7 @@ from flux.vital_layers import find_vital_layers
 def complete_edit(
     settings: EditSettings, photo: Image.Image | None = None, checkpoint: str | None = None
 ) -> tuple[ResolvedEdit, tuple[int, ...]]:
-    """Fills in the numbers of the model, the size of a photograph's edits, and the vital layers.
+    """Fill in the numbers of the model, the size of a photograph's edits, and the vital layers.
 
     The layers are settled here, so that a run.json repeats its run after "auto" has come to mean others.
 
@@ -41,7 +41,7 @@ def complete_edit(
 
 
 def with_caption(settings: ResolvedEdit, photo: Image.Image | None) -> ResolvedEdit:
-    """Lets `caption_model` write the prompt of a photograph that has none.
+    """Let `caption_model` write the prompt of a photograph that has none.
 
     Raises:
         InputError: The photograph is too small, or as `describe_image`.

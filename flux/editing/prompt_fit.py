@@ -18,17 +18,17 @@ one's. Smaller images tell less, and of prompts with a single wrong word about a
 
 
 def prompt_fit(pipe: LoadedModel, prompt: str, clean: Tensor, width: int, height: int) -> float:
-    """Measures how well a prompt describes a photograph: 1 is as well as no prompt, less is better.
+    """Measure how well a prompt describes a photograph: 1 is as well as no prompt, less is better.
 
     It is the error of the velocity that the model predicts with the prompt, divided by that without one. With
     the photograph's latent z, noise e and noise level t, the velocity at (1 - t) z + t e should be e - z.
 
     Args:
-        pipe: the models.
-        prompt: the prompt.
-        clean: the photograph's latent, "1 I 64".
-        width: of the photograph's part that is edited, in pixels.
-        height: likewise.
+        pipe: The models.
+        prompt: The prompt.
+        clean: The photograph's latent, "1 I 64".
+        width: Width of the photograph's part that is edited, in pixels.
+        height: Likewise.
     """
     noise, ids = pipe.noise([SEED], width, height), pipe.image_ids(1, width, height)
     latent = (1 - NOISE_LEVEL) * clean + NOISE_LEVEL * noise
@@ -40,7 +40,7 @@ def prompt_fit(pipe: LoadedModel, prompt: str, clean: Tensor, width: int, height
 
 
 def warn_of_unfit_prompt(pipe: LoadedModel, prompt: str, clean: Tensor, width: int, height: int) -> None:
-    """Warns of a prompt that describes a photograph worse than none. For the arguments see `prompt_fit`."""
+    """Warn of a prompt that describes a photograph worse than none. For the arguments see `prompt_fit`."""
     if prompt.strip() and prompt_fit(pipe, prompt, clean, width, height) > WORST_FIT:
         warn(
             f"{shortened(prompt)!r} fits this photo worse than no prompt at all: does it say what is on the "

@@ -21,10 +21,10 @@ class Reference:
     """A reference whose keys and values are kept, so that a step of another edit computes the edit alone.
 
     Attributes:
-        source: where it began.
-        layers: the layers whose keys and values are kept, the most vital first.
-        steps: all steps. Empty for FlowEdit, which injects nothing.
-        image: the reference decoded. For a photograph, the autoencoder's reconstruction.
+        source: Where it began.
+        layers: The layers whose keys and values are kept, the most vital first.
+        steps: All steps. Empty for FlowEdit, which injects nothing.
+        image: The reference decoded. For a photograph, the autoencoder's reconstruction.
     """
 
     source: Source
@@ -42,19 +42,19 @@ def keep_reference(
     on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Reference:
-    """Generates or inverts the reference, and keeps its image keys and values at every step.
+    """Generate or invert the reference, and keep its image keys and values at every step.
 
     They are kept on the device if they fill at most half of its free memory, else in main memory. If those of
     all layers fit on the device, they are kept, so that edits can be sparse; if need be, all but those of the
     given layers in 8 bits.
 
     Args:
-        pipe: the models.
-        settings: describe the reference. Their edits are ignored.
-        layers: where to keep keys and values, the most vital layers first.
-        photo: the photograph to edit, described by the prompt. If None, the reference is generated.
-        on_step: called with each step, its number and the number of steps. An exception from it ends the run.
-        progress: whether to show progress bars.
+        pipe: The models.
+        settings: Describe the reference. Their edits are ignored.
+        layers: Where to keep keys and values, the most vital layers first.
+        photo: The photograph to edit, described by the prompt. If None, the reference is generated.
+        on_step: Called with each step, its number and the number of steps. An exception from it ends the run.
+        progress: Whether to show progress bars.
     """
     source = find_source(pipe, settings, photo, on_step, progress)
     steps: list[ReferenceStep] = []
@@ -113,7 +113,7 @@ def fits_on_device(device: torch.device, size: int) -> bool:
 
 
 def prefetch(steps: Sequence[ReferenceStep], device: torch.device) -> Iterator[ReferenceStep]:
-    """Yields kept steps on the device. Those in main memory are copied during the step before."""
+    """Yield kept steps on the device. Those in main memory are copied during the step before."""
     tensors = steps[0].tensors()
     if device.type != "cuda" or not tensors or tensors[0].is_cuda:
         yield from steps

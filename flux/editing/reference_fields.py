@@ -16,7 +16,7 @@ STEERING = {
 
 
 def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
-    """Returns the settings that shape the reference, by name.
+    """Return the settings that shape the reference, by name.
 
     With one loaded model, one photograph and one list of layers to keep, references whose fields are equal
     are equal bit for bit: image, path, keys and values. Fields that have no effect here are left out.
@@ -41,12 +41,12 @@ def reference_fields(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
 
 
 def _of_generated(settings: ResolvedEdit) -> list[str]:
-    """Lists the fields that shape a generated reference alone."""
+    """List the fields that shape a generated reference alone."""
     return ["seed", "guidance"] if get_spec(settings.model).params.guidance_embed else ["seed"]
 
 
 def _of_photo(settings: ResolvedEdit) -> list[str]:
-    """Lists the fields that shape a photograph's reference alone."""
+    """List the fields that shape a photograph's reference alone."""
     names = ["paste_back", "as_published"]
     if not settings.as_published:
         names.append("inversion")
@@ -60,7 +60,7 @@ def _of_photo(settings: ResolvedEdit) -> list[str]:
 
 
 def _of_second_pass(settings: ResolvedEdit, has_photo: bool) -> dict[str, Any]:
-    """Returns the fields of true CFG that shape the reference.
+    """Return the fields of true CFG that shape the reference.
 
     A photograph's path is unguided. Its second pass is only there for its keys and values, so that the scales
     do not count. With FlowEdit they count, since its reference steers the source's velocity.

@@ -26,17 +26,17 @@ def run_batches(
     on_step: OnStep | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Runs the edits of all batches beside their reference. Their latents are then the finished ones.
+    """Run the edits of all batches beside their reference. Their latents are then the finished ones.
 
     Args:
-        pipe: the models.
-        source: where the edits begin.
-        batches: the edits.
-        kept: the steps of a kept reference. If None, the reference is computed, and nothing is kept beyond a
+        pipe: The models.
+        source: Where the edits begin.
+        batches: The edits.
+        kept: The steps of a kept reference. If None, the reference is computed, and nothing is kept beyond a
             step.
-        on_step: called with each step of the first batch. Its number and the total count the steps of an
+        on_step: Called with each step of the first batch. Its number and the total count the steps of an
             inversion too, unless the reference was kept.
-        progress: whether to show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         The last latent of the reference, "R I 64"; with FlowEdit the clean latent.
@@ -63,7 +63,7 @@ def run_batches(
 def _reference_steps(
     pipe: LoadedModel, model: VelocityModel, source: Source, batches: Sequence[Batch]
 ) -> Iterator[ReferenceStep]:
-    """Computes the reference, which keeps what the batches need of each step."""
+    """Compute the reference, which keeps what the batches need of each step."""
     every = frozenset(range(pipe.model.num_layers))
 
     def layers_at(index: int) -> frozenset[int]:
@@ -80,7 +80,7 @@ def _edit_beside(
     batches: Sequence[Batch],
     report: Report,
 ) -> Tensor:
-    """Takes each step of the batches beside the reference's; returns the reference's last latent."""
+    """Take each step of the batches beside the reference's; return the reference's last latent."""
     for batch in batches:
         batch.cond = batch.cond.scheduled(model, source.levels[:-1])
     latent = source.start
@@ -97,7 +97,7 @@ def _edit_beside(
 def _flow_edits(
     pipe: LoadedModel, model: VelocityModel, source: Source, batches: Sequence[Batch], report: Report
 ) -> None:
-    """Runs FlowEdit or DecFlowEdit for each batch, with new noise in each step."""
+    """Run FlowEdit or DecFlowEdit for each batch, with new noise in each step."""
     seed, columns = source.settings.seed, source.size[0] // TOKEN
     noises = [pipe.noise([seed + index], *source.size) for index in range(source.num_steps)]
     for number, batch in enumerate(batches):

@@ -41,16 +41,16 @@ class ReferenceStep:
     """The reference in one step.
 
     Attributes:
-        index: number of the step.
-        t: noise level at the start.
-        t_next: noise level at the end.
-        latent: the reference's latent at `t`, "R I 64".
-        next_latent: its latent at `t_next`, "R I 64".
-        kept: image keys and values by layer, and queries that are asked for, for each pass. Empty where none
+        index: Number of the step.
+        t: Noise level at the start.
+        t_next: Noise level at the end.
+        latent: The reference's latent at `t`, "R I 64".
+        next_latent: Its latent at `t_next`, "R I 64".
+        kept: Image keys and values by layer, and queries that are asked for, for each pass. Empty where none
             are needed.
-        step: the Euler step itself. None if it was not computed, or is not kept.
-        shift: added to an edit's latent before its Euler step, "R I 64", by DirectEdit. If None, nothing is.
-        drift: added to an edit's latent after its Euler step, "R I 64". Where drift is corrected, it is
+        step: The Euler step itself. None if it was not computed, or is not kept.
+        shift: Added to an edit's latent before its Euler step, "R I 64", by DirectEdit. If None, nothing is.
+        drift: Added to an edit's latent after its Euler step, "R I 64". Where drift is corrected, it is
             `next_latent` minus the end of the reference's own Euler step. With a shift, it takes that off
             again. If None, nothing is added.
     """
@@ -75,15 +75,15 @@ class ReferenceStep:
         return all(len(kept) == num_layers for kept in self.kept)
 
     def tensors(self) -> list[Tensor]:
-        """Lists all kept keys and values."""
+        """List all kept keys and values."""
         return [x for kept in self.kept for x in kept.tensors()]
 
     def num_bytes(self) -> int:
-        """Returns the memory that the kept keys and values take."""
+        """Return the memory that the kept keys and values take."""
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
     def to(self, device: torch.device, pinned: bool = False) -> "ReferenceStep":
-        """Copies the kept keys and values to a device, or with `pinned` to pinned memory; drops `step`."""
+        """Copy the kept keys and values to a device, or with `pinned` to pinned memory; drop `step`."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device).pin_memory() if pinned else x.to(device, non_blocking=True)
@@ -91,11 +91,11 @@ class ReferenceStep:
         return replace(self, kept=self.kept.map(lambda kept: kept.map(move)), step=None)
 
     def rounded(self, exact: frozenset[int]) -> "ReferenceStep":
-        """Rounds the kept keys and values of all layers but those of `exact` to 8-bit floats."""
+        """Round the kept keys and values of all layers but those of `exact` to 8-bit floats."""
         return replace(self, kept=self.kept.map(lambda kept: KeptLayers.of(kept, exact)))
 
     def free(self) -> None:
-        """Forgets the kept keys and values."""
+        """Forget the kept keys and values."""
         for kept in self.kept:
             kept.clear()
 
@@ -107,17 +107,17 @@ class Source:
     It has one row, from which all edits begin, or one row for each edit of a single batch.
 
     Attributes:
-        prompts: what each row shows.
-        settings: of the reference.
-        levels: noise levels of the schedule, from 1 to 0.
-        cond: steers its passes. For inverted photographs the guidance is 1, at which inversions are faithful.
-        img_ids: positions of the image tokens, "1 I 3".
-        start: the noise of reference and edits, "R I 64". With FlowEdit, the clean latent.
-        path: the latent before each step, and the last one. If None, the reference is sampled from `start`.
-        scale: divisor of latents before they are decoded.
-        photo: the photograph. None for a generated reference.
-        inverted_steps: the number of steps that an inversion took.
-        inversion_free: whether edits walk from the clean latent by FlowEdit.
+        prompts: What each row shows.
+        settings: Settings of the reference.
+        levels: Noise levels of the schedule, from 1 to 0.
+        cond: Steers its passes. For inverted photographs the guidance is 1, at which inversions are faithful.
+        img_ids: Positions of the image tokens, "1 I 3".
+        start: The noise of reference and edits, "R I 64". With FlowEdit, the clean latent.
+        path: The latent before each step, and the last one. If None, the reference is sampled from `start`.
+        scale: Divisor of latents before they are decoded.
+        photo: The photograph. None for a generated reference.
+        inverted_steps: The number of steps that an inversion took.
+        inversion_free: Whether edits walk from the clean latent by FlowEdit.
     """
 
     prompts: list[str]
@@ -162,17 +162,17 @@ class Source:
         return (self.settings.correct_drift and not self.settings.shifts) or self.is_noised
 
     def decode(self, pipe: LoadedModel, latents: Tensor) -> list[Image.Image]:
-        """Decodes latents of the reference or of edits, "B I 64"."""
+        """Decode latents of the reference or of edits, "B I 64"."""
         return pipe.decode(latents / self.scale, *self.size, self.settings.watermark)
 
     def paste_back(self, image: Image.Image, mask: Image.Image | None = None) -> Image.Image:
-        """Puts a decoded image into the whole photograph, if the settings ask for it."""
+        """Put a decoded image into the whole photograph, if the settings ask for it."""
         if self.photo is None or not self.settings.paste_back:
             return image
         return self.photo.with_part(image, mask)
 
     def cond_at(self, cond: Conditioning, index: int) -> Conditioning:
-        """Returns what steers step `index`: the negative pass begins with `cfg_from`."""
+        """Return what steers step `index`: the negative pass begins with `cfg_from`."""
         begins = step_at(self.settings.cfg_from, self.num_steps)
         return cond if index >= begins else replace(cond, negative=None)
 
@@ -182,13 +182,13 @@ class Source:
         layers_at: Callable[[int], frozenset[int]],
         query_layers: frozenset[int] = frozenset(),
     ) -> Iterator[ReferenceStep]:
-        """Computes the reference step by step.
+        """Compute the reference step by step.
 
         Args:
-            model: the transformer.
-            layers_at: returns the layers whose keys and values are needed in a step, by its number. It is
+            model: The transformer.
+            layers_at: Returns the layers whose keys and values are needed in a step, by its number. It is
                 asked when the step begins.
-            query_layers: those of these layers whose queries are needed as well.
+            query_layers: Those of these layers whose queries are needed as well.
 
         Yields:
             Each step. Its keys and values are freed when the next step is asked for.
@@ -214,7 +214,7 @@ class Source:
             step.free()
 
     def _sampled(self, take_step: Callable[[int, Tensor], Step]) -> Iterator[ReferenceStep]:
-        """Yields the steps of a generated reference: each begins where the one before it ended."""
+        """Yield the steps of a generated reference: each begins where the one before it ended."""
         latent = self.start
         for index in range(self.num_steps):
             step = take_step(index, latent)
@@ -228,7 +228,7 @@ class Source:
         layers_at: Callable[[int], frozenset[int]],
         path: Sequence[Tensor],
     ) -> Iterator[ReferenceStep]:
-        """Yields the steps of a photograph's reference: each leads from one latent of the path to the next.
+        """Yield the steps of a photograph's reference: each leads from one latent of the path to the next.
 
         A step that nothing is needed of is not computed.
 
@@ -263,13 +263,13 @@ def find_source(
     on_step: OnStep | None = None,
     progress: bool = False,
 ) -> Source:
-    """Finds the one source that the settings describe: generated, or the photograph `image`.
+    """Find the one source that the settings describe: generated, or the photograph `image`.
 
     A photograph without a prompt is described by `caption_model`. With `progress`, a prompt that does not fit
     the photograph is warned of. For the other arguments see `photo_source`.
 
     Raises:
-        InputError: the settings name a photograph, but `image` is missing; there is no prompt, or the caption
+        InputError: The settings name a photograph, but `image` is missing; there is no prompt, or the caption
             model cannot write one.
     """
     if settings.photo and image is None:
@@ -293,7 +293,7 @@ def find_source(
 def generated_source(
     pipe: LoadedModel, settings: ResolvedEdit, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Source:
-    """Prepares references to be generated, one row for each prompt and seed."""
+    """Prepare references to be generated, one row for each prompt and seed."""
     size = settings.width, settings.height
     cond = pipe.condition(prompts, settings.guidance, **guidance_args(settings))
     levels, img_ids = pipe.schedule(settings.num_steps, *size), pipe.image_ids(1, *size)
@@ -309,17 +309,17 @@ def photo_source(
     on_step: OnStep | None = None,
     progress: bool = False,
 ) -> Source:
-    """Adds noise to photographs, one row each, inverts them, or begins at their latents, as the settings say.
+    """Add noise to photographs, one row each, invert them, or begin at their latents, as the settings say.
 
     Args:
-        pipe: the models.
-        settings: of the edits.
-        prompts: what each photograph shows.
-        clean: the photographs' latents, "R I 64".
-        photo: the photograph itself, if edits are to be put back into it.
-        on_step: called with each step of the inversion, its number and the number of steps of inversion and
+        pipe: The models.
+        settings: Settings of the edits.
+        prompts: What each photograph shows.
+        clean: The photographs' latents, "R I 64".
+        photo: The photograph itself, if edits are to be put back into it.
+        on_step: Called with each step of the inversion, its number and the number of steps of inversion and
             reference together. An exception from it ends the run.
-        progress: whether to show a progress bar.
+        progress: Whether to show a progress bar.
     """
     size = settings.width, settings.height
     guidance = 1.0 if settings.inverts else FLOW_EDIT_GUIDANCE
@@ -338,7 +338,7 @@ def photo_source(
 def inversion_path(
     pipe: LoadedModel, source: Source, clean: Tensor, on_step: OnStep | None = None, progress: bool = False
 ) -> tuple[list[Tensor], float]:
-    """Inverts photographs, as the settings of their source say. For the arguments see `photo_source`.
+    """Invert photographs, as the settings of their source say. For the arguments see `photo_source`.
 
     Returns:
         The path that the reference replays, from noise to the photographs, and the divisor of its latents
@@ -365,11 +365,11 @@ def inversion_path(
 
 
 def guidance_args(settings: ResolvedEdit) -> dict[str, Any]:
-    """Returns the settings of true CFG, as arguments of `LoadedModel.condition`."""
+    """Return the settings of true CFG, as arguments of `LoadedModel.condition`."""
     names = ("true_cfg", "negative_prompt", "mimic_scale", "mimic_percentile")
     return {name: getattr(settings, name) for name in names}
 
 
 def with_bar(steps: Iterable[T], name: str, total: int, progress: bool) -> Iterator[T]:
-    """Yields the steps, with a progress bar if `progress` is set."""
+    """Yield the steps, with a progress bar if `progress` is set."""
     return iter(tqdm(steps, desc=name, total=total, unit="step", disable=not progress))

@@ -85,11 +85,11 @@ class Item:
         return self.source if reconstruct else self.target
 
     def photo(self, width: int, height: int) -> Image.Image:
-        """Crops and scales the photograph to `width` x `height` pixels. Raises InputError as `read_image`."""
+        """Crop and scale the photograph to `width` x `height` pixels. Raise InputError as `read_image`."""
         return Photograph.of(read_image(self.path), width, height).part
 
     def mask(self, width: int, height: int, guarded: bool = True) -> Image.Image:
-        """Cuts the mask like the photograph: an image of mode "1", white where pixels may change.
+        """Cut the mask like the photograph: an image of mode "1", white where pixels may change.
 
         Args:
             width: The width of the photograph's part in pixels.
@@ -101,7 +101,7 @@ class Item:
 
 
 def decode_mask(runs: Sequence[int], width: int, height: int, guarded: bool = True) -> np.ndarray:
-    """Decodes a run-length coded mask to booleans `height width`.
+    """Decode a run-length coded mask to booleans `height width`.
 
     Pixels are numbered row by row. Runs beyond the last pixel are cut off.
 
@@ -122,17 +122,17 @@ def decode_mask(runs: Sequence[int], width: int, height: int, guarded: bool = Tr
 
 
 def encode_mask(mask: np.ndarray) -> list[int]:
-    """Encodes a mask of booleans `H W` as runs. `decode_mask` restores all but the outermost pixels."""
+    """Encode a mask of booleans `H W` as runs. `decode_mask` restores all but the outermost pixels."""
     edges = np.diff(mask.reshape(-1).astype(np.int8), prepend=0, append=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     return np.stack((starts, ends - starts), axis=1).reshape(-1).tolist()
 
 
 def read_benchmark(folder: str | Path) -> list[Item]:
-    """Reads the edits of a benchmark's folder, in the order of its file.
+    """Read the edits of a benchmark's folder, in the order of its file.
 
     Raises:
-        InputError: the folder holds no benchmark, an entry lacks a field, or an image is missing.
+        InputError: The folder holds no benchmark, an entry lacks a field, or an image is missing.
     """
     path = Path(folder) / MAPPING
     if not path.is_file():
@@ -188,15 +188,15 @@ def _read_item(folder: Path, key: str, entry: Any) -> Item:
 
 
 def _without_brackets(prompt: str) -> str:
-    """Removes the brackets that mark the words in which the two prompts differ."""
+    """Remove the brackets that mark the words in which the two prompts differ."""
     return prompt.replace("[", "").replace("]", "")
 
 
 def select_kinds(items: Sequence[Item], kinds: Sequence[str]) -> list[Item]:
-    """Selects the items of the named kinds, or all items if `kinds` is empty.
+    """Select the items of the named kinds, or all items if `kinds` is empty.
 
     Raises:
-        InputError: no item is of one of the kinds.
+        InputError: No item is of one of the kinds.
     """
     known = dict.fromkeys(item.kind for item in items)
     if unknown := [kind for kind in kinds if kind not in known]:
@@ -205,7 +205,7 @@ def select_kinds(items: Sequence[Item], kinds: Sequence[str]) -> list[Item]:
 
 
 def select_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
-    """Selects `count` items with the kinds in their original proportions, or all items if there are fewer.
+    """Select `count` items with the kinds in their original proportions, or all items if there are fewer.
 
     A smaller selection is a part of a larger one.
     """
@@ -225,5 +225,5 @@ def benchmark_fingerprint(folder: str | Path) -> str:
 
 
 def write_benchmark(folder: str | Path, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Writes the file that `read_benchmark` reads. The caller writes the images."""
+    """Write the file that `read_benchmark` reads. The caller writes the images."""
     write_json(Path(folder) / MAPPING, dict(entries))

@@ -20,7 +20,7 @@ class Measurer:
     """Measures edits with metrics and, if there is one, a judge.
 
     Raises:
-        InputError: as `EditMetrics.load`.
+        InputError: As `EditMetrics.load`.
     """
 
     def __init__(self, settings: ResolvedEvaluate, judge: Judge | None = None):
@@ -34,7 +34,7 @@ class Measurer:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def rows(self, method: str, items: Sequence[Item], results: Sequence[EditResult]) -> list[ResultRow]:
-        """Measures one method's edits of some items: the rows of results.csv."""
+        """Measure one method's edits of some items: the rows of results.csv."""
         with torch.cuda.stream(self.stream):
             size = self.settings.size
             before = [result.reference or item.photo(*size) for item, result in zip(items, results)]
@@ -53,7 +53,7 @@ class Measurer:
     def _verdicts(
         self, items: Sequence[Item], before: Sequence[Image.Image], after: Sequence[Image.Image]
     ) -> list[Verdict | None]:
-        """Asks the judge about the items that say what to check. The verdict on the others is None."""
+        """Ask the judge about the items that say what to check. The verdict on the others is None."""
         verdicts: list[Verdict | None] = [None] * len(items)
         asked = {n: item.asked for n, item in enumerate(items) if item.asked}
         if self.judge and asked:

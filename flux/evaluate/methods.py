@@ -70,10 +70,10 @@ class MethodRunner:
         self.reconstruct, self.by_instruction = reconstruct, pipe.spec.condition == "kontext"
 
     def run(self, method: ResolvedMethod | None, items: Sequence[Item]) -> list[EditResult]:
-        """Edits the items as one batch. If `method` is None, the autoencoder encodes and decodes them.
+        """Edit the items as one batch. If `method` is None, the autoencoder encodes and decodes them.
 
         Raises:
-            InputError: as `flux.editing.edit.edit`.
+            InputError: As `flux.editing.edit.edit`.
         """
         begin = time.perf_counter()
         references: Sequence[Image.Image | None] = [None] * len(items)
@@ -119,7 +119,7 @@ class MethodRunner:
     def _image_to_image(
         self, pipe: LoadedModel, method: ResolvedMethod, strength: float, items: Sequence[Item]
     ) -> list[Image.Image]:
-        """Generates from the photographs with added noise (SDEdit, arXiv 2108.01073)."""
+        """Generate from the photographs with added noise (SDEdit, arXiv 2108.01073)."""
         settings, (width, height) = method.settings, self.size
         return pipe.generate(
             self._targets(items),
@@ -138,7 +138,7 @@ class MethodRunner:
     def _edited(
         self, pipe: LoadedModel, method: ResolvedMethod, items: Sequence[Item]
     ) -> tuple[list[Image.Image], Sequence[Image.Image | None], Sequence[float | None]]:
-        """Edits each item as `flux.editing.edit.edit` does, but with all items in the rows of one batch.
+        """Edit each item as `flux.editing.edit.edit` does, but with all items in the rows of one batch.
 
         Returns:
             The edits; the references if they were generated, else None for each; and each edit's
@@ -172,7 +172,7 @@ class MethodRunner:
         return edits, nothing, nothing if found is None else self._ious(found, items)
 
     def _ious(self, masks: Tensor, items: Sequence[Item]) -> list[float | None]:
-        """Compares masks of tokens, "B I 1", with the benchmark's. None where that has no pixel."""
+        """Compare masks of tokens, "B I 1", with the benchmark's. None where that has no pixel."""
         ious: list[float | None] = []
         for found, item in zip(masks.cpu(), items):
             image = item.mask(*self.size, guarded=False)

@@ -75,7 +75,7 @@ class ResolvedMethod(Method):
 
 
 def resolve_evaluation(settings: EvaluateSettings) -> ResolvedEvaluate:
-    """Fills in the size of the edits.
+    """Fill in the size of the edits.
 
     Raises:
         InputError: The model is unknown, or needs images that a benchmark does not have.
@@ -93,14 +93,14 @@ def resolve_evaluation(settings: EvaluateSettings) -> ResolvedEvaluate:
 
 
 def resolve_methods(settings: EvaluateSettings, opened: OpenModel | None = None) -> list[ResolvedMethod]:
-    """Reads the methods, fills in what the model's spec says, and finds their vital layers.
+    """Read the methods, fill in what the model's spec says, and find their vital layers.
 
     Args:
-        settings: the settings of the evaluation.
-        opened: the model's files, if they are open already.
+        settings: The settings of the evaluation.
+        opened: The model's files, if they are open already.
 
     Raises:
-        InputError: as `resolve`, `find_vital_layers` and `check_edits`, or a method has `context_in` and the
+        InputError: As `resolve`, `find_vital_layers` and `check_edits`, or a method has `context_in` and the
             model takes no context image. The message begins with the method's name.
     """
     spec, methods = get_spec(settings.model), []
@@ -126,7 +126,7 @@ def resolve_methods(settings: EvaluateSettings, opened: OpenModel | None = None)
 
 
 def _hidden_layers(method: Method, layers: Sequence[int], spec: ModelSpec) -> frozenset[int]:
-    """Returns the layers in which a method does not attend to the context image."""
+    """Return the layers in which a method does not attend to the context image."""
     if method.context_in == "all":
         return frozenset()
     if spec.condition != "kontext":

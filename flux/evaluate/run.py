@@ -54,7 +54,7 @@ def evaluate(
     progress: bool = True,
     judge: Judge | None = None,
 ) -> Path:
-    """Edits all items by all methods, measures the edits, and writes the output folder.
+    """Edit all items by all methods, measure the edits, and write the output folder.
 
     Args:
         settings: The settings of the evaluation.
@@ -66,7 +66,7 @@ def evaluate(
         The output folder.
 
     Raises:
-        InputError: only one of `judge` and `settings.judge` is given; also as `read_benchmark`,
+        InputError: Only one of `judge` and `settings.judge` is given; also as `read_benchmark`,
             `Store`, `Measurer` and `flux.editing.edit.edit`.
     """
     _check_judge(settings, judge)
@@ -107,7 +107,7 @@ def _check_judge(settings: EvaluateSettings, judge: Judge | None) -> None:
 def _titles(
     settings: ResolvedEvaluate, items: Sequence[Item], methods: Sequence[ResolvedMethod]
 ) -> dict[str, str]:
-    """Returns the titles of the rows by their slugs, in order: the baselines of photographs, the methods."""
+    """Return the titles of the rows by their slugs, in order: the baselines of photographs, the methods."""
     baselines: Sequence[str] = ()
     if settings.references == "photo":
         has_truth = not settings.reconstruct and all(item.truth for item in items)
@@ -116,7 +116,7 @@ def _titles(
 
 
 def _measure_again(store: Store, measurer: Measurer, items: Sequence[Item], progress: bool) -> None:
-    """Measures all finished edits from their images, and writes the rows once all of them are known."""
+    """Measure all finished edits from their images, and write the rows once all of them are known."""
     size, rows = store.settings.batch_size, []
     with tqdm(total=len(store.rows), desc="measure", unit="edit", disable=not progress) as bar:
         for method in dict.fromkeys(method for method, _ in store.rows):
@@ -143,7 +143,7 @@ class EvaluateWorker:
     """Runs tasks, here or in a process of `flux.runs.workers.run_tasks`.
 
     Raises:
-        InputError: as `LoadedModel.load`.
+        InputError: As `LoadedModel.load`.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class EvaluateWorker:
         self.runner = MethodRunner(pipe, settings.size, settings.seed, photos, settings.reconstruct)
 
     def run(self, task: EditTask) -> list[EditResult]:
-        """Makes the edits of a task."""
+        """Make the edits of a task."""
         return self.runner.run(self.methods[task.method], task.items)
 
 
@@ -178,7 +178,7 @@ def _edit_and_record(
     names: Sequence[str],
     progress: bool,
 ) -> None:
-    """Makes the missing edits. A thread saves and measures each batch while the next one is made.
+    """Make the missing edits. A thread saves and measures each batch while the next one is made.
 
     `work` are the arguments of `EvaluateWorker`.
     """
@@ -209,7 +209,7 @@ def _edit_and_record(
 
 
 def _missing(items: Sequence[Item], names: Sequence[str], size: int, store: Store) -> list[EditTask]:
-    """Plans the edits that are missing: some items by all methods, then the next items.
+    """Plan the edits that are missing: some items by all methods, then the next items.
 
     So a stopped evaluation compares the methods on the same items.
     """
@@ -232,7 +232,7 @@ def _truth(settings: ResolvedEvaluate, item: Item) -> EditResult:
 
 
 def _sheet(store: Store, items: Sequence[Item], titles: Mapping[str, str]) -> Image.Image:
-    """Draws the first items of each kind, a row each: the image before, then each method's edit."""
+    """Draw the first items of each kind, a row each: the image before, then each method's edit."""
     shown = select_evenly(items, SHEET_ROWS)
     images, captions = [], []
     for item in shown:

@@ -124,15 +124,15 @@ class Method:
 
 
 def slug(name: str) -> str:
-    """Turns a name into lower-case letters, digits and hyphens."""
+    """Turn a name into lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def methods_of(settings: EvaluateSettings) -> list[Method]:
-    """Reads the methods, in the file's order.
+    """Read the methods, in the file's order.
 
     Raises:
-        InputError: a field that no edit has, or a wrong value.
+        InputError: A field that no edit has, or a wrong value.
     """
     common: dict[str, Any] = {name: getattr(settings, name) for name in (*SHARED, *SAMPLING)}
     # Settings of an edit need these; the benchmark replaces them.
@@ -152,7 +152,7 @@ def methods_of(settings: EvaluateSettings) -> list[Method]:
 
 
 def _wrong_field(fields: MethodFields) -> str | None:
-    """Says which field a method cannot have, or what is wrong with its mask."""
+    """Say which field a method cannot have, or what is wrong with its mask."""
     if given := sorted(OF_BENCHMARK & fields.keys()):
         return f"got {', '.join(given)}, which the benchmark says for each edit: leave it out"
     if foreign := sorted(FOREIGN_TO_METHODS & fields.keys()):
@@ -166,7 +166,7 @@ def _wrong_field(fields: MethodFields) -> str | None:
 
 
 def _wrong_image_to_image(fields: MethodFields, references: str) -> str | None:
-    """Says what is wrong with the fields of image-to-image."""
+    """Say what is wrong with the fields of image-to-image."""
     strength, context_in = fields.get("strength"), fields.get("context_in", "all")
     if context_in not in CONTEXT_IN or (context_in != "all" and strength is None):
         return f'context_in: expected "all", "vital" or "others", and a strength, got {show(context_in)}'

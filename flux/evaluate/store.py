@@ -35,7 +35,7 @@ JUDGED = ("success", "overlap")
 
 
 def columns(settings: EvaluateSettings) -> list[str]:
-    """Lists the columns of results.csv."""
+    """List the columns of results.csv."""
     by_model = [column for name in settings.metrics for column in NETS[name]]
     return [
         *TEXTS,
@@ -52,15 +52,15 @@ class Store:
     """The folder of an evaluation.
 
     Args:
-        settings: the settings of the evaluation.
-        opened: the model's files, if they are open already.
+        settings: The settings of the evaluation.
+        opened: The model's files, if they are open already.
 
     Attributes:
         rows: The rows of results.csv whose images exist, by method and item.
         outdated: Whether another judge or other metrics measured them.
 
     Raises:
-        InputError: the folder holds an evaluation that was made with other settings.
+        InputError: The folder holds an evaluation that was made with other settings.
     """
 
     def __init__(self, settings: ResolvedEvaluate, opened: OpenModel | None = None):
@@ -81,7 +81,7 @@ class Store:
             self._read()
 
     def begin(self) -> None:
-        """Writes run.json. Called once everything else that may be wrong is known to be right."""
+        """Write run.json. Called once everything else that may be wrong is known to be right."""
         self.folder.write_record(self.settings, **self.record)
         self.folder.remove_leftovers()
 
@@ -104,7 +104,7 @@ class Store:
         self.record["earlier_methods"] = [method for name, method in old.items() if name not in names]
 
     def _read(self) -> None:
-        """Reads results.csv. Rows whose images are gone are left out."""
+        """Read results.csv. Rows whose images are gone are left out."""
         path = self.path / "results.csv"
         try:
             with open(path, newline="", encoding="utf-8") as file:
@@ -120,18 +120,18 @@ class Store:
                 self.rows[row.method, row.item] = row
 
     def result(self, method: str, key: str) -> EditResult:
-        """Reads an edit that is done. Raises InputError as `read`."""
+        """Read an edit that is done. Raise InputError as `read`."""
         scores, image = self.rows[method, key].scores, self.read(method, key)
         reference = self.read(method, key, reference=True) if self.generated else None
         # Rows of an earlier version have no IoU.
         return EditResult(image, reference, scores["seconds"], scores["evaluations"], scores.get("mask_iou"))
 
     def image(self, method: str, key: str, reference: bool = False) -> Path:
-        """Names the file of an edit, or of the generated reference it was made from."""
+        """Name the file of an edit, or of the generated reference it was made from."""
         return self.path / method / (f"{key}_reference.png" if reference else f"{key}.png")
 
     def read(self, method: str, key: str, reference: bool = False) -> Image.Image:
-        """Reads an edit, or its generated reference. Raises InputError if the file is damaged."""
+        """Read an edit, or its generated reference. Raise InputError if the file is damaged."""
         path = self.image(method, key, reference)
         try:
             return read_image(path)
@@ -139,7 +139,7 @@ class Store:
             raise InputError(f"{error}. Remove {path}, and the next start makes it again") from error
 
     def add(self, rows: Sequence[ResultRow]) -> None:
-        """Adds rows and writes results.csv. The rows' images must exist already."""
+        """Add rows and write results.csv. The rows' images must exist already."""
         self.rows |= {(row.method, row.item): row for row in rows}
         text = StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
@@ -150,10 +150,10 @@ class Store:
 
 
 def _row(fields: dict[str, str]) -> ResultRow:
-    """Reads a row of results.csv.
+    """Read a row of results.csv.
 
     Raises:
-        ValueError: a column is missing, the row has more or fewer fields than there are columns, or a score
+        ValueError: A column is missing, the row has more or fewer fields than there are columns, or a score
             is no number.
     """
     needed = (*TEXTS, *OUTSIDE, "seconds", "evaluations")

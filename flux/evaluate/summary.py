@@ -86,10 +86,10 @@ def means_by_kind(rows: Sequence[ResultRow]) -> dict[str, dict[str, float]]:
 
 
 def write_summary(folder: Path, rows: Mapping[str, Sequence[ResultRow]]) -> None:
-    """Writes summary.csv and summary.md from the rows of each method, by its name.
+    """Write summary.csv and summary.md from the rows of each method, by its name.
 
     Raises:
-        InputError: as `write_text`.
+        InputError: As `write_text`.
     """
     tables = {method: means_by_kind(own) for method, own in rows.items()}
     names = [name for name in SHOWN if any(name in kinds["all"] for kinds in tables.values())]
@@ -105,7 +105,7 @@ def write_summary(folder: Path, rows: Mapping[str, Sequence[ResultRow]]) -> None
 
 
 def markdown(tables: Mapping[str, Mapping[str, Mapping[str, float]]], names: Sequence[str]) -> str:
-    """Formats one table of the named measures and one of the important ones by kind of edit.
+    """Format one table of the named measures and one of the important ones by kind of edit.
 
     Args:
         tables: The means of `means_by_kind`, by the method's name.

@@ -56,11 +56,11 @@ class EditMetrics:
             made black in both. The masked part thus counts as kept without error.
 
     Args:
-        structure: measures `structure`, the distance of self-similarities.
-        lpips: measures `lpips`, the distance of the blackened images.
-        clip: measures `clip`, 100 times the cosine of edit and prompt; `clip_edited`, the same inside the
+        structure: Measures `structure`, the distance of self-similarities.
+        lpips: Measures `lpips`, the distance of the blackened images.
+        clip: Measures `clip`, 100 times the cosine of edit and prompt; `clip_edited`, the same inside the
             mask; `clip_direction`, the cosine between the image's change and the prompt's.
-        device: where SSIM computes.
+        device: Where SSIM computes.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class EditMetrics:
     def load(
         cls, names: Sequence[str], encoder: str, clip: str, device: str | torch.device = "cpu"
     ) -> "EditMetrics":
-        """Loads the measures with the models of some names.
+        """Load the measures with the models of some names.
 
         Args:
-            names: keys of NETS.
-            encoder: hub id or folder of the DINO for "structure".
-            clip: hub id or folder of the CLIP for "clip".
-            device: where the models compute.
+            names: Keys of NETS.
+            encoder: Hub id or folder of the DINO for "structure".
+            clip: Hub id or folder of the CLIP for "clip".
+            device: Where the models compute.
 
         Raises:
-            InputError: a package or weights are missing.
+            InputError: A package or weights are missing.
         """
         return cls(
             Structure.load(encoder, device) if "structure" in names else None,
@@ -96,7 +96,7 @@ class EditMetrics:
         )
 
     def measure(self, edits: Sequence[MeasuredEdit]) -> list[EditScores]:
-        """Returns the scores of each edit."""
+        """Return the scores of each edit."""
         scores: list[EditScores] = [dict.fromkeys(OUTSIDE) for _ in edits]
         masks = {
             n: edit.mask for n, edit in enumerate(edits) if edit.mask is not None and not edit.mask.all()
@@ -122,7 +122,7 @@ class EditMetrics:
 
 
 def _black_except(edit: MeasuredEdit, keep: np.ndarray) -> MeasuredEdit:
-    """Makes both images black wherever `keep` is false."""
+    """Make both images black wherever `keep` is false."""
     before, after = (
         Image.fromarray((np.asarray(image) * keep[..., None]).astype(np.uint8))
         for image in (edit.before, edit.after)
@@ -154,12 +154,12 @@ class Structure:
 
     @classmethod
     def load(cls, source: str, device: str | torch.device = "cpu") -> "Structure":
-        """Loads the DINO or DINOv2 `source`; raises InputError as `load_vision`."""
+        """Load the DINO or DINOv2 `source`; raise InputError as `load_vision`."""
         return cls(*load_vision(DINO, source, device))
 
     @torch.no_grad()
     def self_similarity(self, images: Sequence[Image.Image]) -> Tensor:
-        """Returns the self-similarities of images, "B T T" for the T tokens of the DINO."""
+        """Return the self-similarities of images, "B T T" for the T tokens of the DINO."""
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"].to(self.model.device)
         keys: list[Tensor] = []
 
@@ -176,7 +176,7 @@ class Structure:
         return unit @ unit.mT
 
     def distances(self, edits: Sequence[MeasuredEdit]) -> list[float]:
-        """Returns the distance between before and after of each edit, CHUNK edits at a time."""
+        """Return the distance between before and after of each edit, CHUNK edits at a time."""
         distances = []
         for start in range(0, len(edits), CHUNK):
             part = edits[start : start + CHUNK]
@@ -195,10 +195,10 @@ class ClipText:
 
     @classmethod
     def load(cls, source: str, device: str | torch.device = "cpu") -> "ClipText":
-        """Loads the CLIP `source` (hub id or folder).
+        """Load the CLIP `source` (hub id or folder).
 
         Raises:
-            InputError: the vision model, the text model or the tokenizer cannot be loaded.
+            InputError: The vision model, the text model or the tokenizer cannot be loaded.
         """
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -220,7 +220,7 @@ class ClipText:
         return self.text_model(**tokens.to(self.text_model.device)).text_embeds
 
     def measure(self, edits: Sequence[MeasuredEdit]) -> list[EditScores]:
-        """Returns `clip`, `clip_edited` and `clip_direction` of each edit (see `EditMetrics`)."""
+        """Return `clip`, `clip_edited` and `clip_direction` of each edit (see `EditMetrics`)."""
         before = F.normalize(self.vision.embed([edit.before for edit in edits]), dim=-1)
         after = F.normalize(self.vision.embed([edit.after for edit in edits]), dim=-1)
         source = F.normalize(self._embed_texts([edit.source for edit in edits]), dim=-1)

@@ -32,13 +32,13 @@ class VisionKind:
     """A kind of vision model, and how error messages speak of it.
 
     Attributes:
-        name: what the model is called.
-        role: what it is wanted for, as in "Got SOURCE as the DINOv2".
-        advice: what to do instead, said after a colon.
-        processors: the model types of transformers that are accepted, and the image processor of each. All
+        name: What the model is called.
+        role: What it is wanted for, as in "Got SOURCE as the DINOv2".
+        advice: What to do instead, said after a colon.
+        processors: The model types of transformers that are accepted, and the image processor of each. All
             use Pillow, whether or not torchvision is installed, so results do not depend on it.
-        model: the class of transformers that loads it.
-        all_weights: whether every weight must be in the file. transformers fills missing ones with random
+        model: The class of transformers that loads it.
+        all_weights: Whether every weight must be in the file. transformers fills missing ones with random
             numbers.
     """
 
@@ -69,15 +69,15 @@ CLIP = VisionKind(
 def load_vision(
     kind: VisionKind, source: str | Path, device: str | torch.device = "cpu"
 ) -> tuple["PreTrainedModel", Any]:
-    """Loads a vision model of transformers in float32, ready for inference, with its image processor.
+    """Load a vision model of transformers in float32, ready for inference, with its image processor.
 
     Args:
-        kind: what is expected.
-        source: hub id, or folder in the form of `save_pretrained`.
-        device: where the model computes.
+        kind: What is expected.
+        source: Hub id, or folder in the form of `save_pretrained`.
+        device: Where the model computes.
 
     Raises:
-        InputError: there is no such folder or hub model, a file is missing or damaged, or the model is of
+        InputError: There is no such folder or hub model, a file is missing or damaged, or the model is of
             another kind.
     """
     import transformers
@@ -113,8 +113,8 @@ class PerceptualEncoder:
     """A DINOv2 of transformers in float32, with its own preparation of pixels.
 
     Args:
-        model: a Dinov2Model, or one with registers.
-        processor: turns images into the model's normalised pixels.
+        model: A Dinov2Model, or one with registers.
+        processor: Turns images into the model's normalised pixels.
     """
 
     def __init__(self, model: "PreTrainedModel", processor: Any):
@@ -122,12 +122,12 @@ class PerceptualEncoder:
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "PerceptualEncoder":
-        """Loads a hub id such as "facebook/dinov2-giant", or a folder; raises InputError as `load_vision`."""
+        """Load a hub id such as "facebook/dinov2-giant", or a folder; raise InputError as `load_vision`."""
         return cls(*load_vision(DINOV2, source, device))
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image], batch_size: int = 16) -> Tensor:
-        """Embeds images of any sizes as "B C": their class tokens after the last norm, of length 1."""
+        """Embed images of any sizes as "B C": their class tokens after the last norm, of length 1."""
         features = torch.empty(len(images), self.model.config.hidden_size, device=self.model.device)
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
@@ -138,7 +138,7 @@ class PerceptualEncoder:
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the cosines between the rows of two batches of features, "B C", "B C" -> "B", in -1..1."""
+    """Return the cosines between the rows of two batches of features, "B C", "B C" -> "B", in -1..1."""
     return F.cosine_similarity(a, b, dim=-1)
 
 
@@ -150,11 +150,11 @@ class Dino(Metric):
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Dino":
-        """Loads the DINOv2 `source`, by default the paper's; raises InputError as `load_vision`."""
+        """Load the DINOv2 `source`, by default the paper's; raise InputError as `load_vision`."""
         return cls(PerceptualEncoder.load(source or "facebook/dinov2-giant", device))
 
     def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
-        """Returns the cosine of each image and its reference."""
+        """Return the cosine of each image and its reference."""
         return _cosines(self.encoder.embed, references, images)
 
 
@@ -169,12 +169,12 @@ class Clip(Metric):
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Clip":
-        """Loads the CLIP `source`, by default the paper's; raises InputError as `load_vision`."""
+        """Load the CLIP `source`, by default the paper's; raise InputError as `load_vision`."""
         return cls(*load_vision(CLIP, source or "openai/clip-vit-large-patch14", device))
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image]) -> Tensor:
-        """Embeds images of any sizes as "B C"."""
+        """Embed images of any sizes as "B C"."""
         features = []
         for start in range(0, len(images), CHUNK):
             pixels = self.processor(list(images[start : start + CHUNK]), return_tensors="pt")["pixel_values"]
@@ -182,7 +182,7 @@ class Clip(Metric):
         return torch.cat(features)
 
     def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
-        """Returns the cosine of each image and its reference."""
+        """Return the cosine of each image and its reference."""
         return _cosines(self.embed, references, images)
 
 
@@ -193,8 +193,8 @@ class Lpips(Metric):
     """1 minus LPIPS 0.1 (Zhang et al. 2018); a change is thus the LPIPS distance itself.
 
     Args:
-        model: the package's model: images "1 3 H W" in -1..1, twice, to their distance.
-        device: where the model computes.
+        model: The package's model: images "1 3 H W" in -1..1, twice, to their distance.
+        device: Where the model computes.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], device: str | torch.device = "cpu"):
@@ -202,14 +202,14 @@ class Lpips(Metric):
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Lpips":
-        """Loads the model of the package lpips.
+        """Load the model of the package lpips.
 
         Args:
             source: "alex" for AlexNet, the package's default, or "squeeze" for SqueezeNet.
-            device: where the model computes.
+            device: Where the model computes.
 
         Raises:
-            InputError: the package is not installed, or torchvision cannot download the model.
+            InputError: The package is not installed, or torchvision cannot download the model.
         """
         try:
             import lpips  # pyright: ignore[reportMissingImports] - an optional package
@@ -230,7 +230,7 @@ class Lpips(Metric):
 
     @torch.no_grad()
     def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
-        """Returns 1 minus the LPIPS distance of each image and its reference."""
+        """Return 1 minus the LPIPS distance of each image and its reference."""
         distances = [
             self.model(to_tensor(a)[None].to(self.device), to_tensor(b)[None].to(self.device)).item()
             for a, b in zip(references, images, strict=True)
@@ -241,7 +241,7 @@ class Lpips(Metric):
 def _cosines(
     embed: Callable[[Sequence[Image]], Tensor], references: Sequence[Image], images: Sequence[Image]
 ) -> list[float]:
-    """Embeds each distinct image once and returns the cosine of each pair."""
+    """Embed each distinct image once and return the cosine of each pair."""
     distinct = {id(image): image for image in (*references, *images)}
     features = dict(zip(distinct, embed(list(distinct.values()))))
     a, b = (torch.stack([features[id(image)] for image in side]) for side in (references, images))

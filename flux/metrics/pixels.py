@@ -15,23 +15,23 @@ MAX_PSNR = 100.0  # dB; where an infinite PSNR cannot be written or averaged, eq
 
 
 def mean_squared_error(a: Image, b: Image) -> float:
-    """Returns the mean squared difference of two images of one size, colours in 0..1."""
+    """Return the mean squared difference of two images of one size, colours in 0..1."""
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     return float(np.square(difference / 255).mean())
 
 
 def decibels(error: float) -> float:
-    """Converts a mean squared error of colours in 0..1 to PSNR in dB; infinite for an error of 0."""
+    """Convert a mean squared error of colours in 0..1 to PSNR in dB; infinite for an error of 0."""
     return float(-10 * np.log10(error)) if error else math.inf
 
 
 def psnr(a: Image, b: Image) -> float:
-    """Returns the peak signal-to-noise ratio of two images of one size in dB; infinite for equal images."""
+    """Return the peak signal-to-noise ratio of two images of one size in dB; infinite for equal images."""
     return decibels(mean_squared_error(a, b))
 
 
 def psnr_or_none(a: Image, b: Image) -> float | None:
-    """Returns `psnr` rounded for JSON, which knows no infinity. For equal images returns None."""
+    """Return `psnr` rounded for JSON, which knows no infinity. For equal images returns None."""
     value = psnr(a, b)
     return round(value, 3) if math.isfinite(value) else None
 
@@ -45,16 +45,16 @@ class Psnr(Metric):
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Psnr":  # noqa: ARG003 - the signature of Metric.load
-        """Returns the metric, which needs no model: `source` and `device` are those of `Metric.load`."""
+        """Return the metric, which needs no model: `source` and `device` are those of `Metric.load`."""
         return cls()
 
     def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
-        """Returns the PSNR of each image and its reference in dB, capped at MAX_PSNR."""
+        """Return the PSNR of each image and its reference in dB, capped at MAX_PSNR."""
         return [min(MAX_PSNR, psnr(*pair)) for pair in zip(references, images, strict=True)]
 
     @staticmethod
     def change(values: np.ndarray) -> np.ndarray:
-        """Converts dB to root mean square errors; MAX_PSNR to 0."""
+        """Convert dB to root mean square errors; MAX_PSNR to 0."""
         return np.where(values >= MAX_PSNR, 0, 10 ** (-values / 20))
 
 
@@ -74,14 +74,14 @@ class Ssim(Metric):
 
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Ssim":  # noqa: ARG003 - the signature of Metric.load
-        """Returns the metric, which needs no model: `source` is that of `Metric.load`."""
+        """Return the metric, which needs no model: `source` is that of `Metric.load`."""
         return cls(device)
 
     def compare(self, references: Sequence[Image], images: Sequence[Image]) -> list[float]:
-        """Returns the SSIM of each image and its reference, at most 1.
+        """Return the SSIM of each image and its reference, at most 1.
 
         Raises:
-            InputError: images smaller than the window.
+            InputError: Images smaller than the window.
         """
         return [self._compare_pair(*pair) for pair in zip(references, images, strict=True)]
 

@@ -17,15 +17,15 @@ def load_metrics(
     sources: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Metric]:
-    """Loads metrics by name, and only these.
+    """Load metrics by name, and only these.
 
     Args:
-        names: keys of METRICS. The result has their order; the first one selects the vital layers.
-        sources: hub id or folder of the model of "dino" or "clip", if not the usual one.
-        device: where the models compute.
+        names: Keys of METRICS. The result has their order; the first one selects the vital layers.
+        sources: Hub id or folder of the model of "dino" or "clip", if not the usual one.
+        device: Where the models compute.
 
     Raises:
-        InputError: an unknown name, or a metric that cannot be loaded (see `Metric.load`).
+        InputError: An unknown name, or a metric that cannot be loaded (see `Metric.load`).
     """
     for name in names:
         if name not in METRICS:
