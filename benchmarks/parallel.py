@@ -163,9 +163,7 @@ def main(
     """
     count = int(os.environ["WORLD_SIZE"]) if launched() else gpus or torch.cuda.device_count()
     if count < 2:
-        raise InputError(
-            f"Got {count} GPUs, expected 2 or more that share a step: give their number as gpus"
-        )
+        raise InputError(f"Got {count} GPUs, expected 2 or more that share a step: give their number as gpus")
     if not launched():
         start(count)
     size, ranks = toy_step() if toy else full_step(), join(count, device)

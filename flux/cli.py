@@ -77,7 +77,7 @@ def fetch_model(name: str) -> None:
     """Fetch a model's files in advance and print where they are.
 
     Args:
-        name: the model, one of flux.util.configs
+        name: The model, one of flux.util.configs
     """
     from flux.weights.hub import download
 

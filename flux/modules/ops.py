@@ -50,7 +50,7 @@ def has_kernel(x: Tensor) -> bool:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Serves no tensor with a kernel inside the block: passes with and without gradients then round alike."""
+    """Serve no tensor with a kernel inside the block: passes with and without gradients then round alike."""
     global ops_triton
     kernels, ops_triton = ops_triton, None
     try:

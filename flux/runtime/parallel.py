@@ -84,7 +84,7 @@ def join(parallel: int, device: str, longest_wait: timedelta | None = None) -> P
         `ALONE` if there is a single process.
 
     Raises:
-        InputError: torchrun started another number of processes, there are fewer GPUs, or the device is
+        InputError: Torchrun started another number of processes, there are fewer GPUs, or the device is
             a particular one.
     """
     _check_launch(parallel, device)

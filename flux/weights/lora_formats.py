@@ -73,7 +73,7 @@ class WeightChange(ABC):
             rows: The rows to change, "out in" in float32 and in our order.
             place: Where they are.
             strength: The strength that the user gave the file.
-            scale: alpha / rank.
+            scale: Alpha / rank.
 
         Returns:
             The changed rows, likewise.

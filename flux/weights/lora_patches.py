@@ -96,7 +96,7 @@ class Patch:
         change: The change to the weight, if any.
         biases: The file's changes to the bias, by role.
         strength: The strength that the user gave the file.
-        scale: alpha / rank, or 1 for changes without.
+        scale: Alpha / rank, or 1 for changes without.
         name: The module's name in the file.
     """
 
