@@ -145,7 +145,7 @@ def test_an_own_end_of_the_window_holds_for_all_areas():
 # ---- any settings
 
 texts = some.text(some.characters(codec="utf-8"), min_size=1).filter(str.strip)
-paths = texts.filter(lambda text: not set(text) & set("\b\f\n\r\t"))
+paths = texts.filter(lambda text: not set(text) & set("\0\b\f\n\r\t"))
 fractions = some.floats(0, 1, allow_nan=False)
 layers = some.lists(some.integers(0, 56), min_size=1, max_size=5, unique=True)
 models = some.fixed_dictionaries(
