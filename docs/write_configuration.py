@@ -138,11 +138,11 @@ LEFT_OPEN: dict[type[BaseModel], dict[str, str]] = {
 
 HEAD = """# Configuration
 
-Every field of every JSON file. Each field is also an option on the command line: `"num_steps": 20` in a file is
-`--num_steps 20` there. Lists are written as JSON. `--help` of a program prints the same lines.
+Every field of every JSON file. Each field is also an option on the command line: `"num_steps": 20` in a file
+is `--num_steps 20` there. Lists are written as JSON. `--help` of a program prints the same lines.
 
-A program that does not know a field ends with one line, which names the nearest field that it knows. A file of
-settings is looked for as given, then in `configs/`. The `run.json` of a run is such a file too.
+A program that does not know a field ends with one line, which names the nearest field that it knows. A file
+of settings is looked for as given, then in `configs/`. The `run.json` of a run is such a file too.
 
 `python docs/write_configuration.py` writes this page from the settings classes.
 """
