@@ -125,7 +125,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def clean(device: torch.device) -> None:
-    """Frees memory and resets its peak."""
+    """Free memory and reset its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -149,7 +149,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 @torch.inference_mode()
 def velocity_error(model: VelocityModel, steps: Sequence[Step], ids: Tensor, cond: Conditioning) -> float:
-    """Averages the relative error of a model's velocity over the steps of another model."""
+    """Average the relative error of a model's velocity over the steps of another model."""
     errors = []
     for step in steps:
         velocity = euler_step(model, step.noisy, ids, cond, step.t, step.t_next).velocity

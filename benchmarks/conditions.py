@@ -156,7 +156,7 @@ class ToolRun:
 
 
 def forecast_gib(tool: str, spec: ModelSpec, fp8: bool, on_gpu: bool) -> float:
-    """Forecasts the peak while an image is denoised, with the transformer alone on the device, in GiB."""
+    """Forecast the peak while an image is denoised, with the transformer alone on the device, in GiB."""
     transformer = sources_of(dict(on_meta(Flux, spec.params).named_parameters()))
     sources: dict[Part, dict[str, TensorSource]]
     sources = {"transformer": transformer, "vae": {}, "text_encoder": {}, "text_encoder_2": {}}

@@ -111,7 +111,7 @@ class Bench:
 
     @cache  # noqa: B019  (it lives as long as the process)
     def forecaster(self, work: Work, quantize: str) -> Forecaster:
-        """Forecasts this work, under any cap: activations are measured once."""
+        """Forecast this work, under any cap: activations are measured once."""
         fields = {
             "model": "flux-dev", "images": "random", "quantize": quantize, "offload": "auto",
             "caption_dropout": 0.0, "sample_prompts": [], "rank": RANK, "learning_rate": LEARNING_RATE,

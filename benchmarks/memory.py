@@ -150,7 +150,7 @@ def run_case(models: RandomModels, case: Case, settings: ResolvedEdit, device: t
 
 
 def offload_in_groups(transformer: nn.Module, _: RandomModels, device: torch.device) -> None:
-    """Offloads diffusers' blocks in groups of one, on a separate stream."""
+    """Offload diffusers' blocks in groups of one, on a separate stream."""
     from diffusers.hooks.group_offloading import apply_group_offloading
 
     on_gpu = device.type == "cuda"

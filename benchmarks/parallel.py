@@ -76,7 +76,7 @@ def timed(step: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def warmed(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, dict]:
-    """Warms a step up. Returns its result, the time that took, and the largest peak of all GPUs."""
+    """Warm a step up. Return its result, the time that took, and the largest peak of all GPUs."""
     begin = time.perf_counter()
     for _ in range(2):
         step()

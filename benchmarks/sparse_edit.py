@@ -58,7 +58,7 @@ class SparseBench(Bench):
             block.compile(fullgraph=True, backend=self.backend)
 
     def free(self, kept: Kept, count: int, place: int = 0) -> FreeTokens:
-        """Frees a rectangle of so many tokens, half as wide as the image, at one of its places."""
+        """Free a rectangle of so many tokens, half as wide as the image, at one of its places."""
         side = self.size.side // 16
         mask = torch.zeros(side, side, dtype=torch.bool)
         width = side // 2

@@ -10,7 +10,7 @@ from gradio_client import Client
 
 
 def main(url: str = "http://127.0.0.1:7860", num_steps: int = 20, size: int = 256) -> None:
-    """Makes an image, edits it, and scans three layers.
+    """Make an image, edit it, and scan three layers.
 
     Args:
         url: The address of the studio.

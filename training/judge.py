@@ -100,7 +100,7 @@ class MeasuringJudge:
 
     @torch.no_grad()
     def see(self, images: Sequence[Image.Image]) -> tuple[Recognition, np.ndarray]:
-        """Recognizes what images of one size show, and where their subjects are, booleans `B H W`."""
+        """Recognize what images of one size show, and where their subjects are, booleans `B H W`."""
         tensors = torch.stack([to_tensor(image) for image in images]).to(self.device)
         recognition, masks = recognize(self.model, (tensors + 1) / 2)
         # All at once, since reading a single number waits for the device.
@@ -112,7 +112,7 @@ class MeasuringJudge:
         after: Sequence[Image.Image],
         asked: Sequence[Mapping[str, Any]],
     ) -> list[Verdict]:
-        """Judges each edit by the image before it, the edit itself, and what was asked for."""
+        """Judge each edit by the image before it, the edit itself, and what was asked for."""
         (_, old), (recognition, new) = self.see(before), self.see(after)
         return [
             Verdict(

@@ -126,7 +126,7 @@ def words_sheet(image: Image.Image, steps: Sequence[StepAttention], num_double: 
 
 
 def _mean_word_maps(steps: Sequence[LayerAttention], direction: Direction) -> dict[str, Tensor]:
-    """Averages one layer's word maps of the first row over the steps, "I" each."""
+    """Average one layer's word maps of the first row over the steps, "I" each."""
     per_step = [step.to_words if direction == "to_words" else step.from_words for step in steps]
     return {
         word: reduce(torch.add, [maps[word][0] for maps in per_step]) / len(steps) for word in per_step[0]

@@ -155,7 +155,7 @@ def subject_tokens(
 
 
 def smoothed(maps: Tensor, width: int, height: int) -> Tensor:
-    """Averages maps over 3x3 tokens, "B I" -> "B 1 rows columns"."""
+    """Average maps over 3x3 tokens, "B I" -> "B 1 rows columns"."""
     maps = maps.reshape(-1, 1, height // TOKEN, width // TOKEN)
     return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
 
@@ -177,7 +177,7 @@ def dilated_mask(maps: Tensor, width: int, height: int) -> Tensor:
 
 
 def changes_whole_image(changed: Tensor, divergence: Tensor, width: int, height: int) -> Tensor:
-    """Decides by the image's edge which edits change their whole image.
+    """Decide by the image's edge which edits change their whole image.
 
     Another place or time of day changes the edge, another object seldom. With c = `changed` and
     d = `divergence`, both smoothed, an edit changes its whole image if

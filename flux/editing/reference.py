@@ -78,7 +78,7 @@ def keep_reference(
 
 
 def _layers_to_keep(pipe: LoadedModel, source: Source, vital: frozenset[int]) -> tuple[frozenset[int], bool]:
-    """Decides what a reference keeps: all layers for sparse edits if there is room, else the vital ones.
+    """Decide what a reference keeps: all layers for sparse edits if there is room, else the vital ones.
 
     Returns:
         The layers, and whether all but the vital ones are rounded to 8 bits.

@@ -220,7 +220,7 @@ def select_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
 
 
 def benchmark_fingerprint(folder: str | Path) -> str:
-    """Hashes the benchmark's file, so that another set of edits is noticed."""
+    """Hash the benchmark's file, so that another set of edits is noticed."""
     return hashlib.sha256((Path(folder) / MAPPING).read_bytes()).hexdigest()[:16]
 
 

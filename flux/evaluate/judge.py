@@ -35,5 +35,5 @@ class Judge(Protocol):
         after: Sequence[Image.Image],
         asked: Sequence[Mapping[str, Any]],
     ) -> list[Verdict]:
-        """Judges each edit by the image before it, the edit itself, and what was asked for (`Item.asked`)."""
+        """Judge each edit by the image before it, the edit itself, and what was asked for (`Item.asked`)."""
         ...

@@ -59,7 +59,7 @@ class ResultRow:
 
 
 def means(rows: Sequence[ResultRow]) -> dict[str, float]:
-    """Averages each measure over the rows that have it. A measure that no row has is left out."""
+    """Average each measure over the rows that have it. A measure that no row has is left out."""
     values: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.scores.items():
@@ -72,7 +72,7 @@ def means(rows: Sequence[ResultRow]) -> dict[str, float]:
 
 
 def means_by_kind(rows: Sequence[ResultRow]) -> dict[str, dict[str, float]]:
-    """Averages the measures of each kind of edit, in the order in which the kinds come.
+    """Average the measures of each kind of edit, in the order in which the kinds come.
 
     The first entries are "all" and, if some kinds change the whole image, "local": the edits of other kinds.
     Each entry has the number of edits as "items".

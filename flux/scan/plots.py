@@ -154,7 +154,7 @@ class ColourLimits(TypedDict):
 
 
 def colour_limits(change: np.ndarray) -> ColourLimits:
-    """Spans the colour map from no change, or less if rounding made it so, to the largest change."""
+    """Span the colour map from no change, or less if rounding made it so, to the largest change."""
     return {"vmin": min(0.0, change.min()), "vmax": max(1e-3, change.max())}
 
 

@@ -54,7 +54,7 @@ class Rule:
         return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
     def choose(self, vitality: np.ndarray) -> np.ndarray:
-        """Decides for each layer whether it is vital.
+        """Decide for each layer whether it is vital.
 
         Args:
             vitality: Vitalities by rising layer number, "... layers". Each row is decided by itself.

@@ -59,7 +59,7 @@ class Cluster:
         return shared.item()
 
     def mean(self, number: Tensor) -> float:
-        """Averages a scalar over the processes."""
+        """Average a scalar over the processes."""
         shared = number.detach().float().reshape(1).clone()
         if self.world > 1:
             dist.all_reduce(shared)
@@ -73,7 +73,7 @@ class Cluster:
 
     @torch.no_grad()
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Averages all gradients in one flat bfloat16 message: one call for hundreds, half the bytes."""
+        """Average all gradients in one flat bfloat16 message: one call for hundreds, half the bytes."""
         if self.world == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

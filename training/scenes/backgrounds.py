@@ -61,7 +61,7 @@ class Canvas:
         return F.interpolate(grid, size=size, mode="nearest") - 0.5
 
     def dots(self, rows: int, columns: int, share: float, reach: float) -> Tensor:
-        """Scatters small soft dots over the image, `B 1 H W` in 0..1."""
+        """Scatter small soft dots over the image, `B 1 H W` in 0..1."""
         grid = torch.rand(
             len(self.horizon), 1, rows, columns, device=self.horizon.device, generator=self.random
         )
@@ -69,7 +69,7 @@ class Canvas:
         return ((spread - reach) * 4).clamp(0, 1)
 
     def below(self, line: Tensor) -> Tensor:
-        """Masks everything below a line, given as y: 1 below, 0 above, one pixel soft."""
+        """Mask everything below a line, given as y: 1 below, 0 above, one pixel soft."""
         return ((self.v - line) / self.pixel + 0.5).clamp(0, 1)
 
     def depth(self) -> Tensor:
@@ -82,7 +82,7 @@ def _over(image: Tensor, layer: Tensor, mask: Tensor) -> Tensor:
 
 
 def _dim(c: Canvas, ground: Tensor) -> Tensor:
-    """Darkens ground by the light of the hour."""
+    """Darken ground by the light of the hour."""
     one = torch.ones_like(c.colour(1, 1, 1))
     return ground * c.by_time(one, c.colour(0.38, 0.43, 0.66), c.colour(1.0, 0.80, 0.70))
 

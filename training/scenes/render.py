@@ -200,7 +200,7 @@ class Renderer:
         return ((1.25 - distance) * 1.2).clamp(0, 1) * strength
 
     def _recolour(self, drawn: Tensor, colour: Tensor) -> Tensor:
-        """Recolours premultiplied sprites. Dark parts (eyes, wheels) and nearly white ones stay."""
+        """Recolour premultiplied sprites. Dark parts (eyes, wheels) and nearly white ones stay."""
         alpha = drawn[:, 3:]
         rgb = drawn[:, :3] / alpha.clamp(min=1e-3)
         brightest, darkest = rgb.amax(1, keepdim=True), rgb.amin(1, keepdim=True)
@@ -220,7 +220,7 @@ def _light(times: Tensor) -> Tensor:
 
 
 def _hat_table() -> Tensor:
-    """Tabulates size, x offset and foot offset of each hat on each wearer of size 1, `S hats 3`."""
+    """Tabulate size, x offset and foot offset of each hat on each wearer of size 1, `S hats 3`."""
     hats = [number for number, sprite in enumerate(OBJECTS) if sprite.hat]
     table = torch.zeros(len(SPRITES), len(hats), 3)
     for number, sprite in enumerate(OBJECTS):

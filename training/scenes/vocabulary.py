@@ -272,7 +272,7 @@ _PLURALS = {
 
 
 def plural(noun: str) -> str:
-    """Forms the plural that captions use: "bus" -> "buses", "cup of coffee" -> "cups of coffee"."""
+    """Form the plural that captions use: "bus" -> "buses", "cup of coffee" -> "cups of coffee"."""
     return _PLURALS.get(noun, noun + "s")
 
 

@@ -24,7 +24,7 @@ FOLD_AT = 0.75
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Averages the absolute difference of gradients in both directions, at full, half and quarter size."""
+    """Average the absolute difference of gradients in both directions, at full, half and quarter size."""
     loss = a.new_zeros(())
     difference = a - b
     for _ in range(3):
@@ -145,7 +145,7 @@ def latent_statistics(ae: AutoEncoder, images: Tensor, count: int = 256) -> tupl
 
 @torch.no_grad()
 def round_trip_psnr(ae: AutoEncoder, images: Tensor) -> float:
-    """Averages the PSNR in dB between byte images and their round trips, one by one on the device."""
+    """Average the PSNR in dB between byte images and their round trips, one by one on the device."""
     values = []
     for part in images.split(16):
         part = part.float() / 127.5 - 1

@@ -77,7 +77,7 @@ def load_generator(work: Work, stage: str, guidance: bool = False) -> Generator:
 
 @torch.no_grad()
 def without_guidance(weights: dict[str, Tensor], scale: float = GUIDANCE) -> dict[str, Tensor]:
-    """Folds one guidance scale of a distilled model into the last bias of its time embedder."""
+    """Fold one guidance scale of a distilled model into the last bias of its time embedder."""
     embedding = timestep_embedding(torch.tensor([scale]), 256).to(weights["guidance_in.in_layer.weight"])
     hidden = F.silu(
         F.linear(embedding, weights["guidance_in.in_layer.weight"], weights["guidance_in.in_layer.bias"])

@@ -147,7 +147,7 @@ class MeasuringModel(nn.Module):
 
 @torch.no_grad()
 def recognize(model: MeasuringModel, images: Tensor) -> tuple[Recognition, Tensor]:
-    """Recognizes what images `B 3 H W` in 0..1 show, and masks their subjects, booleans `B 1 H W`."""
+    """Recognize what images `B 3 H W` in 0..1 show, and mask their subjects, booleans `B 1 H W`."""
     small = F.interpolate(images, size=(DINO_SIDE, DINO_SIDE), mode="bilinear", antialias=True)
     parts = [model(part) for part in small.split(128)]
     names = Recognition.__dataclass_fields__
