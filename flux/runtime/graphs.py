@@ -10,6 +10,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
+from flux.errors import warn
 from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
 from flux.model import VelocityModel
@@ -96,6 +97,7 @@ class GraphedModel:
     ):
         self.model, self.weights, self.num_gpus, self.record = model, weights, num_gpus, record
         self.streams, self.modulations = model.streams, model.modulations
+        self.records = True  # until a pass turns out not to be recordable
         self.places: list[int] = []
         self.passes: dict[tuple, RecordedPass] = {}
         # At the end of a process too: NCCL waits there until no graph needs it.
@@ -120,9 +122,15 @@ class GraphedModel:
     ) -> tuple[Tensor, Recorded]:
         """See `Flux.observe`."""
         plain = intervention.is_plain and start is None and cache is None
-        if mods is None or not (plain and has_few_tokens(inputs, self.num_gpus)):
-            return self.model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
-        return self._recorded(inputs, mods), Recorded()
+        if self.records and plain and mods is not None and has_few_tokens(inputs, self.num_gpus):
+            try:
+                return self._recorded(inputs, mods), Recorded()
+            except RuntimeError as error:  # some layer waits for the GPU, or memory ran out
+                reason = str(error).partition("\n")[0]
+                warn(f"Passes cannot be CUDA graphs ({reason}): kernels are launched one by one")
+                self.records = False
+                self.passes.clear()
+        return self.model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
 
     def _recorded(self, inputs: Inputs, mods: Sequence[Tensor]) -> Tensor:
         """The velocity by a recorded pass, which is recorded if there is none yet."""

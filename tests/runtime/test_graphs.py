@@ -107,6 +107,25 @@ def test_weights_at_other_places_are_recorded_anew(model, graphed, recorded):
 
 
 @torch.no_grad()
+def test_a_pass_that_cannot_be_recorded_is_computed(model):
+    """As where a layer waits for the GPU. That is told once, and not tried again."""
+    tried = []
+
+    def record(answer):
+        tried.append(answer)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    inputs, mods = given(model, 0)
+    graphed = GraphedModel(model, model, record=record)
+    with pytest.warns(UserWarning, match="launched one by one"):
+        first = graphed.observe(inputs, mods=mods)[0]
+    second = graphed.observe(inputs, mods=mods)[0]
+    assert torch.equal(first, model.observe(inputs, mods=mods)[0])
+    assert torch.equal(second, first)
+    assert len(tried) == 1
+
+
+@torch.no_grad()
 def test_passes_end_with_their_model(model):
     inputs, mods = given(model, 0)
     graphed = GraphedModel(model, model, record=lambda answer: answer)
