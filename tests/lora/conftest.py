@@ -20,7 +20,7 @@ def base(weights, tmp_path_factory):
 
 
 @pytest.fixture
-def tiny():
+def tiny(monkeypatch):
     """flux-dev and flux-schnell in the tiny model's sizes, and no other models but flux-nano."""
     kept = dict(configs)
     for name, spec in kept.items():
@@ -30,6 +30,8 @@ def tiny():
         elif not name.startswith("flux-nano"):
             del configs[name]
     yield
+    # A test's own patches first: undone later, they would bring the tiny sizes back.
+    monkeypatch.undo()
     # In the order in which they were: messages list them.
     configs.clear()
     configs.update(kept)
