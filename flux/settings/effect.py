@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SessionSettings
 from flux.settings.doses import PUBLISHED_GUIDANCE
-from flux.settings.edits import EditSettings
+from flux.settings.edits import DOSE_NUMBERS, EditSettings
 from flux.settings.fields import StrictModel
 
 if TYPE_CHECKING:
@@ -129,8 +129,10 @@ def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]
     elif not settings.inverts:
         for name in _changed(settings, "nudging", "correct_drift"):
             yield name, f'inversion is "{settings.inversion}"'
-    if settings.photo is not None and settings.inversion_free and settings.context:
-        for name in _changed(settings, "context_every"):
+    if settings.photo is not None and settings.inversion_free:
+        for name in _changed(settings, "vital_layers", "dose", "parts", *DOSE_NUMBERS):
+            yield name, f'inversion "{settings.inversion}" injects nothing'
+        for name in _changed(settings, "context_every") if settings.context else ():
             yield name, "FlowEdit computes all of it in every step"
     if isinstance(settings.vital_layers, tuple):
         count = len(settings.vital_layers)

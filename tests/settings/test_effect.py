@@ -101,6 +101,11 @@ CASES = [
     ),
     (
         EditSettings,
+        EDIT | {"photo": "a.png", "inversion": "none", "vital_layers": [3], "dose": "paper", "weight": 0.5},
+        ['vital_layers, dose, weight (inversion "none" injects nothing)'],
+    ),
+    (
+        EditSettings,
         EDIT | {"photo": "a.png", "inversion": "none", "nudging": 1.1},
         ['nudging (inversion is "none")'],
     ),
