@@ -110,7 +110,10 @@ def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None
             raise InputError(f"command line: {unknown_field(name, fields)}")
         annotation = fields[name].rebuild_annotation()
         if not given:
-            if _accepts(annotation, True) and not (rest and _is_value(rest[0], annotation)):
+            # What follows a switch is its value, or it is for the positional field if that has room.
+            has_room = positional is not None and (takes_several or positional not in values)
+            is_value = rest and (_is_value(rest[0], annotation) or not (has_room or rest[0].startswith("--")))
+            if _accepts(annotation, True) and not is_value:
                 values[name] = True
                 continue
             if not rest or rest[0].startswith("--"):

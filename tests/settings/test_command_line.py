@@ -127,7 +127,7 @@ def test_any_number_survives(seed, until, tiled):
         (["--seed"], "command line: seed: expected a value after --seed"),
         (["--prompt", "--tiled"], "command line: prompt: expected a value after --prompt"),
         (["a.json"], 'command line: got "a.json" without the name of a field before it'),
-        (["--tiled", "yes"], 'command line: got "yes" without the name of a field before it'),
+        (["--tiled", "yes"], 'command line: tiled: expected true or false, got "yes"'),
         (["--weight", "much"], 'command line: weight: expected a number, got "much"'),
     ],
 )  # fmt: skip
