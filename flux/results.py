@@ -20,6 +20,7 @@ from flux.metrics.pixels import psnr_or_none
 from flux.runs.record import image_metadata, run_record
 from flux.scan.layers import REFERENCE, LayerSet, layer_ranges, layer_sets
 from flux.scan.sweep import image_path
+from flux.settings.complete import check_images_stay
 from flux.settings.demos import Prompt
 from flux.settings.resolved import (
     ResolvedEdit,
@@ -343,7 +344,13 @@ class ScanResult(SkipResult):
 
 
 def _saved_in(folder: str | Path, settings: S, inputs: Mapping[str, Images]) -> S:
-    """Return the settings with this folder as theirs, and write the images that no file held into it."""
+    """Return the settings with this folder as theirs, and write the images that no file held into it.
+
+    Raises:
+        InputError: As `check_images_stay`.
+    """
+    settings = settings.model_copy(update={"output_dir": str(folder)})
+    check_images_stay(settings)
     files: dict[str, str | tuple[str, ...]] = {}
     for field_name, given in inputs.items():
         several = isinstance(given, list)
@@ -351,7 +358,7 @@ def _saved_in(folder: str | Path, settings: S, inputs: Mapping[str, Images]) -> 
         for name, image in zip(names, given if several else [given]):
             save_image(image.convert("RGB"), Path(folder) / name)
         files[field_name] = tuple(names) if several else names[0]
-    return settings.model_copy(update={"output_dir": str(folder), **files})
+    return settings.model_copy(update=files)
 
 
 def _copy(source: Path, folder: Path) -> None:

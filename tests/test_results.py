@@ -64,6 +64,17 @@ def test_images(pipe, tmp_path, monkeypatch):
     assert_same_images(folder, repeat("demo_0_test.py", folder, monkeypatch))
 
 
+def test_no_image_is_saved_over_the_photo_that_it_was_made_of(pipe, tmp_path):
+    photo = tmp_path / "edit_0.png"
+    Image.new("RGB", (64, 64), "green").save(photo)
+    made, before = pipe.edit(DOG, [CAT], photo=photo, **SMALL), photo.read_bytes()
+    with pytest.raises(InputError, match=r"edit_0.png, which this run would write over"):
+        made.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["edit_0.png"]
+    assert photo.read_bytes() == before
+    assert (made.save(tmp_path / "edits") / "edit_0.png").is_file()
+
+
 def test_images_of_an_image(pipe, tmp_path, monkeypatch):
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     folder = pipe.generate(DOG, image=photo, strength=0.5, **SMALL).save(tmp_path / "images")

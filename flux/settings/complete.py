@@ -115,18 +115,23 @@ def check_run(settings: ResolvedModel) -> None:
     """Print the warnings about a run and claim its folder. Called once, before the model is loaded.
 
     Raises:
-        InputError: The run would write over one of its own images, or as `claim_folder`.
+        InputError: As `check_images_stay` and `claim_folder`.
     """
-    folder = Path(settings.output_dir)
+    check_images_stay(settings)
+    print_warnings(settings, get_spec(settings.model))
+    claim_folder(Path(settings.output_dir))
+
+
+def check_images_stay(settings: ResolvedModel) -> None:
+    """Raise InputError if a run would write over one of the images that it is given."""
+    folder = Path(settings.output_dir).resolve()
     for path in _given_images(settings):
         is_written = re.fullmatch(WRITTEN.get(getattr(settings, "demo", ""), ""), path.name)
-        if is_written and path.resolve().parent == folder.resolve():
+        if is_written and path.resolve().parent == folder:
             raise InputError(
                 f"Got {path}, which this run would write over: name another output_dir, or give the image "
                 "another name"
             )
-    print_warnings(settings, get_spec(settings.model))
-    claim_folder(folder)
 
 
 WRITTEN = {
