@@ -43,6 +43,7 @@ from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, Inputs, hopper_kernels
 from flux.modules import ops
 from flux.runtime.devices import pick_device
+from flux.runtime.graphs import record_graph
 from flux.runtime.quantize import check_fp8_support, to_fp8
 from flux.settings.command_line import run
 from flux.specs import configs
@@ -136,11 +137,9 @@ class Bench:
         """Record the step as one CUDA graph, which is replayed."""
         for _ in range(3):
             step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = step()
+        replay = record_graph(step)
         # The graph reads the step's tensors where they are, so they must stay.
-        return lambda: (graph.replay(), result, step)[1]
+        return lambda: (replay(), step)[0]
 
     def whole(self, inputs: Inputs) -> Callable[[], Tensor]:
         """Make our step with all blocks in one graph of the compiler, and in one CUDA graph."""

@@ -116,7 +116,7 @@ def nano():
 
 @pytest.fixture(scope="session")
 def kept_models():
-    """What `loads_once` has loaded."""
+    """The models that `loads_once` has loaded."""
     return []
 
 

@@ -1,6 +1,4 @@
-"""What programs written for upstream's package import and call, with upstream's order and names of
-arguments.
-"""
+"""Imports and calls of programs written for upstream's package, with its order and names of arguments."""
 
 import importlib
 import inspect

@@ -89,7 +89,7 @@ def test_text_encoders_fit_their_tokenizers(suffix, width):
 
 
 def test_every_known_word_is_one_token(tokenizer):
-    """What is trained as one token must stay one; an unknown word is spelled, and lost only if it is long."""
+    """A word trained as one token stays one. An unknown word is spelled, and lost only if it is long."""
     for word in filter(str.isalpha, SPEC.vocabulary.read_text().split()):
         ids = tokenizer(word)["input_ids"]
         ids = [number for number in ids if number not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]

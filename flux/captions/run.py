@@ -29,7 +29,7 @@ class CaptionReport:
     """The numbers of a run.
 
     Attributes:
-        file: Captions.jsonl.
+        file: The file captions.jsonl.
         texts: The texts by image, those that were there before included.
         new: The images that were described.
         cut: Those of them whose description the limit of tokens cut off.

@@ -34,12 +34,12 @@ class FlowEdit:
 
     Attributes:
         model: The transformer.
-        clean: X, "R I 64". Its rows are those of `source`: one, or one for each edit.
+        clean: The clean latent x, "R I 64". Its rows are those of `source`: one, or one for each edit.
         img_ids: Positions of the image tokens, "1 I 3".
         source: Steers v(..., source).
         target: Steers v(..., target), for the B edits.
         levels: Noise levels, falling to 0.
-        noises: E of each step, "1 I 64".
+        noises: The noise e of each step, "1 I 64".
     """
 
     model: VelocityModel

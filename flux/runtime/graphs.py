@@ -53,22 +53,16 @@ class RecordedPass:
         model: The transformer.
         inputs: The first inputs.
         mods: Their modulations, see `Flux.modulations`.
-        record: Records a pass.
 
     Attributes:
+        replay: Computes the velocity of what is in its places, at first without a recording.
         first: The velocity of the first inputs, "B I channels".
     """
 
-    def __init__(
-        self, model: VelocityModel, inputs: Inputs, mods: Sequence[Tensor], record: Callable[[Answer], Answer]
-    ):
+    def __init__(self, model: VelocityModel, inputs: Inputs, mods: Sequence[Tensor]):
         self.inputs, self.mods = inputs.map(torch.clone), [x.clone() for x in mods]
-
-        def answer() -> Tensor:
-            return model.observe(self.inputs, mods=self.mods)[0]
-
-        self.first = answer()  # compiles kernels, which cannot be recorded
-        self.replay = record(answer)
+        self.replay: Answer = lambda: model.observe(self.inputs, mods=self.mods)[0]
+        self.first = self.replay()  # compiles kernels, which cannot be recorded
 
     def __call__(self, inputs: Inputs, mods: Sequence[Tensor]) -> Tensor:
         """The velocity of other inputs, "B I channels"."""
@@ -123,13 +117,7 @@ class GraphedModel:
         """See `Flux.observe`."""
         plain = intervention.is_plain and start is None and cache is None
         if self.records and plain and mods is not None and has_few_tokens(inputs, self.num_gpus):
-            try:
-                return self._recorded(inputs, mods), Recorded()
-            except RuntimeError as error:  # some layer waits for the GPU, or memory ran out
-                reason = str(error).partition("\n")[0]
-                warn(f"Passes cannot be CUDA graphs ({reason}): kernels are launched one by one")
-                self.records = False
-                self.passes.clear()
+            return self._recorded(inputs, mods), Recorded()
         return self.model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
 
     def _recorded(self, inputs: Inputs, mods: Sequence[Tensor]) -> Tensor:
@@ -145,5 +133,13 @@ class GraphedModel:
             return known(inputs, mods)
         if len(self.passes) >= MOST_GRAPHS:
             del self.passes[next(iter(self.passes))]
-        recorded = self.passes[key] = RecordedPass(self.model, inputs, mods, self.record)
-        return recorded.first
+        new = RecordedPass(self.model, inputs, mods)
+        try:
+            new.replay = self.record(new.replay)
+            self.passes[key] = new
+        except RuntimeError as error:  # some layer waits for the GPU, or memory ran out
+            reason = str(error).partition("\n")[0]
+            warn(f"Passes cannot be CUDA graphs ({reason}): kernels are launched one by one")
+            self.records = False
+            self.passes.clear()
+        return new.first

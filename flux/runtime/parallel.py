@@ -84,8 +84,8 @@ def join(parallel: int, device: str, longest_wait: timedelta | None = None) -> P
         `ALONE` if there is a single process.
 
     Raises:
-        InputError: Torchrun started another number of processes, there are fewer GPUs, or the device is
-            a particular one.
+        InputError: There are not `parallel` processes of torchrun, there are fewer GPUs, or the device is a
+            particular one.
     """
     _check_launch(parallel, device)
     if parallel == 1:

@@ -1,4 +1,4 @@
-"""What a scan, or another study of layers, has found: as its plots and its report show it."""
+"""The findings of a scan, or of another study of layers, as plots and the report show them."""
 
 from dataclasses import dataclass
 

@@ -34,7 +34,7 @@ def test_edits_come_out_as_alone(steered, small, name):
 @torch.inference_mode()
 @pytest.mark.parametrize("inversion", GUIDANCE)
 def test_a_photograph_with_its_own_prompt_comes_back(steered, photo, inversion):
-    """What the edit asks for is what is there: every step is the reference's."""
+    """The edit asks for what is there already, so every step is the reference's."""
     options = {"inversion": inversion, "guidance": GUIDANCE[inversion], "true_cfg": 1.0}
     made = make(steered, photo, edits=[DOG], **options)
     assert difference(made.edits[0], made.reference) <= 1

@@ -16,9 +16,9 @@ LOADING = {
     "lora_scale", "device",
     "dtype", "offload", "quantize", "t5", "tiled", "compile", "parallel",
 }  # fmt: skip
-"""What a model is loaded with: the pipe is another one then."""
+"""The fields that a model is loaded with. With other values, the pipe is another one."""
 STEERS = {*STEERING, *(name for names in STEERING.values() for name in names)} - {"mask"}
-"""What steers a model: `LoadedModel.steered` makes another pipe of it."""
+"""The fields that steer a model. With other values, `LoadedModel.steered` makes another pipe."""
 OTHER = {
     "prompt": "a cat", "photo": "other.png", "seed": 9, "width": 80, "height": 80, "num_steps": 4,
     "guidance": 2.0, "true_cfg": 3.0, "negative_prompt": "an owl", "cfg_from": 0.5, "mimic_scale": 1.5,

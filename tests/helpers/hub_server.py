@@ -101,7 +101,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 def hashes(name: str, content: bytes) -> dict:
-    """What the hub says of a file: its hash and, of weights, that of their content."""
+    """The hub's facts about a file: its hash and, for weights, the hash of their content."""
     own = {"blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
     if name.endswith(".safetensors"):
         own["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 135}

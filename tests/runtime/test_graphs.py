@@ -126,6 +126,18 @@ def test_a_pass_that_cannot_be_recorded_is_computed(model):
 
 
 @torch.no_grad()
+def test_an_error_of_the_pass_itself_is_no_matter_of_graphs(model, graphed, recorded):
+    inputs, mods = given(model, 0)
+    narrow = [x[:, :3] for x in mods]
+    with pytest.raises(RuntimeError):
+        model.observe(inputs, mods=narrow)
+    with pytest.raises(RuntimeError):
+        graphed.observe(inputs, mods=narrow)
+    assert graphed.records
+    assert not recorded
+
+
+@torch.no_grad()
 def test_passes_end_with_their_model(model):
     inputs, mods = given(model, 0)
     graphed = GraphedModel(model, model, record=lambda answer: answer)

@@ -46,7 +46,7 @@ SETS = [(), (0,), (4,), (5,), (14,), (2, 9), (13, 14)]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_first_steps_shortcut_changes_no_bit(nano, tmp_path, way):
-    """What enters the first skipped layer in the first step is the reference's own."""
+    """In the first step, the reference's own streams enter the first skipped layer."""
     given = skip_settings(tmp_path, **WAYS[way])
     skipper, found = LayerSkipper(given, nano), []
     for layers in SETS:

@@ -261,7 +261,7 @@ def test_folder(tmp_path):
 
 
 def test_wrong_prompts_file(read, tmp_path):
-    """What is wrong in a list of prompts is reported under that file's name."""
+    """A mistake in a list of prompts is reported under that file's name."""
     (tmp_path / "list.json").write_text('["a", {"prompt": "b", "seed": "c"}]')
     data = {"prompts": "list.json"}
     assert (

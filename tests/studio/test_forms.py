@@ -92,7 +92,7 @@ def test_a_dose_of_the_page_is_the_named_one_but_for_what_is_changed(studio):
 
 
 def test_notes_beside_fields(studio):
-    """What is wrong, and what changes nothing; a text that is still missing is no mistake."""
+    """Mistakes are noted, and fields without effect. A text that is still missing is no mistake."""
     form = {**EDIT, "edits": "", "true_cfg": 1.0}
     assert notes_about(studio, edit_settings, form) == {}
     notes = notes_about(studio, edit_settings, {**form, "seed": -1, "num_steps": 0})

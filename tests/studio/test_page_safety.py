@@ -1,4 +1,4 @@
-"""What the page shows of a visitor's own files and words runs nothing, and nothing on it is refused."""
+"""A visitor's own files and words, shown on the page, run no code; the page's own parts are not refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the page copies repeats the run, bit for bit."""
+"""The command and the Python code that the page copies repeat the run, bit for bit."""
 
 import runpy
 import shlex

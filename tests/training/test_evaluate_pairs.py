@@ -1,4 +1,4 @@
-"""What a LoRA trained on pairs does to new scenes: which images are compared, and the files."""
+"""New scenes with a LoRA that was trained on pairs: the images that are compared, and the files."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a file holds, by its tensors' names: other models and other parts are named in one line."""
+"""Files identified by their tensors' names: other models and other parts are named in one line."""
 
 import re
 from pathlib import Path

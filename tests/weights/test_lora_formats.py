@@ -19,7 +19,7 @@ def base(weights, tmp_path_factory):
 
 
 def test_biases_norms_and_whole_differences(tmp_path, weights, base):
-    """What BFL's and ComfyUI's files have beside pairs: biases are added, norms replaced."""
+    """Files of BFL and ComfyUI hold more than pairs: biases are added, norms replaced."""
     chosen = pairs(weights, ["img_in", "double_blocks.0.img_attn.qkv"])
     scale = "double_blocks.1.img_attn.norm.query_norm.scale"
     bias, whole = torch.randn(32), torch.randn(32, 20) * 0.1

@@ -146,7 +146,7 @@ def load_texts(folder: Path) -> None:
 
 
 def test_a_text_encoder_that_is_an_lfs_pointer(text_folder):
-    """What a clone of FLUX.1's repository without Git-LFS leaves."""
+    """A clone of FLUX.1's repository without Git-LFS leaves pointers in place of weights."""
     (text_folder / "text_encoder_2" / "model.safetensors").write_bytes(weight_files.LFS_POINTER)
     with pytest.raises(InputError, match="git lfs pull"):
         load_texts(text_folder)

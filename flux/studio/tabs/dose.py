@@ -38,7 +38,7 @@ METHOD_LABELS: dict[Inversion, str] = {
     "none": "FlowEdit: no inversion",
     "decflowedit": "DecFlowEdit: FlowEdit, twice",
 }
-"""What each choice of `flux.settings.edits.EditSettings` is called on the page."""
+"""The name on the page of each choice of `flux.settings.edits.EditSettings`."""
 
 
 def dose_fields() -> FormFields:
