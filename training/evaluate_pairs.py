@@ -65,7 +65,7 @@ def table(dino: Dino, drawn: Sequence[Drawn], asked: Images, other: Images) -> s
 
 
 def evaluate(lora: Path, name: str, count: int, num_steps: int, folder: Path, device: str) -> Path:
-    """Make, measure and show what a LoRA does to new scenes. Returns the path of the table.
+    """Make, measure and show what a LoRA does to new scenes. Return the path of the table.
 
     Raises:
         InputError: The LoRA does not fit the model, or a file cannot be written.

@@ -137,7 +137,7 @@ class Page(gr.Blocks):
         state: SessionState | None,
         explicit_call: bool = False,
     ) -> list[Any]:
-        """Check the values of a call, then prepares them as gradio does.
+        """Check the values of a call, then prepare them as gradio does.
 
         Raises:
             InputError: A value that no field of the page sends.

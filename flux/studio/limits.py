@@ -73,7 +73,7 @@ class Limits:
         return max(self.upload_bytes, self.lora_bytes)
 
     def check_size(self, settings: ResolvedModel) -> None:
-        """Raise InputError for an image that is too large, take too many steps or too much guidance."""
+        """Raise InputError for an image that is too large, or takes too many steps or too much guidance."""
         width, height = settings.width, settings.height
         if max(width, height) > self.side or width * height > self.area:
             raise InputError(

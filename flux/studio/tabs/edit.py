@@ -229,7 +229,7 @@ class EditTab:
         return self.canvas.show(thumbnail(reference, 1024), mask)
 
     def _connect_source(self) -> None:
-        """Show the fields of a photograph, sizes the run to it, and let examples fill the form."""
+        """Show the fields of a photograph, size the run to it, and let examples fill the form."""
         fields = self.fields
         prompt = fields["prompt"]
 

@@ -96,7 +96,7 @@ class InstructTab(SteeredTab):
         return [self.source.upload, self.source.held, *context, *size]
 
     def start_from(self, images: list[str]) -> Changes:
-        """Make these files the context images, and sizes the run to the first one."""
+        """Make these files the context images, and size the run to the first one."""
         changes: Changes = {
             self.source.upload: None,
             self.source.held: None,
