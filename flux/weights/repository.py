@@ -1,4 +1,4 @@
-"""One repository of the Hugging Face hub: its files in the hub's cache, and the download of those that lack.
+"""One repository of the Hugging Face hub: its files in the hub's cache, and the download of missing ones.
 
 The hub's own client makes the requests, and files are put into its cache. What it does not do is added here:
 an interrupted transfer is resumed, also in a later run, and what arrived is compared with the hub's checksum

@@ -1,4 +1,4 @@
-"""Images that are their own, and whether two are the same."""
+"""Images of random pixels, and whether two images are the same."""
 
 import numpy as np
 from PIL import Image
