@@ -33,8 +33,8 @@ def _problems(settings: ConditionSettings, spec: ModelSpec, name: str) -> Iterat
             yield f"Got {field} for {name}{use}: choose {' or '.join(others)}, or leave {field} out"
         # Without context tokens Kontext is a text-to-image model. The others would lack input channels.
         if field == takes and field != "context" and not given:
-            what = ConditionSettings.model_fields[field].description
-            yield f"Got no {field} for {name}, which needs it: {what}"
+            _, _, what = (ConditionSettings.model_fields[field].description or "").partition(": ")
+            yield f"Got no {field} for {name}, which needs it: give {what}"
     if settings.redux and not (spec.redux_filename or getattr(settings, "redux_weights", None)):
         yield f"Got redux for {name}, which has no Redux adapter: choose flux-dev-redux, or leave redux out"
     yield from _problems_of_mask(settings)

@@ -13,8 +13,6 @@ from PIL import Image
 
 from flux.conditions.kontext import kontext_size
 from flux.errors import InputError
-from flux.images.io import read_image
-from flux.images.masks import read_mask
 from flux.studio.forms import (
     edit_settings,
     fill_settings,
@@ -69,11 +67,11 @@ class Endpoints:
             raise InputError(f"Got model {model!r:.60} for /{endpoint}, expected {' or '.join(able)}")
         return able[model]
 
-    def _needed(self, data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image:
-        return self.studio.limits.read_upload(data, Path(get_upload_folder()), read)
+    def _needed(self, data: Any, is_mask: bool = False) -> Image.Image:
+        return self.studio.limits.read_upload(data, Path(get_upload_folder()), is_mask)
 
-    def _upload(self, data: Any, read: Callable[[Path], Image.Image] = read_image) -> Image.Image | None:
-        return None if data is None else self._needed(data, read)
+    def _upload(self, data: Any, is_mask: bool = False) -> Image.Image | None:
+        return None if data is None else self._needed(data, is_mask)
 
     def _steering(self, studio: Studio, form: dict[str, Any], mask: Any) -> dict[str, Image.Image]:
         """Read the images of a call that steer its run, by field. One to fill gives the form its size.
@@ -85,7 +83,7 @@ class Endpoints:
         if "fill" in given:
             if mask is None:
                 raise InputError("Got fill without a mask: give an image, white where it is painted anew")
-            given["mask"] = self._needed(mask, read_mask)
+            given["mask"] = self._needed(mask, is_mask=True)
             form["width"], form["height"] = studio.limits.fill_size(given["fill"].size)
         return given
 
@@ -208,7 +206,7 @@ class Endpoints:
         studio, form = self._asked(model, "fill"), _form_of(locals())
         source = self._needed(image)
         settings = fill_settings(studio, {**form, "outpaint": mask is None}, source.size)
-        painted = self._upload(mask, read_mask)
+        painted = self._upload(mask, is_mask=True)
         _, run = self._in_turn(request, lambda session: run_fill(studio, session, settings, source, painted))
         return _answer(run, warnings_about(studio, settings, form))
 
@@ -247,7 +245,7 @@ class Endpoints:
         settings = edit_settings(studio, form)
 
         def work(session: Session) -> Iterator[tuple[Any, Run]]:
-            painted, steering = self._upload(mask, read_mask), steering_images(settings, given)
+            painted, steering = self._upload(mask, is_mask=True), steering_images(settings, given)
             return run_edit(studio, session, settings, self._upload(photo), painted, steering)
 
         _, run = self._in_turn(request, work)

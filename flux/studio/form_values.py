@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flux.errors import InputError
+from flux.images.sizes import TOKEN
 from flux.settings.doses import DOSES
 from flux.settings.edits import Edit
 
@@ -16,14 +17,17 @@ MOST_STRENGTH = 2.0  # of a LoRA, of its factors, and of images that steer a run
 
 
 def values_of(form: Form, *names: str) -> dict[str, Any]:
-    """Take fields from a form, with whole numbers as integers: browsers send 20.0 for 20."""
+    """Take fields from a form, whole numbers as integers (browsers send 20.0 for 20), sides rounded down."""
 
-    def integer(name: str, value: Any) -> Any:
-        whole = name in INTEGERS and isinstance(value, float) and value.is_integer()
+    def usable(name: str, value: Any) -> Any:
         # A larger number stays a float, so that an error message shows it in few digits.
-        return int(value) if whole and abs(value) < 2**63 else value
+        if name in INTEGERS and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+            value = int(value)
+        # The page says so, and not the terminal, as `resolve` would.
+        is_side = name in ("width", "height") and type(value) is int and value >= TOKEN
+        return value // TOKEN * TOKEN if is_side else value
 
-    return {name: integer(name, form.get(name)) for name in names}
+    return {name: usable(name, form.get(name)) for name in names}
 
 
 def text_in(form: Form, name: str) -> str:

@@ -11,6 +11,7 @@ from flux.attention.watch import check_watch
 from flux.errors import InputError
 from flux.images.given import file_names
 from flux.images.outpaint import Borders, outpaint
+from flux.images.sizes import TOKEN
 from flux.modules.conditioner import unseen_words_warnings
 from flux.scan.sweep import FREE_FIELDS
 from flux.settings.complete import resolve
@@ -135,11 +136,13 @@ def borders_in(form: Form) -> Borders | None:
     """Take what is painted around an image from a form, or return None if a mask is filled.
 
     Raises:
-        InputError: A border is no number from 0 to 1.
+        InputError: A border is no number from 0 to 1, or all are 0.
     """
     if not form.get("outpaint"):
         return None
     left, right, above, below = (number_in(form, side, 1) for side in SIDES)
+    if not any((left, right, above, below)):
+        raise InputError("Got no border and no mask: widen left, right, above or below, or paint a mask")
     return left, right, above, below
 
 
@@ -239,14 +242,21 @@ def warnings_about(studio: Studio, settings: ModelSettings, form: Form) -> list[
     warnings = vocabulary_warnings(_texts_once(settings), vocabulary) if vocabulary else []
     warnings += unseen_words(studio, settings)
     warnings += settings_warnings(_with_uploads(settings, form), studio.spec)
-    for side in ("width", "height"):
-        if form.get(side) not in (None, (used := getattr(settings, side))):
-            warnings.append(f"{side} {form[side]} is rounded down to {used}, a multiple of 16")
-    return warnings
+    return warnings + [f"{side} {form[side]} is {how}" for side, how in _rounded(settings, form).items()]
+
+
+def _rounded(settings: ModelSettings, form: Form) -> dict[str, str]:
+    """Say of each side of the form's size that is no whole number of tokens what it is rounded to."""
+    given = {side: form.get(side) for side in ("width", "height")}
+    return {
+        side: f"rounded down to {used}, a multiple of {TOKEN}"
+        for side, value in given.items()
+        if value not in (None, used := getattr(settings, side))
+    }
 
 
 def notes_about(studio: Studio, make: Callable[[Studio, Form], ModelSettings], form: Form) -> dict[str, str]:
-    """List what is wrong with single fields of a form, and which have no effect, by their names.
+    """List what is wrong with single fields of a form, rounded, or without effect, by their names.
 
     Args:
         studio: The studio.
@@ -259,8 +269,9 @@ def notes_about(studio: Studio, make: Callable[[Studio, Form], ModelSettings], f
     except InputError as error:
         told = (line.partition(": ") for line in str(error).splitlines())
         return {name: f"{what[:1].upper()}{what[1:]}." for name, _, what in told if name in form}
+    rounded = {side: f"{how.capitalize()}." for side, how in _rounded(settings, form).items()}
     notes = without_effect(_with_uploads(settings, form), studio.spec)
-    return {name: f"Without effect: {reason}." for name, reason in notes}
+    return rounded | {name: f"Without effect: {reason}." for name, reason in notes}
 
 
 def unseen_words(studio: Studio, settings: ModelSettings) -> list[str]:

@@ -148,8 +148,8 @@ class Page(gr.Blocks):
         _check_values(block_fn.inputs, inputs)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
-        except gr.Error:
-            raise
+        except gr.Error as error:
+            raise InputError(error.message) from None
         except Exception as error:
             raise InputError(
                 "Got a value that no field of the page sends, or a file that was not uploaded"
@@ -160,8 +160,7 @@ def _check_values(fields: Sequence[Any], values: Sequence[Any]) -> None:
     """Raise InputError for values that gradio mishandles.
 
     These are an address instead of an upload, which gradio would fetch; more files than a field has, each of
-    which it would hold in memory; text that it cannot send back; and a missing number, as of a slider that
-    was cleared.
+    which it would hold in memory; text that it cannot send back; and numbers that a field cannot have.
     """
     files: list[str] = []
 
@@ -180,10 +179,18 @@ def _check_values(fields: Sequence[Any], values: Sequence[Any]) -> None:
     except UnicodeEncodeError:
         raise InputError("Got text that is not valid Unicode: type it again") from None
     for field, value in zip(fields, values):
-        required = isinstance(field, gr.Slider) or (isinstance(field, gr.Number) and value is not None)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-        if required and not number:
-            raise InputError(f"{field.label}: expected a number, got {value!r:.60}")
+        if isinstance(field, gr.Slider) or (isinstance(field, gr.Number) and value is not None):
+            _check_number(field, value)
+
+
+def _check_number(field: gr.Slider | gr.Number, value: Any) -> None:
+    """Raise InputError for a number that is missing, outside its slider, or too large to be sent back."""
+    least, most, wanted = -(10.0**18), 10.0**18, "a number of at most 18 digits"
+    if isinstance(field, gr.Slider):
+        least, most = field.minimum, field.maximum
+        wanted = f"a number from {least:g} to {most:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise InputError(f"{field.label}: expected {wanted}, got {value!r:.60}")
 
 
 def without_folders(message: str) -> str:

@@ -1,7 +1,7 @@
 """Limits on what one visitor may ask for, and checks of uploaded images."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import read_image
+from flux.images.masks import read_mask
 from flux.images.outpaint import Borders
 from flux.images.sizes import TOKEN
 from flux.settings.resolved import ResolvedModel
@@ -120,18 +121,16 @@ class Limits:
         if (longest := max((len(text) for text in texts), default=0)) > self.letters:
             raise InputError(f"Got a text of {longest} letters, expected at most {self.letters}")
 
-    def read_upload(
-        self, upload: Any, inside: Path, read: Callable[[Path], Image.Image] = read_image
-    ) -> Image.Image:
+    def read_upload(self, upload: Any, inside: Path, is_mask: bool = False) -> Image.Image:
         """Read an uploaded image as bare pixels.
 
         Args:
             upload: What a browser or a program sent: `{"path": ...}` if it is valid.
             inside: The folder that uploads are written to.
-            read: Reads the file: `read_image`, or `flux.images.masks.read_mask`.
+            is_mask: Whether it is a mask, of any size.
 
         Raises:
-            InputError: The upload is not an image in the folder `inside`, or it is too large.
+            InputError: The upload is not an image in the folder `inside`, or it is too large or too small.
         """
         path = uploaded_file(upload, inside)
         if path is None:
@@ -150,10 +149,15 @@ class Limits:
         try:
             # One at a time: decoded, an image may take a thousand times its file's bytes.
             with _DECODING:
-                return read(path)
+                image = read_mask(path) if is_mask else read_image(path)
         except InputError as error:
             # The visitor knows the file by its name, and should not learn the server's folders.
             raise InputError(str(error).replace(str(path), path.name)) from None
+        if min(image.size) < TOKEN and not is_mask:
+            raise InputError(
+                f"Got an image of {image.width}x{image.height} pixels, expected at least {TOKEN} to a side"
+            )
+        return image
 
 
 def uploaded_file(upload: Any, inside: Path) -> Path | None:

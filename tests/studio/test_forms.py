@@ -108,3 +108,9 @@ def test_notes_beside_fields(studio):
     assert notes_about(studio, edit_settings, {**form, "paste_back": True, "photo": "photo.png"}) == {}
     form = {"prompt": "a dog", "strength": 0.5}
     assert notes_about(studio, generate_settings, form) == {"strength": "Without effect: no image."}
+
+
+def test_sides_are_rounded_without_a_word_in_the_terminal(studio, capsys):
+    notes = notes_about(studio, generate_settings, {"prompt": "a dog", "width": 100, "height": 64})
+    assert notes == {"width": "Rounded down to 96, a multiple of 16."}
+    assert capsys.readouterr().out == ""

@@ -135,15 +135,19 @@ def test_events_of_the_page(page):
                 )
 
 
-def test_a_slider_that_was_cleared(page):
+def test_numbers_that_are_missing_or_out_of_range(page):
     event = next(event for event in page.fns.values() if event.name == "begin")
     values = [getattr(part, "value", None) for part in event.inputs]
-    place = next(place for place, part in enumerate(event.inputs) if part.label == "Width")
     assert refusal(page, event, values) is None
-    assert (
-        refusal(page, event, [*values[:place], None, *values[place + 1 :]])
-        == "Width: expected a number, got None"
-    )
+    for label, value, said in (
+        ("Width", None, "Width: expected a number from 64 to 512, got None"),
+        ("Width", 0, "Width: expected a number from 64 to 512, got 0"),
+        ("Steps", 1000, "Steps: expected a number from 1 to 100, got 1000"),
+        ("Seed", 10**30, "Seed: expected a number of at most 18 digits"),
+        ("Seed", -5, "seed: expected at least 0, got -5"),
+    ):
+        place = next(place for place, part in enumerate(event.inputs) if part.label == label)
+        assert said in refusal(page, event, [*values[:place], value, *values[place + 1 :]])
 
 
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}

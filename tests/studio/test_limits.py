@@ -3,7 +3,6 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.io import save_image
-from flux.images.masks import read_mask
 from flux.studio.limits import Limits
 
 
@@ -23,7 +22,7 @@ def test_a_mask_may_be_paint_on_a_transparent_layer(studio, tmp_path):
     layer = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     layer.paste((255, 255, 255, 255), (0, 0, 32, 64))
     layer.save(tmp_path / "layer.png")
-    mask = studio.limits.read_upload({"path": tmp_path / "layer.png"}, tmp_path, read_mask)
+    mask = studio.limits.read_upload({"path": tmp_path / "layer.png"}, tmp_path, is_mask=True)
     assert (mask.getpixel((0, 0)), mask.getpixel((63, 0))) == (255, 0)
 
 
@@ -51,3 +50,10 @@ def test_large_uploads_are_refused(tmp_path, photo, limit, said):
     save_image(photo, tmp_path / "big.png")
     with pytest.raises(InputError, match=said):
         Limits(64, 64, **{limit: 10}).read_upload({"path": tmp_path / "big.png"}, tmp_path)
+
+
+def test_small_images_are_refused_and_small_masks_are_not(studio, tmp_path):
+    save_image(Image.new("RGB", (64, 15)), tmp_path / "low.png")
+    with pytest.raises(InputError, match="64x15 pixels, expected at least 16 to a side"):
+        studio.limits.read_upload({"path": tmp_path / "low.png"}, tmp_path)
+    assert studio.limits.read_upload({"path": tmp_path / "low.png"}, tmp_path, is_mask=True).size == (64, 15)

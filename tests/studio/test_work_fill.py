@@ -95,7 +95,7 @@ def test_an_instruction_with_two_images(studio_of, tmp_path, monkeypatch):
 def test_what_cannot_be_used(studio_of):
     fill, kontext = studio_of("tiny-fill"), studio_of("tiny-kontext")
     for change, message in (
-        ({"left": 0}, "expected a border"),
+        ({"left": 0}, "Got no border and no mask"),
         ({"left": "wide"}, "left: expected a number from 0 to 1"),
         ({"above": float("nan")}, "above: expected a number"),
         ({"overlap": 1}, "overlap: expected a number from 0 to 0.25"),

@@ -44,7 +44,9 @@ def size_fields(studio: Studio) -> FormFields:
         width = gr.Slider(SMALLEST, limits.side, defaults.width, step=16, label="Width", min_width=200)
         height = gr.Slider(SMALLEST, limits.side, defaults.height, step=16, label="Height", min_width=200)
     # The area is limited too: where one side grows too long, the other one yields.
-    fitting = f"(moved, other) => Math.min(other, Math.floor({limits.area} / moved / 16) * 16)"
+    # What is just being typed may be far too large; the slider itself brings it back.
+    most = f"Math.floor({limits.area} / Math.min(moved, {limits.side}) / 16) * 16"
+    fitting = f"(moved, other) => Math.min(other, {most})"
     width.input(None, [width, height], height, js=fitting, **UNQUEUED)
     height.input(None, [height, width], width, js=fitting, **UNQUEUED)
     with gr.Row(elem_classes="presets"):

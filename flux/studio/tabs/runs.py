@@ -4,7 +4,6 @@ import html
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from random import randrange
 from typing import Any, Generic, TypeVar
 
 import gradio as gr
@@ -112,7 +111,8 @@ class RunButton(Generic[S]):
         controls, inputs = self.controls, list(self.fields.values())
         lines = [controls.words, controls.status, *controls.buttons]
         if new_seed:
-            seeded = gr.on(list(triggers), seed_of, [*new_seed], new_seed[1], **UNQUEUED)
+            drawn = "(isNew, seed) => (isNew ? Math.floor(Math.random() * 2 ** 32) : seed)"
+            seeded = gr.on(list(triggers), None, [*new_seed], new_seed[1], js=drawn, **UNQUEUED)
             begun = seeded.then(self.begin, inputs, lines, **CONCURRENT)
         else:
             begun = gr.on(list(triggers), self.begin, inputs, lines, **CONCURRENT)
@@ -163,11 +163,6 @@ class RunButton(Generic[S]):
 
     def _form(self, values: Sequence[Any]) -> Form:
         return dict(zip(self.fields, values, strict=True))
-
-
-def seed_of(new: bool, seed: float | None) -> float | None:
-    """Draw a new seed if one is wanted."""
-    return randrange(2**32) if new else seed
 
 
 def words_note(studio: Studio, settings: ModelSettings) -> str:
