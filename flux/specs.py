@@ -1,6 +1,7 @@
 """Every model this package knows: its sizes, where its files come from, and how it is meant to be used."""
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -283,15 +284,9 @@ HOSTED = {
 }
 
 
-OTHER_NAMES = {
-    "flux-krea-dev": "flux-dev-krea",
-    "flux-krea": "flux-dev-krea",
-    "flux-1-krea-dev": "flux-dev-krea",
-} | {
-    f"flux-{infix}{tool}-dev": f"flux-dev-{tool}"
-    for tool in ("kontext", "fill", "canny", "depth", "redux")
-    for infix in ("", "1-")
-}
+def _words(name: str) -> set[str]:
+    """The words that tell models apart: those of "flux-dev-kontext" are those of "FLUX.1-Kontext-dev"."""
+    return set(re.findall("[a-z]+", name.lower())) - {"flux", "black", "forest", "labs"}
 
 
 def get_spec(name: str) -> ModelSpec:
@@ -306,7 +301,8 @@ def get_spec(name: str) -> ModelSpec:
             f"be skipped, injected, watched or edited in it. It makes images: python -m flux --name {name}"
         )
     if name not in configs:
-        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, configs, n=1)
+        near = [known for known in configs if _words(name) and _words(name) <= _words(known)]
+        near += difflib.get_close_matches(name, configs, n=1)
         hint = f", did you mean {near[0]!r}?" if near else "."
         raise InputError(f"Got unknown model {name!r}{hint} Known are {', '.join(configs)}")
     return configs[name]

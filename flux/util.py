@@ -18,6 +18,7 @@ from flux.model import Flux, FluxLoraWrapper
 from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.modules.gguf_blocks import BLOCKS
+from flux.runtime.devices import pick_device
 from flux.sessions.files import save_sample as save_image
 from flux.specs import ModelSpec, configs, get_spec
 from flux.weights.find import own_lora, path_from_env
@@ -76,11 +77,11 @@ def load_flow_model(
         lora_scale: Strength of the LoRA that the model itself has, such as flux-dev-canny-lora.
 
     Raises:
-        InputError: The name is unknown, or the file is missing or another model's.
+        InputError: The name or the device is unknown, or the file is missing or another model's.
     """
+    spec, device = get_spec(name), pick_device(str(device))
     if verbose:
         print(f"Loading {name}")
-    spec = get_spec(name)
     path = Path(path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
     opened, given = OpenFiles(), path_from_env(spec.env_lora)
     transformer = opened.open(path, "transformer")
@@ -121,7 +122,7 @@ def load_ae(
     dtype: torch.dtype = torch.float32,
 ) -> AutoEncoder:
     """Load the autoencoder of the model `name`. The arguments and errors are those of `load_flow_model`."""
-    spec = get_spec(name)
+    spec, device = get_spec(name), pick_device(str(device))
     path = path_from_env(spec.env_ae) or own_file(spec, spec.repo_ae, hf_download)
     return _opened(spec, Path(path)).load_autoencoder(device, dtype)
 
@@ -130,7 +131,7 @@ def load_t5(
     device: str | torch.device = "cuda",
     max_length: int | None = None,
     name: str = "flux-dev",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> HFEmbedder:
     """Load the T5 encoder of a model.
@@ -143,22 +144,22 @@ def load_t5(
         dtype: What it computes in.
 
     Raises:
-        InputError: The name is unknown, or a file is missing or another encoder's.
+        InputError: The name or the device is unknown, or a file is missing or another encoder's.
     """
-    spec = get_spec(name)
-    model = _opened(spec, folder or own_text_folder(spec, True))
+    spec, device = get_spec(name), pick_device(str(device))
+    model = _opened(spec, Path(folder or own_text_folder(spec, True)))
     return model.load_text_encoder("text_encoder_2", device, dtype, max_length=max_length)
 
 
 def load_clip(
     device: str | torch.device = "cuda",
     name: str = "flux-dev",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> HFEmbedder:
     """Load the CLIP encoder of a model. The arguments and errors are those of `load_t5`."""
-    spec = get_spec(name)
-    model = _opened(spec, folder or own_text_folder(spec, True))
+    spec, device = get_spec(name), pick_device(str(device))
+    model = _opened(spec, Path(folder or own_text_folder(spec, True)))
     return model.load_text_encoder("text_encoder", device, dtype)
 
 

@@ -109,16 +109,14 @@ def test_control_loras(name):
         ("flux-kontext-dev", "flux-dev-kontext"),
         ("flux-1-fill-dev", "flux-dev-fill"),
         ("flux-dev-canny_lora", "flux-dev-canny-lora"),
+        ("flux-krea-dev", "flux-dev-krea"),
+        ("FLUX.1-dev", "flux-dev"),
+        ("black-forest-labs/FLUX.1-Kontext-dev", "flux-dev-kontext"),
     ],
 )
-def test_tools_by_other_names(name, near):
+def test_models_by_other_names(name, near):
     with pytest.raises(InputError, match=f"did you mean '{near}'"):
         get_spec(name)
-
-
-def test_krea_by_its_other_name():
-    with pytest.raises(InputError, match="did you mean 'flux-dev-krea'"):
-        get_spec("flux-krea-dev")
 
 
 def test_an_unknown_model_with_no_near_one():

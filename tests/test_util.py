@@ -104,3 +104,15 @@ def test_usage_is_reported_under_upstreams_names():
     assert {named.pop("flux-dev"), named.pop("flux-dev-krea")} == {"flux-1-dev", "flux-1-krea-dev"}
     assert set(named.values()) == {"flux-tools"}
     assert len(named) == 6
+
+
+@pytest.mark.parametrize("load", [util.load_flow_model, util.load_ae, util.load_t5, util.load_clip])
+def test_a_device_that_is_not_here(load):
+    """Upstream's default is a CUDA GPU."""
+    with pytest.raises(InputError, match="Got device 'cuda:99', which is not here"):
+        load(name="flux-nano", device="cuda:99")
+
+
+def test_a_folder_of_text_encoders_as_text():
+    folder = str(configs["flux-nano"].folder)
+    assert util.load_clip("cpu", name="flux-nano", folder=folder)(["a dog"]).shape == (1, 128)

@@ -19,7 +19,7 @@ from flux.runtime.devices import (
 from flux.specs import configs
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "mps:7"])
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "mps:7", "meta"])
 def test_missing_devices_are_refused(name):
     with pytest.raises(InputError, match="device"):
         pick_device(name)
