@@ -3,6 +3,8 @@
 import gc
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +13,7 @@ from datetime import date
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -332,6 +334,12 @@ def load_random(plan: RunPlan, folder: str | Path, device: torch.device) -> tupl
     )
     with known(plan):
         return LoadedModel.load(settings), written
+
+
+def start_processes(benchmark: str, count: int) -> NoReturn:
+    """Start this benchmark again through torchrun, in so many processes, and end with its exit status."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    sys.exit(subprocess.run([sys.executable, *torchrun, "-m", benchmark, *sys.argv[1:]]).returncode)
 
 
 # ---- tables

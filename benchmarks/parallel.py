@@ -4,19 +4,18 @@
 
 Starts itself through torchrun, on all CUDA GPUs unless told how many. Measures an image of 1024x1024, and a
 reference with three edits that inject its keys and values as one batch; eager, and compiled unless
-`--compiled=False`. Whole steps, which every GPU computes alone, and shared ones are interleaved; medians.
-Each GPU needs 40 GB. Takes about three minutes. `--toy --device cpu --gpus 2` runs the same on a tiny model.
+`--compiled=False`, where passes of few tokens are CUDA graphs as in a run. Whole steps, which every GPU
+computes alone, and shared ones are interleaved; medians. Each GPU needs 40 GB. Takes about three minutes.
+`--toy --device cpu --gpus 2` runs the same on a tiny model.
 """
 
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +30,14 @@ from benchmarks.common import (
     milliseconds,
     random_inputs,
     relative_error,
+    start_processes,
 )
 from benchmarks.random_weights import random_transformer
 from flux.errors import InputError, exit_on_input_error, launched, only_rank_zero_prints
 from flux.files import write_json
 from flux.intervention import Intervention
 from flux.model import Flux
+from flux.runtime.graphs import GraphedModel
 from flux.runtime.parallel import SequenceParallelFlux, join
 from flux.settings.command_line import run
 from flux.specs import configs
@@ -135,13 +136,6 @@ def table(results: dict[str, dict[str, dict]], count: int) -> str:
     return markdown(header, rows)
 
 
-def start(count: int) -> NoReturn:
-    """Start this command again through torchrun, and end with its exit status."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [sys.executable, *torchrun, "-m", "benchmarks.parallel", *sys.argv[1:]]
-    sys.exit(subprocess.run(command).returncode)
-
-
 @exit_on_input_error()
 @only_rank_zero_prints()
 @torch.no_grad()
@@ -165,7 +159,7 @@ def main(
     if count < 2:
         raise InputError(f"Got {count} GPUs, expected 2 or more that share a step: give their number as gpus")
     if not launched():
-        start(count)
+        start_processes("benchmarks.parallel", count)
     size, ranks = toy_step() if toy else full_step(), join(count, device)
     where = ranks.device
     assert where is not None  # each process that has joined has one
@@ -188,7 +182,9 @@ def main(
         "steps": {},
     }
     for mode in ("eager", "compiled")[: 1 + compiled]:
-        models = (build(mode == "compiled"), SequenceParallelFlux(build(mode == "compiled"), ranks))
+        one, shared = (build(mode == "compiled") for _ in range(2))
+        graphed = GraphedModel(shared) if mode == "compiled" and where.type == "cuda" else None
+        models = one, SequenceParallelFlux(shared, ranks, graphed)
         results["steps"][mode] = measure(size, models, where)
         if ranks.rank == 0:
             write_json(path, results)

@@ -12,7 +12,6 @@ measures the variants whose names contain one of the words. `--toy` runs the sam
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from flux.intervention import FreeTokens, Intervention
 from flux.math import Parts
 from flux.model import Flux, Inputs, hopper_kernels
 from flux.runtime.devices import pick_device
+from flux.runtime.graphs import GraphedModel
 from flux.runtime.quantize import check_fp8_support
 from flux.settings.command_line import run
 
@@ -67,15 +67,23 @@ class SparseBench(Bench):
         mask[top : top + rows, :width] = True
         return replace(FreeTokens.of(mask.flatten().to(self.device)), kv=kept)
 
-    def steps(self, model: Flux) -> dict[str, Callable[[], Tensor]]:
-        """Name the steps of one model."""
+    def all_steps(self, model: Flux) -> dict[str, Callable[[], Tensor]]:
+        """Name the steps of one model, and those that a run records as CUDA graphs."""
+        steps = self.steps(model)
+        if self.device.type == "cuda":
+            recorded = self.steps(model, GraphedModel(model))
+            steps |= {f"{name}, recorded": recorded[name] for name in steps if "tokens" in name}
+        return steps
+
+    def steps(self, model: Flux, graphed: GraphedModel | None = None) -> dict[str, Callable[[], Tensor]]:
+        """Name the steps of one model, which `graphed` records if it is given."""
         one, three = self.inputs(), self.inputs(EDITS)
         guidance = None if one.guidance is None else one.guidance[:1]
         mods = model.modulations(one.timesteps[:1], one.y[:1], guidance)
         every, vital = frozenset(range(model.num_layers)), frozenset(self.size.layers)
 
         def ask(inputs: Inputs, what: Intervention) -> tuple[Tensor, Kept]:
-            velocity, found = model.observe(inputs, what, mods=mods)
+            velocity, found = (graphed or model).observe(inputs, what, mods=mods)
             return velocity, found.kept
 
         kept = ask(one, Intervention(keep=every))[1]
@@ -98,7 +106,7 @@ class SparseBench(Bench):
             frees = [replace(mask, kv=own) for mask in masks]
             return torch.cat([ask(row, Intervention(free=free))[0] for row, free in zip(rows, frees)])
 
-        steps = {
+        return {
             "an edit, whole": lambda: ask(one, Intervention(inject=injected))[0],
             **{f"an edit, {tokens // part} tokens": sparse(tokens // part) for part in (2, 4, 8)},
             f"an edit, {tokens // 4} tokens, injecting": sparse(tokens // 4, inject=True),
@@ -106,18 +114,6 @@ class SparseBench(Bench):
             f"a reference and {EDITS} edits, whole": edits_whole,
             f"a reference and {EDITS} edits, {tokens // 4} tokens each": edits_sparse,
         }
-        if self.device.type == "cuda":
-            for name in (
-                f"an edit, {tokens // 4} tokens",
-                f"a reference and {EDITS} edits, {tokens // 4} tokens each",
-            ):
-                steps[f"{name}, as a CUDA graph"] = self.as_graph(steps[name])
-        return steps
-
-    def as_graph(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Make the step a CUDA graph when it is first taken. Python then launches it at once."""
-        recorded = cache(lambda: self.graphed(step))
-        return lambda: recorded()()
 
 
 def check(model: Flux, inputs: Inputs, bench: SparseBench) -> float:
@@ -193,7 +189,7 @@ def main(
     for way, how in WAYS.items():
         if not any(word in way for word in words) or ("epilogues" in way and not hopper_kernels(where)):
             continue
-        for name, step in bench.steps(bench.build(**how)).items():
+        for name, step in bench.all_steps(bench.build(**how)).items():
             prepare(f"{way}: {name}", lambda step=step: step)
     for _ in range(size.rounds):
         for name, step in ready.items():

@@ -43,7 +43,7 @@ from flux.intervention import NOTHING, Intervention
 from flux.model import Flux, Inputs, hopper_kernels
 from flux.modules import ops
 from flux.runtime.devices import pick_device
-from flux.runtime.graphs import record_graph
+from flux.runtime.graphs import GraphRecorder
 from flux.runtime.quantize import check_fp8_support, to_fp8
 from flux.settings.command_line import run
 from flux.specs import configs
@@ -137,7 +137,7 @@ class Bench:
         """Record the step as one CUDA graph, which is replayed."""
         for _ in range(3):
             step()
-        replay = record_graph(step)
+        replay = GraphRecorder()(step)
         # The graph reads the step's tensors where they are, so they must stay.
         return lambda: (replay(), step)[0]
 

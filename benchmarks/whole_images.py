@@ -10,18 +10,16 @@ no network, and takes about four minutes. `--toy --device cpu` runs the same on 
 """
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from benchmarks.common import GUIDANCE, PROMPT, machine, markdown, toy_plan, words_of
+from benchmarks.common import EDITS, GUIDANCE, PROMPT, machine, markdown, start_processes, toy_plan, words_of
 from benchmarks.diffusers_models import diffusers_pipeline
 from benchmarks.random_weights import random_transformer, write_text_encoders
 from flux.errors import exit_on_input_error, launched, only_rank_zero_prints
@@ -61,7 +59,7 @@ def text_encoders(spec: ModelSpec, device: torch.device, toy: bool) -> tuple[HFE
             CLIPTextModel(CLIPTextConfig(**clip_sizes)),
         ]
     with TemporaryDirectory() as folder:
-        write_text_encoders(Path(folder), spec, words_of([PROMPT]))
+        write_text_encoders(Path(folder), spec, words_of([PROMPT, *EDITS]))
         names = ("tokenizer_2", "tokenizer")
         tokenizers = [AutoTokenizer.from_pretrained(f"{folder}/{name}") for name in names]
     encoders = [encoder.to(dtype).eval().requires_grad_(False) for encoder in encoders]
@@ -146,13 +144,6 @@ def seconds(image: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def start(count: int) -> NoReturn:
-    """Start this command again through torchrun, and end with its exit status."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [sys.executable, *torchrun, "-m", "benchmarks.whole_images", *sys.argv[1:]]
-    sys.exit(subprocess.run(command).returncode)
-
-
 @exit_on_input_error()
 @only_rank_zero_prints()
 def main(
@@ -174,7 +165,7 @@ def main(
         compiled: compile the blocks of the transformers
     """
     if gpus > 1 and not launched():
-        start(gpus)
+        start_processes("benchmarks.whole_images", gpus)
     group = join(gpus, device) if launched() else ALONE
     where = group.device or pick_device(device)
     spec, steps, side = (toy_plan().spec, 2, 64) if toy else (configs["flux-dev"], STEPS, SIDE)

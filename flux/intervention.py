@@ -45,6 +45,11 @@ class FreeTokens:
         batch, _, channels = velocity.shape
         return velocity.new_zeros(batch, num_img, channels).index_copy(1, self.computed, velocity)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "FreeTokens":
+        """The same with each tensor changed, without queries."""
+        kv = {layer: (change(k), change(v)) for layer, (k, v, *_) in self.kv.items()}
+        return FreeTokens(change(self.computed), change(self.others), kv)
+
     def kv_at(self, layer: int, batch: int) -> KeysValues:
         """Keys and values of all tokens in one layer, for a batch of so many rows."""
         k, v = (rows_to_batch(x, batch) for x in self.kv[layer][:2])
@@ -138,11 +143,16 @@ class Intervention:
         return *of_image, self.hide_context, self.keep_context, self.inject_context.keys()
 
     @property
+    def skips_layers(self) -> bool:
+        """Whether any row skips a layer."""
+        return any(self._skip_rows)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the pass is left as it is."""
         changes = self.keep or self.inject or self.watch or self.free is not None
         of_context = self.hide_context or self.keep_context or self.inject_context
-        return not (changes or of_context or any(self._skip_rows))
+        return not (changes or of_context or self.skips_layers)
 
     def needs_context(self, layers: Iterable[int]) -> bool:
         """Whether the context tokens are computed in a pass of these layers.
@@ -197,6 +207,16 @@ class Intervention:
             return rows_to_batch(weight, batch).to(like)[:, None, :, None]
         # A tensor, since compiled blocks would be compiled anew for each number.
         return None if weight == 1 else like.new_full((1, 1, 1, 1), weight)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Intervention":
+        """The same with each tensor changed."""
+        return replace(
+            self,
+            inject=_map_parts(self.inject, change),
+            inject_weights=self._weights(change),
+            inject_context=_map_pairs(self.inject_context, change),
+            free=self.free and self.free.map(change),
+        )
 
     def at_tokens(self, places: Tensor) -> "Intervention":
         """The same with what is injected restricted to the image tokens at these places, "M"."""
@@ -343,11 +363,14 @@ class Recorded:
                 k = torch.cat((txt_k, img_k, image_txt_k, context_k), dim=2)
             self.watched[layer] = (q, k)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Recorded":
+        """The same with each tensor changed."""
+        kept = {layer: tuple(map(change, parts)) for layer, parts in self.kept.items()}
+        return Recorded(kept, _map_pairs(self.watched, change), _map_pairs(self.context, change))
+
     def rows(self, rows: slice) -> "Recorded":
         """Some rows of the batch."""
-        kept = {layer: tuple(x[rows] for x in parts) for layer, parts in self.kept.items()}
-        watched, context = (_map_pairs(each, lambda x: x[rows]) for each in (self.watched, self.context))
-        return Recorded(kept, watched, context)
+        return self.map(lambda x: x[rows])
 
 
 def _copy(heads: Tensor) -> Tensor:

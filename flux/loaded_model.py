@@ -56,7 +56,7 @@ class LoadedModel:
         tiled: Whether images are decoded and encoded in tiles.
         offloaded: The models that wait in main memory until they are used.
         group: The processes that share each image's tokens.
-        graphed: The transformer with its plain passes recorded. If None, none are, see `record_passes`.
+        graphed: The transformer with its passes recorded. If None, none are, see `record_passes`.
         timings: Seconds spent so far, by stage.
         steering: The images that steer all passes, see `steered`.
     """
@@ -151,13 +151,8 @@ class LoadedModel:
                 self.offloaded[self.t5] = Offloaded(self.t5, device, t5_blocks, plan.streamed_t5)
 
     def record_passes(self) -> None:
-        """Launch plain passes of few tokens as CUDA graphs from now on, see `flux.runtime.graphs`."""
-        self.graphed = GraphedModel(self._shared_model, self.model, self.group.count)
-
-    @property
-    def _shared_model(self) -> VelocityModel:
-        """The transformer, whose tokens the processes share if there are several."""
-        return self.model if self.group.count == 1 else SequenceParallelFlux(self.model, self.group)
+        """Launch passes of few tokens as CUDA graphs from now on, see `flux.runtime.graphs`."""
+        self.graphed = GraphedModel(self.model)
 
     @contextmanager
     def _using(self, stage: str, *modules: nn.Module) -> Iterator[None]:
@@ -258,10 +253,12 @@ class LoadedModel:
     def denoising(self) -> Iterator[VelocityModel]:
         """Hold the transformer on the device for the duration of the block."""
         with self._using("denoise", self.model):
-            model = self._shared_model
-            if self.graphed and self.graphed.weights is self.model:
-                self.graphed.check_weights()
-                model = self.graphed
+            graphed = self.graphed if self.graphed and self.graphed.model is self.model else None
+            if graphed:
+                graphed.begin()
+            model: VelocityModel = graphed or self.model
+            if self.group.count > 1:
+                model = SequenceParallelFlux(self.model, self.group, graphed)
             yield ReportingModel(model, tuple(self._listeners)) if self._listeners else model
 
     @contextmanager

@@ -30,6 +30,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Exchange(Protocol):
     """The exchange between processes in one layer, if they share the tokens."""
 
+    @property
+    def most_tokens(self) -> int:
+        """The largest number of tokens that one process computes."""
+        ...
+
+    @property
+    def kind(self) -> tuple:
+        """Equal for exchanges that move the same numbers of tokens."""
+        ...
+
     def __call__(self, k: Tensor, v: Tensor) -> Callable[[], KeysValues]:
         """Start to gather keys and values; return a function that waits for them.
 

@@ -17,7 +17,7 @@ from flux.inputs import Condition, Inputs
 from flux.intervention import Intervention
 from flux.modules.autoencoder import AutoEncoder
 from flux.runtime.activations import live_bytes
-from flux.runtime.graphs import MOST_GRAPHS, has_few_tokens
+from flux.runtime.graphs import MOST_TOKENS
 from flux.runtime.quantize import BITS
 from flux.runtime.tiling import TILE
 from flux.runtime.weight_sizes import ModuleSize, WeightFormat, model_on_meta
@@ -124,8 +124,12 @@ class MemoryEstimator:
         keeping = Intervention(keep_context=reuses_context(self.settings))
         known = [*model.parameters(), *model.buffers(), *inputs.tensors.values()]
         one_pass = live_bytes(lambda: model.observe(inputs, keeping), known)
-        may_record = self.on_gpu and self.settings.compile and has_few_tokens(inputs)
-        return one_pass * (1 + may_record * MOST_GRAPHS) + self._kept()
+        kept, recorded = self._kept(), 0
+        if self.on_gpu and self.settings.compile:
+            # A graph has memory of its own, its inputs and its results. Sparse steps can be one at any size.
+            few = len(inputs.img) * sum(inputs.counts) <= MOST_TOKENS
+            recorded = one_pass + 2 * kept if few else kept if self.workload.keeps_all_layers else 0
+        return one_pass + kept + recorded
 
     @cached_property
     def decode(self) -> dict[bool, int]:

@@ -1,109 +1,184 @@
-"""CUDA graphs: a plain pass of few tokens is recorded once, and then launched as a whole.
+"""CUDA graphs: a pass of few tokens is recorded once, and then launched as a whole.
 
-A GPU may compute such a pass faster than Python can launch its kernels one by one: that of a small image, or
-one GPU's share of an image that several make.
+A GPU may compute such a pass faster than Python can launch its kernels one by one: that of a small image, a
+sparse step of an edit, or one GPU's share of an image that several make.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 from weakref import finalize
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux.errors import warn
 from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
-from flux.model import VelocityModel
+from flux.math import Exchange, PartialParts
+from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
-MOST_TOKENS = 2560  # on one GPU, of all rows of a batch; with more, an H100 takes longer than Python
-MOST_GRAPHS = 2  # that are kept at once; each holds the memory of its pass
+MOST_TOKENS = 2560  # of all rows of a batch; with more, an H100 takes longer than Python
+MOST_GRAPHS = 8  # that are kept at once
 
-Answer = Callable[[], Tensor]
-"""Computes a velocity from inputs that stay at their places in memory."""
+T = TypeVar("T")
+Change = Callable[[Tensor], Tensor]
+Answer = tuple[Tensor, Recorded]
+"""What `Flux.observe` returns."""
+Recorder = Callable[[Callable[[], Answer]], Callable[[], Answer]]
+"""Makes a function of one that computes a pass, for the same inputs but other numbers in them."""
 
 
-def has_few_tokens(inputs: Inputs, num_gpus: int = 1) -> bool:
-    """Whether a pass that so many GPUs share is one of few tokens."""
-    return len(inputs.img) * sum(inputs.counts) <= MOST_TOKENS * num_gpus
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The arguments of a pass, see `Flux.observe`."""
+
+    inputs: Inputs
+    intervention: Intervention
+    mods: Sequence[Tensor]
+    exchange: Exchange | None = None
+
+    def map(self, change: Change) -> "Arguments":
+        """The same with each tensor changed."""
+        mods = [change(x) for x in self.mods]
+        return Arguments(self.inputs.map(change), self.intervention.map(change), mods, self.exchange)
+
+    def compute(self, model: Flux) -> Answer:
+        """Compute the pass."""
+        return model.observe(self.inputs, self.intervention, mods=self.mods, exchange=self.exchange)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens that the pass computes, of all rows. With an exchange, the largest share."""
+        if self.exchange:
+            return len(self.inputs.img) * self.exchange.most_tokens
+        free = self.intervention.free
+        left_out = 0 if free is None else len(free.others)
+        return len(self.inputs.img) * (sum(self.inputs.counts) - left_out)
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether the pass has few tokens, and an intervention that tends to come again."""
+        intervention, img = self.intervention, self.inputs.img
+        once = intervention.skips_layers or intervention.watch or intervention.hide_context
+        # A dose may have another weight in each step. Those of single tokens are tensors.
+        weighted = any(not isinstance(x, Tensor) for x in intervention.inject_weights.values())
+        # Passes on two streams would overwrite each other's inputs.
+        other_stream = img.is_cuda and torch.cuda.current_stream() != torch.cuda.default_stream()
+        return not (once or weighted or other_stream) and self.num_tokens <= MOST_TOKENS
+
+    @property
+    def kind(self) -> tuple:
+        """What passes have in common that run the same kernels, for other numbers in the same shapes."""
+        inputs, change = self.inputs, self.intervention
+        shapes = [(name, x.shape, x.dtype) for name, x in inputs.tensors.items()]
+        free = change.free and (
+            len(change.free.computed),
+            len(change.free.others),
+            _shapes(change.free.kv, 1),
+        )
+        return (
+            *shapes,
+            inputs.condition.context_strength,
+            self.mods[0].shape,
+            *(change.keep, change.keep_queries, change.keep_context, free),
+            *(_shapes(change.inject), _shapes(change.inject_context), tuple(change.inject_weights)),
+            self.exchange and self.exchange.kind,
+        )
 
 
-def record_graph(answer: Answer) -> Answer:
-    """Record the kernels of `answer` as a CUDA graph.
+def _shapes(parts: Mapping[int, PartialParts], count: int | None = None) -> tuple:
+    """The layers, and the shapes of the first `count` of them. If None, of all."""
+    layers = tuple(parts)
+    return layers, tuple(tuple(x is not None and x.shape for x in parts[n]) for n in layers[:count])
 
-    Returns:
-        A function that launches them again. What it returns is overwritten by its next call.
+
+class Places:
+    """Tensors that the kernels of recorded passes read their inputs from.
+
+    All passes share them, since each one fills its own just before it is launched.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the GPU meanwhile: NCCL's do.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        velocity = answer()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return velocity
+    def __init__(self):
+        self.tensors: dict[tuple, list[Tensor]] = {}
 
-    return replay
+    def filling(self) -> Change:
+        """A function that copies a pass's tensors, one after the other, each to a place of its own.
+
+        It returns the place. The same shapes in the same order go to the same places.
+        """
+        taken: Counter[tuple] = Counter()
+
+        def fill(x: Tensor) -> Tensor:
+            shape = x.shape, x.dtype
+            places = self.tensors.setdefault(shape, [])
+            if taken[shape] == len(places):
+                places.append(torch.empty_like(x))
+            taken[shape] += 1
+            return places[taken[shape] - 1].copy_(x)
+
+        return fill
 
 
-class RecordedPass:
-    """A plain pass that is recorded: the same kernels for other inputs of the same shapes.
+class GraphRecorder:
+    """Records CUDA graphs that share the memory between their inputs and results."""
 
-    Args:
-        model: The transformer.
-        inputs: The first inputs.
-        mods: Their modulations, see `Flux.modulations`.
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
 
-    Attributes:
-        replay: Computes the velocity of what is in its places, at first without a recording.
-        first: The velocity of the first inputs, "B I channels".
-    """
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Record the kernels of `function`.
 
-    def __init__(self, model: VelocityModel, inputs: Inputs, mods: Sequence[Tensor]):
-        self.inputs, self.mods = inputs.map(torch.clone), [x.clone() for x in mods]
-        self.replay: Answer = lambda: model.observe(self.inputs, mods=self.mods)[0]
-        self.first = self.replay()  # compiles kernels, which cannot be recorded
+        Returns:
+            A function that launches them again. The next call of any function from this recorder may
+            overwrite what it returns.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile: NCCL's do.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            result = function()
 
-    def __call__(self, inputs: Inputs, mods: Sequence[Tensor]) -> Tensor:
-        """The velocity of other inputs, "B I channels"."""
-        places = [*self.inputs.tensors.values(), *self.mods]
-        for place, x in zip(places, [*inputs.tensors.values(), *mods], strict=True):
-            place.copy_(x)
-        return self.replay().clone()
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay
 
 
 class GraphedModel:
-    """A transformer that records its plain passes of few tokens, used like the one that it wraps.
+    """A transformer that records its passes of few tokens, used like the one that it wraps.
 
     Args:
-        model: The transformer.
-        weights: The module with its weights, which lie on the GPU.
-        num_gpus: Number of GPUs that share the tokens of a pass.
-        record: Records a pass.
+        model: The transformer, whose weights lie on the GPU.
+        record: Records a pass. If None, a `GraphRecorder`.
     """
 
-    def __init__(
-        self,
-        model: VelocityModel,
-        weights: nn.Module,
-        num_gpus: int = 1,
-        record: Callable[[Answer], Answer] = record_graph,
-    ):
-        self.model, self.weights, self.num_gpus, self.record = model, weights, num_gpus, record
+    def __init__(self, model: Flux, record: Recorder | None = None):
+        self.model, self.record = model, record or GraphRecorder()
         self.streams, self.modulations = model.streams, model.modulations
         self.records = True  # until a pass turns out not to be recordable
-        self.places: list[int] = []
-        self.passes: dict[tuple, RecordedPass] = {}
+        self.weights: list[int] = []
+        self.places = Places()
+        self.passes: dict[tuple, Callable[[], Answer]] = {}
+        self.used: set[tuple] = set()
         # At the end of a process too: NCCL waits there until no graph needs it.
         finalize(self, self.passes.clear)
 
-    def check_weights(self) -> None:
-        """Forget all passes if the weights are no longer where these read them."""
-        tensors = [*self.weights.parameters(), *self.weights.buffers()]
-        places = [x.data_ptr() for x in tensors]
-        if places != self.places:
-            self.passes.clear()
-        self.places = places
+    def begin(self) -> None:
+        """Begin a run: passes of earlier runs may now be forgotten, and are if the weights have moved."""
+        self.used.clear()
+        weights = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+        if weights != self.weights:
+            self.forget()
+        self.weights = weights
+
+    def forget(self) -> None:
+        """Forget all passes."""
+        self.passes.clear()
+        self.places = Places()
 
     def observe(
         self,
@@ -113,33 +188,40 @@ class GraphedModel:
         start: Streams | None = None,
         mods: Sequence[Tensor] | None = None,
         cache: StepCache | None = None,
-    ) -> tuple[Tensor, Recorded]:
+        exchange: Exchange | None = None,
+    ) -> Answer:
         """See `Flux.observe`."""
-        plain = intervention.is_plain and start is None and cache is None
-        if self.records and plain and mods is not None and has_few_tokens(inputs, self.num_gpus):
-            return self._recorded(inputs, mods), Recorded()
-        return self.model.observe(inputs, intervention, start=start, mods=mods, cache=cache)
+        if self.records and mods is not None and start is None and cache is None:
+            given = Arguments(inputs, intervention, mods, exchange)
+            if given.can_be_recorded and self._has_room(given.kind):
+                return self._recorded(given)
+        return self.model.observe(
+            inputs, intervention, start=start, mods=mods, cache=cache, exchange=exchange
+        )
 
-    def _recorded(self, inputs: Inputs, mods: Sequence[Tensor]) -> Tensor:
-        """The velocity by a recorded pass, which is recorded if there is none yet."""
-        tensors = inputs.tensors | {str(layer): x for layer, x in enumerate(mods)}
-        shapes = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
-        # Passes on two streams would overwrite each other's inputs.
-        stream = torch.cuda.current_stream().stream_id if inputs.img.is_cuda else None
-        key = shapes, inputs.condition.context_strength, stream
-        known = self.passes.pop(key, None)
-        if known is not None:
-            self.passes[key] = known  # the latest one comes last
-            return known(inputs, mods)
-        if len(self.passes) >= MOST_GRAPHS:
-            del self.passes[next(iter(self.passes))]
-        new = RecordedPass(self.model, inputs, mods)
+    def _has_room(self, kind: tuple) -> bool:
+        """Whether such a pass is recorded, or may be. One of an earlier run may be forgotten for it."""
+        if kind not in self.passes and len(self.passes) >= MOST_GRAPHS:
+            unused = next((known for known in self.passes if known not in self.used), None)
+            if unused is None:
+                return False
+            del self.passes[unused]
+        self.used.add(kind)
+        return True
+
+    def _recorded(self, given: Arguments) -> Answer:
+        """Launch the recorded pass. If there is none yet, compute the pass and record it."""
+        placed, kind = given.map(self.places.filling()), given.kind
+        if kind in self.passes:
+            velocity, recorded = self.passes[kind]()
+            return velocity.clone(), recorded.map(torch.clone)
+        compute = partial(placed.compute, self.model)
+        answer = compute()  # compiles kernels, which cannot be recorded
         try:
-            new.replay = self.record(new.replay)
-            self.passes[key] = new
+            self.passes[kind] = self.record(compute)
         except RuntimeError as error:  # some layer waits for the GPU, or memory ran out
             reason = str(error).partition("\n")[0]
             warn(f"Passes cannot be CUDA graphs ({reason}): kernels are launched one by one")
             self.records = False
-            self.passes.clear()
-        return new.first
+            self.forget()
+        return answer

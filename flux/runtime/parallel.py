@@ -28,6 +28,7 @@ from flux.intervention import NOTHING, FreeTokens, Intervention, Recorded
 from flux.math import KeysValues, TokenCounts, choose_tokens
 from flux.model import Flux
 from flux.modules.step_cache import StepCache
+from flux.runtime.graphs import GraphedModel
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,21 @@ class AllGatherKV:
     Attributes:
         group: The processes.
         tokens: Number of tokens that each process holds.
+        most_tokens: The largest number of these that a process computes.
         num_context: Number of context tokens of all processes.
         visible: Places of all other tokens among those gathered. If None, no layer hides the context.
     """
 
     group: ProcessGroup
     tokens: tuple[int, ...]
+    most_tokens: int
     num_context: int = 0
     visible: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple:
+        """See `flux.math.Exchange.kind`."""
+        return self.tokens, self.num_context
 
     def mean_of_context(self, x: Tensor) -> Tensor:
         """See `flux.math.Exchange.mean_of_context`."""
@@ -217,11 +225,17 @@ class SequenceParallelFlux:
 
     Keys and values that it keeps and injects, and streams to start with, are those of its share. Everything
     else goes in and comes out whole, the same in all processes.
+
+    Args:
+        model: The transformer.
+        group: The processes.
+        graphed: The same transformer with its passes recorded. If None, none are.
     """
 
-    def __init__(self, model: Flux, group: ProcessGroup):
-        self.model, self.group = model, group
+    def __init__(self, model: Flux, group: ProcessGroup, graphed: GraphedModel | None = None):
+        self.model, self.group, self.graphed = model, group, graphed
         self.modulations = model.modulations
+        self.shares: dict[Tensor, tuple[FreeTokens, list[int]]] = {}  # by the places of all others
 
     def observe(
         self,
@@ -249,7 +263,7 @@ class SequenceParallelFlux:
             layer: shard(weight) if isinstance(weight, Tensor) else weight
             for layer, weight in intervention.inject_weights.items()
         }
-        velocity, recorded = self.model.observe(
+        velocity, recorded = (self.graphed or self.model).observe(
             self._shard(inputs),
             replace(intervention, inject_weights=weights),
             start=start,
@@ -267,18 +281,15 @@ class SequenceParallelFlux:
         self, inputs: Inputs, intervention: Intervention, free: FreeTokens, mods: Sequence[Tensor] | None
     ) -> tuple[Tensor, Recorded]:
         """Compute this process's share of the free tokens; the others stay where they were kept."""
-        shard, num_img = self.group.shard, inputs.img.shape[1]
-        ends = torch.tensor(self.group.sizes(num_img), device=free.others.device).cumsum(0)
-        owners = torch.searchsorted(ends, free.others, right=True)
-        held = owners.bincount(minlength=self.group.count).tolist()
+        num_img = inputs.img.shape[1]
+        if free.others not in self.shares:
+            # Once for all steps, since this waits for the GPU.
+            self.shares[free.others] = self._share_free(free, num_img)
+        own, held = self.shares[free.others]
         counts = inputs.counts._replace(img=len(free.computed))
         tokens = tuple(map(sum, zip(self.group.sizes(*counts), held)))
         if not intervention.needs_context(range(self.model.num_layers)):
             held = [0] * self.group.count  # where no context token is computed, they come last
-        start = ends[self.group.rank] - self.group.sizes(num_img)[self.group.rank]
-        own = FreeTokens(
-            shard(free.computed[None])[0], free.others[owners == self.group.rank] - start, free.kv
-        )
         # The free tokens of this process may have been kept by others.
         inject = {
             layer: tuple(None if x is None else self.group.gather(x, 2, num_img) for x in kv)
@@ -287,13 +298,23 @@ class SequenceParallelFlux:
         # All noise tokens stay, of which the model takes this process's share of the free ones.
         part = self._shard(inputs)
         condition = replace(part.condition, channels=inputs.condition.channels)
-        velocity, recorded = self.model.observe(
+        velocity, recorded = (self.graphed or self.model).observe(
             replace(part, img=inputs.img, img_ids=inputs.img_ids, condition=condition),
-            replace(intervention, inject=inject, free=own),
+            replace(intervention, inject=inject, free=replace(own, kv=free.kv)),
             mods=mods,
             exchange=self._exchange(counts, intervention, tokens, held),
         )
         return self.group.total(velocity), recorded
+
+    def _share_free(self, free: FreeTokens, num_img: int) -> tuple[FreeTokens, list[int]]:
+        """The free tokens that this process computes, and how many of the others each process holds."""
+        sizes = self.group.sizes(num_img)
+        ends = torch.tensor(sizes, device=free.others.device).cumsum(0)
+        owners = torch.searchsorted(ends, free.others, right=True)
+        start = ends[self.group.rank] - sizes[self.group.rank]
+        others = free.others[owners == self.group.rank] - start
+        own = FreeTokens(self.group.shard(free.computed[None])[0], others)
+        return own, owners.bincount(minlength=self.group.count).tolist()
 
     def streams(self, inputs: Inputs, mods: Sequence[Tensor] | None = None) -> list[Streams]:
         """See `Flux.streams`. The streams are those of this process's share."""
@@ -310,7 +331,7 @@ class SequenceParallelFlux:
         """The exchange of a pass.
 
         Args:
-            counts: Number of tokens of each kind of all processes.
+            counts: Number of tokens of each kind that all processes compute.
             intervention: The pass's own.
             tokens: Number of tokens that each process holds.
             behind: Number of these that come after its context tokens. If empty, none do.
@@ -322,7 +343,7 @@ class SequenceParallelFlux:
             for own, context, after in zip_longest(tokens, contexts, behind, fillvalue=0):
                 seen += [True] * (own - context - after) + [False] * context + [True] * after
             visible = torch.tensor(seen).nonzero()[:, 0].to(next(self.model.parameters()).device)
-        return AllGatherKV(self.group, tokens, counts.context, visible)
+        return AllGatherKV(self.group, tokens, max(self.group.sizes(*counts)), counts.context, visible)
 
     def _shard(self, inputs: Inputs) -> Inputs:
         context, strength = inputs.counts.context, inputs.condition.context_strength

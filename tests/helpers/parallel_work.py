@@ -19,10 +19,12 @@ from flux.inputs import Inputs
 from flux.intervention import NOTHING, FreeTokens, Intervention
 from flux.model import Flux
 from flux.modules.step_cache import StepCache
+from flux.runtime.graphs import GraphedModel
 from flux.runtime.parallel import ProcessGroup, SequenceParallelFlux
 from flux.sampling import Conditioning, euler_step, get_schedule, sample
 from helpers import conditions, hopper_stub, tiny_models
 from helpers.forks import run_together
+from helpers.recorded import recomputed
 
 LAYERS = (1, tiny_models.NUM_DOUBLE - 1, tiny_models.NUM_DOUBLE + 1)
 Answers = list[torch.Tensor]
@@ -32,6 +34,7 @@ FEW = (
     "equal_shares",
     "injected_in_part",
     "free_tokens",
+    "recorded_passes",
     "spared_steps",
     "context_scaled_and_hidden",
 )
@@ -119,6 +122,25 @@ def free_tokens(model, given) -> Answers:
         answers += ask(model, given, Intervention(inject=vital, free=free))
         weights = {LAYERS[0]: 0.4, LAYERS[1]: tokens}
         answers += ask(model, given, Intervention(inject=vital, inject_weights=weights, free=free))
+    return answers
+
+
+@case
+def recorded_passes(model, given) -> Answers:
+    """Each kind of pass twice: recorded, and launched again with other numbers."""
+    if not isinstance(model, Flux):
+        model = SequenceParallelFlux(model.model, model.group, GraphedModel(model.model, recomputed))
+    masks = [FreeTokens.of(torch.arange(15) % 4 == place) for place in (0, 1)]
+    answers = []
+    for seed in (1, 2):
+        first, second = (tiny_models.inputs(1, 48, 80, seed=n) for n in (seed, 10 + seed))
+        mods = model.modulations(first["timesteps"], first["y"], first["guidance"])
+        keep = Intervention(keep=frozenset(range(tiny_models.NUM_LAYERS)))
+        velocity, found = model.observe(Inputs(**first), keep, mods=mods)
+        inject = Intervention(inject={layer: found.kept[layer] for layer in LAYERS})
+        answers += [velocity, *ask(model, second, mods=mods), *ask(model, second, inject, mods=mods)]
+        for free in masks:
+            answers += ask(model, second, Intervention(free=replace(free, kv=found.kept)), mods=mods)
     return answers
 
 
