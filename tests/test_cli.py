@@ -170,6 +170,7 @@ def test_without_metadata(tmp_path):
         ({"prompt": " | "}, "Got an empty prompt"),
         ({"strength": 0.0}, "strength: expected more than 0, got 0.0"),
         ({"strength": "high"}, 'strength: expected a number, got "high"'),
+        ({"name": "flux-dve"}, "did you mean 'flux-dev'"),
         ({"width": 8}, "width"),
         ({"seed": 2**63}, "seed: expected at most 9223372036854775807"),
         ({"seed": 1.5}, "seed: expected an integer, got 1.5"),

@@ -177,15 +177,6 @@ def test_a_program_written_for_upstream(small_dev, nano, tmp_path):
     assert torch.equal(stacked[0], marked)
 
 
-def test_prepare_takes_one_prompt_in_a_list_for_several_rows(nano):
-    """As upstream's does."""
-    from flux.sampling import get_noise, prepare
-
-    noise = get_noise(3, 64, 64, "cpu", torch.float32, seed=0)
-    given = prepare(nano.t5, nano.clip, noise, ["a dog"])
-    assert {len(x) for x in given.values()} == {3}
-
-
 def test_an_image_that_the_classifier_refuses_is_not_saved(tmp_path):
     from flux.util import save_image
 
@@ -241,30 +232,6 @@ def test_the_command_line(tmp_path):
     for index in (8, 9):
         with Image.open(tmp_path / "output" / f"img_{index}.jpg") as image:
             assert image.size == (128, 64)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("--name", "flux-dve"), ("--width", "0")],
-    ids=" ".join,
-)
-def test_wrong_arguments_end_with_one_line(tmp_path, arguments):
-    done = flux(*arguments, folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_import_is_silent_and_light():
-    """Nothing heavy, nothing printed, before it is used."""
-    script = (
-        "import sys, flux; print(sorted({'torch', 'transformers', 'diffusers', 'cv2'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), timeout=60
-    )
-    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_nothing_heavy_where_nothing_is_loaded():

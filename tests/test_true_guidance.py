@@ -5,37 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.fields import IDS, LATENT, NO_TEXT, Field, conditioning
 from torch.testing import assert_close
 
 from flux import sampling
-from flux.intervention import NOTHING, Intervention, Recorded
+from flux.intervention import Intervention
 from flux.model import Inputs
 from flux.sampling import Conditioning, Passes, steps
 
 VITAL = frozenset({1, 4})
-
-
-class Field:
-    """Stands for the model: a velocity by formula."""
-
-    def __init__(self, velocity):
-        self.velocity = velocity
-
-    def observe(self, inputs, intervention=NOTHING, **_):
-        return self.velocity(inputs.img, inputs.timesteps[:, None, None], inputs.txt), Recorded()
-
-
-NO_TEXT = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1, 3), torch.zeros(1, 1))
-
-
-@pytest.fixture
-def noise():
-    return torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def ids():
-    return sampling.image_ids(1, 32, 48, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +26,13 @@ def row():
     return tiny_models.inputs(1, 32, 48)
 
 
-def conditioning(row, seed=None, **more) -> Conditioning:
-    txt = row["txt"] if seed is None else tiny_models.inputs(1, 32, 48, seed=seed)["txt"]
-    return Conditioning(txt, row["txt_ids"], row["y"], row["guidance"], **more)
-
-
 def test_passes_map_over_those_that_there_are():
     assert list(Passes(1).map(str)) == ["1"]
     both = Passes(1, 2).map(str)
     assert (both.positive, both.negative) == ("1", "2")
 
 
-def test_true_guidance_leads_away_from_the_negative(noise, ids):
+def test_true_guidance_leads_away_from_the_negative():
     """velocity = negative + scale * (positive - negative)."""
     field = Field(lambda x, t, txt: txt.mean() * torch.ones_like(x))
 
@@ -67,10 +40,10 @@ def test_true_guidance_leads_away_from_the_negative(noise, ids):
         return Conditioning(torch.full((1, 1, 1), value), NO_TEXT.txt_ids, NO_TEXT.vec, **more)
 
     steering = cond(2.0, negative=cond(0.5), true_cfg=3.0)
-    step = sampling.euler_step(field, noise, ids, steering, 1.0, 0.5)
-    assert_close(step.velocity, torch.full_like(noise, 0.5 + 3 * 1.5), rtol=0, atol=1e-6)
+    step = sampling.euler_step(field, LATENT, IDS, steering, 1.0, 0.5)
+    assert_close(step.velocity, torch.full_like(LATENT, 0.5 + 3 * 1.5), rtol=0, atol=1e-6)
     assert step.kept.negative == {}
-    assert sampling.euler_step(field, noise, ids, cond(2.0), 1.0, 0.5).kept.negative is None
+    assert sampling.euler_step(field, LATENT, IDS, cond(2.0), 1.0, 0.5).kept.negative is None
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -110,22 +83,22 @@ def test_both_passes_are_one_batch_on_a_gpu_only():
     assert not sampling.in_one_batch(torch.empty(3, 4096, 64, device="meta"))
 
 
-def thresholded(noise, scale, mimic, percentile=0.9):
-    away, velocity = torch.zeros_like(noise), torch.randn(noise.shape, generator=torch.manual_seed(3))
+def thresholded(scale, mimic, percentile=0.9):
+    away, velocity = torch.zeros_like(LATENT), torch.randn(LATENT.shape, generator=torch.manual_seed(3))
     cond = Conditioning(None, None, None, None, NO_TEXT, scale, mimic, percentile)
-    return velocity, sampling.guided(noise, 0.5, velocity, away, cond)
+    return velocity, sampling.guided(LATENT, 0.5, velocity, away, cond)
 
 
-def test_thresholding_to_the_same_scale_changes_nothing(noise):
-    velocity, got = thresholded(noise, 3.0, 3.0)
+def test_thresholding_to_the_same_scale_changes_nothing():
+    velocity, got = thresholded(3.0, 3.0)
     assert_close(got, 3 * velocity, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("percentile", [0.5, 0.9, 1.0])
-def test_thresholding_brings_the_clean_latent_into_the_range_of_the_smaller_scale(noise, percentile):
+def test_thresholding_brings_the_clean_latent_into_the_range_of_the_smaller_scale(percentile):
     """Each channel keeps its mean and gets the largest deviation that the smaller scale gives it, by hand."""
-    velocity, got = thresholded(noise, 8.0, 2.0, percentile)
-    clean, full, mimic = (noise - 0.5 * v for v in (got, 8 * velocity, 2 * velocity))
+    velocity, got = thresholded(8.0, 2.0, percentile)
+    clean, full, mimic = (LATENT - 0.5 * v for v in (got, 8 * velocity, 2 * velocity))
     for channel in (0, 17, 63):
         x, y = full[0, :, channel], mimic[0, :, channel]
         largest = (y - y.mean()).abs().max()

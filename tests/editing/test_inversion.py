@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import tiny_models
-from test_sampling import NO_TEXT, Field
+from helpers.fields import IDS, LATENT, NO_TEXT, Field
 from torch.testing import assert_close
 
 from flux import sampling
@@ -16,71 +16,61 @@ from flux.sampling import Conditioning
 LEVELS = sampling.get_schedule(7, 1024)
 
 
-@pytest.fixture
-def latent():
-    return torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def ids():
-    return sampling.image_ids(1, 32, 48, "cpu")
-
-
-def climb(method, field, latent, ids, levels=LEVELS) -> list[torch.Tensor]:
-    return list(INVERSIONS[method](field, latent, ids, NO_TEXT, levels))
+def climb(method, field, levels=LEVELS) -> list[torch.Tensor]:
+    return list(INVERSIONS[method](field, LATENT, IDS, NO_TEXT, levels))
 
 
 @pytest.mark.parametrize("method", INVERSIONS)
-def test_all_are_exact_on_a_constant_field(method, latent, ids):
+def test_all_are_exact_on_a_constant_field(method):
     """One latent for each level above the clean one: catches a step of a wrong length, sign or place."""
     field = Field(lambda x, t, txt: torch.full_like(x, 0.7))
-    up = climb(method, field, latent, ids)
+    up = climb(method, field)
     assert len(up) == 7
     for found, level in zip(up, LEVELS[-2::-1]):
-        assert_close(found, latent + 0.7 * level, rtol=0, atol=2e-6)
+        assert_close(found, LATENT + 0.7 * level, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     ("method", "passes"), [("euler", 7), ("midpoint", 14), ("fireflow", 8), ("fixed-point", 28)]
 )
-def test_evaluations(method, passes, latent, ids):
+def test_evaluations(method, passes):
     field = Field(lambda x, t, txt: x)
-    climb(method, field, latent, ids)
+    climb(method, field)
     assert len(field.asked) == passes
 
 
 @pytest.mark.parametrize(
     ("method", "order"), [("euler", 1), ("midpoint", 2), ("fireflow", 2), ("fixed-point", 1)]
 )
-def test_order(method, order, latent, ids):
+def test_order(method, order):
     """dx/dt = x t climbs from x to x e^(1/2); twice the steps divide the error by 2^order."""
     field, errors = Field(lambda x, t, txt: x * t), []
     for steps in (40, 80):
         levels = sampling.get_schedule(steps, 1024, shift=False)
-        end = climb(method, field, latent, ids, levels)[-1]
-        errors.append(((end - latent * math.exp(0.5)).norm() / latent.norm()).item())
+        end = climb(method, field, levels)[-1]
+        errors.append(((end - LATENT * math.exp(0.5)).norm() / LATENT.norm()).item())
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 
 
-def test_euler_then_sampling_retraces_a_field_that_knows_no_place(latent, ids):
+def test_euler_then_sampling_retraces_a_field_that_knows_no_place():
     """Where the velocity depends on the noise level alone, Euler's method finds its own path again."""
     field = Field(lambda x, t, txt: t * torch.ones_like(x))
-    up = climb("euler", field, latent, ids)
+    up = climb("euler", field)
     assert [asked.t.item() for asked in field.asked] == pytest.approx(LEVELS[-2::-1])
-    down = list(sampling.sample(field, up[-1], ids, NO_TEXT, LEVELS))
-    assert_close(down[-1].latent, latent, rtol=0, atol=1e-6)
+    down = list(sampling.sample(field, up[-1], IDS, NO_TEXT, LEVELS))
+    assert_close(down[-1].latent, LATENT, rtol=0, atol=1e-6)
     for step, found in zip(down, up[::-1]):
         assert_close(step.noisy, found, rtol=0, atol=1e-6)
 
 
-def test_sampling_leads_back_from_a_fixed_point(latent, ids):
+def test_sampling_leads_back_from_a_fixed_point():
     """Four rounds leave little of the error of the first, which is equation 4's."""
     field = Field(lambda x, t, txt: torch.sin(x + t))
     errors = {}
     for method in ("euler", "fixed-point"):
-        up = climb(method, field, latent, ids)
-        down = list(sampling.sample(field, up[-1], ids, NO_TEXT, LEVELS))
-        errors[method] = (down[-1].latent - latent).norm()
+        up = climb(method, field)
+        down = list(sampling.sample(field, up[-1], IDS, NO_TEXT, LEVELS))
+        errors[method] = (down[-1].latent - LATENT).norm()
     assert errors["fixed-point"] < 0.02 * errors["euler"]
 
 
