@@ -33,8 +33,7 @@ class CannyImageEncoder:
             import cv2
         except ImportError as error:
             raise InputError(
-                "Edges are found by OpenCV, which is not installed: pip install opencv-python-headless, or "
-                "give a finished map"
+                "Edges are found by OpenCV, which is not installed: pip install opencv-python-headless"
             ) from error
         self.device, self._canny = torch.device(device), cv2.Canny
         self.min_t, self.max_t = min_t, max_t
@@ -167,10 +166,31 @@ def _load(
             source, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        where = "a folder without a whole one" if Path(source).is_dir() else "neither a folder nor on the hub"
-        raise InputError(
-            f"Got {source} as the {name}, which is {where}: give a folder or a hub id"
-        ) from error
+        raise _no_model(name, source) from error
     if report["missing_keys"]:
         raise InputError(f"Got {source} as the {name}, which lacks {min(report['missing_keys'])}")
     return model.eval().requires_grad_(False), processor
+
+
+def check_source(name: str, source: str | Path) -> None:
+    """Check that a folder or a hub id has a model of transformers, by its config.json alone.
+
+    Args:
+        name: How messages call the model.
+        source: The folder or hub id.
+
+    Raises:
+        InputError: It has none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, source) from error
+
+
+def _no_model(name: str, source: str | Path) -> InputError:
+    is_folder = Path(source).is_dir()
+    where = "a folder without a whole one" if is_folder else "no folder here, and the hub did not give it"
+    return InputError(f"Got {source} as the {name}, which is {where}: give a folder or a hub id")

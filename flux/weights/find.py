@@ -6,16 +6,18 @@ from pathlib import Path
 
 from flux.errors import InputError, warn
 from flux.model import Flux, FluxParams
+from flux.modules.image_embedders import check_source
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
 from flux.weights.checkpoint import Checkpoint, open_checkpoint
-from flux.weights.hub import TEXT_FOLDERS, own_file, own_text_folder
+from flux.weights.hub import IMAGE_ENCODER_FILES, IMAGE_ENCODERS, TEXT_FOLDERS, own_file, own_text_folder
 from flux.weights.identify import describe_checkpoint, holds_part, require_part
 from flux.weights.layouts import Part
 from flux.weights.load import match_names, on_meta
 from flux.weights.lora import read_lora
 from flux.weights.open_model import TOKENIZERS, LoraUse, ModelFiles, OpenFiles, OpenModel
+from flux.weights.repository import Repository
 from flux.weights.sources import find_sources
 from flux.weights.tokenizers import check_tokenizer
 
@@ -43,8 +45,8 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
     lora_weights = _first(settings.lora_weights, path_from_env(spec.env_lora))
     _check_named(named, text, [*(lora.path for lora in loras), *filter(None, [lora_weights])], opened)
-    if isinstance(settings, ConditionSettings) and settings.redux:
-        redux_features(find_redux(spec, settings.redux_weights, download))
+    if isinstance(settings, ConditionSettings):
+        _find_image_encoder(settings, spec, download)
 
     flow = named.get("transformer") or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
@@ -199,6 +201,25 @@ def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True)
     if spec.redux_filename is None:
         raise InputError("Got an image for Redux, but this model has no Redux adapter: give flux-dev-redux")
     return own_file(spec, spec.redux_filename, download, spec.redux_repo_id)
+
+
+def _find_image_encoder(settings: ConditionSettings, spec: ModelSpec, download: bool) -> None:
+    """Find the models that make the condition of the settings' image. They are loaded once it is encoded.
+
+    Raises:
+        InputError: One is not there and cannot be downloaded, or is another model.
+    """
+    if settings.redux:
+        redux_features(find_redux(spec, settings.redux_weights, download))
+        name, source = "SigLIP", settings.siglip
+    elif settings.control and spec.control == "depth":
+        name, source = "depth model", settings.depth_model
+    else:
+        return
+    if source in IMAGE_ENCODERS.values() and not os.path.isdir(source):
+        Repository(source, "Apache-2.0").fetch(IMAGE_ENCODER_FILES, download)
+    else:
+        check_source(name, source)
 
 
 def redux_features(path: Path) -> int:

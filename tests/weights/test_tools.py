@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import lora_files, tiny_models, weight_files
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from flux.errors import InputError, InputWarning
@@ -195,6 +196,25 @@ def test_a_redux_adapter_that_is_none_is_told_before_the_models_are_loaded(small
         InputError, match=r"m\.safetensors, which is a FLUX.1 transformer .*; expected a Redux adapter"
     ):
         find_model(GenerateSettings(model="flux-dev", **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model": "flux-dev-redux", "redux": ["a.png"], "siglip": "nowhere"}, "SigLIP"),
+        ({"model": "flux-dev-depth", "control": "a.png", "depth_model": "nowhere"}, "depth model"),
+    ],
+)
+def test_a_missing_image_encoder_is_told_before_the_models_are_loaded(place, fields, name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place("FLUX.1-dev", "flux1-dev.safetensors", tiny(64).state_dict())
+    place("FLUX.1-Depth-dev", "flux1-depth-dev.safetensors", tiny(128).state_dict())
+    place("FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", {"redux_up.weight": torch.zeros(4, 2)})
+    with pytest.raises(InputError, match=f"Got nowhere as the {name}, which is no folder here"):
+        find_model(GenerateSettings(prompts=[""], **fields))
+    published = {key: value for key, value in fields.items() if value != "nowhere"}
+    with pytest.raises(InputError, match=r"Could not get preprocessor_config.json .* from the hub"):
+        find_model(GenerateSettings(prompts=[""], **published))
 
 
 # ---- where files are found
