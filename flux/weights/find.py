@@ -45,8 +45,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
     lora_weights = _first(settings.lora_weights, path_from_env(spec.env_lora))
     _check_named(named, text, [*(lora.path for lora in loras), *filter(None, [lora_weights])], opened)
-    if isinstance(settings, ConditionSettings):
-        _find_image_encoder(settings, spec, download)
+    _find_image_encoder(settings, spec, download)
 
     flow = named.get("transformer") or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
@@ -203,12 +202,14 @@ def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True)
     return own_file(spec, spec.redux_filename, download, spec.redux_repo_id)
 
 
-def _find_image_encoder(settings: ConditionSettings, spec: ModelSpec, download: bool) -> None:
+def _find_image_encoder(settings: ModelSettings, spec: ModelSpec, download: bool) -> None:
     """Find the models that make the condition of the settings' image. They are loaded once it is encoded.
 
     Raises:
         InputError: One is not there and cannot be downloaded, or is another model.
     """
+    if not isinstance(settings, ConditionSettings):
+        return
     if settings.redux:
         redux_features(find_redux(spec, settings.redux_weights, download))
         name, source = "SigLIP", settings.siglip
