@@ -4,6 +4,7 @@ Layers have global numbers: double-stream blocks first, single-stream blocks aft
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     layers: list[int] = []
     for part in text.replace(",", " ").split():
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        found = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
+        numbers = found and range(int(found[1]), int(found[2] or found[1]) + 1)
+        if not numbers:
             raise ValueError(f'Got layers {text!r}: write numbers and ranges, such as "0, 1, 17-19"')
-        layers.extend(range(int(first), int(last or first) + 1))
+        layers.extend(numbers)
     return tuple(dict.fromkeys(layers))
 
 

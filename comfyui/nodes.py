@@ -9,7 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import scan
 from .injection import Window, add_injection, add_skip, count_blocks, hold_rows
 from .layers import PRESETS, parse_layers, read_vital_layers, scan_record
-from .prompts import encode_rows, read_edits, repeat_latent
+from .prompts import encode_rows, read_prompts, repeat_latent
 
 CATEGORY = "Stable Flow"
 VitalLayersType = io.Custom("VITAL_LAYERS")
@@ -74,7 +74,7 @@ class StableFlowPrompts(io.ComfyNode):
     @classmethod
     def execute(cls, clip, reference: str, edits: str, latent: dict, guidance: float) -> io.NodeOutput:
         """Return the conditioning, a row for each prompt, and the latent, repeated."""
-        prompts = [reference.strip(), *read_edits(edits)]
+        prompts = [reference.strip(), *read_prompts(edits)]
         return io.NodeOutput(encode_rows(clip, prompts, guidance), repeat_latent(latent, len(prompts)))
 
 
@@ -94,11 +94,7 @@ class StableFlowEdit(io.ComfyNode):
                 VitalLayersType.Input("layers"),
                 io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.01),
                 percent("start_percent", 0.0, "Where in the sampling the injection starts."),
-                percent(
-                    "end_percent",
-                    0.25,
-                    "Where it ends. 1 is the paper's.",
-                ),
+                percent("end_percent", 0.25, "Where it ends. 1 is the paper's."),
                 io.Mask.Input("mask", optional=True, tooltip="White may change, the rest stays."),
                 io.Latent.Input("photograph", optional=True, tooltip="The latent of a photograph to edit."),
             ],
@@ -155,8 +151,10 @@ class SkipLayers(io.ComfyNode):
     @classmethod
     def execute(cls, model, layers: str, start_percent: float, end_percent: float) -> io.NodeOutput:
         """Return a copy of the model that skips the layers."""
-        model = model.clone()
-        add_skip(model, parse_layers(layers), Window.of(model, start_percent, end_percent))
+        chosen, model = parse_layers(layers), model.clone()
+        if not chosen:
+            raise ValueError('Got no layers to skip: write numbers and ranges, such as "0, 1, 17-19"')
+        add_skip(model, chosen, Window.of(model, start_percent, end_percent))
         return io.NodeOutput(model)
 
 
@@ -209,7 +207,7 @@ class LayerScan(io.ComfyNode):
         # A path that is absolute stays as it is.
         path = Path(folder_paths.get_output_directory()) / Path(file.strip()).expanduser()
         scan.check_writable(path)
-        texts = read_edits(prompts)
+        texts = read_prompts(prompts)
         positives = [encode_rows(clip, [text], guidance) for text in texts]
         samples = comfy.sample.fix_empty_latent_channels(model, repeat_latent(latent, 1)["samples"])
         noises = [comfy.sample.prepare_noise(samples, seed + row) for row in range(len(texts))]

@@ -5,16 +5,16 @@ from typing import Any
 import torch
 
 
-def read_edits(text: str) -> list[str]:
+def read_prompts(text: str) -> list[str]:
     """Read one prompt from each line that is not blank.
 
     Raises:
         ValueError: There is none.
     """
-    edits = [line.strip() for line in text.splitlines() if line.strip()]
-    if not edits:
-        raise ValueError("Got no edit: write one prompt a line")
-    return edits
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("Got no prompt: write one a line")
+    return prompts
 
 
 def encode_rows(clip: Any, prompts: list[str], guidance: float) -> list:

@@ -195,6 +195,11 @@ def test_wrong_input_is_told(nodes, model, changes, words):
         edited(nodes, comfy_stand_in.Patcher(model), **given)
 
 
+def test_skipping_nothing_is_told(nodes, model):
+    with pytest.raises(ValueError, match="Got no layers to skip"):
+        nodes.SkipLayers.execute(comfy_stand_in.Patcher(model), " ", 0.0, 1.0)
+
+
 def test_a_photograph_of_another_size_is_told(nodes, model):
     photo = {"samples": torch.randn(1, 16, 4, 4)}
     patcher = edited(nodes, comfy_stand_in.Patcher(model), (0,), photograph=photo)

@@ -18,7 +18,7 @@ def test_texts_are_numbers_and_ranges(text, layers):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["a", "1-", "-1", "3-1", "1.5", "all"])
+@pytest.mark.parametrize("text", ["a", "1-", "-1", "3-1", "1.5", "all", "0-9999999999"])
 def test_other_texts_are_told(text):
     with pytest.raises(ValueError, match="write numbers and ranges"):
         parse_layers(text)

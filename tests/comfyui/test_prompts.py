@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui.prompts import encode_rows, pad_together, read_edits, repeat_latent
+from comfyui.prompts import encode_rows, pad_together, read_prompts, repeat_latent
 
 
 class Clip:
@@ -39,10 +39,10 @@ def test_scheduled_text_encoders_are_told():
         encode_rows(clip, ["a dog", "a cat"], 3.5)
 
 
-def test_edits_are_lines():
-    assert read_edits(" a cat \n\n a dog at night\n") == ["a cat", "a dog at night"]
-    with pytest.raises(ValueError, match="one prompt a line"):
-        read_edits(" \n ")
+def test_prompts_are_lines():
+    assert read_prompts(" a cat \n\n a dog at night\n") == ["a cat", "a dog at night"]
+    with pytest.raises(ValueError, match="Got no prompt: write one a line"):
+        read_prompts(" \n ")
 
 
 def test_all_rows_of_a_latent_have_one_noise():
