@@ -8,7 +8,7 @@ these attend to: layers.png (image tokens to text, layer by step) and words.png 
 layer).
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from flux.errors import exit_on_input_error, only_rank_zero_prints
@@ -31,10 +31,8 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     from flux.attention.film import Film
     from flux.attention.watch import check_watch, watch
     from flux.conditions.images import read_conditions, sized
-    from flux.files import write_json
     from flux.loaded_model import LoadedModel
-    from flux.results import write_film
-    from flux.runs.record import run_record
+    from flux.results import write_films
     from flux.runtime.parallel import join
     from flux.settings.complete import check_run, resolve
 
@@ -44,19 +42,18 @@ def main(file: str = "layer.json", **overrides: Any) -> None:
     check_run(settings)
     check_watch(settings)
     pipe = LoadedModel.load(settings, ranks).steered(conditions, settings)
-    out = Path(settings.output_dir)
-    for number, entry in enumerate(settings.prompts):
-        folder = out if len(settings.prompts) == 1 else out / f"prompt_{number:03d}"
-        steps, attention = watch(pipe, entry.prompt, entry.seed, settings)
-        if ranks.rank:  # only the first process writes
-            continue
-        [final] = pipe.decode(steps[-1].latent, settings.width, settings.height, settings.watermark)
-        film = Film.of(pipe, entry.prompt, steps, attention, final)
-        for path in write_film(folder, settings, entry, film):
-            print(path)
+
+    def films() -> Iterator[Film]:
+        for entry in settings.prompts:
+            steps, attention = watch(pipe, entry.prompt, entry.seed, settings)
+            if ranks.rank == 0:  # only the first process writes
+                [final] = pipe.decode(steps[-1].latent, settings.width, settings.height, settings.watermark)
+                yield Film.of(pipe, entry.prompt, steps, attention, final)
+
     if ranks.rank:
+        list(films())
         return
-    write_json(out / "run.json", run_record(settings, timings=pipe.timings))
+    print(*write_films(settings, films(), pipe.timings), sep="\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +18,11 @@ from flux.images.given import Images, file_names
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.metrics.pixels import psnr_or_none
+from flux.runs.earlier import remove_earlier_images
 from flux.runs.record import image_metadata, run_record
 from flux.scan.layers import REFERENCE, LayerSet, layer_ranges, layer_sets
 from flux.scan.sweep import image_path
 from flux.settings.complete import check_images_stay
-from flux.settings.demos import Prompt
 from flux.settings.resolved import (
     ResolvedEdit,
     ResolvedGenerate,
@@ -112,12 +113,14 @@ def write_images(
     settings: ResolvedGenerate, images: Iterable[Image.Image], timings: Mapping[str, float]
 ) -> None:
     """Write images to `output_dir` as they come, then grid.png and run.json."""
-    folder, written = Path(settings.output_dir), []
+    folder = Path(settings.output_dir)
+    made, written = [], [folder / "grid.png"]
     for number, (entry, image) in enumerate(zip(settings.prompts, images)):
-        record = image_metadata(settings, entry.prompt, entry.seed)
-        save_image(image, folder / f"{number:03d}.png", record)
-        written.append(image)
-    save_image(images_sheet(settings, written), folder / "grid.png")
+        made.append(image)
+        written.append(folder / f"{number:03d}.png")
+        save_image(image, written[-1], image_metadata(settings, entry.prompt, entry.seed))
+    save_image(images_sheet(settings, made), folder / "grid.png")
+    remove_earlier_images(settings, written)
     write_json(folder / "run.json", run_record(settings, timings=dict(timings)))
 
 
@@ -138,14 +141,12 @@ class FilmResult(Result):
     Attributes:
         settings: The settings that made it.
         film: All steps, decoded, with the attention of the watched ones.
-        sheets: Its sheets by name: "steps", and with layers "layers" and "words".
         timings: Seconds spent by the model so far, by stage.
         inputs: The images that steer the run, where they came from no file.
     """
 
     settings: ResolvedLayer
     film: Film
-    sheets: dict[str, Image.Image]
     timings: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, Images] = field(default_factory=dict)
 
@@ -158,47 +159,50 @@ class FilmResult(Result):
         """The finished image."""
         return self.film.final
 
+    @cached_property
+    def sheets(self) -> dict[str, Image.Image]:
+        """Its sheets by name: "steps", and with layers "layers" and "words"."""
+        return dict(self.film.sheets())
+
     def sheet(self) -> Image.Image:
         """Draw the attention of each word if layers were watched, else all steps."""
         return next(self.sheets[name] for name in ("words", "layers", "steps") if name in self.sheets)
 
     def save(self, folder: str | Path) -> Path:
         """Write step_00_noisy.png, ..., steps.gif, the sheets and run.json, as demo 1. See `Result.save`."""
-        settings, folder = _saved_in(folder, self.settings, self.inputs), Path(folder)
-        write_film(folder, settings, settings.prompts[0], self.film, self.sheets)
-        write_json(folder / "run.json", run_record(settings, timings=dict(self.timings)))
-        return folder
+        settings = _saved_in(folder, self.settings, self.inputs)
+        write_films(settings, [self.film], self.timings)
+        return Path(folder)
 
 
-def write_film(
-    folder: Path,
-    settings: ResolvedLayer,
-    entry: Prompt,
-    film: Film,
-    sheets: Mapping[str, Image.Image] | None = None,
-) -> list[Path]:
-    """Write the steps of a film, steps.gif and the sheets.
+def write_films(settings: ResolvedLayer, films: Iterable[Film], timings: Mapping[str, float]) -> list[Path]:
+    """Write films to `output_dir` as they come, then run.json. Each of several gets a folder of its own.
 
     Args:
-        folder: The folder to write to.
-        settings: The settings that made the film.
-        entry: The prompt and the seed.
-        film: The film.
-        sheets: The sheets by name. If None, they are drawn.
+        settings: The settings that made the films.
+        films: The film of each prompt.
+        timings: Seconds spent by the model, by stage. They are read after the last film.
 
     Returns:
         The paths of the sheets.
     """
-    record = image_metadata(settings, entry.prompt, entry.seed)
-    for index, (noisy, clean) in enumerate(zip(film.noisy, film.clean)):
-        save_image(noisy, folder / f"step_{index:02d}_noisy.png", record)
-        save_image(clean, folder / f"step_{index:02d}_clean.png", record)
-    film.save(folder / "steps.gif")
-    paths = []
-    for name, sheet in sheets.items() if sheets else film.sheets():
-        save_image(sheet, folder / f"{name}.png", None if name == "steps" else record)
-        paths.append(folder / f"{name}.png")
-    return paths
+    folder = Path(settings.output_dir)
+    written, sheets = [], []
+    for number, (entry, film) in enumerate(zip(settings.prompts, films)):
+        place = folder if len(settings.prompts) == 1 else folder / f"prompt_{number:03d}"
+        record = image_metadata(settings, entry.prompt, entry.seed)
+        for index, (noisy, clean) in enumerate(zip(film.noisy, film.clean)):
+            for kind, image in (("noisy", noisy), ("clean", clean)):
+                written.append(place / f"step_{index:02d}_{kind}.png")
+                save_image(image, written[-1], record)
+        written.append(place / "steps.gif")
+        film.save(written[-1])
+        for name, sheet in film.sheets():
+            sheets.append(place / f"{name}.png")
+            save_image(sheet, sheets[-1], None if name == "steps" else record)
+    remove_earlier_images(settings, [*written, *sheets])
+    write_json(folder / "run.json", run_record(settings, timings=dict(timings)))
+    return sheets
 
 
 # ---- demo 4: a reference and its edits
@@ -242,11 +246,12 @@ class EditResult(Result):
         settings, folder = _saved_in(folder, self.settings, self.inputs), Path(folder)
         layers = list(settings.named_layers)
         names = ["reference", *(f"edit_{number}" for number in range(len(self.edits)))]
+        written = [folder / f"{name}.png" for name in (*names, "comparison")]
         prompts = [settings.prompt or "", *self.prompts]
-        for name, prompt, image in zip(names, prompts, [self.reference, *self.edits]):
-            record = image_metadata(settings, prompt, settings.seed, layers=layers)
-            save_image(image, folder / f"{name}.png", record)
-        save_image(self.sheet(), folder / "comparison.png")
+        for path, prompt, image in zip(written, prompts, [self.reference, *self.edits]):
+            save_image(image, path, image_metadata(settings, prompt, settings.seed, layers=layers))
+        save_image(self.sheet(), written[-1])
+        remove_earlier_images(settings, written)
         scores = [{"psnr_to_reference": psnr_or_none(self.reference, image)} for image in self.edits]
         cost = {"timings": dict(self.timings), "evaluations": self.evaluations}
         write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, **cost))

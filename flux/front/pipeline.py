@@ -386,7 +386,7 @@ class Pipeline:
         steps, attention = watch(models, prompt, seed, settings, progress)
         [final] = models.decode(steps[-1].latent, settings.width, settings.height, settings.watermark)
         film = Film.of(models, prompt, steps, attention, final)
-        return FilmResult(settings, film, dict(film.sheets()), dict(models.timings), given.unfiled)
+        return FilmResult(settings, film, dict(models.timings), given.unfiled)
 
     @cached_property
     def _checkpoint(self) -> str | None:

@@ -124,10 +124,10 @@ def check_run(settings: ResolvedModel) -> None:
 
 def check_images_stay(settings: ResolvedModel) -> None:
     """Raise InputError if a run would write over one of the images that it is given."""
-    folder = Path(settings.output_dir).resolve()
+    folder, written = Path(settings.output_dir).resolve(), WRITTEN.get(getattr(settings, "demo", ""), "")
     for path in _given_images(settings):
-        is_written = re.fullmatch(WRITTEN.get(getattr(settings, "demo", ""), ""), path.name)
-        if is_written and path.resolve().parent == folder:
+        place = path.resolve()
+        if place.is_relative_to(folder) and re.fullmatch(written, place.relative_to(folder).as_posix()):
             raise InputError(
                 f"Got {path}, which this run would write over: name another output_dir, or give the image "
                 "another name"
@@ -136,10 +136,10 @@ def check_images_stay(settings: ResolvedModel) -> None:
 
 WRITTEN = {
     "test": r"\d{3,}\.png|grid\.png",
-    "layer": r"step_\d+_(noisy|clean)\.png|(steps|layers|words)\.png",
+    "layer": r"(prompt_\d{3,}/)?(step_\d+_(noisy|clean)\.png|(steps|layers|words)\.png|steps\.gif)",
     "edit": r"(reference|edit_\d+|comparison)\.png",
 }
-"""Names of the images that a demo writes into its output folder."""
+"""The images that a demo writes, by their paths in its output folder."""
 
 
 def _given_images(settings: ResolvedModel) -> Iterator[Path]:

@@ -126,6 +126,7 @@ def test_resolved_settings_lack_nothing():
     [
         (GenerateSettings, PROMPTS | {"image": "{}"}, "000.png"),
         (LayerSettings, PROMPTS | {"model": "flux-nano-kontext", "context": "{}"}, "step_03_clean.png"),
+        (LayerSettings, PROMPTS | {"model": "flux-nano-kontext", "context": "{}"}, "prompt_001/steps.png"),
         (EditSettings, {"prompt": "a", "edits": ["b"], "photo": "{}"}, "edit_0.png"),
         (EditSettings, {"prompt": "a", "edits": ["b"], "photo": "{}"}, "reference.png"),
         (EditSettings, {"prompt": "a", "edits": [{"prompt": "b", "mask": "{}"}]}, "comparison.png"),
