@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flux.errors import warn
 from flux.files import write_text
 from flux.scan.findings import Findings
 from flux.scan.layers import layers_text
@@ -92,6 +93,8 @@ def write_scores(
         InputError: A file cannot be written.
     """
     layers, params = scores.vital(rule), get_spec(model).params
+    if not layers:
+        warn(f"No layer is vital: {_why_none(scores, rule)}")
     data = {
         "format": 2,
         "model": model,
@@ -115,6 +118,13 @@ def write_scores(
     write_text(folder / "similarity.csv", scores.csv())
     write_text(folder / "vital_layers.json", _readable(data) + "\n")
     return layers
+
+
+def _why_none(scores: Scores, rule: Rule) -> str:
+    if not scores.layers:
+        return "a rule chooses among layers that are skipped one by one, not among sets"
+    highest = max(value for layers, value in scores.vitality().items() if len(layers) == 1)
+    return f"the highest vitality is {highest:g}, and the threshold is {rule.threshold:g}"
 
 
 def _vitality(scores: Scores, rule: Rule) -> dict[str, dict[str, float]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import Image
 from tqdm import tqdm
 
 from flux.errors import InputError
@@ -32,11 +33,11 @@ def score_row(
     Raises:
         InputError: An image cannot be read, or does not have the size of its reference.
     """
-    reference = read_image(image_path(folder, row, REFERENCE))
+    reference = _read(image_path(folder, row, REFERENCE))
     similarities: dict[str, list[float]] = {name: [] for name in metrics}
     for start in range(0, len(layer_sets), CHUNK):
         paths = [image_path(folder, row, layers) for layers in layer_sets[start : start + CHUNK]]
-        images = [read_image(path) for path in paths]
+        images = [_read(path) for path in paths]
         for path, image in zip(paths, images):
             if image.size != reference.size:
                 width, height = reference.size
@@ -47,6 +48,14 @@ def score_row(
         for name, metric in metrics.items():
             similarities[name] += metric.compare([reference] * len(images), images)
     return similarities
+
+
+def _read(path: Path) -> Image:
+    """Read an image of a sweep. Raise InputError if the file is damaged."""
+    try:
+        return read_image(path)
+    except InputError as error:
+        raise InputError(f"{error}. Delete it and run the sweep again") from error
 
 
 def gather(

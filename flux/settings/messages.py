@@ -22,7 +22,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "dict_type": "an object {{...}}",
-    "model_type": 'a string or {{"prompt": "...", "seed": 0}}',
+    "model_type": "a string or {example}",
     "literal_error": "{expected}",
     "too_short": "at least one entry",
     "greater_than": "more than {gt:g}",
@@ -30,6 +30,7 @@ EXPECTED = {
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le}",
 }
+EXAMPLES = {"Prompt": '{"prompt": "...", "seed": 0}', "Lora": '{"file": "...", "weight": 0.8}'}
 ENTRIES: dict[str | int, type[BaseModel]] = {"edits": Edit, "lora": Lora}
 
 
@@ -59,6 +60,7 @@ def describe_errors(
         elif kind == "value_error":
             message = str(context["error"])
         else:
+            context["example"] = EXAMPLES.get(context.get("class_name"), "an object {...}")
             expected = EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
             message = f"expected {expected}, got {show(problem['input'])}"
         path = path_of(place, data)

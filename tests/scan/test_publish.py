@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 from helpers.scores import TABLE, scattered
 
+from flux.errors import InputWarning
 from flux.scan.publish import write_scores
-from flux.scan.scores import Rule
+from flux.scan.scores import Rule, Scores
 from flux.specs import configs
 from flux.vital_layers import find_vital_layers
 
@@ -46,6 +48,18 @@ def test_few_prompts_say_no_more_than_they_can(tmp_path):
     assert data["vitality"]["00"] == {"vitality": 0.2}
     assert data["stable"] is False
     assert data["stable_after"] is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "rule", "why"),
+    [
+        (TABLE, Rule(threshold=0.5), "the highest vitality is 0.4, and the threshold is 0.5"),
+        (Scores([(1, 2)], {"dino": np.array([[0.1]])}), Rule(top=1), "one by one, not among sets"),
+    ],
+)
+def test_a_scan_says_why_no_layer_is_vital(tmp_path, scores, rule, why):
+    with pytest.warns(InputWarning, match=f"No layer is vital: .*{why}"):
+        write(tmp_path, scores, rule)
 
 
 def test_a_person_can_read_the_file(tmp_path):

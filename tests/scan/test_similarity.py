@@ -58,6 +58,12 @@ def test_images_of_unequal_size(folder):
         score(folder, load_metrics(["psnr"]), progress=False)
 
 
+def test_a_damaged_image_is_named_with_what_to_do(folder):
+    image_path(folder, 1, (0,)).write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"prompt_001.*skip_00.png.*Delete it and run the sweep again"):
+        score(folder, load_metrics(["psnr"]), progress=False)
+
+
 def test_an_unfinished_sweep_is_not_scored(folder):
     image_path(folder, 1, (0,)).unlink()
     with pytest.raises(InputError, match=r"lacks 1 of its 6 images.*skip_00.png"):

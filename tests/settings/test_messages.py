@@ -106,7 +106,16 @@ WRONG = [
         EDIT | {"vital_layers": [[1]]},
         'vital_layers: expected "auto", a list of layers, a vital_layers.j',
     ),
-    (SkipSettings, {"prompts": ["a"], "layers": "some"}, "layers: expected 'all', got \"some\""),
+    (
+        GenerateSettings,
+        {"prompts": ["a"], "outpaint": 50},
+        "outpaint: expected fractions of the image's sides, from 0 to 10, got 50",
+    ),
+    (
+        SkipSettings,
+        {"prompts": ["a"], "layers": "some"},
+        'layers: expected "all", a list of layers, or a list of lists of layers, got "some"',
+    ),
     (
         SkipSettings,
         {"prompts": ["a"], "layers": 5},
@@ -138,6 +147,11 @@ WRONG = [
         GenerateSettings,
         {"prompts": ["a", 5]},
         'prompts[1]: expected a string or {"prompt": "...", "seed": 0}, got 5',
+    ),
+    (
+        GenerateSettings,
+        {"prompts": ["a"], "lora": [5]},
+        'lora[0]: expected a string or {"file": "...", "weight": 0.8}, got 5',
     ),
     (GenerateSettings, {"prompts": [{"prompt": 5}]}, "prompts[0].prompt: expected a string, got 5"),
     (
