@@ -82,10 +82,10 @@ def load_flow_model(
     spec, device = get_spec(name), pick_device(str(device))
     if verbose:
         print(f"Loading {name}")
-    path = Path(path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download))
-    opened, given = OpenFiles(), path_from_env(spec.env_lora)
-    transformer = opened.open(path, "transformer")
-    lora = own_lora(spec, transformer, Path(given) if given else None, lora_scale, hf_download)
+    path = path_from_env(spec.env_flow) or own_file(spec, spec.repo_flow, hf_download)
+    opened = OpenFiles()
+    transformer, given = opened.open(path, "transformer"), path_from_env(spec.env_lora)
+    lora = own_lora(spec, transformer, given, lora_scale, hf_download)
     model = OpenModel(spec, ModelFiles(path, path, path, own_lora=lora), opened)
     if lora is not None and spec.condition == "control":
         tensors = opened.open(lora.path).tensors
@@ -124,7 +124,7 @@ def load_ae(
     """Load the autoencoder of the model `name`. The arguments and errors are those of `load_flow_model`."""
     spec, device = get_spec(name), pick_device(str(device))
     path = path_from_env(spec.env_ae) or own_file(spec, spec.repo_ae, hf_download)
-    return _opened(spec, Path(path)).load_autoencoder(device, dtype)
+    return _opened(spec, path).load_autoencoder(device, dtype)
 
 
 def load_t5(
@@ -184,9 +184,7 @@ def get_checkpoint_path(repo_id: str, filename: str, env_var: str) -> Path:
     """
     given = path_from_env((env_var,))
     if given is not None:
-        if not Path(given).exists():
-            raise InputError(f"Got {given} in {env_var}, which does not exist: mend or unset the variable")
-        return Path(given)
+        return given
     owners = (
         spec for spec in configs.values() if repo_id in (spec.repo_id, spec.lora_repo_id, spec.redux_repo_id)
     )

@@ -43,7 +43,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     spec, opened = get_spec(settings.model), OpenFiles()
     named, text = _named_files(settings, spec, opened)
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
-    lora_weights = _first(settings.lora_weights, path_from_env(spec.env_lora))
+    lora_weights = _named(settings.lora_weights, spec.env_lora)
     _check_named(named, text, [*(lora.path for lora in loras), *filter(None, [lora_weights])], opened)
     _find_image_encoder(settings, spec, download)
 
@@ -76,14 +76,14 @@ def _named_files(
 
     What has no name of its own, but is in the transformer's file or folder, is taken from there.
     """
-    flow = _first(settings.weights, path_from_env(spec.env_flow))
+    flow = _named(settings.weights, spec.env_flow)
     # The small models' text encoders are part of the package, as their autoencoder is.
-    text = _first(settings.text_encoders, None if spec.folder else path_from_env(ENV_TEXT))
+    text = _named(settings.text_encoders, () if spec.folder else ENV_TEXT)
     paths: dict[Part, Path | None] = {
         "transformer": flow,
-        "vae": _first(settings.ae_weights, path_from_env(spec.env_ae)),
-        "text_encoder_2": _first(settings.t5_weights),
-        "text_encoder": _first(settings.clip_weights),
+        "vae": _named(settings.ae_weights, spec.env_ae),
+        "text_encoder_2": _named(settings.t5_weights),
+        "text_encoder": _named(settings.clip_weights),
     }
     if flow is not None:
         beside: tuple[Part, ...] = ("vae",) if text else ("vae", "text_encoder_2", "text_encoder")
@@ -194,7 +194,7 @@ def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True)
     Raises:
         InputError: The model has none, or it is not there and cannot be downloaded.
     """
-    path = _first(given, path_from_env(spec.env_redux))
+    path = _named(given, spec.env_redux)
     if path is not None:
         return path
     if spec.redux_filename is None:
@@ -259,10 +259,21 @@ def checkpoint_of(settings: ModelSettings) -> str | None:
 # ---- paths
 
 
-def path_from_env(names: tuple[str, ...]) -> str | None:
-    """The value of the first of these environment variables that is set."""
-    return next((os.path.expanduser(os.environ[name]) for name in names if os.environ.get(name)), None)
+def path_from_env(names: tuple[str, ...]) -> Path | None:
+    """The path in the first of these environment variables that is set.
+
+    Raises:
+        InputError: Nothing is there.
+    """
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return None
+    path = Path(os.path.expanduser(os.environ[name]))
+    if not os.path.exists(path):
+        raise InputError(f"Got {path} in {name}, which does not exist: mend or unset the variable")
+    return path
 
 
-def _first(*candidates: str | None) -> Path | None:
-    return next((Path(path) for path in candidates if path), None)
+def _named(path: str | None, variables: tuple[str, ...] = ()) -> Path | None:
+    """The path that the user names: in the settings, else in the first of these variables that is set."""
+    return Path(path) if path else path_from_env(variables)

@@ -59,7 +59,7 @@ def test_text_encoders_by_a_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUX_TEXT_ENCODERS", "/nowhere")
     assert files_of("flux-dev", **paths, text_encoders=str(NANO_FOLDER)).text == NANO_FOLDER
     assert files_of("flux-nano").text == NANO_FOLDER, "the small models keep their own"
-    with pytest.raises(InputError, match="Got /nowhere for the text encoders"):
+    with pytest.raises(InputError, match="Got /nowhere in FLUX_TEXT_ENCODERS, which does not exist"):
         files_of("flux-dev", **paths)
 
 
@@ -75,7 +75,7 @@ def test_a_wrong_path_is_told_before_anything_is_downloaded(monkeypatch, variabl
     monkeypatch.setattr(find, "own_file", lambda *_: pytest.fail("went to the hub"))
     monkeypatch.setattr(find, "own_text_folder", lambda *_: pytest.fail("went to the hub"))
     monkeypatch.setenv(variable, "/nowhere.safetensors")
-    with pytest.raises(InputError, match=r"/nowhere.safetensors, which does not exist"):
+    with pytest.raises(InputError, match=f"Got /nowhere.safetensors in {variable}, which does not exist"):
         files_of("flux-dev")
 
 

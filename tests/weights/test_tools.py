@@ -283,8 +283,8 @@ def test_redux_by_each_way_to_name_it(place, monkeypatch):
     expected = place("FLUX.1-Redux-dev", "flux1-redux-dev.safetensors", {"redux_up.weight": torch.zeros(1)})
     for name in ("flux-dev-redux", "flux-dev", "flux-schnell"):
         assert find_redux(configs[name], download=False) == expected
-    monkeypatch.setenv("FLUX_REDUX", "/x/redux.safetensors")
-    assert find_redux(configs["flux-dev"]) == Path("/x/redux.safetensors")
+    monkeypatch.setenv("FLUX_REDUX", "ae.safetensors")
+    assert find_redux(configs["flux-dev"]) == Path("ae.safetensors")
     assert find_redux(configs["flux-dev"], "mine") == Path("mine")
     with pytest.raises(InputError, match="this model has no Redux adapter"):
         find_redux(configs["flux-nano"])
