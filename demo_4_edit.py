@@ -41,12 +41,11 @@ def main(file: str = "edit.json", **overrides: Any) -> None:
     opened = local_model(settings)
     settings, layers = complete_edit(settings, photo, opened.fingerprint() if opened else None)
     check_run(settings)
-    mask = conditions.mask if settings.mask is None else None
-    check_edits(settings, layers, photo, mask)
+    check_edits(settings, layers, photo, conditions.mask)
     settings = with_caption(settings, photo)
     pipe = LoadedModel.load(settings, ranks, opened).steered(conditions, settings)
     with count_evaluations(pipe) as evaluations:
-        made = edit(pipe, settings, layers, photo, mask)
+        made = edit(pipe, settings, layers, photo, conditions.mask)
     if ranks.rank:  # only the first process writes
         return
     result = EditResult(settings, made.reference, made.edits, pipe.timings, evaluations())

@@ -16,7 +16,7 @@ from flux.editing.reference import Reference
 from flux.editing.reference_fields import reference_fields
 from flux.editing.run import run_batches
 from flux.editing.source import OnStep, Source, find_source
-from flux.errors import InputError, warn
+from flux.errors import InputError
 from flux.images.masks import as_mask, read_mask
 from flux.loaded_model import LoadedModel
 from flux.modules.conditioner import cut_words, shortened
@@ -146,7 +146,7 @@ def check_edits(
         settings: Settings of the edits.
         layers: The vital layers.
         photo: The photograph, if one is edited.
-        mask: The mask of edits that name none.
+        mask: The mask of edits that name none. If the settings name a file, it is that of the file.
 
     Returns:
         The mask of each edit. None if it may change all of its image, or its mask is found while it runs.
@@ -162,9 +162,7 @@ def check_edits(
     masks: list[Mask | None] = []
     for entry in settings.entries:
         _check_dose(settings, entry, layers, has_photo)
-        if entry.prompt == settings.prompt:
-            warn(f"{shortened(entry.prompt)!r} is also the reference's prompt: this edit asks for no change")
-        if entry.mask is None:
+        if entry.mask is None or (mask and entry.mask == settings.mask not in ("auto", "none")):
             image = mask and as_mask(mask)
         else:
             image = None if entry.mask in ("auto", "none") else read(entry.mask)
@@ -173,13 +171,11 @@ def check_edits(
 
 
 def _check_dose(settings: ResolvedEdit, entry: Turn, layers: Sequence[int], has_photo: bool) -> None:
-    """Raise InputError if the dose of an edit cannot be given; warn if it names too many layers."""
+    """Raise InputError if the dose of an edit cannot be given."""
     dose = entry.effective_dose()
     window(settings.num_steps, dose.inject_from, dose.inject_until)
     if isinstance(dose.weight, Mapping) and (others := sorted(dose.weight.keys() - set(layers))):
         raise InputError(f"Got weights for layers {others}, but the vital layers are {list(layers)}")
-    if dose.top is not None and dose.top > len(layers):
-        warn(f"Got top {dose.top}, but there are {len(layers)} vital layers: all of them inject")
     if entry.mask == "auto" and has_photo and settings.inversion_free:
         raise InputError(
             f'Got mask "auto" with inversion "{settings.inversion}": FlowEdit has no attention to compare'

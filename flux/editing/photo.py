@@ -101,8 +101,11 @@ def token_mask(mask: Image.Image, sizes: Sequence[tuple[int, int]], width: int, 
         InputError: A mask of another size, or without white where the edit is.
     """
     if mask.size not in sizes:
-        sizes_text = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes))
-        raise InputError(f"Got a mask of {mask.width}x{mask.height} pixels: expected {sizes_text}")
+        got, expected = (
+            f"{mask.width}x{mask.height}",
+            " or ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes)),
+        )
+        raise InputError(f"Got a mask of {got} pixels: expected {expected}, scale it to the image's size")
     part = mask.convert("L").crop(middle(mask.size, width, height))
     white = torch.from_numpy(np.asarray(part) >= WHITE)[None, None].float()
     # The maximum, so that thin strokes survive being scaled down.

@@ -243,9 +243,7 @@ class Pipeline:
         })  # fmt: skip
         photograph = given.one("photo")
         settings, layers = complete_edit(settings, photograph, self._checkpoint)
-        painted = conditions.mask if settings.mask is None else None
-        if "mask" in given.unfiled:  # the settings name a file that is yet to be saved
-            settings, painted = settings.model_copy(update={"mask": None}), given.one("mask")
+        painted = conditions.mask or given.one("mask")
         print_warnings(settings, self.models.spec)
         check_edits(settings, layers, photograph, painted)
         settings = with_caption(settings, photograph)

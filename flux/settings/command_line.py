@@ -166,7 +166,7 @@ def value_of(text: str, annotation: Any) -> Any:
             except ValueError:
                 return text
         if str in entries:
-            return [text] if " " in text else text.split(",")
+            return [text] if " " in text else text.split(",") if text else []
     return text
 
 

@@ -9,6 +9,7 @@ from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, 
 from flux.settings.doses import PUBLISHED_GUIDANCE
 from flux.settings.edits import DOSE_NUMBERS, EditSettings
 from flux.settings.fields import StrictModel
+from flux.settings.messages import show
 
 if TYPE_CHECKING:
     from flux.specs import ModelSpec
@@ -33,7 +34,7 @@ def fields_without_effect(settings: ModelSettings, spec: "ModelSpec") -> list[st
 
 
 def settings_warnings(settings: ModelSettings, spec: "ModelSpec") -> list[str]:
-    """Return a line for each reason of fields without effect, and one about the size where it is unusual.
+    """Return a line for each reason of fields without effect, for an unusual size, and for an idle edit.
 
     Command lines print them to stderr (`print_warnings`). A page calls this with the settings that it runs
     with, and shows the lines beside its images.
@@ -44,6 +45,10 @@ def settings_warnings(settings: ModelSettings, spec: "ModelSpec") -> list[str]:
         lines.append(
             f"{width}x{height} is far from {spec.size}x{spec.size}, the size that {settings.model} was made "
             "for: expect scenes that repeat or fall apart"
+        )
+    if isinstance(settings, EditSettings) and settings.prompt in {each.prompt for each in settings.entries}:
+        lines.append(
+            f"{show(settings.prompt)} is the reference's prompt and an edit's, which asks for no change"
         )
     return lines
 
@@ -59,8 +64,10 @@ def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple
     if (settings.true_cfg or spec.true_cfg) == 1:
         for name in _changed(settings, "negative_prompt", "cfg_from", "mimic_scale", "mimic_percentile"):
             yield name, "true_cfg is 1"
-    elif isinstance(settings, EditSettings) and settings.mimic_scale is None:
-        for name in _changed(settings, "mimic_percentile"):
+    elif isinstance(settings, EditSettings):
+        if settings.cfg_from == 1:
+            yield "true_cfg", "cfg_from is 1"
+        for name in _changed(settings, "mimic_percentile") if settings.mimic_scale is None else ():
             yield name, "no mimic_scale"
     if not spec.params.guidance_embed:
         usual = {None, spec.guidance}
@@ -87,9 +94,10 @@ def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple
     if isinstance(settings, EditSettings):
         yield from _without_effect_on_edits(settings)
     if isinstance(settings, ScanSettings):
-        count = spec.num_layers if settings.layers == "all" else len(settings.layers)
+        listed = range(spec.num_layers) if settings.layers == "all" else settings.layers
+        count = sum(isinstance(each, int) or len(each) == 1 for each in listed)  # of sets, none is chosen
         if settings.top is not None and settings.top > count:
-            yield f"top {settings.top}", f"only {count} layers are scanned"
+            yield f"top {settings.top}", f"only {count} layers are skipped alone"
 
 
 def _without_effect_on_conditions(
@@ -129,8 +137,12 @@ def _without_effect_on_edits(settings: EditSettings) -> Iterator[tuple[str, str]
     elif not settings.inverts:
         for name in _changed(settings, "nudging", "correct_drift"):
             yield name, f'inversion is "{settings.inversion}"'
+    if settings.photo is not None and settings.prompt is not None:
+        for name in _changed(settings, "caption_model"):
+            yield name, "there is a prompt"
     if settings.photo is not None and settings.inversion_free:
-        for name in _changed(settings, "vital_layers", "dose", "parts", *DOSE_NUMBERS):
+        # vital_layers are filled in for every run
+        for name in _changed(settings, "dose", "parts", *DOSE_NUMBERS):
             yield name, f'inversion "{settings.inversion}" injects nothing'
         for name in _changed(settings, "context_every") if settings.context else ():
             yield name, "FlowEdit computes all of it in every step"

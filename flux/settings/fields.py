@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic_core import PydanticCustomError
 
 MAX_SEED = 2**63 - 1
+WIDEST_BORDER = 10  # times the side of the image
 
 
 def _expected(what: str) -> PydanticCustomError:
@@ -59,9 +60,10 @@ def _form(layers: Any) -> str | None:
     return None
 
 
-def _by_form(expected: str) -> Discriminator:
+def _by_form(expected: str, *words: str) -> Discriminator:
+    """Return the choice among the forms. If there are `words`, a text must be one of them."""
     return Discriminator(
-        _form,
+        lambda layers: None if words and isinstance(layers, str) and layers not in words else _form(layers),
         custom_error_type="expected",
         custom_error_message="{what}",
         custom_error_context={"what": expected},
@@ -83,6 +85,8 @@ def _four_sides(value: Any) -> Any:
     entries = list(value) if isinstance(value, list | tuple) else [value]
     if len(entries) not in (1, 4) or not all(isinstance(entry, int | float) for entry in entries):
         raise _expected("one number, or four: left, right, above, below")
+    if not all(0 <= entry <= WIDEST_BORDER for entry in entries):
+        raise _expected(f"fractions of the image's sides, from 0 to {WIDEST_BORDER}")
     return entries * (4 // len(entries))
 
 
@@ -107,8 +111,7 @@ Guidance = Annotated[float, Field(ge=0)]
 TrueCfg = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(gt=0, le=1)]
-Border = Annotated[float, Field(ge=0, le=10)]
-Borders = Annotated[tuple[Border, Border, Border, Border], LIST_OR_EMPTY, BeforeValidator(_four_sides)]
+Borders = Annotated[tuple[float, float, float, float], LIST_OR_EMPTY, BeforeValidator(_four_sides)]
 Offload = Annotated[Literal["none", "model", "blocks", "auto"], BeforeValidator(_offload_name)]
 
 MetricName = Literal["dino", "psnr", "ssim", "lpips", "clip"]
@@ -122,7 +125,7 @@ SkippedLayers = Annotated[
     Annotated[Literal["all"], Tag("word")]
     | Annotated[LayerNumbers, Tag("numbers")]
     | Annotated[LayerSets, Tag("sets")],
-    _by_form('"all", a list of layers, or a list of lists of layers'),
+    _by_form('"all", a list of layers, or a list of lists of layers', "all"),
 ]
 VitalLayers = Annotated[
     Annotated[FilePath, Tag("word")] | Annotated[LayerNumbers, Tag("numbers")],

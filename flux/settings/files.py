@@ -77,7 +77,8 @@ def read_settings(
     |-------------------------|------------------------------------------------------------------------------|
     | the JSON file           | the path as given; configs/                                                  |
     | a field                 | `overrides`; the file; its default                                           |
-    | fields of `cls.either`  | all from `overrides` if one is there; else all from the file                 |
+    | fields of `cls.either`, | all from `overrides` if one is there; else all from the file                 |
+    | mask and outpaint       |                                                                              |
     | `prompts` as a text     | that file: as given; beside the JSON file; in configs/                       |
     | seeds of the prompts    | `seed` in `overrides`, counted on; the prompt's own; `seed`, counted on      |
     | an image, weights, LoRA | from `overrides`: as given; from the file: beside it; of the package, for    |
@@ -242,9 +243,10 @@ def _without_other_model(
 
 def _without_rivals(cls: type[Settings], data: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data without the fields of which only one may be given, if an override gives one."""
-    if all(given.get(name) is None for name in cls.either):
-        return data
-    return {name: value for name, value in data.items() if name not in cls.either}
+    for rivals in (cls.either, ("mask", "outpaint")):
+        if any(given.get(name) is not None for name in rivals):
+            data = {name: value for name, value in data.items() if name not in rivals}
+    return data
 
 
 def read_prompts(

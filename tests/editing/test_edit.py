@@ -21,7 +21,7 @@ from helpers.editing import (
 from PIL import Image
 
 from flux import sampling
-from flux.editing.edit import check_edits, edit, edit_reference
+from flux.editing.edit import edit, edit_reference
 from flux.editing.photo import Photograph
 from flux.editing.reference import keep_reference
 from flux.errors import InputError, Stopped
@@ -167,22 +167,6 @@ def test_turns_take_from_the_first_source(small, edited):
     """Each turn is an edit of the same reference: no drift, whatever the turns before it did."""
     chain = make(small, edits=[{"prompt": EDITS[0], "then": [EDITS[1], EDITS[2]]}])
     assert all(difference(a, b) == 0 for a, b in zip(chain.edits, edited.edits, strict=True))
-
-
-def test_more_layers_than_there_are_are_told():
-    with pytest.warns(UserWarning, match="Got top 9, but there are 2 vital layers"):
-        check_edits(settings(top=9), (4, 0))
-
-
-def test_an_edit_with_the_prompt_of_its_reference_is_told():
-    """Not refused, since an edit of a photograph may be a test of how well it comes back."""
-    with pytest.warns(UserWarning, match="'a dog on the grass' is also the reference's prompt"):
-        check_edits(settings(edits=[EDITS[0], DOG]), LAYERS)
-
-
-@pytest.mark.filterwarnings("error")
-def test_as_many_layers_as_there_are_are_not_told():
-    check_edits(settings(top=2), (4, 0))
 
 
 def test_turns_inherit():

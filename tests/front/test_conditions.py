@@ -106,6 +106,16 @@ def test_edits_of_a_filled_image(pipe, mask):
     assert not np.array_equal(pixels(made.reference)[:, kept:], pixels(made.edits[0])[:, kept:])
 
 
+@pytest.mark.parametrize("mask", ["mask.png", "image"])
+def test_edits_of_a_filled_image_in_another_size(pipe, mask):
+    """The mask is scaled with the image."""
+    given = Image.open("mask.png") if mask == "image" else mask
+    size = {"width": 32, "height": 32}
+    made = pipe("tiny-fill").edit("a dog", ["a cat"], fill="a.png", mask=given, **size, **FAST)
+    assert np.array_equal(pixels(made.reference)[:, :14], pixels(made.edits[0])[:, :14])
+    assert not np.array_equal(pixels(made.reference)[:, 16:], pixels(made.edits[0])[:, 16:])
+
+
 def test_edits_under_a_context_image(pipe):
     """With the kv injected in all layers and steps, the edit is nearer to its reference."""
     kontext = pipe("tiny-kontext")

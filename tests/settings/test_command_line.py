@@ -69,6 +69,7 @@ def read(tmp_path, monkeypatch):
         (EditSettings, EDIT, ["--falling", "--tiled", "--offload"], {"falling": True, "offload": "model"}),
         (EditSettings, EDIT, ["--offload", "blocks"], {"offload": "blocks"}),
         (LayerSettings, {"prompt": "a"}, ["--prompts", '["b"]'], {"prompts": (Prompt(prompt="b", seed=0),)}),
+        (LayerSettings, {"prompt": "a", "words": ["a"]}, ["--words", ""], {"words": ()}),
         (GenerateSettings, {"prompts": ["a"]}, ["--prompts", '{"prompt": "b"}'],
          {"prompts": (Prompt(prompt="b", seed=0),)}),
     ],

@@ -78,8 +78,9 @@ CASES = [
     (SessionSettings, {"strength": 0.5, "init_image": "a.png"}, []),
     (LayerSettings, LAYER | {"at_steps": [1], "words": ["dog"]}, ["at_steps, words (no layers)"]),
     (LayerSettings, LAYER | {"at_steps": [1], "words": ["dog"], "layers": [1]}, []),
-    (ScanSettings, SCAN | {"top": 9, "layers": [1, 2]}, ["top 9 (only 2 layers are scanned)"]),
-    (ScanSettings, SCAN | {"top": 16}, ["top 16 (only 15 layers are scanned)"]),
+    (ScanSettings, SCAN | {"top": 9, "layers": [1, 2]}, ["top 9 (only 2 layers are skipped alone)"]),
+    (ScanSettings, SCAN | {"top": 2, "layers": [[1, 2], [3]]}, ["top 2 (only 1 layers are skipped alone)"]),
+    (ScanSettings, SCAN | {"top": 16}, ["top 16 (only 15 layers are skipped alone)"]),
     (ScanSettings, SCAN | {"top": 2, "layers": [1, 2]}, []),
     (EditSettings, EDIT | {"paste_back": True, "inversion": "none"}, ["paste_back, inversion (no photo)"]),
     (EditSettings, EDIT | {"as_published": True, "nudging": 1.1}, ["as_published, nudging (no photo)"]),
@@ -102,7 +103,7 @@ CASES = [
     (
         EditSettings,
         EDIT | {"photo": "a.png", "inversion": "none", "vital_layers": [3], "dose": "paper", "weight": 0.5},
-        ['vital_layers, dose, weight (inversion "none" injects nothing)'],
+        ['dose, weight (inversion "none" injects nothing)'],
     ),
     (
         EditSettings,
@@ -125,6 +126,8 @@ CASES = [
         ["top 3 (only 2 vital layers)"],
     ),
     (EditSettings, EDIT | {"vital_layers": [4, 0], "top": 2}, []),
+    (EditSettings, EDIT | {"true_cfg": 2, "cfg_from": 1}, ["true_cfg (cfg_from is 1)"]),
+    (EditSettings, EDIT | {"photo": "a.png", "caption_model": "m"}, ["caption_model (there is a prompt)"]),
     (
         EditSettings,
         EDIT | SCHNELL | {"edits": [{"prompt": "a", "guidance": 9}]},
@@ -153,6 +156,13 @@ def test_defaults_need_no_warning(cls, fields, model):
     settings = resolve(check_settings(cls, fields | {"model": model}))
     assert not settings_warnings(settings, get_spec(model))
     assert not settings_warnings(check_settings(cls, settings.to_json()), get_spec(model))
+
+
+def test_an_edit_with_the_prompt_of_its_reference_is_told_once():
+    """Not refused, since an edit of a photograph may be a test of how well it comes back."""
+    settings = check_settings(EditSettings, EDIT | {"edits": ["a cat", "a dog", "a dog"]})
+    [line] = settings_warnings(settings, get_spec(settings.model))
+    assert line == '"a dog" is the reference\'s prompt and an edit\'s, which asks for no change'
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,12 @@ def test_nothing_is_said_where_the_files_numbers_hold(read, capsys, data, overri
         (SkipSettings, {"prompts": ["a"], "layers": [1]}, {"layers": "all"}, {"layers": "all"}),
         (SkipSettings, {"prompts": ["a"]}, {"layers": ((0, 1), (2,))}, {"layers": ((0, 1), (2,))}),
         (DinoSettings, DINO | {"top": 5}, {"threshold": 0.5}, {"top": None, "threshold": 0.5}),
+        (
+            GenerateSettings,
+            {"prompts": ["a"], "fill": "a.png", "mask": "b.png"},
+            {"outpaint": [0.5]},
+            {"mask": None, "outpaint": (0.5, 0.5, 0.5, 0.5)},
+        ),
         (DinoSettings, DINO | {"top": 5}, {"gap": True}, {"top": None, "gap": True}),
         (LayerSettings, {"prompt": "a"}, {"prompts": ["b"]}, {"prompts": (Prompt(prompt="b", seed=0),)}),
         (LayerSettings, {"prompts": ["a", "b"]}, {"prompt": "c"}, {"prompts": (Prompt(prompt="c", seed=0),)}),
