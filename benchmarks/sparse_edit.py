@@ -69,24 +69,25 @@ class SparseBench(Bench):
 
     def all_steps(self, model: Flux) -> dict[str, Callable[[], Tensor]]:
         """Name the steps of one model, and those that a run records as CUDA graphs."""
-        steps = self.steps(model)
+        one = self.inputs()
+        kept = model.observe(one, Intervention(keep=frozenset(range(model.num_layers))))[1].kept
+        steps = self.steps(model, kept)
         if self.device.type == "cuda":
-            recorded = self.steps(model, GraphedModel(model))
+            recorded = self.steps(GraphedModel(model), kept)
             steps |= {f"{name}, recorded": recorded[name] for name in steps if "tokens" in name}
         return steps
 
-    def steps(self, model: Flux, graphed: GraphedModel | None = None) -> dict[str, Callable[[], Tensor]]:
-        """Name the steps of one model, which `graphed` records if it is given."""
+    def steps(self, model: Flux | GraphedModel, kept: Kept) -> dict[str, Callable[[], Tensor]]:
+        """Name the steps of one model, beside what a reference kept of all layers."""
         one, three = self.inputs(), self.inputs(EDITS)
         guidance = None if one.guidance is None else one.guidance[:1]
         mods = model.modulations(one.timesteps[:1], one.y[:1], guidance)
-        every, vital = frozenset(range(model.num_layers)), frozenset(self.size.layers)
+        every, vital = frozenset(kept), frozenset(self.size.layers)
 
         def ask(inputs: Inputs, what: Intervention) -> tuple[Tensor, Kept]:
-            velocity, found = (graphed or model).observe(inputs, what, mods=mods)
+            velocity, found = model.observe(inputs, what, mods=mods)
             return velocity, found.kept
 
-        kept = ask(one, Intervention(keep=every))[1]
         injected = {layer: kept[layer] for layer in vital}
         tokens = one.img.shape[1]
 

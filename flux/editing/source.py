@@ -174,7 +174,7 @@ class Source:
     def cond_at(self, cond: Conditioning, index: int) -> Conditioning:
         """Return what steers step `index`: the negative pass begins with `cfg_from`."""
         begins = step_at(self.settings.cfg_from, self.num_steps)
-        return cond if index >= begins else replace(cond, negative=None)
+        return cond if cond.negative is None or index >= begins else replace(cond, negative=None)
 
     def steps(
         self,

@@ -6,7 +6,7 @@ needed, since their latent is the reference's too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,19 +17,28 @@ from flux.math import Parts
 from flux.sampling import Conditioning, ContextReuse, Passes, Step, VelocityModel, euler_step
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RowGroup:
     """The rows of a batch that may change the same tokens. They share a pass.
 
     Attributes:
         rows: The rows, ascending.
+        places: The same as a tensor, on the device of the latents.
         free: The tokens. If None, all of them.
         context: Reuses the context's keys and values of these rows. If None, they are computed.
     """
 
     rows: list[int]
+    places: Tensor
     free: FreeTokens | None
     context: ContextReuse | None = None
+    _known: tuple[Conditioning, Conditioning] | None = field(default=None, init=False)
+
+    def cond_of(self, cond: Conditioning) -> Conditioning:
+        """The conditioning of these rows, from that of the whole batch. It is the same in many steps."""
+        if self._known is None or self._known[0] is not cond:
+            self._known = cond, cond.at_rows(self.rows)
+        return self._known[1]
 
     def intervention(self, whole: Intervention, kv: Mapping[int, Parts], batch: int) -> Intervention:
         """The intervention of this group's pass.
@@ -66,7 +75,8 @@ def group_rows(mask: Tensor, cond: Conditioning) -> list[RowGroup]:
     for rows in alike.values():
         tokens = mask[rows[0], :, 0]
         free = None if tokens.all() else FreeTokens.of(tokens)
-        groups.append(RowGroup(rows, free, ContextReuse.of(cond)))
+        places = torch.tensor(rows, device=mask.device)
+        groups.append(RowGroup(rows, places, free, ContextReuse.of(cond)))
     return groups if any(group.free for group in groups) else []
 
 
@@ -94,10 +104,10 @@ def sparse_step(
     batch, velocity, t, t_next = len(img), torch.empty_like(img), reference.t, reference.t_next
     for group in groups:
         each = Passes(*(group.intervention(*pair, batch) for pair in zip(interventions, reference.kept)))
-        part, own = (img, cond) if len(group.rows) == batch else (img[group.rows], cond.at_rows(group.rows))
+        part, own = (img, cond) if len(group.rows) == batch else (img[group.places], group.cond_of(cond))
         found = euler_step(model, part, img_ids, own, t, t_next, each, context=group.context).velocity
         if group.free is not None:
             others = group.free.others
             found[:, others] = rows_of(reference.velocity, group.rows, batch)[:, others].to(found)
-        velocity[group.rows] = found
+        velocity[group.places] = found
     return Step(t, t_next, img, velocity)

@@ -21,7 +21,7 @@ from flux.math import Exchange, PartialParts
 from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
-MOST_TOKENS = 2560  # of all rows of a batch; with more, an H100 takes longer than Python
+MOST_TOKENS = 4096  # of all rows of a batch; with more, an H100 takes longer than Python
 MOST_GRAPHS = 8  # that are kept at once
 
 T = TypeVar("T")
