@@ -19,13 +19,14 @@ def no_gradients():
 
 
 def test_it_learns_a_subject_and_other_prompts_stay(tmp_path):
-    """By DINOv2: the distance to the nearest training image falls from 0.30 to 0.07, while a prompt without
-    the trigger moves by 0.03, and one with it by 0.24. A fifth of the steps of configs/train.json.
+    """By DINOv2: the distance to the nearest training image falls from 0.26 to 0.04, while a prompt without
+    the trigger moves by 0.04, and one with it by 0.29. 40 of the 300 steps of configs/train.json, on smaller
+    images.
     """
-    write_set(tmp_path / "images", SUBJECT, 10)
+    write_set(tmp_path / "images", SUBJECT, 10, side=192)
     fields = {
-        "images": str(tmp_path / "images"), "trigger": SUBJECT, "learning_rate": 4e-3, "steps": 60,
-        "sample_every": 60, "save_every": 60, "num_steps": 6, "device": "cpu",
+        "images": str(tmp_path / "images"), "trigger": SUBJECT, "learning_rate": 4e-3, "steps": 40,
+        "sample_every": 40, "save_every": 40, "width": 192, "height": 192, "num_steps": 4, "device": "cpu",
         "sample_prompts": ["a [trigger] on the grass", "a dog on the grass"],
         "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
