@@ -42,6 +42,7 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("The model and its sampling", demos.ModelSettings, ""),
     ("Prompts", demos.PromptSettings, ""),
     ("One image on several GPUs", demos.Divisible, ""),
+    ("Many images on several GPUs", demos.Shareable, "[Several GPUs](several-gpus.md) shows how."),
     (
         "Images that steer",
         conditions.ConditionSettings,

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -40,7 +39,7 @@ from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.loaded_model import LoadedModel
 from flux.runs.record import image_metadata
-from flux.runs.workers import finish_beside, gpus_per_worker, run_tasks, uses_ray
+from flux.runs.workers import finish_beside, run_tasks_of
 from flux.settings.complete import resolve
 from flux.weights.find import local_model
 from flux.weights.open_model import OpenModel
@@ -85,9 +84,7 @@ def evaluate(
         _measure_again(store, measurer, every, progress)
     store.begin()
     titles = _titles(settings, items, methods)
-    by_ray = uses_ray(settings.workers, settings.ray_address)
-    work = (settings,) if by_ray else (settings, pipe, opened)
-    _edit_and_record(store, measurer, work, items, list(titles), progress)
+    _edit_and_record(store, measurer, (pipe, opened), items, list(titles), progress)
     rows = {title: [store.rows[name, item.key] for item in items] for name, title in titles.items()}
     write_summary(store.path, rows)
     save_image(_sheet(store, items, titles), store.path / "sheet.png")
@@ -140,7 +137,7 @@ class EditTask:
 
 
 class EvaluateWorker:
-    """Runs tasks, here or in a process of `flux.runs.workers.run_tasks`.
+    """Runs tasks. The work of `flux.runs.workers.run_tasks_of`.
 
     Raises:
         InputError: As `LoadedModel.load`.
@@ -152,13 +149,6 @@ class EvaluateWorker:
         pipe: LoadedModel | None = None,
         opened: OpenModel | None = None,
     ):
-        if (
-            pipe is None
-            and settings.device.startswith("cuda")
-            and uses_ray(settings.workers, settings.ray_address)
-        ):
-            # Ray shows a worker only its own GPU, as the first one.
-            settings = settings.model_copy(update={"device": "cuda"})
         self.methods: dict[str, ResolvedMethod | None] = dict.fromkeys(BASELINES)
         self.methods |= {method.slug: method for method in resolve_methods(settings, opened)}
         photos = settings.references == "photo"
@@ -173,14 +163,14 @@ class EvaluateWorker:
 def _edit_and_record(
     store: Store,
     measurer: Measurer,
-    work: tuple[Any, ...],
+    loaded: tuple[LoadedModel | None, OpenModel | None],
     items: Sequence[Item],
     names: Sequence[str],
     progress: bool,
 ) -> None:
     """Make the missing edits. A thread saves and measures each batch while the next one is made.
 
-    `work` are the arguments of `EvaluateWorker`.
+    `loaded` are the model and its open files, if they are there.
     """
     settings = store.settings
     missing = _missing(items, names, settings.batch_size, store)
@@ -202,8 +192,7 @@ def _edit_and_record(
             if task.method == "truth":  # needs no model
                 record(task, [_truth(settings, item) for item in task.items])
         tasks = [task for task in missing if task.method != "truth"]
-        workers = (settings.workers, settings.ray_address, gpus_per_worker(settings.device))
-        results = run_tasks(EvaluateWorker, work, tasks, *workers)
+        results = run_tasks_of(settings, EvaluateWorker, loaded, tasks)
         for _ in finish_beside(results, lambda number, edits: record(tasks[number], edits)):
             pass
 

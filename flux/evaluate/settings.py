@@ -8,9 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from flux.errors import InputError
 from flux.settings.conditions import ConditionSettings
-from flux.settings.demos import ModelSettings
+from flux.settings.demos import ModelSettings, Shareable
 from flux.settings.edits import EditSettings
-from flux.settings.fields import FilePath, Seed, Text, Words
+from flux.settings.fields import FilePath, Seed, Words
 from flux.settings.files import check_settings
 from flux.settings.messages import show, unknown_field
 
@@ -38,7 +38,7 @@ CONTEXT_IN = ("all", "vital", "others")
 MethodFields = dict[str, Any]
 
 
-class EvaluateSettings(ModelSettings, frozen=True):
+class EvaluateSettings(Shareable, frozen=True):
     """Settings of an evaluation. A field such as num_steps is for all methods that do not name their own."""
 
     demo: ClassVar[str] = "evaluate"
@@ -68,8 +68,6 @@ class EvaluateSettings(ModelSettings, frozen=True):
         description="a judge of its own, such as measuring.pt; for python -m training.evaluate_edits",
     )
     batch_size: int = Field(16, ge=1, description="edits made at once")
-    workers: int = Field(1, ge=1, description="processes that share the work through Ray, one per GPU")
-    ray_address: Text | None = Field(None, description='a Ray cluster: "auto", or its head\'s address')
     output_dir: FilePath = Field("output/evaluate", description="folder to write to, or to resume")
 
     @field_validator("methods")

@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from flux.runs.ray_pool import WorkerPool, connected, import_ray
-from flux.settings.demos import SkipSettings
+from flux.settings.demos import Shareable
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -106,7 +106,7 @@ def run_tasks(
 
 
 def run_tasks_of(
-    settings: SkipSettings,
+    settings: Shareable,
     make_work: Callable[..., Work[Task, Result]],
     loaded: tuple[Any, ...],
     tasks: Sequence[Task],

@@ -229,6 +229,17 @@ class Divisible(ModelSettings, frozen=True):
     )
 
 
+class Shareable(ModelSettings, frozen=True):
+    """Work that several processes can share through Ray."""
+
+    workers: int = Field(
+        default=1, ge=1, description="processes that share the work through Ray, one on each GPU"
+    )
+    ray_address: Text | None = Field(
+        default=None, description='a Ray cluster: "auto", or its head\'s address'
+    )
+
+
 class GenerateSettings(Divisible, PromptSettings, frozen=True):
     """Demo 0: one image per prompt."""
 
@@ -278,7 +289,7 @@ class LayerSettings(Divisible, PromptSettings, frozen=True):
         return self
 
 
-class SkipSettings(PromptSettings, frozen=True):
+class SkipSettings(Shareable, PromptSettings, frozen=True):
     """Demo 2: the same images with layers skipped: a list one by one, a list of lists in sets."""
 
     demo: ClassVar[str] = "skip"
@@ -290,12 +301,6 @@ class SkipSettings(PromptSettings, frozen=True):
         default=0.0, ge=0, lt=1, description="fraction of a skipped layer's output that is kept"
     )
     seeds: int = Field(default=1, ge=1, description="images of each prompt, each with a seed one higher")
-    workers: int = Field(
-        default=1, ge=1, description="processes that share the work through Ray, one on each GPU"
-    )
-    ray_address: Text | None = Field(
-        default=None, description='a Ray cluster: "auto", or its head\'s address'
-    )
     output_dir: FilePath = Field(default="output/skip", description="folder to write to, or to resume in")
 
     @model_validator(mode="after")

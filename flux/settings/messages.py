@@ -60,7 +60,7 @@ def describe_errors(
         elif kind == "value_error":
             message = str(context["error"])
         else:
-            context["example"] = EXAMPLES.get(context.get("class_name"), "an object {...}")
+            context["example"] = EXAMPLES.get(context.get("class_name", ""), "an object {...}")
             expected = EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
             message = f"expected {expected}, got {show(problem['input'])}"
         path = path_of(place, data)
