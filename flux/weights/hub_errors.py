@@ -17,6 +17,8 @@ T = TypeVar("T")
 ATTEMPTS = 6  # without progress
 FIRST_PAUSE = 1.0  # seconds, doubled from one attempt to the next
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+NO_ADDRESS = ("UnsupportedProtocol", "InvalidURL")  # errors of httpx
+NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def with_retries(
@@ -52,7 +54,9 @@ def _is_temporary(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRY_STATUS
     # The client's version decides which of httpx's errors it passes on.
-    return type(error).__module__.startswith("httpx") or "Consistency check failed" in str(error)
+    kind = type(error)
+    from_network = kind.__module__.startswith("httpx") and kind.__name__ not in NO_ADDRESS
+    return from_network or "Consistency check failed" in str(error)
 
 
 @contextmanager
@@ -80,6 +84,7 @@ def hub_errors(repo_id: str, licence: str, what: str) -> Iterator[None]:
 
 def _reason(error: Exception, repo_id: str, licence: str) -> str | None:
     """The reason of a failed download, and what to do; None for errors that are not the hub's."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     refusal = _refusal(error, repo_id, licence) if isinstance(error, HfHubHTTPError) else None
@@ -90,8 +95,12 @@ def _reason(error: Exception, repo_id: str, licence: str) -> str | None:
             "it is not on this machine, and the hub cannot be reached or HF_HUB_OFFLINE is set: "
             "go online, or give the files' paths"
         )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in NO_FOLDER:
         return f"{error.filename} cannot be written: set HF_HOME to a folder that can"
+    if type(error).__name__ in NO_ADDRESS:
+        return f"HF_ENDPOINT is {constants.ENDPOINT!r}: begin it with https://, or unset it"
+    if isinstance(error, UnicodeEncodeError):  # headers are ASCII
+        return "the token has a letter that tokens never have: log in with `hf auth login`, or mend HF_TOKEN"
     if type(error).__name__ == "ProxyError" or (
         isinstance(error, ValueError | ImportError) and "proxy" in f"{error}".lower()
     ):

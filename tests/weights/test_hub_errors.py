@@ -1,5 +1,6 @@
 """Refusals of the hub, of a proxy or of this machine: one line each, which says what to do."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -55,6 +56,21 @@ def test_a_hub_that_does_not_answer(server, monkeypatch, capsys):
     assert server.pauses == [2, 4]
     for line, pause in zip(capsys.readouterr().err.splitlines(), (2, 4), strict=True):
         assert line == f"The hub does not answer (ConnectError): trying again in {pause} s"
+
+
+@pytest.mark.parametrize("endpoint", ["mirror.example", ""])
+def test_an_endpoint_that_is_no_address(server, endpoint, monkeypatch):
+    """No patience helps."""
+    lie_at(endpoint, monkeypatch)
+    with pytest.raises(InputError, match=f"HF_ENDPOINT is '{endpoint}': begin it with https://, or unset it"):
+        own_flow()
+    assert server.pauses == []
+
+
+def test_a_token_with_another_letter(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_ü")
+    with pytest.raises(InputError, match="the token has a letter that tokens never have"):
+        own_flow()
 
 
 # ---- refusals in the hub's own words
@@ -128,9 +144,10 @@ def test_no_home_folder(server, monkeypatch):
     assert not Path("~").exists()
 
 
-def test_a_cache_that_cannot_be_written(server, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOTDIR])
+def test_a_cache_that_cannot_be_written(server, code, monkeypatch):
     def refuse(path, *_, **__):
-        raise PermissionError(13, "Permission denied", str(path))
+        raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InputError, match=r"blobs cannot be written: set HF_HOME to a folder that can$"):
