@@ -77,7 +77,7 @@ def _read_scan(path: Path, spec: ModelSpec) -> list[int]:
     """Read the vital_layers.json of a scan of this model, the most vital layers first."""
     if not path.is_file():
         raise InputError(
-            f"Got vital_layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
+            f"Got layers {str(path)!r}, which is no file and no preset: give a vital_layers.json, a "
             f'list of layers, "auto", "all", or one of {", ".join(PRESETS)}'
         )
     try:

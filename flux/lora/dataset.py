@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,6 +143,9 @@ def read_training_set(settings: TrainSettings, spec: ModelSpec) -> TrainingSet:
         found = list(dict.fromkeys(size_for(image.width, image.height, size) for size in sizes))
         examples += [Example(path, caption, *each, context) for each in found]
         digest.update(json.dumps([*content, found]).encode())
+    most = max(Counter(example.size for example in examples).values())
+    if (given := settings.batch_size) > most:
+        warn(f"Got batch_size {given}, but at most {most} images of one size, as each batch has them")
     return TrainingSet(tuple(examples), digest.hexdigest()[:32])
 
 

@@ -106,7 +106,8 @@ def merge_into(
         The name of the model that the file can be loaded as.
 
     Raises:
-        InputError: A LoRA does not fit the transformer, or the output exists or cannot be written.
+        InputError: A LoRA does not fit the transformer, a sum is too large for the dtype of its weights, or
+            the output exists or cannot be written.
     """
     path, opened = check_output(output, force), open_loras(files)
     for lora in opened:
@@ -117,7 +118,14 @@ def merge_into(
     checkpoint = open_checkpoint(Path(base), "transformer")
     name, model = _open_model(checkpoint, opened[0], uses)
     transformer = model.load_transformer("cpu", _dtype_of(checkpoint))
-    _save_large(path, _expanded(transformer, configs[name].params))
+    tensors = _expanded(transformer, configs[name].params)
+    for parameter, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"Cannot write {path}: {parameter} has a number too large for {tensor.dtype}: "
+                "give smaller weights"
+            )
+    _save_large(path, tensors)
     return name
 
 

@@ -307,16 +307,18 @@ def form_of(lora: OpenLora) -> Form:
 
 
 def check_output(path: str | Path, force: bool) -> Path:
-    """Check that a file may be written.
+    """Check that a safetensors file may be written.
 
     Raises:
-        InputError: It exists, and is not to be replaced.
+        InputError: Its name is that of another kind of file; or it exists, and is not to be replaced.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"Got output {path}, which is a folder: name a file in it")
     if path.exists() and not force:
         raise InputError(f"Got output {path}, which exists: name another file, or give --force to replace it")
+    if path.suffix not in (".safetensors", ".sft"):  # by which other programs know it
+        raise InputError(f"Got output {path}, expected a name that ends in .safetensors")
     return path
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from flux.errors import InputError
 from flux.files import write_bytes
+from flux.intervention import check_layers
 from flux.lora.contents import OpenLora, open_lora
 from flux.lora.pairs import OF_PEFT, check_output
 from flux.weights.lora_patches import Patch
@@ -34,10 +35,11 @@ def prune(
         The layers that were kept.
 
     Raises:
-        InputError: The file is no LoRA, none of the layers is in it, or the output exists or cannot be
-            written.
+        InputError: The file is no LoRA, a layer is not one of the model's, none of the layers is in the file,
+            or the output exists or cannot be written.
     """
     path, lora = check_output(output, force), open_lora(file)
+    check_layers(layers, lora.num_layers)
     kept = sorted(set(layers) & set(lora.layers))
     if not kept:
         raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 from flux.files import write_json, write_text
 from flux.lora.contents import OpenLora, layer_name, open_loras
 from flux.lora.norms import LayerChange, layer_changes
+from flux.lora.pairs import ENCODERS
 from flux.scan.layers import scored_sets
 from flux.scan.plots import plot_vitality
 from flux.scan.report import fill_in
@@ -52,7 +53,6 @@ class LoraReport:
         more = len(lora.models) - len(models)
         ranks = sorted({rank for change in self.changes for rank in change.ranks})
         alphas = sorted({alpha for change in self.changes for alpha in change.alphas})
-        encoders = {"text_encoder": "CLIP", "text_encoder_2": "T5"}
         found = {
             "form": lora.form,
             "names": lora.names,
@@ -62,7 +62,7 @@ class LoraReport:
             "rank": _numbers(ranks),
             "alpha": _numbers(alphas),
             "bytes": f"{sum(header.size for header in lora.file.checkpoint.headers):,}",
-            "text encoders": ", ".join(f"{encoders[part]} {n}" for part, n in lora.text_encoders.items()),
+            "text encoders": ", ".join(f"{ENCODERS[part]} {n}" for part, n in lora.text_encoders.items()),
         }
         return {key: value for key, value in found.items() if value} | lora.telling_metadata()
 

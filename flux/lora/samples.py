@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import sampling
+from flux.captions.folder import mentions
 from flux.files import write_bytes, write_text
 from flux.images.io import read_image, save_image, to_pil
 from flux.images.sheets import grid
@@ -35,6 +36,7 @@ from flux.specs import ModelSpec
 TABLE, PLOT, SHEET = "curves.csv", "curves.png", "samples.png"
 SHEET_SIDE = 256
 SMOOTHED = 25  # steps whose losses make one point of the curve
+DIGITS = 5  # of a distance
 
 
 @dataclass(frozen=True)
@@ -176,23 +178,19 @@ class Sampler:
         own, of_base = (self.encoder.embed(each).cpu() for each in (images, base))
         to_training = 1 - own @ self.features.dino.T
         to_base: Tensor = 1 - (own * of_base).sum(dim=1)
-        return [
-            Distances(
-                step, prompt, self._has_trigger(prompt), float(row.mean()), float(row.min()), float(distance)
-            )
-            for prompt, row, distance in zip(self.prompts, to_training, to_base)
-        ]
-
-    def _has_trigger(self, prompt: str) -> bool:
-        trigger = self.settings.trigger
-        return trigger is None or trigger.lower() in prompt.lower()
+        trigger, rows = self.settings.trigger, []
+        for prompt, *distances in zip(self.prompts, to_training.mean(1), to_training.amin(1), to_base):
+            has_trigger = trigger is None or mentions(prompt, trigger)
+            # As the table has them, so that a start that resumes draws the same curves.
+            rows.append(Distances(step, prompt, has_trigger, *(round(float(x), DIGITS) for x in distances)))
+        return rows
 
     def _write(self, losses: Sequence[float]) -> None:
         text = StringIO()
         table = csv.DictWriter(text, [field.name for field in fields(Distances)], lineterminator="\n")
         table.writeheader()
         for row in self.rows:
-            values = {k: f"{v:.5f}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            values = {k: f"{v:.{DIGITS}f}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             table.writerow(values)
         write_text(self.folder / TABLE, text.getvalue())
         plot_curves(self.rows, losses, self.folder / PLOT)

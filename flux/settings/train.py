@@ -98,6 +98,8 @@ class TrainSettings(ModelSettings, frozen=True):
             raise ValueError("got dtype float16, in which gradients overflow: give bfloat16 or float32")
         if self.checkpointing == "off" and self.offload in ("blocks", "auto"):
             raise ValueError('got checkpointing "off" with streamed blocks, which need it: leave one out')
+        if self.trigger is None and any(TRIGGER in text for text in self.sample_prompts or ()):
+            raise ValueError(f"got {TRIGGER} in sample_prompts, but no trigger: give one")
         if self.batch_size < self.parallel:
             raise ValueError(
                 f"got batch_size {self.batch_size} for {self.parallel} processes: give each an image at least"
@@ -111,7 +113,7 @@ class TrainSettings(ModelSettings, frozen=True):
         return (*listed, *(self.rank if isinstance(self.rank, dict) else ()))
 
     def with_trigger(self, text: str) -> str:
-        """The text with the trigger in its place. Without a trigger, the place is left out."""
+        """The text with the trigger in its place."""
         return " ".join(text.replace(TRIGGER, self.trigger or "").split())
 
     def workload(self) -> Workload:

@@ -39,7 +39,7 @@ PARAMS = replace(
     depth_single_blocks=2,
 )
 SPEC = replace(WHOLE, params=PARAMS, size=64, num_steps=2, vital_layers=(2, 1))
-SAME = ("lora.safetensors", "lora_000006.safetensors", "state.safetensors", "curves.csv")
+SAME = ("lora.safetensors", "lora_000006.safetensors", "state.safetensors", "curves.csv", "curves.png")
 """Files that must not depend on where a training was killed."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import weight_files
 from helpers.lora_files import file_of, pairs
-from helpers.sweep import largest_difference
+from helpers.images import difference
 
 from flux.errors import InputError
 from flux.images.io import read_image
@@ -74,7 +74,7 @@ def test_images(ablated, loaded, nano):
 
     def differences(variant, images):
         made = [read_image(ablation.image_path(row, variant)) for row in range(2)]
-        return [largest_difference(a, b) for a, b in zip(made, images, strict=True)]
+        return [difference(a, b) for a, b in zip(made, images, strict=True)]
 
     assert differences(BASE, expected(nano)) == [0, 0]
     live.set_strength(1.0, {4: 0.0})
@@ -128,7 +128,7 @@ def test_resumed(ablated, loaded, tmp_path, monkeypatch):
     ablate(settings_of(folder, top=None, gap=True), loaded, metrics=METRICS, progress=False)
     assert made == [variant_of((4,))]
     before = ablated[0] / "prompt_001" / "without_04.png"
-    assert largest_difference(read_image(lost), read_image(before)) == 0
+    assert difference(read_image(lost), read_image(before)) == 0
 
 
 @pytest.mark.parametrize("changes", [{"num_steps": 2}, {"lora": [{"file": LORA, "weight": 0.5}]}])
@@ -160,7 +160,7 @@ def test_results_travel_between_processes(loaded, tmp_path):
     task = Ablation(settings_of(tmp_path)).tasks[0]
     images = work.run(task)()
     travelled = module.UpdateAblator.unpack(work.pack(lambda: images))()
-    assert [largest_difference(a, b) for a, b in zip(images, travelled, strict=True)] == [0, 0]
+    assert [difference(a, b) for a, b in zip(images, travelled, strict=True)] == [0, 0]
 
 
 def test_shipped_configs():

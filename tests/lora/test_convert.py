@@ -47,7 +47,7 @@ def test_same_numbers_and_names(base, source, tmp_path, form):
 
 def test_there_and_back_is_the_same_file(source, tmp_path):
     """Parts that share their first factor become one pair of the first rank again."""
-    there, back = tmp_path / "there", tmp_path / "back"
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     convert(source, there, "diffusers")
     convert(there, back, "kohya")
     assert_alpha_moved(load_file(source), load_file(back))
@@ -63,12 +63,13 @@ def test_parts_of_their_own_become_blocks(tiny, weights, base, tmp_path):
             f"{name}.lora_A.weight": torch.randn(rank, 32),
             f"{name}.lora_B.weight": torch.randn(32, rank),
         }
-    source = weight_files.save(file, tmp_path / "x")
-    convert(source, tmp_path / "fused", "bfl")
-    assert load_file(tmp_path / "fused")["double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (5, 32)
-    assert error(base, tmp_path / "fused", source) < 2e-6
-    convert(tmp_path / "fused", tmp_path / "again", "diffusers")
-    again = load_file(tmp_path / "again")
+    source = weight_files.save(file, tmp_path / "x.safetensors")
+    fused = tmp_path / "fused.safetensors"
+    convert(source, fused, "bfl")
+    assert load_file(fused)["double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (5, 32)
+    assert error(base, fused, source) < 2e-6
+    convert(fused, tmp_path / "again.safetensors", "diffusers")
+    again = load_file(tmp_path / "again.safetensors")
     assert {name: x.shape for name, x in again.items()} == {name: x.shape for name, x in file.items()}
     assert all(torch.equal(again[name], file[name]) for name in file)
 
@@ -79,9 +80,9 @@ def test_biases(tiny, weights, base, tmp_path, form):
     swapped, alone = "final_layer.adaLN_modulation.1", "vector_in.in_layer"
     file = file_of(pairs(weights, ["img_in", swapped]), lambda m: m, None, "lora_A", "lora_B")
     file |= {f"{m}.lora_B.bias": torch.randn(len(weights[f"{m}.bias"])) for m in (swapped, alone)}
-    source = weight_files.save(file, tmp_path / "x")
-    convert(source, tmp_path / "out", form)
-    assert error(base, tmp_path / "out", source) < 2e-6
+    source = weight_files.save(file, tmp_path / "x.safetensors")
+    convert(source, tmp_path / "out.safetensors", form)
+    assert error(base, tmp_path / "out.safetensors", source) < 2e-6
 
 
 def test_diffusers_gives_the_same_numbers(weights, source, base, tmp_path):
@@ -122,8 +123,9 @@ def test_diffusers_reads_kohyas_form(tmp_path):
 
 @pytest.mark.parametrize(("stored", "expected"), [("float16", torch.float16), ("float32", torch.float32)])
 def test_dtype(source, tmp_path, stored, expected):
-    main(["convert", str(source), "--form", "bfl", "--output", str(tmp_path / "out"), "--dtype", stored])
-    assert {x.dtype for x in load_file(tmp_path / "out").values()} == {expected}
+    out = tmp_path / "out.safetensors"
+    main(["convert", str(source), "--form", "bfl", "--output", str(out), "--dtype", stored])
+    assert {x.dtype for x in load_file(out).values()} == {expected}
 
 
 def test_metadata_of_peft_is_written_anew(tiny, weights, tmp_path):
@@ -133,19 +135,20 @@ def test_metadata_of_peft_is_written_anew(tiny, weights, tmp_path):
     names = file_of(
         chosen, lambda m: "transformer.single_transformer_blocks.3.proj_out", None, "lora_A", "lora_B"
     )
-    source = weight_files.save(names, tmp_path / "x", lora_adapter_metadata=json.dumps(config))
+    source = weight_files.save(names, tmp_path / "x.safetensors", lora_adapter_metadata=json.dumps(config))
     for form in FORMS:
-        convert(source, tmp_path / form, form)
-        patch = open_lora(tmp_path / form).patches[0]
+        out = tmp_path / f"{form}.safetensors"
+        convert(source, out, form)
+        patch = open_lora(out).patches[0]
         product = patch.scale * patch.change.matrix(patch.place, 1.0, torch.device("cpu"))
         down, up = chosen["single_blocks.3.linear2"]
         assert tiny_models.relative_error(product, 8 * up @ down) < 2e-6
-        with safe_open(tmp_path / form, "pt") as file:
+        with safe_open(out, "pt") as file:
             assert ("lora_adapter_metadata" in file.metadata()) == (form == "diffusers")
 
 
 def test_an_existing_file_stays(source, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     out.write_text("mine")
     with pytest.raises(InputError, match=r"which exists: name another file, or give --force"):
         convert(source, out, "bfl")
@@ -154,17 +157,25 @@ def test_an_existing_file_stays(source, tmp_path):
     assert open_lora(out).names == "BFL"
 
 
+@pytest.mark.parametrize("name", ["out", "out.gguf", "out.bin"])
+def test_a_name_of_another_kind_of_file(source, tmp_path, name):
+    with pytest.raises(InputError, match=r"expected a name that ends in \.safetensors"):
+        convert(source, tmp_path / name, "bfl")
+
+
 def test_a_file_of_zeros_has_nothing_to_convert(tiny, tmp_path):
     pair = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.zeros(96, 2)}
-    source = weight_files.save({f"{BLOCKS[0]}.{name}": x for name, x in pair.items()}, tmp_path / "x")
+    source = weight_files.save(
+        {f"{BLOCKS[0]}.{name}": x for name, x in pair.items()}, tmp_path / "x.safetensors"
+    )
     with pytest.raises(InputError, match="no layer is changed"):
-        convert(source, tmp_path / "out", "diffusers")
+        convert(source, tmp_path / "out.safetensors", "diffusers")
 
 
 def test_other_forms_are_refused(tiny, tmp_path):
     module = "double_blocks.1.img_attn.qkv"
     file = {f"{module}.lokr_w1": torch.randn(12, 4), f"{module}.lokr_w2": torch.randn(8, 8)}
-    source = weight_files.save(file, tmp_path / "x")
+    source = weight_files.save(file, tmp_path / "x.safetensors")
     with pytest.raises(InputError, match="with LoKr: only pairs of factors can be written anew"):
-        convert(source, tmp_path / "out", "kohya")
-    assert not (tmp_path / "out").exists()
+        convert(source, tmp_path / "out.safetensors", "kohya")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -55,17 +55,18 @@ def source(transformer, tmp_path):
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_text_encoders_come_out_the_same(source, tmp_path, form):
-    convert(source, tmp_path / "out", form)
+    out = tmp_path / "out.safetensors"
+    convert(source, out, form)
     for part in PARTS:
         for plain, found, expected in zip(
-            matrices(part), matrices(part, LoraUse(tmp_path / "out")), matrices(part, LoraUse(source))
+            matrices(part), matrices(part, LoraUse(out)), matrices(part, LoraUse(source))
         ):
             assert torch.allclose(found, expected, atol=1e-6)
             assert not torch.allclose(found, plain, atol=1e-3)
 
 
 def test_there_and_back_is_the_same_file(source, tmp_path):
-    there, back = tmp_path / "there", tmp_path / "back"
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     convert(source, there, "diffusers")
     names = {name.split(".lora_")[0] for name in load_file(there) if not name.startswith("transformer.")}
     assert names == {
@@ -101,11 +102,11 @@ def test_diffusers_reads_clips_changes(source, tmp_path):
 
 
 def test_merged_they_add_up(source, transformer, tmp_path):
-    other = weight_files.save(transformer | of_text_encoders(seed=5, rank=2), tmp_path / "other")
-    merge([source, other], tmp_path / "both", [0.5, -1.5], form="diffusers")
+    other = weight_files.save(transformer | of_text_encoders(seed=5, rank=2), tmp_path / "other.safetensors")
+    merge([source, other], tmp_path / "both.safetensors", [0.5, -1.5], form="diffusers")
     for part in PARTS:
         expected = matrices(part, LoraUse(source, 0.5), LoraUse(other, -1.5))
-        for found, each in zip(matrices(part, LoraUse(tmp_path / "both")), expected):
+        for found, each in zip(matrices(part, LoraUse(tmp_path / "both.safetensors")), expected):
             assert torch.allclose(found, each, atol=1e-6)
 
 
@@ -114,21 +115,21 @@ def test_merged_they_add_up(source, transformer, tmp_path):
 
 def test_bfls_form_has_no_names_for_them(source, tmp_path):
     with pytest.warns(UserWarning, match="are left out") as told:
-        convert(source, tmp_path / "out", "bfl")
+        convert(source, tmp_path / "out.safetensors", "bfl")
     assert [str(each.message) for each in told] == [
         "The changes to CLIP are left out: bfl has no names for them",
         "The changes to T5 are left out: bfl has no names for them",
     ]
-    assert not any("encoder" in name for name in load_file(tmp_path / "out"))
+    assert not any("encoder" in name for name in load_file(tmp_path / "out.safetensors"))
 
 
 def test_other_changes_are_told(source, tmp_path):
     norm = {"lora_te3_encoder_final_layer_norm.diff": torch.ones(64)}
-    given = weight_files.save(load_file(source) | norm, tmp_path / "y")
+    given = weight_files.save(load_file(source) | norm, tmp_path / "y.safetensors")
     with pytest.warns(
         UserWarning, match=r"1 changes to T5 are no pairs .*: lora_te3_encoder_final_layer_norm"
     ):
-        convert(given, tmp_path / "out", "diffusers")
+        convert(given, tmp_path / "out.safetensors", "diffusers")
 
 
 def test_a_transformers_file_has_no_place_for_them(base, source, tmp_path):

@@ -41,8 +41,9 @@ def test_a_lora_comes_out_again(base, tuned, tmp_path, how):
 
 def test_noise_of_the_files_has_no_rank(base, tuned, tmp_path):
     """The pairs' own rank is found, however much is allowed."""
-    extract(base, tuned, tmp_path / "lora", rank=20)
-    assert {patch.change.rank for patch in open_lora(tmp_path / "lora").patches} <= {RANK, RANK + 1, None}
+    out = tmp_path / "lora.safetensors"
+    extract(base, tuned, out, rank=20)
+    assert {patch.change.rank for patch in open_lora(out).patches} <= {RANK, RANK + 1, None}
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
@@ -62,7 +63,7 @@ def test_best_product(shape, rank, share):
 
 
 def test_command(base, tuned, tmp_path, capsys):
-    out = tmp_path / "lora"
+    out = tmp_path / "lora.safetensors"
     main(["extract", str(tuned), "--base", str(base), "--rank", "1", "--output", str(out)])
     share = float(capsys.readouterr().out.split(": ")[1].split(" %")[0])
     assert 40 < share < 46
@@ -71,10 +72,10 @@ def test_command(base, tuned, tmp_path, capsys):
 
 def test_refused(base, tuned, tiny, tmp_path):
     with pytest.raises(InputError, match="neither rank nor share"):
-        extract(base, tuned, tmp_path / "out")
+        extract(base, tuned, tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="which do not differ"):
-        extract(base, base, tmp_path / "out", rank=4)
-    other = weight_files.save(weight_files.wide().state_dict(), tmp_path / "wide")
+        extract(base, base, tmp_path / "out.safetensors", rank=4)
+    other = weight_files.save(weight_files.wide().state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match="is not this model's"):
-        extract(base, other, tmp_path / "out", rank=4)
-    assert not (tmp_path / "out").exists()
+        extract(base, other, tmp_path / "out.safetensors", rank=4)
+    assert not (tmp_path / "out.safetensors").exists()

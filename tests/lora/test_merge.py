@@ -47,8 +47,8 @@ def test_one_file(base, files, tmp_path, form):
 
 
 def test_ranks_add_up(files, tmp_path):
-    merge(files, tmp_path / "both")
-    both = load_file(tmp_path / "both")
+    merge(files, tmp_path / "both.safetensors")
+    both = load_file(tmp_path / "both.safetensors")
     name = "lora_unet_" + MODULES[2].replace(".", "_")
     assert both[f"{name}.lora_down.weight"].shape == (7, 32)
     assert both[f"lora_unet_{MODULES[-1].replace('.', '_')}.lora_down.weight"].shape == (4, 32)
@@ -57,7 +57,7 @@ def test_ranks_add_up(files, tmp_path):
 def test_into_a_checkpoint(base, files, tmp_path):
     out = tmp_path / "merged.safetensors"
     assert merge_into(base, files, out, [0.5, -1.5]) == "flux-dev"
-    other = tmp_path / "other"
+    other = tmp_path / "other.safetensors"
     other.touch()
     assert out.stat().st_mode == other.stat().st_mode
     found = weight_files.velocity(weight_files.load(out))
@@ -74,9 +74,9 @@ def test_another_form_into_packed_weights(tiny, tmp_path, monkeypatch):
     held = weight_files.save_gguf(weight_files.wide().state_dict(), tmp_path / "m.gguf", "Q8_0")
     module = "double_blocks.0.img_attn.proj"
     file = {f"{module}.lokr_w1": torch.randn(4, 4), f"{module}.lokr_w2": 0.1 * torch.randn(64, 64)}
-    lora = weight_files.save(file, tmp_path / "lora")
-    merge_into(tmp_path / "m.gguf", [lora], tmp_path / "out")
-    merged = load_file(tmp_path / "out")
+    lora = weight_files.save(file, tmp_path / "lora.safetensors")
+    merge_into(tmp_path / "m.gguf", [lora], tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
     assert {x.dtype for x in merged.values()} == {torch.bfloat16}
     expected = held[f"{module}.weight"] + torch.kron(*file.values())
     assert tiny_models.relative_error(merged[f"{module}.weight"].float(), expected) < 1e-2
@@ -93,7 +93,7 @@ def test_another_form_into_packed_weights(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_errors_are_one_line(files, tmp_path, capsys, arguments, message):
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     with pytest.raises(SystemExit) as ended:
         main(["merge", *map(str, files), *arguments, "--output", str(out)])
     assert ended.value.code == 2
@@ -104,6 +104,12 @@ def test_errors_are_one_line(files, tmp_path, capsys, arguments, message):
 
 
 def test_a_checkpoint_of_another_model(files, tmp_path):
-    other = weight_files.save(weight_files.wide().state_dict(), tmp_path / "wide")
+    other = weight_files.save(weight_files.wide().state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match="is not this model's"):
-        merge_into(other, files, tmp_path / "out")
+        merge_into(other, files, tmp_path / "out.safetensors")
+
+
+def test_numbers_too_large_for_the_weights(base, files, tmp_path):
+    with pytest.raises(InputError, match=r"has a number too large for torch\.float32: give smaller weights"):
+        merge_into(base, files[:1], tmp_path / "out.safetensors", [1e39])
+    assert not (tmp_path / "out.safetensors").exists()

@@ -70,9 +70,9 @@ def test_configuration_of_peft(tiny, weights, tmp_path):
     for name, (down, up) in zip(names, chosen.values(), strict=True):
         file |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
     text = json.dumps({f"transformer.{key}": value for key, value in config.items()})
-    source = weight_files.save(file, tmp_path / "x", lora_adapter_metadata=text)
-    prune(source, tmp_path / "small", [6])
-    lora = open_lora(tmp_path / "small")
+    source = weight_files.save(file, tmp_path / "x.safetensors", lora_adapter_metadata=text)
+    prune(source, tmp_path / "small.safetensors", [6])
+    lora = open_lora(tmp_path / "small.safetensors")
     assert [patch.scale for patch in lora.patches] == [8.0]
     assert lora.file.metadata["transformer.target_modules"] == names[1:]
 
@@ -102,7 +102,7 @@ def test_scores_of_a_report(source, tmp_path):
 
 
 def test_command(source, scores, tmp_path, capsys):
-    out = tmp_path / "small"
+    out = tmp_path / "small.safetensors"
     main(["prune", str(source), "--scores", str(scores), "--top", "2", "--output", str(out)])
     assert capsys.readouterr().out == f"{out}: layers 0, 6\n"
     assert open_lora(out).layers == [0, 6]
@@ -116,12 +116,13 @@ def test_command(source, scores, tmp_path, capsys):
         (["--top", "2"], "top and share choose by scores"),
         (["--layers", "1", "--scores", "x.json"], "layers are chosen without scores"),
         (["--layers", "5"], "changes nothing: it changes [0, 1, 2, 3, 4, 6]"),
+        (["--layers", "[0, 9]"], "Got layers [9], but this model numbers its layers 0..6"),
         (["--top", "2", "--scores", "nothing.json"], "cannot be read: No such file"),
         (["--top", "2", "--scores", __file__], "is no ablation.json and no report.json"),
     ],
 )
 def test_errors_are_one_line(source, tmp_path, capsys, arguments, message):
-    out = tmp_path / "out"
+    out = tmp_path / "out.safetensors"
     with pytest.raises(SystemExit) as ended:
         main(["prune", str(source), *arguments, "--output", str(out)])
     assert ended.value.code == 2

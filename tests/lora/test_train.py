@@ -257,7 +257,7 @@ def test_no_caption_and_no_trigger(tmp_path):
     Path(settings(tmp_path).images, "1.txt").unlink()
     for text in Path(settings(tmp_path).images).glob("*.txt"):
         text.write_text("a ball")
-    refused(tmp_path, r"1\.png, which has no caption: write 1\.txt", trigger=None)
+    refused(tmp_path, r"1\.png, which has no caption: write 1\.txt", trigger=None, sample_prompts=[])
 
 
 @pytest.mark.parametrize(
@@ -287,6 +287,7 @@ def test_fields(tmp_path, fields, match):
         ({"compile": True}, "got compile true, which training has no use for"),
         ({"dtype": "float16"}, "got dtype float16, in which gradients overflow"),
         ({"offload": "blocks", "checkpointing": "off"}, 'got checkpointing "off" with streamed blocks'),
+        ({"sample_prompts": ["a [trigger]"]}, "got [trigger] in sample_prompts, but no trigger: give one"),
         ({"parallel": 2}, "got batch_size 1 for 2 processes"),
     ],
 )

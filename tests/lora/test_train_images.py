@@ -64,6 +64,14 @@ def test_each_epoch_sees_each_example_once_in_batches_of_one_size(tmp_path):
     assert {len(batches) for batches in orders} == {3}
 
 
+def test_a_batch_size_beyond_the_images_of_one_size_is_told(tmp_path):
+    """Three of the four have one size."""
+    training = read_training_set(settings(tmp_path, batch_size=3), lora_training.SPEC)
+    assert max(map(len, training.batches(0, 0, 9))) == 3
+    with pytest.warns(match="Got batch_size 4, but at most 3 images of one size"):
+        read_training_set(settings(tmp_path, batch_size=4), lora_training.SPEC)
+
+
 def test_noise_levels_are_shifted_as_the_samplers():
     """By e^1.15 at 4096 tokens: the median of sigmoid(n), 1/2, becomes s / (s + 1)."""
     levels = noise_levels(torch.zeros(1), 4096, configs["flux-dev"], torch.float32)
