@@ -1,7 +1,7 @@
 """The named HTTP endpoints. `flux.studio` documents what each takes and returns."""
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,14 +58,20 @@ class Endpoints:
     def __init__(self, studio: Studio):
         self.studio = studio
 
-    def _asked(self, model: Any, endpoint: str) -> Studio:
-        """Return the studio of the model that a call names. If it names none, the first that can do it."""
+    def _asked(self, endpoint: str, arguments: Mapping[str, Any]) -> tuple[Studio, dict[str, Any]]:
+        """Split the arguments of a call: its model says which studio, all others are a form.
+
+        Without a model, it is the first that can do what is asked.
+
+        Raises:
+            InputError: There is no such model, or it cannot do it.
+        """
+        form = {name: value for name, value in arguments.items() if name not in ("self", "request")}
         able = {name: each for name, each in self.studio.models.items() if endpoint in endpoints_of(each)}
-        if model is None:
-            return next(iter(able.values()))
+        model = form.pop("model") or next(iter(able))
         if not isinstance(model, str) or model not in able:
             raise InputError(f"Got model {model!r:.60} for /{endpoint}, expected {' or '.join(able)}")
-        return able[model]
+        return able[model], form
 
     def _needed(self, data: Any, is_mask: bool = False) -> Image.Image:
         return self.studio.limits.read_upload(data, Path(get_upload_folder()), is_mask)
@@ -140,7 +146,7 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """Images from a prompt, the run.json that makes them again, and warnings."""
-        studio, form = self._asked(model, "generate"), _form_of(locals())
+        studio, form = self._asked("generate", locals())
         settings = generate_settings(studio, form)
 
         def work(session: Session) -> Iterator[tuple[Any, Run]]:
@@ -169,7 +175,7 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """Images that an instruction makes of context images, their run.json, and warnings."""
-        studio, form = self._asked(model, "instruct"), _form_of(locals())
+        studio, form = self._asked("instruct", locals())
         if not isinstance(context, list):
             raise InputError(f"context: expected a list of images, got {context!r:.60}")
         settings = instruct_settings(studio, form)
@@ -203,7 +209,7 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """Images that a mask is filled in, or that are continued, their run.json, and warnings."""
-        studio, form = self._asked(model, "fill"), _form_of(locals())
+        studio, form = self._asked("fill", locals())
         source = self._needed(image)
         settings = fill_settings(studio, {**form, "outpaint": mask is None}, source.size)
         painted = self._upload(mask, is_mask=True)
@@ -237,7 +243,7 @@ class Endpoints:
         model: str | None = None,
     ) -> Answer:
         """A reference and its edits, the run.json that makes them again, and warnings."""
-        studio, form = self._asked(model, "edit"), _form_of(locals())
+        studio, form = self._asked("edit", locals())
         form["edits"] = as_lines("edits", edits)
         if layers is None:
             form["layers"], _ = known_layers(studio, studio.sessions.of(request.session_hash))
@@ -269,7 +275,7 @@ class Endpoints:
         model: str | None = None,
     ) -> tuple[dict, FileData, list[str]]:
         """The contents of vital_layers.json, vitality.png, and warnings. Asked again, it resumes."""
-        studio, form = self._asked(model, "scan"), _form_of(locals())
+        studio, form = self._asked("scan", locals())
         form["prompts"] = as_lines("prompts", prompts)
         if layers is None:
             form["layers"] = list(range(studio.spec.num_layers))
@@ -279,11 +285,6 @@ class Endpoints:
         folder = Path(settings.output_dir)
         found = json.loads((folder / "vital_layers.json").read_text(encoding="utf-8"))
         return found, _file(folder / "vitality.png"), warnings_about(studio, settings, form)
-
-
-def _form_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Make a form of the arguments of an endpoint, which are named as its fields."""
-    return {name: value for name, value in arguments.items() if name not in ("self", "request", "model")}
 
 
 def as_lines(name: str, texts: Any) -> str:

@@ -152,6 +152,8 @@ def lora_settings(studio: Studio, form: Form) -> ResolvedGenerate:
         raise InputError("Got no LoRA: drop its .safetensors file first")
     settings = generate_settings(studio, {**form, "count": 1})
     strength = number_in(form, "weight", MOST_STRENGTH)
+    if not layers_on(form["layers"], studio.spec.num_layers):
+        raise InputError("Got no layer to add the LoRA in: click at least one on")
     factors = factors_in(form["layers"], studio.spec.num_layers)
     lora = Lora(file=form["lora"], weight=strength, layers=factors or None)
     return settings.model_copy(update={"lora": (*settings.lora, lora)})

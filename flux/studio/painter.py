@@ -57,7 +57,7 @@ def painted_mask(value: Any) -> Image.Image | None:
         InputError: The value is none that a page sends.
     """
     painted = value.get("painted") if isinstance(value, dict) else value
-    if painted is None:
+    if not painted:  # a board without an image sends an empty text
         return None
     try:
         file = BytesIO(b64decode(painted.removeprefix(PNG), validate=True))

@@ -24,7 +24,7 @@ SLIDERS_HTML = """${value ? `<div class="sliders" role="group" aria-label="Layer
     <output>${factor.toFixed(2)}</output></div>`;
   }).join("")}
   ${value.alone ? `<p>${value.alone}</p>` : ""}
-</div>` : `<p class="label">Its layers appear here.</p>`}"""
+</div>` : `<p class="label">The layers that the LoRA changes appear here.</p>`}"""
 
 SLIDERS_JS = """
 const change = (layer, more, kind) => {
@@ -110,7 +110,7 @@ def sliders_value(
         )
     changed = [row["layer"] for row in rows]
     untouched = ", ".join(str(layer) for layer in sorted(vital - set(changed)))
-    legend = "Bars: how much it changes each layer (norm of the change)"
+    legend = "Bars: how much the LoRA changes each layer (norm of the change)"
     legend += ", and below each the layer's vitality." if vitality else "."
     return {
         "rows": rows,
@@ -118,7 +118,7 @@ def sliders_value(
         "factors": dict.fromkeys(map(str, changed), 1.0),
         "most": most,
         "legend": f"{legend} ★: vital layers.",
-        "alone": f"Vital layers that it leaves alone: {untouched}." if untouched else "",
+        "alone": f"Vital layers that the LoRA leaves alone: {untouched}." if untouched else "",
     }
 
 

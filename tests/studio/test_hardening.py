@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import gradio as gr
+import orjson
 import pytest
 import torch
 from gradio.context import LocalContext
@@ -79,7 +80,8 @@ def refusal(page, event, data, session="a") -> str | None:
     message = None
     try:
         with torch.inference_mode():
-            asyncio.run(page.process_api(event, list(data), **asked))
+            answer = asyncio.run(page.process_api(event, list(data), **asked))
+        orjson.dumps(answer, default=str)  # as gradio sends it
     except gr.Error as error:
         message = error.message
     if message is not None:

@@ -79,7 +79,7 @@ def test_fill(serve_model, browser, image_file):
     page.locator("#fill-mask summary").get_by_text("Mask (painted)").wait_for()
     page.close()
     client = Client(url, verbose=False)
-    with pytest.raises(Exception, match="expected a border"):
+    with pytest.raises(Exception, match="Got no border and no mask"):
         client.predict("a dog", handle_file(image_file), api_name="/fill")
     with pytest.raises(Exception, match="Cannot find a function"):
         client.predict("a dog", api_name="/generate")

@@ -17,6 +17,7 @@ from helpers.studio_page import (
     visit,
     wait_until_remembered,
 )
+from helpers.waiting import until
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -126,7 +127,14 @@ def test_what_is_wrong_or_without_effect_is_said_beside_its_field(page):
     assert [side.input_value() for side in sides] == ["336", "192"]
     set_number(page, "#generate-settings", "Width", 512)
     set_number(page, "#generate-settings", "Height", 512)  # more than is accepted: the width yields
-    page.wait_for_function("document.querySelector('#generate-settings [aria-label*=Width]').value === '256'")
+    until(lambda: sides[0].input_value() == "256")
+    set_number(page, "#generate-settings", "Width", 100_000)
+    page.wait_for_function(
+        "document.querySelector('#generate-settings [aria-label*=Height]').value === '256'"
+    )
+    set_number(page, "#generate-settings", "Seed", 10**30)
+    page.locator("#generate-go").click()
+    page.get_by_test_id("toast-body").get_by_text("Seed: expected a number of at most 18 digits").wait_for()
 
 
 def test_several_images_are_a_grid_and_each_can_be_edited(page, served):
@@ -246,12 +254,20 @@ def test_an_image_with_a_lora_brings_its_settings_back(page, url, lora):
 
 
 def test_a_lora_is_trained(page, served, photo, tmp_path):
-    for number in range(2):
-        photo.save(tmp_path / f"{number}.png")
+    images = [tmp_path / f"{number}.png" for number in range(3)]
+    for image in images:
+        photo.save(image)
+
+    def wait_until_kept(count):
+        until(lambda: len(list(served.sessions.folder.rglob("uploads/training/*.png"))) == count)
+
     open_tab(page, "lora")
     set_number(page, "#lora-train", "Training steps", 2)  # behind an accordion
-    page.locator("#lora-images input[type=file]").set_input_files([tmp_path / "0.png", tmp_path / "1.png"])
-    page.locator("#lora-images a").nth(1).wait_for()
+    page.locator("#lora-images input[type=file]").set_input_files(images)
+    page.locator("#lora-images a").nth(2).wait_for()
+    wait_until_kept(3)
+    page.locator("#lora-images .file-preview button").last.click()  # removes the last one
+    wait_until_kept(2)
     page.locator("#lora-learn").click()
     page.locator("#lora-layers .slider").first.wait_for(timeout=4 * SECONDS)  # other work may have the cores
     says(page, "#lora-status", "Done")

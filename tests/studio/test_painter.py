@@ -11,6 +11,7 @@ def test_a_mask_comes_back_as_it_was_painted():
     image = Image.new("RGB", mask.size, "green")
     assert painted_mask(board(image, mask)).tobytes() == mask.tobytes()
     assert painted_mask(board(image)) is painted_mask(board(image, Image.new("L", (8, 4)))) is None
+    assert painted_mask("") is None, "as a browser sends a board that was cleared"
 
 
 def test_paint_that_a_browser_smooths_at_its_edge():

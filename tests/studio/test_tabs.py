@@ -1,10 +1,12 @@
 from typing import get_args
 
+from flux.settings.demos import GenerateSettings
 from flux.settings.doses import DoseName, InjectedParts
-from flux.settings.edits import Inversion
+from flux.settings.edits import EditSettings, Inversion
 from flux.specs import configs
 from flux.studio.forms import edit_settings, generate_settings, scan_settings
 from flux.studio.tabs import dose, edit, fill, film, generate, instruct, scan
+from flux.studio.tabs.history import without_field
 from flux.studio.tabs.runs import words_note
 from flux.vocabulary import unknown_words
 
@@ -28,6 +30,22 @@ def test_the_page_offers_every_choice_of_a_json_file():
         (dose.METHOD_LABELS, Inversion),
     ):
         assert set(labels) == set(get_args(choices))
+
+
+def test_settings_without_a_field_are_listed():
+    edit_fields = ("prompt", "edits", "seed", "weight", "dose")
+    settings = EditSettings(prompt="a dog", edits=("a cat",), seed=3, weight=0.5, dose="add")
+    assert without_field(settings, edit_fields) == []
+    settings = EditSettings(
+        prompt="a dog",
+        edits=("a cat", {"prompt": "a fox", "then": ["at night", {"prompt": "in the snow", "weight": 1}]}),
+        weight={3: 0.5},
+        cfg_from=0.5,
+    )
+    absent = ["cfg_from", "strengths by layer", "settings of single edits"]
+    assert without_field(settings, edit_fields) == absent
+    settings = GenerateSettings(prompts=("a dog", "a cat"))
+    assert without_field(settings, ("prompt",)) == ["the prompts after the first"]
 
 
 def test_examples_use_known_words():

@@ -123,7 +123,8 @@ def test_with_and_without_it(studio, untouched, tmp_path, request, form):
 
 def test_layers_off_and_weaker(studio, lora, untouched):
     kept = keep(studio, lora).path
-    before, off = compare(studio, kept, layers={"on": [], "factors": dict.fromkeys(map(str, LAYERS), 1.0)})
+    factors = dict.fromkeys(map(str, LAYERS), 1.0)
+    before, off = compare(studio, kept, layers={"on": [0], "factors": {**factors, "0": 0.0}})
     assert_same_image(before.images["000"], off.images["000"])
     factors = {"0": 0.5, "1": 1.0, "7": 1.5}
     _, some = compare(studio, kept, layers={"on": [0, 1], "factors": factors})
@@ -207,7 +208,7 @@ def test_loras_for_other_models(studio, uploads):
     down, up = torch.zeros(4, 3072), torch.zeros(9216, 4)
     file = lora_files.file_of({MODULES[0]: (down, up)}, lambda name: f"diffusion_model.{name}")
     save_file(file, uploads / "dev.safetensors")
-    with pytest.raises(InputError, match=r"Got dev\.safetensors, a LoRA for flux-dev; .* flux-nano"):
+    with pytest.raises(InputError, match=r"Got dev\.safetensors, a LoRA for flux-dev: .* flux-nano"):
         keep(studio, uploads / "dev.safetensors")
 
 
@@ -248,6 +249,7 @@ def test_values_that_no_slider_sends(studio, lora):
         {"weight": 3},
         {"weight": "a"},
         {"layers": {"on": [99], "factors": {}}},
+        {"layers": {"on": [], "factors": {}}},
         {"layers": {"on": [0], "factors": {"0": -1}}},
         {"layers": {"on": [0], "factors": {"x": 1}}},
         {"layers": {"on": [0], "factors": [1]}},

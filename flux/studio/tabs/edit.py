@@ -13,7 +13,7 @@ from flux.images.sizes import natural_size
 from flux.settings.edits import EditSettings
 from flux.settings.resolved import ResolvedEdit
 from flux.studio.form_values import Form, dose_values, format_edits
-from flux.studio.forms import SAMPLING, edit_settings, notes_about
+from flux.studio.forms import edit_settings, notes_about
 from flux.studio.painter import painted_mask
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session, read_back
@@ -26,8 +26,10 @@ from flux.studio.tabs.fields import (
     FormFields,
     add_presets,
     connect_notes,
+    filled,
     guidance_fields,
     kind_of_examples,
+    sampling_values,
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
@@ -267,11 +269,13 @@ class EditTab:
 
     def restored(self, settings: EditSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Fill the form with these settings."""
-        names = (*SAMPLING, "seed", "dose", "parts", "inversion", "paste_back")
-        values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        values = sampling_values(self.studio, settings)
+        same = ("seed", "dose", "parts", "inversion", "paste_back")
+        values |= {name: getattr(settings, name) for name in same}
         for name, default in dose_values(settings.dose).items():
             given = getattr(settings, name)
-            values[name] = default if given is None else given
+            # The page has no strengths by layer.
+            values[name] = default if given is None or isinstance(given, dict) else given
         layers = details.get("layers") or settings.vital_layers
         if isinstance(layers, str):
             layers = self.vital
@@ -281,10 +285,10 @@ class EditTab:
         values["photo"] = files.one_of("photo")
         values["prompt"] = settings.prompt or ""
         values["edits"] = format_edits(settings.edits)
-        filled = {self.fields[name]: value for name, value in values.items()}
         shown = files.shown and thumbnail(read_image(files.shown), 1024)
         canvas = self.canvas.show(shown, files.mask) if shown else self.canvas.clear()
-        return {self.upload: values["photo"], **filled, **self.steering.restored(files), **canvas}
+        form = {self.upload: values["photo"], **filled(self.fields, values)}
+        return {**form, **self.steering.restored(files), **canvas}
 
     def take(self, file: str) -> Changes:
         """Make an image of another tab a reference.
@@ -301,11 +305,11 @@ class EditTab:
         path = existing_file(file)
         settings, details = read_back(path)
         from_photo = getattr(settings, "image", None) is not None or self.studio.has_own_lora(settings)
-        values = {name: getattr(settings, name) for name in SAMPLING}
+        values = sampling_values(self.studio, settings)
         values |= {"prompt": details["prompt"], "seed": details["seed"], "edits": ""}
         values |= {"source": PHOTO if from_photo else PROMPT, "photo": str(path) if from_photo else None}
         return {
-            **{self.fields[name]: value for name, value in values.items()},
+            **filled(self.fields, values),
             self.upload: values["photo"],
             **self.canvas.show(thumbnail(read_image(path), 1024)),
             **self.steering.taken(Files.beside(path, settings)),

@@ -10,9 +10,11 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component, FormComponent
 
+from flux.settings.demos import ModelSettings
 from flux.studio.form_values import Form
+from flux.studio.forms import SAMPLING
 from flux.studio.state import Studio
-from flux.studio.widgets import UNQUEUED
+from flux.studio.widgets import UNQUEUED, Changes
 from flux.studio.words import about
 
 FormFields = dict[str, Component]
@@ -70,7 +72,14 @@ def guidance_fields(studio: Studio) -> FormFields:
             info=about("More follows the prompt more closely.", "guidance"),
             visible=distilled,
         ),
-        "true_cfg": true_cfg_slider(studio),
+        "true_cfg": gr.Slider(
+            1,
+            10,
+            studio.defaults.true_cfg,
+            step=0.1,
+            label="True CFG",
+            info=about("1 is off. More takes twice the time.", "guidance"),
+        ),
         "negative_prompt": gr.Textbox(
             label="Negative prompt",
             info="What the image should not show. True CFG steers away from it.",
@@ -79,16 +88,15 @@ def guidance_fields(studio: Studio) -> FormFields:
     }
 
 
-def true_cfg_slider(studio: Studio) -> gr.Slider:
-    """Make the slider of true CFG."""
-    return gr.Slider(
-        1,
-        10,
-        studio.defaults.true_cfg,
-        step=0.1,
-        label="True CFG",
-        info=about("1 is off. More takes twice the time.", "guidance"),
-    )
+def sampling_values(studio: Studio, settings: ModelSettings) -> dict[str, Any]:
+    """Take how a run sampled from its settings. What they leave open is as the model has it."""
+    given = {name: getattr(settings, name) for name in SAMPLING}
+    return {name: getattr(studio.defaults, name) if value is None else value for name, value in given.items()}
+
+
+def filled(fields: FormFields, values: Mapping[str, Any]) -> Changes:
+    """Give fields these values, by their names. Values without a field are left out."""
+    return {fields[name]: value for name, value in values.items() if name in fields}
 
 
 def connect_notes(fields: FormFields, notes_of: Callable[[Form], Mapping[str, str]]) -> None:

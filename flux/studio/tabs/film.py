@@ -11,12 +11,19 @@ from gradio.components import Component
 from flux.settings.demos import LayerSettings
 from flux.settings.resolved import ResolvedLayer
 from flux.studio.form_values import Form
-from flux.studio.forms import SAMPLING, film_settings, notes_about
+from flux.studio.forms import film_settings, notes_about
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.strip import layer_strip, strip_value
-from flux.studio.tabs.fields import FormFields, connect_notes, size_and_seed_fields, true_cfg_slider
+from flux.studio.tabs.fields import (
+    FormFields,
+    connect_notes,
+    filled,
+    guidance_fields,
+    sampling_values,
+    size_and_seed_fields,
+)
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownImage
@@ -73,7 +80,7 @@ class FilmTab:
         )
         with gr.Accordion("Settings", open=False, elem_id="film-settings"):
             fields = size_and_seed_fields(self.studio, seed=3)
-            return {"layers": strip, "words": words, **fields, "true_cfg": true_cfg_slider(self.studio)}
+            return {"layers": strip, "words": words, **fields, **guidance_fields(self.studio)}
 
     def connect(self, history: History) -> None:
         """Connect the events; `history` shows each new image."""
@@ -129,11 +136,11 @@ class FilmTab:
     def restored(self, settings: LayerSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fill the form with these settings."""
         entry = settings.prompts[0]
-        values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
+        values = sampling_values(self.studio, settings)
         existing = [layer for layer in settings.layers if layer < self.studio.spec.num_layers]
         values |= {"prompt": entry.prompt, "seed": entry.seed, "words": ", ".join(settings.words)}
         values["layers"] = strip_value(self.studio, existing)
-        return {self.fields[name]: value for name, value in values.items()} | self.steering.restored(files)
+        return {**filled(self.fields, values), **self.steering.restored(files)}
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Show a film of this session once more, or its image if the film was not finished."""

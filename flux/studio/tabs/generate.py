@@ -10,7 +10,7 @@ from gradio.components import Component
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.form_values import Form
-from flux.studio.forms import SAMPLING, generate_settings, notes_about
+from flux.studio.forms import generate_settings, notes_about
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
@@ -18,8 +18,10 @@ from flux.studio.tabs.fields import (
     Examples,
     FormFields,
     connect_notes,
+    filled,
     guidance_fields,
     kind_of_examples,
+    sampling_values,
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
@@ -144,13 +146,14 @@ class GenerateTab:
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Fill the form as for one image of these settings, or for all if `details` name none."""
         first, image = settings.prompts[0], files.one_of("image")
-        values = {name: getattr(settings, name) for name in (*SAMPLING, "strength")}
+        values = sampling_values(self.studio, settings)
+        values["strength"] = settings.strength
         values["prompt"] = details.get("prompt", first.prompt)
         values["seed"] = details.get("seed", first.seed)
         values["count"] = 1 if "prompt" in details else len(settings.prompts)
         values["image"] = image
-        filled = {self.fields[name]: value for name, value in values.items()}
-        return {self.new_seed: False, self.upload: image, **filled, **self.steering.restored(files)}
+        form = filled(self.fields, values)
+        return {self.new_seed: False, self.upload: image, **form, **self.steering.restored(files)}
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Show an image of this session once more."""

@@ -1,7 +1,7 @@
 """The images of this session, and the way back from an image to the settings that made it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,18 +12,29 @@ from PIL import Image
 
 from flux.errors import InputError
 from flux.images.masks import read_mask
-from flux.settings.demos import GenerateSettings, ModelSettings
+from flux.settings.demos import GenerateSettings, ModelSettings, PromptSettings
+from flux.settings.edits import INHERITED, EditSettings
 from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
+from flux.studio.tabs.fields import FormFields
 from flux.studio.visits import GONE, unpack_mask
 from flux.studio.widgets import CONCURRENT, Changes, results
 
-INPUTS = ("image", "photo", "context", "fill", "control", "redux")  # fields that name uploaded images
+INPUTS = ("image", "photo", "context", "fill", "control", "redux")
+"""Fields of settings that name uploaded images."""
+SETTLED = {*ModelSettings.model_fields, *INPUTS, "mask", "outpaint", "prompts", "vital_layers", "parallel"}
+"""Fields of settings that the page shows in its own way, or that are the operator's."""
 
 
 class RestorableTab(Protocol):
-    """A tab whose form can be filled again from the settings of an earlier run."""
+    """A tab whose form can be filled again from the settings of an earlier run.
+
+    Attributes:
+        fields: The components that a run's settings are read from, by name.
+    """
+
+    fields: FormFields
 
     @property
     def restorable(self) -> list[Component]:
@@ -176,6 +187,8 @@ class History:
         mask = unpack_mask(details["mask"]) if "mask" in details else None
         if getattr(settings, "mask", None) and mask is None:
             toast(gr.Info, "Its mask is not in the file: paint it again.")
+        if absent := without_field(settings, self._place_of(settings).tab.fields):
+            toast(gr.Warning, f"Left out, as this page has no field for it: {', '.join(absent)}.")
         shown = None if path.endswith(".json") else Path(path)
         return self._restored(settings, details, Files(mask=mask, shown=shown))
 
@@ -217,6 +230,27 @@ class History:
                 "no tab for them"
             )
         return self._places[name]
+
+
+def without_field(settings: ModelSettings, fields: Collection[str]) -> list[str]:
+    """List what a run did otherwise than usual, and for which a tab has no field.
+
+    Args:
+        settings: The settings of a run.
+        fields: The names of the tab's fields.
+    """
+    shown = {*fields, *SETTLED}
+    usual = {name: field.default for name, field in type(settings).model_fields.items() if name not in shown}
+    absent = [name for name, value in usual.items() if getattr(settings, name) != value]
+    if isinstance(getattr(settings, "weight", None), dict):
+        absent.append("strengths by layer")
+    if isinstance(settings, EditSettings):
+        shared = {name: getattr(settings, name) for name in INHERITED}
+        own = (getattr(entry, name) != value for entry in settings.entries for name, value in shared.items())
+        absent += ["settings of single edits"] * any(own)
+    if isinstance(settings, PromptSettings) and len({entry.prompt for entry in settings.prompts}) > 1:
+        absent.append("the prompts after the first")
+    return absent
 
 
 def _inputs(settings: ModelSettings, name: str, folder: Path) -> tuple[Path, ...]:

@@ -16,7 +16,7 @@ from flux.studio.forms import instruct_settings
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.fields import SMALLEST, Examples, FormFields
+from flux.studio.tabs.fields import SMALLEST, Examples, FormFields, filled
 from flux.studio.tabs.history import Files
 from flux.studio.tabs.source import ImageSource
 from flux.studio.tabs.steered import SteeredTab
@@ -132,8 +132,8 @@ class InstructTab(SteeredTab):
         values = {name: getattr(settings, name) for name in ("width", "height")}
         values["reference_strength"] = min(settings.reference_strength, MOST_STRENGTH)
         values["context_every"] = min(settings.context_every, MOST_SHARED)
-        filled = {self.fields[name]: value for name, value in values.items()}
-        return {**self.start_from([str(path) for path in files.all_of("context")]), **filled}
+        context = self.start_from([str(path) for path in files.all_of("context")])
+        return {**context, **filled(self.fields, values)}
 
 
 def _advanced() -> FormFields:

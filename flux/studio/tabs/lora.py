@@ -12,12 +12,19 @@ from gradio.utils import get_upload_folder
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.form_values import MOST_STRENGTH, Form
-from flux.studio.forms import SAMPLING, lora_settings, notes_about
+from flux.studio.forms import lora_settings, notes_about
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.sliders import add_slider_presets, facts_html, layer_sliders, sliders_value
 from flux.studio.state import Studio
-from flux.studio.tabs.fields import FormFields, connect_notes, guidance_fields, size_and_seed_fields
+from flux.studio.tabs.fields import (
+    FormFields,
+    connect_notes,
+    filled,
+    guidance_fields,
+    sampling_values,
+    size_and_seed_fields,
+)
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownImage
@@ -32,6 +39,7 @@ from flux.studio.work.lora import NAME, HeldLora, keep_lora, run_lora
 from flux.studio.work.train import can_train
 
 PROMPT = "a dog on the grass"
+NO_LORA = "Drop a LoRA for this model."
 
 
 class LoraTab:
@@ -68,9 +76,9 @@ class LoraTab:
                 )
                 [self.go] = self.controls.add_buttons("Compare")
             with gr.Column(elem_classes="outputs"):
-                self.controls.add_status("Drop a LoRA for this model.")
+                self.controls.add_status(NO_LORA)
                 self.preview = preview("lora-preview")
-                self.viewer = viewer("lora-stage", None, "The image without it and with it appears here.")
+                self.viewer = viewer("lora-stage", None, "The comparison appears here.")
                 self.under = ShownImage()
                 if self.train:
                     self.train.add_samples()
@@ -78,13 +86,12 @@ class LoraTab:
                 self.fields = {"lora": held, "prompt": self.prompt, **self.steering.fields, **self._options()}
 
     def _options(self) -> FormFields:
-        weight = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Strength", info="0 is without it.")
-        gr.Markdown(
-            about("Layers in which it is added, and a factor for each.", "layers"), elem_classes="label"
-        )
+        weight = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Strength", info="0 is without the LoRA.")
+        line = "Layers in which the LoRA is added, and a factor of its strength for each."
+        gr.Markdown(about(line, "layers"), elem_classes="label")
         self.sliders = layer_sliders("lora-layers")
         add_slider_presets(self.sliders, **UNQUEUED)
-        with gr.Accordion("What it is", open=False, elem_id="lora-about"):
+        with gr.Accordion("About this LoRA", open=False, elem_id="lora-about"):
             self.facts = gr.HTML("", elem_id="lora-facts")
         if self.train:
             self.train.add_form()
@@ -136,16 +143,17 @@ class LoraTab:
         def show_trained(session: Session, lora: HeldLora) -> Changes:
             return {**show(session, lora), self.upload: str(lora.path)}
 
+        changed = [*shown, self.controls.status]
+
         def forget() -> Changes:
-            return {held: None, self.sliders: None, self.facts: ""}
+            return dict(zip(changed, (None, None, "", status_html(NO_LORA)), strict=True))
 
         # Not passed through gradio's preprocessing, which would read arbitrary uploads.
-        changed = [*shown, self.controls.status]
         kept = self.upload.upload(
             keep, self.upload, changed, preprocess=False, concurrency_limit=None, **UNLISTED
         )
         kept.failure(lambda: None, None, self.upload, queue=False, **UNLISTED)
-        self.upload.clear(forget, None, shown, queue=False, **UNLISTED)
+        self.upload.clear(forget, None, changed, queue=False, **UNLISTED)
         if self.train:
             self.train.connect(show_trained, [*shown, self.upload])
 
@@ -177,12 +185,11 @@ class LoraTab:
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fill the form with these settings, all but the LoRA and its layers."""
         first, lora = settings.prompts[0], settings.lora[-1]
-        values = {name: getattr(settings, name) for name in SAMPLING}
+        values = sampling_values(self.studio, settings)
         values |= {"prompt": first.prompt, "seed": first.seed}
         values["weight"] = min(max(lora.weight, 0.0), MOST_STRENGTH)
         status = status_html(f"Made with {Path(lora.file).name}: drop it, if it is not the one that is here.")
-        filled = {self.fields[name]: value for name, value in values.items()}
-        return {**filled, **self.steering.restored(files), self.controls.status: status}
+        return {**filled(self.fields, values), **self.steering.restored(files), self.controls.status: status}
 
     def shown_again(self, run: Run, name: str) -> Changes:  # noqa: ARG002 - a run has one image
         """Show an image of this session once more."""

@@ -22,8 +22,8 @@ from flux.studio.tabs.fields import (
     FormFields,
     add_presets,
     connect_notes,
+    guidance_fields,
     size_and_seed_fields,
-    true_cfg_slider,
 )
 from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.steering_image import SteeringImage
@@ -65,20 +65,12 @@ class ScanTab:
 
     def _outputs(self) -> None:
         self.controls.add_status()
-        self.plot = viewer("scan-plot", None, "The vitality of each layer grows here.")
+        self.plot = viewer("scan-plot", None, "The vitality of each layer appears here.")
         self.verdict = gr.Markdown("", elem_id="scan-verdict")
         with gr.Row(elem_classes="save"):
             self.send = gr.Button("Edit with this set", size="sm", interactive=False, elem_id="scan-send")
             self.vital, self.report = download_button("vital_layers.json"), download_button("report.html")
-        self.layer = gr.Slider(
-            0,
-            self.studio.spec.num_layers - 1,
-            0,
-            step=1,
-            label="Images without layer",
-            visible=False,
-            elem_id="scan-layer",
-        )
+        self.layer = gr.Dropdown(label="Images without layer", visible=False, elem_id="scan-layer")
         self.skipped = results(
             "Images without the layer", "scan-skipped", object_fit="contain", zoomable=True
         )
@@ -95,11 +87,11 @@ class ScanTab:
             0,
             step=1,
             label="How many are vital",
-            info=about("0: all above the largest gap.", "vitality"),
+            info=about("0: those above the largest gap in vitality.", "vitality"),
         )
         with gr.Accordion("Settings", open=False, elem_id="scan-settings"):
             fields = size_and_seed_fields(self.studio, seed=3)
-            return {"layers": strip, "top": top, **fields, "true_cfg": true_cfg_slider(self.studio)}
+            return {"layers": strip, "top": top, **fields, **guidance_fields(self.studio)}
 
     def _strip(self, on: Iterable[int]) -> dict[str, Any]:
         return strip_value(self.studio, on)
@@ -138,7 +130,7 @@ class ScanTab:
         folder = Path(settings.output_dir)
         if isinstance(result, Path):
             return {self.plot: image_alone(result, PLOT), self.scanned: str(folder)}
-        first = min(layers[0] for layers in layer_sets(settings.layers, self.studio.spec.num_layers))
+        scanned = sorted(layer for [layer] in layer_sets(settings.layers, self.studio.spec.num_layers))
         layers, images = ", ".join(map(str, result.layers)), len(settings.entries)
         counted = f"{images} image{'s' * (images > 1)} per layer"
         return {
@@ -146,8 +138,8 @@ class ScanTab:
             self.send: gr.update(interactive=True),
             self.vital: downloadable(folder / "vital_layers.json"),
             self.report: downloadable(folder / "report.html"),
-            self.layer: gr.update(visible=True, value=first),
-            self.skipped: images_without(str(folder), first),
+            self.layer: gr.update(visible=True, choices=scanned, value=scanned[0]),
+            self.skipped: images_without(str(folder), scanned[0]),
         }
 
 
@@ -157,7 +149,7 @@ def images_without(folder: str | None, layer: int) -> dict[str, Any]:
         return gr.skip()
     images = []
     for row in range(len(list(Path(folder).glob("prompt_*")))):
-        skipped = image_path(Path(folder), row, (int(layer),))
+        skipped = image_path(Path(folder), row, (layer,))
         if skipped.is_file():
             reference = image_path(Path(folder), row, REFERENCE)
             images += [(str(reference), "whole"), (str(skipped), f"without {layer}")]

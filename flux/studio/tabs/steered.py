@@ -10,11 +10,18 @@ from gradio.components import Component
 from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.form_values import Form
-from flux.studio.forms import SAMPLING, notes_about
+from flux.studio.forms import notes_about
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
-from flux.studio.tabs.fields import FormFields, connect_notes, guidance_fields, size_and_seed_fields
+from flux.studio.tabs.fields import (
+    FormFields,
+    connect_notes,
+    filled,
+    guidance_fields,
+    sampling_values,
+    size_and_seed_fields,
+)
 from flux.studio.tabs.history import Files, History
 from flux.studio.tabs.runs import RunButton, RunControls
 from flux.studio.tabs.shown import ShownRun
@@ -134,12 +141,11 @@ class SteeredTab(ABC):
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Fill the form as for one image of these settings, or for all if `details` name none."""
         first = settings.prompts[0]
-        values = {name: getattr(settings, name) for name in SAMPLING if name in self.fields}
+        values = sampling_values(self.studio, settings)
         values["prompt"] = details.get("prompt", first.prompt)
         values["seed"] = details.get("seed", first.seed)
         values["count"] = 1 if "prompt" in details else len(settings.prompts)
-        filled = {self.fields[name]: value for name, value in values.items()}
-        return {**filled, **self.restored_images(settings, files)}
+        return {**filled(self.fields, values), **self.restored_images(settings, files)}
 
     @abstractmethod
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:

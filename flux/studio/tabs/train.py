@@ -40,7 +40,7 @@ class TrainPart:
 
     def add_form(self) -> None:
         """Add the form, folded."""
-        with gr.Accordion("Train one", open=False, elem_id="lora-train"):
+        with gr.Accordion("Train a LoRA", open=False, elem_id="lora-train"):
             self._upload = gr.File(
                 label=f"1 to {TRAINING_IMAGES} images",
                 file_count="multiple",
@@ -88,7 +88,9 @@ class TrainPart:
         """
         images = self.fields["images"]
 
-        def keep(request: gr.Request, uploaded: Any) -> str:
+        def keep(request: gr.Request, uploaded: Any) -> str | None:
+            if not uploaded:
+                return None
             session = self._studio.sessions.of(request.session_hash)
             kept = keep_images(self._studio, session, uploaded, Path(get_upload_folder()))
             return str(kept[0].parent)
@@ -109,12 +111,12 @@ class TrainPart:
                     shown = show(session, update.result)
                 yield update, shown
 
-        # Not passed through gradio's preprocessing, which would open arbitrary uploads.
-        kept = self._upload.upload(
+        # `change`, since single images can be removed. Not passed through gradio's preprocessing, which would
+        # open arbitrary uploads.
+        kept = self._upload.change(
             keep, self._upload, images, preprocess=False, concurrency_limit=None, **UNLISTED
         )
         kept.failure(lambda: (None, None), None, [self._upload, images], queue=False, **UNLISTED)
-        self._upload.clear(lambda: None, None, images, queue=False, **UNLISTED)
         # The status line and the samples may be out of sight here.
         self._go.click(None, None, None, js="() => { studio.look(); }", **UNQUEUED)
         training = RunButton(self._studio, self._controls, self.fields, settings_of, work)

@@ -129,9 +129,11 @@ def _plain_name(path: Path) -> str:
 
 def _check_fit(studio: Studio, report: LoraReport) -> None:
     if studio.defaults.model not in report.lora.models:
+        made_for = report.lora.models[0]
+        choose = f", choose {made_for} above" * (made_for in studio.models)
         raise InputError(
-            f"Got {report.lora.path.name}, a LoRA for {report.lora.models[0]}; this studio runs "
-            f"{studio.defaults.model}"
+            f"Got {report.lora.path.name}, a LoRA for {made_for}: this page is of "
+            f"{studio.defaults.model}{choose}"
         )
     copied = sum(
         patch.place.rows * (patch.place.columns or 1)
