@@ -82,16 +82,18 @@ def _read_scan(path: Path, spec: ModelSpec) -> list[int]:
         )
     try:
         scan = json.loads(path.read_text(encoding="utf-8"))
-        layers = scan["vital_layers"]
-    except (ValueError, KeyError, TypeError) as error:
+        layers, vitality = scan["vital_layers"], scan.get("vitality", {})
+        vitality = {layer: numbers.get("vitality", 0) for layer, numbers in vitality.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f'Got {path}, which has no list "vital_layers": give the file that demo_3_dino.py wrote'
+            f"Got {path}, which is no file of vital layers: give the one that demo_3_dino.py wrote"
         ) from error
-    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+    if layers == []:
+        raise InputError(f"Got {path}, a scan that found no vital layer: lower its threshold, or give top")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise InputError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
     _check_model(path, scan, spec)
-    vitality = scan.get("vitality", {})
-    return sorted(layers, key=lambda layer: -vitality.get(f"{layer:02d}", {}).get("vitality", 0))
+    return sorted(layers, key=lambda layer: -vitality.get(f"{layer:02d}", 0))
 
 
 def _check_model(path: Path, scan: Mapping[str, Any], spec: ModelSpec) -> None:

@@ -79,15 +79,23 @@ def test_vital_layers_that_the_model_lacks(choice):
         "{",
         "[0, 1]",
         '{"layers": [0]}',
-        '{"vital_layers": []}',
         '{"vital_layers": ["0"]}',
         '{"vital_layers": [true]}',
+        '{"vital_layers": [0], "vitality": {"00": 0.3}}',
+        '{"vital_layers": [0], "vitality": [0.3]}',
     ],
 )
 def test_files_that_are_no_scans(tmp_path, content):
     path = tmp_path / "vital_layers.json"
     path.write_text(content)
     with pytest.raises(InputError, match=r"vital_layers\.json"):
+        find_vital_layers(str(path), configs["flux-nano"])
+
+
+def test_a_scan_that_found_no_vital_layer(tmp_path):
+    path = tmp_path / "vital_layers.json"
+    path.write_text('{"vital_layers": []}')
+    with pytest.raises(InputError, match="a scan that found no vital layer: lower its threshold"):
         find_vital_layers(str(path), configs["flux-nano"])
 
 

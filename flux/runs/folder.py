@@ -16,9 +16,8 @@ from flux.settings.demos import Settings
 class ResumableFolder:
     """A folder in which a stopped run can be resumed, since its run.json says which settings made it.
 
-    A run that makes images with a model calls `claim`. What it does: if the folder is `started`, `refuse` it
-    for its `differences` to the new settings; otherwise `write_record`. `remove_leftovers` is called before
-    new files are written.
+    A run that makes images with a model calls `claim`, which writes the record of a new folder, and compares
+    that of a `started` one. `remove_leftovers` is called before new files are written.
 
     Attributes:
         path: The folder. It need not exist yet.
@@ -89,7 +88,9 @@ class ResumableFolder:
                 f"Got {self.record_path}, which cannot be read as {self.kind}'s: {error}"
             ) from error
         if demo != self.demo:
-            raise InputError(f"Got {self.path}, which demo {demo!r} wrote: give a folder of {self.program}")
+            raise InputError(
+                f"Got {self.path}, a folder of demo {demo!r}, expected one of {self.program}: give another"
+            )
         return record
 
     def differences(self, settings: Settings, free_fields: Collection[str]) -> set[str]:

@@ -72,7 +72,7 @@ def test_a_field_of_another_version_differs(folder):
         ("[]", "cannot be read as a run's"),
         ('{"demo": "test"}', "cannot be read as a run's"),
         ('{"demo": "test", "settings": []}', "cannot be read as a run's"),
-        ('{"demo": "edit", "settings": {}}', "demo 'edit' wrote: give a folder of demo_0_test.py"),
+        ('{"demo": "edit", "settings": {}}', "a folder of demo 'edit', expected one of demo_0_test.py"),
     ],
 )
 def test_a_record_of_something_else(folder, content, message):
