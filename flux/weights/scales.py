@@ -26,7 +26,7 @@ from flux.weights.headers import StoredTensor, parse_json, short_name
 FLOATS = ("F64", "F32", "F16", "BF16")
 MARKER = "scaled_fp8"
 SCALE_ENDINGS = (".scale_weight", ".weight_scale")  # the first one that a matrix has is used
-UNUSED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")  # beside a matrix with a scale
+EXTRAS = (".scale_input", ".input_scale", ".comfy_quant")  # for other programs, beside a matrix with a scale
 INT8 = "I8"
 WHOLE_NUMBERS = {INT8: "8-bit whole numbers", "U8": "packed bytes", "I32": "packed whole numbers"}
 UNSUPPORTED_ENDINGS = {
@@ -99,7 +99,10 @@ def pair_with_scales(
     _refuse_unsupported(path, stored, scales)
     _check_declared(path, declared)
     _check_comfy_quant(path, scales, stored)
-    left_out = {*scales.values(), *_scaled_fp8_extras(stored), *_extras_of_scaled(scales)}
+    extras = {name.removesuffix(".weight") + ending for name in scales for ending in EXTRAS}
+    # Those of "scaled_fp8" may stand without a matrix.
+    extras |= {name for name in stored if name == MARKER or name.endswith((f".{MARKER}", ".scale_input"))}
+    left_out = {*scales.values(), *extras}
     return {
         name: ScaledTensor(tensor, stored[scales[name]] if name in scales else None)
         for name, tensor in stored.items()
@@ -117,16 +120,6 @@ def _scale_of(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
         return None
     shape = stored[scale].shape
     return scale if math.prod(shape) == 1 or shape in (rows, (*rows, 1)) else None
-
-
-def _scaled_fp8_extras(stored: Mapping[str, StoredTensor]) -> set[str]:
-    """The marker and the activations' scales of the "scaled_fp8" dialect."""
-    return {name for name in stored if name == MARKER or name.endswith((f".{MARKER}", ".scale_input"))}
-
-
-def _extras_of_scaled(scales: Iterable[str]) -> set[str]:
-    """The scales beside quantised matrices."""
-    return {name.removesuffix(".weight") + ending for name in scales for ending in UNUSED_ENDINGS}
 
 
 # ---- formats that are not supported

@@ -23,7 +23,7 @@ class TensorSource:
         parts: The file's tensors.
         swapped: Whether the file has the two halves of the rows in the other order.
         pointwise: Whether the file has a 1x1 convolution as a matrix, without the two last axes.
-        columns: Columns of the matrix, if it has more than the file's: those are zero. If None, it has not.
+        columns: Columns of the matrix. Those that the file's lacks are zero. If None, it has the file's.
     """
 
     parts: tuple[ScaledTensor, ...]
