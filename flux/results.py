@@ -1,6 +1,7 @@
 """Results that show themselves in a notebook, and their files, which are those that the demos write."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TypeVar
 from PIL import Image
 
 from flux.attention.film import Film
+from flux.errors import InputError
 from flux.files import check_folder, write_json
 from flux.images.given import Images, file_names
 from flux.images.io import read_image, save_image, thumbnail
@@ -21,7 +23,7 @@ from flux.metrics.pixels import psnr_or_none
 from flux.runs.earlier import remove_earlier_images
 from flux.runs.record import image_metadata, run_record
 from flux.scan.layers import REFERENCE, LayerSet, layer_ranges, layer_sets
-from flux.scan.sweep import image_path
+from flux.scan.sweep import image_path, open_sweep
 from flux.settings.complete import check_images_stay
 from flux.settings.resolved import (
     ResolvedEdit,
@@ -106,7 +108,7 @@ class ImagesResult(Result):
         """Write 000.png, 001.png, ..., grid.png and run.json, as demo 0 does. See `Result.save`."""
         settings = _saved_in(folder, self.settings, self.inputs)
         write_images(settings, self.images, self.timings)
-        return Path(folder)
+        return Path(settings.output_dir)
 
 
 def write_images(
@@ -172,7 +174,7 @@ class FilmResult(Result):
         """Write step_00_noisy.png, ..., steps.gif, the sheets and run.json, as demo 1. See `Result.save`."""
         settings = _saved_in(folder, self.settings, self.inputs)
         write_films(settings, [self.film], self.timings)
-        return Path(folder)
+        return Path(settings.output_dir)
 
 
 def write_films(settings: ResolvedLayer, films: Iterable[Film], timings: Mapping[str, float]) -> list[Path]:
@@ -243,7 +245,8 @@ class EditResult(Result):
 
     def save(self, folder: str | Path) -> Path:
         """Write reference.png, edit_0.png, ..., comparison.png and run.json, as demo 4. See `Result.save`."""
-        settings, folder = _saved_in(folder, self.settings, self.inputs), Path(folder)
+        settings = _saved_in(folder, self.settings, self.inputs)
+        folder = Path(settings.output_dir)
         layers = list(settings.named_layers)
         names = ["reference", *(f"edit_{number}" for number in range(len(self.edits)))]
         written = [folder / f"{name}.png" for name in (*names, "comparison")]
@@ -305,9 +308,14 @@ class SkipResult(Result):
 
     def save(self, folder: str | Path) -> Path:
         """Copy the files, which are those of demo 2, or of a scan. See `Result.save`."""
-        if Path(folder).resolve() != self.folder.resolve():
-            _copy(self.folder, Path(folder))
-        return Path(folder)
+        folder = _writable(folder)
+        if folder.resolve() != self.folder.resolve():
+            open_sweep(self.settings.model_copy(update={"output_dir": str(folder)}))
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            record["settings"]["output_dir"] = str(folder)
+            write_json(folder / "run.json", record)
+        return folder
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -352,8 +360,9 @@ def _saved_in(folder: str | Path, settings: S, inputs: Mapping[str, Images]) -> 
     """Return the settings with this folder as theirs, and write the images that no file held into it.
 
     Raises:
-        InputError: As `check_images_stay`.
+        InputError: As `check_images_stay` and `_writable`.
     """
+    folder = _writable(folder)
     settings = settings.model_copy(update={"output_dir": str(folder)})
     check_images_stay(settings)
     files: dict[str, str | tuple[str, ...]] = {}
@@ -361,15 +370,19 @@ def _saved_in(folder: str | Path, settings: S, inputs: Mapping[str, Images]) -> 
         several = isinstance(given, list)
         names = file_names(field_name, len(given)) if several else [f"{field_name}.png"]
         for name, image in zip(names, given if several else [given]):
-            save_image(image.convert("RGB"), Path(folder) / name)
+            save_image(image.convert("RGB"), folder / name)
         files[field_name] = tuple(names) if several else names[0]
     return settings.model_copy(update=files)
 
 
-def _copy(source: Path, folder: Path) -> None:
-    """Copy the files of a sweep, whose run.json then names the new folder."""
+def _writable(folder: str | Path) -> Path:
+    """Return the folder to save to, with ~ as the home folder.
+
+    Raises:
+        InputError: It is named as an image, or as `check_folder`.
+    """
+    folder = Path(os.path.expanduser(folder))
+    if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"Got {folder}, the name of an image: save writes a folder of several files")
     check_folder(folder)
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    record["settings"]["output_dir"] = str(folder)
-    write_json(folder / "run.json", record)
+    return folder

@@ -143,6 +143,19 @@ def test_a_film(pipe, tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(made.image), np.asarray(pipe.generate(DOG, seed=7, **SMALL)[0]))
 
 
+def test_a_sweep_is_not_saved_over_another(pipe, tmp_path):
+    made = pipe.skip(DOG, 4, **SMALL).save(tmp_path)
+    with pytest.raises(InputError, match="holds a sweep made with another layers"):
+        pipe.skip(DOG, 5, **SMALL).save(tmp_path)
+    assert json.loads((made / "run.json").read_text())["settings"]["layers"] == [4]
+    assert not (made / "prompt_000" / "skip_05.png").exists()
+
+
+def test_the_name_of_an_image_is_no_folder(pipe, tmp_path):
+    with pytest.raises(InputError, match="the name of an image: save writes a folder of several files"):
+        pipe.generate(DOG, **SMALL).save(tmp_path / "dog.png")
+
+
 def test_a_folder_that_cannot_be_written_to(pipe, tmp_path):
     (tmp_path / "file").touch()
     for made in (pipe.generate(DOG, **SMALL), pipe.skip(DOG, 4, **SMALL)):

@@ -26,7 +26,6 @@ from flux.settings.files import read_prompts
 from flux.weights.find import checkpoint_of
 
 SweepSettings = TypeVar("SweepSettings", bound=SkipSettings)
-T = TypeVar("T")
 
 AnyPath = str | os.PathLike[str]
 
@@ -83,6 +82,7 @@ class Pipeline:
         t5: str = "same",
         tiled: bool = False,
         compile: bool = False,
+        **fields: Any,
     ) -> "Pipeline":
         """Find, download, check and load a model.
 
@@ -107,6 +107,8 @@ class Pipeline:
             t5: The T5 encoder as the other models ("same"), in "8bit", or on the "cpu".
             tiled: Whether images are decoded in tiles, in less memory.
             compile: Whether blocks are compiled: a slower start, faster steps.
+            **fields: Any other field of `flux.settings.ModelSettings`, such as `lora_scale`. `num_steps`,
+                `width` and other fields of a call are then the defaults of all calls.
 
         Raises:
             InputError: The model is unknown, or a file is missing or another model's. It is raised before
@@ -116,7 +118,7 @@ class Pipeline:
             "model": model, "weights": weights, "ae_weights": ae_weights, "t5_weights": t5_weights,
             "clip_weights": clip_weights, "text_encoders": text_encoders, "lora": lora, "device": device,
             "dtype": dtype, "offload": offload, "quantize": quantize, "t5": t5, "tiled": tiled,
-            "compile": compile,
+            "compile": compile, **fields,
         })  # fmt: skip
         return cls(LoadedModel.load(resolve(settings)), settings)
 
@@ -286,8 +288,8 @@ class Pipeline:
         Raises:
             InputError: A value cannot be used.
         """
-        files = TemporaryDirectory(prefix="flux-skip-") if folder is None else Path(folder)
-        settings = resolve(self._read_sweep(SkipSettings, prompt, layers, seed, files, fields))
+        settings, files = self._read_sweep(SkipSettings, prompt, layers, seed, folder, fields)
+        settings = resolve(settings)
         sweep(settings, self.models, progress=progress)
         return SkipResult(settings, files)
 
@@ -334,8 +336,8 @@ class Pipeline:
         if prompts is None:
             prompts, _ = read_prompts("prompts_nano.json" if self.models.spec.vocabulary else "prompts.json")
             more["stop_when"] = "stable"
-        files = TemporaryDirectory(prefix="flux-scan-") if folder is None else Path(folder)
-        settings = resolve(self._read_sweep(ScanSettings, prompts, layers, seed, files, more | fields))
+        settings, files = self._read_sweep(ScanSettings, prompts, layers, seed, folder, more | fields)
+        settings = resolve(settings)
         vital = scan(settings, self.models, progress=progress)
         return ScanResult(settings, files, vital)
 
@@ -397,18 +399,22 @@ class Pipeline:
         prompts: str | Sequence[str | Mapping[str, Any]],
         layers: int | str | Sequence[int] | Sequence[Sequence[int]],
         seed: int,
-        folder: "Path | TemporaryDirectory[str]",
+        folder: AnyPath | None,
         fields: dict[str, Any],
-    ) -> SweepSettings:
-        """Return the settings of `skip` and `scan`, and warn of those without effect."""
+    ) -> "tuple[SweepSettings, Path | TemporaryDirectory[str]]":
+        """Return the settings of `skip` and `scan`, and their folder. Warn of settings without effect."""
+        temporary = None
+        if folder is None:
+            temporary = TemporaryDirectory(prefix="flux-")
+            folder = temporary.name
         settings = read_file_arguments(cls, self.settings, {
             "prompts": _listed(prompts), "layers": [layers] if isinstance(layers, int) else layers,
-            "seed": seed, "output_dir": folder if isinstance(folder, Path) else folder.name, **fields,
-        })  # fmt: skip
+            "seed": seed, **fields,
+        }, folder)  # fmt: skip
         print_warnings(settings, self.models.spec)
-        return settings
+        return settings, temporary or Path(settings.output_dir)
 
 
-def _listed(texts: str | Sequence[T]) -> Sequence[str | T]:
-    """Return a single text as a list of one."""
-    return [texts] if isinstance(texts, str) else texts
+def _listed(entries: Any) -> Any:
+    """Return a single entry, a text or an object, as a list of one."""
+    return [entries] if isinstance(entries, str | Mapping | Edit) else entries

@@ -87,7 +87,7 @@ def as_rgb(image: ImageLike) -> Image.Image:
         InputError: As `read_image` and `as_pil`.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image))
+        return read_image(os.path.expanduser(image))
     image = as_pil(image)
     if image.mode == "F":
         raise InputError("Got an image of floating-point numbers of unknown range: convert it to RGB")

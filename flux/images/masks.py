@@ -36,7 +36,9 @@ def take_mask(mask: ImageLike) -> Image.Image:
     Raises:
         InputError: As `read_mask` and `as_pil`.
     """
-    return read_mask(os.fspath(mask)) if isinstance(mask, str | os.PathLike) else as_mask(as_pil(mask))
+    return (
+        read_mask(os.path.expanduser(mask)) if isinstance(mask, str | os.PathLike) else as_mask(as_pil(mask))
+    )
 
 
 def as_mask(image: Image.Image) -> Image.Image:

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.images import noise
 from helpers.settings_files import message_of
 from PIL import Image
 
 import flux
-from flux.errors import InputError
 from flux.front import Pipeline, pipeline
 from flux.settings.demos import GenerateSettings, LayerSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
@@ -30,10 +30,6 @@ def pipe(nano):
 
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
-
-
-def noise(width: int = 64, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 # ---- where it is
@@ -172,6 +168,26 @@ def test_numbers_and_paths_of_other_libraries(pipe, tmp_path):
     assert skipped.layer_sets == [(4,), (9,)]
 
 
+def test_an_object_is_a_list_of_one(pipe):
+    made = pipe.generate({"prompt": DOG, "seed": 9}, **SMALL)
+    assert [entry.seed for entry in made.settings.prompts] == [9]
+    assert pipe.edit(DOG, {"prompt": CAT, "dose": "add"}, **SMALL).prompts == [CAT]
+
+
+def test_paths_in_the_home_folder(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    noise().save(tmp_path / "photo.png")
+    made = pipe.generate(DOG, image="~/photo.png", **SMALL)
+    assert made.save("~/images") == tmp_path / "images"
+    assert pipe.skip(DOG, 4, folder="~/skip", **SMALL).image(4).size == (64, 64)
+
+
+def test_fields_of_load_are_the_defaults_of_calls():
+    loaded = Pipeline.load("flux-nano", num_steps=2, width=64, height=64)
+    made = loaded.generate(DOG, progress=False).settings
+    assert (made.num_steps, made.width, made.height) == (2, 64, 64)
+
+
 # ---- one line
 
 
@@ -204,10 +220,6 @@ def test_repr_is_short(pipe):
 def test_wrong_values_end_in_one_line(pipe, monkeypatch, call, message):
     monkeypatch.setattr(pipeline.LoadedModel, "denoising", lambda _: pytest.fail("something was computed"))
     assert message in message_of(call, pipe)
-
-
-def test_input_errors_are_value_errors():
-    assert issubclass(InputError, ValueError)
 
 
 def test_settings_without_effect_are_told(pipe, capsys):
