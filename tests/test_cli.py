@@ -33,7 +33,7 @@ SMALL = {"width": 64, "height": 64, "num_steps": 1, "device": "cpu"}
 def test_commands(line, field, value):
     options, answer = read_command(line, OPTIONS)
     assert getattr(options, field) == value
-    assert answer == f"{field}: {value}"
+    assert answer == f"{field}: {'a new one each time' if value is None else value}"
 
 
 def test_prompts():

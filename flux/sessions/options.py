@@ -86,14 +86,14 @@ def read_command(line: str, options: Options) -> tuple[Options, str | None]:
     try:
         if word == "/s":
             options = replace(options, seed=int(value) if value else None)
-            return options, f"seed: {options.seed}"
+            return options, f"seed: {value or 'a new one each time'}"
         name, kind, _ = COMMANDS[word]
         if not value or not _has(options, name):
             raise KeyError(word)
         options = replace(options, **{name: kind(value)})
         if name == "aspect_ratio":
             options = replace(options, width=None, height=None)
-        return options, f"{name}: {getattr(options, name)}"
+        return options, f"{name}: {value}"
     except (KeyError, ValueError) as error:
         raise InputError(f"Got {line!r}. {help_of(options)}") from error
 
