@@ -238,7 +238,7 @@ def test_nothing_heavy_where_nothing_is_loaded():
     """transformers, the compiler, cv2 and matplotlib take seconds; importing every module must not pay."""
     modules = (
         "flux.cli, flux.util, flux.loaded_model, flux.editing.edit, flux.scan.sweep, flux.weights.load, "
-        "flux.images.io"
+        "flux.images.io, flux.attention.maps"
     )
     heavy = "{'transformers', 'diffusers', 'torch._dynamo', 'matplotlib', 'cv2', 'gradio'}"
     script = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"

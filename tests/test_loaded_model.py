@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_models
-from PIL import Image
+from helpers.images import difference
 from safetensors.torch import save_file
 
 from flux import sampling
@@ -21,11 +21,6 @@ from flux.weights.open_model import OpenModel
 DOG = "a dog wearing a top hat on the grass"
 CAR = "a red car on the street"
 QUICK = {"width": 128, "height": 96, "num_steps": 3, "guidance": 3.5, "true_cfg": 1.0, "progress": False}
-
-
-def difference(a: Image.Image, b: Image.Image) -> int:
-    """The largest of all pixels and colours, in 255ths."""
-    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
 # ---- against diffusers

@@ -86,6 +86,7 @@ def test_text_encoders_fit_their_tokenizers(suffix, width):
     assert width == config.get("d_model", config.get("hidden_size"))
     ends = (config["pad_token_id"], config["eos_token_id"])
     assert ends == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert SPEC.clip_length <= config.get("max_position_embeddings", SPEC.clip_length), "T5 has no such limit"
 
 
 def test_every_known_word_is_one_token(tokenizer):

@@ -1,9 +1,6 @@
 """The table of models."""
 
-import json
-
 import pytest
-from safetensors import safe_open
 
 from flux.errors import InputError
 from flux.specs import configs, get_spec
@@ -34,27 +31,22 @@ def test_the_numbers_of_the_published_models():
     assert dev.vital_layers == (1, 0, 2, 18, 53, 28, 54, 17, 56, 25), "the most vital first"
 
 
-def test_flux_nano_is_what_its_files_say():
-    """The files beside it are what tests and newcomers run; a spec that has drifted would be told here
-    first.
-    """
-    spec = configs["flux-nano"]
-    clip, t5 = (json.loads((spec.folder / f"text_encoder{n}/config.json").read_text()) for n in ("", "_2"))
-    assert (t5["d_model"], clip["hidden_size"]) == (spec.params.context_in_dim, spec.params.vec_in_dim)
-    assert spec.clip_length <= clip["max_position_embeddings"]
-    with safe_open(spec.folder / spec.repo_flow, "pt") as file:
-        names = file.keys()
-    blocks = {name.split(".")[1] for name in names if name.startswith("double_blocks")}
-    assert len(blocks) == spec.params.depth
-
-
 def test_the_package_stays_small():
     files = [path for path in configs["flux-nano"].folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 52 * 2**20
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("flux-dve", "flux-dev"), ("schnell", "flux-schnell"), ("Flux-Nano", "flux-nano")]
+    ("name", "near"),
+    [
+        ("flux-dve", "flux-dev"),
+        ("schnell", "flux-schnell"),
+        ("Flux-Nano", "flux-nano"),
+        ("flux-kontext-dev", "flux-dev-kontext"),
+        ("flux-1-fill-dev", "flux-dev-fill"),
+        ("flux-dev-canny_lora", "flux-dev-canny-lora"),
+        ("flux-krea-dev", "flux-dev-krea"),
+    ],
 )
 def test_an_unknown_model_is_told_with_a_near_one(name, near):
     with pytest.raises(InputError) as error:
@@ -101,22 +93,6 @@ def test_control_loras(name):
     assert (spec.lora_scale, spec.env_lora) == (0.85, (f"FLUX_DEV_{name.upper()}_LORA", "FLUX_LORA"))
     for field in ("params", "condition", "control", "guidance", "num_steps"):
         assert getattr(spec, field) == getattr(whole, field)
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [
-        ("flux-kontext-dev", "flux-dev-kontext"),
-        ("flux-1-fill-dev", "flux-dev-fill"),
-        ("flux-dev-canny_lora", "flux-dev-canny-lora"),
-        ("flux-krea-dev", "flux-dev-krea"),
-        ("FLUX.1-dev", "flux-dev"),
-        ("black-forest-labs/FLUX.1-Kontext-dev", "flux-dev-kontext"),
-    ],
-)
-def test_models_by_other_names(name, near):
-    with pytest.raises(InputError, match=f"did you mean '{near}'"):
-        get_spec(name)
 
 
 def test_an_unknown_model_with_no_near_one():

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import captioners
+from helpers.images import noise
 
 
 @pytest.fixture(scope="session")
@@ -25,5 +26,5 @@ def images(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for seed, name in enumerate(("a.png", "b.jpg", "c.webp", "d.png")):
-        captioners.noise(50 + 10 * seed, 40, seed).save(folder / name)
+        noise(50 + 10 * seed, 40, seed).save(folder / name)
     return folder

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import captioners
-from helpers.captioners import noise
+from helpers.images import noise
 
 from flux.captions.captioner import (
     PHOTO_PROMPT,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import captioner_families as families
-from helpers.captioners import noise
+from helpers.images import noise
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.processing_utils import ProcessorMixin

@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from helpers.captioners import noise
+from helpers.images import noise
 
 from flux.captions.folder import ImageFolder
 from flux.errors import InputError

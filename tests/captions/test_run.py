@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
-from helpers import captioners
 from helpers.commands import run as run_command
+from helpers.images import noise
 from PIL import Image
 
 from flux.captions.captioner import Captioner, Description
@@ -110,7 +110,7 @@ def test_a_stopped_run_resumes(images):
 
 def test_what_fails_is_told_and_the_rest_goes_on(images, capsys):
     (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:200])
-    captioners.noise(90, 40).save(images / "d.jpeg")
+    noise(90, 40).save(images / "d.jpeg")
     stand_in = StandIn(fault(70))
     report = caption(images, stand_in, batch_size=4)
     assert report.new == ["a.png", "d.jpeg"]

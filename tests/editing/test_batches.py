@@ -4,21 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.editing import (
-    DOG,
-    EDITS,
-    HEIGHT,
-    LAYERS,
-    ONE,
-    STEPS,
-    TOKENS,
-    WIDTH,
-    difference,
-    half_mask,
-    make,
-    rms,
-    settings,
-)
+from helpers.editing import DOG, EDITS, HEIGHT, LAYERS, ONE, STEPS, TOKENS, WIDTH, half_mask, make, settings
+from helpers.images import difference, rms
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

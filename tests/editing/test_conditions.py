@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.conditions import CONTEXT
-from helpers.editing import DOG, EDITS, STEPS, TOKENS, difference, half_mask, make
+from helpers.editing import DOG, EDITS, STEPS, TOKENS, half_mask, make
+from helpers.images import difference
 
 from flux.loaded_model import LoadedModel
 from flux.sampling import ContextReuse

@@ -11,13 +11,12 @@ from helpers.editing import (
     STEPS,
     TOKENS,
     WIDTH,
-    difference,
     half_mask,
     make,
-    rms,
     settings,
     through,
 )
+from helpers.images import difference, rms
 from PIL import Image
 
 from flux import sampling

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.editing import DOG, HEIGHT, LAYERS, ONE, WIDTH, difference, half_mask, make, settings
+from helpers.editing import DOG, HEIGHT, LAYERS, ONE, WIDTH, half_mask, make, settings
+from helpers.images import difference
 from torch.testing import assert_close
 
 import flux.editing.flow_edit

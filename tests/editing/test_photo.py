@@ -3,17 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from helpers.images import noise
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from flux.editing.photo import TOKEN, Photograph, mask_image, middle, token_mask
 from flux.errors import InputError
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
 
 # ---- sizes
 

@@ -3,17 +3,8 @@
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.editing import (
-    EDITS,
-    LAYERS,
-    ONE,
-    STEPS,
-    TOKENS,
-    difference,
-    half_mask,
-    make,
-    settings,
-)
+from helpers.editing import EDITS, LAYERS, ONE, STEPS, TOKENS, half_mask, make, settings
+from helpers.images import difference
 
 from flux.editing import reference
 from flux.editing.edit import edit, edit_reference

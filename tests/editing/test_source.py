@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.editing import DOG, HEIGHT, LAYERS, ONE, STEPS, WIDTH, difference, make, rms, settings
+from helpers.editing import DOG, HEIGHT, LAYERS, ONE, STEPS, WIDTH, make, settings
+from helpers.images import difference, rms
 from torch.testing import assert_close
 
 import flux.editing.batches as batch_room

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.editing import DOG, EDITS, HEIGHT, LAYERS, ONE, STEPS, TOKENS, WIDTH, difference, half_mask, make
+from helpers.editing import DOG, EDITS, HEIGHT, LAYERS, ONE, STEPS, TOKENS, WIDTH, half_mask, make
 from helpers.editing import settings as settings_of
+from helpers.images import difference
 from PIL import Image
 
 import flux.editing.batches as batch_room

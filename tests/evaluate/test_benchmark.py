@@ -56,14 +56,6 @@ def test_a_mask_by_hand():
     ]
 
 
-def test_a_mask_as_the_benchmarks_own_size():
-    """One pixel at row 3, column 5 of 512 x 512."""
-    mask = decode_mask([3 * 512 + 5, 1], 512, 512)
-    assert mask.shape == (512, 512)
-    assert np.argwhere(mask[1:-1, 1:-1]).tolist() == [[2, 4]]
-    assert mask.sum() == 4 * 511 + 1
-
-
 masks = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(lambda shape: arrays(bool, shape))
 
 
@@ -98,11 +90,6 @@ def test_any_runs_make_a_mask_of_the_right_size(numbers, width, height):
     covered = {start + n for start, length in zip(runs[::2], runs[1::2]) for n in range(length)}
     by_pixel = np.array([number in covered for number in range(width * height)])
     assert (mask == with_frame(by_pixel.reshape(height, width))).all()
-
-
-def test_encoded_masks_by_hand():
-    assert encode_mask(np.zeros((3, 3), dtype=bool)) == []
-    assert encode_mask(np.ones((3, 3), dtype=bool)) == [0, 9]
 
 
 def test_what_is_read_of_an_entry(tmp_path):

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 WORDS = ["a", "dog", "cat", "on", "the", "grass", "describe", "it"]
 CHAT_TEMPLATE = (
@@ -24,11 +22,6 @@ SMALL = {
     "num_attention_heads": 2,
     "initializer_range": 1.0,  # large, so that other images get other words
 }
-
-
-def noise(width: int = 50, height: int = 40, seed: int = 0) -> Image.Image:
-    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(levels)
 
 
 def blip(folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Small edits: settings, images and how far these are apart."""
 
-import numpy as np
 from PIL import Image
 
 from flux.editing.edit import Edits, edit
@@ -29,16 +28,6 @@ def settings(**changes) -> ResolvedEdit:
 def make(pipe: LoadedModel, photo=None, layers=LAYERS, mask=None, on_step=None, **changes) -> Edits:
     """A reference and its edits, with the small settings above."""
     return edit(pipe, settings(**changes), layers, photo, mask, on_step, progress=False)
-
-
-def difference(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference of two images, in levels of 255."""
-    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
-
-
-def rms(a: Image.Image, b: Image.Image) -> float:
-    """The root mean square of the difference of two images, in levels of 255."""
-    return float(np.sqrt(np.square(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()))
 
 
 def half_mask(size=(WIDTH, HEIGHT)) -> Image.Image:

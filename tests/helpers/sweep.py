@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from flux.images.io import read_image
 from flux.loaded_model import LoadedModel
 from flux.scan.sweep import sweep
@@ -13,6 +10,7 @@ from flux.settings.complete import resolve
 from flux.settings.demos import SkipSettings
 from flux.settings.resolved import ResolvedSkip
 from flux.specs import configs
+from helpers.images import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = configs["flux-nano"]
@@ -50,16 +48,10 @@ def image_names(folder: Path) -> set[str]:
     return {name for name in names(folder) if name.startswith("prompt")}
 
 
-def largest_difference(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference of two images, in levels of 255."""
-    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
-
-
 def same_sweeps(a: Path, b: Path) -> bool:
     """Whether two folders have the same files and the same pixels, and so the same scores."""
     return names(a) == names(b) and all(
-        largest_difference(read_image(a / name), read_image(b / name)) == 0
-        for name in image_names(a) | {"grid.png"}
+        difference(read_image(a / name), read_image(b / name)) == 0 for name in image_names(a) | {"grid.png"}
     )
 
 

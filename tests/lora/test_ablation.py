@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import weight_files
-from helpers.lora_files import file_of, pairs
 from helpers.images import difference
+from helpers.lora_files import file_of, pairs
 
 from flux.errors import InputError
 from flux.images.io import read_image

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers.scores import TABLE
 from matplotlib import colormaps
 from PIL import Image
 
@@ -13,6 +14,7 @@ from flux.scan import plots
 from flux.scan.findings import Findings
 from flux.scan.layers import scored_sets
 from flux.scan.plots import COLOUR_MAP, KIND_COLOURS, plot_heat_map, plot_vitality
+from flux.scan.scores import Rule, Scores
 
 HOOKED = "\u1d81"  # a letter of STIX that DejaVu Sans lacks
 
@@ -135,6 +137,15 @@ def test_plot_of_one_score_or_none(axes, tmp_path):
     assert bar.get_width() < (right - left) / 8
     with pytest.raises(ValueError, match=r"at least one score"):
         plot_vitality([], tmp_path / "p.png")
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"), [("dino", "1 \N{MINUS SIGN} similarity"), ("psnr", "root mean square error")]
+)
+def test_the_change_is_named_as_the_metric_computes_it(axes, tmp_path, metric, name):
+    scores = Scores(TABLE.layer_sets, {metric: TABLE.tables[metric]})
+    plot_heat_map(Findings.of(scores, Rule(top=1), 1), tmp_path / "h.png")
+    assert axes[1].get_ylabel() == f"change ({name})"
 
 
 def test_heat_map(axes, tmp_path):

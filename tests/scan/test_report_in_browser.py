@@ -110,7 +110,7 @@ def test_keyboard(browse):
     layer = "layer 1, double-stream: vitality 0.050 (95 %: -0.010 to 0.170)"
     both = "layers 0\N{EN DASH}2, both kinds: vitality 0.800 (95 %: 0.740 to 0.920)"
     assert bar == ["svg", None, 4, both]
-    change = "change 0.000, similarity 1.000"
+    change = "change 0.000"
     assert cell == ["td", "heat-prompt-1", 1, f"{change}\n{layer}\nprompt 1, seed 1: a dog"]
     assert image == ["li", "prompt-1", 1, f"{change}\n{layer}"]
     assert after == [1, 1, 1, True]

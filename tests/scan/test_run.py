@@ -21,7 +21,7 @@ from flux.metrics.base import Metric
 from flux.scan.__main__ import main
 from flux.scan.run import scan
 from flux.scan.skipper import LayerSkipper
-from flux.scan.sweep import check_sweep
+from flux.scan.sweep import read_sweep
 from flux.settings.complete import resolve
 from flux.settings.demos import ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
@@ -198,7 +198,7 @@ def test_a_settled_scan_stops(tmp_path, synthetic, monkeypatch, capsys):
     assert (found["stable"], found["stable_after"], found["rows"]) == (True, 8, 9)
     assert len(list(folder.glob("prompt_*/*.png"))) == 9 * 4
     assert len((folder / "similarity.csv").read_text().splitlines()) == 1 + 9 * 3
-    assert check_sweep(folder)[0]["rows"] == 9
+    assert read_sweep(folder)[0]["rows"] == 9
 
     monkeypatch.setattr(LayerSkipper, "run", lambda *_: pytest.fail("made images again"))
     assert scan(given, progress=False) == [5]
@@ -396,4 +396,4 @@ def test_a_sweep_of_demo_2_is_a_scans(tmp_path, numbers_only):
     given.pop("top")
     sweep(resolve(SkipSettings(**given)), progress=False)
     assert scan(settings(tmp_path / "scan"), progress=False) == [5]
-    assert [entry.model_dump() for entry in check_sweep(tmp_path / "scan")[2]] == PROMPTS
+    assert [entry.model_dump() for entry in read_sweep(tmp_path / "scan")[2]] == PROMPTS

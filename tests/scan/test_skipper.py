@@ -3,14 +3,8 @@
 import time
 
 import pytest
-from helpers.sweep import (
-    PROMPTS,
-    image_names,
-    largest_difference,
-    run_sweep,
-    same_sweeps,
-    skip_settings,
-)
+from helpers.images import difference
+from helpers.sweep import PROMPTS, image_names, run_sweep, same_sweeps, skip_settings
 from PIL import Image
 
 from flux.errors import InputError
@@ -51,7 +45,7 @@ def test_the_first_steps_shortcut_changes_no_bit(nano, tmp_path, way):
     skipper, found = LayerSkipper(given, nano), []
     for layers in SETS:
         [image] = skipper.make(SkipTask(0, *PROMPTS[0].values(), (layers,)))
-        assert largest_difference(image, full(nano, given, layers)) == 0, layers
+        assert difference(image, full(nano, given, layers)) == 0, layers
         found.append(image.tobytes())
     assert len(set(found)) == len(SETS)
 
@@ -88,9 +82,9 @@ def test_rows_of_a_batch_are_images_of_their_own(nano, tmp_path, way):
 
     rows = batch((), (1,), (12,), (3, 8))
     for layers, row in zip([(), (1,), (12,), (3, 8)], rows):
-        assert largest_difference(row, full(nano, given, layers)) <= 1
+        assert difference(row, full(nano, given, layers)) <= 1
     others = batch((6,), (1,), (12,), (14,))
-    changed = [largest_difference(row, other) for row, other in zip(rows, others)]
+    changed = [difference(row, other) for row, other in zip(rows, others)]
     assert changed[1] == changed[2] == 0
     assert changed[0] > 5 < changed[3]
 

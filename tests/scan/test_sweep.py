@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.images import difference
 from helpers.sweep import (
     NANO,
     PROMPTS,
     ROOT,
     SETTINGS,
     image_names,
-    largest_difference,
     names,
     other_weights,
     run_sweep,
@@ -33,7 +33,7 @@ from flux.images.io import read_image, read_metadata
 from flux.metrics.table import load_metrics
 from flux.scan.similarity import score
 from flux.scan.skipper import LayerSkipper
-from flux.scan.sweep import check_sweep, image_path, open_sweep, plan, sweep
+from flux.scan.sweep import image_path, open_sweep, plan, read_sweep, sweep
 from flux.weights.checkpoint import open_checkpoint
 
 
@@ -77,25 +77,25 @@ def test_files_of_a_sweep(swept):
 
 def test_the_reference_is_the_plain_image(nano, swept):
     [plain] = nano.generate(["a dog on the grass"], [3], **skip_settings(swept).sampling(), progress=False)
-    assert largest_difference(plain, read_image(swept / "prompt_000" / "reference.png")) == 0
+    assert difference(plain, read_image(swept / "prompt_000" / "reference.png")) == 0
 
 
 def test_batches_make_the_same_images(nano, swept, tmp_path):
     batched = run_sweep(nano, tmp_path, batch_size=3)
     assert names(batched) == names(swept)
     for name in image_names(swept):
-        assert largest_difference(read_image(swept / name), read_image(batched / name)) <= 1
+        assert difference(read_image(swept / name), read_image(batched / name)) <= 1
 
 
 def test_two_seeds_of_each_prompt(nano, swept, tmp_path):
     """prompt_000 and prompt_001 are the first prompt's two seeds, prompt_002 the second prompt's first."""
     folder = run_sweep(nano, tmp_path, seeds=2, layers=[12])
-    _, sets, entries = check_sweep(folder)
+    _, sets, entries = read_sweep(folder)
     assert sets == [(12,)]
     assert [entry.seed for entry in entries] == [3, 4, 9, 10]
     for there, here in ((0, 0), (1, 2)):
         a, b = (image_path(*of, (12,)) for of in ((swept, there), (folder, here)))
-        assert largest_difference(read_image(a), read_image(b)) == 0
+        assert difference(read_image(a), read_image(b)) == 0
     seconds = read_metadata(image_path(folder, 3, ()))
     assert (seconds["prompt"], seconds["seed"]) == ("a red car on the street", 10)
 
@@ -119,7 +119,7 @@ def test_each_finished_reference_is_reported_in_order(nano, swept, tmp_path, mad
     first = names(tmp_path)
     assert told == [0, 1]
     assert len(image_names(tmp_path)) == 4
-    assert [entry.prompt for entry in check_sweep(tmp_path)[2]] == ["a dog", "a cat"]
+    assert [entry.prompt for entry in read_sweep(tmp_path)[2]] == ["a dog", "a cat"]
     made.clear()
     sweep(given, None, enough, progress=False)
     assert told == [0, 1, 0, 1]
@@ -128,7 +128,7 @@ def test_each_finished_reference_is_reported_in_order(nano, swept, tmp_path, mad
     # Told that nothing is ever enough, it goes on.
     run_sweep(nano, tmp_path, prompts=["a dog", "a cat", "a car", "a bus"], layers=[3], num_steps=1)
     assert len(made) == 4
-    assert len(check_sweep(tmp_path)[2]) == 4
+    assert len(read_sweep(tmp_path)[2]) == 4
 
 
 # ---- stopped and started again
@@ -309,7 +309,7 @@ def test_an_unknown_run_json_is_refused_and_stays(tmp_path):
     """Another demo's, or no JSON at all: it is reported, and not written over."""
     for content, told in (('{"demo": "edit", "settings": {}}', "'edit' wrote"), ("{", "cannot be read")):
         (tmp_path / "run.json").write_text(content)
-        for refuse in (check_sweep, lambda folder: open_sweep(skip_settings(folder))):
+        for refuse in (read_sweep, lambda folder: open_sweep(skip_settings(folder))):
             with pytest.raises(InputError, match=told):
                 refuse(tmp_path)
         assert (tmp_path / "run.json").read_text() == content
@@ -320,7 +320,7 @@ def test_settings_that_cannot_be_are_refused(copy):
     record["settings"]["scale"] = 7
     (copy / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"^[^\n]*run\.json: scale: [^\n]*$"):
-        check_sweep(copy)
+        read_sweep(copy)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_a_folder_without_a_sweep(tmp_path, content):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=r"no run.json of demo_2_skip.py"):
-        check_sweep(tmp_path)
+        read_sweep(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_folder_without_a_sweep(tmp_path, content):
 def test_an_unfinished_sweep(copy, layers, name):
     image_path(copy, 1, layers).unlink()
     with pytest.raises(InputError, match=f"lacks 1 of its 8 images.*{name}.*demo_2_skip.py finish it"):
-        check_sweep(copy)
+        read_sweep(copy)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import sys
 from typing import get_args
 
 import pytest
-from helpers.settings_files import SettingsFolder
 from hypothesis import given
 from hypothesis import strategies as some
 
@@ -25,11 +24,6 @@ from flux.settings.files import CONFIGS, check_settings, read_settings
 CLASSES = (GenerateSettings, LayerSettings, SkipSettings, DinoSettings, EditSettings, ScanSettings)
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 DINO = {"input_dir": "output/skip"}
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    return SettingsFolder(tmp_path, monkeypatch)
 
 
 def test_import_is_light():

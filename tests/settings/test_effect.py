@@ -126,6 +126,7 @@ CASES = [
         ["top 3 (only 2 vital layers)"],
     ),
     (EditSettings, EDIT | {"vital_layers": [4, 0], "top": 2}, []),
+    (LayerSettings, LAYER | {"batch_size": 2}, ["batch_size (images are made one by one)"]),
     (EditSettings, EDIT | {"true_cfg": 2, "cfg_from": 1}, ["true_cfg (cfg_from is 1)"]),
     (EditSettings, EDIT | {"photo": "a.png", "caption_model": "m"}, ["caption_model (there is a prompt)"]),
     (
@@ -162,7 +163,7 @@ def test_an_edit_with_the_prompt_of_its_reference_is_told_once():
     """Not refused, since an edit of a photograph may be a test of how well it comes back."""
     settings = check_settings(EditSettings, EDIT | {"edits": ["a cat", "a dog", "a dog"]})
     [line] = settings_warnings(settings, get_spec(settings.model))
-    assert line == '"a dog" is the reference\'s prompt and an edit\'s, which asks for no change'
+    assert line == "\"a dog\" is the reference's prompt and an edit's, which asks for no change"
 
 
 @pytest.mark.parametrize(

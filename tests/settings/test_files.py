@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from helpers.settings_files import SettingsFolder, message_of
+from helpers.settings_files import message_of
 
 from flux.errors import InputError
 from flux.settings.demos import DinoSettings, GenerateSettings, LayerSettings, Prompt, SkipSettings
@@ -16,11 +16,6 @@ CLASSES = {
 }
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 DINO = {"input_dir": "output/skip"}
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    return SettingsFolder(tmp_path, monkeypatch)
 
 
 # ---- what ships

@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from helpers.settings_files import SettingsFolder, message_of
+from helpers.settings_files import message_of
 
 from flux.errors import InputError
 from flux.evaluate.settings import EvaluateSettings
@@ -13,11 +13,6 @@ from flux.settings.files import READ_BY_DEMOS, check_settings
 
 EDIT = {"prompt": "a dog", "edits": ["a cat"]}
 DINO = {"input_dir": "output/skip"}
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    return SettingsFolder(tmp_path, monkeypatch)
 
 
 WRONG = [

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.captioners import noise
+from helpers.images import noise
 from helpers.studio import make_studio
 
 from flux.errors import InputError

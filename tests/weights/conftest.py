@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_models
+from helpers import tiny_models, weight_files
 from helpers.hub_server import Answers, Hub, lie_at
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -23,6 +23,12 @@ def source():
 @pytest.fixture(scope="package")
 def weights(source):
     return source.state_dict()
+
+
+@pytest.fixture(scope="package")
+def base(weights, tmp_path_factory):
+    """The file of these weights."""
+    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
 
 
 @pytest.fixture

@@ -16,11 +16,6 @@ MODULES = (
 )
 
 
-@pytest.fixture(scope="module")
-def base(weights, tmp_path_factory):
-    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
 def decomposed(weight: Tensor, difference: Tensor, lengths: Tensor) -> Tensor:
     """The sum, each row or column as long as `lengths`, "out 1" or "1 in", says."""
     whole = weight + difference

@@ -17,12 +17,6 @@ from flux.weights.checkpoint import open_checkpoint
 from flux.weights.find import checkpoint_of
 from flux.weights.lora import read_lora
 
-
-@pytest.fixture(scope="module")
-def base(weights, tmp_path_factory):
-    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
 OWN_NAMES = {
     "kohya": (lambda m: "lora_unet_" + m.replace(".", "_"), ALPHA, "lora_down", "lora_up"),
     "ComfyUI": (lambda m: "diffusion_model." + m, ALPHA, "lora_A", "lora_B"),

@@ -13,11 +13,6 @@ from flux.specs import NANO_FOLDER, configs
 from flux.weights.open_model import LoraUse, ModelFiles, OpenModel
 
 
-@pytest.fixture(scope="module")
-def base(weights, tmp_path_factory):
-    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
 def test_biases_norms_and_whole_differences(tmp_path, weights, base):
     """Files of BFL and ComfyUI hold more than pairs: biases are added, norms replaced."""
     chosen = pairs(weights, ["img_in", "double_blocks.0.img_attn.qkv"])

@@ -21,11 +21,6 @@ NOT_DEFAULT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(weights, tmp_path_factory):
-    return weight_files.save(weights, tmp_path_factory.mktemp("base") / "base.safetensors")
-
-
 def rotations(stack: Tensor, limit: float = math.inf) -> Tensor:
     """The Cayley transforms of the skew-symmetric parts, which are at most `limit` long together."""
     skew = stack - stack.mT
