@@ -22,7 +22,7 @@ from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
 MOST_TOKENS = 4096  # of all rows of a batch; with more, an H100 takes longer than Python
-MOST_GRAPHS = 8  # that are kept at once
+MOST_GRAPHS = 16  # that are kept at once
 
 T = TypeVar("T")
 Change = Callable[[Tensor], Tensor]
