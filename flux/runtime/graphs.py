@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import finalize
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from flux.errors import warn
 from flux.inputs import Inputs, Streams
 from flux.intervention import NOTHING, Intervention, Recorded
-from flux.math import Exchange, PartialParts
+from flux.math import Exchange
 from flux.model import Flux
 from flux.modules.step_cache import StepCache
 
@@ -29,7 +29,7 @@ Change = Callable[[Tensor], Tensor]
 Answer = tuple[Tensor, Recorded]
 """What `Flux.observe` returns."""
 Recorder = Callable[[Callable[[], Answer]], Callable[[], Answer]]
-"""Makes a function of one that computes a pass, for the same inputs but other numbers in them."""
+"""Records a function that computes a pass; returns one that computes it again from the same places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,38 +62,35 @@ class Arguments:
     @property
     def can_be_recorded(self) -> bool:
         """Whether the pass has few tokens, and an intervention that tends to come again."""
-        intervention, img = self.intervention, self.inputs.img
-        once = intervention.skips_layers or intervention.watch or intervention.hide_context
+        change, img = self.intervention, self.inputs.img
+        # A scan skips another layer in each image. Layers are watched in a single step.
+        rare = change.skips_layers or change.watch
         # A dose may have another weight in each step. Those of single tokens are tensors.
-        weighted = any(not isinstance(x, Tensor) for x in intervention.inject_weights.values())
+        weighted = any(not isinstance(x, Tensor) for x in change.inject_weights.values())
         # Passes on two streams would overwrite each other's inputs.
         other_stream = img.is_cuda and torch.cuda.current_stream() != torch.cuda.default_stream()
-        return not (once or weighted or other_stream) and self.num_tokens <= MOST_TOKENS
+        return not (rare or weighted or other_stream) and self.num_tokens <= MOST_TOKENS
 
     @property
     def kind(self) -> tuple:
         """What passes have in common that run the same kernels, for other numbers in the same shapes."""
-        inputs, change = self.inputs, self.intervention
-        shapes = [(name, x.shape, x.dtype) for name, x in inputs.tensors.items()]
-        free = change.free and (
-            len(change.free.computed),
-            len(change.free.others),
-            _shapes(change.free.kv, 1),
-        )
+        inputs, change, free = self.inputs, self.intervention, self.intervention.free
+        first_kv = () if free is None else next(iter(free.kv.values()), ())  # all layers are alike
         return (
-            *shapes,
+            _shapes(inputs.tensors),
             inputs.condition.context_strength,
             self.mods[0].shape,
-            *(change.keep, change.keep_queries, change.keep_context, free),
-            *(_shapes(change.inject), _shapes(change.inject_context), tuple(change.inject_weights)),
+            *(change.keep, change.keep_queries, change.keep_context, change.hide_context),
+            *(_shapes(change.inject), _shapes(change.inject_context), _shapes(change.inject_weights)),
+            free and (len(free.computed), len(free.others), _shapes(dict(enumerate(first_kv)))),
             self.exchange and self.exchange.kind,
         )
 
 
-def _shapes(parts: Mapping[int, PartialParts], count: int | None = None) -> tuple:
-    """The layers, and the shapes of the first `count` of them. If None, of all."""
-    layers = tuple(parts)
-    return layers, tuple(tuple(x is not None and x.shape for x in parts[n]) for n in layers[:count])
+def _shapes(named: Mapping[Any, Any]) -> tuple:
+    """The shape and dtype of each tensor, or of those of each layer, with the names or layers."""
+    several = {name: x if isinstance(x, tuple) else (x,) for name, x in named.items()}
+    return tuple((name, *(x is not None and (x.shape, x.dtype) for x in xs)) for name, xs in several.items())
 
 
 class Places:

@@ -145,7 +145,7 @@ def test_what_is_kept_stays_when_the_next_pass_is_computed(model, graphed):
 
 @torch.no_grad()
 def test_other_interventions_are_recorded_anew(model, graphed, recorded):
-    kept, (inputs, mods) = kept_by(model, 0), given(model, 0)
+    kept, (inputs, mods), weights = kept_by(model, 0), given(model, 0), torch.linspace(0, 1, 16)[None]
     changes = [
         NOTHING,
         Intervention(keep=frozenset((1,))),
@@ -153,6 +153,7 @@ def test_other_interventions_are_recorded_anew(model, graphed, recorded):
         Intervention(inject=chosen(kept, 1)),
         Intervention(inject=chosen(kept, 2)),
         Intervention(inject={2: (kept[2][0], None)}),
+        *(Intervention(inject=chosen(kept, 2), inject_weights={2: x}) for x in (weights, weights > 0.5)),
         Intervention(free=replace(FreeTokens.of(FREE), kv=kept)),
         Intervention(free=replace(FreeTokens.of(~FREE), kv=kept)),
     ]
@@ -183,8 +184,8 @@ def test_all_else_is_computed_by_the_model(model, graphed, recorded, monkeypatch
     kept, layer = kept_by(model, 0), frozenset((1,))
     graphed.observe(inputs)
     graphed.observe(inputs, mods=mods, start=model.streams(inputs, mods)[2])
-    for once in (Intervention(skip=layer), Intervention(watch=layer), Intervention(hide_context=layer)):
-        graphed.observe(inputs, once, mods=mods)
+    for rare in (Intervention(skip=layer), Intervention(watch=layer)):
+        graphed.observe(inputs, rare, mods=mods)
     half = Intervention(inject=chosen(kept, 1), inject_weights={1: 0.5})
     assert_same(graphed.observe(inputs, half, mods=mods), model.observe(inputs, half, mods=mods))
     monkeypatch.setattr(graphs, "MOST_TOKENS", sum(inputs.counts) - 1)
