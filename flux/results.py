@@ -22,7 +22,7 @@ from flux.images.sheets import grid
 from flux.metrics.pixels import psnr_or_none
 from flux.runs.earlier import remove_earlier_images
 from flux.runs.record import image_metadata, run_record
-from flux.scan.layers import REFERENCE, LayerSet, layer_ranges, layer_sets
+from flux.scan.layers import REFERENCE, LayerSet, layer_ranges, layer_sets, layers_text
 from flux.scan.sweep import image_path, open_sweep
 from flux.settings.complete import check_images_stay
 from flux.settings.resolved import (
@@ -278,7 +278,8 @@ class SkipResult(Result):
 
     def __repr__(self) -> str:
         sets, prompts = len(self.layer_sets), len(self.settings.entries)
-        return f"<{prompts} prompt{'s' * (prompts != 1)} with {sets} layers skipped, {self.settings.model}>"
+        skipped = f"{sets} layer{'s' * (sets != 1)}"
+        return f"<{prompts} prompt{'s' * (prompts != 1)} with {skipped} skipped, {self.settings.model}>"
 
     @property
     def folder(self) -> Path:
@@ -300,7 +301,13 @@ class SkipResult(Result):
         Raises:
             InputError: There is no such image.
         """
-        return read_image(image_path(self.folder, row, tuple(sorted(skipped)) or REFERENCE))
+        path = image_path(self.folder, row, tuple(sorted(skipped)) or REFERENCE)
+        if not path.is_file():
+            sets, last = ", ".join(map(layers_text, self.layer_sets)), len(self.settings.entries) - 1
+            raise InputError(
+                f"Got layers {list(skipped)} of row {row}: skipped were {sets}, of the rows 0 to {last}"
+            )
+        return read_image(path)
 
     def sheet(self) -> Image.Image:
         """Draw each prompt's image, and beside it those with layers skipped."""

@@ -143,6 +143,13 @@ def test_a_film(pipe, tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(made.image), np.asarray(pipe.generate(DOG, seed=7, **SMALL)[0]))
 
 
+def test_an_image_that_was_not_made(pipe):
+    made = pipe.skip(DOG, [4, 9], **SMALL)
+    for layers, row in (((5,), 0), ((4, 9), 0), ((4,), 1)):
+        with pytest.raises(InputError, match=f"of row {row}: skipped were 04, 09, of the rows 0 to 0"):
+            made.image(*layers, row=row)
+
+
 def test_a_sweep_is_not_saved_over_another(pipe, tmp_path):
     made = pipe.skip(DOG, 4, **SMALL).save(tmp_path)
     with pytest.raises(InputError, match="holds a sweep made with another layers"):
@@ -171,7 +178,7 @@ def test_each_result_shows_itself(pipe, tmp_path):
         "<1 image of 64x64, flux-nano>": pipe.generate(DOG, **SMALL),
         "<2 images of 64x64, flux-nano>": pipe.generate([DOG, CAT], **SMALL),
         "<1 edit of 'a dog on the grass', flux-nano>": pipe.edit(DOG, CAT, **SMALL),
-        "<1 prompt with 1 layers skipped, flux-nano>": pipe.skip(DOG, 4, **SMALL),
+        "<1 prompt with 1 layer skipped, flux-nano>": pipe.skip(DOG, 4, **SMALL),
         "<2 steps of 'a dog on the grass', flux-nano>": pipe.watch(DOG, **SMALL),
         "<2 steps of 'a dog on the grass', layers 4, 9, flux-nano>": pipe.watch(DOG, [4, 9], **SMALL),
     }

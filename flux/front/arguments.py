@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from flux.conditions.images import ConditionImages, read_conditions, sized
 from flux.errors import InputError
 from flux.images.given import GivenImages, take_images
+from flux.settings.command_line import kinds_of
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings, with_fields
 
@@ -30,7 +32,7 @@ def read_model(arguments: Mapping[str, Any]) -> ModelSettings:
         InputError: A value cannot be used.
     """
     _check_no_folder(arguments)
-    return check_settings(ModelSettings, _plain(arguments))
+    return check_settings(ModelSettings, _with_lists(ModelSettings, _plain(arguments)))
 
 
 def read_arguments(
@@ -56,7 +58,8 @@ def read_arguments(
     """
     _check_no_folder(arguments)
     images = take_images({name: value for name, value in arguments.items() if _is_image(name, value)})
-    settings = with_fields(cls, model, _plain({**arguments, **images.names, "output_dir": folder}))
+    given = _plain({**arguments, **images.names, "output_dir": folder})
+    settings = with_fields(cls, model, _with_lists(cls, given))
     if others := [name for name in OF_LOADING if getattr(settings, name) != getattr(model, name)]:
         raise InputError(f"Got {', '.join(others)} for a model that is loaded: give that to Pipeline.load")
     if getattr(settings, "parallel", 1) != 1:
@@ -97,12 +100,24 @@ def _is_image(field: str, value: Any) -> bool:
     return field in IMAGE_FIELDS and not (isinstance(value, str) and value in MASK_WORDS)
 
 
+def _with_lists(cls: type[ModelSettings], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with a list of one for a single entry, where only a list can be meant."""
+    found = dict(arguments)
+    for name in found.keys() & cls.model_fields.keys():
+        kinds = kinds_of(cls.model_fields[name].annotation)
+        if tuple in kinds and found[name] is not None and not isinstance(found[name], (list, *kinds)):
+            found[name] = [found[name]]
+    return found
+
+
 def _plain(value: Any) -> Any:
-    """Return a value in the types of settings: paths as texts, NumPy's numbers as Python's, lists."""
+    """Return a value in the types of settings: paths and PyTorch's names as texts, NumPy's numbers, lists."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple | range | Set | Iterator | np.ndarray):
         return [_plain(each) for each in value]
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
     return os.fspath(value) if isinstance(value, os.PathLike) else value

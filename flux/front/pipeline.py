@@ -174,7 +174,7 @@ class Pipeline:
             InputError: A value cannot be used.
         """
         settings, conditions, given = read_arguments(GenerateSettings, self.settings, {
-            "prompts": _listed(prompt), "seed": seed, "width": width, "height": height,
+            "prompts": prompt, "seed": seed, "width": width, "height": height,
             "num_steps": num_steps, "guidance": guidance, "image": image, "strength": strength,
             "context": context, "fill": fill, "mask": mask, "control": control, "redux": redux, **fields,
         })  # fmt: skip
@@ -239,7 +239,7 @@ class Pipeline:
             InputError: A value cannot be used.
         """
         settings, conditions, given = read_arguments(EditSettings, self.settings, {
-            "prompt": prompt, "edits": _listed(edits), "photo": photo, "mask": mask, "dose": dose,
+            "prompt": prompt, "edits": edits, "photo": photo, "mask": mask, "dose": dose,
             "vital_layers": vital_layers, "seed": seed, "width": width, "height": height,
             "num_steps": num_steps, "guidance": guidance, **fields,
         })  # fmt: skip
@@ -376,8 +376,7 @@ class Pipeline:
             InputError: A value cannot be used.
         """
         settings, conditions, given = read_arguments(LayerSettings, self.settings, {
-            "prompt": prompt, "layers": [layers] if isinstance(layers, int) else layers,
-            "words": _listed(words), "at_steps": at_steps, "seed": seed, **fields,
+            "prompt": prompt, "layers": layers, "words": words, "at_steps": at_steps, "seed": seed, **fields,
         })  # fmt: skip
         settings = resolve(settings)
         print_warnings(settings, self.models.spec)
@@ -407,14 +406,7 @@ class Pipeline:
         if folder is None:
             temporary = TemporaryDirectory(prefix="flux-")
             folder = temporary.name
-        settings = read_file_arguments(cls, self.settings, {
-            "prompts": _listed(prompts), "layers": [layers] if isinstance(layers, int) else layers,
-            "seed": seed, **fields,
-        }, folder)  # fmt: skip
+        arguments = {"prompts": prompts, "layers": layers, "seed": seed, **fields}
+        settings = read_file_arguments(cls, self.settings, arguments, folder)
         print_warnings(settings, self.models.spec)
         return settings, temporary or Path(settings.output_dir)
-
-
-def _listed(entries: Any) -> Any:
-    """Return a single entry, a text or an object, as a list of one."""
-    return [entries] if isinstance(entries, str | Mapping | Edit) else entries

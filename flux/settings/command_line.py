@@ -93,7 +93,7 @@ def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None
     """
     values: dict[str, Any] = {}
     rest = list(arguments)
-    takes_several = positional is not None and tuple in _kinds(fields[positional].annotation)
+    takes_several = positional is not None and tuple in kinds_of(fields[positional].annotation)
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
@@ -146,7 +146,7 @@ def value_of(text: str, annotation: Any) -> Any:
     Raises:
         ValueError: A list or an object is not JSON.
     """
-    kinds, entries = _kinds(annotation), _entry_kinds(annotation)
+    kinds, entries = kinds_of(annotation), _entry_kinds(annotation)
     empty = not text and not _accepts(annotation, text)
     if NoneType in kinds and (empty or (text in ("None", "null") and str not in kinds)):
         return None
@@ -196,7 +196,7 @@ def type_name(annotation: Any) -> str:
 
 def _is_value(text: str, annotation: Any) -> bool:
     """Return whether an argument after a switch is its value: true, false, or any text if it may be one."""
-    return text.lower() in ("true", "false") or (str in _kinds(annotation) and not text.startswith("--"))
+    return text.lower() in ("true", "false") or (str in kinds_of(annotation) and not text.startswith("--"))
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
@@ -222,11 +222,11 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, UnionType)
 
 
-def _kinds(annotation: Any) -> set[type]:
+def kinds_of(annotation: Any) -> set[type]:
     """Return the outermost types: `Annotated[tuple[int, ...], ...] | None` -> {tuple, NoneType}."""
     annotation = _bare(annotation)
     if _is_union(annotation):
-        return set().union(*map(_kinds, get_args(annotation)))
+        return set().union(*map(kinds_of, get_args(annotation)))
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
     return {get_origin(annotation) or annotation}
@@ -237,4 +237,4 @@ def _entry_kinds(annotation: Any) -> set[type]:
     annotation = _bare(annotation)
     if _is_union(annotation):
         return set().union(*map(_entry_kinds, get_args(annotation)))
-    return _kinds(get_args(annotation)[0]) if get_origin(annotation) is tuple else set()
+    return kinds_of(get_args(annotation)[0]) if get_origin(annotation) is tuple else set()

@@ -88,8 +88,10 @@ def without_effect(settings: ModelSettings, spec: "ModelSpec") -> Iterator[tuple
             yield field, "strength is 1"
     if isinstance(settings, ConditionSettings):
         yield from _without_effect_on_conditions(settings, spec)
-    if isinstance(settings, LayerSettings) and not settings.layers:
-        for name in _changed(settings, "at_steps", "words"):
+    if isinstance(settings, LayerSettings):
+        for name in _changed(settings, "batch_size"):
+            yield name, "images are made one by one"
+        for name in _changed(settings, "at_steps", "words") if not settings.layers else ():
             yield name, "no layers"
     if isinstance(settings, EditSettings):
         yield from _without_effect_on_edits(settings)

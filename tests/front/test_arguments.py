@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flux.errors import InputError
 from flux.front.arguments import read_arguments, read_file_arguments
-from flux.settings.demos import GenerateSettings, ModelSettings, SkipSettings
+from flux.settings.demos import GenerateSettings, ModelSettings, ScanSettings, SkipSettings
 from flux.settings.edits import EditSettings
 
 MODEL = ModelSettings(device="cpu")
@@ -50,6 +51,21 @@ def test_a_run_that_resumes_takes_files(tmp_path):
 def test_lists_of_other_types(prompts):
     settings, _, _ = read_arguments(GenerateSettings, MODEL, {"prompts": prompts})
     assert [entry.prompt for entry in settings.prompts] == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("layers", np.int64(4), (4,)),
+        ("layers", "all", "all"),
+        ("metrics", "psnr", ("psnr",)),
+        ("device", torch.device("cpu"), "cpu"),
+    ],
+)
+def test_single_entries_and_names_of_pytorch(field, value, expected):
+    given = {"prompts": "a dog", "top": 1, field: value}
+    settings = read_file_arguments(ScanSettings, MODEL, given, "out")
+    assert getattr(settings, field) == expected
 
 
 @pytest.mark.parametrize(
