@@ -45,7 +45,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
     lora_weights = _named(settings.lora_weights, spec.env_lora)
     _check_named(named, text, [*(lora.path for lora in loras), *filter(None, [lora_weights])], opened)
-    _find_image_encoder(settings, spec, download)
+    image_encoder = _check_image_encoder(settings, spec, download)
 
     flow = named.get("transformer") or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
@@ -66,6 +66,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         loras=loras,
         own_lora=lora,
     )
+    # Last: the hub gives it without a login, where the others may be refused.
+    if image_encoder and image_encoder in IMAGE_ENCODERS.values():
+        Repository(image_encoder, "Apache-2.0").fetch(IMAGE_ENCODER_FILES, download)
     return OpenModel(spec, files, opened)
 
 
@@ -202,25 +205,27 @@ def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True)
     return own_file(spec, spec.redux_filename, download, spec.redux_repo_id)
 
 
-def _find_image_encoder(settings: ModelSettings, spec: ModelSpec, download: bool) -> None:
-    """Find the models that make the condition of the settings' image. They are loaded once it is encoded.
+def _check_image_encoder(settings: ModelSettings, spec: ModelSpec, download: bool) -> str | None:
+    """Check the models that make the condition of the settings' image, which are loaded once it is encoded.
+
+    Returns:
+        The folder or hub id of the one beside Redux's adapter, or of the model of depth, if one is needed.
 
     Raises:
-        InputError: One is not there and cannot be downloaded, or is another model.
+        InputError: One is not there, or is another model.
     """
     if not isinstance(settings, ConditionSettings):
-        return
+        return None
     if settings.redux:
         redux_features(find_redux(spec, settings.redux_weights, download))
         name, source = "SigLIP", settings.siglip
     elif settings.control and spec.control == "depth":
         name, source = "depth model", settings.depth_model
     else:
-        return
-    if source in IMAGE_ENCODERS.values() and not os.path.isdir(source):
-        Repository(source, "Apache-2.0").fetch(IMAGE_ENCODER_FILES, download)
-    else:
+        return None
+    if source not in IMAGE_ENCODERS.values():
         check_source(name, source)
+    return source
 
 
 def redux_features(path: Path) -> int:
