@@ -66,7 +66,12 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
         TrainSettings,
         "[Training a LoRA](training-loras.md) says when to change them.",
     ),
-    ("flux.evaluate", EvaluateSettings, "A method may also have any field of demo 4."),
+    (
+        "flux.evaluate",
+        EvaluateSettings,
+        "A method has a `name` and fields of demo 4, such as `num_steps`, `inversion` and the dose's; or "
+        "`strength`, for image-to-image. [Comparing methods](editing.md#comparing-methods) says more.",
+    ),
     ("flux.captions", CaptionSettings, "[Captions](captions.md) has the kinds of models."),
     ("python -m flux", demos.SessionSettings, ""),
 ]
