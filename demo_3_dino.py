@@ -31,12 +31,12 @@ def main(file: str = "dino.json", **overrides: Any) -> None:
     from flux.scan.publish import publish
     from flux.scan.scores import Rule
     from flux.scan.similarity import score
-    from flux.scan.sweep import check_sweep
+    from flux.scan.sweep import read_sweep
     from flux.specs import encoder_of
 
     folder = Path(settings.input_dir)
     out = Path(settings.output_dir or folder)
-    check_sweep(folder)
+    read_sweep(folder)  # an unfinished one is refused before a model loads
     claim_folder(out)
     sources = {"dino": encoder_of(settings.model)}
     scores = score(folder, load_metrics(settings.metrics, sources, pick_device(settings.device)))

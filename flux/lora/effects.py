@@ -26,7 +26,6 @@ from flux.scan.scores import DECIMALS, Rule, Scores
 from flux.settings.resolved import ResolvedAblate
 from flux.specs import encoder_of, get_spec
 
-MEASURE = "effect (mean of 1 \N{MINUS SIGN} similarity)"
 AXIS = "layer without the LoRA's update"
 
 
@@ -137,8 +136,9 @@ def publish(ablation: Ablation, effects: Effects, progress: bool = True) -> Path
     """
     folder, rule = ablation.folder, Rule.of(ablation.settings)
     found = Findings.of(effects.to_full, rule, ablation.lora.params.depth)
+    measure = f"effect (mean of {found.change_name})"
     plot_vitality(
-        found.sets, folder / "effect.png", found.threshold, measure=MEASURE, axis=AXIS, chosen="chosen"
+        found.sets, folder / "effect.png", found.threshold, measure=measure, axis=AXIS, chosen="chosen"
     )
     plot_heat_map(found, folder / "heat_map.png", axis=f"{AXIS} (bold: chosen)")
     write_text(folder / "similarity_to_full.csv", effects.to_full.csv())

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,7 +10,13 @@ from PIL.Image import Image
 
 
 class Metric(ABC):
-    """A measure of how similar images are to their references."""
+    """A measure of how similar images are to their references.
+
+    Attributes:
+        change_name: What `change` computes, in words.
+    """
+
+    change_name: ClassVar[str] = "1 \N{MINUS SIGN} similarity"
 
     @classmethod
     @abstractmethod

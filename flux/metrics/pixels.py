@@ -43,6 +43,8 @@ class Psnr(Metric):
     is bounded, so one nearly unchanged image does not dominate a mean.
     """
 
+    change_name = "root mean square error"
+
     @classmethod
     def load(cls, source: str | None = None, device: str | torch.device = "cpu") -> "Psnr":  # noqa: ARG003 - the signature of Metric.load
         """Return the metric, which needs no model: `source` and `device` are those of `Metric.load`."""

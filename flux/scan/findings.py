@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flux.metrics.base import Metric
 from flux.metrics.table import METRICS
 from flux.scan.layers import ScoredSet, scored_sets
 from flux.scan.scores import Rule, Scores
@@ -19,6 +20,7 @@ class Findings:
         prompts: The prompt of each row.
         vital: The chosen layers, sorted.
         threshold: The vitality from which the rule chooses layers. None for other rules.
+        change_name: What `change` is, see `flux.metrics.base.Metric`.
     """
 
     sets: list[ScoredSet]
@@ -26,6 +28,7 @@ class Findings:
     prompts: list[str]
     vital: list[int]
     threshold: float | None = None
+    change_name: str = Metric.change_name
 
     @classmethod
     def of(cls, scores: Scores, rule: Rule, num_double: int) -> "Findings":
@@ -38,5 +41,5 @@ class Findings:
         """
         vital, first = scores.vital(rule), scores.metrics[0]
         sets = scored_sets(scores.vitality(), num_double, vital, scores.intervals())
-        change = METRICS[first].change(scores.tables[first])
-        return cls(sets, change, scores.prompts or [""] * scores.num_rows, vital, rule.threshold)
+        change, name = METRICS[first].change(scores.tables[first]), METRICS[first].change_name
+        return cls(sets, change, scores.prompts or [""] * scores.num_rows, vital, rule.threshold, name)

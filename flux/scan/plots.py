@@ -30,7 +30,7 @@ def plot_vitality(
     path: str | Path,
     threshold: float | None = None,
     *,
-    measure: str = "vitality (mean of 1 \N{MINUS SIGN} similarity)",
+    measure: str = "vitality",
     axis: str | None = None,
     chosen: str = "vital",
 ) -> None:
@@ -126,7 +126,7 @@ def plot_heat_map(found: Findings, path: str | Path, *, axis: str | None = None)
         tick.set(fontweight="bold" if each.is_vital else "normal", color=KIND_COLOURS[each.kind])
     _name_rows(axes, found.prompts)
     axes.set_xlabel(axis or ("skipped (bold: vital)" if found.vital else "skipped"))
-    figure.colorbar(image, ax=axes, label="change (1 \N{MINUS SIGN} similarity)", pad=0.01)
+    figure.colorbar(image, ax=axes, label=f"change ({found.change_name})", pad=0.01)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # `font_file` has named them, in one line
         _finish(figure, axes, _kind_patches([each.kind for each in sets]), path)

@@ -12,7 +12,7 @@ from flux.scan.layers import layers_text
 from flux.scan.plots import plot_heat_map, plot_vitality
 from flux.scan.report import write_report
 from flux.scan.scores import Rule, Scores, is_settled, settled_after
-from flux.scan.sweep import check_sweep, image_path
+from flux.scan.sweep import image_path, read_sweep
 from flux.specs import get_spec
 from flux.vital_layers import remember_scan
 
@@ -43,12 +43,13 @@ def publish(
     Raises:
         InputError: The sweep is unfinished, an image cannot be read, or a file cannot be written.
     """
-    record = check_sweep(folder).record
+    record = read_sweep(folder).record
     if shown_settings is not None:
         record["settings"] = dict(shown_settings)
     settings = record["settings"]
     found = Findings.of(scores, rule, get_spec(settings["model"]).params.depth)
-    plot_vitality(found.sets, out / "vitality.png", found.threshold)
+    measure = f"vitality (mean of {found.change_name})"
+    plot_vitality(found.sets, out / "vitality.png", found.threshold, measure=measure)
     plot_heat_map(found, out / "heat_map.png")
     write_report(out / "report.html", record, found, lambda row, layers: image_path(folder, row, layers))
     write_scores(

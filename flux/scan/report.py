@@ -113,6 +113,7 @@ def write_report(
         chart=_chart(sets),
         gradient=", ".join(_colours(np.linspace(0, 1, 9), 0, 1)),
         limits=colour_limits(found.change),
+        change_name=found.change_name,
         rows=_rows(found, entries, image_path, base_path, progress),
     )
     write_text(path, page)

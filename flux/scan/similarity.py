@@ -13,7 +13,7 @@ from flux.metrics.base import Metric
 from flux.metrics.features import CHUNK
 from flux.scan.layers import REFERENCE, LayerSet
 from flux.scan.scores import DECIMALS, Scores
-from flux.scan.sweep import check_sweep, image_path
+from flux.scan.sweep import image_path, read_sweep
 
 
 def score_row(
@@ -75,9 +75,9 @@ def score(folder: Path, metrics: Mapping[str, Metric], progress: bool = True) ->
         progress: Whether to show a progress bar.
 
     Raises:
-        InputError: As `check_sweep`, `score_row` and `Scores`.
+        InputError: As `read_sweep`, `score_row` and `Scores`.
     """
-    _, layer_sets, entries = check_sweep(folder)
+    _, layer_sets, entries = read_sweep(folder)
     with tqdm(range(len(entries)), desc="score", unit="prompt", disable=not progress) as numbers:
         rows = [score_row(folder, row, layer_sets, metrics) for row in numbers]
     return gather(layer_sets, rows, [entry.prompt for entry in entries])

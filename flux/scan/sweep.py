@@ -266,7 +266,7 @@ def open_sweep(settings: SkipSettings, opened: OpenModel | None = None) -> Path:
     return folder.path
 
 
-def check_sweep(folder: Path) -> SweepFolder:
+def read_sweep(folder: Path) -> SweepFolder:
     """Read the folder of a finished sweep.
 
     Raises:
