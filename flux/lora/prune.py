@@ -54,8 +54,8 @@ def prune(
     stored = [item for header in checkpoint.headers for item in header.tensors.items()]
     tensors = {name: tensor.read() for name, tensor in stored if name not in dropped}
     metadata = dict(checkpoint.metadata) | {"layers": json.dumps(kept)}
-    if lora.file.metadata:
-        config = _of_modules(lora.file.metadata, [patch.name for patch in staying])
+    if lora.file.peft_config:
+        config = _of_modules(lora.file.peft_config, [patch.name for patch in staying])
         metadata[OF_PEFT] = json.dumps(config, sort_keys=True)
     write_bytes(path, safetensors_bytes(tensors, metadata))
     return kept

@@ -61,7 +61,8 @@ class LoraFile:
         checkpoint: The file.
         strength: The user's factor of its changes.
         modules: The file's tensors by module, in the file's names, and by role.
-        metadata: PEFT's configuration, if the file comes with one.
+        peft_config: PEFT's configuration, empty if the file comes with none. Keys begin with the network's
+            name: "transformer.lora_alpha".
         layers: The layers that it changes; or by layer what its strength is multiplied by there, other layers
             having 1. If None, it changes all of its layers.
     """
@@ -69,7 +70,7 @@ class LoraFile:
     checkpoint: Checkpoint
     strength: float
     modules: dict[str, dict[str, ScaledTensor]]
-    metadata: dict[str, Any]
+    peft_config: dict[str, Any]
     layers: Sequence[int] | Mapping[int, float] | None = None
 
     @property
@@ -102,7 +103,7 @@ class LoraFile:
             InputError: PEFT's configuration cannot be read.
         """
         try:
-            return change_in(self.modules[module], self._config(module))
+            return change_in(self.modules[module], self._config_of(module))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"Got {self.path}, whose configuration cannot be read: fetch it again"
@@ -122,7 +123,7 @@ class LoraFile:
             return 1.0
         if "alpha" in self.modules[module]:
             return float(read_finite(self.modules[module]["alpha"], torch.device("cpu"))) / rank
-        config = self._config(module)
+        config = self._config_of(module)
         try:
             special = (config.get("alpha_pattern") or {}).items()
             own = (value for key, value in special if re.search(rf"(^|\.){key}$", module))
@@ -135,10 +136,10 @@ class LoraFile:
                 f"Got {self.path}, whose alpha and rank cannot be read: fetch it again"
             ) from error
 
-    def _config(self, module: str) -> dict[str, Any]:
+    def _config_of(self, module: str) -> dict[str, Any]:
         """PEFT's configuration for a module's network; empty if the file has none."""
         prefix = f"{part_of(module)}."
-        return {key.removeprefix(prefix): value for key, value in self.metadata.items()}
+        return {key.removeprefix(prefix): value for key, value in self.peft_config.items()}
 
 
 def part_of(module: str) -> Part:
@@ -192,7 +193,7 @@ def read_lora(
     if words:
         named = ", ".join(map(short_name, sorted(words)))
         warn(f"{path}: the words {named}, trained with it, are left out")
-    return LoraFile(checkpoint, strength, modules, _metadata(checkpoint), layers)
+    return LoraFile(checkpoint, strength, modules, _peft_config(checkpoint), layers)
 
 
 def _module_and_role(name: str) -> tuple[str, str] | None:
@@ -234,7 +235,7 @@ def _as_matrix(tensor: ScaledTensor) -> ScaledTensor:
     return tensor
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """PEFT's configuration from the file's header, or from the JSON file beside it."""
     text = checkpoint.metadata.get("lora_adapter_metadata")
     if text is not None:

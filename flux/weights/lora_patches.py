@@ -141,7 +141,7 @@ def check_fields(path: Path, place: LoraPlace, fields: LoraFields, change: Weigh
     found = ", ".join(f"{name} {tensor.shape}" for name, tensor in sorted(fields.items()))
     hint = ""
     if place.module == "img_in":
-        hint = " (a LoRA that adds input channels makes another model, such as flux-dev-canny-lora)"
+        hint = " (a LoRA with more input channels needs its model, such as flux-dev-canny-lora)"
     if any(name.startswith("oft_blocks") for name in fields):
         hint = " (blocks must add up to all rows; a fused module has oft_blocks.0, oft_blocks.1, ...)"
     raise InputError(

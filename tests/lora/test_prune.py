@@ -74,7 +74,7 @@ def test_configuration_of_peft(tiny, weights, tmp_path):
     prune(source, tmp_path / "small.safetensors", [6])
     lora = open_lora(tmp_path / "small.safetensors")
     assert [patch.scale for patch in lora.patches] == [8.0]
-    assert lora.file.metadata["transformer.target_modules"] == names[1:]
+    assert lora.file.peft_config["transformer.target_modules"] == names[1:]
 
 
 def test_choice_by_scores():

@@ -212,7 +212,7 @@ def test_a_lora_that_says_what_it_is_for(tmp_path, base):
 
 def test_a_lora_of_another_size(tmp_path, base):
     file = {"img_in.lora_A.weight": torch.zeros(4, 128), "img_in.lora_B.weight": torch.zeros(32, 4)}
-    refused(tmp_path, base, file, r"for img_in it has down \(4, 128\), up \(32, 4\), .* 32 x 64 \(a LoRA for")
+    refused(tmp_path, base, file, r"for img_in it has down \(4, 128\), up \(32, 4\), .* 32 x 64 \(a LoRA with")
     file = {"img_in.lora_A.weight": torch.zeros(4, 64)}
     refused(tmp_path, base, file, r"for img_in it has down \(4, 64\)")
 
@@ -226,7 +226,7 @@ def test_a_broken_header(tmp_path, weights, base):
     refused(tmp_path, base, file, "JSON is broken", lora_adapter_metadata="{")
 
 
-def test_settings():
+def test_loras_in_settings_have_files_and_weights():
     settings = check_settings(ModelSettings, {"lora": ["a", {"file": "b", "weight": 0.8}]})
     assert [(entry.file, entry.weight) for entry in settings.lora] == [("a", 1.0), ("b", 0.8)]
     assert check_settings(ModelSettings, json.loads(json.dumps(settings.to_json()))) == settings
