@@ -72,9 +72,8 @@ def check_address(host: str | None, port: int | None, auth: str | None) -> None:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
     except (OSError, OverflowError, TypeError) as error:
-        raise InputError(
-            f"Cannot serve at {address[0]}:{port}: {error}; give another --host or --port"
-        ) from error
+        place = address[0] if port is None else f"{address[0]}:{port}"
+        raise InputError(f"Cannot serve at {place}: {error}; give another --host or --port") from error
 
 
 def check_tls(certfile: str | None, keyfile: str | None) -> None:

@@ -62,11 +62,14 @@ def open_studio(
         others: Further models, see `flux.studio.models`. Each is loaded when a run needs it.
 
     Raises:
-        InputError: As `LoadedModel.load` and `ContentFilter.load`.
+        InputError: The settings are beyond the studio's `Limits`; or as `LoadedModel.load` and
+            `ContentFilter.load`.
     """
     first, *rest = (resolve(each) for each in (settings, *others))
+    limits = Limits.of(get_spec(first.model))
+    limits.check_size(first)
     filters, model = _in_a_thread(lambda: (_filters([first, *rest], content_filter), LoadedModel.load(first)))
-    memory, folder, limits = Memory(), Path(folder).resolve(), Limits.of(get_spec(first.model))
+    memory, folder = Memory(), Path(folder).resolve()
     studio = Studio(
         engine=Engine(first, model, filters[first.model], memory),
         limits=limits,

@@ -84,4 +84,4 @@ def download(page, click) -> Path:
 
 
 def download_image(page) -> Path:
-    return download(page, lambda: page.get_by_role("button", name="Image", exact=True).first.click())
+    return download(page, lambda: page.get_by_role("button", name="Save image", exact=True).first.click())

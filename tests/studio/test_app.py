@@ -52,6 +52,13 @@ def test_errors_of_loading_are_raised(monkeypatch, tmp_path):
         open_studio(ModelSettings(device="cpu"), tmp_path)
 
 
+def test_defaults_that_no_run_may_have(tmp_path):
+    """Said before the model is loaded: each run of the page would be refused."""
+    for field, said in (("width", "a size of 100000x256"), ("num_steps", "100000 steps")):
+        with pytest.raises(InputError, match=said):
+            open_studio(ModelSettings(device="cpu", **{field: 100_000}), tmp_path)
+
+
 def test_where_it_cannot_be_served():
     """Said before a model is loaded."""
     for auth in ("secret", ":secret", "me:", 7):

@@ -52,7 +52,7 @@ def test_a_run_that_waits_is_stopped(page, served):
 def test_what_is_saved_after_stop(page):
     """Not the image before, whose place a preview has taken."""
     page.get_by_role("tab", name="Generate").click()
-    save = page.get_by_role("button", name="Image", exact=True).locator("visible=true")
+    save = page.get_by_role("button", name="Save image", exact=True).locator("visible=true")
     draw(page)
     assert save.is_enabled()
     set_number(page, "#generate-settings", "Steps", 100)

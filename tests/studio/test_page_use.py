@@ -72,7 +72,8 @@ def test_the_mask_that_was_found_is_corrected_sent_back_and_shared(page, url, se
     page.locator("#history button").nth(1).click()
     page.get_by_text("Mask (painted)").wait_for()
     page.wait_for_function("document.activeElement.classList.contains('outputs')")
-    image = page.locator("#edit-viewer").locator("xpath=..").get_by_role("button", name="Image", exact=True)
+    beside = page.locator("#edit-viewer").locator("xpath=..")
+    image = beside.get_by_role("button", name="Save image", exact=True)
     with page.expect_download() as waiting:
         image.click()
     file = waiting.value.path().rename(waiting.value.path().with_suffix(".png"))

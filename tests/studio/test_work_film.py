@@ -1,5 +1,3 @@
-from pathlib import Path
-
 from flux.studio.forms import film_settings
 from flux.studio.progress import MadeImage
 from flux.studio.work.film import run_film
@@ -10,7 +8,8 @@ def test_a_film_and_its_sheets(studio):
     session = studio.sessions.of("a")
     made = [update.result for update, _ in run_film(studio, session, settings) if update.result]
     assert isinstance(made[0], MadeImage)
-    assert [path.name for path in made[1:]] == ["film.webp", "steps.png", "layers.png", "words.png"]
-    assert all(Path(path).is_file() for path in made[1:])
     [run] = session.runs
+    assert made[1:] == [run.folder / "film.webp"]
+    for name in ("film.webp", "steps.png", "layers.png", "words.png"):
+        assert (run.folder / name).is_file()
     assert list(run.images) == ["picture"]

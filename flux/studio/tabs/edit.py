@@ -14,11 +14,12 @@ from flux.settings.edits import EditSettings
 from flux.settings.resolved import ResolvedEdit
 from flux.studio.form_values import Form, dose_values, format_edits
 from flux.studio.forms import edit_settings, notes_about
-from flux.studio.painter import painted_mask
+from flux.studio.painter import board, painted_mask, painter
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
 from flux.studio.strip import layer_strip, strip_value
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.dose import advanced_fields, dose_fields
 from flux.studio.tabs.edits_shown import EditsShown
 from flux.studio.tabs.fields import (
@@ -33,8 +34,7 @@ from flux.studio.tabs.fields import (
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.mask import MaskCanvas
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.visits import existing_file
 from flux.studio.widgets import UNQUEUED, Changes, held_image, image_input, status_html
@@ -44,6 +44,10 @@ from flux.studio.work.generate import steering_images
 from flux.vital_layers import PRESETS
 
 PROMPT, PHOTO = "A prompt", "A photograph"
+ABOUT_MASK = (
+    "Paint where the edit may change the reference. If nothing is painted, the dose auto finds a mask by "
+    'itself; with any other dose the whole image may change. <a href="#word-mask">Mask?</a>'
+)
 EXAMPLES = {
     "small": [
         ("a dog on the grass", 7, "a cat on the grass\na dog wearing a top hat on the grass"),
@@ -93,8 +97,8 @@ class EditTab:
                 self.layers = self._layer_choice()
                 self.fields |= {"layers": self.layers, **dose_fields()}
                 # Edits of an image to fill may change what its mask says.
-                self.canvas = self.steering.canvas or MaskCanvas(drawn)
-                self.fields |= {"mask": self.canvas.painter, **self._settings(), **advanced_fields()}
+                self.canvas = self.steering.canvas or painter("edit-mask", board(drawn), ABOUT_MASK)
+                self.fields |= {"mask": self.canvas, **self._settings(), **advanced_fields()}
 
     # ---- components
 
@@ -174,19 +178,13 @@ class EditTab:
     def connect(self, history: History) -> None:
         """Connect the events; `history` shows each new image."""
 
-        def work(session: Session, settings: ResolvedEdit, form: Form) -> Iterator[tuple[Update, Changes]]:
-            for update, changes in self._edit(session, settings, form):
-                yield update, changes | history.changes(session) if update.result else changes
-
         def reference_settings(form: Form) -> ResolvedEdit:
             return self._settings_of({**form, "edits": form["edits"] or "-"})  # the edits do not matter here
 
-        outputs = [*self.shown.components, *self.canvas.components, history.gallery]
-        edit = RunButton(self.studio, self.controls, self.fields, self._settings_of, work)
+        outputs = [*self.shown.components, self.canvas]
+        edit = RunButton(self.controls, self.fields, self._settings_of, self._edit, history)
         edit.connect([self.go.click], outputs)
-        reference = RunButton(
-            self.studio, self.controls, self.fields, reference_settings, self._draw_reference
-        )
+        reference = RunButton(self.controls, self.fields, reference_settings, self._draw_reference)
         reference.connect([self.go_reference.click], outputs)
         self._connect_source()
         self.shown.connect(self.fields["edits"], self.canvas)
@@ -228,7 +226,7 @@ class EditTab:
     def _show_on_canvas(self, session: Session, reference: Image.Image, mask: Image.Image | None) -> Changes:
         """Show the kept reference on the canvas, with what is painted there."""
         session.reference_id = self.studio.engine.kept_id
-        return self.canvas.show(thumbnail(reference, 1024), mask)
+        return {self.canvas: board(thumbnail(reference, 1024), mask)}
 
     def _connect_source(self) -> None:
         """Show the fields of a photograph, size the run to it, and let examples fill the form."""
@@ -244,12 +242,12 @@ class EditTab:
             image = held_image(path)
             width, height = natural_size(image, self.studio.spec.size)
             sizes = {fields["width"]: width, fields["height"]: height}
-            return {**sizes, **self.canvas.show(thumbnail(image, 1024))}
+            return {**sizes, self.canvas: board(thumbnail(image, 1024))}
 
         self.source.change(
             choose, self.source, [self.upload, fields["inversion"], fields["paste_back"], prompt], **UNQUEUED
         )
-        sized = [fields["width"], fields["height"], *self.canvas.components]
+        sized = [fields["width"], fields["height"], self.canvas]
         self.uploaded.success(size_to, self.photo, sized, **UNQUEUED)
         self.examples.connect([prompt, fields["seed"], fields["edits"], self.source], PROMPT)
         self.steering.connect(fields)
@@ -264,7 +262,7 @@ class EditTab:
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        form = [self.upload, *self.steering.restorable, *self.fields.values(), *self.canvas.components]
+        form = [self.upload, *self.steering.restorable, *self.fields.values()]
         return list(dict.fromkeys([*form, *self.shown.components, self.controls.status]))
 
     def restored(self, settings: EditSettings, details: Mapping[str, Any], files: Files) -> Changes:
@@ -286,7 +284,7 @@ class EditTab:
         values["prompt"] = settings.prompt or ""
         values["edits"] = format_edits(settings.edits)
         shown = files.shown and thumbnail(read_image(files.shown), 1024)
-        canvas = self.canvas.show(shown, files.mask) if shown else self.canvas.clear()
+        canvas = {self.canvas: board(shown, files.mask) if shown else None}
         form = {self.upload: values["photo"], **filled(self.fields, values)}
         return {**form, **self.steering.restored(files), **canvas}
 
@@ -311,7 +309,7 @@ class EditTab:
         return {
             **filled(self.fields, values),
             self.upload: values["photo"],
-            **self.canvas.show(thumbnail(read_image(path), 1024)),
+            self.canvas: board(thumbnail(read_image(path), 1024)),
             **self.steering.taken(Files.beside(path, settings)),
             **self.shown.show_alone(path, details["prompt"]),
             self.controls.status: status_html("Say what the edited image should show, and press Edit."),
@@ -319,7 +317,7 @@ class EditTab:
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Show an image of this session beside its reference."""
-        return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
+        return self.shown.show(run, name)
 
 
 def photo_in(form: Form) -> Image.Image | None:

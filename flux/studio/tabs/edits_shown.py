@@ -8,8 +8,8 @@ from gradio.components import Component
 from PIL import Image
 
 from flux.images.io import read_image, thumbnail
+from flux.studio.painter import board
 from flux.studio.sessions import Run
-from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.shown import ShownImage
 from flux.studio.viewer import image_alone, pair, viewer
 from flux.studio.visits import shown_run
@@ -72,7 +72,7 @@ class EditsShown:
             **{part: gr.update(visible=False) for part in hidden},
         }
 
-    def connect(self, edits: Component, canvas: MaskCanvas) -> None:
+    def connect(self, edits: Component, canvas: gr.HTML) -> None:
         """Let a click show another image, a further turn follow it, and its mask be corrected.
 
         Args:
@@ -96,13 +96,13 @@ class EditsShown:
             run = shown_run(folder)
             mask = mask_of(run, chosen)
             image = thumbnail(read_image(run.images["reference"]), 1024)
-            return canvas.show(image, mask and Image.open(mask))
+            return {canvas: board(image, mask and Image.open(mask))}
 
         at = [self._folder, self._chosen]
         self._gallery.select(choose, self._folder, self._chosen_parts, **UNQUEUED)
         further = self._under.edit.click(go_on, [*at, edits], edits, **UNQUEUED)
         further.then(None, None, None, js="() => studio.focus('#edit-edits textarea')")
-        shown = self._correct.click(correct, at, canvas.components, **UNQUEUED)
+        shown = self._correct.click(correct, at, canvas, **UNQUEUED)
         shown.then(None, None, None, js="() => studio.unfold('#edit-mask')")
 
     @property

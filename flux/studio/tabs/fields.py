@@ -24,8 +24,24 @@ SMALLEST = 64  # side of an image in pixels, on the sliders
 SHAPES = {"1:1": 1, "4:3": 4 / 3, "3:4": 3 / 4, "16:9": 16 / 9, "9:16": 9 / 16}
 
 
-def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> FormFields:
-    """Make fields for size, steps and seed, by the names of the settings; or without the size."""
+def prompt_field(studio: Studio, tab: str, value: str, info: str | None = None) -> gr.Textbox:
+    """Make the field of a prompt, in which Enter starts a run."""
+    return gr.Textbox(
+        value,
+        label="Prompt",
+        lines=1,
+        max_lines=6,
+        max_length=studio.limits.letters,
+        placeholder="What should the image show?",
+        elem_id=f"{tab}-prompt",
+        info=info,
+    )
+
+
+def size_and_seed_fields(
+    studio: Studio, seed: int, has_size: bool = True, has_count: bool = False
+) -> FormFields:
+    """Make fields for steps and seed, by the names of the settings; and for the size, and how many images."""
     size = size_fields(studio) if has_size else {}
     steps = gr.Slider(
         1,
@@ -36,7 +52,12 @@ def size_and_seed_fields(studio: Studio, seed: int, has_size: bool = True) -> Fo
         info="More are finer and take longer.",
     )
     number = gr.Number(seed, label="Seed", precision=0, info="The same seed repeats the image.")
-    return {**size, "num_steps": steps, "seed": number}
+    fields = {**size, "num_steps": steps, "seed": number}
+    if has_count:
+        fields["count"] = gr.Slider(
+            1, studio.limits.images, 1, step=1, label="Images", info="Each with a seed one higher."
+        )
+    return fields
 
 
 def size_fields(studio: Studio) -> FormFields:
@@ -74,7 +95,7 @@ def guidance_fields(studio: Studio) -> FormFields:
         ),
         "true_cfg": gr.Slider(
             1,
-            10,
+            max(10, studio.defaults.true_cfg),
             studio.defaults.true_cfg,
             step=0.1,
             label="True CFG",

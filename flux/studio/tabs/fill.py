@@ -16,13 +16,12 @@ from flux.settings.demos import GenerateSettings
 from flux.settings.resolved import ResolvedGenerate
 from flux.studio.form_values import Form
 from flux.studio.forms import MOST_OVERLAP, SIDES, borders_in, fill_settings
-from flux.studio.painter import PNG, painted_mask
+from flux.studio.painter import PNG, board, painted_mask, painter
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.tabs.fields import FormFields
 from flux.studio.tabs.history import Files
-from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.source import ImageSource
 from flux.studio.tabs.steered import SteeredTab
 from flux.studio.tabs.steering_image import ABOUT_MASK, mask_in
@@ -48,11 +47,11 @@ class FillTab(SteeredTab):
                 self.fields = {"fill": self.source.held, **self._where()}
                 self.fields |= self.add_prompt(PROMPT if first else "", "What the whole image shows", "Fill")
             with gr.Column(elem_classes="outputs"):
-                self.add_outputs("Add an image, and paint over what is to be painted anew.")
+                self.add_outputs("Add an image, paint over what is to be painted anew, and press Fill.")
             with gr.Column(elem_classes="options"):
-                self.canvas = MaskCanvas(first, "fill-mask", ABOUT_MASK, is_open=True)
+                self.canvas = painter("fill-mask", first and board(first), ABOUT_MASK, is_open=True)
                 self.painted_on = gr.State(first and str(first))  # the file of the image on the canvas
-                self.fields |= {"mask": self.canvas.painter, **self._borders(), **self.add_settings(False)}
+                self.fields |= {"mask": self.canvas, **self._borders(), **self.add_settings(False)}
         self._connect_images()
 
     def _where(self) -> FormFields:
@@ -86,14 +85,14 @@ class FillTab(SteeredTab):
         def show(file: str | None, painted_on: str | None) -> Changes:
             if file == painted_on:  # an earlier run brought its mask with it
                 return {self.painted_on: file}
-            canvas = self.canvas.show(thumbnail(held_image(file), 1024)) if file else self.canvas.clear()
-            return {self.painted_on: file, **canvas}
+            shown = board(thumbnail(held_image(file), 1024)) if file else None
+            return {self.painted_on: file, self.canvas: shown}
 
         def show_frame(*values: Any) -> Any:
             names = ("fill", "where", *SIDES, "overlap")
             return self._frame(dict(zip(names, values, strict=True)))
 
-        shown = [self.painted_on, *self.canvas.components]
+        shown = [self.painted_on, self.canvas]
         self.source.held.change(show, [self.source.held, self.painted_on], shown, **UNQUEUED)
         hide_mask = f"document.querySelector('#fill-mask details').hidden = where === '{AROUND}'"
         self.where.change(
@@ -137,8 +136,7 @@ class FillTab(SteeredTab):
             raise InputError("Got no image: upload the one that is to be filled")
         if not form["outpaint"] and "mask" in form:
             mask_in(form)
-        with Image.open(held_file(form["fill"])) as image:
-            return fill_settings(self.studio, form, image.size)
+        return fill_settings(self.studio, form, held_image(form["fill"]).size)
 
     def work(
         self, session: Session, settings: ResolvedGenerate, form: Form
@@ -155,7 +153,7 @@ class FillTab(SteeredTab):
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        return [*super().restorable, self.painted_on, *self.canvas.components]
+        return [*super().restorable, self.painted_on, self.canvas]
 
     def restored_images(self, settings: GenerateSettings, files: Files) -> Changes:
         """Bring back the image, its mask or its borders."""
@@ -165,9 +163,8 @@ class FillTab(SteeredTab):
         values[self.where] = MASK if settings.outpaint is None else AROUND
         values[self.painted_on] = image
         values[self.fields["overlap"]] = min(settings.overlap, MOST_OVERLAP)
-        board = thumbnail(held_image(image), 1024) if image else None
-        canvas = self.canvas.show(board, files.mask) if board else self.canvas.clear()
-        return {**values, **self.start_from([image] if image else []), **canvas}
+        values[self.canvas] = board(thumbnail(held_image(image), 1024), files.mask) if image else None
+        return {**values, **self.start_from([image] if image else [])}
 
 
 def _frame_html(framed: Image.Image) -> str:
@@ -176,12 +173,6 @@ def _frame_html(framed: Image.Image) -> str:
     address = f"{PNG}{b64encode(file.getvalue()).decode()}"
     caption = "<figcaption>The new frame: grey is painted anew.</figcaption>"
     return f'<figure><img src="{address}" alt="The image in its new frame">{caption}</figure>'
-
-
-def held_file(file: str) -> str:
-    """Return the file of an image that is held. Raise InputError if it has been deleted since."""
-    held_image(file)
-    return file
 
 
 def _with_word(form: Form) -> dict[str, Any]:

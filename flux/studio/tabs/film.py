@@ -16,20 +16,22 @@ from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
 from flux.studio.strip import layer_strip, strip_value
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import (
     FormFields,
     connect_notes,
     filled,
     guidance_fields,
+    prompt_field,
     sampling_values,
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.shown import ShownImage
 from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, viewer
-from flux.studio.widgets import Changes, preview, results, status_html
+from flux.studio.widgets import Changes, preview, results
 from flux.studio.words import about
 from flux.studio.work.film import run_film
 from flux.studio.work.generate import steering_images
@@ -52,21 +54,14 @@ class FilmTab:
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.steering = SteeringImage(studio, "film", first)
-                self.prompt = gr.Textbox(
-                    PROMPT,
-                    label="Prompt",
-                    elem_id="film-prompt",
-                    lines=1,
-                    max_lines=6,
-                    max_length=studio.limits.letters,
-                )
+                self.prompt = prompt_field(studio, "film", PROMPT)
                 [self.go] = self.controls.add_buttons("Watch")
             with gr.Column(elem_classes="outputs"):
                 self.controls.add_status()
                 self.preview = preview("film-preview")
                 self.viewer = viewer("film-stage", None, "The film of the image's steps plays here.")
                 self.sheets = results("Sheets", "film-sheets", columns=3, object_fit="contain", zoomable=True)
-                self.under = ShownImage("Film")
+                self.under = ShownImage("film")
             with gr.Column(elem_classes="options"):
                 self.fields = {"prompt": self.prompt, **self.steering.fields, **self._options()}
 
@@ -93,45 +88,28 @@ class FilmTab:
         def work(
             session: Session, settings: ResolvedLayer, form: Form
         ) -> Iterator[tuple[Update[MadeImage | Path], Changes]]:
-            sheets: list[tuple[str, str]] = []
             steering = steering_images(settings, self.steering.images(form))
             for update, run in run_film(self.studio, session, settings, steering):
-                made = update.result
                 shown: Changes = {}
                 if update.preview:
                     shown = {self.preview: gr.update(visible=True, value=update.preview)}
-                elif isinstance(made, MadeImage):
-                    shown = {**self._shown(run, run.images[IMAGE]), **history.changes(session)}
-                elif made and made.stem in SHEETS:
-                    sheets.append((str(made), SHEETS[made.stem]))
-                    shown = {self.sheets: gr.update(value=sheets, visible=True)}
-                elif made:
-                    shown = self._shown(run, made)
+                elif update.result:
+                    shown = self.shown_again(run, IMAGE)
                 yield update, shown
 
-        watch = RunButton(self.studio, self.controls, self.fields, settings_of, work)
+        watch = RunButton(self.controls, self.fields, settings_of, work, history)
+        watch.connect([self.go.click, self.prompt.submit], self._shown_parts)
         connect_notes(self.fields, partial(notes_about, self.studio, film_settings))
-        outputs = [*self._shown_parts, self.sheets, history.gallery]
-        watch.connect([self.go.click, self.prompt.submit], outputs)
 
     @property
     def _shown_parts(self) -> list[Component]:
-        return [self.preview, self.viewer, *self.under.components]
-
-    def _shown(self, run: Run, file: Path) -> Changes:
-        """Show a film, or its last image."""
-        value = image_alone(file, run.captions[IMAGE])
-        return {
-            self.preview: gr.update(visible=False),
-            self.viewer: value,
-            **self.under.show(run, run.images[IMAGE], saved=file),
-        }
+        return [self.preview, self.viewer, self.sheets, *self.under.components]
 
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
         form = dict.fromkeys([*self.steering.restorable, *self.fields.values()])
-        return [*form, *self._shown_parts, self.sheets, self.controls.status]
+        return [*form, *self._shown_parts]
 
     def restored(self, settings: LayerSettings, details: Mapping[str, Any], files: Files) -> Changes:  # noqa: ARG002 - a run has one image
         """Fill the form with these settings."""
@@ -143,13 +121,14 @@ class FilmTab:
         return {**filled(self.fields, values), **self.steering.restored(files)}
 
     def shown_again(self, run: Run, name: str) -> Changes:
-        """Show a film of this session once more, or its image if the film was not finished."""
+        """Show a film of this session with its sheets, or its image as long as there is no film."""
         film, image = run.folder / "film.webp", run.images[name]
         shown = film if film.is_file() else image
         files = [(run.folder / f"{sheet}.png", title) for sheet, title in SHEETS.items()]
         sheets = [(str(file), title) for file, title in files if file.is_file()]
         return {
-            **self._shown(run, shown),
+            self.preview: gr.update(visible=False),
+            self.viewer: image_alone(shown, run.captions[name]),
             self.sheets: gr.update(value=sheets, visible=bool(sheets)),
-            self.controls.status: status_html("From your images."),
+            **self.under.show(run, image, saved=shown),
         }

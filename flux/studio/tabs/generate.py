@@ -14,6 +14,7 @@ from flux.studio.forms import generate_settings, notes_about
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import (
     Examples,
     FormFields,
@@ -21,15 +22,16 @@ from flux.studio.tabs.fields import (
     filled,
     guidance_fields,
     kind_of_examples,
+    prompt_field,
     sampling_values,
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.shown import ShownRun
 from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, pair
-from flux.studio.widgets import Changes, held_image, image_input, status_html
+from flux.studio.widgets import Changes, held_image, image_input
 from flux.studio.work.generate import run_generate, steering_images
 
 EXAMPLE_SEED = 7
@@ -63,15 +65,8 @@ class GenerateTab:
         with gr.Row(elem_classes="workspace"):
             with gr.Column(elem_classes="inputs"):
                 self.steering = SteeringImage(studio, "generate", drawn if studio.spec.folder else None)
-                self.prompt = gr.Textbox(
-                    example.captions["reference"],
-                    label="Prompt",
-                    lines=1,
-                    max_lines=6,
-                    max_length=studio.limits.letters,
-                    placeholder="What should the image show?",
-                    elem_id="generate-prompt",
-                    info="Enter draws it.",
+                self.prompt = prompt_field(
+                    studio, "generate", example.captions["reference"], "Enter draws it."
                 )
                 [self.go] = self.controls.add_buttons("Draw")
                 samples = EXAMPLES[kind_of_examples(studio)]
@@ -93,15 +88,7 @@ class GenerateTab:
 
     def _settings(self) -> FormFields:
         with gr.Accordion("Settings", open=False, elem_id="generate-settings"):
-            fields = size_and_seed_fields(self.studio, seed=EXAMPLE_SEED)
-            fields["count"] = gr.Slider(
-                1,
-                self.studio.limits.images,
-                1,
-                step=1,
-                label="Images",
-                info="Each with a seed one higher.",
-            )
+            fields = size_and_seed_fields(self.studio, seed=EXAMPLE_SEED, has_count=True)
             self.new_seed = gr.Checkbox(False, label="A new seed each time")
             return fields | guidance_fields(self.studio)
 
@@ -126,22 +113,20 @@ class GenerateTab:
             image = held_image(form["image"]) if form["image"] else None
             steering = steering_images(settings, self.steering.images(form))
             for update, run in run_generate(self.studio, session, settings, image, steering):
-                shown = self.shown.follow(update, run)
-                yield update, shown | history.changes(session) if update.result else shown
+                yield update, self.shown.follow(update, run)
 
         seed = self.fields["seed"]
-        run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        outputs = [*self.shown.components, history.gallery]
-        run.connect([self.go.click, self.prompt.submit], outputs, new_seed=(self.new_seed, seed))
+        run = RunButton(self.controls, self.fields, settings_of, work, history)
+        triggers = [self.go.click, self.prompt.submit]
+        run.connect(triggers, self.shown.components, new_seed=(self.new_seed, seed))
         self.examples.connect([self.prompt, seed, self.new_seed], False)
         connect_notes(self.fields, partial(notes_about, self.studio, generate_settings))
 
     @property
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
-        shown = [*self.shown.components, self.controls.status]
         form = [self.new_seed, self.upload, *self.steering.restorable, *self.fields.values()]
-        return list(dict.fromkeys([*form, *shown]))
+        return list(dict.fromkeys([*form, *self.shown.components]))
 
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Fill the form as for one image of these settings, or for all if `details` name none."""
@@ -157,7 +142,7 @@ class GenerateTab:
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Show an image of this session once more."""
-        return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
+        return self.shown.show(run, name)
 
 
 def _viewed(run: Run, name: str) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from flux.settings.edits import INHERITED, EditSettings
 from flux.studio.hardening import toast
 from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import FormFields
 from flux.studio.visits import GONE, unpack_mask
-from flux.studio.widgets import CONCURRENT, Changes, results
+from flux.studio.widgets import CONCURRENT, Changes, results, status_html
 
 INPUTS = ("image", "photo", "context", "fill", "control", "redux")
 """Fields of settings that name uploaded images."""
@@ -31,9 +32,11 @@ class RestorableTab(Protocol):
     """A tab whose form can be filled again from the settings of an earlier run.
 
     Attributes:
+        controls: Its buttons and status line.
         fields: The components that a run's settings are read from, by name.
     """
 
+    controls: RunControls
     fields: FormFields
 
     @property
@@ -115,7 +118,7 @@ class History:
                 self.file = gr.DownloadButton("ZIP", visible="hidden", elem_id="zip-file")
             self.gallery = results("Your images", "history", columns=10)
             self.drop = gr.File(
-                label="Settings back: drop a saved image or run.json",
+                label="Bring settings back: drop a saved image or run.json",
                 file_count="single",
                 file_types=[".png", ".jpg", ".jpeg", ".json"],
                 type="filepath",
@@ -137,7 +140,7 @@ class History:
         self._places = places
         every = list(places.values())
         rows = [row for place in every for row in place.opened]
-        components = [part for place in every for part in place.tab.restorable]
+        components = [part for place in every for part in (place.tab.controls.status, *place.tab.restorable)]
         outputs = list(dict.fromkeys([self.elsewhere, *rows, *components]))
         for event in (
             self.gallery.select(self._select, None, outputs, **CONCURRENT),
@@ -202,8 +205,9 @@ class History:
         """Show an image of this session, and fill the form of its tab."""
         settings, details = read_back(path)
         files = Files.beside(path, settings, run.images.get("reference"))
-        shown = self._place_of(settings).tab.shown_again(run, name)
-        return {**self._restored(settings, details, files), **shown}
+        tab = self._place_of(settings).tab
+        status = {tab.controls.status: status_html("From your images.")}
+        return {**status, **self._restored(settings, details, files), **tab.shown_again(run, name)}
 
     def _restored(self, settings: ModelSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Open the tab of these settings, and fill its form."""

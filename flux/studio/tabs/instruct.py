@@ -53,7 +53,7 @@ class InstructTab(SteeredTab):
                 self.fields |= self.add_prompt(EXAMPLES[0] if first else "", "Instruction", "Edit")
                 self.examples = Examples.of([(text,) for text in EXAMPLES], EXAMPLES)
             with gr.Column(elem_classes="outputs"):
-                self.add_outputs("Add an image, and say what is to change.")
+                self.add_outputs("Add an image, say what is to change, and press Edit.")
             with gr.Column(elem_classes="options"):
                 self.fields["reference_strength"] = gr.Slider(
                     0,

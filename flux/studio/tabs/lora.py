@@ -17,16 +17,18 @@ from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.sliders import add_slider_presets, facts_html, layer_sliders, sliders_value
 from flux.studio.state import Studio
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import (
     FormFields,
     connect_notes,
     filled,
     guidance_fields,
+    prompt_field,
     sampling_values,
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.shown import ShownImage
 from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.tabs.train import TrainPart
@@ -65,15 +67,7 @@ class LoraTab:
                 )
                 held = gr.State(None)
                 self.steering = SteeringImage(studio, "lora", first)
-                self.prompt = gr.Textbox(
-                    PROMPT,
-                    label="Prompt",
-                    lines=1,
-                    max_lines=6,
-                    max_length=studio.limits.letters,
-                    elem_id="lora-prompt",
-                    info="Drawn without the LoRA and with it.",
-                )
+                self.prompt = prompt_field(studio, "lora", PROMPT, "Drawn without the LoRA and with it.")
                 [self.go] = self.controls.add_buttons("Compare")
             with gr.Column(elem_classes="outputs"):
                 self.controls.add_status(NO_LORA)
@@ -117,11 +111,11 @@ class LoraTab:
                 if update.preview:
                     shown[self.preview] = gr.update(visible=True, value=update.preview)
                 if update.result:
-                    shown = self._shown(run, before) | history.changes(session)
+                    shown = self._shown(run, before)
                 yield update, shown
 
-        run = RunButton(self.studio, self.controls, self.fields, settings_of, work)
-        run.connect([self.go.click, self.prompt.submit], [*self._shown_parts, history.gallery])
+        run = RunButton(self.controls, self.fields, settings_of, work, history)
+        run.connect([self.go.click, self.prompt.submit], self._shown_parts)
         connect_notes(self.fields, partial(notes_about, self.studio, lora_settings))
 
     def _connect_upload(self) -> None:

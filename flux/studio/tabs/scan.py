@@ -17,6 +17,7 @@ from flux.studio.progress import Update
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
 from flux.studio.strip import layer_strip, strip_value
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.edit import EditTab
 from flux.studio.tabs.fields import (
     FormFields,
@@ -25,7 +26,7 @@ from flux.studio.tabs.fields import (
     guidance_fields,
     size_and_seed_fields,
 )
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, viewer
 from flux.studio.widgets import UNQUEUED, Changes, download_button, downloadable, results
@@ -68,8 +69,9 @@ class ScanTab:
         self.plot = viewer("scan-plot", None, "The vitality of each layer appears here.")
         self.verdict = gr.Markdown("", elem_id="scan-verdict")
         with gr.Row(elem_classes="save"):
-            self.send = gr.Button("Edit with this set", size="sm", interactive=False, elem_id="scan-send")
-            self.vital, self.report = download_button("vital_layers.json"), download_button("report.html")
+            self.send = gr.Button("Edit with these layers", size="sm", interactive=False, elem_id="scan-send")
+            self.vital = download_button("Save vital_layers.json")
+            self.report = download_button("Save report.html")
         self.layer = gr.Dropdown(label="Images without layer", visible=False, elem_id="scan-layer")
         self.skipped = results(
             "Images without the layer", "scan-skipped", object_fit="contain", zoomable=True
@@ -118,7 +120,7 @@ class ScanTab:
 
         downloads = [self.send, self.vital, self.report]
         outputs = [self.plot, self.verdict, *downloads, self.layer, self.skipped, self.scanned]
-        scan = RunButton(self.studio, self.controls, self.fields, settings_of, work)
+        scan = RunButton(self.controls, self.fields, settings_of, work)
         scan.connect([self.go.click], outputs)
         connect_notes(self.fields, partial(notes_about, self.studio, scan_settings))
         self.layer.change(images_without, [self.scanned, self.layer], self.skipped, **UNQUEUED)

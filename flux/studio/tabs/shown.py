@@ -26,7 +26,7 @@ class ShownImage:
 
     def __init__(
         self,
-        label: str = "Image",
+        saves: str = "image",
         run: Run | None = None,
         image: Path | None = None,
         further: str = "Edit this",
@@ -34,7 +34,7 @@ class ShownImage:
         """Add the row. `run` and `image` are shown from the first moment on, if they are given.
 
         Args:
-            label: The label of the button that saves the image.
+            saves: What the button that saves is for.
             run: The run.
             image: Its image.
             further: The label of the button `edit`. If empty, the button is hidden.
@@ -46,8 +46,8 @@ class ShownImage:
             self.edit = gr.Button(
                 further, size="sm", variant="primary", interactive=there, visible=bool(further)
             )
-            self._save = download_button(label, image)
-            self._record = download_button("run.json", run and run.record)
+            self._save = download_button(f"Save {saves}", image)
+            self._record = download_button("Save run.json", run and run.record)
             self._copies = [
                 gr.Button(f"Copy as {kind}", size="sm", interactive=there) for kind in ("command", "Python")
             ]

@@ -14,6 +14,7 @@ from flux.studio.forms import notes_about
 from flux.studio.progress import MadeImage, Update
 from flux.studio.sessions import Run, Session
 from flux.studio.state import Studio
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import (
     FormFields,
     connect_notes,
@@ -23,10 +24,10 @@ from flux.studio.tabs.fields import (
     size_and_seed_fields,
 )
 from flux.studio.tabs.history import Files, History
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.shown import ShownRun
 from flux.studio.visits import existing_file
-from flux.studio.widgets import CONCURRENT, Changes, status_html
+from flux.studio.widgets import CONCURRENT, Changes
 
 
 class SteeredTab(ABC):
@@ -92,15 +93,7 @@ class SteeredTab(ABC):
     def add_settings(self, has_size: bool) -> FormFields:
         """Add the fields of every run. Without a size, the image to begin with has it."""
         with gr.Accordion("Settings", open=False, elem_id=f"{self.name}-settings"):
-            fields = size_and_seed_fields(self.studio, seed=7, has_size=has_size)
-            fields["count"] = gr.Slider(
-                1,
-                self.studio.limits.images,
-                1,
-                step=1,
-                label="Images",
-                info="Each with a seed one higher.",
-            )
+            fields = size_and_seed_fields(self.studio, seed=7, has_size=has_size, has_count=True)
             return fields | guidance_fields(self.studio)
 
     # ---- events
@@ -112,11 +105,10 @@ class SteeredTab(ABC):
             session: Session, settings: ResolvedGenerate, form: Form
         ) -> Iterator[tuple[Update[MadeImage], Changes]]:
             for update, run in self.work(session, settings, form):
-                shown = self.shown.follow(update, run)
-                yield update, shown | history.changes(session) if update.result else shown
+                yield update, self.shown.follow(update, run)
 
-        button = RunButton(self.studio, self.controls, self.fields, self.settings_of, work)
-        button.connect([self.go.click], [*self.shown.components, history.gallery])
+        button = RunButton(self.controls, self.fields, self.settings_of, work, history)
+        button.connect([self.go.click], self.shown.components)
         connect_notes(
             self.fields, lambda form: notes_about(self.studio, lambda _, form: self.settings_of(form), form)
         )
@@ -135,8 +127,7 @@ class SteeredTab(ABC):
     def restorable(self) -> list[Component]:
         """The components that `restored` and `shown_again` change."""
         form = [field for name, field in self.fields.items() if name != "mask"]
-        parts = [*form, *self.begun_with, *self.shown.components, self.controls.status]
-        return list(dict.fromkeys(parts))
+        return list(dict.fromkeys([*form, *self.begun_with, *self.shown.components]))
 
     def restored(self, settings: GenerateSettings, details: Mapping[str, Any], files: Files) -> Changes:
         """Fill the form as for one image of these settings, or for all if `details` name none."""
@@ -153,4 +144,4 @@ class SteeredTab(ABC):
 
     def shown_again(self, run: Run, name: str) -> Changes:
         """Show an image of this session once more."""
-        return {**self.shown.show(run, name), self.controls.status: status_html("From your images.")}
+        return self.shown.show(run, name)

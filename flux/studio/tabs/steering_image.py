@@ -14,11 +14,10 @@ from flux.errors import InputError
 from flux.images.io import thumbnail
 from flux.images.sizes import natural_size
 from flux.studio.form_values import MOST_STRENGTH, Form
-from flux.studio.painter import painted_mask
+from flux.studio.painter import board, painted_mask, painter
 from flux.studio.state import Studio
 from flux.studio.tabs.fields import SMALLEST, FormFields
 from flux.studio.tabs.history import Files
-from flux.studio.tabs.mask import MaskCanvas
 from flux.studio.tabs.source import ImageSource
 from flux.studio.widgets import UNQUEUED, Changes, held_image
 
@@ -48,7 +47,7 @@ class SteeringImage:
             first: The image that stands there at first. If None, there is none.
         """
         self._studio, self.fields = studio, FormFields()
-        self.canvas: MaskCanvas | None = None
+        self.canvas: gr.HTML | None = None
         spec, kind = studio.spec, studio.spec.condition
         self._kind = kind if kind in ("control", "fill", "redux") else None
         if self._kind is None:
@@ -66,8 +65,8 @@ class SteeringImage:
                 info="Below 1, the prompt counts for more.",
             )
         if kind == "fill":
-            self.canvas = MaskCanvas(first, f"{tab}-mask", ABOUT_MASK, is_open=True)
-            self.fields["mask"] = self.canvas.painter
+            self.canvas = painter(f"{tab}-mask", first and board(first), ABOUT_MASK, is_open=True)
+            self.fields["mask"] = self.canvas
 
     def connect(self, fields: FormFields) -> None:
         """Give a tab's images the size of the image, and let its mask be painted on it.
@@ -89,11 +88,11 @@ class SteeringImage:
             else:
                 sides = natural_size(image, self._studio.spec.size)
             changes: Changes = dict(zip(size, (max(SMALLEST, side) for side in sides), strict=True))
-            return changes | (canvas.show(thumbnail(image, 1024)) if canvas else {})
+            return changes | ({canvas: board(thumbnail(image, 1024))} if canvas else {})
 
         # Not `change`: an earlier run brings its own size and mask back.
         for event in self._source.given:
-            event.success(size_to, self._source.held, [*size, *self._canvas_parts], **UNQUEUED)
+            event.success(size_to, self._source.held, [*size, *self._canvases], **UNQUEUED)
 
     def images(self, form: Form) -> dict[str, Image.Image]:
         """Read the images of a form, by the fields of settings that name them.
@@ -118,7 +117,7 @@ class SteeringImage:
         """The components that `restored` changes."""
         if self._kind is None:
             return []
-        return [self._source.upload, self._source.held, *self._canvas_parts]
+        return [self._source.upload, self._source.held, *self._canvases]
 
     def restored(self, files: Files) -> Changes:
         """Bring back the images of a run."""
@@ -126,9 +125,8 @@ class SteeringImage:
             return {}
         file = files.one_of(self._kind)
         changes: Changes = dict.fromkeys((self._source.upload, self._source.held), file)
-        if canvas := self.canvas:
-            shown = thumbnail(held_image(file), 1024) if file else None
-            changes |= canvas.show(shown, files.mask) if shown else canvas.clear()
+        if self.canvas:
+            changes[self.canvas] = board(thumbnail(held_image(file), 1024), files.mask) if file else None
         return changes
 
     def taken(self, files: Files) -> Changes:
@@ -136,8 +134,8 @@ class SteeringImage:
         return self.restored(files) if self._kind and files.one_of(self._kind) else {}
 
     @property
-    def _canvas_parts(self) -> list[gr.HTML]:
-        return self.canvas.components if self.canvas else []
+    def _canvases(self) -> list[gr.HTML]:
+        return [self.canvas] if self.canvas else []
 
 
 def mask_in(form: Mapping[str, object]) -> Image.Image:

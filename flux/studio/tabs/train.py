@@ -16,8 +16,9 @@ from flux.studio.hardening import TRAINING_IMAGES
 from flux.studio.progress import Update
 from flux.studio.sessions import Session
 from flux.studio.state import Studio
+from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import FormFields, connect_notes
-from flux.studio.tabs.runs import RunButton, RunControls
+from flux.studio.tabs.runs import RunButton
 from flux.studio.widgets import UNLISTED, UNQUEUED, Changes, results
 from flux.studio.words import about
 from flux.studio.work.lora import HeldLora
@@ -119,6 +120,6 @@ class TrainPart:
         kept.failure(lambda: (None, None), None, [self._upload, images], queue=False, **UNLISTED)
         # The status line and the samples may be out of sight here.
         self._go.click(None, None, None, js="() => { studio.look(); }", **UNQUEUED)
-        training = RunButton(self._studio, self._controls, self.fields, settings_of, work)
+        training = RunButton(self._controls, self.fields, settings_of, work)
         training.connect([self._go.click], [self.samples, *outputs])
         connect_notes(self.fields, partial(notes_about, self._studio, train_settings))

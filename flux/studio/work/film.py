@@ -24,12 +24,12 @@ def make_film(
     run: Run,
     conditions: ConditionImages | None = None,
 ) -> None:
-    """Emit the image, then the paths of its film and sheets, which it writes to the run's folder.
+    """Emit the image, then the path of its film, once film and sheets are in the run's folder.
 
     Args:
         engine: The loaded model.
         settings: The prompt, and the layers to watch.
-        progress: Receives steps, the image "picture" and the paths.
+        progress: Receives steps, the image "picture" and the film's path.
         run: The run. Its folder gets film.webp, steps.png and, with layers, layers.png and words.png.
         conditions: Images that steer the run.
 
@@ -44,12 +44,11 @@ def make_film(
     [final] = pipe.decode(steps[-1].latent, *size, settings.watermark)
     progress.emit(MadeImage("picture", engine.check(final), entry.prompt, entry.seed))
     film = Film.of(pipe, entry.prompt, steps, attention, final, on_step=progress.advance)
+    for name, sheet in film.sheets():
+        metadata = image_metadata(run.settings, entry.prompt, entry.seed)
+        save_image(sheet, run.folder / f"{name}.png", metadata)
     film.save(run.folder / "film.webp")
     progress.emit(run.folder / "film.webp")
-    for name, sheet in film.sheets():
-        path = run.folder / f"{name}.png"
-        save_image(sheet, path, image_metadata(run.settings, entry.prompt, entry.seed))
-        progress.emit(path)
 
 
 def run_film(
