@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from flux.errors import exit_on_input_error
+from flux.errors import InputError, exit_on_input_error
 from flux.sessions.options import SamplingOptions
 from flux.sessions.session import NOT_OPTIONS, CommandOptions, run_session
 
@@ -84,6 +84,7 @@ def fetch_model(name: str) -> None:
     download(name)
 
 
+@exit_on_input_error()
 def app() -> None:
     """Run `python -m flux` and the `flux` command. Upstream's sub-command t2i may be named or left out."""
     from flux.settings.command_line import run
@@ -100,5 +101,10 @@ def app() -> None:
         others = ConditionSettings.model_fields.keys() - COMMANDS[first[0]]
         fields = {name: field for name, field in fields.items() if name not in others}
         run(command.main, command.__doc__, fields, arguments=rest)
+    elif first and first != ["t2i"] and not first[0].startswith("-"):
+        known = ", ".join(["t2i", *COMMANDS, "download"])
+        raise InputError(
+            f"Got {first[0]!r}, which is no command: name one of {known}, or write --prompt before a prompt"
+        )
     else:
         run(main, __doc__, fields, arguments=rest if first == ["t2i"] else sys.argv[1:])

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flux.settings.demos import SessionSettings
 
 Options = TypeVar("Options", bound=SamplingOptions)
+UPSTREAM_EXAMPLES = {"assets/cup.png", "assets/cup_mask.png", "assets/robot.webp"}
+"""The defaults of upstream's options for images. Only a checkout of its repository has these files."""
 HOSTED_TAKES = ("prompt", "seed", "width", "height", "num_steps", "guidance")
 
 # Fields of a model's settings that the programs have under another name, or no use for.
@@ -243,6 +245,7 @@ def run_session(name: str, options: SamplingOptions, how: CommandOptions, fields
     from flux.settings.files import check_settings
     from flux.specs import HOSTED
 
+    _check_images_named(options)
     placed = {"device": how.device, "offload": how.offload, "output_dir": how.output_dir}
     settings = check_settings(SessionSettings, {"model": name, **placed, **fields, **options.as_settings()})
     check_folder(settings.output_dir)
@@ -260,3 +263,12 @@ def run_session(name: str, options: SamplingOptions, how: CommandOptions, fields
             "models num_steps and guidance too"
         )
     HostedSession(name, how).run(options)
+
+
+def _check_images_named(options: SamplingOptions) -> None:
+    """Raise InputError if an image is upstream's example, the option's default, which is not here."""
+    for option in ("img_cond_path", "img_mask_path"):
+        paths = getattr(options, option, None) or ()
+        for path in [paths] if isinstance(paths, str) else paths:
+            if path in UPSTREAM_EXAMPLES and not Path(path).exists():
+                raise InputError(f"Got no {option}: name the image (upstream's {path} is not here)")
