@@ -30,19 +30,19 @@ SMALL = {"width": 64, "height": 64, "num_steps": 1, "device": "cpu"}
         ("/s", "seed", None),
     ],
 )
-def test_commands(line, field, value):
+def test_a_command_sets_its_field(line, field, value):
     options, answer = read_command(line, OPTIONS)
     assert getattr(options, field) == value
     assert answer == f"{field}: {'a new one each time' if value is None else value}"
 
 
-def test_prompts():
+def test_other_lines_are_prompts():
     assert read_command("a cat", OPTIONS) == (SamplingOptions("a cat", None, None, None, None, 3), None)
     assert read_command("", OPTIONS) == (OPTIONS, None), "an empty line repeats the last prompt"
 
 
 @pytest.mark.parametrize("line", ["/x 3", "/w", "/w big", "/s 1.5"])
-def test_wrong_commands(line):
+def test_wrong_commands_are_answered_with_the_right_ones(line):
     with pytest.raises(InputError, match="/q        quit"):
         read_command(line, OPTIONS)
 
@@ -54,7 +54,7 @@ def test_numbers_go_on(tmp_path):
     assert next_index(tmp_path) == 12
 
 
-def test_a_loop(tmp_path, monkeypatch, capsys):
+def test_lines_of_a_loop_change_the_images_after_them(tmp_path, monkeypatch, capsys):
     """Lines change the options of the images after them; seeds go on; a wrong line is answered."""
     lines = iter(["a cat", "/h 80", "/n x", "", "/q"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
@@ -159,7 +159,7 @@ def test_image_to_image(tmp_path):
     assert (found["init_image"], found["strength"], found["width"]) == (start, 1.0, 80)
 
 
-def test_without_metadata(tmp_path):
+def test_metadata_may_be_left_out(tmp_path):
     cli.main(**SMALL, seed=3, add_sampling_metadata=False, output_dir=str(tmp_path))
     assert not read_metadata(tmp_path / "img_0.jpg")
 
@@ -183,7 +183,7 @@ def test_without_metadata(tmp_path):
         ({"width": 30_000, "height": 30_000}, "Got 30000x30000, expected at most 89 million pixels"),
     ],
 )
-def test_wrong_options(tmp_path, capsys, fields, message):
+def test_wrong_options_end_with_one_line(tmp_path, capsys, fields, message):
     with pytest.raises(SystemExit) as end:
         cli.main(**(SMALL | fields), output_dir=str(tmp_path / "out"))
     assert end.value.code == 2

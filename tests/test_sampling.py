@@ -69,7 +69,7 @@ def test_sizes_between_tokens_round_up():
     assert sampling.image_ids(1, 1080, 16, "cpu").shape == (1, 68, 3)
 
 
-def test_prepare():
+def test_prepare_makes_all_that_denoise_needs():
     """Upstream's call: the batch comes from the latent, or from the prompts where there are more of them."""
 
     def t5(prompts):

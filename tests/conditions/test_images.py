@@ -47,7 +47,7 @@ def resolved(given):
         ({"model": "tiny"}, (None, None)),
     ],
 )
-def test_sizes(fields, expected, tmp_path):
+def test_an_image_that_steers_may_set_the_size(fields, expected, tmp_path):
     save_image(tmp_path / "cinema.png", 2390, 1000)
     given = settings(**fields)
     found = sized(given, read_conditions(given))

@@ -241,7 +241,7 @@ def test_steps_of_a_photograph_count_its_inversion(small, photo, method, steps):
     assert seen == [(index, steps) for index in range(steps)]
 
 
-def test_pasted_back(small, photo):
+def test_an_edit_is_pasted_back_into_the_photograph(small, photo):
     """The whole photograph, untouched outside the middle that was edited, and where the mask forbids it."""
     made = make(small, photo, **ONE, paste_back=True)
     left, top, right, bottom = Photograph.of(photo, WIDTH, HEIGHT).box

@@ -33,7 +33,7 @@ def test_all_are_exact_on_a_constant_field(method):
 @pytest.mark.parametrize(
     ("method", "passes"), [("euler", 7), ("midpoint", 14), ("fireflow", 8), ("fixed-point", 28)]
 )
-def test_evaluations(method, passes):
+def test_each_method_takes_so_many_passes(method, passes):
     field = Field(lambda x, t, txt: x)
     climb(method, field)
     assert len(field.asked) == passes
@@ -42,7 +42,7 @@ def test_evaluations(method, passes):
 @pytest.mark.parametrize(
     ("method", "order"), [("euler", 1), ("midpoint", 2), ("fireflow", 2), ("fixed-point", 1)]
 )
-def test_order(method, order):
+def test_errors_fall_by_the_order_of_the_method(method, order):
     """dx/dt = x t climbs from x to x e^(1/2); twice the steps divide the error by 2^order."""
     field, errors = Field(lambda x, t, txt: x * t), []
     for steps in (40, 80):

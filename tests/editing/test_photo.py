@@ -23,7 +23,7 @@ from flux.errors import InputError
         ((17, 400), (256, 16), (0, 199, 17, 200)),
     ],
 )
-def test_the_middle(size, shape, box):
+def test_the_middle_has_the_shape_that_is_asked_for(size, shape, box):
     assert middle(size, *shape) == box
 
 

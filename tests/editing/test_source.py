@@ -116,7 +116,7 @@ def test_a_photograph_is_inverted_without_a_second_pass(small, photo, passes):
     assert len(passes) == STEPS + STEPS * 2 * 2
 
 
-def test_as_published(small, photo):
+def test_edits_of_a_photograph_as_the_public_code_makes_them(small, photo):
     """Two levels behind from the second step on, after the first at the cleanest noisy one; nudged when it is
     decoded; guidance 1 for the photograph, 3 for edits.
     """

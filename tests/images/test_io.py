@@ -56,7 +56,7 @@ def test_nan_is_told():
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "ppm"])
-def test_reads_formats(suffix, tmp_path):
+def test_images_of_each_format_are_read(suffix, tmp_path):
     path = tmp_path / f"image.{suffix}"
     quadrants().save(path, **({"lossless": True} if suffix == "webp" else {}))
     assert same(read_image(path), quadrants())
@@ -75,7 +75,7 @@ ORIENTATIONS = {  # EXIF value: where red, green, blue, yellow of the file are t
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_upright(orientation, suffix, tmp_path):
+def test_photographs_are_turned_upright(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     path = tmp_path / f"turned.{suffix}"
@@ -129,7 +129,7 @@ def test_grey_and_bilevel(tmp_path):
     assert same(read_image(tmp_path / "1.png"), grey.convert("1").convert("RGB"))
 
 
-def test_sixteen_bits(tmp_path):
+def test_sixteen_bits_become_eight(tmp_path):
     """pillow alone would turn everything above 255 of 65535 white."""
     deep = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -196,7 +196,7 @@ def test_a_broken_profile_is_told_and_ignored(profile, tmp_path):
         assert same(read_image(tmp_path / "a.png"), quadrants())
 
 
-def test_cmyk(tmp_path):
+def test_colours_of_ink_are_read(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=100)
     assert np.allclose(np.array(read_image(tmp_path / "ink.jpg")), [255, 0, 0], atol=4)
 

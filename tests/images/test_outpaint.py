@@ -25,7 +25,7 @@ def test_a_border_on_the_right():
     assert not np.asarray(canvas)[:, 128:].any()
 
 
-def test_all_round():
+def test_a_border_on_all_sides():
     canvas, mask = outpaint(image(64, 64), 0.5, overlap=0)
     assert canvas.size == (128, 128)
     assert canvas.crop((32, 32, 96, 96)) == image(64, 64)
@@ -75,6 +75,6 @@ def test_what_the_mask_leaves_is_the_image(sides, borders, overlap):
         (0.5, 0.5, "which leaves nothing of the image"),
     ],
 )
-def test_wrong_borders(borders, overlap, message):
+def test_wrong_borders_are_refused(borders, overlap, message):
     with pytest.raises(InputError, match=message):
         outpaint(image(64, 64), borders, overlap)

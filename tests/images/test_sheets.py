@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.images import noise, same
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
@@ -166,6 +166,7 @@ def test_lines_fit_and_keep_the_letters(text, width):
         assert "".join("".join(lines).split()) == "".join(text.split())
 
 
+@settings(max_examples=40)  # each draws a whole sheet
 @given(
     st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=4),
     st.integers(8, 90),

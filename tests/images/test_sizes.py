@@ -16,6 +16,6 @@ from flux.images.sizes import natural_size
         ((20, 4000), (16, 3616)),
     ],
 )
-def test_natural_size(size, expected):
+def test_sides_are_the_photographs_shape_in_the_models_area(size, expected):
     """The photograph's shape in the area of 256x256, sides in whole tokens, at least one."""
     assert natural_size(Image.new("RGB", size), 256) == expected

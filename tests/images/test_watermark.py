@@ -45,7 +45,7 @@ def scene(width: int, height: int, seed: int = 0) -> torch.Tensor:
     return to_tensor(Image.fromarray(image))
 
 
-def test_message():
+def test_the_message_is_upstreams():
     """The constants are upstream's; the first bit is the most significant."""
     assert len(WATERMARK_BITS) == 48
     assert int("".join(map(str, WATERMARK_BITS)), 2) == WATERMARK_MESSAGE == 0x2AFE879CF52E
@@ -64,7 +64,7 @@ def test_package_reads_the_mark_from_a_png(size, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_invisible(seed):
+def test_the_mark_is_invisible(seed):
     x = scene(512, 384, seed)
     marked = embed_watermark(x)
     assert psnr(x, marked) > 40
@@ -75,7 +75,7 @@ COLOURS = "black white grey red lime blue yellow cyan magenta #6e3c14 #010101 #f
 
 
 @pytest.mark.parametrize("colour", COLOURS.split())
-def test_flat_colours(colour):
+def test_flat_colours_hold_the_mark(colour):
     """One colour leaves no largest coefficient to start from, and at the gamut's edge U moves one way only.
 
     Blue, cyan and magenta have so large a U that many of their blocks have to be lowered as a whole: these
@@ -89,7 +89,7 @@ def test_flat_colours(colour):
     assert psnr(x, marked) > (30 if colour in ("blue", "cyan", "magenta") else 35)
 
 
-def test_harsh_images():
+def test_harsh_images_hold_the_mark():
     """Noise at the gamut's corners: single blocks may fail there, the vote must not."""
     corners = np.random.default_rng(0).integers(0, 2, (300, 280, 3), dtype=np.uint8) * 255
     marked = embed_watermark(to_tensor(Image.fromarray(corners)))
@@ -106,7 +106,7 @@ def test_survives_painting_over():
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3)])
-def test_shapes(lead):
+def test_rows_of_a_batch_are_marked_one_by_one(lead):
     """Rows of a batch are marked each for itself, in their places."""
     images = [scene(264, 256, seed) for seed in range(int(np.prod(lead)))]
     x = torch.stack(images).reshape(*lead, 3, 256, 264)
@@ -120,7 +120,7 @@ def test_shapes(lead):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
+def test_half_precision_holds_the_mark(dtype):
     """Half the bits still tell 256 levels apart."""
     marked = embed_watermark(scene(256, 256).to(dtype))
     assert marked.dtype == dtype

@@ -40,7 +40,7 @@ def test_models_and_names(tiny, save, names):
     assert lora.vital_layers == (1, 4)
 
 
-def test_full_size(tmp_path):
+def test_a_lora_of_full_size_is_known_by_one_layer(tmp_path):
     """Told by the shapes of one layer: no weights of the model are there."""
     pair = {"lora_A.weight": torch.zeros(4, 15360), "lora_B.weight": torch.zeros(3072, 4)}
     file = {f"transformer.single_transformer_blocks.7.proj_out.{name}": x for name, x in pair.items()}
@@ -52,7 +52,7 @@ def test_full_size(tmp_path):
     assert layer_name(26, lora.params.depth) == "single 7"
 
 
-def test_nano():
+def test_the_packages_own_lora_is_known():
     lora = open_lora(NANO_FOLDER / "schnell_lora.safetensors")
     assert lora.models[0] == "flux-nano"
     assert lora.layers == list(range(15))
@@ -70,7 +70,7 @@ def test_nano():
         ({"ot_revision": "abc", "ss_network_module": "x"}, "OneTrainer"),
     ],
 )
-def test_trainer(tiny, save, metadata, trainer):
+def test_the_trainer_is_told_by_the_metadata(tiny, save, metadata, trainer):
     assert open_lora(save(**metadata)).trainer == trainer
 
 
@@ -101,7 +101,7 @@ def test_text_encoders_are_counted(tiny, weights, tmp_path):
         (["img_in.boft_R"], "is a BOFT"),
     ],
 )
-def test_refused(tiny, tmp_path, names, message):
+def test_files_that_are_no_loras_for_flux_are_refused(tiny, tmp_path, names, message):
     path = weight_files.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "lora")
     with pytest.raises(InputError, match=message):
         open_lora(path)
@@ -133,6 +133,6 @@ def test_a_model_is_no_lora(base):
         open_lora(base)
 
 
-def test_two_models(tiny, save):
+def test_loras_for_two_models_are_refused(tiny, save):
     with pytest.raises(InputError, match=r"a LoRA for flux-nano, and .*, one for flux-dev"):
         open_loras([NANO_FOLDER / "schnell_lora.safetensors", save()])

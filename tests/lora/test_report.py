@@ -37,7 +37,7 @@ def test_rows_are_all_layers_side_by_side(files):
     assert max(row.cells[0].share for row in rows) == 1
 
 
-def test_text(files):
+def test_the_report_as_text(files):
     text = report_text(look_into(files))
     assert "form: LoRA" in text
     assert "fits: flux-dev, flux-schnell" in text
@@ -61,7 +61,7 @@ def test_page_and_json(files, base, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"norms_1.png", "norms_2.png"}
 
 
-def test_command(files, capsys, tmp_path):
+def test_the_command_writes_a_page(files, capsys, tmp_path):
     main(["report", *map(str, files), "--output", str(tmp_path / "out")])
     assert capsys.readouterr().out.endswith("report.html\n")
 
@@ -89,7 +89,7 @@ def test_base_of_another_model(files, tmp_path):
         look_into(files, other)
 
 
-def test_commands(capsys):
+def test_a_wrong_command_is_answered_with_the_right_ones(capsys):
     main(["--help"])
     assert "report" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"expected a command first: .*report"):

@@ -50,7 +50,7 @@ def trained(tmp_path_factory) -> TrainSettings:
 # ---- what it writes
 
 
-def test_files(trained):
+def test_a_training_leaves_these_files(trained):
     names = {str(path.relative_to(trained.output_dir)) for path in Path(trained.output_dir).rglob("*.*")}
     loras = {"lora.safetensors", *(f"lora_{step:06}.safetensors" for step in (3, 6, 9, 12))}
     samples = {f"samples/step_{step:06}_0.png" for step in (0, 5, 10, 12)}
@@ -67,7 +67,7 @@ def test_files(trained):
     assert last.read_bytes() == whole.read_bytes()
 
 
-def test_curves(trained):
+def test_curves_begin_at_the_base(trained):
     with Path(trained.output_dir, "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [0, 5, 10, 12]
@@ -272,7 +272,7 @@ def test_no_caption_and_no_trigger(tmp_path):
         ({"parallel": 2, "batch_size": 2}, "start it with torchrun"),
     ],
 )
-def test_fields(tmp_path, fields, match):
+def test_fields_that_do_not_go_together_are_refused(tmp_path, fields, match):
     refused(tmp_path, match, **fields)
 
 
@@ -291,7 +291,7 @@ def test_fields(tmp_path, fields, match):
         ({"parallel": 2}, "got batch_size 1 for 2 processes"),
     ],
 )
-def test_settings(fields, message):
+def test_wrong_settings_are_told(fields, message):
     with pytest.raises(InputError) as error:
         check_settings(TrainSettings, {"images": "x", **fields})
     assert message in str(error.value)

@@ -89,7 +89,7 @@ def test_a_new_adapter_changes_nothing():
         (("mlp",), {"img_mlp.0", "img_mlp.2", "txt_mlp.0", "txt_mlp.2"}, (96, 224)),
     ],
 )
-def test_parts(parts, modules, rows):
+def test_parts_choose_modules_and_rows(parts, modules, rows):
     """A single-stream block's first matrix belongs to both parts, by rows; other rows stay as they are."""
     targets = find_targets(tiny_models.PARAMS, LAYERS, parts, 4, None)
     double = {target.module.split(".", 2)[2] for target in targets if target.layer == LAYERS[0]}

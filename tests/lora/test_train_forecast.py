@@ -173,7 +173,7 @@ def test_full_size_forecasts_are_those_of_the_page():
             assert line in page
 
 
-def test_the_line():
+def test_the_forecast_in_one_line():
     from flux.lora.forecast import Forecast, Stage
 
     stages = (Stage("encode images", 2**30, 0), Stage("train", 2**30, 2**29))

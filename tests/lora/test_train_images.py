@@ -30,7 +30,7 @@ def tiny():
         (4000, 100, 512, (3200, 64)),
     ],
 )
-def test_buckets(width, height, size, expected):
+def test_a_training_image_keeps_its_shape(width, height, size, expected):
     """About the area, in the image's proportions, and never larger than the image."""
     assert bucket(width, height, size) == expected
     assert expected[0] <= width

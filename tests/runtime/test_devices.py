@@ -49,7 +49,7 @@ def test_gpu_memory_has_expandable_segments_unless_the_user_chooses(monkeypatch)
         assert own == ["max_split_size_mb:64" if each == name else None for each in names]
 
 
-def test_dtypes():
+def test_each_device_and_model_has_its_dtype():
     cpu, nano, dev = torch.device("cpu"), configs["flux-nano"], configs["flux-dev"]
     assert pick_dtype("auto", cpu, nano) == torch.float32
     assert pick_dtype("auto", cpu, dev) == torch.bfloat16

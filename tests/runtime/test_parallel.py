@@ -93,7 +93,7 @@ def launched(monkeypatch):
     return as_process
 
 
-def test_alone(launched):
+def test_one_process_is_alone(launched):
     assert join(1, "auto") is ALONE
     launched(0, 1)
     assert join(1, "auto") is ALONE

@@ -73,7 +73,7 @@ def read(tmp_path, monkeypatch):
          {"prompts": (Prompt(prompt="b", seed=0),)}),
     ],
 )  # fmt: skip
-def test_values_by_type(read, cls, data, arguments, expected):
+def test_values_are_read_by_the_type_of_their_field(read, cls, data, arguments, expected):
     settings = read(cls, data, *arguments)
     assert {name: getattr(settings, name) for name in expected} == expected
 
@@ -131,7 +131,7 @@ def test_any_number_survives(seed, until, tiled):
         (["--weight", "much"], 'command line: weight: expected a number, got "much"'),
     ],
 )  # fmt: skip
-def test_wrong_arguments(read, arguments, message):
+def test_wrong_arguments_are_told_in_one_line(read, arguments, message):
     assert message_of(read, EditSettings, EDIT, *arguments) == message
 
 
@@ -235,7 +235,7 @@ def test_help_of_a_function():
         ("parts", "kv|k|v|q|qk|qv|qkv"),
     ],
 )
-def test_type_names(field, name):
+def test_help_names_the_type_of_a_field(field, name):
     assert type_name(EditSettings.model_fields[field].annotation) == name
 
 

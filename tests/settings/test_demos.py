@@ -71,13 +71,13 @@ def test_prompt_of_demo_1(read):
 
 
 @pytest.mark.parametrize("layers", ["all", [3], [0, 56], [[0, 1], [1, 2]]])
-def test_layers(read, layers):
+def test_layers_are_all_a_list_or_sets(read, layers):
     settings = read(SkipSettings, {"prompts": ["a"], "layers": layers})
     assert json.loads(json.dumps(settings.layers)) == layers
 
 
 @pytest.mark.parametrize("layers", ["auto", "output/skip/vital_layers.json", [0, 1, 18]])
-def test_vital_layers(read, layers):
+def test_vital_layers_are_a_name_a_file_or_a_list(read, layers):
     settings = read(EditSettings, EDIT | {"vital_layers": layers})
     assert json.loads(json.dumps(settings.vital_layers)) == layers
 

@@ -179,7 +179,7 @@ def test_an_edit_with_the_prompt_of_its_reference_is_told_once():
         ("flux-dev", 256, 256, True),
     ],
 )
-def test_sizes(model, width, height, warned):
+def test_sizes_far_from_the_models_own_are_told(model, width, height, warned):
     settings = ModelSettings(model=model, width=width, height=height)
     lines = settings_warnings(settings, get_spec(model))
     assert [line.partition(" is far from ")[0] for line in lines] == [f"{width}x{height}"] * warned

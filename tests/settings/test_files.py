@@ -48,7 +48,7 @@ def test_shipped_prompts_are_distinct(file, count):
 
 
 @pytest.mark.parametrize("folder", ["", "deep", "configs"])
-def test_prompts_file(read, tmp_path, folder):
+def test_prompts_may_stand_in_a_file_of_their_own(read, tmp_path, folder):
     """Found as given, beside the file that names it, or in configs/."""
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "test.json").write_text('{"prompts": "list.json"}')
@@ -64,7 +64,7 @@ def test_file_with_byte_order_mark(tmp_path):
     assert read_settings(EditSettings, tmp_path / "file.json").prompt == "a dog"
 
 
-def test_check_settings():
+def test_settings_of_no_file_are_checked_too():
     """Fields that stand in no file: the line names a place only if one is given."""
     assert check_settings(EditSettings, {**EDIT, "seed": 3}).seed == 3
     data = {**EDIT, "edits": ("a", 7)}
@@ -136,7 +136,7 @@ def test_nothing_is_said_where_the_files_numbers_hold(read, capsys, data, overri
         ),
     ],
 )
-def test_overrides(read, cls, data, overrides, expected):
+def test_overrides_go_before_the_file(read, cls, data, overrides, expected):
     settings = read(cls, data, **overrides)
     assert {name: getattr(settings, name) for name in expected} == expected
 
@@ -149,7 +149,7 @@ def test_overrides(read, cls, data, overrides, expected):
         ({"edits": ("a", 7)}, "command line: edits[1]: expected a string, got 7"),
     ],
 )
-def test_wrong_overrides(read, overrides, message):
+def test_wrong_overrides_are_told(read, overrides, message):
     assert message_of(read, EditSettings, EDIT, **overrides) == message
 
 
@@ -245,19 +245,19 @@ def test_home_in_other_paths(read, tmp_path, monkeypatch):
         (b"[" * 100_000, "file.json: maximum recursion depth exceeded"),
     ],
 )
-def test_unreadable_files(tmp_path, monkeypatch, content, part):
+def test_unreadable_files_are_told(tmp_path, monkeypatch, content, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.json").write_bytes(content)
     assert part in message_of(read_settings, EditSettings, "file.json")
 
 
-def test_missing_file(tmp_path, monkeypatch):
+def test_a_missing_file_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = message_of(read_settings, EditSettings, "edits.json")
     assert message == f'no file "edits.json", looked in the current folder, {CONFIGS}'
 
 
-def test_folder(tmp_path):
+def test_a_folder_in_place_of_a_file_is_told(tmp_path):
     assert "expected a JSON file, got the folder" in message_of(read_settings, EditSettings, tmp_path)
 
 

@@ -229,7 +229,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("cls", "data", "part"), WRONG, ids=[part[:60] for _, _, part in WRONG])
-def test_wrong_settings(read, cls, data, part):
+def test_wrong_settings_are_told_in_one_line(read, cls, data, part):
     message = message_of(read, cls, data)
     assert message.startswith("file.json: ")
     assert part in message

@@ -41,7 +41,7 @@ def test_file_of_a_small_model(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_file(path):
+def test_the_file_of_a_tool_fits_its_model(path):
     name, kind = path.parent.name, ScanSettings if path.stem == "scan" else GenerateSettings
     spec = configs[name]
     settings = read_settings(kind, f"{name}/{path.name}", IMAGES[spec.condition])

@@ -50,7 +50,7 @@ def test_a_longer_benchmark_begins_with_a_shorter_one(rendered_edits, tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_marks():
+def test_what_an_edit_changes_is_marked_in_the_prompt():
     assert mark_changes("a dog on snow", "a red dog on snow") == "a dog on snow"
     assert mark_changes("a red dog on snow", "a dog in a room") == "a [red] dog [on snow]"
 

@@ -124,7 +124,7 @@ def outcome(load) -> str | object:
     ("write", "count"),
     [(write_safetensors, 260), (write_scaled, 260), (write_gguf, 260), (write_index, 120)],
 )
-def test_transformers(tmp_path, model, write, count):
+def test_a_damaged_transformer_is_refused_or_the_same(tmp_path, model, write, count):
     path = write(model, tmp_path)
     place = path.parent if path.suffix == ".json" else path
     good, expected = path.read_bytes(), weight_files.load(place, PARAMS).state_dict()
@@ -142,7 +142,7 @@ def test_transformers(tmp_path, model, write, count):
     assert refused > 0.8 * count
 
 
-def test_differences(tmp_path, model):
+def test_a_damaged_lora_is_refused_or_the_same(tmp_path, model):
     """Read with its header's JSON and the scales of one of its pairs."""
     base = write_safetensors(model, tmp_path)
     about = json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})
@@ -163,7 +163,7 @@ def test_differences(tmp_path, model):
         outcome(lambda: weight_files.load(base, PARAMS, loras=[(path, 1.0)]))
 
 
-def test_encoders(tmp_path):
+def test_a_damaged_encoder_is_refused(tmp_path):
     """A T5 whose config.json is cut short anywhere."""
     shutil.copytree(NANO_FOLDER / "text_encoder_2", tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"

@@ -77,7 +77,7 @@ def test_another_choice_is_another_checkpoint(tmp_path):
     assert len(set(found)) == 4
 
 
-def test_settings():
+def test_layers_in_settings_come_back_from_json():
     """JSON's keys are texts. Without layers, a run.json is as it was before there was the field."""
     lora = [{"file": "x.safetensors", "layers": {"3": 0.5}}, {"file": "y", "layers": [1, 2]}, "z"]
     settings = check_settings(GenerateSettings, {"prompts": ["a dog"], "lora": lora})
@@ -88,6 +88,6 @@ def test_settings():
 
 
 @pytest.mark.parametrize("layers", [[], [1, 1], [-1], ["a"], {"a": 1}, {"1": "b"}, "all"])
-def test_refused(layers):
+def test_wrong_layers_are_refused(layers):
     with pytest.raises(InputError, match="lora"):
         check_settings(ModelSettings, {"lora": [{"file": "x", "layers": layers}]})

@@ -54,14 +54,14 @@ def test_a_matrix_of_8_bit_floats(tmp_path, weights, dtype, byte, keep_8bit):
         weight_files.load(path, keep_8bit=keep_8bit)
 
 
-def test_a_scale(tmp_path, weights):
+def test_a_scale_that_is_not_finite(tmp_path, weights):
     file, _ = weight_files.scaled_fp8(weights)
     file[NAME.replace("weight", "scale_weight")] = torch.tensor(float("nan"))
     with pytest.raises(InputError, match=f"the scale of {NAME}"):
         weight_files.load(weight_files.save(file, tmp_path / "m"), keep_8bit=True)
 
 
-def test_a_lora(tmp_path, weights):
+def test_a_lora_with_a_number_that_is_not_finite(tmp_path, weights):
     base = weight_files.save(weights, tmp_path / "m")
     rows, columns = weights["img_in.weight"].shape
     good = {

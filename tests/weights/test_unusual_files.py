@@ -87,7 +87,7 @@ def test_other_quantisations(tmp_path, weights, ending, title):
         weight_files.load(weight_files.save(file, tmp_path / "m"))
 
 
-def test_mlx(tmp_path):
+def test_files_of_mlx_are_told(tmp_path):
     tensor = {"dtype": "U32", "shape": [2, 2], "data_offsets": [0, 16]}
     header = json.dumps({"transformer_blocks.0.attn.to_q.weight": tensor}).encode()
     path = tmp_path / "mlx.safetensors"

@@ -29,7 +29,7 @@ def test_no_detail_looks_like_a_word_of_the_vocabulary():
     assert not named & {detail.name for detail in DETAILS}
 
 
-def test_grammar():
+def test_articles_and_plurals_are_right():
     assert with_article("owl") == "an owl"
     assert with_article("ufo") == "a ufo"
     assert with_article("dog") == "a dog"
