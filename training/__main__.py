@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux.files import claim_folder
-from training.arguments import Parser, start
+from training.arguments import Parser, above_zero, start
 from training.loop.plan import ADAPTERS, STAGES
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def parse() -> Namespace:
     )
     parser.add_argument("--folder", type=Path, default=Path("output/training"), help="states, results, logs")
     parser.add_argument(
-        "--minutes", type=float, default=1e6, help="stop and save after so many; call again to resume"
+        "--minutes", type=above_zero, default=1e6, help="stop and save after so many; call again to resume"
     )
     parser.add_argument(
-        "--stretch", type=float, default=1.0, help="multiply the training time of every stage"
+        "--stretch", type=above_zero, default=1.0, help="multiply the training time of every stage"
     )
     parser.add_argument(
         "--profile", action="store_true", help="write what ten iterations of each stage spend time on"

@@ -1,5 +1,6 @@
 """The command lines of the training: errors in one line, as those of the other programs."""
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,6 +25,17 @@ def at_least(smallest: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def above_zero(text: str) -> float:
+    """Read an argument that is a number above 0. Raises ArgumentTypeError if it is another one, or none."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise ArgumentTypeError(f"got {text}, expected a number above 0")
+    return number
 
 
 def start(main: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from flux.evaluate.benchmark import IMAGES, KINDS, encode_mask, write_benchmark
 from flux.files import claim_folder
 from flux.images.io import save_image, to_pil
-from training.arguments import Parser, start
+from training.arguments import Parser, at_least, start
 from training.judge import asked_for
 from training.scenes.edits import Pair, sample_pair
 from training.scenes.instructions import instruction
@@ -81,9 +81,9 @@ def main() -> None:
     """Run the command."""
     summary = (__doc__ or "").splitlines()[0]
     parser = Parser(prog="python -m training.benchmark", description=summary)
-    parser.add_argument("--folder", type=Path, default=Path("output/benchmark"))
-    parser.add_argument("--count", type=int, default=240)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first edit")
+    parser.add_argument("--folder", type=Path, default=Path("output/benchmark"), help="written to")
+    parser.add_argument("--count", type=at_least(1), default=240, help="number of edits")
+    parser.add_argument("--first", type=at_least(0), default=0, help="the number of the first edit")
     arguments = parser.parse_args()
     claim_folder(arguments.folder)
     write(arguments.folder, arguments.count, first=arguments.first)

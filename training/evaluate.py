@@ -21,12 +21,12 @@ from torch import Tensor
 
 from flux.files import claim_folder
 from flux.model import Flux
+from flux.modules.autoencoder import AutoEncoder
 from flux.modules.conditioner import HFEmbedder
 from flux.sampling import Conditioning, euler_step, get_noise, get_schedule, image_ids, pack, unpack
 from flux.weights.load import read_weights
-from training.arguments import Parser, start
+from training.arguments import Parser, at_least, start
 from training.loop.cluster import Cluster
-from training.loop.models import build_autoencoder
 from training.loop.plan import Work
 from training.loop.trainer import Budget
 from training.scenes.compose import Scene, sample
@@ -51,7 +51,7 @@ class ExportedModels:
         self.work, self.device, self.assets = work, device, assets
         self.dev_weights = read_weights(assets / "transformer.safetensors", "cpu", dtype)
         self.lora = read_weights(assets / "schnell_lora.safetensors", "cpu", dtype)
-        self.ae = build_autoencoder(work.sizes.ae)
+        self.ae = AutoEncoder(work.sizes.ae)
         self.ae.load_state_dict(read_weights(assets / "ae.safetensors", "cpu", dtype))
         self.ae = self.ae.to(device).eval().requires_grad_(False)
         self.t5 = HFEmbedder(
@@ -235,12 +235,12 @@ def main() -> None:
     """Run the command."""
     summary = (__doc__ or "").splitlines()[0]
     parser = Parser(prog="python -m training.evaluate", description=summary)
-    parser.add_argument("parts", nargs="+", choices=("samples", "speed"))
-    parser.add_argument("--folder", type=Path, default=Path("output/training"))
+    parser.add_argument("parts", nargs="+", choices=("samples", "speed"), help="what is measured")
+    parser.add_argument("--folder", type=Path, default=Path("output/training"), help="that of the training")
     parser.add_argument("--assets", type=Path, help="the exported files; default: FOLDER/assets")
-    parser.add_argument("--captions", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--captions", type=at_least(1), default=512, help="number of captions")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="steps of flux-nano's images")
+    parser.add_argument("--toy", action="store_true", help="the training was one with --toy")
     arguments = parser.parse_args()
     assets = arguments.assets or arguments.folder / "assets"
     needed = [assets / "transformer.safetensors", arguments.folder / "measuring.pt"]
@@ -259,10 +259,7 @@ def main() -> None:
     if "speed" in arguments.parts:
         result["speed"] = evaluate_speed()
     if "samples" in arguments.parts:
-        models, measuring = (
-            ExportedModels(work, assets),
-            load_measuring(work),
-        )
+        models, measuring = ExportedModels(work, assets), load_measuring(work)
         result["samples"] = evaluate_samples(
             models, measuring, folder, arguments.captions, side=work.side, steps=arguments.steps
         )

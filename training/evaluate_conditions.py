@@ -38,7 +38,7 @@ from flux.modules.image_embedders import CannyImageEncoder
 from flux.settings.complete import resolve
 from flux.settings.demos import ModelSettings
 from flux.settings.files import check_settings
-from training.arguments import Parser, start
+from training.arguments import Parser, at_least, start
 from training.benchmark import draw
 from training.judge import MeasuringJudge, asked_for
 from training.scenes.compose import sample
@@ -280,6 +280,7 @@ def evaluate(kind: str, arguments: Namespace) -> Path:
     given = {name: getattr(arguments, name) for name in FIELDS}
     given |= {"model": arguments.model or f"flux-nano-{kind}", "width": SIDE, "height": SIDE}
     settings = check_settings(ModelSettings, given)
+    scaled = [check_settings(ModelSettings, given | {"true_cfg": scale}) for scale in arguments.true_cfg]
     pipe = LoadedModel.load(settings)
     nano = settings.model_copy(update={"model": "flux-nano", "guidance": None})
     plain = LoadedModel.load(nano)
@@ -289,9 +290,9 @@ def evaluate(kind: str, arguments: Namespace) -> Path:
     condition_of = {"fill": masked, "canny": edges}[kind]
     made = {"the scene": [each.truth for each in examples]}
     made["flux-nano"] = make(plain, nano, examples)
-    for scale in arguments.true_cfg:
-        name = settings.model + (f", true CFG {scale:g}" if scale > 1 else "")
-        made[name] = make(pipe, settings.model_copy(update={"true_cfg": scale}), examples, condition_of)
+    for each in scaled:
+        name = each.model + (f", true CFG {each.true_cfg:g}" if each.true_cfg > 1 else "")
+        made[name] = make(pipe, each, examples, condition_of)
     for name, images in list(made.items())[1:]:
         made[name] = [
             paste_unmasked(image, each.image, each.mask) if each.mask else image
@@ -311,7 +312,7 @@ def main() -> None:
     )
     parser.add_argument("kind", choices=("fill", "canny"), nargs="+", help="what is measured")
     parser.add_argument("--folder", type=Path, default=Path("output/evaluate_conditions"))
-    parser.add_argument("--count", type=int, default=120, help="number of scenes")
+    parser.add_argument("--count", type=at_least(1), default=120, help="number of scenes")
     parser.add_argument("--model", help="the model; if none is given, flux-nano-fill or flux-nano-canny")
     parser.add_argument("--num_steps", type=int, help="number of steps; if none is given, the model's")
     parser.add_argument("--guidance", type=float, help="distilled guidance, likewise")

@@ -99,10 +99,13 @@ MEASURES = ("likeness", "base", "leaked", "trained", "kilobytes", "seconds")
 
 def costs_of(layers: Sequence[int]) -> dict[int, int]:
     """Return how many numbers rank 1 trains in each of flux-nano's layers."""
+    from flux.intervention import check_layers
     from flux.lora.adapters import find_targets
     from flux.specs import configs
 
-    targets = find_targets(configs["flux-nano"].params, layers, ("attention", "mlp"), 1, None)
+    spec = configs["flux-nano"]
+    check_layers(layers, spec.num_layers)
+    targets = find_targets(spec.params, layers, ("attention", "mlp"), 1, None)
     return {layer: sum(t.parameters for t in targets if t.layer == layer) for layer in layers}
 
 
@@ -171,7 +174,7 @@ def train_one(settings: LayersSettings, name: str, choice: str, seed: int) -> No
     if (folder / TIME).is_file():
         return
     images = images_of(settings, name, seed)
-    if not images.is_dir():
+    if not (images / f"{settings.images - 1:02}.txt").is_file():  # the last one that is written
         write_set(images, name, settings.images, settings.side, seed)
     times: list[float] = []
     train(training_of(settings, name, choice, seed), lambda _: times.append(time.process_time()))
@@ -247,6 +250,8 @@ def compare(settings: LayersSettings) -> Path:
 
     if unknown := [name for name in settings.names if name not in NAMES]:
         raise InputError(f"Got names {unknown}, expected some of {', '.join(NAMES)}")
+    for choice in settings.choices:
+        training_of(settings, settings.names[0], choice, settings.seeds[0])  # whatever cannot be trained
     claim_folder(settings.output_dir)
     folder, outcomes = Path(settings.output_dir), list[Outcome]()
     encoder = PerceptualEncoder.load(encoder_of("flux-nano"))

@@ -36,7 +36,7 @@ from flux.settings.files import check_settings
 from flux.specs import encoder_of, get_spec
 from flux.vital_layers import remember_scan
 from flux.weights.find import checkpoint_of
-from training.arguments import Parser, start
+from training.arguments import Parser, at_least, start
 from training.benchmark import draw
 from training.evaluate_conditions import FIRST, SIDE, Example, canny_examples, fill_examples, image_of
 from training.scenes.instructions import instruction
@@ -127,7 +127,7 @@ def main() -> None:
     parser = Parser(prog="python -m training.scan_scenes", description=summary)
     parser.add_argument("--model", default="flux-nano-kontext")
     parser.add_argument("--folder", type=Path, help="if none is given, output/scan_MODEL")
-    parser.add_argument("--count", type=int, default=32, help="number of scenes")
+    parser.add_argument("--count", type=at_least(1), default=32, help="number of scenes")
     parser.add_argument("--num_steps", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=16, help="images sampled at once")
     parser.add_argument("--device", default="auto")

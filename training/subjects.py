@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+from flux.captions.folder import SUFFIXES
+from flux.errors import InputError
 from flux.files import claim_folder, write_text
 from flux.images.io import save_image, to_pil
 from flux.lora.dataset import CONTEXT
@@ -238,7 +240,16 @@ def write_set(
         seed: See there.
         pairs: Whether to write pairs for Kontext: the .txt holds an instruction, and the folder `context` the
             scenes before.
+
+    Raises:
+        InputError: The folder holds other images, which a training would take for some of the set; or a file
+            cannot be written.
     """
+    own = {folder / f"{number:02}.png" for number in range(count)}
+    own |= {folder / CONTEXT / path.name for path in own if pairs}
+    for path in (*folder.glob("*"), *(folder / CONTEXT).glob("*")):
+        if path.suffix.lower() in SUFFIXES and path not in own:
+            raise InputError(f"Got {folder}, where another set's {path} is: name another folder")
     for number, drawn in enumerate(draw_set(name, count, side, seed)):
         save_image(drawn.image, folder / f"{number:02}.png")
         if pairs:

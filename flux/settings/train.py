@@ -110,7 +110,7 @@ class TrainSettings(ModelSettings, frozen=True):
     def named_layers(self) -> tuple[int, ...]:
         """The layers that are named by number, in `layers` and in `rank`."""
         listed = () if isinstance(self.layers, str) else self.layers
-        return (*listed, *(self.rank if isinstance(self.rank, dict) else ()))
+        return tuple({*listed, *(self.rank if isinstance(self.rank, dict) else ())})
 
     def with_trigger(self, text: str) -> str:
         """The text with the trigger in its place."""

@@ -117,10 +117,11 @@ def test_the_command(nano, tmp_path, monkeypatch, capsys, kind):
     assert Image.open(tmp_path / kind / "sheet.png").width > 5 * SIDE
 
 
-def test_a_wrong_number_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--num_steps", "--count", "--true_cfg"])
+def test_a_wrong_number_is_one_line(tmp_path, monkeypatch, capsys, option):
     from training.arguments import start
 
-    monkeypatch.setattr("sys.argv", ["x", "fill", "--folder", str(tmp_path), "--num_steps", "0"])
+    monkeypatch.setattr("sys.argv", ["x", "fill", "--folder", str(tmp_path), option, "0"])
     with pytest.raises(SystemExit) as exit_:
         start(program.main)
     assert exit_.value.code == 2

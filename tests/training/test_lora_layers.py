@@ -108,6 +108,14 @@ def test_drawings_are_liked_more_than_other_subjects(place, hour):
         assert float((own @ new[0]).mean()) > max(others), name
 
 
+def test_layers_that_the_model_lacks_are_told_before_anything_is_written(tmp_path):
+    choices, folder = {"first": [0], "wrong": [0, 99]}, tmp_path / "out"
+    fields = {"names": NAMES[:1], "choices": choices, "output_dir": str(folder)}
+    with pytest.raises(InputError, match=r"Got layers \[99\], but this model numbers its layers 0\.\.14"):
+        lora_layers.compare(check_settings(LayersSettings, fields))
+    assert not folder.exists()
+
+
 def test_unknown_names(tmp_path):
     settings = check_settings(
         LayersSettings, {"names": ["a cat"], "choices": CHOICES, "output_dir": str(tmp_path)}

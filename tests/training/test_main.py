@@ -57,6 +57,17 @@ def test_every_stage_but_the_first_needs_another():
     assert set(NEEDS) == set(STAGES) - {"tokenizers"}
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "x"])
+@pytest.mark.parametrize("option", ["--minutes", "--stretch"])
+def test_times_are_above_zero(option, text, monkeypatch, capsys, tmp_path):
+    """A stage that is stretched to nothing would be taken for complete."""
+    monkeypatch.setattr("sys.argv", ["training", "all", "--folder", str(tmp_path), option, text])
+    with pytest.raises(SystemExit) as stop:
+        parse()
+    assert stop.value.code == 2
+    assert f"{option}: got {text}, expected a number above 0" in capsys.readouterr().err
+
+
 def test_samples_without_their_files_are_told_in_a_line(monkeypatch, capsys, tmp_path):
     from training.evaluate import main
 

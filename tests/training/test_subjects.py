@@ -5,6 +5,7 @@ import pytest
 from helpers.commands import run
 from PIL import Image
 
+from flux.errors import InputError
 from flux.lora.dataset import read_training_set
 from flux.settings.files import check_settings
 from flux.settings.train import TrainSettings
@@ -44,6 +45,15 @@ def test_pairs_are_a_folder_that_kontext_trains_on(tmp_path):
     for example, drawn in zip(examples, draw_set("moon drum", 3, 64), strict=True):
         for path, image in ((example.path, drawn.image), (example.context, drawn.before)):
             assert np.array_equal(pixels(Image.open(path)), pixels(image))
+
+
+def test_sets_are_not_mixed(tmp_path):
+    """The same set is written again; a smaller one, or one of no pairs, would leave images of the first."""
+    for _ in range(2):
+        write_set(tmp_path, "moon drum", 2, 64, pairs=True)
+    for count, pairs in ((1, True), (2, False)):
+        with pytest.raises(InputError, match=r"where another set's .*\.png is: name another folder"):
+            write_set(tmp_path, "moon drum", count, 64, pairs=pairs)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.model import Flux, FluxParams
-from flux.modules.autoencoder import AutoEncoder, AutoEncoderParams
+from flux.modules.autoencoder import AutoEncoderParams
 from flux.modules.layers import Modulation
 from training.stages.tokenizers import CLIP_LENGTH, T5_LENGTH
 
@@ -75,11 +75,6 @@ def build_flux(params: FluxParams) -> Flux:
     nn.init.zeros_(flux.final_layer.adaLN_modulation.get_parameter("1.weight"))
     nn.init.zeros_(flux.final_layer.linear.weight)
     return flux
-
-
-def build_autoencoder(params: AutoEncoderParams) -> AutoEncoder:
-    """Build an autoencoder with random weights."""
-    return AutoEncoder(params)
 
 
 class Generator(nn.Module):

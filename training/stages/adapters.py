@@ -221,9 +221,6 @@ def adapted(flux: Flux, rank: int, *, text: bool) -> Flux:
                 own = min(module.weight.shape) if name == "img_in" else rank
                 parent, _, child = name.rpartition(".")
                 setattr(block.get_submodule(parent), child, LoraLinear(module, own))
-    for module in flux.modules():
-        if isinstance(module, LoraLinear):
-            module.bias.requires_grad_(True)
     return flux
 
 

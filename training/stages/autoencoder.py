@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux.modules.autoencoder import AutoEncoder
-from training.loop.models import build_autoencoder, channels_last
+from training.loop.models import channels_last
 from training.loop.optimizer import convolution_optimizers
 from training.loop.plan import Work
 from training.loop.trainer import save_atomically
@@ -105,7 +105,7 @@ def train_autoencoder(work: Work) -> bool:
     """Train and write the autoencoder. Return False if the call's budget ran out first."""
     plan, device = work.plan_for("autoencoder"), work.cluster.device
     torch.manual_seed(0)
-    ae = channels_last(build_autoencoder(work.sizes.ae).to(device))
+    ae = channels_last(AutoEncoder(work.sizes.ae).to(device))
     optimizers = convolution_optimizers(ae, plan.lr, fused=device.type == "cuda")
     trainer = work.trainer("autoencoder", ae, optimizers, average_decay=0.99)
     batches = Batches(work.pool("autoencoder").rows, Renderer(device), work.side, plan.batch)
@@ -158,6 +158,6 @@ def round_trip_psnr(ae: AutoEncoder, images: Tensor) -> float:
 
 def load_autoencoder(work: Work) -> AutoEncoder:
     """Load the trained autoencoder, frozen, to the device."""
-    ae = build_autoencoder(work.sizes.ae)
+    ae = AutoEncoder(work.sizes.ae)
     ae.load_state_dict(torch.load(work.result("autoencoder"), map_location="cpu"))
     return ae.to(work.cluster.device).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flux.lora.extract import low_rank
@@ -70,18 +71,13 @@ def rounded_to_bytes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def export_judge(weights: dict[str, Tensor], path: Path) -> None:
     """Write the measuring model as the judge that this folder ships, see `training.judge`."""
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(rounded_to_bytes(weights), path)
 
 
 def export_adapter(weights: dict[str, Tensor], folder: Path, kind: str) -> None:
     """Write the low-rank changes of a kind of condition. The input's change is cut to `INPUT_RANK`."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-
     down, up = weights["img_in.lora_A.weight"], weights["img_in.lora_B.weight"]
     if len(down) > INPUT_RANK:
         down, up, _ = low_rank(up @ down, INPUT_RANK, None)
@@ -93,8 +89,6 @@ def export(work: Work) -> bool:
     """Write `work.folder`/assets, except for the perceptual encoder. Return True."""
     if not work.cluster.first:
         return True
-    from safetensors.torch import save_file
-
     folder = work.folder / "assets"
     shutil.copytree(work.tokenizers, folder, dirs_exist_ok=True)
     (folder / "vocabulary.txt").write_text("\n".join(all_words()) + "\n")
@@ -113,7 +107,7 @@ def export(work: Work) -> bool:
 
 
 def take_over(work: Work) -> None:
-    """Copy what needs no training from the files in `work.begin`, and marks those stages as complete."""
+    """Copy what needs no training from the files in `work.begin`, and mark those stages as complete."""
     if not work.cluster.first or work.begin is None:
         return
     for name in ("tokenizer", "tokenizer_2"):

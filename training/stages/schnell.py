@@ -30,7 +30,7 @@ class LoraLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias
+        self.bias = linear.bias.requires_grad_(True)
         self.lora_A = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
@@ -45,8 +45,7 @@ def add_lora(flux: Flux, rank: int) -> Flux:
     for module in list(flux.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, LoraLinear(child.to(child.weight.device), rank).to(child.weight.device))
-                getattr(module, name).bias.requires_grad_(True)
+                setattr(module, name, LoraLinear(child, rank).to(child.weight.device))
     return flux
 
 

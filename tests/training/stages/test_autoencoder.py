@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.loop.models import TOY, build_autoencoder
+from flux.modules.autoencoder import AutoEncoder
+from training.loop.models import TOY
 from training.stages.autoencoder import fold_scale
 
 
 def test_folding_the_scale_keeps_the_images():
     """Latents come out at unit normal; away from the borders, where padding differs, nothing else changes."""
     params = replace(TOY.ae, num_groups=4)
-    ae = build_autoencoder(params).requires_grad_(False)
+    ae = AutoEncoder(params).requires_grad_(False)
     images = torch.rand(2, 3, 128, 128) * 2 - 1
     before = ae.encoder(images)
     mean, spread = before.chunk(2, dim=1)[0].mean().item(), before.chunk(2, dim=1)[0].std().item()
