@@ -307,7 +307,7 @@ def test_what_changes_no_image_may_change(swept, changes):
 
 def test_an_unknown_run_json_is_refused_and_stays(tmp_path):
     """Another demo's, or no JSON at all: it is reported, and not written over."""
-    for content, told in (('{"demo": "edit", "settings": {}}', "'edit' wrote"), ("{", "cannot be read")):
+    for content, told in (('{"demo": "edit", "settings": {}}', "a folder of demo 'edit'"), ("{", "cannot be read")):
         (tmp_path / "run.json").write_text(content)
         for refuse in (read_sweep, lambda folder: open_sweep(skip_settings(folder))):
             with pytest.raises(InputError, match=told):
