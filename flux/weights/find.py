@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flux.errors import InputError, warn
 from flux.model import Flux, FluxParams
-from flux.modules.image_embedders import check_source
+from flux.modules.image_embedders import CannyImageEncoder, check_source
 from flux.settings.conditions import ConditionSettings
 from flux.settings.demos import ModelSettings
 from flux.specs import ModelSpec, get_spec
@@ -45,7 +45,7 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
     loras = tuple(LoraUse(Path(lora.file), lora.weight, lora.layers) for lora in settings.lora)
     lora_weights = _named(settings.lora_weights, spec.env_lora)
     _check_named(named, text, [*(lora.path for lora in loras), *filter(None, [lora_weights])], opened)
-    image_encoder = _check_image_encoder(settings, spec, download)
+    image_encoders = _check_image_encoders(settings, spec, download)
 
     flow = named.get("transformer") or own_file(spec, spec.repo_flow, download)
     scale = spec.lora_scale if settings.lora_scale is None else settings.lora_scale
@@ -66,9 +66,9 @@ def find_model(settings: ModelSettings, download: bool = True) -> OpenModel:
         loras=loras,
         own_lora=lora,
     )
-    # Last: the hub gives it without a login, where the others may be refused.
-    if image_encoder and image_encoder in IMAGE_ENCODERS.values():
-        Repository(image_encoder, "Apache-2.0").fetch(IMAGE_ENCODER_FILES, download)
+    # Last: the hub gives them without a login, where the others may be refused.
+    for repo_id in image_encoders:
+        Repository(repo_id, "Apache-2.0").fetch(IMAGE_ENCODER_FILES, download)
     return OpenModel(spec, files, opened)
 
 
@@ -205,27 +205,30 @@ def find_redux(spec: ModelSpec, given: str | None = None, download: bool = True)
     return own_file(spec, spec.redux_filename, download, spec.redux_repo_id)
 
 
-def _check_image_encoder(settings: ModelSettings, spec: ModelSpec, download: bool) -> str | None:
-    """Check the models that make the condition of the settings' image, which are loaded once it is encoded.
+def _check_image_encoders(settings: ModelSettings, spec: ModelSpec, download: bool) -> list[str]:
+    """Check the models that make the condition of the settings' images. They are loaded for that alone.
 
     Returns:
-        The folder or hub id of the one beside Redux's adapter, or of the model of depth, if one is needed.
+        Those that are still to be fetched, by their hub ids.
 
     Raises:
-        InputError: One is not there, or is another model.
+        InputError: One is not there, or is another model; or OpenCV, which finds edges, is not installed.
     """
     if not isinstance(settings, ConditionSettings):
-        return None
+        return []
+    sources = {}
     if settings.redux:
         redux_features(find_redux(spec, settings.redux_weights, download))
-        name, source = "SigLIP", settings.siglip
-    elif settings.control and spec.control == "depth":
-        name, source = "depth model", settings.depth_model
-    else:
-        return None
-    if source not in IMAGE_ENCODERS.values():
-        check_source(name, source)
-    return source
+        sources["SigLIP"] = settings.siglip
+    if settings.control and spec.control == "depth":
+        sources["depth model"] = settings.depth_model
+    if settings.control and spec.control == "canny":
+        CannyImageEncoder("cpu")
+    published = IMAGE_ENCODERS.values()
+    for name, source in sources.items():
+        if source not in published:
+            check_source(name, source)
+    return [source for source in sources.values() if source in published]
 
 
 def redux_features(path: Path) -> int:

@@ -1,6 +1,7 @@
 """Kontext, Fill, Canny and Depth files: their shapes at full size, every form at a tiny size, mix-ups."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +216,12 @@ def test_a_missing_image_encoder_is_told_before_the_models_are_loaded(place, fie
     published = {key: value for key, value in fields.items() if value != "nowhere"}
     with pytest.raises(InputError, match=r"Could not get preprocessor_config.json .* from the hub"):
         find_model(GenerateSettings(prompts=[""], **published))
+
+
+def test_missing_opencv_is_told_before_the_models_are_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(InputError, match="OpenCV, which is not installed: pip install"):
+        find_model(GenerateSettings(prompts=[""], model="flux-nano-canny", control="a.png"))
 
 
 # ---- where files are found
