@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 
 import pytest
 
@@ -88,8 +89,9 @@ def clean_environment(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
+def no_gradients(request):
+    """Tests that train have the mark `gradients`."""
+    with nullcontext() if request.node.get_closest_marker("gradients") else torch.inference_mode():
         yield
 
 

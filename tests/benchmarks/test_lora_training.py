@@ -6,10 +6,7 @@ import pytest
 
 from benchmarks import lora_training
 
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """Instead of the fixture that switches gradients off."""
+pytestmark = pytest.mark.gradients
 
 
 def cases(tmp_path, **fields) -> dict[str, dict]:

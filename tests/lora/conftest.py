@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from helpers import tiny_models, weight_files
+from helpers import lora_training, tiny_models, weight_files
 
 from flux.specs import configs
 
@@ -35,3 +35,10 @@ def tiny(monkeypatch):
     # In the order in which they were: messages list them.
     configs.clear()
     configs.update(kept)
+
+
+@pytest.fixture
+def tiny_nano():
+    """flux-nano in the sizes of a transformer whose training takes milliseconds a step."""
+    with lora_training.tiny_nano():
+        yield

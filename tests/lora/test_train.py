@@ -24,18 +24,9 @@ from flux.settings.train import TrainSettings
 from flux.specs import configs
 from flux.weights.find import find_model
 
+pytestmark = [pytest.mark.gradients, pytest.mark.usefixtures("tiny_nano")]
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """Instead of the fixture that switches gradients off."""
-
-
-@pytest.fixture(autouse=True)
-def tiny():
-    with lora_training.tiny_nano():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,10 @@ from flux.modules.linear import Fp8Linear, PackedLinear, QuantizedLinear
 from flux.runtime.offload import Offloaded
 from flux.runtime.quantize import quantize_linears, to_fp8
 
+pytestmark = pytest.mark.gradients
+
 PARTS = ("attention", "mlp")
 LAYERS = (1, tiny_models.NUM_DOUBLE + 1)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """Instead of the fixture that switches gradients off."""
 
 
 def adapted(model, layers=LAYERS, parts=PARTS, rank=4, alpha=2.0, seed=0):

@@ -23,16 +23,7 @@ from flux.settings.files import check_settings
 from flux.settings.train import TrainSettings
 from flux.specs import VITAL_LAYERS_DEV, configs
 
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """Instead of the fixture that switches gradients off."""
-
-
-@pytest.fixture(autouse=True)
-def tiny():
-    with lora_training.tiny_nano():
-        yield
+pytestmark = [pytest.mark.gradients, pytest.mark.usefixtures("tiny_nano")]
 
 
 def trainer_of(plan, bits: int = 16) -> Trainer:

@@ -12,11 +12,7 @@ from flux.lora.dataset import bucket, read_training_set
 from flux.lora.step import noise_levels, noisy
 from flux.specs import configs
 
-
-@pytest.fixture(autouse=True)
-def tiny():
-    with lora_training.tiny_nano():
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_nano")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +42,8 @@ def test_captions_have_the_trigger(tmp_path):
         shutil.copy(images / "3.png", images / f"{name}.png")
         (images / f"{file}.jsonl").write_text(json.dumps({"file_name": f"{name}.png", "text": text}))
     given = settings(tmp_path)
-    captions = [example.caption for example in read_training_set(given, lora_training.SPEC).examples]
+    with pytest.warns(match=r"1 of 6 images have no caption, such as 3\.png: the trigger stands alone"):
+        captions = [example.caption for example in read_training_set(given, lora_training.SPEC).examples]
     assert captions == [
         "a flower bell on the grass", "a Flower Bell in the snow", "flower bell, a garden", "flower bell",
         "flower bell, a sunflower bell at night", "flower bell, at sunset",

@@ -10,12 +10,9 @@ from flux.settings.files import check_settings, read_settings
 from flux.settings.train import TrainSettings
 from training.subjects import NAMES, SUBJECTS, draw_set, write_set
 
+pytestmark = pytest.mark.gradients
+
 SUBJECT = "flower bell"
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """Instead of the fixture that switches gradients off."""
 
 
 def test_it_learns_a_subject_and_other_prompts_stay(tmp_path):

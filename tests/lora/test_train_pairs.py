@@ -22,12 +22,9 @@ from flux.runtime.activations import LiveBytes
 from flux.runtime.parallel import ALONE
 from flux.specs import configs
 
+pytestmark = pytest.mark.gradients
+
 SPEC = replace(lora_training.SPEC, condition="kontext")
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """Instead of the fixture that switches gradients off."""
 
 
 @pytest.fixture(autouse=True)

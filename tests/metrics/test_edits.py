@@ -7,18 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.images import noise
 from PIL import Image
 
 from flux.errors import InputError
 from flux.metrics.edits import ClipText, EditMetrics, MeasuredEdit, Structure
 from flux.metrics.pixels import MAX_PSNR, Ssim
 from flux.specs import configs
-
-RANDOM = np.random.default_rng(0)
-
-
-def noise(side: int = 32) -> Image.Image:
-    return Image.fromarray(RANDOM.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def left_half(side: int = 32) -> np.ndarray:
@@ -28,7 +23,7 @@ def left_half(side: int = 32) -> np.ndarray:
 
 
 def an_edit(before=None, after=None, mask=None, source="a cat", target="a dog") -> MeasuredEdit:
-    return MeasuredEdit(before or noise(), after or noise(), mask, source, target)
+    return MeasuredEdit(before or noise(32, 32), after or noise(32, 32, seed=1), mask, source, target)
 
 
 def test_outside_the_mask_by_hand():
@@ -43,7 +38,7 @@ def test_outside_the_mask_by_hand():
 
 
 def test_what_changes_inside_does_not_count():
-    before = noise()
+    before = noise(32, 32)
     pixels = np.array(before)
     pixels[:, :16] = 7
     [scores] = EditMetrics().measure([an_edit(before, Image.fromarray(pixels), left_half())])
@@ -97,7 +92,7 @@ def last_keys(model, pixels):
 @pytest.mark.parametrize("kind", ["dinov2", "vit"])
 def test_structure_is_the_distance_of_self_similarities(kind, dino_v1):
     structure = Structure.load(str(configs["flux-nano"].dinov2) if kind == "dinov2" else dino_v1)
-    edits = [an_edit(noise(128), noise(128)) for _ in range(2)]
+    edits = [an_edit(noise(128, 128, seed), noise(128, 128, seed + 2)) for seed in range(2)]
     expected = []
     for edit in edits:
         maps = []
@@ -108,7 +103,7 @@ def test_structure_is_the_distance_of_self_similarities(kind, dino_v1):
             maps.append(unit @ unit.T)
         expected.append(float((maps[0] - maps[1]).square().mean()))
     assert structure.distances(edits) == pytest.approx(expected, rel=1e-4)
-    same = noise(128)
+    same = noise(128, 128)
     assert structure.distances([an_edit(same, same)]) == [0]
 
 

@@ -4,16 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from helpers.images import noise
 from PIL import Image
 
 from flux.errors import InputError
 from flux.metrics.pixels import MAX_PSNR, Psnr, Ssim, psnr, psnr_or_none
-
-RANDOM = np.random.default_rng(0)
-
-
-def noise(width: int = 32, height: int = 24) -> Image.Image:
-    return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_psnr_by_hand():
@@ -32,7 +27,7 @@ def test_psnr_of_nearly_equal_images_is_below_that_of_equal_ones():
 
 def test_equal_images_are_infinitely_alike():
     """The metric caps this, and JSON, which has no infinity, gets null."""
-    image, other = noise(), noise()
+    image, other = noise(32, 24), noise(32, 24, seed=1)
     assert psnr(image, image) == math.inf
     assert psnr_or_none(image, image) is None
     assert Psnr().compare([image], [image]) == [MAX_PSNR]
@@ -58,8 +53,8 @@ def literal_ssim(a: Image.Image, b: Image.Image) -> float:
 
 def test_ssim_is_its_definition():
     """Unrelated and related images are compared, one of them flat, where rounding would show."""
-    a, flat = noise(), Image.new("RGB", (32, 24), (250, 3, 128))
-    pairs = [(a, noise()), (a, Image.blend(a, noise(), 0.3)), (flat, Image.blend(flat, a, 0.02)), (a, a)]
+    a, b, flat = noise(32, 24), noise(32, 24, seed=1), Image.new("RGB", (32, 24), (250, 3, 128))
+    pairs = [(a, b), (a, Image.blend(a, b, 0.3)), (flat, Image.blend(flat, a, 0.02)), (a, a)]
     values = Ssim.load().compare(*zip(*pairs))
     assert values == pytest.approx([literal_ssim(*pair) for pair in pairs], abs=1e-7)
     assert values[-1] == pytest.approx(1)

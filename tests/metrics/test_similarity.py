@@ -7,22 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.images import noise
 from PIL import Image
 
 from flux.errors import InputError
 from flux.metrics.features import Clip, Dino, Lpips
 from flux.specs import configs
 
-RANDOM = np.random.default_rng(0)
-
-
-def noise(width: int = 32, height: int = 24) -> Image.Image:
-    return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
 
 def test_dino_is_the_cosine_and_embeds_a_reference_once(monkeypatch):
     metric = Dino.load(configs["flux-nano"].dinov2)
-    reference, others = noise(), [noise(), noise()]
+    reference, *others = (noise(seed=seed) for seed in range(3))
     features = metric.encoder.embed([reference, *others])
     embed, embedded = metric.encoder.embed, []
     monkeypatch.setattr(metric.encoder, "embed", lambda images: embedded.extend(images) or embed(images))
@@ -59,7 +54,7 @@ def test_clip_is_the_cosine_of_its_image_embeddings(clip_folder):
 
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     model = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
-    images = [noise(32, 32) for _ in range(3)]
+    images = [noise(32, 32, seed) for seed in range(3)]
     pixels = np.stack([(np.asarray(image) / 255 - mean) / std for image in images])
     pixels = torch.from_numpy(pixels).float().permute(0, 3, 1, 2)
     a, *others = model(pixel_values=pixels).image_embeds
