@@ -20,11 +20,11 @@ from flux.images.given import Images, file_names
 from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.metrics.pixels import psnr_or_none
-from flux.runs.earlier import remove_earlier_images
+from flux.runs.earlier import warn_of_earlier_images
 from flux.runs.record import image_metadata, run_record
 from flux.scan.layers import REFERENCE, LayerSet, layer_ranges, layer_sets, layers_text
 from flux.scan.sweep import image_path, open_sweep
-from flux.settings.complete import check_images_stay
+from flux.settings.complete import check_nothing_lost
 from flux.settings.resolved import (
     ResolvedEdit,
     ResolvedGenerate,
@@ -122,7 +122,7 @@ def write_images(
         written.append(folder / f"{number:03d}.png")
         save_image(image, written[-1], image_metadata(settings, entry.prompt, entry.seed))
     save_image(images_sheet(settings, made), folder / "grid.png")
-    remove_earlier_images(settings, written)
+    warn_of_earlier_images(settings, written)
     write_json(folder / "run.json", run_record(settings, timings=dict(timings)))
 
 
@@ -202,7 +202,7 @@ def write_films(settings: ResolvedLayer, films: Iterable[Film], timings: Mapping
         for name, sheet in film.sheets():
             sheets.append(place / f"{name}.png")
             save_image(sheet, sheets[-1], None if name == "steps" else record)
-    remove_earlier_images(settings, [*written, *sheets])
+    warn_of_earlier_images(settings, [*written, *sheets])
     write_json(folder / "run.json", run_record(settings, timings=dict(timings)))
     return sheets
 
@@ -254,7 +254,7 @@ class EditResult(Result):
         for path, prompt, image in zip(written, prompts, [self.reference, *self.edits]):
             save_image(image, path, image_metadata(settings, prompt, settings.seed, layers=layers))
         save_image(self.sheet(), written[-1])
-        remove_earlier_images(settings, written)
+        warn_of_earlier_images(settings, written)
         scores = [{"psnr_to_reference": psnr_or_none(self.reference, image)} for image in self.edits]
         cost = {"timings": dict(self.timings), "evaluations": self.evaluations}
         write_json(folder / "run.json", run_record(settings, layers=layers, scores=scores, **cost))
@@ -367,11 +367,11 @@ def _saved_in(folder: str | Path, settings: S, inputs: Mapping[str, Images]) -> 
     """Return the settings with this folder as theirs, and write the images that no file held into it.
 
     Raises:
-        InputError: As `check_images_stay` and `_writable`.
+        InputError: As `check_nothing_lost` and `_writable`.
     """
     folder = _writable(folder)
     settings = settings.model_copy(update={"output_dir": str(folder)})
-    check_images_stay(settings)
+    check_nothing_lost(settings)
     files: dict[str, str | tuple[str, ...]] = {}
     for field_name, given in inputs.items():
         several = isinstance(given, list)
