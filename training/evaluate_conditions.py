@@ -290,9 +290,9 @@ def evaluate(kind: str, arguments: Namespace) -> Path:
     condition_of = {"fill": masked, "canny": edges}[kind]
     made = {"the scene": [each.truth for each in examples]}
     made["flux-nano"] = make(plain, nano, examples)
-    for each in scaled:
-        name = each.model + (f", true CFG {each.true_cfg:g}" if each.true_cfg > 1 else "")
-        made[name] = make(pipe, each, examples, condition_of)
+    for scale, own in zip(arguments.true_cfg, scaled):
+        name = settings.model + (f", true CFG {scale:g}" if scale > 1 else "")
+        made[name] = make(pipe, own, examples, condition_of)
     for name, images in list(made.items())[1:]:
         made[name] = [
             paste_unmasked(image, each.image, each.mask) if each.mask else image

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.files import write_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+UNREAD = (".avif", ".gif", ".heic", ".heif", ".jxl")
+"""Kinds of images that are not read."""
 GIVEN, WRITTEN = "metadata.jsonl", "captions.jsonl"
 
 
@@ -55,6 +57,9 @@ class ImageFolder:
         images = tuple(name for name in names if _is_image(path / name))
         if not images:
             raise InputError(f"Got images {path}, which holds no image: expected {', '.join(SUFFIXES)}")
+        if unread := [name for name in names if Path(name).suffix.lower() in UNREAD]:
+            some = ", ".join(unread[:3]) + " ..." * (len(unread) > 3)
+            warn(f"Got {some} in {path}, of kinds that are not read: save them as PNG or JPEG")
         given: dict[str, str] = {}
         for name in (GIVEN, WRITTEN):
             given |= _read_lines(path / name) if name in names else {}

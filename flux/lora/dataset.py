@@ -143,6 +143,9 @@ def read_training_set(settings: TrainSettings, spec: ModelSpec) -> TrainingSet:
         found = list(dict.fromkeys(size_for(image.width, image.height, size) for size in sizes))
         examples += [Example(path, caption, *each, context) for each in found]
         digest.update(json.dumps([*content, found]).encode())
+    if bare := [name for name in folder.images if not folder.text(name)]:
+        count = f"{len(bare)} of {len(folder.images)}"
+        warn(f"{count} images have no caption, such as {bare[0]}: the trigger stands alone")
     most = max(Counter(example.size for example in examples).values())
     if (given := settings.batch_size) > most:
         warn(f"Got batch_size {given}, but at most {most} images of one size, as each batch has them")

@@ -61,6 +61,15 @@ def test_texts_that_cannot_be_read(images, content):
         ImageFolder.open(images).text("a.png")
 
 
+def test_images_of_kinds_that_are_not_read_are_told(images):
+    for name in ("x.HEIC", "y.gif", "notes.pdf"):
+        (images / name).write_bytes(b"")
+    with pytest.warns(
+        match=r"Got x\.HEIC, y\.gif in .*, of kinds that are not read: save them as PNG or JPEG"
+    ):
+        assert ImageFolder.open(images).images == ("a.png", "b.jpg", "c.webp", "d.png")
+
+
 def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
