@@ -281,5 +281,5 @@ def test_keys_and_values_of_another_image_size(model, given, layer):
     kept = model.observe(
         Inputs(**tiny_models.inputs(1, 64, 64)), intervention=Intervention(keep=frozenset({layer}))
     )[1].kept
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="their tokens be 15"):
         model(**given, intervention=Intervention(inject=kept))

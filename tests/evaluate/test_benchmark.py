@@ -1,7 +1,5 @@
 """PIE-Bench's layout: masks by hand, what is read of an entry, and how wrong ones are told."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -176,7 +174,7 @@ def test_a_number_that_leads_elsewhere(tmp_path):
 def test_no_benchmark(tmp_path):
     with pytest.raises(InputError, match=r"holds no mapping_file\.json.*training\.benchmark"):
         read_benchmark(tmp_path)
-    for text in ("[]", "{}", "no", json.dumps({"one": 1})):
+    for text, why in {"[]": "no edits", "{}": "no edits", "no": "JSON", '{"one": 1}': "no object"}.items():
         (tmp_path / "mapping_file.json").write_text(text)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=rf"mapping_file\.json, which .*{why}"):
             read_benchmark(tmp_path)

@@ -161,7 +161,7 @@ def test_a_text_encoder_cut_short(text_folder):
 
 def test_a_text_encoder_without_weights(text_folder):
     (text_folder / "text_encoder" / "model.safetensors").unlink()
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="text_encoder"):
         load_texts(text_folder)
 
 
