@@ -83,8 +83,6 @@ class Rule:
 class Scores:
     """Similarities of images with skipped layers to their references, and what follows from them.
 
-    Methods with a `metric` use the first metric if it is None.
-
     Attributes:
         layer_sets: The sets of layers that were skipped. The single layers among them are the candidates.
         tables: For each metric, the similarities, "rows sets". A row is one reference and its images.
@@ -114,7 +112,7 @@ class Scores:
     @property
     def num_rows(self) -> int:
         """The number of references."""
-        return len(self._changes(None))
+        return len(self._changes())
 
     @property
     def layers(self) -> list[int]:
@@ -131,23 +129,24 @@ class Scores:
         """Compute the mean change over all rows for each set of layers. More is more vital.
 
         For dino, clip and ssim it is 1 minus the mean similarity (equation 1), for lpips the mean distance,
-        and for psnr the mean of the root mean square errors (`Psnr.change`).
+        and for psnr the mean of the root mean square errors (`Psnr.change`). If `metric` is None, it is the
+        first one.
         """
         return dict(zip(self.layer_sets, np.round(self._changes(metric).mean(axis=0), DECIMALS).tolist()))
 
-    def vital(self, rule: Rule, metric: str | None = None) -> list[int]:
+    def vital(self, rule: Rule) -> list[int]:
         """Choose the vital layers among the candidates, sorted."""
-        vitality = self.vitality(metric)
+        vitality = self.vitality()
         chosen = rule.choose(np.array([vitality[(layer,)] for layer in self.layers]))
         return [layer for layer, is_vital in zip(self.layers, chosen) if is_vital]
 
-    def resampled(self, metric: str | None = None) -> np.ndarray:
+    def resampled(self) -> np.ndarray:
         """Compute the vitalities of RESAMPLES bootstrap samples, "samples sets", the same at every call.
 
         A sample draws as many prompts as there are, with repeats, and takes all rows of a drawn prompt, since
         the images of one prompt are alike. With fewer than MIN_PROMPTS prompts there are no samples.
         """
-        changes = self._changes(metric)
+        changes = self._changes()
         names, group = np.unique(self.prompts or np.arange(len(changes)), return_inverse=True)
         if len(names) < MIN_PROMPTS:
             return np.empty((0, len(self.layer_sets)))
@@ -157,23 +156,23 @@ class Scores:
         weights = draws[:, group] / draws[:, group].sum(axis=1, keepdims=True)
         return np.round(weights @ changes, DECIMALS)
 
-    def intervals(self, metric: str | None = None) -> dict[LayerSet, tuple[float, float]]:
+    def intervals(self) -> dict[LayerSet, tuple[float, float]]:
         """Compute the 95 % percentile bootstrap interval of each set's vitality.
 
         Empty with fewer than MIN_PROMPTS prompts.
         """
-        samples = self.resampled(metric)
+        samples = self.resampled()
         if not len(samples):
             return {}
         low, high = np.round(np.quantile(samples, (0.025, 0.975), axis=0), DECIMALS).tolist()
         return dict(zip(self.layer_sets, zip(low, high)))
 
-    def membership(self, rule: Rule, metric: str | None = None) -> dict[int, float]:
+    def membership(self, rule: Rule) -> dict[int, float]:
         """Compute for each candidate the fraction of bootstrap samples in which it is vital.
 
         Empty with fewer than MIN_PROMPTS prompts.
         """
-        samples = self.resampled(metric)
+        samples = self.resampled()
         if not len(samples):
             return {}
         columns = [self.layer_sets.index((layer,)) for layer in self.layers]
@@ -199,26 +198,26 @@ class Scores:
                     writer.writerow([row, layers_text(layers), metric, value])
         return text.getvalue()
 
-    def _changes(self, metric: str | None) -> np.ndarray:
+    def _changes(self, metric: str | None = None) -> np.ndarray:
         metric = metric or self.metrics[0]
         return METRICS[metric].change(self.tables[metric])
 
 
-def is_settled(scores: Scores, rule: Rule, metric: str | None = None) -> bool:
+def is_settled(scores: Scores, rule: Rule) -> bool:
     """Whether the vital set is settled, over at least MIN_PROMPTS prompts.
 
     It is if each candidate is vital in at least 95 % or at most 5 % of the bootstrap samples. Asking again
     after each prompt and stopping at the first yes asks more than once: the same set would then be found
     again with high probability, but not with a guaranteed 95 %.
     """
-    fractions = scores.membership(rule, metric).values()
+    fractions = scores.membership(rule).values()
     return bool(fractions) and all(fraction >= SURE or fraction <= 1 - SURE for fraction in fractions)
 
 
-def settled_after(scores: Scores, rule: Rule, metric: str | None = None) -> int | None:
+def settled_after(scores: Scores, rule: Rule) -> int | None:
     """Return the number of rows after which the set was first settled, or None if it is not settled yet."""
     counts = range(MIN_PROMPTS, scores.num_rows + 1)
-    return next((count for count in counts if is_settled(scores.part(range(count)), rule, metric)), None)
+    return next((count for count in counts if is_settled(scores.part(range(count)), rule)), None)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

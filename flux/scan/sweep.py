@@ -192,7 +192,6 @@ class Sweep:
 def sweep(
     settings: ResolvedSkip,
     pipe: LoadedModel | None = None,
-    on_row: Callable[[int], bool] | None = None,
     progress: bool = True,
 ) -> Path:
     """Make each reference image, and one image for each set of skipped layers. Return the folder.
@@ -200,14 +199,13 @@ def sweep(
     Args:
         settings: The settings of the sweep, or of a scan.
         pipe: As for `Sweep.run`.
-        on_row: As for `Sweep.run`.
         progress: Whether to show a progress bar.
 
     Raises:
         InputError: As `open_sweep` and `Sweep.run`.
     """
     whole = Sweep(settings)
-    whole.run(pipe, on_row, progress=progress)
+    whole.run(pipe, progress=progress)
     whole.finish()
     return whole.folder
 

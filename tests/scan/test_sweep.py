@@ -33,7 +33,7 @@ from flux.images.io import read_image, read_metadata
 from flux.metrics.table import load_metrics
 from flux.scan.similarity import score
 from flux.scan.skipper import LayerSkipper
-from flux.scan.sweep import image_path, open_sweep, plan, read_sweep, sweep
+from flux.scan.sweep import Sweep, image_path, open_sweep, plan, read_sweep
 from flux.weights.checkpoint import open_checkpoint
 
 
@@ -114,14 +114,19 @@ def test_each_finished_reference_is_reported_in_order(nano, swept, tmp_path, mad
         assert len(list((tmp_path / f"prompt_{row:03d}").iterdir())) == 2
         return told.append(row) or row == 1
 
+    def start(pipe) -> None:
+        begun = Sweep(given)
+        begun.run(pipe, enough, progress=False)
+        begun.finish()
+
     given = skip_settings(tmp_path, prompts=["a dog", "a cat", "a car", "a bus"], layers=[3], num_steps=1)
-    sweep(given, nano, enough, progress=False)
+    start(nano)
     first = names(tmp_path)
     assert told == [0, 1]
     assert len(image_names(tmp_path)) == 4
     assert [entry.prompt for entry in read_sweep(tmp_path)[2]] == ["a dog", "a cat"]
     made.clear()
-    sweep(given, None, enough, progress=False)
+    start(None)
     assert told == [0, 1, 0, 1]
     assert not made
     assert names(tmp_path) == first
@@ -307,7 +312,10 @@ def test_what_changes_no_image_may_change(swept, changes):
 
 def test_an_unknown_run_json_is_refused_and_stays(tmp_path):
     """Another demo's, or no JSON at all: it is reported, and not written over."""
-    for content, told in (('{"demo": "edit", "settings": {}}', "a folder of demo 'edit'"), ("{", "cannot be read")):
+    for content, told in (
+        ('{"demo": "edit", "settings": {}}', "a folder of demo 'edit'"),
+        ("{", "cannot be read"),
+    ):
         (tmp_path / "run.json").write_text(content)
         for refuse in (read_sweep, lambda folder: open_sweep(skip_settings(folder))):
             with pytest.raises(InputError, match=told):
