@@ -8,17 +8,15 @@ is as in `benchmarks.whole_images`. Takes about three minutes. `--toy --device c
 models.
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
 
 from benchmarks.common import EDITS, GUIDANCE, PROMPT, machine, markdown, start_processes, toy_plan
-from benchmarks.whole_images import SIDE, STEPS, pipelines, seconds
+from benchmarks.whole_images import SIDE, STEPS, pipelines, time_rounds, warm_up
 from flux.editing.edit import edit
 from flux.errors import exit_on_input_error, launched, only_rank_zero_prints
 from flux.files import write_json
@@ -85,27 +83,17 @@ def main(
     spec, steps, side = (toy_plan().spec, 2, 64) if toy else (configs["flux-dev"], STEPS, SIDE)
     pipes = pipelines(replace(spec, clip_length=77), where, group, toy, compiled)
     results: dict[str, Any] = {"machine": machine(where), "gpus": gpus, "steps": steps, "side": side}
-    found: dict[str, dict] = {}
+
+    def save() -> None:
+        if group.rank == 0:
+            write_json(output or f"output/benchmarks/whole_edits_{gpus}.json", results)
+
     with TemporaryDirectory() as folder:
         runs = all_runs(pipes, (0, 1) if toy else VITAL_LAYERS_DEV, folder, side, steps)
-        for name, work in runs.items():
-            found[name] = {"warm_up_s": seconds(work, where), "s": []}
-            print(f"{name}: the first time took {found[name]['warm_up_s']:.1f} s", flush=True)
-        for _ in range(rounds):
-            for name, work in runs.items():
-                found[name]["s"].append(seconds(work, where))
-                print(f"{name}: {found[name]['s'][-1]:.3f} s", flush=True)
-    for entry in found.values():
-        entry["median_s"] = statistics.median(entry["s"])
-    results["runs"] = found
-    if group.rank == 0:
-        write_json(Path(output or f"output/benchmarks/whole_edits_{gpus}.json"), results)
-    rows = [[name, f"{entry['median_s']:.3f}"] for name, entry in found.items()]
-    print(
-        markdown(
-            [f"a reference and {len(EDITS)} edits on {gpus} GPU{'s' * (gpus > 1)}, s", "whole run"], rows
-        )
-    )
+        found = results["runs"] = warm_up(runs, where)
+        time_rounds(runs, found, rounds, where, save)
+    header = [f"a reference and {len(EDITS)} edits, {gpus} GPU{'s' * (gpus > 1)}", "s, whole run"]
+    print(markdown(header, [[name, f"{entry['median_s']:.3f}"] for name, entry in found.items()]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ no network, and takes about four minutes. `--toy --device cpu` runs the same on 
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -135,13 +135,41 @@ def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Call
     return image
 
 
-def seconds(image: Callable[[], object], device: torch.device) -> float:
-    """Time a whole image."""
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time one run."""
     begin = time.perf_counter()
-    image()
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
+
+
+def warm_up(runs: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, dict]:
+    """Make each run once, and note how long that took."""
+    found = {}
+    for name, work in runs.items():
+        found[name] = {"warm_up_s": seconds(work, device), "s": []}
+        print(f"{name}: the first time took {found[name]['warm_up_s']:.1f} s", flush=True)
+    return found
+
+
+def time_rounds(
+    runs: Mapping[str, Callable[[], object]],
+    found: dict[str, dict],
+    rounds: int,
+    device: torch.device,
+    save: Callable[[], object],
+) -> None:
+    """Time so many rounds of all runs, and note the seconds of each and their median.
+
+    `save` is called after each round, so that a benchmark that is stopped loses one at most.
+    """
+    for _ in range(rounds):
+        for name, work in runs.items():
+            found[name]["s"].append(seconds(work, device))
+            found[name]["median_s"] = statistics.median(found[name]["s"])
+            print(f"{name}: {found[name]['s'][-1]:.3f} s", flush=True)
+        save()
 
 
 @exit_on_input_error()
@@ -178,23 +206,18 @@ def main(
     if group.rank == 0:
         runs["diffusers, bf16"] = peer_image(ours["ours, bf16"], steps, side, compiled)
     results: dict[str, Any] = {"machine": machine(where), "gpus": gpus, "steps": steps, "side": side}
-    found: dict[str, dict] = {}
-    for name, image in runs.items():
-        found[name] = {"warm_up_s": seconds(image, where), "s": []}
-        print(f"{name}: the first image took {found[name]['warm_up_s']:.1f} s", flush=True)
+    found = results["images"] = warm_up(runs, where)
     for pipe in ours.values():
         pipe.timings.clear()
-    for _ in range(rounds):
-        for name, image in runs.items():
-            found[name]["s"].append(seconds(image, where))
-            print(f"{name}: {found[name]['s'][-1]:.3f} s", flush=True)
-    for name, entry in found.items():
-        entry["median_s"] = statistics.median(entry["s"])
-        if name in ours:
-            entry["parts_s"] = {part: total / rounds for part, total in ours[name].timings.items()}
-    results["images"] = found
-    if group.rank == 0:
-        write_json(output or f"output/benchmarks/whole_images_{gpus}.json", results)
+
+    def save() -> None:
+        for name, pipe in ours.items():
+            done = len(found[name]["s"])
+            found[name]["parts_s"] = {part: total / done for part, total in pipe.timings.items()}
+        if group.rank == 0:
+            write_json(output or f"output/benchmarks/whole_images_{gpus}.json", results)
+
+    time_rounds(runs, found, rounds, where, save)
     print(table(found, gpus))
 
 
