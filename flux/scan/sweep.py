@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux.errors import InputError
-from flux.images.io import read_image, save_image
+from flux.images.io import read_image, save_image, thumbnail
 from flux.images.sheets import grid
 from flux.loaded_model import LoadedModel
 from flux.runs.folder import ResumableFolder
@@ -219,16 +219,13 @@ def _overview(folder: Path, settings: SkipSettings, layer_sets: list[LayerSet], 
     """Draw a row of small images for each of the first references."""
     titles = ["reference", *(f"skip {layers_text(layers)}" for layers in layer_sets)]
     images = [
-        [_small(image_path(folder, row, layers)) for layers in (REFERENCE, *layer_sets)]
+        [
+            thumbnail(read_image(image_path(folder, row, layers)), OVERVIEW_SIDE)
+            for layers in (REFERENCE, *layer_sets)
+        ]
         for row in range(rows)
     ]
     return grid(images, [titles] * rows, [entry.prompt for entry in settings.entries[:rows]])
-
-
-def _small(path: Path) -> Image.Image:
-    image = read_image(path)
-    image.thumbnail((OVERVIEW_SIDE, OVERVIEW_SIDE))
-    return image
 
 
 # ---- the folder
