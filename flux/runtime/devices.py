@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # fails on "meta" too
+        torch.empty(0, device=device).cpu()  # fails on "meta" too
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"Got device {name!r}, which is not here: give cpu, cuda, cuda:1, mps or auto"
