@@ -1,5 +1,6 @@
 """From the settings that the user wrote to those that run."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from flux.settings.demos import (
 )
 from flux.settings.edits import EditSettings
 from flux.settings.effect import print_warnings
+from flux.settings.files import PROGRAMS
 from flux.settings.fitting import check_conditions
 from flux.settings.resolved import (
     ResolvedAblate,
@@ -115,16 +117,26 @@ def check_run(settings: ResolvedModel) -> None:
     """Print the warnings about a run and claim its folder. Called once, before the model is loaded.
 
     Raises:
-        InputError: As `check_images_stay` and `claim_folder`.
+        InputError: As `check_nothing_lost` and `claim_folder`.
     """
-    check_images_stay(settings)
+    check_nothing_lost(settings)
     print_warnings(settings, get_spec(settings.model))
     claim_folder(Path(settings.output_dir))
 
 
-def check_images_stay(settings: ResolvedModel) -> None:
-    """Raise InputError if a run would write over one of the images that it is given."""
-    folder, written = Path(settings.output_dir).resolve(), WRITTEN.get(getattr(settings, "demo", ""), "")
+def check_nothing_lost(settings: ResolvedModel) -> None:
+    """Check that a run writes over none of the images that it is given, nor over work that can be resumed.
+
+    Raises:
+        InputError: It would. A sweep, a training, ... is resumed by its run.json, of which a folder has one.
+    """
+    demo, folder = getattr(settings, "demo", ""), Path(settings.output_dir).resolve()
+    other = _recorded_demo(folder)
+    if demo in WRITTEN and other in PROGRAMS and other not in WRITTEN:
+        raise InputError(
+            f"Got {settings.output_dir}, which holds work of {PROGRAMS[other]}: name another output_dir"
+        )
+    written = WRITTEN.get(demo, "")
     for path in _given_images(settings):
         place = path.resolve()
         if place.is_relative_to(folder) and re.fullmatch(written, place.relative_to(folder).as_posix()):
@@ -132,6 +144,15 @@ def check_images_stay(settings: ResolvedModel) -> None:
                 f"Got {path}, which this run would write over: name another output_dir, or give the image "
                 "another name"
             )
+
+
+def _recorded_demo(folder: Path) -> str | None:
+    """Return the demo that wrote the run.json in a folder, if there is a readable one."""
+    try:
+        demo = json.loads((folder / "run.json").read_text(encoding="utf-8"))["demo"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return demo if isinstance(demo, str) else None
 
 
 WRITTEN = {

@@ -318,7 +318,9 @@ def _load(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (from byte {error.start} on), save it as UTF-8") from None
+        raise InputError(
+            f"{path}: not UTF-8 text (from byte {error.start} on): give a JSON file, saved as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         problem = r"for each \ in a text, write / or \\" if "escape" in error.msg else error.msg

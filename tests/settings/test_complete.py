@@ -145,3 +145,15 @@ def test_a_run_writes_over_none_of_its_own_images(tmp_path, cls, fields, name):
     assert not folder.exists()
     check(folder / f"my_{name}", folder)
     check(folder / name, tmp_path / "another")
+
+
+@pytest.mark.parametrize(("demo", "refused"), [("skip", True), ("train", True), ("edit", False), (5, False)])
+def test_a_run_writes_over_no_record_of_work_that_can_be_resumed(tmp_path, demo, refused):
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"demo": demo, "settings": {}}))
+    settings = resolve(check_settings(GenerateSettings, PROMPTS | {"output_dir": str(tmp_path)}))
+    if refused:
+        with pytest.raises(InputError, match=f"{tmp_path}, which holds work of .*: name another output_dir"):
+            check_run(settings)
+    else:
+        check_run(settings)
