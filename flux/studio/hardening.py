@@ -212,6 +212,8 @@ def readable_errors() -> Iterator[None]:
         raise
     except InputError as error:
         message = str(error)
+    except FileNotFoundError:
+        message = "A file is gone: what a visit made is deleted a day after its last use; make it again"
     except OSError as error:
         # The folder is read-only, or the disk is full.
         print(f"error: the studio cannot write: {error}", file=sys.stderr)

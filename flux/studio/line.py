@@ -114,7 +114,8 @@ class Line:
             if self._durations:
                 usual = sum(self._durations) / len(self._durations)
                 passed = time.monotonic() - (running.begun or 0) if running else usual
-                left = before * usual + max(0.0, usual - passed)
+                # Nothing is known once a run takes longer than usual.
+                left = before * usual + max(0.0, usual - passed) or None
         own = running is not None and running.caller == job.caller
         if before == 0:
             return Update("waiting for your other run" if own else "waiting, next in line", seconds_left=left)

@@ -11,7 +11,7 @@ from gradio.context import LocalContext
 from gradio.state_holder import StateHolder
 from helpers.studio import make_studio
 
-from flux.studio.hardening import OwnFilesOnly
+from flux.studio.hardening import OwnFilesOnly, readable_errors
 from flux.studio.page import build
 
 UNEXPECTED = "went wrong"  # an error that has no words of its own
@@ -188,6 +188,15 @@ def test_settings_that_come_back(page, studio, content, said):
     assert (got is None) == (said is None)
     assert (said or "") in (got or "")
     assert UNEXPECTED not in (got or "")
+
+
+def test_what_is_gone_is_said(page, tmp_path):
+    """Also where a button needs an image: errors of events that gradio does not queue would not be shown."""
+    with pytest.raises(gr.Error, match="A file is gone"), readable_errors():
+        (tmp_path / "gone").read_text()
+    needing = [event for event in page.fns.values() if event.name in ("go_on", "correct", "send", "_select")]
+    assert len(needing) == 4
+    assert all(event.queue for event in needing)
 
 
 def test_a_zip_of_nothing(page):

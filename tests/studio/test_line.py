@@ -79,6 +79,8 @@ def test_time_left_is_estimated_from_earlier_runs(monkeypatch):
         now[0] += 4
         assert next(line.wait(second)).seconds_left == 6
         assert next(line.wait(third)).seconds_left == 16
+        now[0] += 20  # longer than usual: nobody knows
+        assert next(line.wait(second)).seconds_left is None
 
 
 def test_nobody_fills_the_line():

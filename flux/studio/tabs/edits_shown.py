@@ -13,7 +13,7 @@ from flux.studio.sessions import Run
 from flux.studio.tabs.shown import ShownImage
 from flux.studio.viewer import image_alone, pair, viewer
 from flux.studio.visits import shown_run
-from flux.studio.widgets import UNQUEUED, Changes, preview, results
+from flux.studio.widgets import CONCURRENT, Changes, preview, results
 from flux.studio.work.edit import FOUND_MASK
 
 EXAMPLE_EDIT = "edit_0"
@@ -99,11 +99,11 @@ class EditsShown:
             return {canvas: board(image, mask and Image.open(mask))}
 
         at = [self._folder, self._chosen]
-        self._gallery.select(choose, self._folder, self._chosen_parts, **UNQUEUED)
-        further = self._under.edit.click(go_on, [*at, edits], edits, **UNQUEUED)
-        further.then(None, None, None, js="() => studio.focus('#edit-edits textarea')")
-        shown = self._correct.click(correct, at, canvas, **UNQUEUED)
-        shown.then(None, None, None, js="() => studio.unfold('#edit-mask')")
+        self._gallery.select(choose, self._folder, self._chosen_parts, **CONCURRENT)
+        further = self._under.edit.click(go_on, [*at, edits], edits, **CONCURRENT)
+        further.success(None, None, None, js="() => studio.focus('#edit-edits textarea')")
+        shown = self._correct.click(correct, at, canvas, **CONCURRENT)
+        shown.success(None, None, None, js="() => studio.unfold('#edit-mask')")
 
     @property
     def _chosen_parts(self) -> list[Component]:

@@ -19,7 +19,7 @@ from flux.studio.sessions import Run, Session, read_back
 from flux.studio.state import Studio
 from flux.studio.tabs.controls import RunControls
 from flux.studio.tabs.fields import FormFields
-from flux.studio.visits import GONE, unpack_mask
+from flux.studio.visits import GONE, existing_file, unpack_mask
 from flux.studio.widgets import CONCURRENT, Changes, results, status_html
 
 INPUTS = ("image", "photo", "context", "fill", "control", "redux")
@@ -203,7 +203,7 @@ class History:
 
     def _show(self, run: Run, name: str, path: Path) -> Changes:
         """Show an image of this session, and fill the form of its tab."""
-        settings, details = read_back(path)
+        settings, details = read_back(existing_file(path))
         files = Files.beside(path, settings, run.images.get("reference"))
         tab = self._place_of(settings).tab
         status = {tab.controls.status: status_html("From your images.")}

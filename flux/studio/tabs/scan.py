@@ -29,7 +29,7 @@ from flux.studio.tabs.fields import (
 from flux.studio.tabs.runs import RunButton
 from flux.studio.tabs.steering_image import SteeringImage
 from flux.studio.viewer import image_alone, viewer
-from flux.studio.widgets import UNQUEUED, Changes, download_button, downloadable, results
+from flux.studio.widgets import CONCURRENT, Changes, download_button, downloadable, results
 from flux.studio.words import about
 from flux.studio.work.scan import Vital, read_vitality, run_scan, steered_scan
 
@@ -123,8 +123,8 @@ class ScanTab:
         scan = RunButton(self.controls, self.fields, settings_of, work)
         scan.connect([self.go.click], outputs)
         connect_notes(self.fields, partial(notes_about, self.studio, scan_settings))
-        self.layer.change(images_without, [self.scanned, self.layer], self.skipped, **UNQUEUED)
-        self.send.click(send, self.scanned, [tabs, edit.layers], **UNQUEUED)
+        self.layer.change(images_without, [self.scanned, self.layer], self.skipped, **CONCURRENT)
+        self.send.click(send, self.scanned, [tabs, edit.layers], **CONCURRENT)
 
     def _shown(self, result: Path | Vital | None, settings: ResolvedScan) -> Changes:
         if result is None:

@@ -12,7 +12,7 @@ from flux.studio.repeat import as_command, as_python
 from flux.studio.sessions import Run
 from flux.studio.viewer import viewer
 from flux.studio.visits import existing_file, shown_run
-from flux.studio.widgets import UNQUEUED, Changes, download_button, downloadable, preview, results
+from flux.studio.widgets import CONCURRENT, UNQUEUED, Changes, download_button, downloadable, preview, results
 
 
 class ShownImage:
@@ -117,7 +117,7 @@ class ShownRun:
             return self._choose(run, list(run.images)[event.index])
 
         chosen = [self._viewer, *self.under.components]
-        self._gallery.select(choose, self.under.file, chosen, **UNQUEUED)
+        self._gallery.select(choose, self.under.file, chosen, **CONCURRENT)
 
     @property
     def components(self) -> list[Component]:
