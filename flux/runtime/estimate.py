@@ -118,18 +118,31 @@ class MemoryEstimator:
     @cached_property
     def denoise(self) -> int:
         """Bytes of activations while images are denoised, kept kv included."""
+        return self._one_pass + self._kept()
+
+    @cached_property
+    def recorded(self) -> int:
+        """Bytes that recorded passes hold during the whole run, if no weights are offloaded.
+
+        They have memory of their own, for what they read, compute and return, see `flux.runtime.graphs`.
+        """
+        inputs = self._inputs()
+        few = len(inputs.img) * sum(inputs.counts) <= MOST_TOKENS
+        # At any size, a sparse step has few tokens, and reads keys and values of all layers.
+        may_record = few or self.workload.keeps_all_layers
+        if not (self.on_gpu and self.settings.compile and may_record):
+            return 0
+        return self._one_pass + (2 if few else 1) * self._kept()
+
+    @cached_property
+    def _one_pass(self) -> int:
+        """Bytes of activations of a pass."""
         one_block_each = replace(self.spec.params, depth=1, depth_single_blocks=1)
         model = model_on_meta(one_block_each, self.sources["transformer"], self.format)
         inputs = self._inputs()
         keeping = Intervention(keep_context=reuses_context(self.settings))
         known = [*model.parameters(), *model.buffers(), *inputs.tensors.values()]
-        one_pass = live_bytes(lambda: model.observe(inputs, keeping), known)
-        kept, recorded = self._kept(), 0
-        if self.on_gpu and self.settings.compile:
-            # A graph has memory of its own, its inputs and its results. Sparse steps can be one at any size.
-            few = len(inputs.img) * sum(inputs.counts) <= MOST_TOKENS
-            recorded = one_pass + 2 * kept if few else kept if self.workload.keeps_all_layers else 0
-        return one_pass + kept + recorded
+        return live_bytes(lambda: model.observe(inputs, keeping), known)
 
     @cached_property
     def decode(self) -> dict[bool, int]:

@@ -89,15 +89,11 @@ class Plan:
         if estimate.workload.keeps_streams:
             activations["denoise"] += estimate.streams
             activations["decode"] += estimate.streams
-        everything = sum(weights.values())
-        stages = (
-            Stage(
-                name,
-                everything if offload == "none" else weights[name],
-                activations[name] + estimate.workspace,
-            )
-            for name in weights
-        )
+        held = estimate.workspace
+        if offload == "none":
+            weights = dict.fromkeys(weights, sum(weights.values()))
+            held += estimate.recorded
+        stages = (Stage(name, weights[name], activations[name] + held) for name in weights)
         return cls(offload, streamed, streamed_t5, tiled, tuple(stages))
 
     @classmethod
