@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from flux.errors import InputError
+from flux.errors import InputError, warn
 from flux.files import write_bytes
 from flux.intervention import check_layers
 from flux.lora.contents import OpenLora, open_lora
@@ -106,19 +106,15 @@ def read_scores(path: str | Path, lora: OpenLora) -> dict[int, float]:
 
     Args:
         path: The file.
-        lora: The LoRA. A report may have several, which are told by the names of their files.
+        lora: The LoRA. A report may have several, which are told by their files.
 
     Raises:
-        InputError: The file cannot be read, is of another kind, or has no scores of this LoRA.
+        InputError: The file cannot be read, is of another kind, or has no scores of this LoRA, or several.
     """
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if "loras" in data:
-            found = [each["layers"] for each in data["loras"] if Path(each["file"]).name == lora.path.name]
-            of_layers = found[0] if found else {}
-        else:
-            of_layers = data["layers"]
+        of_layers = _reported(data["loras"], lora, path) if "loras" in data else data["layers"]
         scores = {
             int(name): float(
                 next(each[key] for key in ("effect", "relative", "norm") if each.get(key) is not None)
@@ -126,6 +122,8 @@ def read_scores(path: str | Path, lora: OpenLora) -> dict[int, float]:
             for name, each in of_layers.items()
             if name.isdecimal()
         }
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"Got scores {path}, which cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -134,4 +132,17 @@ def read_scores(path: str | Path, lora: OpenLora) -> dict[int, float]:
         ) from error
     if not scores:
         raise InputError(f"Got scores {path}, which has none for a layer of {lora.path.name}")
+    own = lora.file.fingerprint()
+    if data.get("lora_fingerprint", own) != own:
+        warn(f"{path} has the effects of another file than {lora.path}: {data.get('lora')}")
     return scores
+
+
+def _reported(loras: Collection[Mapping[str, Any]], lora: OpenLora, path: Path) -> Mapping[str, Any]:
+    """The layers of a LoRA in a report: of its file, or else of the one file of its name."""
+    named = {each["file"]: each["layers"] for each in loras if Path(each["file"]).name == lora.path.name}
+    same = [layers for file, layers in named.items() if Path(file).resolve() == lora.path.resolve()]
+    found = same or list(named.values())
+    if len(found) > 1:
+        raise InputError(f"Got scores {path}, of several files named {lora.path.name}: report this one alone")
+    return found[0] if found else {}

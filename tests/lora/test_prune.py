@@ -90,6 +90,25 @@ def test_scores_of_an_ablation(source, scores):
     assert read_scores(scores, open_lora(source)) == SCORES
 
 
+def test_scores_of_another_files_ablation(source, scores):
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"lora": "y", "lora_fingerprint": "other"}))
+    with pytest.warns(match=r"ablation\.json has the effects of another file than .*x\.safetensors: y"):
+        assert read_scores(scores, open_lora(source)) == SCORES
+
+
+def test_a_report_of_several_files_with_one_name(source, tmp_path):
+    """As trainings write them: each lora.safetensors has its own sizes."""
+    small, elsewhere = tmp_path / "a" / source.name, tmp_path / "b" / source.name
+    prune(source, small, [0])
+    prune(source, elsewhere, [1, 2])
+    reports = look_into([source, small])
+    write_report(tmp_path, reports)
+    for file, report in zip((source, small), reports, strict=True):
+        assert read_scores(tmp_path / "report.json", open_lora(file)) == report.sizes
+    with pytest.raises(InputError, match=r"of several files named x\.safetensors: report this one alone"):
+        read_scores(tmp_path / "report.json", open_lora(elsewhere))
+
+
 def test_scores_of_a_report(source, tmp_path):
     """A report may have several files: the one with the LoRA's name counts."""
     reports = look_into([NANO_FOLDER / "schnell_lora.safetensors"])
