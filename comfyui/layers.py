@@ -65,8 +65,8 @@ def read_vital_layers(path: Path) -> tuple[int, ...]:
         layers = scan["vital_layers"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'Got {path}, which has no list "vital_layers": give the file of a scan') from error
-    if scan.get("format", 1) > FORMAT_VERSION:
-        raise ValueError(f"Got {path} of format {scan['format']}: these nodes read up to {FORMAT_VERSION}")
+    if scan.get("format", 1) not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"Got {path} of format {scan['format']!r}: these nodes read up to {FORMAT_VERSION}")
     if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
         raise ValueError(f'Got {path}, whose "vital_layers" is no list of layer numbers: {layers!r}')
     return tuple(layers)

@@ -69,6 +69,7 @@ def test_nodes_read_the_files_without_a_format(tmp_path):
         ('{"vital_layers": []}', "no list of layer numbers"),
         ('{"vital_layers": ["1"]}', "no list of layer numbers"),
         ('{"vital_layers": [1], "format": 3}', "format 3: these nodes read up to 2"),
+        ('{"vital_layers": [1], "format": "a"}', "format 'a': these nodes read up to 2"),
     ],
 )
 def test_other_files_are_told(tmp_path, text, words):
