@@ -68,7 +68,7 @@ def continue_visit(sessions: Sessions, name: str | None, visit: str) -> Session:
     return session
 
 
-def existing_file(path: str | None) -> Path:
+def existing_file(path: str | Path | None) -> Path:
     """Return the path of an image that is shown. Raise InputError if it has been deleted."""
     if path is None or not Path(path).is_file():
         raise InputError(GONE)
