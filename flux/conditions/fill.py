@@ -42,7 +42,7 @@ def fill_images(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.I
         fitting = "x".join(str(side // TOKEN * TOKEN) for side in source.size)
         raise InputError(
             f"Got an image of {source.width}x{source.height} pixels to fill: both sides must be multiples of "
-            f"{TOKEN}, crop it and its mask to {fitting}"
+            f"{TOKEN}, crop it and its mask to {fitting}, or give that as width and height"
         )
     white = np.asarray(painted) >= OPAQUE
     if not white.any():
