@@ -1,5 +1,6 @@
 """Noise, packing, schedule and Euler steps, against diffusers' helpers and integrals in closed form."""
 
+import inspect
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -119,7 +120,8 @@ def test_schedule_equals_diffusers(base, most, shifted, height, width, steps):
     assert all(isinstance(t, float) for t in levels)
 
 
-def test_schedule_defaults_are_upstreams():
+def test_defaults_are_upstreams():
+    assert inspect.signature(sampling.denoise).parameters["guidance"].default == 4.0
     assert sampling.get_schedule(4, 256)[2] == pytest.approx(math.exp(0.5) / (math.exp(0.5) + 1), abs=1e-6)
     assert sampling.get_schedule(4, 4096)[2] == pytest.approx(math.exp(1.15) / (math.exp(1.15) + 1), abs=1e-6)
     assert sampling.get_schedule(4, 4096, shift=False) == [1, 0.75, 0.5, 0.25, 0]

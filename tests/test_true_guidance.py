@@ -1,6 +1,7 @@
 """True classifier-free guidance: two passes, what they inject, and the range of their result."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -83,10 +84,13 @@ def test_both_passes_are_one_batch_on_a_gpu_only():
     assert not sampling.in_one_batch(torch.empty(3, 4096, 64, device="meta"))
 
 
+ROWS = torch.cat((LATENT, 2 * LATENT))
+
+
 def thresholded(scale, mimic, percentile=0.9):
-    away, velocity = torch.zeros_like(LATENT), torch.randn(LATENT.shape, generator=torch.manual_seed(3))
+    away, velocity = torch.zeros_like(ROWS), torch.randn(ROWS.shape, generator=torch.manual_seed(3))
     cond = Conditioning(None, None, None, None, NO_TEXT, scale, mimic, percentile)
-    return velocity, sampling.guided(LATENT, 0.5, velocity, away, cond)
+    return velocity, sampling.guided(ROWS, 0.5, velocity, away, cond)
 
 
 def test_thresholding_to_the_same_scale_changes_nothing():
@@ -96,16 +100,16 @@ def test_thresholding_to_the_same_scale_changes_nothing():
 
 @pytest.mark.parametrize("percentile", [0.5, 0.9, 1.0])
 def test_thresholding_brings_the_clean_latent_into_the_range_of_the_smaller_scale(percentile):
-    """Each channel keeps its mean and gets the largest deviation that the smaller scale gives it, by hand."""
+    """Each row's channel keeps its mean and gets the largest deviation that the smaller scale gives it."""
     velocity, got = thresholded(8.0, 2.0, percentile)
-    clean, full, mimic = (LATENT - 0.5 * v for v in (got, 8 * velocity, 2 * velocity))
-    for channel in (0, 17, 63):
-        x, y = full[0, :, channel], mimic[0, :, channel]
+    clean, full, mimic = (ROWS - 0.5 * v for v in (got, 8 * velocity, 2 * velocity))
+    for row, channel in product((0, 1), (0, 17, 63)):
+        x, y = full[row, :, channel], mimic[row, :, channel]
         largest = (y - y.mean()).abs().max()
         bound = max(largest, torch.quantile((x - x.mean()).abs(), percentile))
         expected = x.mean() + largest / bound * (x - x.mean()).clamp(-bound, bound)
-        assert_close(clean[0, :, channel], expected, rtol=0, atol=1e-5)
-        assert (clean[0, :, channel] - x.mean()).abs().max() <= largest + 1e-5
+        assert_close(clean[row, :, channel], expected, rtol=0, atol=1e-5)
+        assert (clean[row, :, channel] - x.mean()).abs().max() <= largest + 1e-5
 
 
 def test_the_negative_pass_injects_from_the_references_negative_pass(model, row):
