@@ -23,7 +23,8 @@ from PIL import Image
 from flux.editing.photo import Photograph, middle
 from flux.errors import InputError
 from flux.files import write_json
-from flux.images.io import read_image
+from flux.images.io import image_size, read_image
+from flux.images.sizes import TOKEN
 from flux.settings.messages import show
 
 MAPPING, IMAGES = "mapping_file.json", "annotation_images"
@@ -132,7 +133,8 @@ def read_benchmark(folder: str | Path) -> list[Item]:
     """Read the edits of a benchmark's folder, in the order of its file.
 
     Raises:
-        InputError: The folder holds no benchmark, an entry lacks a field, or an image is missing.
+        InputError: The folder holds no benchmark, an entry lacks a field, or an image is missing, unreadable
+            or tiny.
     """
     path = Path(folder) / MAPPING
     if not path.is_file():
@@ -173,6 +175,8 @@ def _read_item(folder: Path, key: str, entry: Any) -> Item:
     for path in paths:
         if not path.is_file():
             raise InputError(f"{where}, whose image {path} is not there")
+        if min(image_size(path)) < TOKEN:
+            raise InputError(f"{where}, whose image {path} has a side of less than {TOKEN} pixels")
     return Item(
         key=key,
         path=paths[0],

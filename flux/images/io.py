@@ -128,6 +128,16 @@ def read_upright(path: str | Path) -> Image.Image:
         return _upright(file, path)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return width and height of an image file without decoding it, before EXIF turns it upright.
+
+    Raises:
+        InputError: The file is not a readable image.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
     """Read the metadata that `save_image` wrote. Return None if the image has none.
 

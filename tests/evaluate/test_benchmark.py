@@ -164,6 +164,14 @@ def test_a_wrong_entry_is_named(tmp_path, change, message):
         read_benchmark(tmp_path)
 
 
+def test_photos_that_cannot_be_edited_are_refused_while_reading(tmp_path):
+    with pytest.raises(InputError, match=r"0\.jpg has a side of less than 16 pixels"):
+        read_benchmark(write(tmp_path, entry(), size=(64, 8)))
+    (tmp_path / "annotation_images" / "0_random_140" / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"0\.jpg, not a readable image"):
+        read_benchmark(tmp_path)
+
+
 def test_a_number_that_leads_elsewhere(tmp_path):
     write(tmp_path, entry())
     write_benchmark(tmp_path, [("../../one", entry())])
