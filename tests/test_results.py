@@ -152,7 +152,7 @@ def test_an_image_that_was_not_made(pipe):
 
 def test_a_sweep_is_not_saved_over_another(pipe, tmp_path):
     made = pipe.skip(DOG, 4, **SMALL).save(tmp_path)
-    with pytest.raises(InputError, match="holds a sweep made with another layers"):
+    with pytest.raises(InputError, match="holds a sweep that differs in layers"):
         pipe.skip(DOG, 5, **SMALL).save(tmp_path)
     assert json.loads((made / "run.json").read_text())["settings"]["layers"] == [4]
     assert not (made / "prompt_000" / "skip_05.png").exists()

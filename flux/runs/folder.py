@@ -114,7 +114,7 @@ class ResumableFolder:
         if differences:
             names = ", ".join(sorted(differences))
             raise InputError(
-                f"Got {self.path}, which holds {self.kind} made with another {names}: "
+                f"Got {self.path}, which holds {self.kind} that differs in {names}: "
                 "give another output_dir, or delete it"
             )
 

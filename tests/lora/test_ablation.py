@@ -133,7 +133,7 @@ def test_resumed(ablated, loaded, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{"num_steps": 2}, {"lora": [{"file": LORA, "weight": 0.5}]}])
 def test_other_settings_are_refused(ablated, changes):
-    with pytest.raises(InputError, match="which holds an ablation made with another"):
+    with pytest.raises(InputError, match="which holds an ablation that differs in"):
         Ablation(settings_of(ablated[0], **changes))
 
 

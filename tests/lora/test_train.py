@@ -199,14 +199,14 @@ def test_an_edit_with_the_new_lora_under_injection(trained, tmp_path):
 )
 def test_another_training_is_refused(trained, changed, names):
     given = trained.model_copy(update=changed)
-    with pytest.raises(InputError, match=f"a training made with another {names}: give another output_dir"):
+    with pytest.raises(InputError, match=f"a training that differs in {names}: give another output_dir"):
         train(given)
 
 
 def test_other_images_are_refused(trained, tmp_path):
     images = lora_training.write_images(tmp_path / "images")
     (images / "0.txt").write_text("a [trigger] on the beach")
-    with pytest.raises(InputError, match="made with another training_images"):
+    with pytest.raises(InputError, match="that differs in training_images"):
         train(trained.model_copy(update={"images": str(images)}))
 
 

@@ -49,9 +49,7 @@ def test_free_fields_may_differ(folder):
 
 
 def test_differences_are_named_in_order(folder):
-    with pytest.raises(
-        InputError, match=r"holds a run made with another seed, width: give another output_dir"
-    ):
+    with pytest.raises(InputError, match=r"holds a run that differs in seed, width: give another output_dir"):
         folder.refuse({"width", "seed"})
 
 
@@ -103,6 +101,6 @@ def test_a_claimed_folder_is_resumed_with_the_same_files_alone(folder):
     folder.write_record(settings(), checkpoint="abc")
     folder.claim(settings(batch_size=2), {"batch_size"}, "abc")
     folder.claim(settings(), set(), None)
-    with pytest.raises(InputError, match="made with another lora, seed: give another output_dir"):
+    with pytest.raises(InputError, match="that differs in lora, seed: give another output_dir"):
         folder.claim(settings(seed=3), {"prompts"}, "xyz", "lora")
     assert folder.record()["checkpoint"] == "abc"
