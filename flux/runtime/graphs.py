@@ -157,7 +157,7 @@ class GraphedModel:
         self.model, self.record = model, record or GraphRecorder()
         self.streams, self.modulations = model.streams, model.modulations
         self.records = True  # until a pass turns out not to be recordable
-        self.weights: list[int] = []
+        self.pointers: list[int] = []  # to the weights, which graphs read where they were
         self.places = Places()
         self.passes: dict[tuple, Callable[[], Answer]] = {}
         self.used: set[tuple] = set()
@@ -167,10 +167,10 @@ class GraphedModel:
     def begin(self) -> None:
         """Begin a run: passes of earlier runs may now be forgotten, and are if the weights have moved."""
         self.used.clear()
-        weights = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
-        if weights != self.weights:
+        pointers = [x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers())]
+        if pointers != self.pointers:
             self.forget()
-        self.weights = weights
+        self.pointers = pointers
 
     def forget(self) -> None:
         """Forget all passes."""
@@ -190,8 +190,8 @@ class GraphedModel:
         """See `Flux.observe`."""
         if self.records and mods is not None and start is None and cache is None:
             given = Arguments(inputs, intervention, mods, exchange)
-            if given.can_be_recorded and self._has_room(given.kind):
-                return self._recorded(given)
+            if given.can_be_recorded and self._has_room(kind := given.kind):
+                return self._recorded(given, kind)
         return self.model.observe(
             inputs, intervention, start=start, mods=mods, cache=cache, exchange=exchange
         )
@@ -206,9 +206,9 @@ class GraphedModel:
         self.used.add(kind)
         return True
 
-    def _recorded(self, given: Arguments) -> Answer:
+    def _recorded(self, given: Arguments, kind: tuple) -> Answer:
         """Launch the recorded pass. If there is none yet, compute the pass and record it."""
-        placed, kind = given.map(self.places.filling()), given.kind
+        placed = given.map(self.places.filling())
         if kind in self.passes:
             velocity, recorded = self.passes[kind]()
             return velocity.clone(), recorded.map(torch.clone)
