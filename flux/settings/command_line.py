@@ -89,7 +89,8 @@ def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None
     is a list, each argument without a name is one of its entries.
 
     Raises:
-        InputError: An option is unknown or lacks its value, a list is not JSON, or an argument is too many.
+        InputError: An option is unknown or lacks its value, a list is not JSON or is given twice, or an
+            argument is too many.
     """
     values: dict[str, Any] = {}
     rest = list(arguments)
@@ -109,6 +110,8 @@ def parse(fields: OptionFields, arguments: Sequence[str], positional: str | None
         if name not in fields:
             raise InputError(f"command line: {unknown_field(name, fields)}")
         annotation = fields[name].rebuild_annotation()
+        if name in values and tuple in kinds_of(fields[name].annotation):
+            raise InputError(f'command line: got --{name} twice: give one list, such as \'["a", "b"]\'')
         if not given:
             # What follows a switch is its value, or it is for the positional field if that has room.
             has_room = positional is not None and (takes_several or positional not in values)

@@ -129,6 +129,10 @@ def test_any_number_survives(seed, until, tiled):
         (["a.json"], 'command line: got "a.json" without the name of a field before it'),
         (["--tiled", "yes"], 'command line: tiled: expected true or false, got "yes"'),
         (["--weight", "much"], 'command line: weight: expected a number, got "much"'),
+        (
+            ["--edits", "a cat", "--edits", "an owl"],
+            """command line: got --edits twice: give one list, such as '["a", "b"]'""",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_told_in_one_line(read, arguments, message):
