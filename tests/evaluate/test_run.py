@@ -113,7 +113,7 @@ def test_methods_may_come_and_go(benchmark, tmp_path, painting):
     assert {row["method"] for row in results(tmp_path)} >= {"default", "paper"}
     assert "Default" not in (tmp_path / "summary.md").read_text()
     # The name of the one that went still stands for it.
-    with pytest.raises(InputError, match="another method 'Default'"):
+    with pytest.raises(InputError, match="differs in method 'Default'"):
         evaluate(settings_of(benchmark, tmp_path, methods=[{"name": "Default", "top": 1}]), progress=False)
     painting.clear()
     evaluate(settings_of(benchmark, tmp_path), progress=False)
@@ -122,7 +122,7 @@ def test_methods_may_come_and_go(benchmark, tmp_path, painting):
 
 def test_a_folder_of_other_settings_is_refused(benchmark, tmp_path, painting):
     evaluate(settings_of(benchmark, tmp_path), progress=False)
-    with pytest.raises(InputError, match="another num_steps"):
+    with pytest.raises(InputError, match="differs in num_steps"):
         evaluate(settings_of(benchmark, tmp_path, num_steps=3), progress=False)
     evaluate(settings_of(benchmark, tmp_path, count=2, batch_size=8), progress=False)
     (tmp_path / "run.json").write_text("[]")

@@ -19,7 +19,7 @@ def test_another_benchmark_is_refused(benchmark, tmp_path, painting):
     save_image(item.photo(SIDE, SIDE), other / "annotation_images" / "one.png")
     entry = {"image_path": "one.png", "original_prompt": "a dog", "editing_prompt": "a cat", "mask": []}
     write_benchmark(other, [("000", entry)])
-    with pytest.raises(InputError, match="another edits"):
+    with pytest.raises(InputError, match="differs in edits"):
         Store(resolve_evaluation(settings.model_copy(update={"benchmark": str(other)})))
 
 

@@ -172,7 +172,7 @@ def test_sets_of_layers_are_scored_but_never_vital(tmp_path, plain_images, synth
 def test_two_scans_that_differ_only_in_how_they_score_share_a_folder(tmp_path, numbers_only):
     assert scan(settings(tmp_path), progress=False) == [5]
     assert scan(settings(tmp_path, top=2, stop_when="stable"), progress=False) == [5, 12]
-    with pytest.raises(InputError, match=r"another num_steps"):
+    with pytest.raises(InputError, match=r"differs in num_steps"):
         scan(settings(tmp_path, num_steps=2), progress=False)
 
 

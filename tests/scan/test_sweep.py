@@ -287,7 +287,7 @@ def test_a_full_disk(nano, swept, tmp_path, monkeypatch, room):
 )
 def test_another_sweeps_folder_is_refused(swept, changes, field):
     """Images of two different sweeps in one folder would be scored as if they were one."""
-    with pytest.raises(InputError, match=rf"another .*\b{field}\b.*another output_dir"):
+    with pytest.raises(InputError, match=rf"differs in .*\b{field}\b.*another output_dir"):
         open_sweep(skip_settings(swept, **changes))
 
 
@@ -299,7 +299,7 @@ def test_other_weights_of_the_same_name_are_refused(tmp_path):
     open_sweep(given)
     open_sweep(given)
     other_weights(weights)
-    with pytest.raises(InputError, match=r"another weights: give another output_dir"):
+    with pytest.raises(InputError, match=r"differs in weights: give another output_dir"):
         open_sweep(given)
 
 
