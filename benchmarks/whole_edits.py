@@ -15,14 +15,12 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.common import EDITS, GUIDANCE, PROMPT, machine, markdown, start_processes, toy_plan
-from benchmarks.whole_images import SIDE, STEPS, pipelines, time_rounds, warm_up
+from benchmarks.common import EDITS, GUIDANCE, PROMPT, machine, markdown, toy_plan
+from benchmarks.whole_images import SIDE, STEPS, join_processes, pipelines, time_rounds, warm_up
 from flux.editing.edit import edit
-from flux.errors import exit_on_input_error, launched, only_rank_zero_prints
+from flux.errors import exit_on_input_error, only_rank_zero_prints
 from flux.files import write_json
 from flux.loaded_model import LoadedModel
-from flux.runtime.devices import pick_device
-from flux.runtime.parallel import ALONE, join
 from flux.settings.command_line import run
 from flux.settings.complete import resolve
 from flux.settings.edits import Edit, EditSettings
@@ -76,10 +74,7 @@ def main(
         device: where to run: "auto", "cpu", "cuda"
         compiled: compile the blocks of the transformers
     """
-    if gpus > 1 and not launched():
-        start_processes("benchmarks.whole_edits", gpus)
-    group = join(gpus, device) if launched() else ALONE
-    where = group.device or pick_device(device)
+    group, where = join_processes("benchmarks.whole_edits", gpus, device)
     spec, steps, side = (toy_plan().spec, 2, 64) if toy else (configs["flux-dev"], STEPS, SIDE)
     pipes = pipelines(replace(spec, clip_length=77), where, group, toy, compiled)
     results: dict[str, Any] = {"machine": machine(where), "gpus": gpus, "steps": steps, "side": side}

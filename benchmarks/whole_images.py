@@ -135,6 +135,14 @@ def peer_image(pipe: LoadedModel, steps: int, side: int, compiled: bool) -> Call
     return image
 
 
+def join_processes(benchmark: str, gpus: int, device: str) -> tuple[ProcessGroup, torch.device]:
+    """Join the processes that share each run, and pick this one's device. If need be, start them all."""
+    if gpus > 1 and not launched():
+        start_processes(benchmark, gpus)
+    group = join(gpus, device) if launched() else ALONE
+    return group, group.device or pick_device(device)
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time one run."""
     begin = time.perf_counter()
@@ -192,10 +200,7 @@ def main(
         device: where to run: "auto", "cpu", "cuda"
         compiled: compile the blocks of the transformers
     """
-    if gpus > 1 and not launched():
-        start_processes("benchmarks.whole_images", gpus)
-    group = join(gpus, device) if launched() else ALONE
-    where = group.device or pick_device(device)
+    group, where = join_processes("benchmarks.whole_images", gpus, device)
     spec, steps, side = (toy_plan().spec, 2, 64) if toy else (configs["flux-dev"], STEPS, SIDE)
     spec = replace(spec, clip_length=77)
     ours = pipelines(spec, where, group, toy, compiled)

@@ -27,9 +27,9 @@ MOST_GRAPHS = 16  # that are kept at once
 T = TypeVar("T")
 Change = Callable[[Tensor], Tensor]
 Answer = tuple[Tensor, Recorded]
-"""What `Flux.observe` returns."""
+"""The velocity, and what the pass recorded, as `Flux.observe` returns them."""
 Recorder = Callable[[Callable[[], Answer]], Callable[[], Answer]]
-"""Records a function that computes a pass; returns one that computes it again from the same places."""
+"""Takes a function that computes a pass; returns one that launches the same kernels again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Arguments:
 
     @property
     def kind(self) -> tuple:
-        """What passes have in common that run the same kernels, for other numbers in the same shapes."""
+        """Equal for passes that run the same kernels. Only the numbers in their tensors differ."""
         inputs, change, free = self.inputs, self.intervention, self.intervention.free
         first_kv = () if free is None else next(iter(free.kv.values()), ())  # all layers are alike
         return (

@@ -15,7 +15,7 @@ def tensors_of(answer: Answer) -> list[torch.Tensor]:
 
 
 def recomputed(compute: Callable[[], Answer]) -> Callable[[], Answer]:
-    """What a graph does: each call overwrites the results of the call before."""
+    """Stand in for a graph: each call computes again, and overwrites the results of the call before."""
     results = compute()
 
     def replay() -> Answer:
